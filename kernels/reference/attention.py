@@ -1,0 +1,147 @@
+"""Attention over bounded caches in plain torch: the oracle for every kernel, and the path on the CPU.
+
+Everything is computed in fp32 (fp64 when the inputs are fp64), in blocks of query rows so that the scores of one block
+stay within `BLOCK_BYTES`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 128 << 20
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    live: Tensor,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """Masked logits (B, Hkv, G, T, N) of q (B, Hkv, G, T, D) against k (B, Hkv, N, D).
+
+    A key is visible when it is live, not after the query, within the window or chunk by original position, and not
+    hidden by a gate (a token always sees itself).
+    """
+    logits = torch.einsum("bhgtd,bhnd->bhgtn", q, k) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    distance = q_pos[:, None, :, None] - k_pos[:, :, None, :]  # (B, Hkv, T, N)
+    seen = live[:, :, None, :] & (distance >= 0)
+    if window:
+        seen &= distance < window
+    if chunk:
+        seen &= (q_pos[:, None, :, None] // chunk) == (k_pos[:, :, None, :] // chunk)
+    if hidden is not None:
+        seen &= ~hidden[:, :, None, :] | (distance == 0)
+    if alibi is not None:
+        slopes = alibi.to(logits.dtype).view(1, q.shape[1], q.shape[2], 1, 1)
+        logits = logits - slopes * distance[:, :, None].to(logits.dtype)
+    return logits.masked_fill(~seen[:, :, None], float("-inf"))
+
+
+def _blocks(q: Tensor, n_keys: int) -> list[tuple[int, int]]:
+    """Ranges of query rows whose logits fit in BLOCK_BYTES."""
+    rows, per_row = q.shape[2], max(1, q.shape[0] * q.shape[1] * n_keys * 4)
+    step = max(1, min(rows, BLOCK_BYTES // per_row)) if rows else 1
+    return [(i, min(rows, i + step)) for i in range(0, rows, step)]
+
+
+def _math_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    live: Tensor,
+    *,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries on keys that carry their own positions.
+
+    q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); q_pos: (B, T); k_pos, live, hidden: (B, Hkv, N).
+    sinks: (H,) extra logits in the softmax's denominator. Returns out (B, H, T, Dv) in q's dtype and the natural
+    log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
+    """
+    b, h, t, d = q.shape
+    hkv = k.shape[1]
+    dtype = _math_dtype(q)
+    grouped = q.reshape(b, hkv, h // hkv, t, d).to(dtype)
+    kf = k.to(dtype)
+    # A dead slot may hold anything (NaN too), and 0 * NaN is NaN.
+    vf = torch.where(live[..., None], v.to(dtype), 0.0)
+    kf = torch.where(live[..., None], kf, 0.0)
+    outs, lses = [], []
+    for lo, hi in _blocks(q, k.shape[2]):
+        logits = _logits(
+            grouped[:, :, :, lo:hi], kf, q_pos[:, lo:hi], k_pos, live, alibi, hidden, scale, softcap, window, chunk
+        )
+        if sinks is not None:
+            extra = sinks.to(dtype).view(1, hkv, h // hkv, 1, 1).expand(b, -1, -1, hi - lo, 1)
+            lse = torch.logsumexp(torch.cat([logits, extra], dim=-1), dim=-1)
+        else:
+            lse = torch.logsumexp(logits, dim=-1)
+        weights = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse)[..., None])
+        outs.append(torch.einsum("bhgtn,bhnd->bhgtd", weights, vf))
+        lses.append(lse)
+    if not outs:
+        return q.new_zeros(b, h, 0, v.shape[-1]), torch.zeros(b, h, 0, device=q.device)
+    out = torch.cat(outs, dim=3).reshape(b, h, t, v.shape[-1])
+    return out.to(q.dtype), torch.cat(lses, dim=3).reshape(b, h, t).float()
+
+
+def column_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    live: Tensor,
+    rows: Tensor,
+    *,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """How much attention each key received: the column sums of the softmax matrix, rebuilt from the rows' LSE.
+
+    rows: (B, T) weight of each query row (0 leaves it out). Returns (B, Hkv, N) fp32, summed over the query heads of a
+    group (NACL, arXiv 2408.03675, appendix A.7 (b); H2O's and SnapKV's scores are the same sum over other rows).
+    """
+    b, h, t, d = q.shape
+    hkv = k.shape[1]
+    dtype = _math_dtype(q)
+    grouped = q.reshape(b, hkv, h // hkv, t, d).to(dtype)
+    kf = torch.where(live[..., None], k.to(dtype), 0.0)
+    norm = lse.to(dtype).reshape(b, hkv, h // hkv, t)
+    mass = torch.zeros(b, hkv, k.shape[2], dtype=dtype, device=q.device)
+    for lo, hi in _blocks(q, k.shape[2]):
+        logits = _logits(
+            grouped[:, :, :, lo:hi], kf, q_pos[:, lo:hi], k_pos, live, alibi, hidden, scale, softcap, window, chunk
+        )
+        row_lse = norm[:, :, :, lo:hi]
+        weights = torch.exp(logits - torch.where(torch.isinf(row_lse), 0.0, row_lse)[..., None])
+        weights = weights * rows[:, None, None, lo:hi, None].to(dtype)
+        # A row beyond its valid length may be NaN; its weight is 0 and it must not count.
+        mass += torch.where(rows[:, None, None, lo:hi, None] != 0, weights, 0.0).sum(dim=(2, 3))
+    return mass.float()

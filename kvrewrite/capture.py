@@ -1,0 +1,504 @@
+"""Front ends: an unmodified decoder in, a flat `torch.fx` graph out.
+
+The graph computes `logits = f(input_ids, position_ids)` without a cache, for any batch and length, and keeps the
+parameters' own names and storage. Models of transformers that use its attention interface are traced with an attention
+function that is one canonical op and a mask function that only says which mask it stands for; everything else is traced
+as it is, and `passes/find_attention.py` finds the attention in what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
+from kvrewrite.errors import CaptureError, UnsupportedModelError
+from kvrewrite.graph import clean_path, set_attr
+
+TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
+
+# What an attention function of transformers may be given besides q, k, v, mask, scaling and dropout. Anything else that
+# is not None would change the result in silence.
+KNOWN_ATTENTION_KWARGS = {
+    "sliding_window", "softcap", "s_aux", "sinks", "is_causal", "position_ids", "position_embeddings", "use_cache",
+    "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_hidden_states",
+    "return_dict", "num_items_in_batch", "output_router_logits", "is_training", "layer_idx",
+}  # fmt: skip
+
+
+@dataclass
+class RotaryTable:
+    """Inverse frequencies that depend on the length (longrope, dynamic NTK): graph attribute, and how to choose.
+
+    `short` applies up to `threshold` tokens, `long` beyond. `dynamic` types recompute theirs for every length, so they are
+    fixed at `fixed_length` instead.
+    """
+
+    attribute: str
+    threshold: int
+    short: Tensor
+    long: Tensor
+
+
+@dataclass
+class Captured:
+    """A captured model.
+
+    graph: flat GraphModule with placeholders `input_ids` and, where the model takes positions, `position_ids`, both
+    (batch, length) int64; one output, logits (batch, length, vocabulary). aliases: parameter name -> other names of the
+    same parameter (tied weights).
+    """
+
+    graph: fx.GraphModule
+    frontend: str
+    dtype: torch.dtype
+    vocab_size: int
+    batch_symbol: Any = None
+    length_symbol: Any = None
+    max_positions: int | None = None
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    persistent: set[str] = field(default_factory=set)
+    rotary_tables: list[RotaryTable] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------- transformers' attention interface
+class _MaskTag:
+    """What our mask function leaves on the tensor that stands for the mask."""
+
+    def __init__(self, window: int, chunk: int):
+        self.window, self.chunk = window, chunk
+
+
+def _classify_mask_function(mask_function: Any) -> _MaskTag:
+    """Evaluates an index-based mask function of transformers and compares it with what we know."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        sizes = [c for c in _integers_in(mask_function) if 1 < c <= 1 << 24]
+        length = min(max([16, *(2 * s + 3 for s in sizes)]), 4 * 8192)
+        # A few query rows are enough: every mask that we know depends on differences or on whole chunks only.
+        rows = sorted({0, 1, 2, length // 3, length // 2, length - 2, length - 1})
+        q, kv = torch.tensor(rows)[:, None], torch.arange(length)[None]
+        zero = torch.zeros((), dtype=torch.long)
+        try:
+            mask = mask_function(zero, zero, q, kv)
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            raise UnsupportedModelError(f"the mask function could not be evaluated: {error}") from error
+        mask = torch.as_tensor(mask).expand(len(rows), length)
+        for window, chunk in [(0, 0), *((s, 0) for s in sizes), *((0, s) for s in sizes)]:
+            expected = kv <= q
+            if window:
+                expected = expected & (q - kv < window)
+            if chunk:
+                expected = expected & (q // chunk == kv // chunk)
+            if torch.equal(mask, expected.expand_as(mask)):
+                return _MaskTag(window, chunk)
+    raise UnsupportedModelError(
+        "the mask is neither causal nor a sliding window nor chunked (prefix, bidirectional or content-dependent masks "
+        "can't be kept with an evicted cache)"
+    )
+
+
+def _integers_in(function: Any, depth: int = 0) -> list[int]:
+    """The integers that a mask function closes over, nested functions included: candidates for windows and chunks."""
+    found: list[int] = []
+    for cell in getattr(function, "__closure__", None) or ():
+        value = cell.cell_contents
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for item in values:
+            if isinstance(item, int) and not isinstance(item, bool):
+                found.append(item)
+            elif callable(item) and depth < 8:
+                found.extend(_integers_in(item, depth + 1))
+    return sorted(set(found))
+
+
+def _interface_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    device: Any = None,
+    **_: Any,
+) -> Tensor:
+    if attention_mask is not None:
+        raise UnsupportedModelError("the model makes its own padding mask, which capture does not expect")
+    tag = torch.empty((batch_size, 1, 1, 1), dtype=torch.bool, device=device)
+    tag._kvrewrite_tag = _classify_mask_function(mask_function)  # type: ignore[attr-defined]
+    return tag
+
+
+class _InterfaceCalls:
+    """Counts the calls of our attention function during one capture, by module path."""
+
+    def __init__(self, model: nn.Module):
+        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.modules: list[str] = []
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        path = self.paths.get(id(module), type(module).__name__)
+        where = f"layer {len(self.modules)} ({path})"
+        for name, given in kwargs.items():
+            if given is not None and name not in KNOWN_ATTENTION_KWARGS:
+                raise UnsupportedModelError(
+                    f"{where}: its attention is given {name}={type(given).__name__}, which changes what it computes in a "
+                    "way that kvrewrite does not know (content-dependent or sparse attention, or a learned bias)"
+                )
+        tag = getattr(attention_mask, "_kvrewrite_tag", None)
+        window = chunk = 0
+        if tag is not None:
+            window, chunk = tag.window, tag.chunk
+        elif attention_mask is not None:
+            raise UnsupportedModelError(f"{where}: the model edits its attention mask on the way to the attention")
+        else:
+            causal = kwargs.get("is_causal")
+            if not (getattr(module, "is_causal", True) if causal is None else causal):
+                raise UnsupportedModelError(f"{where}: its attention is not causal")
+            window = int(kwargs.get("sliding_window") or 0)
+        sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+        self.modules.append(path)
+        out = torch.ops.kvrewrite.attention(
+            query,
+            key,
+            value,
+            sinks.reshape(-1) if sinks is not None else None,
+            None,
+            float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+            float(kwargs.get("softcap") or 0.0),
+            window,
+            chunk,
+        )
+        return out.transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def _replaced(obj: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute for a while."""
+    before = getattr(obj, name)
+    setattr(obj, name, value)
+    try:
+        yield
+    finally:
+        setattr(obj, name, before)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object that a part of a transformers model looks at."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+@contextlib.contextmanager
+def _transformers_tracing(model: nn.Module, attention: str, experts: bool) -> Iterator[None]:
+    """Sets the attention implementation of a transformers model for the trace, and puts everything back afterwards.
+
+    Packed-sequence detection is switched off: while tracing, transformers can't look at the positions, so it would put
+    their differences into every mask.
+    """
+    from transformers import masking_utils
+
+    with contextlib.ExitStack() as stack:
+        if hasattr(masking_utils, "find_packed_sequence_indices"):
+            stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        for config in _configs(model):
+            stack.enter_context(_replaced(config, "_attn_implementation_internal", attention))
+            if experts and getattr(config, "_experts_implementation_internal", None) is not None:
+                stack.enter_context(_replaced(config, "_experts_implementation_internal", "grouped_mm"))
+        yield
+
+
+# ------------------------------------------------------------------------------------- rotary embeddings by length
+@contextlib.contextmanager
+def _fixed_rotary(model: nn.Module, max_length: int | None) -> Iterator[list[tuple[nn.Module, str, int, Tensor, Tensor]]]:
+    """Takes the length-dependent choice out of rotary embeddings for the trace.
+
+    transformers picks longrope's and dynamic NTK's frequencies by looking at the largest position of each call, which
+    a graph can't do and which makes whole and chunked prefill disagree. The frequencies become data: yields
+    (module, buffer name, threshold, short, long) for each such table.
+    """
+    tables: list[tuple[nn.Module, str, int, Tensor, Tensor]] = []
+    undo: list[tuple[nn.Module, Any, str, Tensor]] = []
+    try:
+        for module in model.modules():
+            rope_type = getattr(module, "rope_type", None)
+            kinds = rope_type if isinstance(rope_type, dict) else {None: rope_type}
+            if not any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in kinds.values()):
+                continue
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            config: Any = module.config
+            for layer_type, kind in kinds.items():
+                if not ("dynamic" in kind or kind == "longrope"):
+                    continue
+                prefix = f"{layer_type}_" if layer_type else ""
+                name = f"{prefix}inv_freq"
+                parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+                limit = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+                kwargs = {"layer_type": layer_type} if layer_type else {}
+                current: Tensor = getattr(module, name)
+                device = current.device if current.device.type != "meta" else torch.device("cpu")
+                init = ROPE_INIT_FUNCTIONS[kind]
+                short, _ = init(config, device, seq_len=1, **kwargs)
+                length = max(max_length or config.max_position_embeddings, limit + 1)
+                long, _ = init(config, device, seq_len=limit + 1 if kind == "longrope" else length, **kwargs)
+                tables.append((module, name, limit, short.float(), long.float()))
+                undo.append((module, rope_type, name, current))
+            module.rope_type = (
+                {k: "default" for k in rope_type} if isinstance(rope_type, dict) else "default"  # type: ignore[assignment]
+            )
+        yield tables
+    finally:
+        for module, rope_type, _name, _current in undo:
+            module.rope_type = rope_type
+
+
+# ------------------------------------------------------------------------------------- export
+class _LogitsOnly(nn.Module):
+    """The model as a function of token ids and positions to logits."""
+
+    def __init__(self, model: nn.Module, takes_positions: bool, extra: dict[str, Any]):
+        super().__init__()
+        self.model_under_capture = model
+        self.takes_positions = takes_positions
+        self.extra = extra
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        out = self.model_under_capture(input_ids, **positions, **self.extra)
+        return _logits(out)
+
+
+def _logits(out: Any) -> Tensor:
+    """The logits in what a model returns: a tensor, an object with `.logits`, or the first tensor of a tuple."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(getattr(out, "logits", None), Tensor):
+        return out.logits
+    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
+        return out[0]
+    raise CaptureError(
+        f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple that "
+        "begins with the logits. Wrap the model in a module whose forward(input_ids) returns its logits."
+    )
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether `model` is a `transformers.PreTrainedModel`, without importing transformers."""
+    return any(c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+
+
+def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
+    """Captures a decoder as a flat graph.
+
+    model: in eval mode or not (dropout is switched off for the trace), on any device, `meta` included. max_length: the
+    length at which dynamic NTK frequencies are fixed; default: the model's `max_position_embeddings`.
+
+    Raises CaptureError when torch.export can't trace it, UnsupportedModelError when its attention can't be rewritten.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if is_transformers_model(model):
+            captured = _capture_interface(model, max_length)
+            if captured is not None:
+                return captured
+            # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
+            own = getattr(model.config, "_attn_implementation", None)
+            with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa", experts=True):
+                return _export(model, "trace", max_length)
+        return _export(model, "trace", max_length)
+    finally:
+        model.train(training)
+
+
+def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | None:
+    """Capture through transformers' attention interface; None when the model does not use it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    calls = _InterfaceCalls(model)
+    name = "kvrewrite"
+    AttentionInterface.register(name, calls.attention)
+    AttentionMaskInterface.register(name, _interface_mask)
+    try:
+        with _transformers_tracing(model, name, experts=True):
+            captured = _export(model, "interface", max_length)
+    except (CaptureError, UnsupportedModelError):
+        if calls.modules:
+            raise
+        return None
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+    if not calls.modules:
+        return None
+    nodes = [n for n in captured.graph.graph.nodes if n.target is torch.ops.kvrewrite.attention.default]
+    if len(nodes) != len(calls.modules):
+        raise CaptureError(f"{len(calls.modules)} attention calls were traced, but {len(nodes)} are in the graph")
+    for node, path in zip(nodes, calls.modules, strict=True):
+        node.meta["kvrewrite_module"] = path
+    return captured
+
+
+def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured:
+    parameters = inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in parameters
+    extra = {"use_cache": False} if "use_cache" in parameters else {}
+    first = next(iter(model.parameters()), None)
+    if first is None:
+        raise CaptureError(f"{type(model).__name__} has no parameters; expected a decoder with weights")
+    vocab = _vocab_size(model)
+    ids = torch.arange(TRACE_BATCH * TRACE_LENGTH, device=first.device).reshape(TRACE_BATCH, TRACE_LENGTH) % vocab
+    positions = torch.arange(TRACE_LENGTH, device=first.device).repeat(TRACE_BATCH, 1)
+    wrapper = _LogitsOnly(model, takes_positions, extra)
+    auto = torch.export.Dim.AUTO
+    with _fixed_rotary(model, max_length) as tables:
+        try:
+            # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph.
+            with torch.no_grad():
+                program = torch.export.export(
+                    wrapper,
+                    (ids, positions),
+                    dynamic_shapes=({0: auto, 1: auto}, {0: auto, 1: auto} if takes_positions else None),
+                    strict=False,
+                )
+                program = program.run_decompositions({})
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # torch.export raises many types; all mean that there is no graph
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, UnsupportedModelError):
+                    raise cause from error
+                cause = cause.__cause__ or cause.__context__
+            summary = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+            raise CaptureError(
+                f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {summary}. Data-dependent "
+                "control flow (loops over experts, lengths read on the host) is the usual cause."
+            ) from error
+    captured = _flatten(program, model, frontend, takes_positions)
+    captured.vocab_size = vocab
+    names = {id(m): n for n, m in model.named_modules()}
+    attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
+    for module, buffer, threshold, short, long in tables:
+        attribute = f"{names[id(module)]}.{buffer}".lstrip(".")
+        if attribute in attributes:
+            captured.rotary_tables.append(RotaryTable(attribute, threshold, short, long))
+    return captured
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """Rows of the token embedding: from the config, else the first embedding of the model."""
+    config = getattr(model, "config", None)
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is not None and config is not None:
+        embedding = get_embeddings()
+        if hasattr(embedding, "weight"):
+            return int(embedding.weight.shape[0])
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return int(module.num_embeddings)
+    if isinstance(getattr(config, "vocab_size", None), int):
+        return int(config.vocab_size)
+    raise CaptureError("no token embedding was found; expected an nn.Embedding or a config with vocab_size")
+
+
+def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool) -> Captured:
+    """An exported program as a plain GraphModule whose parameters and buffers are attributes under their own names."""
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            raise UnsupportedModelError(
+                f"the model writes to its own state ({spec.target}) in forward: recurrent state or counters can't be "
+                "carried by an evicted cache"
+            )
+    targets: dict[str, str] = {}
+    for spec in signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            targets[spec.arg.name] = clean_path(spec.target)
+    root = nn.Module()
+    state = {**program.state_dict, **program.constants}
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    order = iter(["input_ids", "position_ids"])
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in targets:
+            env[node] = new.get_attr(targets[node.name])
+        elif node.op == "placeholder":
+            env[node] = new.placeholder(next(order))
+        elif node.op == "output":
+            result = node.args[0]
+            new.output(env[result[0] if isinstance(result, (tuple, list)) else result])
+            continue
+        elif node.op == "get_attr":
+            # Subgraphs of higher-order ops.
+            if isinstance(getattr(program.graph_module, node.target, None), fx.GraphModule):
+                root.add_module(node.target, getattr(program.graph_module, node.target))
+            env[node] = new.node_copy(node, lambda n: env[n])
+        else:
+            env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    for spec in signature.input_specs:
+        if spec.arg.name in targets and targets[spec.arg.name]:
+            value = state[spec.target]
+            set_attr(root, targets[spec.arg.name], value)
+    gm = fx.GraphModule(root, new, class_name=type(model).__name__)
+    inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
+    ids = inputs["input_ids"].meta["val"]
+    for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
+        if not isinstance(size, torch.SymInt):
+            raise CaptureError(
+                f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label}"
+            )
+    if not takes_positions:
+        unused = inputs["position_ids"]
+        if unused.users:
+            raise CaptureError("position_ids is used by a model that does not take it")
+        gm.graph.erase_node(unused)
+    gm.graph.lint()
+    gm.recompile()
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    return Captured(
+        graph=gm,
+        frontend=frontend,
+        dtype=first.dtype,
+        vocab_size=0,
+        batch_symbol=ids.shape[0].node.expr,
+        length_symbol=ids.shape[1].node.expr,
+        max_positions=_upper_bound(ids.shape[1]),
+        aliases=_aliases(model),
+        persistent=set(model.state_dict().keys()),
+    )
+
+
+def _upper_bound(size: torch.SymInt) -> int | None:
+    """The largest length that the traced graph allows (a table of learned positions, a causal buffer), if any."""
+    ranges = size.node.shape_env.var_to_range.get(size.node.expr)
+    if ranges is None:
+        return None
+    return int(ranges.upper) if isinstance(ranges.upper, sympy.Integer) and ranges.upper < 1 << 30 else None
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Names of each parameter that has several (tied weights)."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}

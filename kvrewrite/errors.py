@@ -1,0 +1,35 @@
+"""Errors that users meet. Each message says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class KVRewriteError(Exception):
+    """Base of every error that kvrewrite raises on purpose."""
+
+
+class CaptureError(KVRewriteError):
+    """The model could not be turned into a graph."""
+
+
+class UnsupportedModelError(KVRewriteError):
+    """The model was captured, but it cannot be rewritten honestly; names the layer and the reason."""
+
+
+class OptionError(KVRewriteError, ValueError):
+    """An unknown policy or an option that makes no sense."""
+
+
+class PolicyWeightsError(KVRewriteError):
+    """Policy weights that are missing, extra, of the wrong shape or dtype, or for another base model."""
+
+
+class ArtifactError(KVRewriteError):
+    """A model directory that is missing, damaged, unsafe or of a newer format."""
+
+
+class CacheError(KVRewriteError, ValueError):
+    """A cache that does not belong to this call (other model, other batch size), or that is full."""
+
+
+class InputError(KVRewriteError, ValueError):
+    """Token ids, masks or positions that the model cannot take."""

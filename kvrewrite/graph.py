@@ -1,0 +1,157 @@
+"""Small helpers over `torch.fx` graphs that every pass uses."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+SIZE_OPS = (torch.ops.aten.sym_size.int,)
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether `node` calls one of `targets` (op overloads or builtins)."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_size(node: Any) -> bool:
+    """Whether `node` computes a size (an int), not a tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that `node` produces, or None when it does not produce one tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The symbolic shape of the tensor that `node` produces."""
+    value = tensor_of(node)
+    if value is None:
+        raise ValueError(f"{node.name} ({node.target}) does not produce a tensor")
+    return tuple(value.shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that made `node`, "" if it is unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry[0]]
+    return clean_path(paths[-1]) if paths else ""
+
+
+def clean_path(path: str) -> str:
+    """A module path without what export and our capture wrapper add to it."""
+    path = re.sub(r"^L\['self'\]\.?", "", path)
+    path = re.sub(r"\[(?:'|\")?(\w+)(?:'|\")?\]", r".\1", path).removeprefix("_modules.")
+    return path.removeprefix("model_under_capture.").removeprefix("model_under_capture")
+
+
+def users_outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Nodes that use one of `nodes` without being one of them, in graph order."""
+    inside = set(nodes)
+    found = {user: None for node in inside for user in node.users if user not in inside}
+    return sorted(found)
+
+
+def ancestors(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
+    """All nodes that `roots` depend on, roots included; does not look behind nodes where `stop` is true."""
+    seen: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not stop(node):
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def dependents(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
+    """All nodes that depend on `roots`, roots included; does not look past nodes where `stop` is true."""
+    seen: set[fx.Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not stop(node):
+            todo.extend(node.users)
+    return seen
+
+
+def placeholder(gm: fx.GraphModule, name: str) -> fx.Node | None:
+    """The graph input called `name`, or None."""
+    return next((n for n in gm.graph.nodes if n.op == "placeholder" and n.target == name), None)
+
+
+def add_placeholder(gm: fx.GraphModule, name: str, val: Any = None) -> fx.Node:
+    """Adds a graph input after the existing ones."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node.meta["val"] = val
+    return node
+
+
+def output_node(gm: fx.GraphModule) -> fx.Node:
+    """The graph's output."""
+    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+
+
+def get_attr(gm: fx.GraphModule, name: str) -> Any:
+    """The parameter or buffer that a `get_attr` node with target `name` reads."""
+    return operator.attrgetter(name)(gm)
+
+
+def set_attr(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Puts a parameter or buffer at a dotted path, making the modules on the way."""
+    *path, leaf = name.split(".")
+    module: torch.nn.Module = gm
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, torch.nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if isinstance(value, torch.nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
+
+
+def symbol(size: Any) -> Any:
+    """The sympy expression behind a symbolic size, or the int itself."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same expression (without asking the shape environment to specialize)."""
+    return bool(symbol(a) == symbol(b))
+
+
+def concretize(shape: Sequence[Any], sizes: dict[Any, int]) -> tuple[int, ...]:
+    """`shape` with its symbols replaced by the numbers in `sizes` (symbol -> int)."""
+    out = []
+    for size in shape:
+        expr = symbol(size)
+        out.append(int(expr.subs(sizes)) if hasattr(expr, "subs") else int(expr))
+    return tuple(out)
+
+
+def erase_dead(gm: fx.GraphModule) -> None:
+    """Erases nodes that nothing uses and that have no side effect. Mutating ops of ours stay."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or mutates(n))
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether `node` calls an op whose schema says that it writes to an argument."""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+    )

@@ -1,0 +1,299 @@
+"""The operators that rewritten graphs are made of: schemas, fakes and the dispatch to their implementations.
+
+Only torch is imported here. Shapes: B rows, T new tokens, H query heads, Hkv kv heads, D and Dv head dims, P pages of a
+head at most, PAGE slots a page, C = P * PAGE slots. All positions are those of the original text (int64), never slots.
+
+Mutation is declared honestly; no op returns an alias of an argument. Never clone a cache in a graph: PyTorch turns
+`y = x.clone(); op(y, x)` into `op(x, x)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvrewrite.kernels.reference import attention as reference_attention
+from kvrewrite.kernels.reference import evict as reference_evict
+from kvrewrite.kernels.reference import pages
+
+NAMESPACE = "kvrewrite"
+
+
+# ------------------------------------------------------------------------------------------------ source: attention
+@torch.library.custom_op("kvrewrite::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """Causal attention of a whole sequence on itself: what every attention site is rewritten to first.
+
+    q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv); sinks: (H,) extra logits in the denominator; alibi: (H,)
+    slopes m, adding -m * (query position - key position). scale multiplies the logits, then softcap * tanh(x / softcap)
+    (0: none), then the mask: causal, within `window` tokens (0: none), within chunks of `chunk` tokens (0: none).
+    Returns (B, H, T, Dv). Differentiable in q, k, v and sinks.
+    """
+    return _attention(q, k, v, sinks, alibi, scale, softcap, window, chunk)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    b, hkv, t, _ = k.shape
+    position = torch.arange(t, device=q.device)
+    out, _ = reference_attention.attend(
+        q,
+        k,
+        v,
+        position.expand(b, t),
+        position.expand(b, hkv, t),
+        torch.ones(b, hkv, t, dtype=torch.bool, device=q.device),
+        sinks=sinks,
+        alibi=alibi,
+        hidden=None,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        chunk=chunk,
+    )
+    return out
+
+
+@attention.register_fake
+def _(q, k, v, sinks, alibi, scale, softcap, window, chunk):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+def _attention_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, sinks, alibi, *rest = inputs
+    ctx.save_for_backward(q, k, v, sinks, alibi)
+    ctx.rest = rest
+
+
+def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    *inputs, alibi = ctx.saved_tensors
+    needed = [
+        None if x is None else x.detach().requires_grad_(n)
+        for x, n in zip(inputs, ctx.needs_input_grad[:4], strict=True)
+    ]
+    with torch.enable_grad():
+        out = _attention(*needed, alibi, *ctx.rest)  # type: ignore[misc, arg-type]
+    wanted = [x for x in needed if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad))
+    grads = [next(found) if x is not None and x.requires_grad else None for x in needed]
+    return (*grads, None, None, None, None, None)
+
+
+attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+# ------------------------------------------------------------------------------------------------ caches
+def _cached_keys(
+    k: Tensor, cached_k: Tensor, pos_pages: Tensor, table: Tensor, lens: Tensor, positions: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, positions and liveness of [cache, new tokens], dense: (B, Hkv, C + T, ...)."""
+    b, hkv, t, _ = k.shape
+    cached = torch.arange(cached_k.shape[2], device=k.device) < lens[..., None]
+    arriving = (torch.arange(t, device=k.device) < valid[:, None])[:, None].expand(b, hkv, t)
+    pos = torch.cat([pages.read(pos_pages, table).long(), positions[:, None].expand(b, hkv, t)], dim=2)
+    return torch.cat([cached_k.to(k.dtype), k], dim=2), pos, torch.cat([cached, arriving], dim=2)
+
+
+@torch.library.custom_op("kvrewrite::read_pages", mutates_args=())
+def read_pages(pool: Tensor, table: Tensor) -> Tensor:
+    """The slots of every head in slot order, dense: pool (pages, PAGE, ...), table (B, Hkv, P) -> (B, Hkv, C, ...)."""
+    return pages.read(pool, table)
+
+
+@read_pages.register_fake
+def _(pool, table):  # type: ignore[no-untyped-def]
+    return pool.new_empty(*table.shape[:2], table.shape[2] * pool.shape[1], *pool.shape[2:])
+
+
+@torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
+def slot_positions(pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tensor) -> Tensor:
+    """Contiguous positions of cached keys (B, Hkv, C) int64: the newest live slot of each head gets following - 1, the
+    one before it following - 2, and so on; dead slots get 0. following: (B,) the position of the row's next token.
+
+    With equal lengths that is 0..len-1 with queries from len on, as Locret's and StreamingLLM's code have it; heads that
+    keep fewer are aligned at their end, which is the same thing because RoPE depends on differences only.
+    """
+    pos = pages.read(pos_pages, table)
+    live = torch.arange(pos.shape[2], device=pos.device) < lens[..., None]
+    rank = reference_evict.ranks_from_newest(pos, live)
+    return torch.where(live, following[:, None, None] - 1 - rank, 0).clamp(min=0)
+
+
+@slot_positions.register_fake
+def _(pos_pages, table, lens, following):  # type: ignore[no-untyped-def]
+    return table.new_empty(*table.shape[:2], table.shape[2] * pos_pages.shape[1], dtype=torch.int64)
+
+
+@torch.library.custom_op("kvrewrite::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_dense: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of T new tokens on [live cache slots] + [the new tokens, causal].
+
+    q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv): the new tokens, of which the first valid[b] of each row are
+    real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE) int32; table (B, Hkv, P)
+    int32; lens (B, Hkv) int32 live slots; positions (B, T) int64. k_dense (B, Hkv, C, D) stands for the cached keys when
+    they had to be rotated first. hidden (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they
+    themselves see them. Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32.
+    """
+    cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
+    keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
+    values = torch.cat([pages.read(v_pages, table).to(v.dtype), v], dim=2)
+    return reference_attention.attend(
+        q,
+        keys,
+        values,
+        positions,
+        pos,
+        live,
+        sinks=sinks,
+        alibi=alibi,
+        hidden=_pad_hidden(hidden, cached_k.shape[2]),
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        chunk=chunk,
+    )
+
+
+def _pad_hidden(hidden: Tensor | None, capacity: int) -> Tensor | None:
+    """Flags for [cache, new tokens]: nothing that is cached is hidden."""
+    return None if hidden is None else torch.nn.functional.pad(hidden, (capacity, 0))
+
+
+@cached_attention.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, scale, softcap,
+    window, chunk
+):  # fmt: skip
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::observe", mutates_args=())
+def observe(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    k_dense: Tensor | None,
+    k_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """Attention mass of every slot and new token under the query rows weighted by `rows` (B, T): (B, Hkv, C + T) fp32,
+    summed over the query heads of each group. `lse` is what `cached_attention` returned; the rest as there."""
+    cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
+    keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
+    real = torch.arange(k.shape[2], device=k.device) < valid[:, None]
+    return reference_attention.column_mass(
+        q,
+        keys,
+        lse,
+        positions,
+        pos,
+        live,
+        torch.where(real, rows, torch.zeros_like(rows)),
+        alibi=alibi,
+        hidden=_pad_hidden(hidden, cached_k.shape[2]),
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        chunk=chunk,
+    )
+
+
+@observe.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, lse, rows, k_dense, k_pages, pos_pages, table, lens, positions, valid, alibi, hidden, scale, softcap, window,
+    chunk
+):  # fmt: skip
+    return q.new_empty(*table.shape[:2], table.shape[2] * k_pages.shape[1] + k.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "kvrewrite::cache_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+)
+def cache_update(
+    k: Tensor,
+    v: Tensor,
+    new_scores: Tensor,
+    slot_scores: Tensor | None,
+    positions: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    chunk: int,
+) -> None:
+    """Appends the valid new tokens and keeps, in every head, the `keep` (B, Hkv) int32 slots of highest score.
+
+    new_scores: (B, Hkv, T) of the new tokens; slot_scores: (B, Hkv, C) replaces the cached slots' scores first (None
+    leaves them). Protected: positions below `sinks` and the `recent` (B,) int32 newest slots of each head. Slots that no
+    later query can see through `window` or `chunk` go in any case. Of equal scores the earlier position stays. NaN
+    scores count as the lowest. Afterwards slots [0, lens) of each head are live.
+    """
+    reference_evict.cache_update(
+        k, v, new_scores, slot_scores, positions, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
+        lens, sinks, window, chunk,
+    )  # fmt: skip
+
+
+@cache_update.register_fake
+def _(  # type: ignore[no-untyped-def]
+    k, v, new_scores, slot_scores, positions, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    sinks, window, chunk
+):  # fmt: skip
+    return None

@@ -1,0 +1,59 @@
+"""What the compiler knows about one attention call in the model: an `AttentionSite`, or a `NoSite` with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class AttentionSite:
+    """One attention call, as found in the captured graph.
+
+    `layer` counts sites in execution order; `module` is the path of the `nn.Module` that made the call. `window` and
+    `chunk` are in tokens, 0 where the mask has none: a query at position p sees keys at positions in (p - window, p],
+    or in [chunk * (p // chunk), p].
+    """
+
+    layer: int
+    module: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    source: str  # what was found: "interface", "sdpa", "softmax", "flex_attention"
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    rope: bool = False
+    shares_kv_with: int | None = None
+    inserted: list[str] = field(default_factory=list)
+
+    @property
+    def mask(self) -> str:
+        """The kind of mask: "causal", "sliding" or "chunked"."""
+        return "sliding" if self.window else "chunked" if self.chunk else "causal"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The site as plain data, for reports and for the artifact."""
+        return {**asdict(self), "mask": self.mask}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AttentionSite:
+        """The inverse of `as_dict`."""
+        return cls(**{k: v for k, v in data.items() if k != "mask"})
+
+
+@dataclass
+class NoSite:
+    """An anchor that looked like attention but cannot be rewritten, and why. Falsy, like a failed match."""
+
+    node: str
+    module: str
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
