@@ -1,0 +1,471 @@
+"""Graphs as plain JSON data, and back.
+
+A saved graph is data, never code: each node names an op on an explicit allow-list, and reading one checks everything
+before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python source and
+executes it: node names, attribute names and keyword names all end up in that source, so each must look like a name.
+
+The allow-list is by namespace: `kvrewrite.*.default`, the functional `aten` overloads of base names that decoders use
+(`ATEN`), a few `prims`, transformers' grouped matmul, and Python's arithmetic on sizes (`BUILTINS`). Allowing an op
+means: its result depends on its arguments only, and nothing else changes. So not on it, on purpose: whatever writes to
+an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared), reads or writes files
+(`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), and every higher-order op,
+because those carry subgraphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import keyword
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import kvrewrite.ops  # noqa: F401  (registers the ops that graphs are made of)
+from kvrewrite.errors import ArtifactError
+from kvrewrite.graph import set_attr
+
+GRAPH_FORMAT = 1
+MAX_NODES = 1_000_000
+MAX_DEPTH = 12  # of nested lists in one argument; real graphs need 2
+MAX_ITEMS = 65_536  # in one argument list
+MAX_STRING = 4_096
+
+ATEN = frozenset(
+    """
+    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv alias all amax amin aminmax any arange argmax argmin
+    argsort as_strided asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift bitwise_not
+    bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu chunk clamp
+    clamp_max clamp_min clone column_stack complex concat constant_pad_nd contiguous conv1d convolution copy cos cosh
+    count_nonzero cross cummax cummin cumprod cumsum detach detach_copy diag diag_embed diagonal diff div divide dot
+    dstack einsum elu embedding empty empty_like empty_permuted empty_strided eq equal erf erfc erfinv exp exp2 expand
+    expand_as expand_copy expm1 eye fill flatten flip floor floor_divide fmax fmin fmod frac full full_like gather ge
+    gelu glu greater greater_equal group_norm gt hardsigmoid hardswish hardtanh histc hstack hypot imag index
+    index_add index_copy index_fill index_put index_reduce index_select isclose isfinite isin isinf isnan isneginf
+    isposinf kthvalue layer_norm le leaky_relu lerp less less_equal lift_fresh_copy linalg_norm linalg_vector_norm
+    linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and
+    logical_not logical_or logical_xor logit logspace logsumexp lt masked_fill masked_scatter masked_select matmul max
+    maximum mean median min minimum mish mm moveaxis movedim mul multiply mv narrow narrow_copy native_group_norm
+    native_layer_norm ne neg negative new_empty new_empty_strided new_full new_ones new_zeros nonzero norm not_equal
+    numpy_T one_hot ones ones_like outer pad permute permute_copy pixel_shuffle polar positive pow prelu prod ravel
+    real reciprocal relu relu6 remainder repeat repeat_interleave reshape resolve_conj resolve_neg rms_norm roll rot90
+    round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select
+    select_copy select_scatter selu sgn sigmoid sign signbit silu sin sinh slice slice_copy slice_scatter softmax
+    softplus sort split split_copy split_with_sizes split_with_sizes_copy sqrt square squeeze squeeze_copy stack std
+    std_mean sub subtract sum swapaxes swapdims sym_numel sym_size sym_storage_offset sym_stride t t_copy take
+    take_along_dim tan tanh tensor_split threshold tile to topk transpose transpose_copy tril tril_indices triu
+    triu_indices true_divide trunc type_as unbind unbind_copy unflatten unfold unfold_copy unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d var var_mean vdot view view_as view_as_complex
+    view_as_real view_copy vstack where xlogy zeros zeros_like
+    _assert_async _assert_scalar _assert_tensor_metadata _conj _grouped_mm _local_scalar_dense _log_softmax
+    _reshape_alias _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax _to_copy
+    _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view _weight_int8pack_mm item
+    sym_constrain_range sym_constrain_range_for_size
+    """.split()  # noqa: SIM905 (300 quoted strings are unreadable)
+)
+PRIMS = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "view_of"})
+# Ops that other libraries register, and the module that registers them.
+LIBRARY_OPS = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
+
+BUILTINS: dict[str, Callable[..., Any]] = {
+    **{
+        f"operator.{name}": getattr(operator, name)
+        for name in (
+            "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg",
+            "not_", "or_", "pow", "sub", "truediv",
+        )
+    },
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
+    **{f"torch.{name}": getattr(torch, name) for name in (
+        "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum",
+    )},
+    "torch._sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
+}  # fmt: skip
+_BUILTIN_NAMES = {id(function): name for name, function in BUILTINS.items()}
+_UNARY = {"operator.abs", "operator.neg", "operator.not_", "torch._sym_sqrt", "torch.sym_sum"}
+
+DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+LAYOUTS = {"strided": torch.strided}
+MEMORY_FORMATS = {
+    name: getattr(torch, name) for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+}
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_PATH = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\Z")
+
+
+def _is_name(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) <= MAX_STRING
+        and bool(_NAME.match(value))
+        and not keyword.iskeyword(value)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- allow-list
+def op_name(target: Any) -> str:
+    """How a graph file names the function that a node calls; ArtifactError when it is not on the allow-list."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        resolve_op(name)
+        return name
+    if id(target) in _BUILTIN_NAMES:
+        return _BUILTIN_NAMES[id(target)]
+    shown = (
+        str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__qualname__", repr(target))
+    )
+    module = getattr(target, "__module__", None)
+    raise ArtifactError(_refusal(f"{module}.{shown}" if module and not shown.startswith(module) else shown))
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"the op {name!r} is not on the list of ops that a saved graph may use (functional aten ops, kvrewrite's own, "
+        "arithmetic on sizes). Files of kvrewrite never contain others; if your model needs it, ask for it to be added "
+        "to kvrewrite/graph_io.py"
+    )
+
+
+def resolve_op(name: Any) -> Callable[..., Any]:
+    """The function that a graph file calls `name`; ArtifactError when it is not on the allow-list."""
+    if not isinstance(name, str) or len(name) > MAX_STRING:
+        raise ArtifactError(f"an op's name must be a string, got {type(name).__name__}")
+    if name in BUILTINS:
+        return BUILTINS[name]
+    parts = name.split(".")
+    if len(parts) != 3 or not all(_NAME.match(p) for p in parts):
+        raise ArtifactError(_refusal(name))
+    namespace, base, overload = parts
+    if namespace == "aten":
+        allowed = base in ATEN
+    elif namespace == "prims":
+        allowed = base in PRIMS
+    elif namespace == "kvrewrite":
+        allowed = overload == "default"
+    else:
+        allowed = name in LIBRARY_OPS
+    if not allowed:
+        raise ArtifactError(_refusal(name))
+    if name in LIBRARY_OPS:
+        importlib.import_module(LIBRARY_OPS[name])
+    try:
+        packet = getattr(getattr(torch.ops, namespace), base)
+        found = getattr(packet, overload) if overload in packet.overloads() else None
+    except AttributeError:
+        found = None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ArtifactError(f"the op {name!r} does not exist in this installation (torch {torch.__version__})")
+    if namespace != "kvrewrite" and found._schema.is_mutable:
+        raise ArtifactError(_refusal(name) + " (it writes to one of its arguments)")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def graph_to_dict(gm: fx.GraphModule) -> dict[str, Any]:
+    """The graph of `gm` as plain JSON data, without its tensors.
+
+    Raises ArtifactError that names the node for an op or an argument that a saved graph may not have.
+    """
+    nodes = []
+    for node in gm.graph.nodes:
+        where = f"node {node.name!r}"
+        if node.op == "call_function":
+            try:
+                target = op_name(node.target)
+            except ArtifactError as error:
+                raise ArtifactError(f"{where}: {error}") from None
+        elif node.op in ("placeholder", "get_attr", "output"):
+            target = str(node.target)
+        else:
+            raise ArtifactError(f"{where} is a {node.op} of {node.target}; a saved graph has functions only")
+        if node.op == "get_attr" and not isinstance(_attribute(gm, target), Tensor):
+            raise ArtifactError(f"{where} reads {target!r}, which is not a tensor (subgraphs can't be saved)")
+        entry: dict[str, Any] = {"name": node.name, "op": node.op, "target": target}
+        entry["args"] = [_encode(a, where) for a in node.args]
+        entry["kwargs"] = {
+            k: {"device": "model"} if k == "device" and isinstance(v, str) else _encode(v, where)
+            for k, v in node.kwargs.items()
+        }
+        meta = {
+            k: v for k, v in node.meta.items() if str(k).startswith("kvrewrite_") and type(v) in (str, int, bool, float)
+        }
+        if meta:
+            entry["meta"] = meta
+        nodes.append(entry)
+    return {"format": GRAPH_FORMAT, "nodes": nodes}
+
+
+def _attribute(gm: nn.Module, path: str) -> Any:
+    found: Any = gm
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _encode(value: Any, where: str) -> Any:
+    """One argument as JSON data: plain values as they are, everything else as an object with one key, its tag."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, (tuple, torch.Size)):
+        return {"tuple": [_encode(v, where) for v in value]}
+    if isinstance(value, list):
+        return [_encode(v, where) for v in value]
+    if isinstance(value, slice):
+        return {"slice": [_encode(v, where) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": "model"}
+    for tag, table in (("layout", LAYOUTS), ("memory_format", MEMORY_FORMATS)):
+        for name, known in table.items():
+            if value is known or (type(value) is type(known) and value == known):
+                return {tag: name}
+    raise ArtifactError(
+        f"{where} has an argument of type {type(value).__name__} ({value!r:.80}); a saved graph can hold nodes, "
+        "numbers, strings, dtypes, devices, layouts, memory formats, slices and lists of these"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def graph_from_dict(
+    data: Any, tensors: Mapping[str, Tensor], device: torch.device | str | None = None
+) -> fx.GraphModule:
+    """The inverse of `graph_to_dict`.
+
+    data: what a graph file holds; it is not trusted. tensors: by attribute name; parameters stay parameters. device:
+    what the device arguments in the graph become; default: the device of the first tensor, else the CPU. Raises
+    ArtifactError that names the node and the reason.
+    """
+    if device is None:
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    device = torch.device(device)
+    if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
+        raise ArtifactError("the graph must be an object with a list of nodes; the file is damaged or not a graph")
+    if data.get("format") != GRAPH_FORMAT:
+        raise ArtifactError(
+            f"the graph has format {data.get('format')!r}, this kvrewrite reads {GRAPH_FORMAT}; install the kvrewrite "
+            "that wrote it (kvrewrite.json names its version), or convert the model again"
+        )
+    entries = data["nodes"]
+    if len(entries) > MAX_NODES:
+        raise ArtifactError(f"the graph has {len(entries)} nodes, more than {MAX_NODES}; the file is damaged")
+    root = nn.Module()
+    graph = fx.Graph()
+    env: dict[str, fx.Node] = {}
+    seen_attributes: set[str] = set()
+    finished = False
+    for index, entry in enumerate(entries):
+        if finished:
+            raise ArtifactError(f"node {index} comes after the output; expected the output last")
+        node = _read_node(entry, index, graph, env, device)
+        if node.op == "get_attr":
+            _attach(root, str(node.target), node.name, tensors, seen_attributes)
+        finished = node.op == "output"
+    if not finished:
+        raise ArtifactError("the graph has no output; the file is cut off or damaged")
+    try:
+        graph.lint()
+        return fx.GraphModule(root, graph, class_name="RewrittenModel")
+    except (RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the graph is not well formed: {error}") from error
+
+
+def _read_node(entry: Any, index: int, graph: fx.Graph, env: dict[str, fx.Node], device: torch.device) -> fx.Node:
+    """Checks one entry and adds it to the graph."""
+    if not isinstance(entry, dict) or not _is_name(entry.get("name")):
+        raise ArtifactError(f"node {index} must be an object with a name, got {entry!r:.80}")
+    name, op, target = entry["name"], entry.get("op"), entry.get("target")
+    where = f"node {name!r}"
+    if name in env:
+        raise ArtifactError(f"{where} is defined twice")
+    if unknown := sorted(map(str, entry.keys() - {"name", "op", "target", "args", "kwargs", "meta"})):
+        raise ArtifactError(f"{where} has unknown keys {', '.join(unknown)[:200]}")
+    raw_args, raw_kwargs = entry.get("args", []), entry.get("kwargs", {})
+    if not isinstance(raw_args, list) or not isinstance(raw_kwargs, dict):
+        raise ArtifactError(f"{where}: args must be a list and kwargs an object")
+    args = tuple(_decode(a, where, env, device, 0) for a in raw_args)
+    for key in raw_kwargs:
+        if not _is_name(key):
+            raise ArtifactError(f"{where}: {key!r:.80} is not a keyword argument's name")
+    kwargs = {k: _decode(v, where, env, device, 0) for k, v in raw_kwargs.items()}
+    function: Any = target
+    if op == "call_function":
+        try:
+            function = resolve_op(target)
+        except ArtifactError as error:
+            raise ArtifactError(f"{where}: {error}") from None
+        _check_call(where, str(target), function, args, kwargs)
+    elif op == "placeholder":
+        if not _is_name(target) or kwargs or len(args) > 1 or any(isinstance(a, fx.Node) for a in args):
+            raise ArtifactError(f"{where}: an input needs a name and takes no arguments besides a default")
+    elif op == "get_attr":
+        if not isinstance(target, str) or len(target) > MAX_STRING or not _PATH.match(target) or args or kwargs:
+            raise ArtifactError(
+                f"{where}: {target!r:.80} is not the dotted name of a tensor (letters, digits, '_' and '-' only)"
+            )
+    elif op == "output":
+        if target != "output" or len(args) != 1 or kwargs:
+            raise ArtifactError(f"{where}: the output takes exactly one argument")
+    else:
+        raise ArtifactError(
+            f"{where}: unknown kind of node {op!r:.80}; expected placeholder, get_attr, call_function, output"
+        )
+    node = graph.create_node(op, function, args, kwargs, name=name)
+    if node.name != name:
+        raise ArtifactError(f"{where}: the name is reserved by Python; the file was not written by kvrewrite")
+    meta = entry.get("meta", {})
+    if not isinstance(meta, dict) or not all(
+        isinstance(k, str) and k.startswith("kvrewrite_") and type(v) in (str, int, bool, float)
+        for k, v in meta.items()
+    ):
+        raise ArtifactError(f"{where}: meta must map names that begin with kvrewrite_ to strings or numbers")
+    node.meta.update(meta)
+    env[name] = node
+    return node
+
+
+def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Whether the call fits the op's schema in number and names of arguments."""
+    if not isinstance(function, torch._ops.OpOverload):
+        if kwargs or not 1 <= len(args) <= 3:
+            raise ArtifactError(f"{where}: {name} takes one to three arguments by position")
+        return
+    schema = function._schema.arguments
+    positional = [a for a in schema if not a.kwarg_only]
+    if len(args) > len(positional):
+        raise ArtifactError(f"{where}: {name} takes {len(positional)} positional arguments, got {len(args)}")
+    given = {a.name for a in positional[: len(args)]}
+    for key in kwargs:
+        if key in given or all(a.name != key for a in schema):
+            raise ArtifactError(f"{where}: {name} takes no further argument called {key!r}")
+    missing = [a.name for a in schema if a.name not in given and a.name not in kwargs and not a.has_default_value()]
+    if missing:
+        raise ArtifactError(f"{where}: {name} lacks {', '.join(missing)}")
+    values = {a.name: v for a, v in zip(positional, args)} | kwargs
+    for argument in schema:
+        if argument.name in values and (problem := _wrong_type(argument, values[argument.name])):
+            raise ArtifactError(f"{where}: {name} expects {argument.type} for {argument.name!r}, got {problem}")
+
+
+def _wrong_type(argument: Any, value: Any) -> str | None:
+    """What is wrong with a value for an argument of a schema, where that is plain without running the op."""
+    kind = str(argument.type)
+    if isinstance(value, fx.Node):
+        return None
+    if value is None:
+        return None if kind.startswith("Optional") or "None" in kind or argument.has_default_value() else "nothing"
+    # A Tensor argument may be a number: export keeps `x * 2` as mul.Tensor(x, 2).
+    if kind == "Tensor" and not isinstance(value, (int, float)):
+        return type(value).__name__
+    if kind.startswith("List[") and not isinstance(value, (list, tuple)):
+        # A one-element list may be written as a number (`sum.dim_IntList(x, -1)`).
+        return None if isinstance(value, (int, float)) and "Tensor" not in kind else type(value).__name__
+    if kind in ("int", "float", "bool", "number", "Scalar") and not isinstance(
+        value, (int, float, torch.dtype, torch.layout, torch.memory_format)
+    ):
+        return type(value).__name__
+    return None
+
+
+def _decode(value: Any, where: str, env: Mapping[str, fx.Node], device: torch.device, depth: int) -> Any:
+    """The inverse of `_encode`, for data that is not trusted."""
+    if depth > MAX_DEPTH:
+        raise ArtifactError(f"{where}: its arguments are nested more than {MAX_DEPTH} deep; the file is damaged")
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is str:
+        if len(value) > MAX_STRING:
+            raise ArtifactError(f"{where}: a string argument of {len(value)} characters; the file is damaged")
+        return value
+    if type(value) is int:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ArtifactError(f"{where}: the number {str(value)[:24]}... does not fit in 64 bits")
+        return value
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise ArtifactError(f"{where}: infinities and NaN are written as {{'float': 'inf'}}")
+        return value
+    if type(value) is list:
+        return [_decode(v, where, env, device, depth + 1) for v in _short(value, where)]
+    if type(value) is dict and len(value) == 1:
+        tag, inner = next(iter(value.items()))
+        if tag == "node":
+            if not isinstance(inner, str) or inner not in env:
+                raise ArtifactError(f"{where} refers to node {inner!r:.80}, which is not defined before it")
+            return env[inner]
+        if tag == "tuple" and type(inner) is list:
+            return tuple(_decode(v, where, env, device, depth + 1) for v in _short(inner, where))
+        if tag == "slice" and type(inner) is list and len(inner) == 3:
+            return slice(*(_decode(v, where, env, device, depth + 1) for v in inner))
+        if tag == "float" and inner in ("inf", "-inf", "nan"):
+            return float(inner)
+        if tag == "device" and inner == "model":
+            return device
+        for name, table in (("dtype", DTYPES), ("layout", LAYOUTS), ("memory_format", MEMORY_FORMATS)):
+            if tag == name and isinstance(inner, str) and inner in table:
+                return table[inner]  # type: ignore[index]
+    raise ArtifactError(f"{where} has an argument that can't be read: {value!r:.120}")
+
+
+def _short(values: list[Any], where: str) -> list[Any]:
+    if len(values) > MAX_ITEMS:
+        raise ArtifactError(
+            f"{where} has a list of {len(values)} arguments, more than {MAX_ITEMS}; the file is damaged"
+        )
+    return values
+
+
+def _attach(root: nn.Module, target: str, node: str, tensors: Mapping[str, Tensor], seen: set[str]) -> None:
+    """Puts the tensor that a get_attr node reads on the module."""
+    if target in seen:
+        return
+    if target not in tensors:
+        raise ArtifactError(
+            f"node {node!r} reads the tensor {target!r}, which the model's files lack; the directory is incomplete"
+        )
+    try:
+        set_attr(root, target, tensors[target])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"node {node!r}: {target!r} can't be the name of a tensor: {error}") from error
+    seen.add(target)
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+def retarget_device(gm: fx.GraphModule, device: torch.device | str) -> None:
+    """Rewrites every device argument in a live graph to `device`, so that the graph runs where its tensors are.
+
+    Ops that make tensors from nothing and say no device get one too: their default would be the CPU.
+    """
+    device = torch.device(device)
+
+    def leaf(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        node.args = fx.node.map_aggregate(node.args, leaf)
+        kwargs = {k: device if k == "device" and isinstance(v, str) else v for k, v in node.kwargs.items()}
+        node.kwargs = fx.node.map_aggregate(kwargs, leaf)
+        if isinstance(node.target, torch._ops.OpOverload) and _makes_from_nothing(node.target):
+            at = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
+            if "device" not in node.kwargs and "device" not in at[: len(node.args)]:
+                node.kwargs = {**node.kwargs, "device": device}
+    gm.recompile()
+
+
+def _makes_from_nothing(target: torch._ops.OpOverload) -> bool:
+    """Whether the op has a device argument and no tensor to take its device from."""
+    arguments = target._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
