@@ -109,7 +109,7 @@ def _cached_keys(
     b, hkv, t, _ = k.shape
     cached = torch.arange(cached_k.shape[2], device=k.device) < lens[..., None]
     arriving = (torch.arange(t, device=k.device) < valid[:, None])[:, None].expand(b, hkv, t)
-    pos = torch.cat([pages.read(pos_pages, table).long(), positions[:, None].expand(b, hkv, t)], dim=2)
+    pos = torch.cat([pages.read(pos_pages, table)[..., 0].long(), positions[:, None].expand(b, hkv, t)], dim=2)
     return torch.cat([cached_k.to(k.dtype), k], dim=2), pos, torch.cat([cached, arriving], dim=2)
 
 
@@ -124,23 +124,47 @@ def _(pool, table):  # type: ignore[no-untyped-def]
     return pool.new_empty(*table.shape[:2], table.shape[2] * pool.shape[1], *pool.shape[2:])
 
 
-@torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
-def slot_positions(pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tensor) -> Tensor:
-    """Contiguous positions of cached keys (B, Hkv, C) int64: the newest live slot of each head gets following - 1, the
-    one before it following - 2, and so on; dead slots get 0. following: (B,) the position of the row's next token.
+@torch.library.custom_op("kvrewrite::slot_rotary", mutates_args=("pos_pages",))
+def slot_rotary(pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tensor, renew: Tensor) -> Tensor:
+    """Rotary positions of cached keys (B, Hkv, C) int64 in contiguous mode; dead slots get 0.
 
-    With equal lengths that is 0..len-1 with queries from len on, as Locret's and StreamingLLM's code have it; heads that
-    keep fewer are aligned at their end, which is the same thing because RoPE depends on differences only.
+    Rows with renew (B,) bool are ranked anew first, in place: the newest live slot of each head gets following - 1, the
+    one before it following - 2, and so on; following: (B,) int64, the rotary position of the row's next token. With equal
+    lengths that is 0..len-1 and queries from len on, as Locret's and StreamingLLM's code have it; heads that keep fewer
+    are aligned at their end, which is the same thing because RoPE depends on differences only.
     """
-    pos = pages.read(pos_pages, table)
-    live = torch.arange(pos.shape[2], device=pos.device) < lens[..., None]
-    rank = reference_evict.ranks_from_newest(pos, live)
-    return torch.where(live, following[:, None, None] - 1 - rank, 0).clamp(min=0)
+    places = pages.read(pos_pages, table)
+    slot = torch.arange(places.shape[2], device=places.device)
+    live = slot < lens[..., None]
+    rank = reference_evict.ranks_from_newest(places[..., 0], live)
+    renewed = (following[:, None, None] - 1 - rank).clamp(min=0)
+    rotary = torch.where(renew[:, None, None], renewed, places[..., 1].long())
+    rotary = torch.where(live, rotary, 0)
+    updated = torch.stack([places[..., 0], rotary.to(torch.int32)], dim=-1)
+    pages.write(pos_pages, table, slot.expand(live.shape), updated, live)
+    return rotary
 
 
-@slot_positions.register_fake
-def _(pos_pages, table, lens, following):  # type: ignore[no-untyped-def]
+@slot_rotary.register_fake
+def _(pos_pages, table, lens, following, renew):  # type: ignore[no-untyped-def]
     return table.new_empty(*table.shape[:2], table.shape[2] * pos_pages.shape[1], dtype=torch.int64)
+
+
+@torch.library.custom_op("kvrewrite::rotate", mutates_args=())
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor) -> Tensor:
+    """RoPE in the form that every variant has: y = cos[p] * x + sin[p] * x[partner], channel by channel.
+
+    x: (B, Hkv, C, D); cos, sin: (N, D) by position (signs and scaling factors inside; cos = 1 and sin = 0 for channels that
+    are not rotated); positions: (B, Hkv, C) int64 < N; partner: (D,) int64, the other channel of each channel's pair.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turned = x.to(wide) * cos[positions].to(wide) + x[..., partner].to(wide) * sin[positions].to(wide)
+    return turned.to(x.dtype)
+
+
+@rotate.register_fake
+def _(x, cos, sin, positions, partner):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("kvrewrite::cached_attention", mutates_args=())
@@ -167,8 +191,8 @@ def cached_attention(
     """Attention of T new tokens on [live cache slots] + [the new tokens, causal].
 
     q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv): the new tokens, of which the first valid[b] of each row are
-    real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE) int32; table (B, Hkv, P)
-    int32; lens (B, Hkv) int32 live slots; positions (B, T) int64. k_dense (B, Hkv, C, D) stands for the cached keys when
+    real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE, 2) int32
+    (original and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots; positions (B, T) int64. k_dense (B, Hkv, C, D) stands for the cached keys when
     they had to be rotated first. hidden (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they
     themselves see them. Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32.
     """
@@ -265,6 +289,7 @@ def cache_update(
     new_scores: Tensor,
     slot_scores: Tensor | None,
     positions: Tensor,
+    rotary: Tensor,
     valid: Tensor,
     keep: Tensor,
     recent: Tensor,
@@ -280,20 +305,20 @@ def cache_update(
 ) -> None:
     """Appends the valid new tokens and keeps, in every head, the `keep` (B, Hkv) int32 slots of highest score.
 
-    new_scores: (B, Hkv, T) of the new tokens; slot_scores: (B, Hkv, C) replaces the cached slots' scores first (None
-    leaves them). Protected: positions below `sinks` and the `recent` (B,) int32 newest slots of each head. Slots that no
+    rotary (B, T) int64 are the positions that the keys are or will be rotated by. new_scores: (B, Hkv, T); slot_scores:
+    (B, Hkv, C) replaces the cached slots' scores first (None leaves them). Protected: positions below `sinks` and the `recent` (B,) int32 newest slots of each head. Slots that no
     later query can see through `window` or `chunk` go in any case. Of equal scores the earlier position stays. NaN
     scores count as the lowest. Afterwards slots [0, lens) of each head are live.
     """
     reference_evict.cache_update(
-        k, v, new_scores, slot_scores, positions, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
+        k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
         lens, sinks, window, chunk,
     )  # fmt: skip
 
 
 @cache_update.register_fake
 def _(  # type: ignore[no-untyped-def]
-    k, v, new_scores, slot_scores, positions, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
     sinks, window, chunk
 ):  # fmt: skip
     return None

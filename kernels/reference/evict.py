@@ -61,6 +61,7 @@ def cache_update(
     new_scores: Tensor,
     slot_scores: Tensor | None,
     positions: Tensor,
+    rotary: Tensor,
     valid: Tensor,
     keep: Tensor,
     recent: Tensor,
@@ -81,9 +82,10 @@ def cache_update(
     slot = torch.arange(capacity, device=k.device)
     cached = slot < lens[..., None]
     arriving = (torch.arange(t, device=k.device) < valid[:, None])[:, None].expand(b, hkv, t)
-    pos_cached = torch.where(cached, pages.read(pos_pages, table), 0)
+    places_cached = torch.where(cached[..., None], pages.read(pos_pages, table), 0)
+    places_new = torch.stack([positions, rotary], dim=-1).to(torch.int32)[:, None].expand(b, hkv, t, 2)
     scores_cached = pages.read(score_pages, table) if slot_scores is None else slot_scores
-    pos = torch.cat([pos_cached, positions[:, None].expand(b, hkv, t).to(torch.int32)], dim=-1)
+    pos = torch.cat([places_cached[..., 0], places_new[..., 0]], dim=-1)
     scores = torch.cat([scores_cached.float(), new_scores.float()], dim=-1)
     live = torch.cat([cached, arriving], dim=-1)
     last = (valid.long() - 1).clamp(min=0)[:, None]
@@ -101,7 +103,7 @@ def cache_update(
         raise RuntimeError(
             f"cache overflow: {int(n_kept.max())} slots to keep, but the table holds {capacity}; lease pages first"
         )
-    pools = ((k_pages, k), (v_pages, v), (score_pages, scores[..., capacity:]), (pos_pages, pos[..., capacity:]))
+    pools = ((k_pages, k), (v_pages, v), (score_pages, scores[..., capacity:]), (pos_pages, places_new))
     victims = cached & ~kept[..., :capacity]
     if t == 1 and not k.is_cuda and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
         # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
@@ -133,5 +135,5 @@ def cache_update(
     pages.write(k_pages, table, target, pick(pages.read(k_pages, table), k.to(k_pages.dtype)), moved)
     pages.write(v_pages, table, target, pick(pages.read(v_pages, table), v.to(v_pages.dtype)), moved)
     pages.write(score_pages, table, target, pick(scores[..., :capacity], scores[..., capacity:]), moved)
-    pages.write(pos_pages, table, target, pick(pos[..., :capacity], pos[..., capacity:]), moved)
+    pages.write(pos_pages, table, target, pick(places_cached, places_new), moved)
     lens.copy_(n_kept.clamp(max=capacity).to(lens.dtype))

@@ -1,0 +1,335 @@
+"""The rewritten model: a program and its parameters behind the interface of a transformers causal LM."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvrewrite.cache import EvictionCache
+from kvrewrite.errors import CacheError, InputError
+from kvrewrite.graph import get_attr
+from kvrewrite.graph_io import graph_from_dict
+from kvrewrite.policies import UNLIMITED, Policy, Segment
+from kvrewrite.policies import make as make_policy
+from kvrewrite.program import Program
+
+_program_ids = itertools.count()
+
+
+class RewrittenModel(nn.Module, GenerationMixin):
+    """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
+
+    Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts of
+    any length are cut into the policy's segments inside. Rows may be padded on either side.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _supports_cache_class = True
+    base_model_prefix = ""
+
+    def __init__(
+        self,
+        program: Program,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        source: Any = None,
+    ):
+        super().__init__()
+        self.program = program
+        self.program_id = next(_program_ids)
+        self.graph_module = program.graph
+        self.config = copy.deepcopy(config)
+        self.generation_config = generation_config or GenerationConfig.from_model_config(self.config)
+        self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
+        self.source = source  # what save_pretrained copies the original from
+        self._run: Callable[..., Tensor] = self.graph_module
+        self._rotary_graphs: list[nn.Module] = []
+        for entry in program.layout["rotary"]:
+            tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
+            self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
+        self.eval()
+
+    # -- what transformers asks a model --------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.graph_module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model was captured in."""
+        return getattr(torch, self.program.dtype)
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No code comes from a hub."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, Any]:
+        """Experts are part of the graph."""
+        return {}
+
+    @property
+    def sites(self) -> list[Any]:
+        """The rewritten attention sites."""
+        return self.program.sites
+
+    # -- compile -------------------------------------------------------------------------------------------------
+    def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Compiles the graph with torch.compile (options as there); planning and caches stay in Python."""
+        kwargs.setdefault("dynamic", True)
+        self._run = torch.compile(self.graph_module, **kwargs)
+
+    # -- caches --------------------------------------------------------------------------------------------------
+    def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
+        """An empty cache for `batch_size` rows; max_length: tokens that a row will have in all, where RoPE depends on it."""
+        return EvictionCache(self, batch_size, max_length=max_length)
+
+    def length_tables(self, max_length: int | None) -> dict[str, Tensor]:
+        """Rotary frequencies for requests of up to `max_length` tokens (None: as long as the model goes)."""
+        tables = {}
+        for table in self.program.layout["length_tables"]:
+            kind = "short" if max_length is not None and max_length <= table["threshold"] else "long"
+            tables[table["input"]] = get_attr(self.graph_module, f"length_tables.{table['index']}.{kind}")
+        return tables
+
+    def make_rotary(self, length: int, tables: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin (length, D) of each rotation."""
+        positions = torch.arange(length, device=self.device)
+        made = []
+        for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
+            made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
+        return made
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int, *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Called by `generate`: gives it an EvictionCache unless the caller brought one."""
+        if getattr(generation_config, "cache_implementation", None) is not None:
+            raise CacheError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a rewritten model has its own cache; "
+                "leave cache_implementation out"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is None:
+            width = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
+        else:
+            self._check_cache(given, None)
+
+    def _check_cache(self, cache: Any, batch: int | None) -> None:
+        if not isinstance(cache, EvictionCache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}, expected an EvictionCache from this model's new_cache()"
+            )
+        if cache.owner_id != self.program_id:
+            raise CacheError("the cache belongs to another model; make one with this model's new_cache()")
+        if batch is not None and cache.batch_size != batch:
+            raise CacheError(f"the cache is for batch size {cache.batch_size}, but the input has {batch} rows")
+        if cache.device != self.device:
+            raise CacheError(f"the cache is on {cache.device}, the model on {self.device}")
+
+    # -- forward -------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EvictionCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs new tokens through the model and its cache.
+
+        input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for real
+        tokens, which must be adjacent. position_ids are counted by the cache; given ones must agree. logits_to_keep: how
+        many of the last columns to return logits for, 0 for all. Returns logits (B, T or logits_to_keep, vocabulary), zero
+        at padding, and the cache.
+        """
+        self._refuse(kwargs)
+        if input_ids is None or input_ids.dim() != 2:
+            got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
+            raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids has dtype {input_ids.dtype}, expected int64")
+        if not isinstance(logits_to_keep, int):
+            raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
+        batch, width = input_ids.shape
+        cache = past_key_values
+        if cache is None:
+            cache = self.new_cache(batch)
+        self._check_cache(cache, batch)
+        first, counts = self._real_tokens(attention_mask, batch, width, cache)
+        decoding = width == 1 and all(cache.seen[b] > 0 for b in range(batch))
+        self._check_input(input_ids, position_ids, first, counts, cache, decoding)
+        logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
+        cache.columns += width
+        keep_cache = use_cache is not False
+        if return_dict is False:
+            return (logits, cache) if keep_cache else (logits,)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keep_cache else None)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _refuse(kwargs: dict[str, Any]) -> None:
+        """Arguments that would change the result are refused; the rest of what `generate` passes is harmless."""
+        for name in ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"):
+            value = kwargs.get(name)
+            if value is not None and value is not False:
+                raise InputError(f"{name} is not supported by a rewritten model; leave it out")
+
+    def _real_tokens(
+        self, mask: Tensor | None, batch: int, width: int, cache: EvictionCache
+    ) -> tuple[list[int], list[int]]:
+        """Where the real tokens of each row begin among the new columns, and how many there are."""
+        if mask is None:
+            return [0] * batch, [width] * batch
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, cache.columns + width):
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {cache.columns + width}) or "
+                f"({batch}, {width})"
+            )
+        new = mask[:, mask.shape[1] - width :].to(torch.bool).cpu()
+        counts = new.sum(1).tolist()
+        first = new.to(torch.int8).argmax(1).tolist()
+        for row, (at, n) in enumerate(zip(first, counts)):
+            if n and not bool(new[row, at : at + n].all()):
+                raise InputError(
+                    f"attention_mask: row {row} has padding between real tokens (a mask with holes), expected its {n} real "
+                    "tokens to be adjacent; pad on the left or on the right"
+                )
+        return first, counts
+
+    def _check_input(
+        self, ids: Tensor, position_ids: Tensor | None, first: list[int], counts: list[int], cache: EvictionCache,
+        decoding: bool,
+    ) -> None:  # fmt: skip
+        limit = self.program.max_positions
+        for row, n in enumerate(counts):
+            total = cache.seen[row] + n
+            if limit is not None and total > limit and self.policy.positions == "original":
+                raise InputError(
+                    f"row {row} would reach position {total - 1}, but the model has {limit} positions; expected at most "
+                    f"{limit} tokens (a learned position table can't be extended)"
+                )
+            if self.policy.name == "full" and self.policy.budget is not None and total > self.policy.budget:
+                raise CacheError(
+                    f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {self.policy.budget}; "
+                    "use a larger budget or a policy that evicts"
+                )
+        # Generated ids come from the model itself; looking at them would stall a GPU at every token.
+        if not decoding or not ids.is_cuda:
+            low, high = int(ids.min()), int(ids.max())
+            if ids.numel() and (low < 0 or high >= self.program.vocab_size):
+                raise InputError(
+                    f"token ids reach from {low} to {high}, expected 0 to {self.program.vocab_size - 1}; does the tokenizer "
+                    "belong to this model?"
+                )
+        if position_ids is not None and not decoding:
+            rows = position_ids.expand(len(counts), -1).cpu()
+            for row, (at, n) in enumerate(zip(first, counts)):
+                expected = torch.arange(cache.seen[row], cache.seen[row] + n)
+                if n and not torch.equal(rows[row, at : at + n].long(), expected):
+                    raise InputError(
+                        f"position_ids of row {row} are {rows[row, at : at + n].tolist()[:8]}..., expected "
+                        f"{expected.tolist()[:8]}...: positions are counted by the cache; leave position_ids out"
+                    )
+
+    def _run_segments(
+        self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: bool, keep: int
+    ) -> Tensor:
+        """Runs each row's plan, all rows side by side, and collects the logits of the wanted columns."""
+        batch, width = ids.shape
+        columns = width if keep == 0 else min(keep, width)
+        plans: list[list[Segment]] = []
+        for n in counts:
+            plans.append([] if n == 0 else [self.policy.decode_segment()] if decoding else self.policy.plan(n))
+        logits: Tensor | None = None
+        done = [0] * batch
+        reserve = self._reserve(cache, counts)
+        steps = max((len(p) for p in plans), default=0)
+        for step in range(steps):
+            row_segments = [p[step] if step < len(p) else None for p in plans]
+            valid = [s.length if s else 0 for s in row_segments]
+            starts = [f + d for f, d in zip(first, done)]
+            # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
+            wanted = []
+            for b in range(batch):
+                lowest = max(0, width - columns - starts[b])
+                wanted.append(list(range(lowest, valid[b])))
+            picks = max(1, max(len(w) for w in wanted))
+            out = self._run_segment(ids, starts, valid, row_segments, wanted, picks, cache, decoding, reserve)
+            if logits is None:
+                logits = out.new_zeros(batch, columns, out.shape[-1])
+            for b in range(batch):
+                if wanted[b]:
+                    at = starts[b] + wanted[b][0] - (width - columns)
+                    logits[b, at : at + len(wanted[b])] = out[b, : len(wanted[b])]
+            done = [d + n for d, n in zip(done, valid)]
+        if logits is None:
+            return torch.zeros(batch, columns, self.program.vocab_size, device=self.device, dtype=self.dtype)
+        return logits
+
+    def _run_segment(
+        self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], wanted: list[list[int]],
+        picks: int, cache: EvictionCache, decoding: bool, reserve: int,
+    ) -> Tensor:  # fmt: skip
+        """One pass through the graph: the same segment number of every row, left-aligned."""
+        device, batch = self.device, len(valid)
+        longest = max(valid)
+        keep = [s.keep if s else UNLIMITED for s in segments]
+        column = torch.arange(longest)
+        index = (torch.tensor(starts)[:, None] + column).clamp(max=ids.shape[1] - 1).to(device)
+        positions = (torch.tensor(cache.seen)[:, None] + column).to(device)
+        inputs: dict[str, Tensor] = cache.prepare(valid, keep, reserve)
+        inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, index)
+        inputs["positions"] = inputs["position_ids"] = positions
+        inputs["valid"] = torch.tensor(valid, dtype=torch.int32).to(device)
+        inputs["recent"] = torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32).to(device)
+        padded = [w + [0] * (picks - len(w)) for w in wanted]
+        inputs["logit_index"] = torch.tensor(padded, dtype=torch.int64).to(device)
+        if self.program.layout["contiguous"]:
+            renew = not decoding or self.policy.renews_ranks_in_decoding
+            if renew:
+                cache.next_rotary = list(cache.length)
+            inputs["following"] = torch.tensor(cache.next_rotary).to(device)
+            inputs["renew"] = torch.full((batch,), renew, device=device)
+            inputs["position_ids"] = (torch.tensor(cache.next_rotary)[:, None] + column).to(device)
+            for i, (cos, sin) in enumerate(cache.rotary(max(cache.next_rotary) + longest)):
+                inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
+        limit = self.program.max_positions
+        if limit is not None:  # padding behind a row's end may not index out of a table of positions
+            inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
+        inputs.update(cache.length_tables)
+        out = self._run(*(inputs[name] for name in self.program.layout["inputs"]))
+        cache.commit(valid, keep)
+        return out
+
+    def _reserve(self, cache: EvictionCache, counts: list[int]) -> int:
+        """Slots a head that the pools should have room for: the budget, or what the request is known to need."""
+        total = max((s + n for s, n in zip(cache.seen, counts)), default=0)
+        wanted = max(total, min(cache.max_length or 0, 2 * total + 256))
+        return min(wanted, self.policy.budget) if self.policy.budget and self.policy.decode_eviction else wanted
+
+    # -- saving --------------------------------------------------------------------------------------------------
+    def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **kwargs: Any) -> None:
+        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact`."""
+        from kvrewrite.api import save
+
+        save(self, save_directory, force=force)

@@ -1,0 +1,40 @@
+"""Eviction policies by name. To add one: a file with a `Policy` subclass, and its line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+from kvrewrite.policies.full import Full
+from kvrewrite.policies.h2o import H2O
+from kvrewrite.policies.locret import Locret
+from kvrewrite.policies.streaming_llm import StreamingLLM
+
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Full, StreamingLLM, H2O, Locret)}
+
+
+def make(name: str | Policy, **options: Any) -> Policy:
+    """The policy called `name` with `options`; raises OptionError for unknown names and options."""
+    if isinstance(name, Policy):
+        return dataclasses.replace(name, **options) if options else name
+    if name not in POLICIES:
+        raise OptionError(f"unknown policy {name!r}{_hint(name, POLICIES)}; there are: {', '.join(POLICIES)}")
+    cls = POLICIES[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    for option in options:
+        if option not in known:
+            raise OptionError(
+                f"policy {name} has no option {option!r}{_hint(option, known)}; it has: {', '.join(sorted(known))}"
+            )
+    return cls(**options)
+
+
+def _hint(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+__all__ = ["POLICIES", "UNLIMITED", "Full", "H2O", "Locret", "Policy", "Scores", "Segment", "StreamingLLM", "make"]

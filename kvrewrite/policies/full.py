@@ -1,0 +1,32 @@
+"""Keeps everything, up to a capacity: the baseline, and the way to check a rewrite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Policy):
+    """No eviction. `budget` is a capacity here: a longer text is refused with an error; None grows without limit."""
+
+    name = "full"
+    summary = "keeps everything, up to its capacity"
+    source = "-"
+
+    chunk: int | None = 2048
+    decode_eviction: bool = False
+
+    def score(self, hook: SiteHook) -> Scores:
+        """No score is ever compared; the position is as good as any."""
+        return Scores(hook.position_scores())
+
+    def plan(self, length: int) -> list[Segment]:
+        """Chunks without eviction."""
+        step = self.chunk or max(1, length)
+        return [Segment(min(step, length - at), UNLIMITED) for at in range(0, length, step)]

@@ -1,0 +1,52 @@
+"""H2O: heavy hitters by accumulated attention, and a recent window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import Policy, Scores
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Keeps the `recent_tokens` newest slots and the slots that received most attention so far (Zhang et al., arXiv
+    2306.14048, algorithm 1; code FMInference/H2O).
+
+    The score of a slot is the running sum over all past queries of its softmax weight, per kv head; with grouped queries
+    the sum also runs over the group's heads, which the original leaves open. At prefill the sum runs over all prompt
+    queries (chunk=None, the default) or chunk by chunk. recent_tokens=None is half the budget, as in the authors' harness.
+    """
+
+    name = "h2o"
+    summary = "accumulated attention + recent window"
+    source = "arXiv 2306.14048"
+    needs_lse = True
+
+    budget: int | None = 1024
+    recent_tokens: int | None = None
+
+    @property
+    def recent(self) -> int:
+        """The protected window."""
+        if self.recent_tokens is not None:
+            return self.recent_tokens
+        return (self.budget or 0) // 2
+
+    def validate(self) -> None:
+        """Room for heavy hitters next to the window."""
+        if self.budget is None:
+            raise OptionError("h2o: budget is None, expected a number of slots")
+        if self.recent < 0:
+            raise OptionError(f"h2o: recent_tokens is {self.recent_tokens}, expected 0 or more")
+        super().validate()
+
+    def score(self, hook: SiteHook) -> Scores:
+        """What every slot has received so far plus what these queries give."""
+        mass = hook.observe(hook.ones_rows())
+        cached, new = hook.split(mass)
+        return Scores(new, slots=hook.add(hook.read_scores(), cached))

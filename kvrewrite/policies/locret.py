@@ -1,0 +1,107 @@
+"""Locret: trained retaining heads score every cache unit; chunked prefill under a fixed budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locret(Policy):
+    """Retaining heads (Huang et al., arXiv 2410.01805, algorithm 1 and table 4; code huangyuxiang03/Locret @ 28995c5).
+
+    score = fc2(act(fc1([q | k | v]))) of the raw projections before RoPE, one number per (token, kv head), without
+    biases; act is the model's own activation. Prefill in chunks: after each chunk every head keeps its `budget` best
+    slots; the `stabilizers` newest slots are protected except after the last chunk; the `local_tail` last prompt tokens
+    are added afterwards and nothing is evicted then, so a prompt leaves at most budget + local_tail slots.
+
+    positions="contiguous" (the authors' code): keys are cached without rotation, re-ranked at each prefill chunk and
+    frozen while decoding. decode_eviction=False as the authors have it: the cache grows with the answer; True (ours)
+    keeps it within the budget.
+    """
+
+    name = "locret"
+    summary = "trained retaining heads, chunked prefill"
+    source = "arXiv 2410.01805"
+    needs_weights = True
+
+    budget: int | None = 6000
+    chunk: int | None = 3072
+    stabilizers: int = 2500
+    local_tail: int = 100
+    hidden_size: int = 1024
+    activation: str = "auto"
+    positions: str = "contiguous"
+    decode_eviction: bool = False
+
+    def validate(self) -> None:
+        """The stabilizers must leave room for scored slots."""
+        if self.budget is None or self.chunk is None:
+            raise OptionError(f"locret: budget is {self.budget} and chunk {self.chunk}, expected numbers of tokens")
+        for name in ("stabilizers", "local_tail"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"locret: {name} is {getattr(self, name)}, expected 0 or more")
+        if self.hidden_size < 1:
+            raise OptionError(f"locret: hidden_size is {self.hidden_size}, expected at least 1")
+        if self.budget <= self.stabilizers:
+            raise OptionError(
+                f"locret: budget is {self.budget}, but {self.stabilizers} stabilizers are kept after each chunk; expected "
+                "a budget above the stabilizers"
+            )
+
+    @property
+    def renews_ranks_in_decoding(self) -> bool:
+        """Ranks are final once the prompt is in the cache."""
+        return False
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Takes the model's activation and the width of the given weights."""
+        import dataclasses
+
+        changes: dict[str, Any] = {}
+        if self.activation == "auto":
+            changes["activation"] = facts.get("activation") or "silu"
+        if facts.get("policy_hidden_size"):
+            changes["hidden_size"] = facts["policy_hidden_size"]
+        return dataclasses.replace(self, **changes)
+
+    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+        """The authors' key layout."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site, hook in zip(sites, hooks, strict=True):
+            if site.shares_kv_with is not None:
+                continue
+            shapes[self._name(site, "fc1")] = (self.hidden_size, hook.projected_width())
+            shapes[self._name(site, "fc2")] = (site.kv_heads, self.hidden_size)
+        return shapes
+
+    @staticmethod
+    def _name(site: AttentionSite, part: str) -> str:
+        return f"model.layers.{site.layer}.self_attn.{part}.weight"
+
+    def score(self, hook: SiteHook) -> Scores:
+        """fc2(act(fc1([q | k | v]))) of the tokens' own projections; a score never changes afterwards."""
+        wide = hook.linear(hook.projected(), hook.weight(self._name(hook.site, "fc1")))
+        scores = hook.linear(hook.activation(wide, self.activation), hook.weight(self._name(hook.site, "fc2")))
+        return Scores(hook.per_head(scores))
+
+    def plan(self, length: int) -> list[Segment]:
+        """Algorithm 1: chunks up to the local tail, then the tail."""
+        assert self.budget is not None and self.chunk is not None
+        tail = min(self.local_tail, length)
+        body = length - tail
+        segments = []
+        for at in range(0, body, self.chunk):
+            size = min(self.chunk, body - at)
+            last = at + size == body
+            segments.append(Segment(size, self.budget, 0 if last else self.stabilizers))
+        if tail:
+            segments.append(Segment(tail, UNLIMITED))
+        return segments

@@ -1,0 +1,64 @@
+"""StreamingLLM: attention sinks and a recent window."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import Policy, Scores
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """Keeps the first `start` tokens and the most recent budget - start (Xiao et al., arXiv 2309.17453, section 3.2).
+
+    No scores; the same slots in every layer and head. As in the authors' code keys are cached without their rotation and
+    rotated by their place in the cache at every step, so that no position ever exceeds the budget
+    (positions="contiguous", the default on models with RoPE); positions="original" keeps true positions, as kvpress does.
+    Models without RoPE use original positions.
+    """
+
+    name = "streaming_llm"
+    summary = "attention sinks + recent window"
+    source = "arXiv 2309.17453"
+
+    budget: int | None = 1024
+    start: int = 4
+    chunk: int | None = 512
+    positions: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.positions != "auto":
+            super().__post_init__()
+        else:
+            dataclasses.replace(self, positions="original")
+
+    @property
+    def sinks(self) -> int:
+        """The first tokens, which never go."""
+        return self.start
+
+    def validate(self) -> None:
+        """The budget must hold more than the sinks."""
+        if self.start < 0:
+            raise OptionError(f"streaming_llm: start is {self.start}, expected 0 or more")
+        if self.budget is None:
+            raise OptionError("streaming_llm: budget is None, expected a number of slots")
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Contiguous positions where the model's rotation was found, original ones where there is none."""
+        if self.positions != "auto":
+            return self
+        usable = any(s.rope for s in sites) and not facts.get("rope_problem")
+        return dataclasses.replace(self, positions="contiguous" if usable else "original")
+
+    def score(self, hook: SiteHook) -> Scores:
+        """A token is worth its position: the oldest goes first."""
+        return Scores(hook.position_scores())

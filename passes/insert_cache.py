@@ -1,0 +1,299 @@
+"""Turns attention over a whole sequence into attention over a bounded, paged cache that is an input of the graph.
+
+Requires the canonical graph with positions lifted, each attention node carrying its `AttentionSite`. Ensures that every
+site reads its cache with `cached_attention`, that every owner of keys and values updates it once, behind its last reader
+(so that at most one layer's new keys and values are alive), and that the logits are computed only where they are asked
+for. Runs last: graph matchers refuse to cross mutating ops.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvrewrite.capture import Captured, RotaryTable
+from kvrewrite.errors import UnsupportedModelError
+from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, placeholder, set_attr, shape_of
+from kvrewrite.passes.find_rope import Rope, canonical_layout
+from kvrewrite.passes.insert_policy import SiteHook, insert_policy
+from kvrewrite.policies.base import Policy
+from kvrewrite.site import AttentionSite
+
+aten = torch.ops.aten
+ops = torch.ops.kvrewrite
+POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
+
+
+@dataclass
+class CacheClass:
+    """Layers whose caches have the same shape and share one pool of pages."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    layers: list[int] = field(default_factory=list)  # sites that own keys and values
+    windows: list[int] = field(default_factory=list)  # most slots that a layer can ever need, 0: no limit
+
+
+def site_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The canonical attention nodes in order."""
+    return [n for n in gm.graph.nodes if n.target is ops.attention.default]
+
+
+def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> dict[str, Any]:
+    """Rewrites the graph in place and returns the layout that the runtime needs (plain data).
+
+    ropes: rotation per site, used when the policy wants contiguous positions.
+    """
+    gm = captured.graph
+    nodes = site_nodes(gm)
+    sites: list[AttentionSite] = [n.meta["kvrewrite_site"] for n in nodes]
+    contiguous = policy.positions == "contiguous"
+    classes, where = _classes(nodes, sites)
+    inputs = _control_inputs(gm, len(classes), contiguous)
+    rotary: list[dict[str, Any]] = []
+    tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous else {}
+    owners: dict[int, dict[str, Any]] = {}
+    for node, site in zip(nodes, sites, strict=True):
+        owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
+        if owner not in owners:
+            owners[owner] = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables)
+        _read_cache(gm, node, site, inputs, owners[owner])
+    for layer, cache in owners.items():
+        _close_cache(gm, sites[layer], policy, inputs, cache)
+    logits_at(gm, inputs["logit_index"], captured.vocab_size)
+    lengths = _length_inputs(gm, captured.rotary_tables, rotary)
+    erase_dead(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return {
+        "classes": [vars(c) for c in classes],
+        "contiguous": contiguous,
+        "rotary": rotary,
+        "length_tables": lengths,
+        "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
+    }
+
+
+def _classes(nodes: list[fx.Node], sites: list[AttentionSite]) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
+    """Groups the owning sites by the shape of their cache; also site -> (class, index in it)."""
+    classes: list[CacheClass] = []
+    where: dict[int, tuple[int, int]] = {}
+    for site in sites:
+        if site.shares_kv_with is not None:
+            continue
+        shape = (site.kv_heads, site.head_dim, site.v_head_dim)
+        found = next((c for c in classes if (c.kv_heads, c.k_dim, c.v_dim) == shape), None)
+        if found is None:
+            found = CacheClass(*shape)
+            classes.append(found)
+        where[site.layer] = (classes.index(found), len(found.layers))
+        found.layers.append(site.layer)
+        # Readers that share this cache may look further back than its owner.
+        readers = [s for s in sites if s.layer == site.layer or s.shares_kv_with == site.layer]
+        window, chunk = _span([(s.window, s.chunk) for s in readers])
+        found.windows.append(window or chunk)
+    return classes, where
+
+
+def _span(masks: list[tuple[int, int]]) -> tuple[int, int]:
+    """The (window, chunk) outside which none of the readers looks; zeros where some reader looks at everything."""
+    windows, chunks = zip(*masks)
+    if all(windows):
+        return max(windows), 0
+    return (0, chunks[0]) if len(set(chunks)) == 1 else (0, 0)
+
+
+def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool) -> dict[str, Any]:
+    """Adds the inputs that every rewritten graph has."""
+    inputs: dict[str, Any] = {}
+    position_ids = placeholder(gm, "position_ids")
+    inputs["position_ids"] = position_ids if position_ids is not None else add_placeholder(gm, "position_ids")
+    names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew"] if contiguous else [])
+    for name in names:
+        inputs[name] = add_placeholder(gm, name)
+    for c in range(n_classes):
+        for name in (*POOLS, "table", "lens", "keep"):
+            inputs[f"{name}_{c}"] = add_placeholder(gm, f"{name}_{c}")
+    return inputs
+
+
+def _rotary_inputs(
+    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[dict[str, Any]]
+) -> dict[int, tuple[fx.Node, fx.Node, fx.Node]]:
+    """One (cos, sin, partner) per distinct rotation: site -> nodes; fills `rotary` with the graphs that make them."""
+    from kvrewrite.graph_io import graph_to_dict
+
+    by_signature: dict[str, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    for layer, rope in ropes.items():
+        if rope.signature not in by_signature:
+            index = len(rotary)
+            cos, sin = add_placeholder(gm, f"rotary_cos_{index}"), add_placeholder(gm, f"rotary_sin_{index}")
+            for node in rope.table.graph.nodes:
+                if node.op == "get_attr" and str(node.target).startswith("rotary_"):
+                    name = f"rotary_tables.{index}.{node.target}"
+                    set_attr(gm, name, get_attr(rope.table, str(node.target)))
+                    set_attr(rope.table, name, get_attr(rope.table, str(node.target)))
+                    node.target = name
+            lengths = _length_inputs(rope.table, captured.rotary_tables, [])
+            rope.table.recompile()
+            attributes = [str(n.target) for n in rope.table.graph.nodes if n.op == "get_attr"]
+            rotary.append(
+                {
+                    "graph": graph_to_dict(rope.table),
+                    "constants": sorted(set(attributes)),
+                    "length_tables": [t["input"] for t in lengths],
+                }
+            )
+            set_attr(gm, f"rotary_tables.{index}.partner", rope.partner)
+            with gm.graph.inserting_after(sin):
+                partner = gm.graph.get_attr(f"rotary_tables.{index}.partner")
+            by_signature[rope.signature] = (cos, sin, partner)
+        tables[layer] = by_signature[rope.signature]
+    return tables
+
+
+def _length_inputs(gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`."""
+    found = []
+    for i, table in enumerate(tables):
+        nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == table.attribute]
+        used = any(f"length_table_{i}" in r["length_tables"] for r in rotary)
+        if not nodes and not used:
+            continue
+        name = f"length_table_{i}"
+        if nodes:
+            new = add_placeholder(gm, name, nodes[0].meta.get("val"))
+            for node in nodes:
+                node.replace_all_uses_with(new)
+                gm.graph.erase_node(node)
+        set_attr(gm, f"length_tables.{i}.short", table.short)
+        set_attr(gm, f"length_tables.{i}.long", table.long)
+        found.append({"input": name, "index": i, "threshold": table.threshold, "in_graph": bool(nodes)})
+    return found
+
+
+def _open_cache(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    site: AttentionSite,
+    inputs: dict[str, Any],
+    cache_class: int,
+    index: int,
+    ropes: dict[int, Rope],
+    tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]],
+) -> dict[str, Any]:
+    """The views of one owner's cache, in front of its attention."""
+    pools = {name: inputs[f"{name}_{cache_class}"] for name in POOLS}
+    with gm.graph.inserting_before(node):
+        views = {
+            name: gm.graph.call_function(aten.select.int, (inputs[f"{name}_{cache_class}"], 0, index))
+            for name in ("table", "lens", "keep")
+        }
+        cache: dict[str, Any] = {**pools, **views, "k": node.args[1], "v": node.args[2], "k_dense": None, "readers": []}
+        rope = ropes.get(site.layer)
+        if rope is not None:
+            cos, sin, partner = tables[site.layer]
+            cache["k"] = canonical_layout(gm.graph, rope.pre, rope.layout)
+            positions = gm.graph.call_function(
+                ops.slot_rotary.default,
+                (pools["pos_pages"], views["table"], views["lens"], inputs["following"], inputs["renew"]),
+            )
+            raw = gm.graph.call_function(ops.read_pages.default, (pools["k_pages"], views["table"]))
+            cache["k_dense"] = gm.graph.call_function(ops.rotate.default, (raw, cos, sin, positions, partner))
+            site.inserted.append("rotate cached keys")
+    return cache
+
+
+def _read_cache(
+    gm: fx.GraphModule, node: fx.Node, site: AttentionSite, inputs: dict[str, Any], cache: dict[str, Any]
+) -> None:
+    """Replaces one canonical attention node by attention on [cache, new tokens]."""
+    q, k, v, sinks, alibi, scale, softcap, window, chunk = node.args
+    before = (cache["k_pages"], cache["v_pages"], cache["pos_pages"], cache["table"], cache["lens"])
+    where = (inputs["positions"], inputs["valid"])
+    shape = (scale, softcap, window, chunk)
+    with gm.graph.inserting_before(node):
+        pair = gm.graph.call_function(
+            ops.cached_attention.default, (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, None, *shape)
+        )
+        out = gm.graph.call_function(operator.getitem, (pair, 0))
+        lse = gm.graph.call_function(operator.getitem, (pair, 1))
+    pair.meta.update(kvrewrite_site=site, nn_module_stack=node.meta.get("nn_module_stack"))
+    out.meta["val"] = node.meta.get("val")
+    node.replace_all_uses_with(out)
+    site.inserted.insert(0, "cached_attention")
+    cache["readers"].append((q, k, v, lse, sinks, alibi, shape))
+    cache["last"] = lse
+    gm.graph.erase_node(node)
+
+
+def _close_cache(
+    gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any]
+) -> None:
+    """Scores and updates one owner's cache behind its last reader."""
+    q, k, v, lse, _sinks, alibi, shape = cache["readers"][0]
+    pages = (cache["k_pages"], cache["pos_pages"], cache["table"], cache["lens"])
+    where = (inputs["positions"], inputs["valid"])
+    observation = {
+        "positions": inputs["positions"],
+        "score_pages": cache["score_pages"],
+        "table": cache["table"],
+        "observe": lambda rows: (q, k, lse, rows, cache["k_dense"], *pages, *where, alibi, None, *shape),
+    }
+    hook = SiteHook(gm, site, q, k, v, cache["last"], observation)
+    scores = insert_policy(hook, policy)
+    window, chunk = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
+    hook.call(
+        ops.cache_update.default,
+        cache["k"],
+        cache["v"],
+        scores.new,
+        scores.slots,
+        inputs["positions"],
+        inputs["position_ids"],
+        inputs["valid"],
+        cache["keep"] if scores.keep is None else scores.keep,
+        inputs["recent"],
+        *(cache[name] for name in POOLS),
+        cache["table"],
+        cache["lens"],
+        policy.sinks,
+        window,
+        chunk,
+    )
+    site.inserted.append("cache_update")
+
+
+# ------------------------------------------------------------------------------------------------ logits
+_LOCAL = {
+    aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default, aten._to_copy.default,
+    aten.to.dtype, aten.alias.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
+}  # fmt: skip
+
+
+def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int) -> None:
+    """Makes the graph return logits only at `logit_index` (B, K): (B, K, vocabulary).
+
+    The hidden states are gathered in front of the vocabulary projection where it can be found behind local ops only: at
+    128K vocabulary entries the logits of a whole chunk would be larger than its cache.
+    """
+    output = output_node(gm)
+    node: fx.Node = output.args[0]  # type: ignore[assignment]
+    head = node
+    while head.target in _LOCAL and isinstance(head.args[0], fx.Node) and len(head.all_input_nodes) == 1:
+        head = head.args[0]
+    at, user = (head.args[0], head) if head.target is aten.linear.default else (node, output)
+    if not isinstance(at, fx.Node):
+        raise UnsupportedModelError("the graph's output does not depend on its input")
+    width = int(shape_of(at)[-1])
+    with gm.graph.inserting_before(user):
+        index = gm.graph.call_function(aten.unsqueeze.default, (logit_index, 2))
+        index = gm.graph.call_function(aten.expand.default, (index, [-1, -1, width]))
+        picked = gm.graph.call_function(aten.gather.default, (at, 1, index))
+    user.replace_input_with(at, picked)

@@ -1,0 +1,161 @@
+"""The compiler's passes in their fixed order.
+
+    capture -> normalize -> find_attention + canonicalize -> lift_positions -> check -> insert_policy + insert_cache
+
+Each pass says in its module what it requires and ensures; none is skipped on error and none misses in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvrewrite.capture import Captured
+from kvrewrite.errors import OptionError
+from kvrewrite.graph import placeholder
+from kvrewrite.passes.canonicalize import canonicalize
+from kvrewrite.passes.check import check
+from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
+from kvrewrite.passes.insert_cache import insert_cache, site_nodes
+from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
+from kvrewrite.passes.lift_positions import lift_positions
+from kvrewrite.passes.normalize import normalize
+from kvrewrite.policies import Policy
+from kvrewrite.policy_weights import check_policy_weights
+from kvrewrite.program import Program
+from kvrewrite.site import AttentionSite
+
+Observer = Callable[[str, fx.GraphModule], None]
+
+
+def canonical(captured: Captured, observe: Observer | None = None) -> list[AttentionSite]:
+    """Runs everything up to the canonical graph, in place, and returns the sites found; policy-independent."""
+
+    def step(name: str) -> None:
+        captured.graph.graph.lint()
+        if observe is not None:
+            observe(name, captured.graph)
+
+    step("capture")
+    normalize(captured)
+    step("normalize")
+    sites = canonicalize(captured)
+    step("canonicalize")
+    lift_positions(captured)
+    step("lift_positions")
+    check(captured, sites)
+    ropes = find_ropes(captured)
+    for site in sites:
+        found = ropes[site.layer]
+        site.rope = isinstance(found, Rope) or found.rotated
+    return sites
+
+
+def find_ropes(captured: Captured) -> dict[int, Rope | NoRope]:
+    """The rotation of each site's keys, or why there is none that can be used."""
+    position_ids = placeholder(captured.graph, "position_ids")
+    found: dict[int, Rope | NoRope] = {}
+    for node in site_nodes(captured.graph):
+        site: AttentionSite = node.meta["kvrewrite_site"]
+        found[site.layer] = find_rope(captured.graph, node.args[1], site.kv_heads, position_ids)  # type: ignore[arg-type]
+    return found
+
+
+def expected_weights(captured: Captured, sites: list[AttentionSite], policy: Policy) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the policy weights for this model."""
+    hooks = [
+        SiteHook(captured.graph, site, *node.args[:3], node)  # type: ignore[misc]
+        for site, node in zip(sites, site_nodes(captured.graph), strict=True)
+    ]
+    return policy.weights(sites, hooks)
+
+
+def insert(
+    captured: Captured,
+    sites: list[AttentionSite],
+    policy: Policy,
+    weights: tuple[Mapping[str, Tensor], Mapping[str, str]] | None = None,
+    facts: dict[str, Any] | None = None,
+    observe: Observer | None = None,
+) -> Program:
+    """Inserts a policy and a cache into a canonical graph, in place.
+
+    weights: (tensors, metadata) of the policy weights. facts: what policies may ask of the model's config ("activation").
+    Raises OptionError where the policy does not fit the model, PolicyWeightsError where the weights do not.
+    """
+    facts = dict(facts or {})
+    ropes = find_ropes(captured)
+    # A layer without any rotation needs none; one whose rotation can't be replayed rules contiguous positions out.
+    problems = {i: r for i, r in ropes.items() if isinstance(r, NoRope) and r.rotated}
+    if problems:
+        layer = min(problems)
+        facts["rope_problem"] = f"layer {layer} ({sites[layer].module}): {problems[layer].reason}"
+    if weights is not None:
+        facts["policy_hidden_size"] = _hidden_size(weights[0])
+    policy = policy.adapt(sites, facts)
+    if policy.positions == "contiguous":
+        if "rope_problem" in facts:
+            raise OptionError(f"{policy.name}: positions=contiguous is not possible: {facts['rope_problem']}; "
+                              "use positions=original")  # fmt: skip
+        if not any(isinstance(r, Rope) for r in ropes.values()):
+            raise OptionError(
+                f"{policy.name}: positions=contiguous needs rotary embeddings, and this model has none (learned or no "
+                "positions, ALiBi); use positions=original"
+            )
+    expected = expected_weights(captured, sites, policy)
+    policy_names: list[str] = []
+    if expected or weights is not None:
+        tensors, metadata = weights if weights is not None else ({}, {})
+        check_policy_weights(tensors, expected, metadata, policy=policy.name, model=model_fingerprint(sites))
+        policy_names = attach_weights(captured.graph, {n: tensors[n] for n in expected}, captured.dtype)
+    usable = {i: r for i, r in ropes.items() if isinstance(r, Rope)}
+    layout = insert_cache(captured, policy, usable)
+    if observe is not None:
+        observe("insert_cache", captured.graph)
+    gm = captured.graph
+    used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    extra = {n for n, _ in gm.named_buffers() if n.startswith(("rotary_tables.", "length_tables."))}
+    extra |= {n for entry in layout["rotary"] for n in entry["constants"]}
+    _drop_unused(gm, used | extra)
+    names = {n for n, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
+    base = sorted(n for n in names if n in captured.persistent)
+    return Program(
+        graph=gm,
+        sites=sites,
+        layout=layout,
+        policy={"name": policy.name, "options": policy.options()},
+        dtype=str(captured.dtype).removeprefix("torch."),
+        vocab_size=captured.vocab_size,
+        max_positions=captured.max_positions,
+        frontend=captured.frontend,
+        base=base,
+        policy_weights=sorted(policy_names),
+        constants=sorted(names - set(base) - set(policy_names)),
+        aliases=captured.aliases,
+    )
+
+
+def model_fingerprint(sites: list[AttentionSite]) -> str:
+    """The shapes that policy weights depend on, as text: which base models they fit."""
+    return ";".join(f"{s.heads},{s.kv_heads},{s.head_dim},{s.v_head_dim}" for s in sites)
+
+
+def _hidden_size(tensors: Mapping[str, Tensor]) -> int | None:
+    """Width of the retaining heads in these weights, if they have any."""
+    sizes = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("fc1.weight") and t.dim() == 2}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _drop_unused(gm: fx.GraphModule, used: set[str]) -> None:
+    """Removes parameters and buffers that no node reads."""
+    for name in [n for n, _ in [*gm.named_parameters(), *gm.named_buffers()]]:
+        if name not in used:
+            *path, leaf = name.split(".")
+            module: torch.nn.Module = gm.get_submodule(".".join(path))
+            delattr(module, leaf)
+
+
+__all__ = ["PREFIX", "canonical", "expected_weights", "find_ropes", "insert", "model_fingerprint"]
