@@ -62,8 +62,8 @@ ATEN = frozenset(
     unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d var var_mean vdot view view_as view_as_complex
     view_as_real view_copy vstack where xlogy zeros zeros_like
     _assert_async _assert_scalar _assert_tensor_metadata _conj _grouped_mm _local_scalar_dense _log_softmax
-    _reshape_alias _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax _to_copy
-    _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view _weight_int8pack_mm item
+    _reshape_alias _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax
+    _to_copy _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view _weight_int8pack_mm item
     sym_constrain_range sym_constrain_range_for_size
     """.split()  # noqa: SIM905 (300 quoted strings are unreadable)
 )
