@@ -1,0 +1,224 @@
+"""Rewrites every attention of a captured graph to the one source op that later passes know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvrewrite.capture import Captured
+from kvrewrite.errors import UnsupportedModelError
+from kvrewrite.graph import erase_dead, is_op, placeholder, set_attr, shape_of, symbol, tensor_of
+from kvrewrite.passes.find_attention import Attention, Operand, find_attention, forget_probes
+from kvrewrite.passes.probe import refuse
+from kvrewrite.site import AttentionSite, NoSite
+
+aten = torch.ops.aten
+SOURCE = torch.ops.kvrewrite.attention.default
+
+
+def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call at the graph's insertion point, with `meta["val"]` from running `target` on the arguments' own."""
+    node = gm.graph.call_function(target, args, kwargs)
+    given = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    modes = {v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
+    if not modes:
+        node.meta["val"] = target(*given[0], **given[1])
+        return node
+    with modes.pop():
+        node.meta["val"] = target(*given[0], **given[1])
+    return node
+
+
+def size_node(captured: Captured, dim: int) -> fx.Node:
+    """The graph's node for the batch size (dim 0) or length (dim 1) of `input_ids`; made where there is none."""
+    gm = captured.graph
+    ids = placeholder(gm, "input_ids")
+    assert ids is not None
+    for user in ids.users:
+        if is_op(user, aten.sym_size.int) and user.args == (ids, dim):
+            return user
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.call_function(aten.sym_size.int, (ids, dim))
+    node.meta["val"] = shape_of(ids)[dim]
+    return node
+
+
+def sizes_first(captured: Captured) -> tuple[fx.Node, fx.Node]:
+    """The nodes of batch size and length, moved to the top of the graph so that every node may use them."""
+    graph = captured.graph.graph
+    nodes = size_node(captured, 0), size_node(captured, 1)
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for node in nodes:
+        last.append(node)
+    return nodes
+
+
+def canonicalize(captured: Captured) -> list[AttentionSite]:
+    """Requires: a normalized graph.
+
+    Ensures: every attention is one `kvrewrite.attention` node with its AttentionSite in `meta["kvrewrite_site"]`; no
+    mask and no scores are left. Returns the sites in execution order. Raises UnsupportedModelError, with layer, module
+    and reason, when an attention can't be rewritten, and leaves the graph half done then.
+    """
+    gm = captured.graph
+    try:
+        found = list(find_attention(captured))
+    finally:
+        forget_probes(captured)
+    for layer, attention in enumerate(found):
+        if isinstance(attention, NoSite):
+            raise refuse(layer, attention.module, attention.reason)
+    sizes = sizes_first(captured)
+    sites: list[AttentionSite] = []
+    owners: dict[tuple[fx.Node, fx.Node], int] = {}
+    operands: dict[Any, fx.Node] = {}
+    for layer, attention in enumerate(found):
+        assert isinstance(attention, Attention)
+        node = _source_node(captured, attention, layer, sizes, operands)
+        site = _site(attention, node, layer)
+        assert isinstance(node.args[1], fx.Node) and isinstance(node.args[2], fx.Node)
+        owner = owners.setdefault((node.args[1], node.args[2]), layer)
+        site.shares_kv_with = owner if owner != layer else None
+        node.meta["kvrewrite_site"] = site
+        sites.append(site)
+    erase_dead(gm)
+    gm.graph.lint()
+    gm.recompile()
+    _check_no_scores(captured)
+    return sites
+
+
+def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:
+    q, k, v, sinks, alibi = node.args[:5]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    return AttentionSite(
+        layer=layer,
+        module=attention.module,
+        heads=int(shape_of(q)[1]),
+        kv_heads=int(shape_of(k)[1]),
+        head_dim=int(shape_of(q)[3]),
+        v_head_dim=int(shape_of(v)[3]),
+        scale=attention.scale,
+        source=attention.source,
+        window=attention.window,
+        chunk=attention.chunk,
+        softcap=attention.softcap,
+        sinks=sinks is not None,
+        alibi=alibi is not None,
+    )
+
+
+def _source_node(
+    captured: Captured,
+    attention: Attention,
+    layer: int,
+    sizes: tuple[fx.Node, fx.Node],
+    operands: dict[Any, fx.Node],
+) -> fx.Node:
+    """Puts the source op for one attention into the graph; nothing to do for those of the interface front end."""
+    if attention.anchor.target is SOURCE:
+        return attention.anchor
+    gm, replaced = captured.graph, attention.replaced
+    with gm.graph.inserting_before(replaced):
+        before = set(gm.graph.nodes)
+        q = _operand(gm, attention.q, attention.heads, sizes, operands)
+        kv = [
+            ready
+            if ready is not None
+            else _operand(gm, operand, attention.kv_heads * attention.groups, sizes, operands, attention.groups)
+            for operand, ready in zip((attention.k, attention.v), attention.unrepeated, strict=True)
+        ]
+        sinks = _per_head(gm, attention.sinks, attention.heads)
+        alibi = _slopes(gm, attention, layer, q)
+        scale, softcap = attention.scale, attention.softcap
+        node = add_call(gm, SOURCE, q, *kv, sinks, alibi, scale, softcap, attention.window, attention.chunk)
+        result = _like_replaced(gm, node, replaced, attention.out_order)
+        for made in gm.graph.nodes:
+            if made not in before:
+                made.meta.setdefault("nn_module_stack", replaced.meta.get("nn_module_stack"))
+    replaced.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result and user is not node)
+    return node
+
+
+def _operand(
+    gm: fx.GraphModule,
+    operand: Operand,
+    heads: int,
+    sizes: tuple[fx.Node, fx.Node],
+    made: dict[Any, fx.Node],
+    groups: int = 1,
+) -> fx.Node:
+    """An operand as (B, heads / groups, S, D). The same operand of another layer is the same node (shared KV)."""
+    key = (operand.node, operand.order, heads, groups)
+    if key in made:
+        return made[key]
+    node = operand.node
+    order = [d for d in operand.order if d >= 0]
+    if order != sorted(order):
+        node = add_call(gm, aten.permute.default, node, order)
+    shape = shape_of(node)
+    if len(shape) != 4 or symbol(shape[1]) != heads:
+        node = add_call(gm, aten.reshape.default, node, [sizes[0], heads, sizes[1], int(shape[-1])])
+    if groups > 1:
+        node = add_call(gm, aten.slice.Tensor, node, 1, 0, heads, groups)
+    made[key] = node
+    return node
+
+
+def _per_head(gm: fx.GraphModule, node: fx.Node | None, heads: int) -> fx.Node | None:
+    if node is None or len(shape_of(node)) == 1:
+        return node
+    return add_call(gm, aten.reshape.default, node, [heads])
+
+
+def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) -> fx.Node | None:
+    """ALiBi slopes as a node: learned ones are where the model has them, constants become a buffer."""
+    if attention.slopes_node is not None or attention.slopes is None:
+        return _per_head(gm, attention.slopes_node, attention.heads)
+    like = tensor_of(q)
+    assert like is not None
+    name = f"kvrewrite_alibi_{layer}"
+    slopes = attention.slopes
+    set_attr(gm, name, slopes.to(like.device) if like.device.type != "meta" else slopes)
+    node = gm.graph.get_attr(name)
+    fake: Tensor = like.new_empty((attention.heads,), dtype=torch.float32)
+    node.meta["val"] = fake
+    return node
+
+
+def _like_replaced(gm: fx.GraphModule, node: fx.Node, replaced: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    """The attention's (B, H, S, Dv) in the shape that the replaced node had."""
+    wanted = tensor_of(replaced)
+    assert wanted is not None
+    rank = len(order)
+    inverse = [order.index(i) for i in range(rank)]
+    leading = [wanted.shape[inverse[i]] for i in range(rank)]
+    result = node
+    if [symbol(s) for s in leading] != [symbol(s) for s in shape_of(node)]:
+        shape = [-1 if isinstance(s, torch.SymInt) and i == 0 else s for i, s in enumerate(leading)]
+        # The batch (times heads) is what remains; the length comes from the op's own result.
+        length = add_call(gm, aten.sym_size.int, node, 2)
+        shape = [length if isinstance(s, torch.SymInt) else s for s in shape]
+        result = add_call(gm, aten.reshape.default, result, shape)
+    if list(order) != list(range(rank)):
+        result = add_call(gm, aten.permute.default, result, list(order))
+    if tensor_of(result).dtype != wanted.dtype:  # type: ignore[union-attr]
+        result = add_call(gm, aten._to_copy.default, result, dtype=wanted.dtype)
+    return result
+
+
+def _check_no_scores(captured: Captured) -> None:
+    """Refuses graphs in which something of the size length x length is still computed."""
+    for node in captured.graph.graph.nodes:
+        value = tensor_of(node)
+        if value is not None and sum(symbol(s) == captured.length_symbol for s in value.shape) >= 2:
+            module = node.meta.get("kvrewrite_module") or ""
+            raise UnsupportedModelError(
+                f"{node.name} ({node.target}{', ' + module if module else ''}) of shape {tuple(map(str, value.shape))} "
+                "is left after every attention was rewritten: the model computes something between all pairs of tokens "
+                "that kvrewrite does not know as attention"
+            )
