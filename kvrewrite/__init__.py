@@ -1,1 +1,40 @@
+"""kvrewrite: a compiler that puts KV-cache eviction into any decoder LLM.
+
+    small = kvrewrite.transform(model, policy="streaming_llm", budget=1024)
+    small.generate(**tokens, max_new_tokens=200)
+    small.save_pretrained("out"); small = kvrewrite.load("out")
+
+Importing this package imports neither transformers nor triton; the functions do when they are called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvrewrite.api import convert, inspect, load, transform
+    from kvrewrite.cache import EvictionCache
+    from kvrewrite.model import RewrittenModel
+    from kvrewrite.verify import verify
+
+_WHERE = {
+    "transform": "kvrewrite.api",
+    "load": "kvrewrite.api",
+    "convert": "kvrewrite.api",
+    "inspect": "kvrewrite.api",
+    "verify": "kvrewrite.verify",
+    "EvictionCache": "kvrewrite.cache",
+    "RewrittenModel": "kvrewrite.model",
+}
+
+__all__ = ["EvictionCache", "RewrittenModel", "__version__", "convert", "inspect", "load", "transform", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'kvrewrite' has no attribute {name!r}")

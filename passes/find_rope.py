@@ -82,7 +82,7 @@ def find_rope(gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.
         return NoRope("its keys do not depend on positions", rotated=False)
     frontier = {n for node in rotation for n in node.all_input_nodes if n in data and n not in rotation}
     # Walk back to the last tensor that everything passes through.
-    while len(frontier) > 1:
+    while len(frontier) > 1 or tensor_of(next(iter(frontier))) is None:
         latest = max(frontier)
         if latest in leaves:
             return NoRope("its keys are put together from several projections before the rotation (MLA)", rotated=True)

@@ -1,0 +1,274 @@
+"""The verbs: transform a model in memory, convert a checkpoint directory, load, save and inspect."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvrewrite import policies
+from kvrewrite.capture import Captured, capture, is_transformers_model
+from kvrewrite.card import model_card
+from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.memory import MemoryPlan, plan_memory
+from kvrewrite.passes.pipeline import Observer, canonical, insert
+from kvrewrite.policies import Policy
+from kvrewrite.program import Program
+from kvrewrite.site import AttentionSite
+
+if TYPE_CHECKING:
+    from kvrewrite.model import RewrittenModel
+
+Progress = Callable[[str], None]
+Weights = str | Path | Mapping[str, Tensor] | None
+
+
+def _quiet(_: str) -> None:
+    """No progress."""
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What policies may ask of a model's configuration."""
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(config, name, None)
+        if isinstance(value, str):
+            return {"activation": value}
+    return {}
+
+
+def _read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, str]] | None:
+    from kvrewrite.policy_weights import read_policy_weights
+
+    if weights is None:
+        return None
+    if isinstance(weights, (str, Path)):
+        return read_policy_weights(weights)
+    return weights, {}
+
+
+def _compile(
+    captured: Captured, policy: Policy, weights: Weights, config: Any, observe: Observer | None, progress: Progress
+) -> Program:
+    progress("finding attention")
+    sites = canonical(captured, observe)
+    progress(f"inserting {policy.name}")
+    return insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+
+
+def transform(
+    model: nn.Module,
+    policy: str | Policy = "streaming_llm",
+    *,
+    policy_weights: Weights = None,
+    max_length: int | None = None,
+    observe: Observer | None = None,
+    **options: Any,
+) -> RewrittenModel:
+    """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
+
+    model: any causal LM of transformers, or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
+    policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
+    policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
+    on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
+
+    Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError, each with the layer and the reason.
+    """
+    from kvrewrite.model import RewrittenModel
+
+    chosen = policies.make(policy, **options)
+    captured = capture(model, max_length=max_length)
+    config = getattr(model, "config", None)
+    program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
+    if is_transformers_model(model):
+        generation_config = getattr(model, "generation_config", None)
+    else:
+        config, generation_config = _foreign_config(program, type(model).__name__), None
+    return RewrittenModel(program, config, generation_config, source=model)
+
+
+def _foreign_config(program: Program, name: str) -> Any:
+    """A configuration with what `generate` asks for, for modules that are not from transformers."""
+    from transformers import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    config.vocab_size = program.vocab_size
+    config.num_hidden_layers = len(program.sites)
+    config.architectures = [name]
+    config.is_encoder_decoder = False
+    if program.max_positions is not None:
+        config.max_position_embeddings = program.max_positions
+    return config
+
+
+@dataclass
+class Conversion:
+    """What `convert` did, or would do."""
+
+    program: Program
+    out: Path | None
+    weights_bytes: int
+    plans: list[MemoryPlan]
+
+
+def convert(
+    model_dir: str | Path,
+    out: str | Path | None,
+    policy: str | Policy = "streaming_llm",
+    *,
+    policy_weights: Weights = None,
+    max_length: int | None = None,
+    contexts: list[int] | None = None,
+    batch: int = 1,
+    link: bool = False,
+    force: bool = False,
+    observe: Observer | None = None,
+    progress: Progress = _quiet,
+    **options: Any,
+) -> Conversion:
+    """Converts a checkpoint directory of transformers to a kvrewrite model directory, without loading its weights.
+
+    out: where to; None does everything but writing (a dry run). contexts: context lengths for the memory estimate,
+    default the model's longest. link: hard-links the base weights instead of copying them. The rest as `transform`.
+    """
+    from kvrewrite.artifact import check_destination, companion_files, write_artifact
+    from kvrewrite.checkpoint import Checkpoint, read_json
+    from kvrewrite.conversion import build_on_meta, capture_on_meta, parameter_sources
+
+    chosen = policies.make(policy, **options)
+    model_dir = Path(model_dir)
+    checkpoint = Checkpoint.open(model_dir)
+    if out is not None:
+        check_destination(Path(out), checkpoint, force)
+    progress("building the model without weights")
+    model, config = build_on_meta(model_dir)
+    progress("capturing")
+    captured = capture_on_meta(model, max_length=max_length)
+    program = _compile(captured, chosen, policy_weights, config, observe, progress)
+    sources = parameter_sources(model, config, checkpoint)
+    itemsize = captured.dtype.itemsize
+    longest = getattr(config, "max_position_embeddings", None) or 4096
+    final = policies.make(program.policy["name"], **program.policy["options"])
+    plans = [plan_memory(program.sites, final, itemsize, n, batch) for n in contexts or [longest]]
+    size = sum((model_dir / name).stat().st_size for name in checkpoint.files)
+    if out is None:
+        return Conversion(program, None, size, plans)
+    progress("writing")
+    path = write_artifact(
+        out,
+        program,
+        base=checkpoint,
+        config=read_json(model_dir / "config.json"),
+        recipes=sources,
+        extra_files=companion_files(model_dir),
+        link=link,
+        force=force,
+        card=model_card(program, model_dir.name, plans),
+    )
+    return Conversion(program, path, size, plans)
+
+
+def load(directory: str | Path, *, device: str | torch.device = "cpu", verify_hashes: bool = False) -> RewrittenModel:
+    """Loads a model directory that kvrewrite wrote: offline, without the original model's code.
+
+    verify_hashes: also hashes the base weights (reads all of them). Raises ArtifactError.
+    """
+    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+    from kvrewrite import artifact
+    from kvrewrite.checkpoint import read_json
+    from kvrewrite.model import RewrittenModel
+
+    directory = Path(directory)
+    if verify_hashes:
+        artifact.verify_hashes(directory)
+    program, _ = artifact.read_artifact(directory, device)
+    data = read_json(directory / "config.json")
+    config: Any
+    if data.get("model_type"):
+        config = AutoConfig.from_pretrained(directory)
+    else:
+        config = PreTrainedConfig.from_dict({k: v for k, v in data.items() if k != "kvrewrite"})
+    generation_config = None
+    if (directory / "generation_config.json").exists():
+        generation_config = GenerationConfig.from_pretrained(directory)
+    return RewrittenModel(program, config, generation_config, source=directory)
+
+
+@contextmanager
+def _temporary_next_to(out: Path) -> Any:
+    """A folder on the file system of `out`, removed afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path:
+    """Writes a rewritten model as a directory that `load` reads and that stock transformers reads as the original."""
+    from kvrewrite.artifact import check_destination, companion_files, read_manifest, write_artifact
+    from kvrewrite.checkpoint import Checkpoint, read_json
+    from kvrewrite.conversion import parameter_sources
+
+    out, program, source = Path(out).resolve(), model.program, model.source
+    card = model_card(program, "", [])
+    if isinstance(source, Path):
+        checkpoint = Checkpoint.open(source)
+        return write_artifact(
+            out,
+            program,
+            base=checkpoint,
+            config={k: v for k, v in read_json(source / "config.json").items() if k != "kvrewrite"},
+            recipes=read_manifest(source)["recipes"],
+            extra_files=companion_files(source),
+            force=force,
+            card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
+        )
+    if not isinstance(source, nn.Module):
+        raise ArtifactError("this model was made from a program alone; there is no original to save with it")
+    if is_transformers_model(source):
+        check_destination(out, {}, force)
+        with _temporary_next_to(out) as folder:
+            source.save_pretrained(folder)  # type: ignore[operator]
+            checkpoint = Checkpoint.open(folder)
+            sources = parameter_sources(source, source.config, checkpoint)
+            return write_artifact(
+                out,
+                program,
+                base=checkpoint,
+                config=read_json(folder / "config.json"),
+                recipes=sources,
+                extra_files=companion_files(folder),
+                link=True,
+                force=force,
+                card=card,
+            )
+    tensors: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
+    tensors.update(source.named_buffers(remove_duplicate=False))
+    return write_artifact(out, program, base=tensors, config=model.config.to_dict(), force=force, card=card)
+
+
+def inspect(
+    model: nn.Module | str | Path, *, max_length: int | None = None, observe: Observer | None = None
+) -> list[AttentionSite]:
+    """Every attention site of a model or checkpoint directory, as the compiler finds it; raises where it can't.
+
+    A checkpoint directory is read without its weights.
+    """
+    if isinstance(model, nn.Module):
+        return canonical(capture(model, max_length=max_length), observe)
+    from kvrewrite.conversion import build_on_meta, capture_on_meta
+
+    built, _ = build_on_meta(Path(model))
+    return canonical(capture_on_meta(built, max_length=max_length), observe)
+
+
+__all__ = ["Conversion", "OptionError", "convert", "inspect", "load", "save", "transform"]

@@ -1,0 +1,58 @@
+"""The README.md of a converted model directory."""
+
+from __future__ import annotations
+
+from kvrewrite.memory import MemoryPlan, human
+from kvrewrite.program import Program
+
+_TEXT = """---
+library_name: kvrewrite
+tags: [kv-cache, {policy}]
+---
+# {title}, with {policy} eviction by kvrewrite
+
+```python
+import kvrewrite
+model = kvrewrite.load("PATH")
+```
+
+or `kvrewrite generate PATH --prompt "..."`. **Stock transformers opens this directory as the unmodified model**: the base
+weights are untouched, and eviction lives in `graph.json`, `policy.safetensors` and `constants.safetensors`.
+
+Policy: `{policy}` with {options}.
+
+{memory}## What was rewritten
+
+| layer | module | heads | kv heads | head dim | mask | RoPE | inserted |
+|---|---|---|---|---|---|---|---|
+{sites}
+"""
+
+
+def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
+    """The model card: how to load it, what was rewritten, what it saves."""
+    sites = []
+    for s in program.sites:
+        mask = s.mask + (f" {s.window or s.chunk}" if s.window or s.chunk else "")
+        sites.append(
+            f"| {s.layer} | {s.module} | {s.heads} | {s.kv_heads} | {s.head_dim} | {mask} | {'yes' if s.rope else 'no'} | "
+            f"{', '.join(s.inserted)} |"
+        )
+    memory = ""
+    if plans:
+        rows = [f"| {p.context} | {human(p.full)} | {human(p.evicted)} | {human(p.peak)} |" for p in plans]
+        memory = "\n".join(
+            [
+                "## Cache memory (estimate, batch 1)",
+                "",
+                "| context | full cache | evicted | peak in prefill |",
+                "|---|---|---|---|",
+                *rows,
+                "",
+                "",
+            ]
+        )
+    options = ", ".join(f"`{k}={v}`" for k, v in program.policy["options"].items())
+    return _TEXT.format(
+        title=name or "A model", policy=program.policy["name"], options=options, memory=memory, sites="\n".join(sites)
+    )

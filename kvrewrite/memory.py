@@ -1,0 +1,62 @@
+"""How much memory caches take, from the sites alone: for reports, dry runs and model cards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvrewrite.policies import UNLIMITED, Policy
+from kvrewrite.site import AttentionSite
+
+PAGE, SLOT_EXTRA = 64, 12  # as in cache.py, which needs transformers
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt."""
+
+    context: int
+    batch: int
+    full: int
+    evicted: int
+    peak: int
+
+
+def plan_memory(
+    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
+) -> MemoryPlan:
+    """Cache bytes for prompts of `context` tokens.
+
+    The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs. Pages are counted
+    whole; an ordinary cache keeps every token in layers without a window and the window in the others.
+    """
+    full = evicted = chunk_bytes = most = 0
+    kept = longest = 0
+    for segment in policy.plan(context):
+        kept = min(kept + segment.length, segment.keep)
+        longest = max(longest, segment.length)
+        most = max(most, kept)
+    for site in sites:
+        if site.shares_kv_with is not None:
+            continue
+        token = site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
+        span = site.window or site.chunk or UNLIMITED
+        full += min(context, span) * token
+        for slots, add in ((kept, True), (most, False)):
+            pages = -(-min(slots, span) // PAGE) * PAGE
+            size = pages * (token + site.kv_heads * SLOT_EXTRA)
+            if add:
+                evicted += size
+            else:
+                chunk_bytes += size
+    layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in sites), default=0)
+    return MemoryPlan(context, batch, full * batch, evicted * batch, (chunk_bytes + layer * longest) * batch)
+
+
+def human(size: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
