@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from kvrewrite import __version__
 from kvrewrite.checkpoint import Checkpoint, Recipe, check_recipe, load_parameters, read_header, read_json
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr
+from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.graph_io import graph_from_dict, graph_to_dict
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
@@ -426,9 +426,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         )
     if manifest["format_version"] > FORMAT_VERSION:
         raise ArtifactError(
-            f"{directory} has format {manifest['format_version']}, written by kvrewrite {manifest.get('kvrewrite')!s:.20}; this is "
-            f"kvrewrite {__version__}, which reads up to format {FORMAT_VERSION}. Upgrade: "
-            "pip install --upgrade kvrewrite"
+            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
+            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads up to format "
+            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade kvrewrite"
         )
     if manifest["format_version"] < 1:
         raise ArtifactError(f"{damaged}: format_version is {manifest['format_version']}")
@@ -506,6 +506,9 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
     wrapped = {id(t): nn.Parameter(t, requires_grad=False) for t in map(tensors.__getitem__, manifest["parameters"])}
     parameters = {name: wrapped[id(tensors[name])] for name in manifest["parameters"]}
     graph = graph_from_dict(read_json(directory / GRAPH), {**tensors, **parameters}, device)
+    # Tables that the runtime reads and no node does (rotary tables, frequencies by length).
+    for name in set(manifest["constants"]) - {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}:
+        set_attr(graph, name, tensors[name])
     return Program(
         graph=graph,
         sites=[AttentionSite.from_dict(site) for site in manifest["sites"]],
