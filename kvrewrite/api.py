@@ -44,11 +44,11 @@ def _facts(config: Any) -> dict[str, Any]:
 
 
 def _read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, str]] | None:
-    from kvrewrite.policy_weights import read_policy_weights
-
     if weights is None:
         return None
     if isinstance(weights, (str, Path)):
+        from kvrewrite.policy_weights import read_policy_weights
+
         return read_policy_weights(weights)
     return weights, {}
 
