@@ -666,7 +666,11 @@ def _scores_before(captured: Captured, source: fx.Node) -> fx.Node:
 def _values_after(captured: Captured, softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The product of the weights and the values after `softmax`, and its operand that holds the weights."""
     reached = dependents([softmax], stop=lambda n: is_op(n, *CONTRACTIONS))
-    found = sorted(n for n in reached if is_op(n, *CONTRACTIONS))
+
+    def is_weights(n: fx.Node) -> bool:
+        return n in reached and sum(_is_length(captured, size) for size in shape_of(n)) >= 2
+
+    found = sorted(n for n in reached if is_op(n, *CONTRACTIONS) and any(is_weights(i) for i in n.all_input_nodes))
     if len(found) != 1:
         raise NoAttention(f"{len(found)} products use its weights; expected one, with the values")
     weights = [n for n in found[0].all_input_nodes if n in reached]

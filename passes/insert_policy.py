@@ -162,11 +162,11 @@ class SiteHook:
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, -1)
 
 
-def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
-    """Puts policy weights into the graph as parameters in the model's dtype; returns their attribute names."""
+def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Puts policy weights into the graph as parameters; returns their attribute names."""
     names = []
     for name, tensor in tensors.items():
-        set_attr(gm, PREFIX + name, torch.nn.Parameter(tensor.to(dtype), requires_grad=False))
+        set_attr(gm, PREFIX + name, torch.nn.Parameter(tensor, requires_grad=False))
         names.append(PREFIX + name)
     return names
 

@@ -109,8 +109,10 @@ def insert(
     policy_names: list[str] = []
     if expected or weights is not None:
         tensors, metadata = weights if weights is not None else ({}, {})
-        check_policy_weights(tensors, expected, metadata, policy=policy.name, model=model_fingerprint(sites))
-        policy_names = attach_weights(captured.graph, {n: tensors[n] for n in expected}, captured.dtype)
+        fitting = check_policy_weights(
+            tensors, expected, captured.dtype, metadata, model_fingerprint(sites), policy=policy.name
+        )
+        policy_names = attach_weights(captured.graph, fitting)
     usable = {i: r for i, r in ropes.items() if isinstance(r, Rope)}
     layout = insert_cache(captured, policy, usable)
     if observe is not None:
