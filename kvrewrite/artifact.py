@@ -87,7 +87,7 @@ def write_artifact(
     new one is complete. On any failure the staging folder is removed and `out` is untouched.
     """
     out = Path(out).resolve()
-    _check_destination(out, base, force)
+    check_destination(out, base, force)
     policy_tensors = _collect(program, program.policy_weights, policy_tensors, "policy weights")
     constants = _collect(program, program.constants, constants, "constants")
     _check_partition(program)
@@ -122,7 +122,9 @@ def write_artifact(
     return out
 
 
-def _check_destination(out: Path, base: Checkpoint | Mapping[str, Tensor], force: bool) -> None:
+def check_destination(out: Path, base: Checkpoint | Mapping[str, Tensor], force: bool) -> None:
+    """Refuses, before any work is done, an output directory that would overwrite something."""
+    out = out.resolve()
     if isinstance(base, Checkpoint):
         source = base.directory.resolve()
         if out == source or source in out.parents or out in source.parents:
