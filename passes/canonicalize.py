@@ -177,8 +177,13 @@ def _per_head(gm: fx.GraphModule, node: fx.Node | None, heads: int) -> fx.Node |
 
 def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) -> fx.Node | None:
     """ALiBi slopes as a node: learned ones are where the model has them, constants become a buffer."""
-    if attention.slopes_node is not None or attention.slopes is None:
-        return _per_head(gm, attention.slopes_node, attention.heads)
+    if attention.slopes is None:
+        return None
+    if attention.slopes_node is not None:
+        node, negated = attention.slopes_node
+        if negated:
+            node = add_call(gm, aten.neg.default, node)
+        return _per_head(gm, node, attention.heads)
     like = tensor_of(q)
     assert like is not None
     name = f"kvrewrite_alibi_{layer}"

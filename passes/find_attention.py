@@ -77,7 +77,7 @@ class Attention:
     features).
     groups: how many times every kv head stands next to itself in k and v (1: not repeated); unrepeated: k and v from
     before that, where the graph has them. sinks: node holding one extra logit a head. slopes: ALiBi's, fp32;
-    slopes_node: the node that holds them, where they are learned.
+    slopes_node: where they are learned, the node that holds them and whether it has them negated.
     """
 
     anchor: fx.Node
@@ -96,7 +96,7 @@ class Attention:
     groups: int = 1
     sinks: fx.Node | None = None
     slopes: Tensor | None = None
-    slopes_node: fx.Node | None = None
+    slopes_node: tuple[fx.Node, bool] | None = None
     unrepeated: Unrepeated = (None, None)
     out_order: tuple[int, ...] = ()
 
@@ -317,7 +317,7 @@ def _find_own(captured: Captured, node: fx.Node) -> Attention:
         window=int(window),
         chunk=int(chunk),
         sinks=sinks if isinstance(sinks, fx.Node) else None,
-        slopes_node=alibi if isinstance(alibi, fx.Node) else None,
+        slopes_node=(alibi, False) if isinstance(alibi, fx.Node) else None,
         out_order=(0, 1, 2, 3),
     )
 
@@ -761,8 +761,8 @@ def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None
     return None
 
 
-def _slopes_node(captured: Captured, behind: set[fx.Node], slopes: Tensor) -> fx.Node | None:
-    """The node that holds learned slopes; None where they are constants of the model."""
+def _slopes_node(captured: Captured, behind: set[fx.Node], slopes: Tensor) -> tuple[fx.Node, bool] | None:
+    """The node that holds learned slopes, and whether it has them negated; None where they are constants."""
     learned = [
         n
         for n in behind
@@ -771,10 +771,11 @@ def _slopes_node(captured: Captured, behind: set[fx.Node], slopes: Tensor) -> fx
     if not learned:
         return None
     probe = _shared_probe(captured, SMALL_BATCH, SMALL_LENGTH)
-    node = _holder(probe, behind, slopes.double())
-    if node is None:
-        raise NoAttention("its position bias is made of parameters in a way that is not one slope a head")
-    return node
+    for negated in (False, True):
+        node = _holder(probe, behind, -slopes.double() if negated else slopes.double())
+        if node is not None:
+            return node, negated
+    raise NoAttention("its position bias is made of parameters in a way that is not one slope a head")
 
 
 # ------------------------------------------------------------------------------------------------ repeated kv heads

@@ -216,7 +216,7 @@ class _Lifter:
         lifted, shape, out = self.lifted[node], shape_of(node), tensor_of(user)
         lengths = _length_dims(self.captured, node)
         if not lengths:
-            return self._flat_or_constant(node, user)
+            return lifted  # over batch * length already: the rows one after another, as in the flat positions
         if out is None or not (_is_pointwise(user) or is_op(user, *JOINS)):
             raise _refuse(user, f"they are given to {user.target}, which does not treat every position by itself")
         if is_op(user, aten.stack.default):
@@ -232,13 +232,6 @@ class _Lifter:
             with self.gm.graph.inserting_before(lifted.next):
                 self.split[key] = self._split(lifted, rank, length, batch)
         return self.split[key]
-
-    def _flat_or_constant(self, node: fx.Node, user: fx.Node) -> fx.Node:
-        """A positional value without a dim of the length: fine where rows were flattened, else mixed over positions."""
-        product = self.captured.batch_symbol * self.captured.length_symbol
-        if any(symbol(s) == product for s in shape_of(node)):
-            return self.lifted[node]
-        raise _refuse(user, "something is computed over all positions at once")
 
     def _split(self, lifted: fx.Node, rank: int, length: int, batch: int) -> fx.Node:
         """(..., batch * length at dim `length`, ...) padded to `rank` dims, as (..., batch, ..., length, ...)."""
@@ -274,7 +267,12 @@ class _Lifter:
                 expected, got = before(node), after(self.lifted[node])
             except ProbeError as error:
                 raise _refuse(node, str(error)) from error
-            dim = dims[0] if dims else next(d for d, s in enumerate(expected.shape) if s == count)
+            if not dims:
+                product = self.captured.batch_symbol * self.captured.length_symbol
+                dims = [d for d, s in enumerate(shape_of(node)) if symbol(s) == product]
+            if not dims:
+                raise _refuse(node, "something is computed over all positions at once")
+            dim = dims[0]
             expected = expected.index_select(dim, order)
             if got.shape != expected.shape or not torch.allclose(got, expected, equal_nan=True):
                 raise _refuse(node, "what is computed for one position depends on the others")

@@ -7,7 +7,6 @@ the model's own dtype and device do not matter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -181,7 +180,7 @@ def integers_in(captured: Captured, nodes: Iterable[fx.Node]) -> set[int]:
     def visit(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             found.add(abs(value))
-        elif isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 1 << 24:
+        elif isinstance(value, float) and abs(value) <= 4096 and value == int(value):  # more is what a mask fills in
             found.add(abs(int(value)))
         return value
 

@@ -110,7 +110,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny model of the family `name` in eval mode, with weights that depend on `seed` only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {**COMMON, **(FAMILIES[name] if name in FAMILIES else REFUSED[name]), **changes}
+    options = {**COMMON, **FAMILIES.get(name, REFUSED.get(name, {})), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(options.pop("model_type", name), **options)
     return AutoModelForCausalLM.from_config(config).eval()
