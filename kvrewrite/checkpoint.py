@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: what is in them, and building parameters from them by recipe.
 
-Only torch and safetensors are needed here, so a saved model loads without the code of the original. The recipes are plain
-JSON data that `conversion.py` made once with transformers' own code.
+Only torch and safetensors are needed here, so a saved model loads without the code of the original. The recipes are
+plain JSON data that `conversion.py` made once with transformers' own code.
 
 A recipe is {"key": name in the checkpoint}, or one of these around other recipes: {"stack": [...], "dim": d},
 {"cat": [...], "dim": d}, {"transpose": r, "dims": [a, b]}, {"reshape": r, "shape": [...]}, {"narrow": r, "dim": d,

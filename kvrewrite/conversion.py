@@ -95,7 +95,7 @@ def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
         if raw.get("auto_map"):
             raise ArtifactError(
                 f"{where}: model_type {kind!r} is not part of transformers; its code is in the checkpoint (auto_map), "
-                "which kvrewrite does not run. Load the model yourself, if you trust it, and give it to kvrewrite.transform"
+                "which kvrewrite does not run. Load the model yourself, if you trust it, and give it to transform"
             )
         raise ArtifactError(
             f"{where}: transformers does not know model_type {kind!r}; upgrade transformers, or load the model "
@@ -138,8 +138,8 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
 def capture_on_meta(model: nn.Module, **options: Any) -> Captured:
     """`capture` of a model from `build_on_meta`: parameters of the graph are on meta, buffers and literals are real.
 
-    The trace sees fake parameters on the CPU. Tracing on meta would do otherwise than the model does: transformers' code
-    asks for the device's type (routers count in integers elsewhere than on the CPU), and literals would lose their
+    The trace sees fake parameters on the CPU. Tracing on meta would do otherwise than the model does: transformers'
+    code asks for the device's type (routers count in integers elsewhere than on the CPU), and literals would lose their
     values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -279,8 +279,8 @@ def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> 
     """How every parameter and persistent buffer of a model is built from a checkpoint.
 
     Runs transformers' own conversion of the checkpoint on tensors without values (renamed keys, base-model prefixes,
-    merged experts), so `model` may be on meta and nothing is read but headers; only where the checkpoint has two versions
-    of a tied parameter both are read, and the model's tie is cut, as transformers does, when they differ. ArtifactError
+    merged experts), so `model` may be on meta and nothing is read but headers; only where the checkpoint has two
+    versions of a tied parameter both are read, and the model's tie is cut, as transformers does, when they differ. ArtifactError
     lists all parameters that are missing, of another shape, or can't be converted, and tensors that nothing takes.
     """
     values = {

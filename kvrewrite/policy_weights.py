@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import secrets
@@ -24,15 +23,10 @@ from kvrewrite.errors import ArtifactError, PolicyWeightsError
 
 BASE_MODEL = "base_model"  # metadata key: the fingerprint of the model that the weights were trained for
 _LISTED = 8
-
-
-def base_fingerprint(config: Mapping[str, Any]) -> str:
-    """What policy weights depend on in a base model, as text: its kind and the shape of its attention."""
-    keys = (
-        "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "vocab_size",
-    )  # fmt: skip
-    return json.dumps({key: config[key] for key in keys if config.get(key) is not None}, sort_keys=True)
+# What torch.load raises for files that are cut off or are something else.
+_UNREADABLE = (
+    EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- pickles
@@ -41,8 +35,8 @@ def import_pickle(
 ) -> dict[str, Tensor]:
     """Turns a torch pickle of policy weights into a safetensors file; returns its tensors.
 
-    The pickle is read with `weights_only=True`, so nothing in it runs. It must hold a (nested) dict of tensors and nothing
-    else: whatever more it holds would be lost. metadata: what to say about the weights in the file. force: overwrites
+    The pickle is read with `weights_only=True`, so nothing in it runs. It must hold a (nested) dict of tensors and
+    nothing else: whatever more it holds would be lost. metadata: what to say about the weights in the file. force: overwrites
     `out`. The file appears whole or not at all.
     """
     path, out = Path(path), Path(out)
@@ -69,23 +63,13 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise PolicyWeightsError(
-            f"{path} is not a pickle of plain tensors: {reason[:300] or str(error).splitlines()[0][:300]}. kvrewrite never "
-            "loads pickles that could run code; ask its author for a state_dict or, better, a safetensors file"
+            f"{path} is not a pickle of plain tensors: {reason[:300] or str(error).splitlines()[0][:300]}. kvrewrite "
+            "never loads pickles that could run code; ask its author for a state_dict or, better, a safetensors file"
         ) from error
-    except (
-        EOFError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        # torch.load fails in many ways on files that are cut off or are something else.
+    except _UNREADABLE as error:
         raise PolicyWeightsError(
-            f"{path} can't be read as a torch pickle ({type(error).__name__}: {str(error).strip()[:200]}); it is damaged, cut "
-            "off or something else. Copy it again"
+            f"{path} can't be read as a torch pickle ({type(error).__name__}: {str(error).strip()[:200]}); it is damaged, "
+            "cut off or something else. Copy it again"
         ) from error
 
 
@@ -156,25 +140,25 @@ def read_policy_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, 
 def check_policy_weights(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
     metadata: Mapping[str, str] | None = None,
-    base_id: str | None = None,
     *,
     policy: str | None = None,
+    model: str | None = None,
+    dtype: torch.dtype | None = None,
     what: str = "the policy weights",
 ) -> dict[str, Tensor]:
-    """Policy weights that fit: exactly the names and shapes in `expected`, converted to `dtype`.
+    """Policy weights that fit: exactly the names and shapes in `expected`, in any floating dtype; integers and booleans
+    are refused.
 
-    Any floating dtype is converted to the model's; integers and booleans are refused. metadata, base_id: weights that say
-    for which base model they were trained must say this one (`base_fingerprint`). policy: likewise for the policy's name.
-    PolicyWeightsError lists everything that is wrong at once.
+    metadata: where it says for which `policy` or `base_model` the weights were trained, it must say these (model: a
+    fingerprint of shapes). dtype: converts to it; default: as they are. PolicyWeightsError lists all that is wrong at once.
     """
     problems: list[str] = []
     named = dict(metadata or {})
     if policy is not None and named.get("policy", policy) != policy:
         problems.append(f"they are for the policy {named['policy']!r}, not {policy!r}")
-    if base_id is not None and named.get(BASE_MODEL, base_id) != base_id:
-        problems.append(f"they were trained for another base model: {named[BASE_MODEL]}; this one is {base_id}")
+    if model is not None and named.get(BASE_MODEL, model) != model:
+        problems.append(f"they were trained for another base model: {named[BASE_MODEL]:.200}; this one is {model:.200}")
     problems += _list("missing", [n for n in expected if n not in tensors])
     problems += _list("unexpected", [n for n in tensors if n not in expected])
     shapes, dtypes, values = [], [], []
@@ -186,13 +170,13 @@ def check_policy_weights(
             shapes.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         if not tensor.is_floating_point():
             dtypes.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected a floating dtype")
-        elif not torch.isfinite(tensor.to(dtype)).all():
+        elif not torch.isfinite(tensor.to(dtype or tensor.dtype)).all():
             values.append(name)
     problems += _list("wrong shape", shapes) + _list("wrong dtype", dtypes)
-    problems += _list(f"infinite or not a number as {str(dtype).removeprefix('torch.')}", values)
+    problems += _list("infinite or not a number", values)
     if problems:
         raise PolicyWeightsError(f"{what} do not fit this model and policy:\n  " + "\n  ".join(problems))
-    return {name: tensors[name].to(dtype) for name in expected}
+    return {name: tensors[name].to(dtype or tensors[name].dtype) for name in expected}
 
 
 def _list(label: str, items: Sequence[str]) -> list[str]:
