@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -369,8 +370,9 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
     auto = torch.export.Dim.AUTO
     with _fixed_rotary(model, max_length) as tables:
         try:
-            # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph.
-            with torch.no_grad():
+            # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
+            # fails torch prints the whole graph to stderr; our error says what failed.
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
                 program = torch.export.export(
                     wrapper,
                     (ids, positions),

@@ -1,6 +1,6 @@
 """The compiler's passes in their fixed order.
 
-    capture -> normalize -> find_attention + canonicalize -> lift_positions -> check -> insert_policy + insert_cache
+    capture -> normalize -> find_attention + canonicalize -> check -> lift_positions -> insert_policy + insert_cache
 
 Each pass says in its module what it requires and ensures; none is skipped on error and none misses in silence.
 """
@@ -44,9 +44,9 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     step("normalize")
     sites = canonicalize(captured)
     step("canonicalize")
+    check(captured, sites)
     lift_positions(captured)
     step("lift_positions")
-    check(captured, sites)
     ropes = find_ropes(captured)
     for site in sites:
         found = ropes[site.layer]
