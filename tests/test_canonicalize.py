@@ -18,7 +18,7 @@ from kvrewrite.passes.find_attention import NoAttention, classify, fit
 from kvrewrite.passes.normalize import normalize
 from kvrewrite.site import AttentionSite
 from tests.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections, make_foreign
-from tests.zoo import FAMILIES, VOCAB, make
+from tests.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
 
 LENGTHS = (1, 5, 23)
 
@@ -93,6 +93,16 @@ def test_families(name: str) -> None:
 
 def hasattr_path(model: nn.Module, path: str) -> bool:
     return path in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_families_without_the_interface(name: str) -> None:
+    model = make(name)
+    captured, sites = canonical(model)
+    assert [(s.source, s.heads, s.kv_heads, s.head_dim) for s in sites] == [("softmax", 4, 4, 16)] * 2
+    assert [s.window for s in sites] == [0, 8 if name == "gpt_neo" else 0]
+    assert all(s.alibi == (name == "mpt") for s in sites)
+    check_same(model, captured)
 
 
 def test_shared_kv() -> None:
@@ -317,6 +327,13 @@ def test_refusals_name_layer_module_and_reason(attention: type[Custom], reason: 
         canonical(model)
     if attention is not NoSoftmax:
         assert "layer 0 (blocks.0.attention)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONTENT_DEPENDENT)
+def test_content_dependent_families(name: str) -> None:
+    model = make(name)
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 \(model.layers.0.self_attn\).*(content|indices)"):
+        canonical(model)
 
 
 # ------------------------------------------------------------------------------------------------ masks and scores
