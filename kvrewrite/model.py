@@ -174,7 +174,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         batch, width = input_ids.shape
         cache = past_key_values
         if cache is None:
-            cache = self.new_cache(batch)
+            # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
+            cache = self.new_cache(batch, max_length=width)
         self._check_cache(cache, batch)
         first, counts = self._real_tokens(attention_mask, batch, width, cache)
         decoding = width == 1 and all(cache.seen[b] > 0 for b in range(batch))
