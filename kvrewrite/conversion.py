@@ -280,8 +280,9 @@ def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> 
 
     Runs transformers' own conversion of the checkpoint on tensors without values (renamed keys, base-model prefixes,
     merged experts), so `model` may be on meta and nothing is read but headers; only where the checkpoint has two
-    versions of a tied parameter both are read, and the model's tie is cut, as transformers does, when they differ. ArtifactError
-    lists all parameters that are missing, of another shape, or can't be converted, and tensors that nothing takes.
+    versions of a tied parameter both are read, and when they differ the model's tie is cut, as transformers does.
+    ArtifactError lists all parameters that are missing, of another shape, or can't be converted, and tensors that
+    nothing takes.
     """
     values = {
         k: _Recorded(torch.empty(i.shape, dtype=i.dtype, device="meta"), {"key": k})

@@ -86,7 +86,10 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "torch._sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
 }  # fmt: skip
 _BUILTIN_NAMES = {id(function): name for name, function in BUILTINS.items()}
-_UNARY = {"operator.abs", "operator.neg", "operator.not_", "torch._sym_sqrt", "torch.sym_sum"}
+_ONE_ARGUMENT = {
+    "operator.abs", "operator.neg", "operator.not_", "math.ceil", "math.floor", "math.sqrt", "math.trunc",
+    "torch._sym_sqrt", "torch.sym_float", "torch.sym_int", "torch.sym_not", "torch.sym_sum",
+}  # fmt: skip
 
 DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 LAYOUTS = {"strided": torch.strided}
@@ -338,8 +341,9 @@ def _read_node(entry: Any, index: int, graph: fx.Graph, env: dict[str, fx.Node],
 def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Whether the call fits the op's schema in number and names of arguments."""
     if not isinstance(function, torch._ops.OpOverload):
-        if kwargs or not 1 <= len(args) <= 3:
-            raise ArtifactError(f"{where}: {name} takes one to three arguments by position")
+        arity = 1 if name in _ONE_ARGUMENT else 3 if name == "torch.sym_ite" else 2
+        if kwargs or len(args) != arity:
+            raise ArtifactError(f"{where}: {name} takes {arity} arguments by position, got {len(args) + len(kwargs)}")
         return
     schema = function._schema.arguments
     positional = [a for a in schema if not a.kwarg_only]

@@ -36,8 +36,8 @@ def import_pickle(
     """Turns a torch pickle of policy weights into a safetensors file; returns its tensors.
 
     The pickle is read with `weights_only=True`, so nothing in it runs. It must hold a (nested) dict of tensors and
-    nothing else: whatever more it holds would be lost. metadata: what to say about the weights in the file. force: overwrites
-    `out`. The file appears whole or not at all.
+    nothing else: whatever more it holds would be lost. metadata: what to say about the weights in the file. force:
+    overwrites `out`. The file appears whole or not at all.
     """
     path, out = Path(path), Path(out)
     if out.exists() and not force:
@@ -68,8 +68,8 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except _UNREADABLE as error:
         raise PolicyWeightsError(
-            f"{path} can't be read as a torch pickle ({type(error).__name__}: {str(error).strip()[:200]}); it is damaged, "
-            "cut off or something else. Copy it again"
+            f"{path} can't be read as a torch pickle ({type(error).__name__}: {str(error).strip()[:200]}); it is "
+            "damaged, cut off or something else. Copy it again"
         ) from error
 
 
@@ -151,7 +151,8 @@ def check_policy_weights(
     are refused.
 
     metadata: where it says for which `policy` or `base_model` the weights were trained, it must say these (model: a
-    fingerprint of shapes). dtype: converts to it; default: as they are. PolicyWeightsError lists all that is wrong at once.
+    fingerprint of shapes). dtype: converts to it; default: as they are. PolicyWeightsError lists all that
+    is wrong at once.
     """
     problems: list[str] = []
     named = dict(metadata or {})
