@@ -1,0 +1,316 @@
+"""Checks a rewritten model against its original, and the files of a model directory against their hashes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvrewrite.errors import ArtifactError, InputError
+from kvrewrite.policies import Policy
+from kvrewrite.policies.full import Full
+
+if TYPE_CHECKING:
+    from kvrewrite.model import RewrittenModel
+
+# Largest accepted |difference|, relative to the largest |logit| of the reference.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LONGEST = 2048  # tokens that the eviction check may take
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Check:
+    """One comparison. ok: None where it could not be made, and `detail` says why."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    difference: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass
+class Report:
+    """What `verify` found. `ok`: nothing failed; checks that could not be made are not failures."""
+
+    what: str
+    dtype: str = ""
+    sites: int = 0
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.ok is not False for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    directory_or_model: str | Path | RewrittenModel,
+    original: nn.Module | None = None,
+    *,
+    tokens: int = 48,
+    seed: int = 0,
+    hashes: bool = True,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Compares a rewritten model with its original on random token ids.
+
+    directory_or_model: a model directory, or a rewritten model. original: the unmodified model; default: the same
+    directory opened with stock transformers, or the module that `transform` was given. A directory of a foreign module
+    has no original, so only what needs none is checked, and the report says so. tokens: length of the compared text
+    (longer where a sliding window or a chunk is, so that it matters). hashes: hashes all files of a directory.
+    progress: called with (what, done, of). Raises ArtifactError where there is nothing to open; failures are in the report.
+    """
+    start = time.perf_counter()
+    report = Report(str(directory_or_model) if isinstance(directory_or_model, (str, Path)) else "model in memory")
+    if tokens < 2:
+        raise InputError(f"tokens is {tokens}, expected at least 2")
+    say: Progress = progress or (lambda what, done, total: None)
+    if isinstance(directory_or_model, (str, Path)):
+        _directory(report, Path(directory_or_model), original, tokens, seed, hashes, torch.device(device), say)
+    else:
+        _in_memory(report, directory_or_model, original, tokens, seed, say)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _directory(
+    report: Report, directory: Path, original: nn.Module | None, tokens: int, seed: int, hashes: bool,
+    device: torch.device, say: Progress,
+) -> None:  # fmt: skip
+    """The checks of a model directory. Original and rewritten model are never in memory together."""
+    from kvrewrite import artifact
+    from kvrewrite.api import load
+
+    manifest = artifact.read_manifest(directory)
+    report.dtype, report.sites = manifest["dtype"], len(manifest["sites"])
+    if hashes:
+        try:
+            artifact.verify_hashes(directory, lambda name, done, total: say(f"hashing {name}", done, total))
+        except ArtifactError as error:
+            report.checks.append(Check("hashes", False, str(error)))
+            report.checks.append(Check("logits", None, "not run: the files are damaged"))
+            return
+        report.checks.append(Check("hashes", True, f"{len(manifest['files'])} files are as they were written"))
+    windows = [max(s.get("window") or 0, s.get("chunk") or 0) for s in manifest["sites"]]
+    length = _length(tokens, windows, manifest["max_positions"])
+    ids = _random_ids(manifest["vocab_size"], 2, length, seed).to(device)
+    reference, layers = None, None
+    if original is None:
+        say("running the original", 0, 1)
+        original = _open_original(directory, manifest["dtype"], device)
+    if original is not None:
+        reference, layers = _original_logits(original, ids), _layers(original)
+    del original
+    say("loading the rewritten model", 0, 1)
+    _logits(report, load(directory, device=device), reference, layers, ids, say)
+
+
+def _in_memory(
+    report: Report, model: RewrittenModel, original: nn.Module | None, tokens: int, seed: int, say: Progress
+) -> None:
+    """The checks of a model in memory."""
+    if original is None and isinstance(model.source, nn.Module):
+        original = model.source
+    if original is None and isinstance(model.source, Path):
+        original = _open_original(model.source, model.program.dtype, model.device)
+    report.dtype, report.sites = model.program.dtype, len(model.program.sites)
+    length = _length(tokens, [max(s.window, s.chunk) for s in model.program.sites], model.program.max_positions)
+    ids = _random_ids(model.program.vocab_size, 2, length, seed).to(model.device)
+    reference, layers = None, None
+    if original is not None:
+        reference, layers = _original_logits(original, ids), _layers(original)
+    _logits(report, model, reference, layers, ids, say)
+
+
+def _length(tokens: int, windows: list[int], limit: int | None) -> int:
+    """Long enough that windows of up to 1024 tokens hide something, short enough for the model."""
+    longest = max([tokens, *(w + 8 for w in windows if w <= 1024)])
+    return longest if limit is None else min(longest, limit)
+
+
+def _random_ids(vocabulary: int, rows: int, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (rows, length), generator=generator)
+
+
+def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Module | None:
+    """The directory as stock transformers sees it; None for a foreign module, which it can't open."""
+    from transformers import AutoModelForCausalLM
+
+    from kvrewrite.checkpoint import read_json
+
+    if not read_json(directory / "config.json").get("model_type"):
+        return None
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def _original_logits(original: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of the whole text in one call without a cache, from the model in eval mode."""
+    training = original.training
+    original.eval()
+    try:
+        cacheless = {"use_cache": False} if hasattr(original, "config") else {}
+        out = original(ids, **cacheless)
+    finally:
+        original.train(training)
+    if isinstance(out, Tensor):
+        return out
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+def _layers(original: nn.Module) -> int | None:
+    """How many decoder layers the original says it has."""
+    config = getattr(original, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
+
+
+def pieces(length: int) -> Iterator[tuple[int, int]]:
+    """Uneven chunks: 7, 5, 1, 1, 10, then 9 at a time."""
+    at = 0
+    for size in (7, 5, 1, 1, 10):
+        if at < length:
+            yield at, min(at + size, length)
+            at += size
+    for start in range(at, length, 9):
+        yield start, min(start + 9, length)
+
+
+def without_eviction(model: RewrittenModel) -> RewrittenModel:
+    """The same program and weights, run so that nothing is ever evicted and a prompt is one chunk."""
+    probe = copy.copy(model)
+    probe.policy = Full(chunk=None, positions=model.policy.positions)
+    return probe
+
+
+def run_in_pieces(model: RewrittenModel, ids: Tensor, cuts: list[tuple[int, int]], max_length: int) -> Tensor:
+    """Logits of a text that goes through one cache piece by piece."""
+    cache = model.new_cache(ids.shape[0], max_length=max_length)
+    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in cuts], 1)
+
+
+def _logits(
+    report: Report, model: RewrittenModel, reference: Tensor | None, layers: int | None, ids: Tensor, say: Progress
+) -> None:
+    """The comparisons of logits, in the order of what they depend on."""
+    length, add, steps = ids.shape[1], report.checks.append, 6
+    add(_sites(model, layers))
+    open_model = without_eviction(model)
+    say("whole prompt", 0, steps)
+    whole = run_in_pieces(open_model, ids, [(0, length)], length)
+    if reference is None:
+        reason = "there is no original to compare with: the directory holds a module that is not from transformers"
+        add(Check("original, full budget", None, reason))
+        reference = whole
+    else:
+        add(_compare("original, full budget", reference, whole, f"{length} tokens, batch {ids.shape[0]}"))
+    say("in chunks", 1, steps)
+    chunked = run_in_pieces(open_model, ids, list(pieces(length)), length)
+    add(_compare("chunked", reference, chunked, "chunks of 7, 5, 1, 1, 10, 9, ... tokens"))
+    say("token by token", 2, steps)
+    single = run_in_pieces(open_model, ids, [(i, i + 1) for i in range(length)], length)
+    add(_compare("token by token", reference, single, f"{length} steps"))
+    say("padded", 3, steps)
+    add(_padded(open_model, ids, reference))
+    say("within the budget", 4, steps)
+    add(_within_budget(model, ids, reference, length))
+    say("eviction", 5, steps)
+    add(_eviction(model))
+    say("done", steps, steps)
+
+
+def _sites(model: RewrittenModel, layers: int | None) -> Check:
+    """Every site reads a cache, and there are as many as the original has layers."""
+    reading = sum(n.target is torch.ops.kvrewrite.cached_attention.default for n in model.graph_module.graph.nodes)
+    sites = len(model.program.sites)
+    ok = sites > 0 and reading == sites and (layers is None or sites % layers == 0)
+    known = "" if layers is None else f", the original has {layers} layers"
+    return Check("sites", ok, f"{sites} attention sites, {reading} read a cache{known}")
+
+
+def _compare(name: str, reference: Tensor, got: Tensor, detail: str) -> Check:
+    tolerance = TOLERANCES.get(reference.dtype, TOLERANCES[torch.float32])
+    if got.shape != reference.shape:
+        return Check(name, False, f"logits of shape {tuple(got.shape)}, expected {tuple(reference.shape)}")
+    want = reference.double().to(got.device)
+    difference = float((got.double() - want).abs().max())
+    limit = tolerance * float(want.abs().max())
+    same = float((got.argmax(-1) == want.argmax(-1)).double().mean())
+    return Check(name, difference <= limit, f"{detail}; {same:.1%} same argmax", difference, limit)
+
+
+def _padded(model: RewrittenModel, ids: Tensor, reference: Tensor) -> Check:
+    """A row padded on the left against the same row alone."""
+    pad = min(5, ids.shape[1] - 1)
+    row, mask = ids.clone(), torch.ones_like(ids)
+    row[1, :pad], row[1, pad:], mask[1, :pad] = 0, ids[1, :-pad], 0
+    cache = model.new_cache(2, max_length=ids.shape[1])
+    out = model(row, attention_mask=mask, past_key_values=cache).logits
+    want = torch.cat([reference[0], reference[1, :-pad]])
+    return _compare("padded row", want, torch.cat([out[0], out[1, pad:]]), f"{pad} columns of padding on the left")
+
+
+def _within_budget(model: RewrittenModel, ids: Tensor, reference: Tensor, length: int) -> Check:
+    """The artifact's own policy on a prompt that its budget holds: nothing may change."""
+    size = _held(model.policy, length)
+    if size < 1:
+        return Check("own policy, within its budget", None, "the policy evicts from any prompt")
+    cache = model.new_cache(ids.shape[0], max_length=length)
+    got = model(ids[:, :size], past_key_values=cache).logits
+    detail = f"{model.policy.name}, {size} tokens, budget {model.policy.budget}"
+    return _compare("own policy, within its budget", reference[:, :size], got, detail)
+
+
+def _held(policy: Policy, length: int) -> int:
+    """The longest prompt of up to `length` tokens from which the policy evicts nothing."""
+    for size in range(length, 0, -1):
+        live = 0
+        for segment in policy.plan(size):
+            live += segment.length
+            if live > segment.keep:
+                break
+        else:
+            return size
+    return 0
+
+
+@torch.no_grad()
+def _eviction(model: RewrittenModel) -> Check:
+    """A prompt beyond the budget: the cache stays within it, and the logits are numbers."""
+    name, policy = "eviction", model.policy
+    if policy.budget is None or policy.name == "full":
+        return Check(name, None, "this policy evicts nothing")
+    length = policy.budget + 24
+    limit = min(LONGEST, model.program.max_positions or LONGEST)
+    if length > limit:
+        return Check(name, None, f"not run: a prompt beyond the budget {policy.budget} has more than {limit} tokens")
+    cache = model.new_cache(1)
+    ids = _random_ids(model.program.vocab_size, 1, length, 1).to(model.device)
+    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+    bound = 0
+    for segment in policy.plan(length):
+        bound = min(bound + segment.length, segment.keep)
+    most = max(int(lens.max()) for lens in cache.live_slots().values())
+    finite = bool(torch.isfinite(logits).all())
+    detail = f"{length} tokens, at most {most} live slots a head, {bound} allowed"
+    return Check(name, most <= bound and finite, detail if finite else f"{detail}; logits are not finite")
