@@ -90,7 +90,18 @@ def transform(
         generation_config = getattr(model, "generation_config", None)
     else:
         config, generation_config = _foreign_config(program, type(model).__name__), None
+    _own_parameters(program.graph)
     return RewrittenModel(program, config, generation_config, source=model)
+
+
+def _own_parameters(gm: nn.Module) -> None:
+    """Gives the graph parameters of its own over the same storage, so that moving one model does not move the other."""
+    own: dict[int, nn.Parameter] = {}
+    for module in gm.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                wrapped = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                module._parameters[name] = wrapped
 
 
 def _foreign_config(program: Program, name: str) -> Any:

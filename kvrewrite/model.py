@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrewrite.cache import EvictionCache
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.graph import get_attr
-from kvrewrite.graph_io import graph_from_dict
+from kvrewrite.graph_io import graph_from_dict, retarget_device
 from kvrewrite.policies import UNLIMITED, Policy, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
 
 _program_ids = itertools.count()
+# Pipelines know the models that they support by class name and complain about any other.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 
 
 class RewrittenModel(nn.Module, GenerationMixin):
@@ -52,7 +55,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         self.source = source  # what save_pretrained copies the original from
         self._run: Callable[..., Tensor] = self.graph_module
-        self._rotary_graphs: list[nn.Module] = []
+        self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
             tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
             self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
@@ -86,6 +89,21 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def sites(self) -> list[Any]:
         """The rewritten attention sites."""
         return self.program.sites
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> RewrittenModel:
+        """`.to(device)`, `.cuda()` and so on; the dtype is part of the graph and can't change."""
+        sample = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if sample.dtype != self.dtype:
+            raise InputError(
+                f"the model was captured in {self.dtype} and can't become {sample.dtype}: casts are part of its graph. Load "
+                "the original in the dtype that you want and transform that"
+            )
+        super()._apply(fn, recurse)
+        for graph in self._rotary_graphs:
+            graph._apply(fn)
+        for graph in (self.graph_module, *self._rotary_graphs):
+            retarget_device(graph, sample.device)
+        return self
 
     # -- compile -------------------------------------------------------------------------------------------------
     def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
