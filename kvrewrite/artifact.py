@@ -110,15 +110,13 @@ def write_artifact(
             writer.text(CARD, card)
             del writer.files[CARD]
             manifest = _manifest(program, recipes, writer.files)
-            writer.text(MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+            writer.json(MANIFEST, manifest, indent=1)
             writer.seal()
             _publish(folder, out)
     except OSError as error:
         hint = "free some space, or use link=True (--link) if the base model is on the same file system"
         reason = f"{error.strerror or error}; {hint}" if error.errno == errno.ENOSPC else str(error)
         raise ArtifactError(f"{out} could not be written, and nothing was left there: {reason}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{out} was not written: the program has data that JSON can't hold: {error}") from error
     return out
 
 
@@ -147,10 +145,17 @@ def check_destination(out: Path, base: Checkpoint | Mapping[str, Tensor], force:
 
 def _collect(program: Program, names: list[str], given: Mapping[str, Tensor] | None, what: str) -> dict[str, Tensor]:
     """The tensors of one kind: those given, else those in the graph."""
-    found = {name: get_attr(program.graph, name) if given is None else given.get(name) for name in names}
+    found = {name: _attribute(program, name) if given is None else given.get(name) for name in names}
     if lacking := [n for n, t in found.items() if not isinstance(t, Tensor) or t.is_meta]:
         raise ArtifactError(f"{what} without values can't be saved: {', '.join(lacking[:8])}; load them first")
     return {n: t.detach() for n, t in found.items() if isinstance(t, Tensor)}
+
+
+def _attribute(program: Program, name: str) -> Any:
+    try:
+        return get_attr(program.graph, name)
+    except AttributeError:
+        return None
 
 
 def _check_partition(program: Program) -> None:
@@ -192,7 +197,7 @@ def _manifest(program: Program, recipes: Mapping[str, Recipe], files: dict[str, 
         "parameters": [
             name
             for name in (*program.base, *program.policy_weights)
-            if isinstance(get_attr(program.graph, name), nn.Parameter)
+            if isinstance(_attribute(program, name), nn.Parameter)
         ],
         "aliases": program.aliases,
         "recipes": dict(recipes),
@@ -203,7 +208,7 @@ def _manifest(program: Program, recipes: Mapping[str, Recipe], files: dict[str, 
 
 def _digest(body: Mapping[str, Any]) -> str:
     """The hash of a manifest without its own hash, whatever its layout on disk."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = _dump(body, MANIFEST, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -253,6 +258,26 @@ def _write_base(
     return made
 
 
+def _dump(data: Any, what: str, **options: Any) -> str:
+    """JSON text that gives the same data when it is read; ArtifactError when there is none."""
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if not isinstance(key, str):  # json would turn it into a string, and reading would not turn it back
+                    raise ArtifactError(f"{what} can't be written: {where} has the key {key!r}, which is not a string")
+                check(inner, f"{where}.{key}")
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                check(inner, where)
+
+    check(data, "it")
+    try:
+        return json.dumps(data, ensure_ascii=False, allow_nan=False, **options)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{what} can't be written: it has data that JSON can't hold: {error}") from error
+
+
 class _Writer:
     """Puts files into the staging folder, each synced to disk, and notes their sizes and hashes."""
 
@@ -268,7 +293,7 @@ class _Writer:
         self.files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def json(self, name: str, data: Any, indent: int | None = None) -> None:
-        self.text(name, json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        self.text(name, _dump(data, name, indent=indent) + "\n")
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         path = self.folder / name
@@ -400,8 +425,9 @@ def _publish(folder: Path, out: Path) -> None:
         if old is not None and old.exists() and not out.exists():
             os.replace(old, out)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old is not None and out.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -435,11 +461,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if manifest["format_version"] < 1:
         raise ArtifactError(f"{damaged}: format_version is {manifest['format_version']}")
     body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    try:
-        digest = _digest(body)
-    except ValueError as error:
-        raise ArtifactError(f"{damaged}: {error}") from error
-    if manifest.get("manifest_sha256") != digest:
+    if manifest.get("manifest_sha256") != _digest(body):
         raise ArtifactError(f"{damaged}: its hash is wrong; copy the directory again, or convert the model again")
     files = manifest.get("files")
     for name, entry in files.items() if isinstance(files, dict) else [("", None)]:

@@ -89,6 +89,8 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
 
 def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
     """The transformers config of a checkpoint, without running code from it and without asking the user anything."""
+    from huggingface_hub.errors import StrictDataclassError
+
     raw, where = checkpoint.config, checkpoint.directory / "config.json"
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
@@ -110,7 +112,7 @@ def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
         )
     try:
         return auto.from_pretrained(str(checkpoint.directory), trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, OSError, AttributeError, StrictDataclassError) as error:
         # transformers' checks of a config raise many types; all mean that config.json is wrong.
         raise ArtifactError(f"{where} is not a valid config of {kind!r}: {str(error).strip()[:400]}") from error
 
@@ -122,7 +124,7 @@ def _plain_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
-    """Gives fp32 to the parameters that transformers loads in fp32 whatever the model's dtype (routers, norms)."""
+    """Gives fp32 to what transformers loads in fp32 whatever the model's dtype: some routers, norms, stored buffers."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
@@ -133,6 +135,10 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
             if parameter is not None and pattern.search(f"{path}.{leaf}") and parameter.is_floating_point():
                 wide = nn.Parameter(parameter.detach().to(torch.float32), requires_grad=parameter.requires_grad)
                 module._parameters[leaf] = changed.setdefault(id(parameter), wide)
+        for leaf, buffer in module._buffers.items():
+            stored = buffer is not None and leaf not in module._non_persistent_buffers_set
+            if stored and pattern.search(f"{path}.{leaf}") and buffer.is_floating_point():  # type: ignore[union-attr]
+                module._buffers[leaf] = buffer.to(torch.float32)  # type: ignore[union-attr]
 
 
 def capture_on_meta(model: nn.Module, **options: Any) -> Captured:

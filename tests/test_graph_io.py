@@ -66,7 +66,7 @@ def test_round_trip_of_every_kind_of_argument() -> None:
     assert isinstance(again.weight, nn.Parameter)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "falcon"])
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "falcon"])
 def test_round_trip_of_captured_models(name: str) -> None:
     captured = capture(make(name))
     d = graph_to_dict(captured.graph)
