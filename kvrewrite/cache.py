@@ -151,6 +151,7 @@ class EvictionCache(Cache):
         self.seen = [0] * self.batch_size  # tokens of each row so far
         self.length = [0] * self.batch_size  # most live slots of a layer without a window
         self.next_rotary = [0] * self.batch_size  # contiguous positions: that of the row's next token
+        self.settled = [False] * self.batch_size  # contiguous positions: ranks are those that the row decodes with
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.pools = [_Pool(spec, self.batch_size, self.device, self.dtype) for spec in self.layout["classes"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
@@ -275,7 +276,7 @@ class EvictionCache(Cache):
             for name, pages in old_pages.items():
                 getattr(pool, name)[target] = pages[origin]
             pool.lens.copy_(old_lens[:, source])
-        for name in ("seen", "length", "next_rotary"):
+        for name in ("seen", "length", "next_rotary", "settled"):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
 

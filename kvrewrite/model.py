@@ -196,7 +196,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             cache = self.new_cache(batch, max_length=width)
         self._check_cache(cache, batch)
         first, counts = self._real_tokens(attention_mask, batch, width, cache)
-        decoding = width == 1 and all(cache.seen[b] > 0 for b in range(batch))
+        # Row by row: a row that was all padding so far still has its prompt to come.
+        decoding = [width == 1 and seen > 0 for seen in cache.seen]
         self._check_input(input_ids, position_ids, first, counts, cache, decoding)
         logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         cache.columns += width
@@ -237,7 +238,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _check_input(
         self, ids: Tensor, position_ids: Tensor | None, first: list[int], counts: list[int], cache: EvictionCache,
-        decoding: bool,
+        decoding: list[bool],
     ) -> None:  # fmt: skip
         limit = self.program.max_positions
         for row, n in enumerate(counts):
@@ -253,14 +254,14 @@ class RewrittenModel(nn.Module, GenerationMixin):
                     "use a larger budget or a policy that evicts"
                 )
         # Generated ids come from the model itself; looking at them would stall a GPU at every token.
-        if not decoding or not ids.is_cuda:
+        if not all(decoding) or not ids.is_cuda:
             low, high = int(ids.min()), int(ids.max())
             if ids.numel() and (low < 0 or high >= self.program.vocab_size):
                 raise InputError(
                     f"token ids reach from {low} to {high}, expected 0 to {self.program.vocab_size - 1}; does the tokenizer "
                     "belong to this model?"
                 )
-        if position_ids is not None and not decoding:
+        if position_ids is not None and not all(decoding):
             rows = position_ids.expand(len(counts), -1).cpu()
             for row, (at, n) in enumerate(zip(first, counts)):
                 expected = torch.arange(cache.seen[row], cache.seen[row] + n)
@@ -271,14 +272,14 @@ class RewrittenModel(nn.Module, GenerationMixin):
                     )
 
     def _run_segments(
-        self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: bool, keep: int
+        self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: list[bool], keep: int
     ) -> Tensor:
         """Runs each row's plan, all rows side by side, and collects the logits of the wanted columns."""
         batch, width = ids.shape
         columns = width if keep == 0 else min(keep, width)
         plans: list[list[Segment]] = []
-        for n in counts:
-            plans.append([] if n == 0 else [self.policy.decode_segment()] if decoding else self.policy.plan(n))
+        for n, decodes in zip(counts, decoding):
+            plans.append([] if n == 0 else [self.policy.decode_segment()] if decodes else self.policy.plan(n))
         logits: Tensor | None = None
         done = [0] * batch
         reserve = self._reserve(cache, counts)
@@ -307,7 +308,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _run_segment(
         self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], wanted: list[list[int]],
-        picks: int, cache: EvictionCache, decoding: bool, reserve: int,
+        picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
     ) -> Tensor:  # fmt: skip
         """One pass through the graph: the same segment number of every row, left-aligned."""
         device, batch = self.device, len(valid)
@@ -324,11 +325,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
         padded = [w + [0] * (picks - len(w)) for w in wanted]
         inputs["logit_index"] = torch.tensor(padded, dtype=torch.int64).to(device)
         if self.program.layout["contiguous"]:
-            renew = not decoding or self.policy.renews_ranks_in_decoding
-            if renew:
-                cache.next_rotary = list(cache.length)
+            always = self.policy.renews_ranks_in_decoding
+            # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
+            renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
+            cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
+            cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
             inputs["following"] = torch.tensor(cache.next_rotary).to(device)
-            inputs["renew"] = torch.full((batch,), renew, device=device)
+            inputs["renew"] = torch.tensor(renew).to(device)
             inputs["position_ids"] = (torch.tensor(cache.next_rotary)[:, None] + column).to(device)
             for i, (cos, sin) in enumerate(cache.rotary(max(cache.next_rotary) + longest)):
                 inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
