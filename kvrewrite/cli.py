@@ -108,7 +108,7 @@ def _checkpoint_directory(model: str) -> Path:
     raise ArtifactError(f"{model} does not exist; expected a local checkpoint directory (config.json and safetensors)")
 
 
-def _check_hint(text: str, hint: str) -> Any:
+def parse_value(text: str, hint: str) -> Any:
     """`text` as one of the types in an annotation such as "int | None"; ValueError where it is none."""
     kinds = [k.strip() for k in hint.split("|")]
     if "None" in kinds and text.lower() in ("none", "null"):
@@ -147,7 +147,7 @@ def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, 
             raise click.BadParameter(f"{key} is given twice", param_hint="--option")
         try:
             # An unknown option goes through as it is: the policy names it and its likely spelling.
-            options[key] = _check_hint(text.strip(), hints[key]) if key in hints else text
+            options[key] = parse_value(text.strip(), hints[key]) if key in hints else text
         except ValueError as error:
             raise OptionError(f"{policy}: {key} is {text!r}, expected {error}") from error
     return options
@@ -463,8 +463,11 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
     from kvrewrite import artifact
 
     artifact.read_manifest(directory)
+    from transformers.utils import logging
+
     from kvrewrite.verify import verify as run
 
+    logging.disable_progress_bar()  # there is one bar already
     where = _device(device)
     with _bar() as progress:
         report = run(directory, tokens=tokens, hashes=not no_hashes, device=where, progress=progress)

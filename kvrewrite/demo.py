@@ -113,6 +113,15 @@ def run(out: Path | None = None, *, force: bool = False, train_seconds: float = 
     train_seconds: 0 leaves the weights random.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is so small that threads only wait for each other
+    try:
+        _place(out, force, console, train_seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _place(out: Path | None, force: bool, console: Console, train_seconds: float) -> None:
     if out is None:
         with tempfile.TemporaryDirectory(prefix="kvrewrite-demo-") as folder:
             _run(Path(folder), console, train_seconds)
@@ -159,7 +168,7 @@ def _run(folder: Path, console: Console, train_seconds: float) -> None:
         took = time.perf_counter() - begun
         console.print(
             f"   weights trained just now for {steps} steps ({took:.0f} s) on sources of Python's standard library, "
-            f"loss {loss:.2f}. It knows\n   what Python looks like and nothing else: its text says nothing about quality."
+            f"loss {loss:.2f}:\n   enough to run, and far too little for its text to say anything about quality"
         )
     else:
         console.print("   weights random: its text means nothing.")

@@ -1,0 +1,48 @@
+"""A policy of your own: keeps the tokens with the largest keys, and a recent window."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvrewrite
+from kvrewrite.policies import POLICIES, Policy, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestKeys(Policy):
+    """Scores a token by the norm of its key; the window's tokens are safe."""
+
+    name = "largest_keys"
+    summary = "largest keys + recent window"
+    source = "an example"
+    budget: int | None = 64
+    chunk: int | None = 32
+    window: int = 8
+
+    @property
+    def recent(self) -> int:
+        """The newest slots, which no eviction takes."""
+        return self.window
+
+    def score(self, hook):
+        """(B, Hkv, T) in fp32, as graph nodes at one site; hook.k is (B, Hkv, T, D)."""
+        norm = hook.call(torch.ops.aten.linalg_vector_norm.default, hook.k, 2, [-1])
+        return Scores(hook.call(torch.ops.aten.to.dtype, norm, torch.float32))
+
+
+POLICIES[LargestKeys.name] = LargestKeys
+
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+model = LlamaForCausalLM(config).eval()
+small = kvrewrite.transform(model, policy="largest_keys", budget=48, window=16)
+cache = small.new_cache()
+small(torch.randint(0, 256, (1, 150)), past_key_values=cache)
+kept = cache.positions()[0][0][0]
+print(f"layer 0, head 0 keeps {len(kept)} of 150 tokens: {kept}")
+assert len(kept) == 48
+assert kept[-16:] == list(range(134, 150))
