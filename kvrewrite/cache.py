@@ -140,6 +140,7 @@ class EvictionCache(Cache):
         self.max_length = max_length
         self._model_tables = model.length_tables(max_length)
         self._make_rotary = model.make_rotary
+        self._max_positions: int = model.program.max_positions or UNLIMITED
         self._reset()
 
     @property
@@ -198,7 +199,7 @@ class EvictionCache(Cache):
     def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin of each rotation for contiguous positions below `length`."""
         if length > self._rotary_length:
-            self._rotary_length = max(length, 2 * self._rotary_length)
+            self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
             self._rotary = self._make_rotary(self._rotary_length, self._model_tables)
         return self._rotary
 

@@ -243,10 +243,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         limit = self.program.max_positions
         for row, n in enumerate(counts):
             total = cache.seen[row] + n
-            if limit is not None and total > limit and self.policy.positions == "original":
+            reach = self._reach(cache, row, n, decoding)
+            if limit is not None and reach > limit:
                 raise InputError(
-                    f"row {row} would reach position {total - 1}, but the model has {limit} positions; expected at most "
-                    f"{limit} tokens (a learned position table can't be extended)"
+                    f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most "
+                    f"{limit} tokens at a time (a table of positions can't be extended)"
                 )
             if self.policy.name == "full" and self.policy.budget is not None and total > self.policy.budget:
                 raise CacheError(
@@ -270,6 +271,18 @@ class RewrittenModel(nn.Module, GenerationMixin):
                         f"position_ids of row {row} are {rows[row, at : at + n].tolist()[:8]}..., expected "
                         f"{expected.tolist()[:8]}...: positions are counted by the cache; leave position_ids out"
                     )
+
+    def _reach(self, cache: EvictionCache, row: int, count: int, decoding: bool) -> int:
+        """One more than the largest position that `count` new tokens of a row will have."""
+        if not self.program.layout["contiguous"]:
+            return cache.seen[row] + count
+        if decoding and not self.policy.renews_ranks_in_decoding:
+            return cache.next_rotary[row] + count
+        kept, reach = cache.length[row], 0
+        for segment in self.policy.plan(count) if not decoding else [self.policy.decode_segment()]:
+            reach = max(reach, kept + segment.length)
+            kept = min(kept + segment.length, segment.keep)
+        return reach
 
     def _run_segments(
         self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: list[bool], keep: int

@@ -69,8 +69,10 @@ def _depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def find_rope(gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None) -> Rope | NoRope:
-    """The rotation of `key`, the (B, Hkv, T, D) argument of an attention site."""
+def find_rope(
+    gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None, limit: int | None = None
+) -> Rope | NoRope:
+    """The rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have."""
     region = ancestors([key], stop=is_weight_op)
     if position_ids is None or position_ids not in region:
         return NoRope("its keys do not depend on positions", rotated=False)
@@ -81,21 +83,24 @@ def find_rope(gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.
     if not rotation:
         return NoRope("its keys do not depend on positions", rotated=False)
     frontier = {n for node in rotation for n in node.all_input_nodes if n in data and n not in rotation}
-    # Walk back to the last tensor that everything passes through.
-    while len(frontier) > 1 or tensor_of(next(iter(frontier))) is None:
+    # Walk back to the last tensor that everything passes through and that has the key's shape (a complex view has not).
+    layout = None
+    while layout is None:
         latest = max(frontier)
+        if len(frontier) == 1:
+            layout = _layout(latest, key, kv_heads)
+            if layout is not None:
+                break
         if latest in leaves:
-            return NoRope("its keys are put together from several projections before the rotation (MLA)", rotated=True)
+            return NoRope(
+                "its keys are put together from several projections before the rotation (MLA)"
+                if len(frontier) > 1
+                else f"before the rotation its keys never have {kv_heads} kv heads of {shape_of(key)[3]} channels",
+                rotated=True,
+            )
         frontier.remove(latest)
         frontier |= {n for n in latest.all_input_nodes if n in data}
     pre = frontier.pop()
-    layout = _layout(pre, key, kv_heads)
-    if layout is None:
-        return NoRope(
-            f"the key before the rotation has shape {tuple(shape_of(pre))}, expected batch, {kv_heads} kv heads, length "
-            f"and {shape_of(key)[3]} channels in some order",
-            rotated=True,
-        )
     inside = sorted(ancestors([key], stop=lambda n: n is pre) - {pre})
     for node in inside:
         if node.op == "placeholder" and node is not position_ids and not all(is_size(u) for u in node.users if u in inside):
@@ -104,7 +109,7 @@ def find_rope(gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.
             return NoRope("the rotation mixes in another projection", rotated=True)
     replay = _replay_graph(gm, inside, pre, layout, key, position_ids)
     try:
-        partner = _pairing(replay, kv_heads, int(shape_of(key)[3]))
+        partner = _pairing(replay, kv_heads, int(shape_of(key)[3]), limit)
     except _NotPairs as error:
         return NoRope(str(error), rotated=True)
     table = _table_graph(replay, kv_heads, partner)
@@ -114,9 +119,10 @@ def find_rope(gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.
 
 def _layout(pre: fx.Node, key: fx.Node, kv_heads: int) -> tuple[int, int, int, int] | None:
     """The axes of (B, Hkv, T, D) in `pre`, or None when it does not have them."""
-    shape, (b, _, t, d) = shape_of(pre), shape_of(key)
-    if len(shape) != 4:
+    value = tensor_of(pre)
+    if value is None or value.dim() != 4 or not value.is_floating_point():
         return None
+    shape, (b, _, t, d) = tuple(value.shape), shape_of(key)
     axes: list[int] = []
     for size in (b, kv_heads, t, d):
         options = [i for i, s in enumerate(shape) if i not in axes and same_size(s, size)]
@@ -164,16 +170,17 @@ class _NotPairs(Exception):
     pass
 
 
-def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int) -> Tensor:
+def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> Tensor:
     """Which channels the rotation pairs, found by rotating the unit vectors at several positions."""
     replay = _on_cpu(replay)
     partner = torch.arange(dim)
     matrices = []
-    for position in (1, 2, 7, 100):
+    limit = limit or 1 << 30
+    for position in (p for p in (1, 2, 7, 100) if p < limit):
         units = torch.eye(dim).expand(1, kv_heads, dim, dim).contiguous()
         try:
             turned = replay(units, torch.full((1, dim), position))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
         matrices.append(turned[0, 0].double().T)  # column i: where unit vector i goes
         if not torch.allclose(turned, turned[:, :1].expand_as(turned), atol=1e-5):
@@ -188,7 +195,7 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int) -> Tensor:
         raise _NotPairs("the rotation's channels are not paired")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, kv_heads, 5, dim, generator=generator)
-    positions = torch.tensor([[0, 1, 3, 50, 1000]])
+    positions = torch.tensor([[0, 1, 3, 50, 1000]]).clamp(max=limit - 1)
     cos, sin = _split(replay, kv_heads, partner, positions[0])
     if not torch.allclose(replay(x, positions).float(), x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")

@@ -30,7 +30,7 @@ from kvrewrite.graph import (
     tensor_of,
 )
 from kvrewrite.passes.canonicalize import add_call, sizes_first
-from kvrewrite.passes.probe import Probe, ProbeError, only_shape
+from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, only_shape, value_inputs
 
 aten = torch.ops.aten
 
@@ -298,3 +298,28 @@ def _check_none_left(captured: Captured) -> None:
             raise _refuse(node, str(error)) from error
         if any(not torch.equal(value, value.narrow(d, 0, 1).expand_as(value)) for d in dims):
             raise _refuse(node, "they are made by something else than an arange or a table")
+
+
+LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor)
+
+
+def limit_positions(captured: Captured) -> None:
+    """Requires lifted positions. Sets `captured.max_positions` to what the tables that positions look up allow."""
+    for node in captured.graph.graph.nodes:
+        if node.op != "call_function" or node.target not in LOOKUPS:
+            continue
+        table, index = node.args[0], node.args[2 if node.target is aten.index_select.default else 1]
+        if isinstance(index, (list, tuple)):
+            index = index[0]
+        reads_positions = isinstance(index, fx.Node) and any(
+            n.op == "placeholder" and n.target == "position_ids" for n in value_inputs([index])
+        )
+        if not reads_positions or depends_on_data(index) or not isinstance(table.meta["val"].shape[0], int):
+            continue
+        try:
+            first, second = Probe(captured, 1, 2)(index).flatten().tolist()[:2]
+        except ProbeError:
+            continue
+        if second - first == 1:  # position p looks up row first + p
+            rows = table.meta["val"].shape[0] - int(first)
+            captured.max_positions = rows if captured.max_positions is None else min(rows, captured.max_positions)

@@ -21,7 +21,7 @@ from kvrewrite.passes.check import check
 from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
 from kvrewrite.passes.insert_cache import insert_cache, site_nodes
 from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
-from kvrewrite.passes.lift_positions import lift_positions
+from kvrewrite.passes.lift_positions import lift_positions, limit_positions
 from kvrewrite.passes.normalize import normalize
 from kvrewrite.policies import Policy
 from kvrewrite.policy_weights import check_policy_weights
@@ -46,6 +46,7 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     step("canonicalize")
     check(captured, sites)
     lift_positions(captured)
+    limit_positions(captured)
     step("lift_positions")
     ropes = find_ropes(captured)
     for site in sites:
@@ -58,9 +59,10 @@ def find_ropes(captured: Captured) -> dict[int, Rope | NoRope]:
     """The rotation of each site's keys, or why there is none that can be used."""
     position_ids = placeholder(captured.graph, "position_ids")
     found: dict[int, Rope | NoRope] = {}
+    limit = captured.max_positions
     for node in site_nodes(captured.graph):
         site: AttentionSite = node.meta["kvrewrite_site"]
-        found[site.layer] = find_rope(captured.graph, node.args[1], site.kv_heads, position_ids)  # type: ignore[arg-type]
+        found[site.layer] = find_rope(captured.graph, node.args[1], site.kv_heads, position_ids, limit)  # type: ignore[arg-type]
     return found
 
 
@@ -110,7 +112,7 @@ def insert(
     if expected or weights is not None:
         tensors, metadata = weights if weights is not None else ({}, {})
         fitting = check_policy_weights(
-            tensors, expected, captured.dtype, metadata, model_fingerprint(sites), policy=policy.name
+            tensors, expected, metadata, policy=policy.name, model=model_fingerprint(sites), dtype=captured.dtype
         )
         policy_names = attach_weights(captured.graph, fitting)
     usable = {i: r for i, r in ropes.items() if isinstance(r, Rope)}
