@@ -82,6 +82,7 @@ def test_capture_on_meta_is_capture(tmp_path: Path, name: str) -> None:
     assert all(type(p) is nn.Parameter and p.is_meta for p in model.parameters())
     put_tensors(captured.graph, load_parameters(Checkpoint.open(path), sources))
     retarget_device(captured.graph, "cpu")
+    real.set_attn_implementation("eager")  # the sdpa of transformers 5.17 drops Gemma 2's softcap
     ids = torch.randint(0, VOCAB, (2, 11))
     inputs = (ids, torch.arange(11).expand(2, 11))[: sum(n.op == "placeholder" for n in captured.graph.graph.nodes)]
     with torch.no_grad():

@@ -85,7 +85,13 @@ def test_import_refuses_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "garbage.pt").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "lfs.pt").write_text(LFS)
-    for name, says in {"cut": "", "empty": "", "garbage": "", "lfs": "git lfs pull", "missing": "not exist"}.items():
+    for name, says in {
+        "cut": "damaged",
+        "empty": "damaged",
+        "garbage": "pickle",
+        "lfs": "git lfs",
+        "missing": "exist",
+    }.items():
         with pytest.raises(PolicyWeightsError, match=says) as caught:
             import_pickle(tmp_path / f"{name}.pt", tmp_path / "w.safetensors")
         assert f"{name}.pt" in str(caught.value)
