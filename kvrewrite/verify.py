@@ -72,7 +72,8 @@ def verify(
     directory opened with stock transformers, or the module that `transform` was given. A directory of a foreign module
     has no original, so only what needs none is checked, and the report says so. tokens: length of the compared text
     (longer where a sliding window or a chunk is, so that it matters). hashes: hashes all files of a directory.
-    progress: called with (what, done, of). Raises ArtifactError where there is nothing to open; failures are in the report.
+    progress: called with (what, done, of). Raises ArtifactError where there is nothing to open; failures are in the
+    report.
     """
     start = time.perf_counter()
     report = Report(str(directory_or_model) if isinstance(directory_or_model, (str, Path)) else "model in memory")

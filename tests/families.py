@@ -76,12 +76,16 @@ def _kinds(sites: list[AttentionSite]) -> str:
 
 
 def table() -> Iterator[str]:
-    """The lines of the markdown tables."""
-    refused = []
+    """The lines of the markdown tables. A model that breaks is in the last one, with the exit status 1."""
+    refused, broken = [], []
     yield "| family | sites | found as | attention | RoPE | max logit difference | largest logit |"
     yield "|---|---|---|---|---|---|---|"
     for name in families():
-        m = measure(name)
+        try:
+            m = measure(name)
+        except Exception as error:  # not meant to happen; the rest of the table is still of use
+            broken.append((name, f"{type(error).__name__}: {error}"))
+            continue
         if m.refused:
             refused.append(m)
             continue
@@ -97,6 +101,13 @@ def table() -> Iterator[str]:
         for m in refused:
             reason = " ".join(m.refused.split()).replace("|", "\\|")
             yield f"| {m.name} | {reason} |"
+    if broken:
+        yield ""
+        yield "| broken | error |"
+        yield "|---|---|"
+        for name, text in broken:
+            yield f"| {name} | {' '.join(text.split())[:300]} |"
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Every example runs as it is, in a process of its own."""
+"""Every example runs as it is, in a process of its own; the README's policy works as it is printed."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -26,3 +28,24 @@ def test_example(path, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert not list(tmp_path.iterdir())  # and leaves nothing behind
+
+
+def test_policy_in_the_readme(tmp_path):
+    from kvrewrite.policies import POLICIES
+    from tests.zoo import make
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = next(b for b in blocks if "class LargestKeys" in b)
+    names = {"model": make("llama"), "__name__": "builtins"}
+    try:
+        exec("import kvrewrite\n" + block, names)
+        small = names["small"]
+        cache = small.new_cache()
+        small(torch.randint(0, 97, (1, 100)), past_key_values=cache)
+        kept = cache.positions()[0][0][0]
+        assert len(kept) == 48
+        assert kept[-16:] == list(range(84, 100))
+        small.save_pretrained(tmp_path / "out")
+        assert type(names["kvrewrite"].load(tmp_path / "out").policy).__name__ == "LargestKeys"
+    finally:
+        POLICIES.pop("largest_keys", None)
