@@ -196,8 +196,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             cache = self.new_cache(batch, max_length=width)
         self._check_cache(cache, batch)
         first, counts = self._real_tokens(attention_mask, batch, width, cache)
-        # Row by row: a row that was all padding so far still has its prompt to come.
-        decoding = [width == 1 and seen > 0 for seen in cache.seen]
+        # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
+        decoding = [n == 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
         self._check_input(input_ids, position_ids, first, counts, cache, decoding)
         logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         cache.columns += width
@@ -243,7 +243,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         limit = self.program.max_positions
         for row, n in enumerate(counts):
             total = cache.seen[row] + n
-            reach = self._reach(cache, row, n, decoding)
+            reach = self._reach(cache, row, n, decoding[row])
             if limit is not None and reach > limit:
                 raise InputError(
                     f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most "
@@ -276,7 +276,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         """One more than the largest position that `count` new tokens of a row will have."""
         if not self.program.layout["contiguous"]:
             return cache.seen[row] + count
-        if decoding and not self.policy.renews_ranks_in_decoding:
+        if decoding and cache.settled[row] and not self.policy.renews_ranks_in_decoding:
             return cache.next_rotary[row] + count
         kept, reach = cache.length[row], 0
         for segment in self.policy.plan(count) if not decoding else [self.policy.decode_segment()]:

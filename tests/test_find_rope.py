@@ -22,7 +22,8 @@ UNROTATED = ["gpt2", "opt", "bloom", "falcon", "NanoGPT"]
 def rope_of(name: str) -> Rope | NoRope:
     found = captured(name)
     node = site_nodes(found.graph)[0]
-    return find_rope(found.graph, node.args[1], node.meta["kvrewrite_site"].kv_heads, placeholder(found.graph, "position_ids"))  # type: ignore[arg-type]
+    site, position_ids = node.meta["kvrewrite_site"], placeholder(found.graph, "position_ids")
+    return find_rope(found.graph, node.args[1], site.kv_heads, position_ids, found.max_positions)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [n for n in ROTARY if n in FAMILIES or n in FOREIGN])
