@@ -1,0 +1,113 @@
+"""On a GPU: the same kept sets and logits as on the CPU, memory that is really held, and models moved between devices."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvrewrite
+from tests.rewritten import captured, original, rewrite, rewritten
+from tests.zoo import make
+
+pytestmark = pytest.mark.gpu
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("full", {}),
+    ("streaming_llm", {"budget": 16, "chunk": 8}),
+    ("streaming_llm", {"budget": 16, "positions": "original"}),
+    ("h2o", {"budget": 16}),
+    ("locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
+]
+
+
+def ids(rows: int, length: int) -> Tensor:
+    return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def trace(model: Any, prompt: Tensor, answer: Tensor) -> tuple[list[Any], Tensor]:
+    """Kept sets and logits over a padded prompt and some given tokens."""
+    cache = model.new_cache(2)
+    mask = torch.ones_like(prompt)
+    mask[1, :9] = 0
+    logits = [model(prompt, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits]
+    kept = [cache.positions()]
+    for t in range(answer.shape[1]):
+        logits.append(model(answer[:, t : t + 1], past_key_values=cache).logits)
+        kept.append(cache.positions())
+    return kept, torch.cat(logits, 1).float().cpu()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mixtral", "deepseek_v3", "gpt2", "bloom"])
+@pytest.mark.parametrize(("policy", "options"), CASES)
+def test_same_as_on_the_cpu(family: str, policy: str, options: dict[str, Any]) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        cpu = rewritten(family, policy, **options)
+    except kvrewrite.errors.KVRewriteError as refusal:
+        pytest.skip(str(refusal))
+    gpu = rewrite(original(family), captured(family), policy, None, **options)
+    gpu.graph_module = gpu.program.graph = copy.deepcopy(gpu.graph_module)  # the parameters are shared with the original
+    gpu._run = gpu.graph_module
+    gpu.to("cuda")
+    prompt, answer = ids(2, 45), ids(2, 8)
+    kept_cpu, logits_cpu = trace(cpu, prompt, answer)
+    kept_gpu, logits_gpu = trace(gpu, prompt.cuda(), answer.cuda())
+    assert kept_gpu == kept_cpu
+    torch.testing.assert_close(logits_gpu, logits_cpu, atol=1e-4, rtol=1e-4)
+
+
+def test_captured_on_the_gpu_in_bfloat16() -> None:
+    model = make("llama").to("cuda", torch.bfloat16)
+    small = kvrewrite.transform(model, "full")
+    prompt = ids(2, 40).cuda()
+    with torch.no_grad():
+        expected = model(prompt, use_cache=False).logits.float()
+    torch.testing.assert_close(small(prompt).logits.float(), expected, atol=2e-2, rtol=2e-2)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "attention_mask": prompt * 0 + 1}
+    assert small.generate(prompt, **settings).shape == (2, 60)
+
+
+def test_saved_on_one_device_loaded_on_the_other(tmp_path: Any) -> None:
+    model = make("llama")
+    small = kvrewrite.transform(model, "streaming_llm", budget=16)
+    small.save_pretrained(tmp_path / "out")
+    loaded = kvrewrite.load(tmp_path / "out", device="cuda")
+    prompt = ids(1, 50)
+    torch.testing.assert_close(loaded(prompt.cuda()).logits.cpu(), small(prompt).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_is_what_is_reported() -> None:
+    """The pools are all that a cache holds; eviction gives memory back to the allocator's user, not to a mask."""
+    model = make("llama").to("cuda")
+    small = kvrewrite.transform(model, "streaming_llm", budget=512, chunk=256, positions="original")
+    full = kvrewrite.transform(model, "full")
+    held: dict[str, tuple[int, int]] = {}
+    prompt = ids(1, 8192).cuda()
+    for name, rewritten_model in (("evicted", small), ("full", full)):
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = rewritten_model.new_cache(1)
+        rewritten_model(prompt, past_key_values=cache, logits_to_keep=1)
+        gc.collect()
+        held[name] = (torch.cuda.memory_allocated() - before, cache.memory().reserved)
+        del cache
+    for allocated, reserved in held.values():
+        assert reserved <= allocated <= reserved * 1.02 + (1 << 16)  # tables and lengths, rounding of the allocator
+    assert held["evicted"][0] < held["full"][0] / 10
+
+
+def test_compiled_is_eager() -> None:
+    model = make("llama").to("cuda")
+    prompt, answer = ids(2, 45).cuda(), ids(2, 6).cuda()
+    small = kvrewrite.transform(model, "h2o", budget=16)
+    kept, logits = trace(small, prompt, answer)
+    small.compile(fullgraph=True)
+    kept_compiled, logits_compiled = trace(small, prompt, answer)
+    assert kept_compiled == kept
+    torch.testing.assert_close(logits_compiled, logits, atol=1e-4, rtol=1e-4)
