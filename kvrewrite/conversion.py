@@ -337,6 +337,7 @@ def _convert(model: Any, values: dict[str, _Recorded]) -> tuple[dict[str, _Recor
     """Runs transformers' conversion without touching the model; returns what it would have set, and its report."""
     from transformers import conversion_mapping, core_model_loading
     from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging
 
     found: dict[str, _Recorded] = {}
 
@@ -348,11 +349,15 @@ def _convert(model: Any, values: dict[str, _Recorded]) -> tuple[dict[str, _Recor
     mapping: Any = conversion_mapping.get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     setter, conversions = core_model_loading.set_param_for_module, getattr(model, "_weight_conversions", None)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would say "Loading weights", and none are
     core_model_loading.set_param_for_module = keep
     try:
         info, _ = core_model_loading.convert_and_load_state_dict_in_model(model, dict(values), load_config, None)
     finally:
         core_model_loading.set_param_for_module = setter
+        if bars:
+            logging.enable_progress_bar()
         if conversions is None:
             vars(model).pop("_weight_conversions", None)
         else:

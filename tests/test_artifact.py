@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,17 @@ def test_a_real_model_from_meta(tmp_path: Path) -> None:
     recipes = parameter_sources(model, config, checkpoint)
     write_artifact(tmp_path / "out", made, base=checkpoint, config=checkpoint.config, recipes=recipes)
     shutil.rmtree(tmp_path / "base")
+    code = (
+        "import sys; from kvrewrite.artifact import read_artifact; read_artifact(sys.argv[1]);"
+        "print([m for m in sys.modules if m.startswith('transformers.models.') and 'modeling_' in m])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.strip() == "[]", ran.stderr  # loading needs no modeling code
     loaded, _ = read_artifact(tmp_path / "out")
     ids = torch.randint(0, VOCAB, (2, 9))
     with torch.no_grad():
