@@ -103,10 +103,7 @@ class _Pool:
 
     def _write_table(self) -> None:
         width = max(1, max(len(h) for layer in self.pages for row in layer for h in row))
-        rows = [
-            [[head + [0] * (width - len(head)) for head in row] for row in layer]
-            for layer in self.pages
-        ]
+        rows = [[[head + [0] * (width - len(head)) for head in row] for row in layer] for layer in self.pages]
         self.table = torch.tensor(rows, dtype=torch.int32).to(self.device)
         self.changed = False
 
@@ -171,10 +168,7 @@ class EvictionCache(Cache):
             bounds = []
             for window, bound in zip(pool.windows, pool.bound):
                 bounds.append(
-                    [
-                        b if not n else min(b + n, k, window or UNLIMITED)
-                        for b, n, k in zip(bound, valid, keep)
-                    ]
+                    [b if not n else min(b + n, k, window or UNLIMITED) for b, n, k in zip(bound, valid, keep)]
                 )
             after.append(bounds)
             during = [[max(x, y) for x, y in zip(r, s)] for r, s in zip(pool.bound, bounds)]

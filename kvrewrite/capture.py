@@ -226,7 +226,9 @@ def _transformers_tracing(model: nn.Module, attention: str, experts: bool) -> It
 
 # ------------------------------------------------------------------------------------- rotary embeddings by length
 @contextlib.contextmanager
-def _fixed_rotary(model: nn.Module, max_length: int | None) -> Iterator[list[tuple[nn.Module, str, int, Tensor, Tensor]]]:
+def _fixed_rotary(
+    model: nn.Module, max_length: int | None
+) -> Iterator[list[tuple[nn.Module, str, int, Tensor, Tensor]]]:
     """Takes the length-dependent choice out of rotary embeddings for the trace.
 
     transformers picks longrope's and dynamic NTK's frequencies by looking at the largest position of each call, which
@@ -261,7 +263,7 @@ def _fixed_rotary(model: nn.Module, max_length: int | None) -> Iterator[list[tup
                 tables.append((module, name, limit, short.float(), long.float()))
                 undo.append((module, rope_type, name, current))
             module.rope_type = (
-                {k: "default" for k in rope_type} if isinstance(rope_type, dict) else "default"  # type: ignore[assignment]
+                dict.fromkeys(rope_type, "default") if isinstance(rope_type, dict) else "default"  # type: ignore[assignment]
             )
         yield tables
     finally:
@@ -301,7 +303,9 @@ def _logits(out: Any) -> Tensor:
 
 def is_transformers_model(model: nn.Module) -> bool:
     """Whether `model` is a `transformers.PreTrainedModel`, without importing transformers."""
-    return any(c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+    return any(
+        c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__
+    )
 
 
 def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
@@ -458,7 +462,7 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
             env[node] = new.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
     for spec in signature.input_specs:
-        if spec.arg.name in targets and targets[spec.arg.name]:
+        if targets.get(spec.arg.name):
             value = state[spec.target]
             set_attr(root, targets[spec.arg.name], value)
     gm = fx.GraphModule(root, new, class_name=type(model).__name__)

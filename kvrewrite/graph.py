@@ -151,7 +151,5 @@ def erase_dead(gm: fx.GraphModule) -> None:
 def mutates(node: fx.Node) -> bool:
     """Whether `node` calls an op whose schema says that it writes to an argument."""
     return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
+        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     )

@@ -54,7 +54,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.generation_config = generation_config or GenerationConfig.from_model_config(self.config)
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         self.source = source  # what save_pretrained copies the original from
-        self._run: Callable[..., Tensor] = self.graph_module
+        self.__dict__["_compiled"] = None  # not a submodule: it is the same graph
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
             tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
@@ -109,7 +109,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Compiles the graph with torch.compile (options as there); planning and caches stay in Python."""
         kwargs.setdefault("dynamic", True)
-        self._run = torch.compile(self.graph_module, **kwargs)
+        self.__dict__["_compiled"] = torch.compile(self.graph_module, **kwargs)
 
     # -- caches --------------------------------------------------------------------------------------------------
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
@@ -324,7 +324,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
     ) -> Tensor:  # fmt: skip
         """One pass through the graph: the same segment number of every row, left-aligned."""
-        device, batch = self.device, len(valid)
+        device = self.device
         longest = max(valid)
         keep = [s.keep if s else UNLIMITED for s in segments]
         column = torch.arange(longest)
@@ -352,7 +352,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs.update(cache.length_tables)
-        out = self._run(*(inputs[name] for name in self.program.layout["inputs"]))
+        run = self.__dict__["_compiled"] or self.graph_module
+        out = run(*(inputs[name] for name in self.program.layout["inputs"]))
         cache.commit(valid, keep)
         return out
 

@@ -103,7 +103,11 @@ def find_rope(
     pre = frontier.pop()
     inside = sorted(ancestors([key], stop=lambda n: n is pre) - {pre})
     for node in inside:
-        if node.op == "placeholder" and node is not position_ids and not all(is_size(u) for u in node.users if u in inside):
+        if (
+            node.op == "placeholder"
+            and node is not position_ids
+            and not all(is_size(u) for u in node.users if u in inside)
+        ):
             return NoRope(f"the rotation depends on {node.name}", rotated=True)
         if node in leaves:
             return NoRope("the rotation mixes in another projection", rotated=True)
@@ -254,7 +258,9 @@ def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.G
     length = graph.call_function(aten.sym_size.int, (positions, 0))
     x = graph.call_function(aten.reshape.default, (halves, [2, 1, 1, dim]))
     x = graph.call_function(aten.expand.default, (x, [2, kv_heads, length, dim]))
-    rows = graph.call_function(aten.expand.default, (graph.call_function(aten.unsqueeze.default, (positions, 0)), [2, length]))
+    rows = graph.call_function(
+        aten.expand.default, (graph.call_function(aten.unsqueeze.default, (positions, 0)), [2, length])
+    )
     turned = graph.graph_copy(replay.graph, _bind(replay, x, rows))
     turned = graph.call_function(aten.select.int, (turned, 1, 0))
     a = graph.call_function(aten.select.int, (turned, 0, 0))

@@ -144,7 +144,9 @@ class SiteHook:
     def projected_width(self) -> int:
         """Channels of [q | k | v]."""
         width = sum(int(shape_of(n)[-1]) for n in self._projections())
-        expected = (self.site.heads + self.site.kv_heads) * self.site.head_dim + self.site.kv_heads * self.site.v_head_dim
+        expected = (
+            self.site.heads + self.site.kv_heads
+        ) * self.site.head_dim + self.site.kv_heads * self.site.v_head_dim
         if width != expected:
             raise UnsupportedModelError(
                 f"layer {self.site.layer} ({self.site.module}): its projections have {width} channels, expected "

@@ -50,14 +50,27 @@ def test_greedy_with_left_padding_is_the_originals(full: Any) -> None:
 
 def test_beam_search_is_the_originals(full: Any) -> None:
     prompt = ids(2, 11)
-    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9, "attention_mask": prompt * 0 + 1}
+    settings = {
+        **GREEDY,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": 9,
+        "attention_mask": prompt * 0 + 1,
+    }
     expected = original("llama").generate(prompt, **settings)  # type: ignore[operator]
     assert torch.equal(full.generate(prompt, **settings), expected)
 
 
 def test_sampling_is_the_originals_with_the_same_seed(full: Any) -> None:
     prompt = ids(1, 9)
-    settings = {**GREEDY, "do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 3, "max_new_tokens": 8}
+    settings = {
+        **GREEDY,
+        "do_sample": True,
+        "top_k": 20,
+        "temperature": 0.8,
+        "num_return_sequences": 3,
+        "max_new_tokens": 8,
+    }
     settings["attention_mask"] = prompt * 0 + 1
     outs = []
     for model in (original("llama"), full):
@@ -190,5 +203,5 @@ class TestBadInput:
         assert model(ids(1, limit)).logits.shape[1] == limit
 
     def test_dtype_is_part_of_the_graph(self, full: Any) -> None:
-        with pytest.raises(InputError, match="can't become torch.bfloat16"):
+        with pytest.raises(InputError, match=r"can't become torch\.bfloat16"):
             full.to(torch.bfloat16)

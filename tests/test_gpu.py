@@ -1,4 +1,4 @@
-"""On a GPU: the same kept sets and logits as on the CPU, memory that is really held, and models moved between devices."""
+"""On a GPU: the same kept sets and logits as on the CPU, memory that is really held, models moved between devices."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_same_as_on_the_cpu(family: str, policy: str, options: dict[str, Any]) -
     except kvrewrite.errors.KVRewriteError as refusal:
         pytest.skip(str(refusal))
     gpu = rewrite(original(family), captured(family), policy, None, **options)
-    gpu.graph_module = gpu.program.graph = copy.deepcopy(gpu.graph_module)  # the parameters are shared with the original
-    gpu._run = gpu.graph_module
+    # Its parameters are the original's own.
+    gpu.graph_module = gpu.program.graph = copy.deepcopy(gpu.graph_module)
     gpu.to("cuda")
     prompt, answer = ids(2, 45), ids(2, 8)
     kept_cpu, logits_cpu = trace(cpu, prompt, answer)
@@ -68,8 +68,8 @@ def test_captured_on_the_gpu_in_bfloat16() -> None:
     with torch.no_grad():
         expected = model(prompt, use_cache=False).logits.float()
     torch.testing.assert_close(small(prompt).logits.float(), expected, atol=2e-2, rtol=2e-2)
-    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "attention_mask": prompt * 0 + 1}
-    assert small.generate(prompt, **settings).shape == (2, 60)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert small.generate(prompt, attention_mask=prompt * 0 + 1, **settings).shape == (2, 60)
 
 
 def test_saved_on_one_device_loaded_on_the_other(tmp_path: Any) -> None:

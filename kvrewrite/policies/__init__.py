@@ -37,4 +37,4 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-__all__ = ["POLICIES", "UNLIMITED", "Full", "H2O", "Locret", "Policy", "Scores", "Segment", "StreamingLLM", "make"]
+__all__ = ["H2O", "POLICIES", "UNLIMITED", "Full", "Locret", "Policy", "Scores", "Segment", "StreamingLLM", "make"]

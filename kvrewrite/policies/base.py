@@ -84,8 +84,10 @@ class Policy:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if str(field.type).startswith("int") and value is not None and (
-                isinstance(value, bool) or not isinstance(value, int)
+            if (
+                str(field.type).startswith("int")
+                and value is not None
+                and (isinstance(value, bool) or not isinstance(value, int))
             ):
                 raise OptionError(f"{self.name}: {field.name} is {value!r}, expected an integer")
         if self.positions not in ("original", "contiguous"):
