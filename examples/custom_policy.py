@@ -6,9 +6,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-from kvrewrite.policies import POLICIES, Policy, Scores
+from kvrewrite.policies import Policy, Scores, register
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class LargestKeys(Policy):
     """Scores a token by the norm of its key; the window's tokens are safe."""
@@ -30,8 +31,6 @@ class LargestKeys(Policy):
         norm = hook.call(torch.ops.aten.linalg_vector_norm.default, hook.k, 2, [-1])
         return Scores(hook.call(torch.ops.aten.to.dtype, norm, torch.float32))
 
-
-POLICIES[LargestKeys.name] = LargestKeys
 
 torch.manual_seed(0)
 config = LlamaConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ def transform(
 
     chosen = policies.make(policy, **options)
     captured = capture(model, max_length=max_length)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
     if is_transformers_model(model):
         generation_config = getattr(model, "generation_config", None)
@@ -159,10 +160,11 @@ def convert(
         check_destination(Path(out), checkpoint, force)
     progress("building the model without weights")
     model, config = build_on_meta(model_dir)
+    # Before the capture: a checkpoint may untie weights that the configuration ties.
+    sources = parameter_sources(model, config, checkpoint)
     progress("capturing")
     captured = capture_on_meta(model, max_length=max_length)
     program = _compile(captured, chosen, policy_weights, config, observe, progress)
-    sources = parameter_sources(model, config, checkpoint)
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
     final = policies.make(program.policy["name"], **program.policy["options"])
@@ -264,7 +266,9 @@ def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path
             )
     tensors: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
     tensors.update(source.named_buffers(remove_duplicate=False))
-    return write_artifact(out, program, base=tensors, config=model.config.to_dict(), force=force, card=card)
+    return write_artifact(
+        out, program, base=tensors, config=json.loads(model.config.to_json_string()), force=force, card=card
+    )
 
 
 def inspect(

@@ -33,6 +33,11 @@ class MemoryReport:
 class _Pool:
     """Pages of one cache class, and who has them."""
 
+    k_pages: Tensor  # (pages, PAGE, Dk)
+    v_pages: Tensor  # (pages, PAGE, Dv)
+    score_pages: Tensor  # (pages, PAGE) fp32
+    pos_pages: Tensor  # (pages, PAGE, 2) int32: position in the text, position that the key is rotated by
+
     def __init__(self, spec: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype):
         self.kv_heads, self.k_dim, self.v_dim = spec["kv_heads"], spec["k_dim"], spec["v_dim"]
         self.layers: list[int] = spec["layers"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,7 +241,7 @@ def _fixed_rotary(
     try:
         for module in model.modules():
             rope_type = getattr(module, "rope_type", None)
-            kinds = rope_type if isinstance(rope_type, dict) else {None: rope_type}
+            kinds: dict[Any, Any] = rope_type if isinstance(rope_type, dict) else {None: rope_type}
             if not any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in kinds.values()):
                 continue
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -316,6 +317,10 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
 
     Raises CaptureError when torch.export can't trace it, UnsupportedModelError when its attention can't be rewritten.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder; kvrewrite rewrites decoders (causal language models)"
+        )
     training = model.training
     model.eval()
     try:
@@ -376,7 +381,9 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
             # fails torch prints the whole graph to stderr; our error says what failed.
-            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                # torch's own use of what it deprecates.
+                warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
                 program = torch.export.export(
                     wrapper,
                     (ids, positions),
@@ -419,8 +426,9 @@ def _vocab_size(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             return int(module.num_embeddings)
-    if isinstance(getattr(config, "vocab_size", None), int):
-        return int(config.vocab_size)
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int):
+        return size
     raise CaptureError("no token embedding was found; expected an nn.Embedding or a config with vocab_size")
 
 

@@ -43,7 +43,7 @@ def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
         rows = [f"| {p.context} | {human(p.full)} | {human(p.evicted)} | {human(p.peak)} |" for p in plans]
         memory = "\n".join(
             [
-                "## Cache memory (estimate, batch 1)",
+                f"## Cache memory (estimate, batch {plans[0].batch})",
                 "",
                 "| context | full cache | evicted | peak in prefill |",
                 "|---|---|---|---|",

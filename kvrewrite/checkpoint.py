@@ -213,7 +213,7 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
             raise ArtifactError(
                 f"{directory} has its weights as pickles only ({some(pickles)}), which kvrewrite does not read, as "
                 "they can run code. Convert them once: AutoModelForCausalLM.from_pretrained(directory)"
-                ".save_pretrained(new_directory, safe_serialization=True)"
+                ".save_pretrained(new_directory), which writes safetensors"
             )
         others = sorted(p.name for p in directory.glob("*.safetensors"))
         hint = f"; found {some(others)}, but no model.safetensors.index.json that lists them" if others else ""

@@ -51,7 +51,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.program_id = next(_program_ids)
         self.graph_module = program.graph
         self.config = copy.deepcopy(config)
-        self.generation_config = generation_config or GenerationConfig.from_model_config(self.config)
+        self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(self.config)
+        self.generation_config.use_cache = True  # the configurations of some models (MPT) say no
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         self.source = source  # what save_pretrained copies the original from
         self.__dict__["_compiled"] = None  # not a submodule: it is the same graph
@@ -132,7 +133,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
         return made
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int, *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -142,6 +143,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: a rewritten model has its own cache; "
                 "leave cache_implementation out"
             )
+        if generation_config.use_cache is False:
+            raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
         given = model_kwargs.get("past_key_values")
         if given is None:
             width = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

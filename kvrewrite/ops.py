@@ -91,7 +91,7 @@ def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
         for x, n in zip(inputs, ctx.needs_input_grad[:4], strict=True)
     ]
     with torch.enable_grad():
-        out = _attention(*needed, alibi, *ctx.rest)  # type: ignore[misc, arg-type]
+        out = _attention(*needed, alibi, *ctx.rest)  # type: ignore[misc, arg-type, call-arg]
     wanted = [x for x in needed if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, grad))
     grads = [next(found) if x is not None and x.requires_grad else None for x in needed]
@@ -193,8 +193,9 @@ def cached_attention(
     q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv): the new tokens, of which the first valid[b] of each row are
     real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE, 2) int32
     (original and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots; positions (B, T) int64.
-    k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated first. hidden (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they
-    themselves see them. Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32.
+    k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated first. hidden (B, Hkv, T) bool: new
+    tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv) and the
+    natural log-sum-exp (B, H, T) fp32.
     """
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
@@ -307,8 +308,9 @@ def cache_update(
 
     rotary (B, T) int64 are the positions that the keys are or will be rotated by. new_scores: (B, Hkv, T); slot_scores:
     (B, Hkv, C) replaces the cached slots' scores first (None leaves them). Protected: positions below `sinks` and
-    the `recent` (B,) int32 newest slots of each head. Slots that no later query can see through `window` or `chunk` go in any case. Of equal scores the earlier position stays. NaN
-    scores count as the lowest. Afterwards slots [0, lens) of each head are live.
+    the `recent` (B,) int32 newest slots of each head. Slots that no later query can see through `window` or `chunk` go in
+    any case. Of equal scores the earlier position stays. NaN scores count as the lowest. Afterwards slots
+    [0, lens) of each head are live.
     """
     reference_evict.cache_update(
         k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,

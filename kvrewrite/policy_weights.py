@@ -125,7 +125,7 @@ def read_policy_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, 
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise PolicyWeightsError(
             f"{path} is a pickle, which could run code; convert it once: kvrewrite import-weights {path} "
-            f"{path.with_suffix('.safetensors')}"
+            f"--out {path.with_suffix('.safetensors')}"
         )
     try:
         _, metadata = read_header(path)

@@ -21,6 +21,7 @@ WEIGHT_OPS = (
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default, aten._grouped_mm.default,
     aten.convolution.default, aten.conv1d.default, aten.baddbmm.default,
 )  # fmt: skip
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.to.dtype)
 
 
 @dataclass
@@ -51,7 +52,16 @@ class NoRope:
 
 def is_weight_op(node: fx.Node) -> bool:
     """Whether `node` multiplies by a weight: where a projection begins."""
+    if node.op == "call_function" and node.target is aten.matmul.default:
+        return _is_weight(node.args[1])
     return node.op == "placeholder" or (node.op == "call_function" and node.target in WEIGHT_OPS)
+
+
+def _is_weight(node: Any) -> bool:
+    """Whether `node` is a parameter, maybe transposed (x @ weight.T)."""
+    while isinstance(node, fx.Node) and node.target in TRANSPOSES:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def projections(node: fx.Node) -> list[fx.Node]:
@@ -200,8 +210,12 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, kv_heads, 5, dim, generator=generator)
     positions = torch.tensor([[0, 1, 3, 50, 1000]]).clamp(max=limit - 1)
-    cos, sin = _split(replay, kv_heads, partner, positions[0])
-    if not torch.allclose(replay(x, positions).float(), x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
+    try:
+        cos, sin = _split(replay, kv_heads, partner, positions[0])
+        turned = replay(x, positions).float()
+    except (RuntimeError, IndexError) as error:
+        raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
+    if not torch.allclose(turned, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")
     return partner
 

@@ -300,7 +300,7 @@ def _check_none_left(captured: Captured) -> None:
             raise _refuse(node, "they are made by something else than an arange or a table")
 
 
-LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor)
+LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default)
 
 
 def limit_positions(captured: Captured) -> None:
@@ -308,18 +308,20 @@ def limit_positions(captured: Captured) -> None:
     for node in captured.graph.graph.nodes:
         if node.op != "call_function" or node.target not in LOOKUPS:
             continue
-        table, index = node.args[0], node.args[2 if node.target is aten.index_select.default else 1]
+        table, index, dim = node.args[0], node.args[1], 0
+        if node.target in (aten.index_select.default, aten.gather.default):
+            index, dim = node.args[2], node.args[1]
         if isinstance(index, (list, tuple)):
             index = index[0]
         reads_positions = isinstance(index, fx.Node) and any(
             n.op == "placeholder" and n.target == "position_ids" for n in value_inputs([index])
         )
-        if not reads_positions or depends_on_data(index) or not isinstance(table.meta["val"].shape[0], int):
+        if not reads_positions or depends_on_data(index) or not isinstance(table.meta["val"].shape[dim], int):
             continue
         try:
-            first, second = Probe(captured, 1, 2)(index).flatten().tolist()[:2]
+            rows_read = sorted(set(Probe(captured, 1, 2)(index).flatten().tolist()))
         except ProbeError:
             continue
-        if second - first == 1:  # position p looks up row first + p
-            rows = table.meta["val"].shape[0] - int(first)
+        if len(rows_read) == 2 and rows_read[1] - rows_read[0] == 1:  # position p looks up row first + p
+            rows = table.meta["val"].shape[dim] - int(rows_read[0])
             captured.max_positions = rows if captured.max_positions is None else min(rows, captured.max_positions)

@@ -69,7 +69,7 @@ def find_ropes(captured: Captured) -> dict[int, Rope | NoRope]:
 def expected_weights(captured: Captured, sites: list[AttentionSite], policy: Policy) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the policy weights for this model."""
     hooks = [
-        SiteHook(captured.graph, site, *node.args[:3], node)  # type: ignore[misc]
+        SiteHook(captured.graph, site, node.args[0], node.args[1], node.args[2], node)
         for site, node in zip(sites, site_nodes(captured.graph), strict=True)
     ]
     return policy.weights(sites, hooks)

@@ -16,12 +16,23 @@ from kvrewrite.policies.streaming_llm import StreamingLLM
 POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Full, StreamingLLM, H2O, Locret)}
 
 
+def register(cls: type[Policy]) -> type[Policy]:
+    """Makes a policy of your own known by its name; a class decorator. Needed before `transform` and before `load`."""
+    if POLICIES.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise OptionError(f"there is a policy called {cls.name!r} already: {POLICIES[cls.name].__qualname__}")
+    POLICIES[cls.name] = cls
+    return cls
+
+
 def make(name: str | Policy, **options: Any) -> Policy:
     """The policy called `name` with `options`; raises OptionError for unknown names and options."""
     if isinstance(name, Policy):
         return dataclasses.replace(name, **options) if options else name
     if name not in POLICIES:
-        raise OptionError(f"unknown policy {name!r}{_hint(name, POLICIES)}; there are: {', '.join(POLICIES)}")
+        raise OptionError(
+            f"unknown policy {name!r}{_hint(name, POLICIES)}; there are: {', '.join(POLICIES)}. A policy of your own must be "
+            "registered first: kvrewrite.policies.register(cls)"
+        )
     cls = POLICIES[name]
     known = {f.name for f in dataclasses.fields(cls)}
     for option in options:
@@ -37,4 +48,16 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-__all__ = ["H2O", "POLICIES", "UNLIMITED", "Full", "Locret", "Policy", "Scores", "Segment", "StreamingLLM", "make"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "UNLIMITED",
+    "Full",
+    "Locret",
+    "Policy",
+    "Scores",
+    "Segment",
+    "StreamingLLM",
+    "make",
+    "register",
+]
