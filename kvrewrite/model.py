@@ -200,7 +200,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self._check_cache(cache, batch)
         first, counts = self._real_tokens(attention_mask, batch, width, cache)
         # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
-        decoding = [n == 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
+        # One that pauses keeps its ranks, too.
+        decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
         self._check_input(input_ids, position_ids, first, counts, cache, decoding)
         logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         cache.columns += width
