@@ -1,0 +1,513 @@
+"""Every op against loops over single numbers in fp64, with ragged lengths, dead slots full of NaN and empty rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvrewrite.ops  # noqa: F401
+
+ops = torch.ops.kvrewrite
+B, HKV, GROUP, D, DV, PAGE, P = 3, 2, 3, 8, 6, 4, 4
+H = HKV * GROUP
+LENS = [[5, 11], [0, 16], [3, 0]]  # the last slot, no slot, and borders of pages
+SEEN = [20, 17, 9]  # tokens of each row that went before
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window": {"window": 6},
+    "chunk": {"chunk": 5},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi": True},
+    "everything": {"window": 9, "softcap": 2.0, "sinks": True, "alibi": True},
+}
+
+
+def masks() -> Any:
+    return pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+
+
+@dataclass
+class State:
+    """A paged cache of random content; what is not live is `dead`."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    score_pages: Tensor
+    pos_pages: Tensor
+    table: Tensor
+    lens: Tensor
+
+    def pools(self) -> tuple[Tensor, ...]:
+        return self.k_pages, self.v_pages, self.score_pages, self.pos_pages
+
+    def slots(self, b: int, h: int) -> dict[int, tuple[Tensor, Tensor, float, int]]:
+        """position -> key, value, score, rotary position of the live slots."""
+        found = {}
+        for s in range(int(self.lens[b, h])):
+            page, at = int(self.table[b, h, s // PAGE]), s % PAGE
+            assert page > 0, "a live slot on a page that is not leased"
+            position, rotary = self.pos_pages[page, at].tolist()
+            assert position not in found, "the same token twice"
+            score = float(self.score_pages[page, at])
+            found[position] = (self.k_pages[page, at].clone(), self.v_pages[page, at].clone(), score, rotary)
+        return found
+
+
+def state(seed: int = 0, dtype: torch.dtype = torch.float64, dead: float = math.nan, spare: int = 0) -> State:
+    """Row by row and head by head: LENS slots in no order. spare: slots a head that are leased besides."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 2 + B * HKV * P
+    out = State(
+        torch.full((total, PAGE, D), dead, dtype=dtype),
+        torch.full((total, PAGE, DV), dead, dtype=dtype),
+        torch.full((total, PAGE), dead),
+        torch.full((total, PAGE, 2), 12345, dtype=torch.int32),
+        torch.zeros(B, HKV, P, dtype=torch.int32),
+        torch.tensor(LENS, dtype=torch.int32),
+    )
+    free = iter((torch.randperm(total - 1, generator=generator) + 1).tolist())
+    for b in range(B):
+        for h in range(HKV):
+            places = torch.randperm(SEEN[b], generator=generator)[: LENS[b][h]].tolist()
+            for page in range(min(P, -(-(LENS[b][h] + spare) // PAGE))):
+                out.table[b, h, page] = next(free)
+            for s, position in enumerate(places):
+                page, at = int(out.table[b, h, s // PAGE]), s % PAGE
+                out.k_pages[page, at] = torch.randn(D, generator=generator).to(dtype)
+                out.v_pages[page, at] = torch.randn(DV, generator=generator).to(dtype)
+                out.score_pages[page, at] = float(torch.randn((), generator=generator))
+                out.pos_pages[page, at] = torch.tensor([position, position + 3])
+    return out
+
+
+@dataclass
+class New:
+    """T new tokens, of which valid[b] are real."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
+def new(valid: list[int], width: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> New:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(heads: int, dim: int) -> Tensor:
+        return torch.randn(B, heads, width, dim, generator=generator).to(dtype)
+
+    positions = torch.tensor(SEEN)[:, None] + torch.arange(width)
+    return New(random(H, D), random(HKV, D), random(HKV, DV), positions, torch.tensor(valid, dtype=torch.int32))
+
+
+def extras(mask: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, Tensor | None]:
+    generator = torch.Generator().manual_seed(2)
+    sinks = torch.randn(H, generator=generator).to(dtype) if mask.get("sinks") else None
+    slopes = torch.rand(H, generator=generator).to(dtype) if mask.get("alibi") else None
+    return sinks, slopes
+
+
+def shape(mask: dict[str, Any]) -> tuple[float, float, int, int]:
+    return 0.3, float(mask.get("softcap", 0.0)), mask.get("window", 0), mask.get("chunk", 0)
+
+
+Key = tuple[int, Tensor, Tensor]  # position, key, value
+
+
+def attend_one(
+    q: Tensor, at: int, keys: list[Key], mask: dict[str, Any], sink: float | None, slope: float
+) -> tuple[list[float], list[float], float]:
+    """One query: its output, its weight on each key, and its log-sum-exp."""
+    logits = []
+    for position, key, _ in keys:
+        x = 0.3 * sum(a * b for a, b in zip(q.tolist(), key.tolist()))
+        if mask.get("softcap"):
+            x = mask["softcap"] * math.tanh(x / mask["softcap"])
+        x -= slope * (at - position)
+        seen = position <= at
+        if mask.get("window"):
+            seen = seen and position > at - mask["window"]
+        if mask.get("chunk"):
+            seen = seen and position // mask["chunk"] == at // mask["chunk"]
+        logits.append(x if seen else -math.inf)
+    terms = [math.exp(x) for x in logits]
+    total = sum(terms) + (math.exp(sink) if sink is not None else 0.0)
+    if total == 0:
+        return [0.0] * DV, [0.0] * len(keys), -math.inf
+    weights = [t / total for t in terms]
+    out = [sum(w * float(value[i]) for w, (_, _, value) in zip(weights, keys)) for i in range(DV)]
+    return out, weights, math.log(total)
+
+
+def keys_of(cache: State | None, fresh: New, b: int, h: int, t: int, hidden: Tensor | None = None) -> list[Key]:
+    """What query t of a row sees of its cache and of the new tokens, before masks."""
+    found = [(p, e[0], e[1]) for p, e in cache.slots(b, h).items()] if cache is not None else []
+    for u in range(int(fresh.valid[b])):
+        if u <= t and (hidden is None or not hidden[b, h, u] or u == t):
+            found.append((int(fresh.positions[b, u]), fresh.k[b, h, u], fresh.v[b, h, u]))
+    return found
+
+
+def close(got: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(got.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+@masks()
+def test_attention(mask: dict[str, Any]) -> None:
+    fresh = new([7] * B, 7)
+    fresh.positions = torch.arange(7).expand(B, 7)
+    sinks, slopes = extras(mask)
+    got = ops.attention(fresh.q, fresh.k, fresh.v, sinks, slopes, *shape(mask))
+    for b in range(B):
+        for g in range(H):
+            for t in range(7):
+                sink = float(sinks[g]) if sinks is not None else None
+                slope = float(slopes[g]) if slopes is not None else 0.0
+                keys = keys_of(None, fresh, b, g // GROUP, t)
+                close(got[b, g, t], attend_one(fresh.q[b, g, t], t, keys, mask, sink, slope)[0])
+
+
+@masks()
+def test_attention_in_blocks(mask: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query rows are processed in blocks of bounded size; where the borders are does not matter."""
+    from kvrewrite.kernels.reference import attention
+
+    fresh, (sinks, slopes) = new([7] * B, 7), extras(mask)
+    whole = ops.attention(fresh.q, fresh.k, fresh.v, sinks, slopes, *shape(mask))
+    monkeypatch.setattr(attention, "BLOCK_BYTES", B * H * 7 * 4 * 2)
+    close(ops.attention(fresh.q, fresh.k, fresh.v, sinks, slopes, *shape(mask)), whole, 1e-12)
+
+
+@masks()
+def test_attention_gradients(mask: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(1, n, 4, d, generator=generator).double() for n, d in ((4, 3), (2, 3), (2, 2))]
+    sinks = torch.randn(4, generator=generator).double().requires_grad_() if mask.get("sinks") else None
+    slopes = torch.rand(4, generator=generator).double() if mask.get("alibi") else None
+    scale, softcap, window, chunk = shape(mask)
+    window, chunk = min(window, 2), min(chunk, 3)
+
+    def f(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return ops.attention(q, k, v, rest[0] if rest else None, slopes, scale, softcap, window, chunk)
+
+    for x in inputs:
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(f, (*inputs, sinks) if sinks is not None else tuple(inputs))
+
+
+def run_cached(cache: State, fresh: New, mask: dict[str, Any], dense: bool, hidden: Tensor | None = None) -> Any:
+    sinks, slopes = extras(mask, fresh.q.dtype)
+    k_dense, k_pages = None, cache.k_pages
+    if dense:  # the keys come rotated in another tensor; those on the pages must not be used
+        k_dense, k_pages = ops.read_pages(cache.k_pages, cache.table), torch.full_like(cache.k_pages, math.nan)
+    return ops.cached_attention(
+        fresh.q, fresh.k, fresh.v, k_dense, k_pages, cache.v_pages, cache.pos_pages, cache.table, cache.lens,
+        fresh.positions, fresh.valid, sinks, slopes, hidden, *shape(mask),
+    )  # fmt: skip
+
+
+@masks()
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("valid", "width"), [([4, 2, 5], 5), ([1, 1, 1], 1), ([0, 3, 1], 3)])
+def test_cached_attention_and_observe(mask: dict[str, Any], dense: bool, valid: list[int], width: int) -> None:
+    """Outputs and log-sum-exp of the real queries, and the attention that every key received from them."""
+    cache, fresh, (sinks, slopes) = state(), new(valid, width), extras(mask)
+    for b in range(B):  # padding behind a row's end may be anything
+        for x in (fresh.q, fresh.k, fresh.v):
+            x[b, :, valid[b] :] = math.nan
+    before = [p.clone() for p in cache.pools()]
+    out, lse = run_cached(cache, fresh, mask, dense)
+    rows = torch.rand(B, width, generator=torch.Generator().manual_seed(4))
+    k_dense = ops.read_pages(cache.k_pages, cache.table) if dense else None
+    mass = ops.observe(
+        fresh.q, fresh.k, lse, rows, k_dense, cache.k_pages, cache.pos_pages, cache.table, cache.lens, fresh.positions,
+        fresh.valid, slopes, None, *shape(mask),
+    )  # fmt: skip
+    assert lse.dtype == mass.dtype == torch.float32 and mass.shape == (B, HKV, P * PAGE + width)
+    expected = torch.zeros(B, HKV, P * PAGE + width, dtype=torch.float64)
+    for b in range(B):
+        for g in range(H):
+            h = g // GROUP
+            for t in range(valid[b]):
+                sink = float(sinks[g]) if sinks is not None else None
+                slope = float(slopes[g]) if slopes is not None else 0.0
+                keys = keys_of(cache, fresh, b, h, t)
+                value, weights, norm = attend_one(fresh.q[b, g, t], SEEN[b] + t, keys, mask, sink, slope)
+                close(out[b, g, t], value)
+                close(lse[b, g, t], norm, 1e-5)
+                columns = [*range(LENS[b][h]), *range(P * PAGE, P * PAGE + t + 1)]
+                for column, weight in zip(columns, weights, strict=True):
+                    expected[b, h, column] += float(rows[b, t]) * weight
+    close(mass, expected, 1e-5)
+    assert all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, cache.pools()))
+
+
+def test_tokens_that_a_gate_hides() -> None:
+    """A hidden new token is seen by itself only."""
+    cache, fresh = state(), new([4, 2, 5], 5)
+    hidden = torch.rand(B, HKV, 5, generator=torch.Generator().manual_seed(6)) < 0.5
+    out, _ = run_cached(cache, fresh, {}, False, hidden)
+    for b in range(B):
+        for g in range(H):
+            for t in range(int(fresh.valid[b])):
+                keys = keys_of(cache, fresh, b, g // GROUP, t, hidden)
+                close(out[b, g, t], attend_one(fresh.q[b, g, t], SEEN[b] + t, keys, {}, None, 0.0)[0])
+
+
+def test_queries_that_see_nothing() -> None:
+    """Zero, not NaN: rows of padding on an empty cache."""
+    cache, fresh = state(dead=0.0), new([0, 0, 0], 2)
+    cache.lens.zero_()
+    out, lse = run_cached(cache, fresh, {}, False)
+    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cached_attention_in_lower_precision(dtype: torch.dtype) -> None:
+    """Inputs are rounded, the arithmetic is not."""
+    cache, fresh = state(dtype=dtype), new([4, 2, 5], 5, dtype=dtype)
+    out, _ = run_cached(cache, fresh, {}, False)
+    wide = State(cache.k_pages.double(), cache.v_pages.double(), *cache.pools()[2:], cache.table, cache.lens)
+    exact = New(fresh.q.double(), fresh.k.double(), fresh.v.double(), fresh.positions, fresh.valid)
+    assert out.dtype == dtype
+    for b in range(B):
+        count = int(fresh.valid[b])
+        expected = run_cached(wide, exact, {}, False)[0][b, :, :count]
+        torch.testing.assert_close(out[b, :, :count].double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ positions
+def test_read_pages() -> None:
+    cache = state()
+    for pool in cache.pools():
+        dense = ops.read_pages(pool, cache.table)
+        for b in range(B):
+            for h in range(HKV):
+                for s in range(P * PAGE):
+                    expected = pool[int(cache.table[b, h, s // PAGE]), s % PAGE]
+                    assert torch.equal(torch.nan_to_num(dense[b, h, s]), torch.nan_to_num(expected))
+
+
+def test_slot_rotary() -> None:
+    """Rows 0 and 2 are ranked anew, ending in front of `following`; row 1 keeps what it has."""
+    cache = state()
+    before = {(b, h): cache.slots(b, h) for b in range(B) for h in range(HKV)}
+    got = ops.slot_rotary(
+        cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True])
+    )
+    assert got.dtype == torch.int64 and got.shape == (B, HKV, P * PAGE)
+    for (b, h), entries in before.items():
+        after = cache.slots(b, h)
+        ordered = sorted(entries)
+        end = [11, 16, 3][b]
+        for s in range(P * PAGE):
+            if s >= LENS[b][h]:
+                assert got[b, h, s] == 0
+                continue
+            position = int(cache.pos_pages[int(cache.table[b, h, s // PAGE]), s % PAGE, 0])
+            rank = end - len(ordered) + ordered.index(position)
+            expected = entries[position][3] if b == 1 else rank
+            assert int(got[b, h, s]) == after[position][3] == expected
+    untouched = torch.ones(len(cache.pos_pages), dtype=torch.bool)
+    untouched[cache.table.flatten().long()] = False
+    assert bool((cache.pos_pages[untouched] == 12345).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate(dtype: torch.dtype) -> None:
+    """Channel by channel; channels without a partner stay."""
+    generator = torch.Generator().manual_seed(0)
+    partner = torch.tensor([2, 4, 0, 3, 1, 5])
+    cos, sin = torch.randn(9, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    cos[:, [3, 5]], sin[:, [3, 5]] = 1.0, 0.0
+    x = torch.randn(2, 2, 5, 6, generator=generator).to(dtype)
+    positions = torch.randint(9, (2, 2, 5), generator=generator)
+    got = ops.rotate(x, cos, sin, positions, partner)
+    assert got.dtype == dtype
+    for index in torch.cartesian_prod(*map(torch.arange, x.shape)):
+        b, h, s, i = index.tolist()
+        p, j = int(positions[b, h, s]), int(partner[i])
+        expected = float(cos[p, i]) * float(x[b, h, s, i]) + float(sin[p, i]) * float(x[b, h, s, j])
+        assert float(got[b, h, s, i]) == pytest.approx(expected, rel=torch.finfo(dtype).eps, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ cache_update
+def value_of(score: float) -> tuple[int, float]:
+    """NaN below everything."""
+    return (0, 0.0) if math.isnan(score) else (1, score)
+
+
+def survivors(entries: dict[int, float], keep: int, recent: int, sinks: int, window: int, chunk: int) -> list[int]:
+    """Which positions stay, written out: position -> score, all of them live."""
+    following = max(entries) + 1
+    newest = sorted(entries)[max(0, len(entries) - recent) :]
+    useful = [
+        p for p in entries if (not window or following - p < window) and (not chunk or p // chunk == following // chunk)
+    ]
+    protected = sorted(p for p in useful if p < sinks or p in newest)
+    others = sorted((p for p in useful if p not in protected), key=lambda p: (*(-x for x in value_of(entries[p])), p))
+    return sorted((protected + others)[:keep])
+
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "a budget": {},
+    "a budget for each head": {"keep": [[6, 3], [9, 2], [1, 8]]},
+    "room for all": {"keep": [[99, 99]] * 3},
+    "sinks": {"sinks": 4},
+    "recent": {"recent": [3, 2, 5]},
+    "sinks and recent": {"sinks": 2, "recent": [2, 4, 1]},
+    "more protected than kept": {"sinks": 30, "keep": [[4, 4]] * 3},
+    "window": {"window": 7},
+    "window and sinks": {"window": 5, "sinks": 3, "recent": [4, 4, 4]},
+    "chunk": {"chunk": 6},
+    "ties": {"scores": "ties"},
+    "not numbers": {"scores": "nan"},
+    "replaced scores": {"slot_scores": True},
+    "replaced scores with ties": {"slot_scores": True, "scores": "ties", "recent": [1, 1, 1]},
+}
+
+
+def draw(kind: str | None, size: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "ties":
+        return torch.randint(0, 2, size, generator=generator).float()
+    found = torch.randn(size, generator=generator)
+    if kind == "nan":
+        choice = torch.randint(0, 4, size, generator=generator)
+        for i, special in enumerate((math.nan, math.inf, -math.inf)):
+            found[choice == i] = special
+    return found
+
+
+@pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize(
+    ("valid", "width"),
+    [([5, 3, 4], 5), ([1, 1, 1], 1), ([1, 1, 1], 3), ([0, 1, 1], 1), ([0, 6, 2], 6), ([0, 0, 0], 2)],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_cache_update(case: dict[str, Any], valid: list[int], width: int) -> None:
+    """Chunks and single tokens; rows without new tokens keep what they have."""
+    cache, fresh = state(spare=max(valid), dead=7.0), new(valid, width)
+    kind = case.get("scores")
+    if kind:
+        for b in range(B):
+            for h in range(HKV):
+                for s in range(LENS[b][h]):
+                    cache.score_pages[int(cache.table[b, h, s // PAGE]), s % PAGE] = draw(kind, (64,), 9)[s]
+    keep = torch.tensor(case.get("keep", [[6, 6], [16, 10], [5, 2]]), dtype=torch.int32)
+    keep = torch.minimum(keep, torch.tensor(P * PAGE, dtype=torch.int32))
+    recent = torch.tensor(case.get("recent", [0, 0, 0]), dtype=torch.int32)
+    scores = draw(kind, (B, HKV, width), 11)
+    for b in range(B):
+        scores[b, :, valid[b] :] = math.inf  # padding that would win
+    replaced = draw(kind, (B, HKV, P * PAGE), 12) if case.get("slot_scores") else None
+    rotary = fresh.positions + 40
+    expected: dict[tuple[int, int], dict[int, Any]] = {}
+    for b in range(B):
+        for h in range(HKV):
+            entries = cache.slots(b, h)
+            if replaced is not None:
+                for s, position in enumerate(entries):  # in the order of slots
+                    old = entries[position]
+                    entries[position] = (old[0], old[1], float(replaced[b, h, s]), old[3])
+            for t in range(valid[b]):
+                position = int(fresh.positions[b, t])
+                score = float(scores[b, h, t])
+                entries[position] = (fresh.k[b, h, t], fresh.v[b, h, t], score, int(rotary[b, t]))
+            if valid[b]:
+                kept = survivors(
+                    {p: e[2] for p, e in entries.items()}, int(keep[b, h]), int(recent[b]), case.get("sinks", 0),
+                    case.get("window", 0), case.get("chunk", 0),
+                )  # fmt: skip
+                entries = {p: entries[p] for p in kept}
+            expected[b, h] = entries
+    needed = max(len(e) for e in expected.values())
+    assert needed <= P * PAGE
+    foreign = torch.ones(len(cache.k_pages), dtype=torch.bool)
+    foreign[cache.table.flatten().long()] = False
+    ops.cache_update(
+        fresh.k, fresh.v, scores, replaced, fresh.positions, rotary, fresh.valid, keep, recent, *cache.pools(), cache.table,
+        cache.lens, case.get("sinks", 0), case.get("window", 0), case.get("chunk", 0),
+    )  # fmt: skip
+    for (b, h), entries in expected.items():
+        got = cache.slots(b, h)
+        assert sorted(got) == sorted(entries), f"row {b}, head {h}"
+        for position, (k, v, score, place) in entries.items():
+            assert torch.equal(got[position][0], k) and torch.equal(got[position][1], v)
+            assert got[position][2] == score or math.isnan(got[position][2]) == math.isnan(score) is True
+            assert got[position][3] == place
+    assert bool((cache.k_pages[foreign] == 7.0).all()), "a page of somebody else was written"
+
+
+def test_cache_update_refuses_to_overflow() -> None:
+    cache, fresh = state(dead=0.0), new([4, 4, 4], 4)
+    keep = torch.full((B, HKV), 99, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cache overflow: 20 slots to keep, but the table holds 16"):
+        ops.cache_update(
+            fresh.k, fresh.v, torch.zeros(B, HKV, 4), None, fresh.positions, fresh.positions, fresh.valid, keep,
+            torch.zeros(B, dtype=torch.int32), *cache.pools(), cache.table, cache.lens, 0, 0, 0,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ registration
+def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every op with arguments."""
+    cache, fresh = state(dead=0.0, dtype=torch.float32, spare=4), new([3, 1, 2], 3, dtype=torch.float32)
+    sinks, slopes = extras({"sinks": True, "alibi": True}, torch.float32)
+    where = (cache.pos_pages, cache.table, cache.lens, fresh.positions, fresh.valid)
+    q, k, v = (x.clone().requires_grad_() for x in (fresh.q, fresh.k, fresh.v))
+    table = torch.randn(40, D)
+    rows, lse = torch.ones(B, 3), torch.zeros(B, H, 3)
+    keep, recent = torch.full((B, HKV), 6, dtype=torch.int32), torch.ones(B, dtype=torch.int32)
+    return {
+        "attention": (ops.attention, (q, k, v, sinks, slopes, 0.3, 2.0, 2, 0)),
+        "read_pages": (ops.read_pages, (cache.k_pages, cache.table)),
+        "slot_rotary": (
+            ops.slot_rotary,
+            (cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True])),
+        ),
+        "rotate": (
+            ops.rotate,
+            (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])),
+        ),
+        "cached_attention": (
+            ops.cached_attention,
+            (fresh.q, fresh.k, fresh.v, None, cache.k_pages, cache.v_pages, *where, sinks, slopes, None, *shape({})),
+        ),
+        "observe": (
+            ops.observe,
+            (fresh.q, fresh.k, lse, rows, None, cache.k_pages, *where, slopes, None, *shape({})),
+        ),
+        "cache_update": (
+            ops.cache_update,
+            (
+                fresh.k, fresh.v, torch.randn(B, HKV, 3), torch.randn(B, HKV, P * PAGE), fresh.positions, fresh.positions,
+                fresh.valid, keep, recent, *cache.pools(), cache.table, cache.lens, 1, 0, 0,
+            ),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "read_pages", "slot_rotary", "rotate", "cached_attention", "observe", "cache_update"]
+)
+def test_opcheck(name: str) -> None:
+    """Schemas are honest about mutation and aliases, fakes have the right shapes, and ops trace with dynamic shapes."""
+    op, arguments = calls()[name]
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_every_op_is_checked() -> None:
+    defined = {
+        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvrewrite::")
+    }
+    assert defined == set(calls())
