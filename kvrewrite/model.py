@@ -356,7 +356,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs.update(cache.length_tables)
-        run = self.__dict__["_compiled"] or self.graph_module
+        compiled = self.__dict__["_compiled"]  # a compiled module has no truth value
+        run = self.graph_module if compiled is None else compiled
         out = run(*(inputs[name] for name in self.program.layout["inputs"]))
         cache.commit(valid, keep)
         return out
