@@ -50,7 +50,9 @@ class _Pool:
             [[[] for _ in range(self.kv_heads)] for _ in range(batch)] for _ in range(n)
         ]
         self.free: list[int] = []
-        self.lens = torch.zeros(n, batch, self.kv_heads, dtype=torch.int32, device=device)
+        # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
+        # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
+        self.lens = torch.zeros(batch, self.kv_heads, n, dtype=torch.int32, device=device).permute(2, 0, 1)
         self.table = torch.zeros(n, batch, self.kv_heads, 1, dtype=torch.int32, device=device)
         self.changed = False
         self._allocate(1)  # page 0 is never leased
