@@ -54,7 +54,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(self.config)
         self.generation_config.use_cache = True  # the configurations of some models (MPT) say no
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
-        self.source = source  # what save_pretrained copies the original from
+        # What save_pretrained copies the original from; not a submodule, or it would move with this model.
+        self.__dict__["source"] = source
         self.__dict__["_compiled"] = None  # not a submodule: it is the same graph
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
