@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ from kvrewrite.program import Program
 _program_ids = itertools.count()
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
+
+
+@contextlib.contextmanager
+def _dynamic_sizes() -> Iterator[None]:
+    """For torch.compile: sizes that happen to be equal (rows, kv heads, layers) are not one size to it, and there may be
+    as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
+    from torch.fx.experimental import _config as symbolic
+
+    with symbolic.patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=32):
+        yield
 
 
 class RewrittenModel(nn.Module, GenerationMixin):
@@ -357,9 +368,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs.update(cache.length_tables)
-        compiled = self.__dict__["_compiled"]  # a compiled module has no truth value
-        run = self.graph_module if compiled is None else compiled
-        out = run(*(inputs[name] for name in self.program.layout["inputs"]))
+        arguments = [inputs[name] for name in self.program.layout["inputs"]]
+        compiled = self.__dict__["_compiled"]
+        if compiled is None:
+            out = self.graph_module(*arguments)
+        else:
+            with _dynamic_sizes():
+                out = compiled(*arguments)
         cache.commit(valid, keep)
         return out
 
