@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from tests.foreign import FOREIGN
-from tests.rewritten import captured, logits, original, rewritten
-from tests.zoo import FAMILIES, VOCAB, WALKED, make
+from tests.rewritten import build, captured, logits, original, rewritten
+from tests.zoo import FAMILIES, VOCAB, WALKED
 
 ALL = [*FAMILIES, *WALKED, *FOREIGN]
 # Each of these goes through the compiler and the cache in its own way.
@@ -85,7 +85,7 @@ def reference(name: str, frequencies: str = "long") -> nn.Module:
     tables = captured(name).rotary_tables
     if not tables:
         return original(name)
-    model = make(name)
+    model = build(name)
     rotary = model.model.rotary_emb  # type: ignore[union-attr]
     rotary.inv_freq.copy_(getattr(tables[0], frequencies))
     rotary.rope_type = "default"
