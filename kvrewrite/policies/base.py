@@ -40,8 +40,7 @@ class Scores:
     """What a policy's graph nodes compute at one site.
 
     new: (B, Hkv, T), the scores of the new tokens. slots: (B, Hkv, C), which replaces the scores of cached slots, or None
-    where they stay as they were. hidden: (B, Hkv, T) bool, new tokens evicted before attention (gates), or None.
-    keep: (B, Hkv) int32, a budget per head that replaces the row's, or None.
+    where they stay as they were. keep: (B, Hkv) int32, a budget per head that replaces the row's, or None.
     """
 
     new: fx.Node
