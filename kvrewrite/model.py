@@ -34,7 +34,8 @@ def _dynamic_sizes() -> Iterator[None]:
     as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
     from torch.fx.experimental import _config as symbolic
 
-    with symbolic.patch(use_duck_shape=False), torch._dynamo.config.patch(recompile_limit=32):
+    limits = torch._dynamo.config.patch(recompile_limit=32)
+    with symbolic.patch(use_duck_shape=False), limits:  # type: ignore[attr-defined]
         yield
 
 
