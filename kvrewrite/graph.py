@@ -51,13 +51,6 @@ def clean_path(path: str) -> str:
     return path.removeprefix("model_under_capture.").removeprefix("model_under_capture")
 
 
-def users_outside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Nodes that use one of `nodes` without being one of them, in graph order."""
-    inside = set(nodes)
-    found = {user: None for node in inside for user in node.users if user not in inside}
-    return sorted(found)
-
-
 def ancestors(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
     """All nodes that `roots` depend on, roots included; does not look behind nodes where `stop` is true."""
     seen: set[fx.Node] = set()

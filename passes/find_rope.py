@@ -222,19 +222,19 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
 
 def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (N, D) of `rotate` at `positions`, by rotating the two halves of all pairs."""
-    first, cos_mask = _halves(partner)
+    first = _halves(partner)
     x = torch.stack([first, 1 - first]).to(torch.float32)[:, None, None, :]
     x = x.expand(2, kv_heads, len(positions), -1).contiguous()
     turned = replay(x, positions.expand(2, -1))[:, 0]
-    cos = torch.where(cos_mask.bool(), turned[0], turned[1])
+    cos = torch.where(first.bool(), turned[0], turned[1])
     alone = partner == torch.arange(len(partner))
-    return cos, torch.where(alone, 0.0, torch.where(cos_mask.bool(), turned[1], turned[0]))
+    return cos, torch.where(alone, 0.0, torch.where(first.bool(), turned[1], turned[0]))
 
 
-def _halves(partner: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(partner: Tensor) -> Tensor:
     """1 for the first channel of each pair (and for channels on their own), 0 for the second."""
     first = (partner >= torch.arange(len(partner))).to(torch.float32)
-    return first, first
+    return first
 
 
 def _on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
@@ -258,7 +258,7 @@ def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.G
     """The graph positions (N,) -> (cos (N, D), sin (N, D)), by the two-halves trick on the rotation itself."""
     graph = fx.Graph()
     positions = graph.placeholder("positions")
-    first, _ = _halves(partner)
+    first = _halves(partner)
     alone = (partner == torch.arange(len(partner))).to(torch.float32)
     root = torch.nn.Module()
     for node in replay.graph.nodes:
