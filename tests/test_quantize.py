@@ -204,6 +204,27 @@ def test_within_keeps_the_others(kind: str, dtype: torch.dtype) -> None:
 
 
 @kinds()
+def test_neighbouring_numbers(kind: str) -> None:
+    """Groups of floats that differ in their last bits only: nothing comes out beyond the ends."""
+    generator = torch.Generator().manual_seed(14)
+    base = torch.randn(1, 512, generator=generator).repeat(4, 1).view(torch.int32)
+    k = (base + torch.randint(0, 9, base.shape, generator=generator, dtype=torch.int32)).view(torch.float32)
+    live, scheme = torch.ones(4, dtype=torch.bool), Scheme(kind, group=4)
+    codes, params = quantize_keys(k, live, scheme)
+    out = dequantize_keys(codes, params, scheme)
+    assert torch.equal(quantize_keys(out, live, scheme)[1], params)
+    assert (out.abs() <= k.abs().amax(0)).all() and (kind == "fp8" or (out.abs() >= k.abs().amin(0)).all())
+
+
+@kinds()
+def test_zeros_have_one_sign(kind: str) -> None:
+    k, live = torch.tensor([[-0.0, 0.0], [0.0, -0.0]]), torch.ones(2, dtype=torch.bool)
+    for quantize in (quantize_keys, quantize_values):
+        assert not torch.signbit(quantize(k, live, Scheme(kind, group=2))[1]).any()
+    assert not torch.signbit(quantize_keys(-k.abs(), live, Scheme(kind, group=2))[1]).any()
+
+
+@kinds()
 def test_within_of_an_empty_group(kind: str) -> None:
     scheme = Scheme(kind, group=4)
     k, live = torch.full((1, 1, 4, 2), float("nan")), torch.zeros(1, 1, 4, dtype=torch.bool)

@@ -164,7 +164,7 @@ def _decode(codes: Tensor, params: Tensor, scheme: Scheme) -> Tensor:
         return (codes.view(torch.float8_e4m3fn).to(ends.dtype) / FP8_MAX * ends[..., 0]).to(params.dtype)
     lo, hi = ends[..., 0], ends[..., 1]
     share = codes.to(ends.dtype) / scheme.levels
-    return (hi * share + lo * (1 - share)).clamp(lo, hi).to(params.dtype)
+    return (hi * share + lo * (1 - share)).to(params.dtype)
 
 
 def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
