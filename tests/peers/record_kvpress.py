@@ -161,11 +161,14 @@ class Recorder:
 
         return hook
 
+    def order(self) -> list[list[list[int]]]:
+        """layer -> kv head -> positions in the order of the cache."""
+        heads = range(self.model.config.num_key_value_heads)
+        return [[self._head(i, h) for h in heads] for i in range(len(self.layers))]
+
     def kept(self) -> list[list[list[int]]]:
         """layer -> kv head -> sorted positions."""
-        return [
-            [self._head(i, h) for h in range(self.model.config.num_key_value_heads)] for i in range(len(self.layers))
-        ]
+        return [[sorted(head) for head in layer] for layer in self.order()]
 
     def _head(self, layer: int, head: int) -> list[int]:
         cached = self.cache.layers[layer].values[0, head]
@@ -178,7 +181,7 @@ class Recorder:
         if masked is not None:
             _, heads, places = masked
             gone = set(places[heads == head].tolist())
-        return sorted(p for i, p in enumerate(positions) if i not in gone)
+        return [p for i, p in enumerate(positions) if i not in gone]
 
     def margin(self) -> float:
         """How far apart the worst score kept and the best one dropped are, relative; least of all decisions."""
@@ -219,7 +222,7 @@ def run(models: dict[str, Any], name: str, make: Make, ratio: float, ids: Tensor
 
 
 def run_decoding(model: Any, make: Make, ratio: float, ids: Tensor, length: int) -> tuple[dict, float]:
-    """Kept positions after every generated token; the prompt is cut first."""
+    """The cache after the prompt and after every generated token, in its own order (which StreamingLLMPress goes by)."""
     press = make(ratio)
     target = max(1, int(length * (1 - ratio)))
     whole = PrefillDecodingPress(press, DecodingPress(press, compression_interval=1, target_size=target))
@@ -227,11 +230,12 @@ def run_decoding(model: Any, make: Make, ratio: float, ids: Tensor, length: int)
     steps, least = [], 1.0
     with whole(model):
         recorder.forward(ids[:, :length])
+        steps.append(recorder.order())
         for t in range(CONTINUATION):
             recorder.forward(ids[:, length + t : length + t + 1])
-            steps.append(recorder.kept())
+            steps.append(recorder.order())
             least = min(least, recorder.margin())
-    return {"kept": steps}, least
+    return {"order": steps}, least
 
 
 def record_prompt(models: dict[str, Any], length: int, seed: int) -> tuple[dict[str, Any], float]:
