@@ -161,9 +161,9 @@ def _decode(codes: Tensor, params: Tensor, scheme: Scheme) -> Tensor:
     """What the codes stand for, in the parameters' dtype; the ends of a group come out exactly."""
     ends = params.to(_wide(params.dtype))
     if scheme.kind == "fp8":
-        return (codes.view(torch.float8_e4m3fn).to(ends.dtype) / FP8_MAX * ends[..., 0]).to(params.dtype)
+        return (codes.view(torch.float8_e4m3fn).to(ends.dtype) * (1.0 / FP8_MAX) * ends[..., 0]).to(params.dtype)
     lo, hi = ends[..., 0], ends[..., 1]
-    share = codes.to(ends.dtype) / scheme.levels
+    share = codes.to(ends.dtype) * (1.0 / scheme.levels)  # CUDA divides by numbers so, and 1 comes out exactly
     return (hi * share + lo * (1 - share)).to(params.dtype)
 
 
