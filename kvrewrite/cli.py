@@ -572,5 +572,9 @@ def demo(out: Path | None, force: bool) -> None:
     run(out, force=force)
 
 
+from kvrewrite.cli_eval import register  # noqa: E402
+
+register(main)
+
 if __name__ == "__main__":
     main()

@@ -1,0 +1,63 @@
+"""95% confidence intervals of scores, without a random state of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+
+Z = 1.959963984540054  # the normal distribution's 97.5% quantile
+RESAMPLES = 2000
+BOOTSTRAP_SEED = 20061
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval. method: "wilson" or "bootstrap"; n: how many scores."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a proportion (Wilson 1927), which stays inside [0, 1] and has a width at 0 and at n."""
+    p, z2 = successes / n, Z * Z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of the groups' means, resampled within each group; the seed is fixed."""
+    random = numpy.random.default_rng(BOOTSTRAP_SEED)
+    means = numpy.zeros(RESAMPLES)
+    for scores in groups:
+        values = numpy.asarray(scores, dtype=float)
+        means += values[random.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
+    low, high = numpy.quantile(means / len(groups), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def interval(*groups: Sequence[float]) -> Interval:
+    """The mean of the groups' means (a group a task).
+
+    Wilson's interval where all scores are 0 or 1 and the groups are equally large, the bootstrap otherwise.
+    """
+    if not groups or not all(groups):
+        raise ValueError("no scores")
+    n = sum(len(g) for g in groups)
+    mean = math.fsum(math.fsum(g) / len(g) for g in groups) / len(groups)
+    if len({len(g) for g in groups}) == 1 and all(s in (0, 1) for g in groups for s in g):
+        return Interval(mean, *wilson(math.fsum(s for g in groups for s in g), n), n, "wilson")
+    return Interval(mean, *bootstrap(groups), n, "bootstrap")
+
+
+def difference(scores: Sequence[float], baseline: Sequence[float]) -> Interval:
+    """The mean of paired differences (same samples in the same order) with a bootstrap interval."""
+    pairs = [a - b for a, b in zip(scores, baseline, strict=True)]
+    return Interval(math.fsum(pairs) / len(pairs), *bootstrap([pairs]), len(pairs), "bootstrap")
