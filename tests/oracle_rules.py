@@ -72,11 +72,10 @@ class Scored(Rule):
 
     def slots(self, layer: Layer, moment: Moment) -> tuple[int, int]:
         """Slots and protected newest tokens of a head in this layer."""
-        if isinstance(self.layer_budgets, tuple):
-            slots = self.layer_budgets[layer.index]
-            return slots, self.window(slots)
         slots = fraction(self.budget, moment.total, self.sinks + (self.recent or 0))
         recent = self.window(slots)
+        if isinstance(self.layer_budgets, tuple):
+            slots = self.layer_budgets[layer.index]
         if self.layer_budgets == "pyramid":
             slots = self.pyramid(slots, self.sinks + recent, layer.index, moment.layers, moment.total)
         return slots, recent
@@ -113,7 +112,7 @@ class Scored(Rule):
         layer.head_slots = []
         for h, entries in enumerate(layer.heads):
             count, share = sum(w[1] == h for w in winners), slots - protected[h]
-            wanted = math.floor(count * (1 - self.head_floor) + self.head_floor * share + 0.5)
+            wanted = round(count * (1 - self.head_floor) + int(self.head_floor * share))  # halves to even
             layer.head_slots.append(min(protected[h] + wanted, len(entries)))
         return layer.head_slots
 
@@ -315,21 +314,26 @@ class SirLLMRule(Scored):
 @dataclass(kw_only=True)
 class NACLRule(Scored):
     """Some newest (and first) tokens, the best by attention from proxy tokens, and a random sample of the others in which
-    a token's chance is proportional to exp(its score)."""
+    a token's chance is proportional to exp(its score). In the first prompt, and after every `interval` generated tokens,
+    which are the proxies then."""
 
     preset: str = "paper"
     seed: int = 0
     interval: int = 128
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        if moment.part == "decode":
-            if self.interval == 0 or moment.generated % self.interval != 0:
+        counted_from = layer.counted_from
+        if moment.part != "decode":
+            layer.counted_from = moment.seen
+            if not moment.first:
                 return layer.heads
-            proxies = range(layer.counted_from, moment.seen)
-        else:
             share = {"paper": 0.2, "code": 0.01}[self.preset]
             proxies = range(moment.seen - max(1, int(share * moment.prompt)), moment.seen)
-        layer.counted_from = moment.seen
+        else:
+            if self.interval == 0 or moment.generated % self.interval != 0:
+                return layer.heads
+            layer.counted_from = moment.seen
+            proxies = range(counted_from, moment.seen)
         slots, _ = self.slots(layer, moment)
         return [self.sample(layer, h, slots, proxies) for h in range(len(layer.heads))]
 

@@ -144,6 +144,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 12, "recent_tokens": 4, "layer_budgets": "pyramid"},
         H2ORule(budget=12, recent=4, layer_budgets="pyramid"),
     ),
+    "h2o layers": ("h2o", {"budget": 10, "layer_budgets": "12,8,9"}, H2ORule(budget=10, layer_budgets=(12, 8, 9))),
     "h2o heads": ("h2o", {"budget": 10, "head_budgets": "adakv"}, H2ORule(budget=10, head_budgets="adakv")),
     "h2o heads and layers, chunks": (
         "h2o",
@@ -546,14 +547,15 @@ def test_oracle_keeps_within_the_budget(name: str) -> None:
     most = budget * len(sizes)
     if isinstance(rule.layer_budgets, tuple):
         most = 2 * sum(rule.layer_budgets)
-    slack = len(sizes) // 2 if rule.head_budgets == "adakv" else 0  # half a slot of rounding a head
+    # Ada-KV rounds each head's slots to the nearest number, and the certain share down before that.
+    more, less = (len(sizes) // 2, 3 * len(sizes) // 2) if rule.head_budgets == "adakv" else (0, 0)
     if isinstance(rule, ScissorhandsRule):
         assert all(budget - int(rule.drop * budget) <= n <= budget for n in sizes)
     elif rule.layer_budgets == "pyramid":
         assert sizes[0] + sizes[1] > sizes[2] + sizes[3] > sizes[4] + sizes[5]
-        assert sum(sizes) <= most + slack
+        assert sum(sizes) <= most + more
     else:
-        assert most - slack <= sum(sizes) <= most + slack
+        assert most - less <= sum(sizes) <= most + more
 
 
 def test_oracle_head_budgets() -> None:
@@ -562,7 +564,7 @@ def test_oracle_head_budgets() -> None:
     layer = Layer(0, [list(entries), list(entries)], 1.0, [{}, {}])
     scores = [[9.0 + n for n in range(9)], [float(n) for n in range(9)]]
     moment = Moment("prompt", 9, 9, 9, True, 0, 1)
-    for floor, expected in ((0.0, [4, 0]), (0.2, [4, 0]), (0.5, [3, 1]), (1.0, [2, 2])):
+    for floor, expected in ((0.0, [4, 0]), (0.2, [3, 0]), (0.5, [3, 1]), (1.0, [2, 2])):
         rule = RandomRule(budget=2, head_budgets="adakv", head_floor=floor)
         none = [[False] * 9, [False] * 9]
         assert rule.per_head(layer, moment, 2, scores, none) == expected
