@@ -92,7 +92,7 @@ case(
 case("pyramidkv", lambda r: PyramidKVPress(r, **SNAPKV, beta=4), **SNAPKV, beta=4)
 case("pyramidkv steep", lambda r: PyramidKVPress(r, **SNAPKV, beta=20), **SNAPKV, beta=20)
 case("observed_attention eager", lambda r: ObservedAttentionPress(r))
-for floor in (0.0, 0.2, 0.9):
+for floor in (0.0, 0.2, 0.88):
     case(
         f"adakv snapkv {floor}",
         lambda r, floor=floor: AdaKVPress(SnapKVPress(r, **SNAPKV), alpha_safeguard=floor),
@@ -100,7 +100,7 @@ for floor in (0.0, 0.2, 0.9):
         alpha_safeguard=floor,
     )
 case("adakv knorm 0.0", lambda r: AdaKVPress(KnormPress(r), alpha_safeguard=0.0), alpha_safeguard=0.0)
-case("adakv knorm 0.9", lambda r: AdaKVPress(KnormPress(r), alpha_safeguard=0.9), alpha_safeguard=0.9)
+case("adakv knorm 0.88", lambda r: AdaKVPress(KnormPress(r), alpha_safeguard=0.88), alpha_safeguard=0.88)
 case(
     "adakv expected_attention 0.0",
     lambda r: AdaKVPress(ExpectedAttentionPress(r, **EXPECTED), alpha_safeguard=0.0),
