@@ -7,120 +7,56 @@ leased from a pool per cache class (layers with equal shapes) and returned as so
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from kvrewrite.errors import CacheError
-from kvrewrite.policies.base import UNLIMITED
-
-PAGE = 64  # slots a page
-SLOT_EXTRA = 4 + 8  # bytes of a slot's score and positions
+from kvrewrite.pages import PAGE, Lease, PageStore
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 
 @dataclass
 class MemoryReport:
-    """Bytes of a cache. live: slots that hold a token; leased: pages in use; reserved: what the pools hold."""
+    """Bytes of a cache. live: slots that hold a token; leased: pages in use; reserved: what the pools hold; shared: the
+    part of leased that forks of this cache (or rows of it) have, too."""
 
     live: int
     leased: int
     reserved: int
+    shared: int = 0
 
 
-class _Pool:
-    """Pages of one cache class, and who has them."""
+class _State:
+    """What a policy remembers beside the slots: a tensor (B, ...) a row, or (B, capacity, ...) that grows with the text."""
 
-    k_pages: Tensor  # (pages, PAGE, Dk)
-    v_pages: Tensor  # (pages, PAGE, Dv)
-    score_pages: Tensor  # (pages, PAGE) fp32
-    pos_pages: Tensor  # (pages, PAGE, 2) int32: position in the text, position that the key is rotated by
+    def __init__(self, spec: dict[str, Any], batch: int, device: torch.device):
+        self.name: str = spec["name"]
+        self.per_token: bool = spec["per_token"]
+        self.shape = tuple(spec["shape"])
+        self.dtype: torch.dtype = getattr(torch, spec["dtype"])
+        lead = (batch, 0) if self.per_token else (batch,)
+        self.value = torch.zeros(*lead, *self.shape, dtype=self.dtype, device=device)
 
-    def __init__(self, spec: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype):
-        self.kv_heads, self.k_dim, self.v_dim = spec["kv_heads"], spec["k_dim"], spec["v_dim"]
-        self.layers: list[int] = spec["layers"]
-        self.windows: list[int] = spec["windows"]
-        self.device, self.dtype, self.batch = device, dtype, batch
-        n = len(self.layers)
-        # Most live slots that any head of (layer, row) can have; pages are leased for that many.
-        self.bound = [[0] * batch for _ in range(n)]
-        self.pages: list[list[list[list[int]]]] = [
-            [[[] for _ in range(self.kv_heads)] for _ in range(batch)] for _ in range(n)
-        ]
-        self.free: list[int] = []
-        # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
-        # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
-        self.lens = torch.zeros(batch, self.kv_heads, n, dtype=torch.int32, device=device).permute(2, 0, 1)
-        self.table = torch.zeros(n, batch, self.kv_heads, 1, dtype=torch.int32, device=device)
-        self.changed = False
-        self._allocate(1)  # page 0 is never leased
+    def hold(self, tokens: int) -> None:
+        """Makes room for `tokens` tokens of every row."""
+        have = self.value.shape[1] if self.per_token else tokens
+        if tokens <= have:
+            return
+        grown = self.value.new_zeros(self.value.shape[0], max(tokens, have + have // 2, PAGE), *self.shape)
+        grown[:, :have] = self.value
+        self.value = grown
 
-    @property
-    def total(self) -> int:
-        return int(self.k_pages.shape[0])
-
-    def _allocate(self, total: int) -> None:
-        """Grows the pools to `total` pages, keeping what they hold."""
-        before = self.total if hasattr(self, "k_pages") else 0
-        shapes = {
-            "k_pages": ((PAGE, self.k_dim), self.dtype),
-            "v_pages": ((PAGE, self.v_dim), self.dtype),
-            "score_pages": ((PAGE,), torch.float32),
-            "pos_pages": ((PAGE, 2), torch.int32),
-        }
-        for name, (shape, dtype) in shapes.items():
-            new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
-            if before:
-                new[:before] = getattr(self, name)
-            setattr(self, name, new)
-        self.free.extend(range(max(1, before), total))
-
-    def lease(self, bounds: list[list[int]], reserve: int) -> None:
-        """Leases and returns pages so that each (layer, row) can hold `bounds` slots in every head.
-
-        reserve: slots a head that the pool should have room for when it must grow anyway.
-        """
-        missing = 0
-        for i, row_bounds in enumerate(bounds):
-            for b, bound in enumerate(row_bounds):
-                need = -(-bound // PAGE)
-                have = len(self.pages[i][b][0])
-                missing += max(0, need - have) * self.kv_heads
-                for head in self.pages[i][b]:
-                    if len(head) > need:
-                        self.free.extend(head[need:])
-                        del head[need:]
-                        self.changed = True
-        if missing > len(self.free):
-            limits = [min(reserve, w) if w else reserve for w in self.windows]
-            wanted = 1 + sum(-(-max(r, x) // PAGE) for r, row in zip(limits, bounds) for x in row) * self.kv_heads
-            self._allocate(max(self.total + missing - len(self.free), wanted))
-        for i, row_bounds in enumerate(bounds):
-            for b, bound in enumerate(row_bounds):
-                need = -(-bound // PAGE)
-                for head in self.pages[i][b]:
-                    while len(head) < need:
-                        head.append(self.free.pop())
-                        self.changed = True
-        self.bound = [list(r) for r in bounds]
-        if self.changed:
-            self._write_table()
-
-    def _write_table(self) -> None:
-        width = max(1, max(len(h) for layer in self.pages for row in layer for h in row))
-        rows = [[[head + [0] * (width - len(head)) for head in row] for row in layer] for layer in self.pages]
-        self.table = torch.tensor(rows, dtype=torch.int32).to(self.device)
-        self.changed = False
-
-    @property
-    def slot_bytes(self) -> int:
-        return (self.k_dim + self.v_dim) * self.dtype.itemsize + SLOT_EXTRA
-
-    def inputs(self, index: int) -> dict[str, Tensor]:
-        names = ("k_pages", "v_pages", "score_pages", "pos_pages", "table", "lens")
-        return {f"{name}_{index}": getattr(self, name) for name in names}
+    def live(self, seen: Sequence[int]) -> int:
+        """Bytes that mean something."""
+        rows = sum(seen) if self.per_token else sum(n > 0 for n in seen)
+        return rows * math.prod(self.shape) * self.dtype.itemsize
 
 
 class EvictionCache(Cache):
@@ -153,49 +89,160 @@ class EvictionCache(Cache):
         return self._rows
 
     def _reset(self) -> None:
-        self.seen = [0] * self.batch_size  # tokens of each row so far
-        self.length = [0] * self.batch_size  # most live slots of a layer without a window
-        self.next_rotary = [0] * self.batch_size  # contiguous positions: that of the row's next token
-        self.settled = [False] * self.batch_size  # contiguous positions: ranks are those that the row decodes with
+        batch = self.batch_size
+        self.seen = [0] * batch  # tokens of each row so far
+        self.generated = [0] * batch  # of them, those since the last prompt
+        self.length = [0] * batch  # most live slots of a layer without a window
+        self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
+        self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
-        self.pools = [_Pool(spec, self.batch_size, self.device, self.dtype) for spec in self.layout["classes"]]
+        self.leases: list[Lease] = []
+        for spec in self.layout["classes"]:
+            store = PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device)
+            self.leases.append(Lease(spec, batch, store))
+        # Ragged policies: what each head kept at its last prompt eviction, 0 before there was one.
+        self._head_keep = [np.zeros_like(lease.bound) for lease in self.leases]
+        self.states = [_State(spec, batch, self.device) for spec in self.layout["states"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
 
     def reset(self) -> None:
-        """Forgets everything and returns the memory."""
+        """Forgets everything and returns the memory. Forks of this cache keep what they have."""
+        self._close()
         self._reset()
 
+    def _close(self) -> None:
+        for lease in self.leases:
+            lease.close()
+
+    def __del__(self) -> None:
+        if "leases" in self.__dict__:
+            self._close()
+
+    def fork(self) -> EvictionCache:
+        """An independent copy that shares this cache's pages until one of the two writes to them (copy on write).
+
+        So a document is compressed once and asked many times: `cache = model.prefill(document)`, then
+        `model.generate(..., past_key_values=cache.fork())` for every question.
+        """
+        twin: EvictionCache = object.__new__(EvictionCache)
+        twin.__dict__.update(self.__dict__)
+        for name in ("seen", "generated", "length", "next_rotary", "settled"):
+            setattr(twin, name, list(getattr(self, name)))
+        twin.leases = [lease.fork() for lease in self.leases]
+        twin._head_keep = [keep.copy() for keep in self._head_keep]
+        twin.states = []
+        for state in self.states:
+            copied: _State = object.__new__(_State)
+            copied.__dict__.update(state.__dict__)
+            copied.value = state.value.clone()
+            twin.states.append(copied)
+        return twin
+
+    def row(self, row: int) -> RowState:
+        """What a policy's plan may know of a row."""
+        return RowState(self.seen[row], self.generated[row], self.length[row])
+
     # -- what the runtime needs for a step -----------------------------------------------------------------------
-    def prepare(self, valid: list[int], keep: list[int], reserve: int) -> dict[str, Tensor]:
-        """Leases pages for one step and gives its cache inputs. valid, keep: new tokens and budget of each row."""
-        after: list[list[list[int]]] = []
+    def prepare(
+        self, policy: Policy, segments: list[Segment | None], totals: list[int], reserve: int, renew: list[bool] | None
+    ) -> dict[str, Tensor]:
+        """Leases pages for one step and gives its cache inputs. segments: what each row does (None: nothing); totals: its
+        tokens once the prompt at hand is through; renew: rows whose ranks are made anew (contiguous positions)."""
+        valid = np.array([s.length if s else 0 for s in segments], dtype=np.int64)
+        layers = sum(len(lease.layers) for lease in self.leases)
+        order = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
+        keeps = [np.zeros(lease.bound.shape[:2], dtype=np.int64) for lease in self.leases]
+        for b, segment in enumerate(segments):
+            wanted = [UNLIMITED] * layers
+            if segment is not None:
+                wanted = policy.layer_keeps(segment, totals[b], layers)
+            for (_, c, i), keep in zip(order, wanted, strict=True):
+                keeps[c][i, b] = keep
+        prompt = np.array([s is not None and s.prompt for s in segments])
+        self._segments, self._kept_most = segments, [int(max(k[:, b].max() for k in keeps)) for b in range(len(valid))]
+        self._after: list[np.ndarray] = []
+        self._dealt: list[Tensor | None] = []
+        self._dealt_rows: list[np.ndarray] = []
+        self._chosen: list[np.ndarray] = []
+        self._adapts = policy.head_budgets != "equal"
+        self._prompt = prompt & policy.ragged
         out: dict[str, Tensor] = {}
-        for index, pool in enumerate(self.pools):
-            bounds = []
-            for window, bound in zip(pool.windows, pool.bound):
-                bounds.append(
-                    [b if not n else min(b + n, k, window or UNLIMITED) for b, n, k in zip(bound, valid, keep)]
-                )
-            after.append(bounds)
-            during = [[max(x, y) for x, y in zip(r, s)] for r, s in zip(pool.bound, bounds)]
-            pool.lease(during, reserve)
-            out.update(pool.inputs(index))
-            shape = (len(pool.layers), self.batch_size, pool.kv_heads)
-            budget = torch.tensor(keep, dtype=torch.int32).to(self.device)
-            out[f"keep_{index}"] = budget[None, :, None].expand(shape)
-        self._after = after
+        for c, lease in enumerate(self.leases):
+            out.update(self._prepare_class(c, lease, policy, valid, keeps[c], reserve, renew))
+        for state in self.states:
+            state.hold(max(n + int(v) for n, v in zip(self.seen, valid)))
+            out[f"state_{state.name}"] = state.value
         return out
 
-    def commit(self, valid: list[int], keep: list[int]) -> None:
+    def _prepare_class(
+        self, c: int, lease: Lease, policy: Policy, valid: np.ndarray, keep: np.ndarray, reserve: int,
+        renew: list[bool] | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        bound, batch = lease.bound, self.batch_size
+        keep_heads = np.broadcast_to(keep[..., None], bound.shape)
+        fixed = (self._head_keep[c] > 0) & ~self._prompt[None, :, None] & (keep_heads < UNLIMITED)
+        keep_heads = np.where(fixed, self._head_keep[c], keep_heads)
+        new = valid[None, :, None]
+        window = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
+        evicts = (new > 0) & (bound + new > np.minimum(keep_heads, window))
+        after = np.where(new > 0, np.minimum(np.minimum(bound + new, keep_heads), window), bound)
+        # Prompts whose eviction is ragged: the device deals out pages.
+        deals = self._prompt & (valid > 0) & (evicts.any((0, 2)) | policy.gates)
+        self._dealt_rows.append(deals)
+        # Layers that have to evict: what their heads get holds from then on.
+        self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
+        rewrites = evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"])
+        rewrites = rewrites & ~deals[None, :, None]
+        if renew is not None:
+            rewrites = rewrites | np.array(renew)[None, :, None]
+        first = np.where(new > 0, np.where(rewrites, 0, np.where(deals[None, :, None], UNLIMITED, bound)), UNLIMITED)
+        lease.unshare(first)
+        during = np.where(deals[None, :, None], bound, np.maximum(bound, after))
+        lease.resize(during, reserve)
+        names = PageStore.NAMES
+        out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
+        if policy.ragged:
+            most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1) * lease.kv_heads)
+            spare, dealt = lease.offer(deals, np.where(deals[None], most, 0))
+            out = {f"{name}_{c}": getattr(lease.store, name) for name in names}  # offering may have grown them
+            out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
+            self._dealt.append(dealt if deals.any() else None)
+            out[f"floor_{c}"] = torch.from_numpy(
+                np.where(deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
+            ).to(self.device)
+        self._after.append(after)
+        out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
+        budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
+        out[f"keep_{c}"] = torch.from_numpy(np.ascontiguousarray(budget)).to(self.device)
+        assert out[f"keep_{c}"].shape == (len(lease.layers), batch, lease.kv_heads)
+        return out
+
+    def commit(self) -> None:
         """Records a finished step and returns the pages that it emptied."""
-        for pool, bounds in zip(self.pools, self._after):
-            pool.lease(bounds, 0)
-        for row, (n, k) in enumerate(zip(valid, keep)):
-            if n:
-                self.seen[row] += n
-                self.length[row] = min(self.length[row] + n, k)
-                self.next_rotary[row] += n
+        longest = [-1] * self.batch_size
+        for c, lease in enumerate(self.leases):
+            after = self._after[c]
+            dealt = self._dealt[c] if self._dealt else None
+            if dealt is not None:
+                lease.settle(dealt)
+                after = np.where(self._dealt_rows[c][None, :, None], lease.bound, after)
+                if self._adapts:
+                    self._head_keep[c] = np.where(self._chosen[c], lease.bound, self._head_keep[c])
+            lease.resize(after, 0)
+            if dealt is not None:
+                lease.store.compact(lease.leased)  # as much again: pages for decoding and for forks
+            free = lease.windows == 0
+            for b in range(self.batch_size):
+                longest[b] = max(longest[b], int(after[free, b].max(initial=-1)))
+        for b, segment in enumerate(self._segments):
+            if segment is None:
+                continue
+            self.seen[b] += segment.length
+            self.generated[b] = 0 if segment.prompt else self.generated[b] + segment.length
+            held = min(self.length[b] + segment.length, self._kept_most[b])
+            self.length[b] = held if longest[b] < 0 else longest[b]  # every layer may have a window
+            self.next_rotary[b] += segment.length
 
     def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin of each rotation for contiguous positions below `length`."""
@@ -211,27 +258,32 @@ class EvictionCache(Cache):
 
     # -- reports -------------------------------------------------------------------------------------------------
     def memory(self) -> MemoryReport:
-        """Bytes that hold tokens, that are leased, and that the pools have reserved."""
-        live = leased = reserved = 0
-        for pool in self.pools:
-            live += int(pool.lens.sum()) * pool.slot_bytes
-            leased += (pool.total - 1 - len(pool.free)) * PAGE * pool.slot_bytes
-            reserved += pool.total * PAGE * pool.slot_bytes
-        return MemoryReport(live, leased, reserved)
+        """Bytes that hold tokens, that are leased, that the pools have reserved, and that are shared with forks."""
+        live = leased = reserved = shared = 0
+        for lease in self.leases:
+            live += int(lease.lens.sum()) * lease.store.slot_bytes
+            leased += lease.leased * lease.store.page_bytes
+            reserved += lease.store.total * lease.store.page_bytes
+            shared += lease.shared * lease.store.page_bytes
+        for state in self.states:
+            size = state.value.numel() * state.value.element_size()
+            live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
+        return MemoryReport(live, leased, reserved, shared)
 
     def live_slots(self) -> dict[int, Tensor]:
         """Live slots of each layer that owns a cache: layer -> (B, Hkv) int32."""
-        found = {layer: pool.lens[i] for pool in self.pools for i, layer in enumerate(pool.layers)}
+        found = {layer: lease.lens[i] for lease in self.leases for i, layer in enumerate(lease.layers)}
         return dict(sorted(found.items()))
 
     def positions(self) -> dict[int, list[list[list[int]]]]:
         """Positions in the text that are kept: layer -> row -> kv head -> sorted positions."""
         found = {}
-        for pool in self.pools:
-            for i, layer in enumerate(pool.layers):
-                dense = torch.ops.kvrewrite.read_pages(pool.pos_pages, pool.table[i])[..., 0]
+        for lease in self.leases:
+            for i, layer in enumerate(lease.layers):
+                dense = torch.ops.kvrewrite.read_pages(lease.store.pos_pages, lease.table[i])[..., 0].cpu()
+                lens = lease.lens[i].cpu()
                 found[layer] = [
-                    [sorted(dense[b, h, : pool.lens[i, b, h]].tolist()) for h in range(pool.kv_heads)]
+                    [sorted(dense[b, h, : lens[b, h]].tolist()) for h in range(lease.kv_heads)]
                     for b in range(self.batch_size)
                 ]
         return dict(sorted(found.items()))
@@ -269,16 +321,12 @@ class EvictionCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues from what row beam_idx[i] holds."""
         source = beam_idx.tolist()
-        for pool in self.pools:
-            old_table, old_lens = pool.table.clone(), pool.lens.clone()
-            old_pages = {n: getattr(pool, n).clone() for n in ("k_pages", "v_pages", "score_pages", "pos_pages")}
-            pool.lease([[bound[s] for s in source] for bound in pool.bound], 0)
-            width = min(pool.table.shape[-1], old_table.shape[-1])
-            target, origin = pool.table[..., :width].long(), old_table[:, source][..., :width].long()
-            for name, pages in old_pages.items():
-                getattr(pool, name)[target] = pages[origin]
-            pool.lens.copy_(old_lens[:, source])
-        for name in ("seen", "length", "next_rotary", "settled"):
+        for lease, keep in zip(self.leases, self._head_keep):
+            lease.reorder(source)
+            keep[:] = keep[:, source]
+        for state in self.states:
+            state.value = state.value[source]
+        for name in ("seen", "generated", "length", "next_rotary", "settled"):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
 

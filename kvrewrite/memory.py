@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.site import AttentionSite
 
-PAGE, SLOT_EXTRA = 64, 12  # as in cache.py, which needs transformers
+PAGE, SLOT_EXTRA = 64, 12  # as in pages.py, which needs torch
 
 
 @dataclass
@@ -30,26 +30,26 @@ def plan_memory(
     The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs. Pages are counted
     whole; an ordinary cache keeps every token in layers without a window and the window in the others.
     """
-    full = evicted = chunk_bytes = most = 0
-    kept = longest = 0
+    owners = [site for site in sites if site.shares_kv_with is None]
+    full = evicted = chunk_bytes = longest = 0
+    kept, most = [0] * len(owners), [0] * len(owners)
     for segment in policy.plan(context):
-        kept = min(kept + segment.length, segment.keep)
         longest = max(longest, segment.length)
-        most = max(most, kept)
-    for site in sites:
-        if site.shares_kv_with is not None:
-            continue
+        for i, keep in enumerate(policy.layer_keeps(segment, context, len(owners))):
+            kept[i] = min(kept[i] + segment.length, keep)
+            most[i] = max(most[i], kept[i])
+    for i, site in enumerate(owners):
         token = site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
         span = site.window or site.chunk or UNLIMITED
         full += min(context, span) * token
-        for slots, add in ((kept, True), (most, False)):
+        for slots, add in ((kept[i], True), (most[i], False)):
             pages = -(-min(slots, span) // PAGE) * PAGE
             size = pages * (token + site.kv_heads * SLOT_EXTRA)
             if add:
                 evicted += size
             else:
                 chunk_bytes += size
-    layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in sites), default=0)
+    layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners), default=0)
     return MemoryPlan(context, batch, full * batch, evicted * batch, (chunk_bytes + layer * longest) * batch)
 
 

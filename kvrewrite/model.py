@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kvrewrite.cache import EvictionCache
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
-from kvrewrite.policies import UNLIMITED, Policy, Segment
+from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
 
@@ -129,6 +130,30 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
         """An empty cache for `batch_size` rows; max_length: tokens that a row will have in all, where RoPE depends on it."""
         return EvictionCache(self, batch_size, max_length=max_length)
+
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_length: int | None = None
+    ) -> EvictionCache:
+        """Runs a prompt (B, T) into a new cache and returns it, for questions that come later: fork it for each.
+
+        Warns where the policy keeps what the end of the prompt attends to: there the question belongs into the prompt.
+        """
+        if self.policy.needs_question:
+            warnings.warn(
+                f"{self.policy.name} keeps what the end of the prompt asks for; compressed without the question, a text may "
+                "lose its answer. Put the question into the prompt (prompt_ids), or use a policy that needs none "
+                "(keydiff, expected_attention, knorm, locret, streaming_llm)",
+                stacklevel=2,
+            )
+        cache = self.new_cache(input_ids.shape[0], max_length=max_length)
+        self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def prompt_ids(self, context_ids: Tensor, question_ids: Tensor) -> Tensor:
+        """A prompt (B, T) from a context and a question about it, in the order that the policy wants: the question last,
+        and with locret_q in front, too."""
+        parts = [question_ids] if self.policy.question_first else []
+        return torch.cat([*parts, context_ids, question_ids], dim=1)
 
     def length_tables(self, max_length: int | None) -> dict[str, Tensor]:
         """Rotary frequencies for requests of up to `max_length` tokens (None: as long as the model goes)."""
@@ -266,7 +291,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
                     f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most "
                     f"{limit} tokens at a time (a table of positions can't be extended)"
                 )
-            if self.policy.name == "full" and self.policy.budget is not None and total > self.policy.budget:
+            if self.policy.name == "full" and total > self.policy.slots(total):
                 raise CacheError(
                     f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {self.policy.budget}; "
                     "use a larger budget or a policy that evicts"
@@ -296,10 +321,16 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if decoding and cache.settled[row] and not self.policy.renews_ranks_in_decoding:
             return cache.next_rotary[row] + count
         kept, reach = cache.length[row], 0
-        for segment in self.policy.plan(count) if not decoding else [self.policy.decode_segment()]:
+        for segment in self._plan(count, decoding, cache.row(row)):
             reach = max(reach, kept + segment.length)
-            kept = min(kept + segment.length, segment.keep)
+            kept = min(kept + segment.length, segment.keep if isinstance(segment.keep, int) else max(segment.keep))
         return reach
+
+    def _plan(self, count: int, decoding: bool, row: RowState) -> list[Segment]:
+        """What `count` new tokens of a row do."""
+        if not count:
+            return []
+        return [self.policy.decode_segment(row)] if decoding else self.policy.plan(count, row)
 
     def _run_segments(
         self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: list[bool], keep: int
@@ -309,10 +340,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         columns = width if keep == 0 else min(keep, width)
         plans: list[list[Segment]] = []
         for n, decodes in zip(counts, decoding):
-            plans.append([] if n == 0 else [self.policy.decode_segment()] if decodes else self.policy.plan(n))
+            plans.append(self._plan(n, decodes, cache.row(len(plans))))
         logits: Tensor | None = None
         done = [0] * batch
         reserve = self._reserve(cache, counts)
+        totals = [seen + n for seen, n in zip(cache.seen, counts)]
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
             row_segments = [p[step] if step < len(p) else None for p in plans]
@@ -324,7 +356,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 lowest = max(0, width - columns - starts[b])
                 wanted.append(list(range(lowest, valid[b])))
             picks = max(1, max(len(w) for w in wanted))
-            out = self._run_segment(ids, starts, valid, row_segments, wanted, picks, cache, decoding, reserve)
+            out = self._run_segment(ids, starts, valid, row_segments, totals, wanted, picks, cache, decoding, reserve)
             if logits is None:
                 logits = out.new_zeros(batch, columns, out.shape[-1])
             for b in range(batch):
@@ -337,34 +369,39 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return logits
 
     def _run_segment(
-        self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], wanted: list[list[int]],
-        picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
+        self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], totals: list[int],
+        wanted: list[list[int]], picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
     ) -> Tensor:  # fmt: skip
         """One pass through the graph: the same segment number of every row, left-aligned."""
         device = self.device
         longest = max(valid)
-        keep = [s.keep if s else UNLIMITED for s in segments]
         column = torch.arange(longest)
         index = (torch.tensor(starts)[:, None] + column).clamp(max=ids.shape[1] - 1).to(device)
         positions = (torch.tensor(cache.seen)[:, None] + column).to(device)
-        inputs: dict[str, Tensor] = cache.prepare(valid, keep, reserve)
-        inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, index)
-        inputs["positions"] = inputs["position_ids"] = positions
-        inputs["valid"] = torch.tensor(valid, dtype=torch.int32).to(device)
-        inputs["recent"] = torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32).to(device)
-        padded = [w + [0] * (picks - len(w)) for w in wanted]
-        inputs["logit_index"] = torch.tensor(padded, dtype=torch.int64).to(device)
+        renew: list[bool] | None = None
         if self.program.layout["contiguous"]:
             always = self.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
+        inputs: dict[str, Tensor] = cache.prepare(self.policy, segments, totals, reserve, renew)
+        inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, index)
+        inputs["positions"] = inputs["position_ids"] = positions
+        inputs["valid"] = torch.tensor(valid, dtype=torch.int32).to(device)
+        inputs["recent"] = torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32).to(device)
+        for name in self.program.layout["row_inputs"]:
+            values = [s.values.get(name, 0) if s else 0 for s in segments]
+            inputs[name] = torch.tensor(values, dtype=torch.int32).to(device)
+        padded = [w + [0] * (picks - len(w)) for w in wanted]
+        inputs["logit_index"] = torch.tensor(padded, dtype=torch.int64).to(device)
+        if self.program.layout["contiguous"]:
+            assert renew is not None
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
             cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
             inputs["following"] = torch.tensor(cache.next_rotary).to(device)
             inputs["renew"] = torch.tensor(renew).to(device)
             inputs["position_ids"] = (torch.tensor(cache.next_rotary)[:, None] + column).to(device)
-            for i, (cos, sin) in enumerate(cache.rotary(max(cache.next_rotary) + longest)):
-                inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
+        for i, (cos, sin) in enumerate(cache.rotary(self._rotary_reach(cache, longest))):
+            inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
         limit = self.program.max_positions
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
@@ -376,14 +413,22 @@ class RewrittenModel(nn.Module, GenerationMixin):
         else:
             with _dynamic_sizes():
                 out = compiled(*arguments)
-        cache.commit(valid, keep)
+        cache.commit()
         return out
+
+    def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:
+        """Positions that the tables of cos and sin must have in this step."""
+        if self.program.layout["contiguous"]:
+            return max(cache.next_rotary) + longest
+        return max(cache.seen) + longest + self.policy.rotary_ahead
 
     def _reserve(self, cache: EvictionCache, counts: list[int]) -> int:
         """Slots a head that the pools should have room for: the budget, or what the request is known to need."""
         total = max((s + n for s, n in zip(cache.seen, counts)), default=0)
         wanted = max(total, min(cache.max_length or 0, 2 * total + 256))
-        return min(wanted, self.policy.budget) if self.policy.budget and self.policy.decode_eviction else wanted
+        segment = self.policy.decode_segment(RowState(seen=max(0, wanted - 1)))
+        most = segment.keep if isinstance(segment.keep, int) else max(segment.keep)
+        return min(wanted, most)
 
     # -- saving --------------------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **kwargs: Any) -> None:

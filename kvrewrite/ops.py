@@ -250,12 +250,26 @@ def observe(
     softcap: float,
     window: int,
     chunk: int,
+    above: Tensor | None = None,
+    newest: int = 0,
 ) -> Tensor:
     """Attention mass of every slot and new token under the query rows weighted by `rows` (B, T): (B, Hkv, C + T) fp32,
-    summed over the query heads of each group. `lse` is what `cached_attention` returned; the rest as there."""
+    summed over the query heads of each group. `lse` is what `cached_attention` returned; the rest as there.
+
+    above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only the
+    last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work.
+    """
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
     real = torch.arange(k.shape[2], device=k.device) < valid[:, None]
+    rows = torch.where(real, rows, torch.zeros_like(rows))
+    if 0 < newest < q.shape[2]:
+        index = (valid.long() - newest).clamp(min=0)[:, None] + torch.arange(newest, device=q.device)
+        per_head = index[:, None].expand(-1, q.shape[1], -1)
+        q = torch.gather(q, 2, per_head[..., None].expand(-1, -1, -1, q.shape[3]))
+        lse = torch.gather(lse, 2, per_head)
+        positions, rows = torch.gather(positions, 1, index), torch.gather(rows, 1, index)
+        above = None if above is None else torch.gather(above, 1, index)
     return reference_attention.column_mass(
         q,
         keys,
@@ -263,7 +277,8 @@ def observe(
         positions,
         pos,
         live,
-        torch.where(real, rows, torch.zeros_like(rows)),
+        rows,
+        above,
         alibi=alibi,
         hidden=_pad_hidden(hidden, cached_k.shape[2]),
         scale=scale,
@@ -276,13 +291,13 @@ def observe(
 @observe.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, lse, rows, k_dense, k_pages, pos_pages, table, lens, positions, valid, alibi, hidden, scale, softcap, window,
-    chunk
+    chunk, above=None, newest=0
 ):  # fmt: skip
     return q.new_empty(*table.shape[:2], table.shape[2] * k_pages.shape[1] + k.shape[2], dtype=torch.float32)
 
 
 @torch.library.custom_op(
-    "kvrewrite::cache_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+    "kvrewrite::cache_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens", "next_table")
 )
 def cache_update(
     k: Tensor,
@@ -303,6 +318,11 @@ def cache_update(
     sinks: int,
     window: int,
     chunk: int,
+    select: Tensor | None = None,
+    drop: Tensor | None = None,
+    floor: Tensor | None = None,
+    spare: Tensor | None = None,
+    next_table: Tensor | None = None,
 ) -> None:
     """Appends the valid new tokens and keeps, in every head, the `keep` (B, Hkv) int32 slots of highest score.
 
@@ -311,16 +331,24 @@ def cache_update(
     the `recent` (B,) int32 newest slots of each head. Slots that no later query can see through `window` or `chunk` go in
     any case. Of equal scores the earlier position stays. NaN scores count as the lowest. Afterwards slots
     [0, lens) of each head are live.
+
+    select (B, Hkv, C + T) is what this eviction goes by instead of the stored scores; drop (B, Hkv, T) bool: new tokens
+    that never enter. floor (B,) float64: in rows where it is not negative the heads of a layer share their budgets by
+    their scores, but for this part (Ada-KV). Ragged evictions: spare (B, W) int32 are pages to be dealt to the heads of a
+    row, -1 behind the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on.
     """
     reference_evict.cache_update(
         k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
-        lens, sinks, window, chunk,
+        lens, sinks, window, chunk, select, drop, floor, spare, next_table,
     )  # fmt: skip
 
 
 @cache_update.register_fake
 def _(  # type: ignore[no-untyped-def]
     k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
-    sinks, window, chunk
+    sinks, window, chunk, select=None, drop=None, floor=None, spare=None, next_table=None
 ):  # fmt: skip
     return None
+
+
+import kvrewrite.score_ops  # noqa: E402, F401  (whoever has these ops has those, too)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.policies import Policy
+from kvrewrite.policies import Policy, Segment
 from kvrewrite.policies.full import Full
 
 if TYPE_CHECKING:
@@ -288,11 +288,15 @@ def _held(policy: Policy, length: int) -> int:
         live = 0
         for segment in policy.plan(size):
             live += segment.length
-            if live > segment.keep:
+            if live > _least(segment):
                 break
         else:
             return size
     return 0
+
+
+def _least(segment: Segment) -> int:
+    return segment.keep if isinstance(segment.keep, int) else min(segment.keep)
 
 
 @torch.no_grad()
@@ -301,7 +305,7 @@ def _eviction(model: RewrittenModel) -> Check:
     name, policy = "eviction", model.policy
     if policy.budget is None or policy.name == "full":
         return Check(name, None, "this policy evicts nothing")
-    length = policy.budget + 24
+    length = policy.budget + 24 if isinstance(policy.budget, int) else LONGEST
     limit = min(LONGEST, model.program.max_positions or LONGEST)
     if length > limit:
         return Check(name, None, f"not run: a prompt beyond the budget {policy.budget} has more than {limit} tokens")
@@ -309,8 +313,11 @@ def _eviction(model: RewrittenModel) -> Check:
     ids = _random_ids(model.program.vocab_size, 1, length, 1).to(model.device)
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
     bound = 0
+    layers = len(cache.live_slots())
     for segment in policy.plan(length):
-        bound = min(bound + segment.length, segment.keep)
+        bound = min(bound + segment.length, max(policy.layer_keeps(segment, length, layers)))
+    if policy.head_budgets != "equal":  # what one head has more another has less
+        bound *= max(site.kv_heads for site in model.sites)
     most = max(int(lens.max()) for lens in cache.live_slots().values())
     finite = bool(torch.isfinite(logits).all())
     detail = f"{length} tokens, at most {most} live slots a head, {bound} allowed"

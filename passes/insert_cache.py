@@ -19,7 +19,7 @@ from kvrewrite.capture import Captured, RotaryTable
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, placeholder, set_attr, shape_of
 from kvrewrite.passes.find_rope import Rope, canonical_layout
-from kvrewrite.passes.insert_policy import SiteHook, insert_policy
+from kvrewrite.passes.insert_policy import SiteHook, SiteInputs, insert_policy
 from kvrewrite.policies.base import Policy
 from kvrewrite.site import AttentionSite
 
@@ -54,18 +54,31 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     sites: list[AttentionSite] = [n.meta["kvrewrite_site"] for n in nodes]
     contiguous = policy.positions == "contiguous"
     classes, where = _classes(nodes, sites)
-    inputs = _control_inputs(gm, len(classes), contiguous)
+    policy.check_layers(len(where))
+    inputs = _control_inputs(gm, len(classes), contiguous, policy)
     rotary: list[dict[str, Any]] = []
-    tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous else {}
+    tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous or policy.needs_rotary else {}
+    shared = _Shared(gm, policy, inputs)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in owners:
-            owners[owner] = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables)
+            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables)
+            cache["rotary"] = tables.get(site.layer)
+            owners[owner] = cache
+            if policy.gates:
+                q, k, v = node.args[:3]
+                hook = SiteHook(gm, site, q, k, v, node, shared.inputs(cache), before=node)
+                cache["hidden"] = policy.gate(hook)
+                site.inserted.append("gate")
         _read_cache(gm, node, site, inputs, owners[owner])
+    logits: fx.Node | None = None
+    if policy.after_logits:
+        logits = output_node(gm).args[0]  # type: ignore[assignment]
+    last = logits
     for layer, cache in owners.items():
-        _close_cache(gm, sites[layer], policy, inputs, cache)
-    logits_at(gm, inputs["logit_index"], captured.vocab_size)
+        last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
+    logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
     lengths = _length_inputs(gm, captured.rotary_tables, rotary)
     erase_dead(gm)
     gm.graph.lint()
@@ -75,8 +88,43 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         "contiguous": contiguous,
         "rotary": rotary,
         "length_tables": lengths,
+        "states": list(shared.states.values()),
+        "row_inputs": list(policy.inputs),
+        "rewrites_slots": shared.rewrites_slots,
         "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
     }
+
+
+class _Shared:
+    """What the hooks of all sites share: graph inputs, states, memo."""
+
+    def __init__(self, gm: fx.GraphModule, policy: Policy, inputs: dict[str, Any]):
+        self.gm = gm
+        names = ("positions", "valid", "recent", *policy.inputs)
+        self.nodes = {n: inputs[n] for n in names}
+        ids = placeholder(gm, "input_ids")
+        if ids is not None:
+            self.nodes["input_ids"] = ids
+        self.states: dict[str, dict[str, Any]] = {}
+        self.memo: dict[str, Any] = {}
+        self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
+
+    def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
+        """What the hook of one site gets."""
+        nodes = {**self.nodes, **{n: cache[n] for n in (*POOLS, "table", "lens")}}
+
+        def observation(rows: fx.Node, above: fx.Node | None, newest: Any) -> tuple[Any, ...]:
+            q, k, _, lse, _, alibi, shape = cache["readers"][0]
+            paged = (cache["k_pages"], cache["pos_pages"], cache["table"], cache["lens"])
+            where = (nodes["positions"], nodes["valid"])
+            return (q, k, lse, rows, cache["k_dense"], *paged, *where, alibi, cache["hidden"], *shape, above, newest)
+
+        def add_input(name: str) -> fx.Node:
+            return add_placeholder(self.gm, name)
+
+        return SiteInputs(
+            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, cache["rotary"]
+        )
 
 
 def _classes(nodes: list[fx.Node], sites: list[AttentionSite]) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
@@ -108,16 +156,17 @@ def _span(masks: list[tuple[int, int]]) -> tuple[int, int]:
     return (0, chunks[0]) if len(set(chunks)) == 1 else (0, 0)
 
 
-def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool) -> dict[str, Any]:
+def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool, policy: Policy) -> dict[str, Any]:
     """Adds the inputs that every rewritten graph has."""
     inputs: dict[str, Any] = {}
     position_ids = placeholder(gm, "position_ids")
     inputs["position_ids"] = position_ids if position_ids is not None else add_placeholder(gm, "position_ids")
     names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew"] if contiguous else [])
-    for name in names:
+    for name in [*names, *policy.inputs]:
         inputs[name] = add_placeholder(gm, name)
+    ragged = ("floor", "spare", "next_table") if policy.ragged else ()
     for c in range(n_classes):
-        for name in (*POOLS, "table", "lens", "keep"):
+        for name in (*POOLS, "table", "lens", "keep", *ragged):
             inputs[f"{name}_{c}"] = add_placeholder(gm, f"{name}_{c}")
     return inputs
 
@@ -193,9 +242,11 @@ def _open_cache(
     with gm.graph.inserting_before(node):
         views = {
             name: gm.graph.call_function(aten.select.int, (inputs[f"{name}_{cache_class}"], 0, index))
-            for name in ("table", "lens", "keep")
+            for name in ("table", "lens", "keep", "spare", "next_table")
+            if f"{name}_{cache_class}" in inputs
         }
         cache: dict[str, Any] = {**pools, **views, "k": node.args[1], "v": node.args[2], "k_dense": None, "readers": []}
+        cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"))
         rope = ropes.get(site.layer)
         if rope is not None:
             cos, sin, partner = tables[site.layer]
@@ -220,7 +271,8 @@ def _read_cache(
     shape = (scale, softcap, window, chunk)
     with gm.graph.inserting_before(node):
         pair = gm.graph.call_function(
-            ops.cached_attention.default, (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, None, *shape)
+            ops.cached_attention.default,
+            (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape),
         )
         out = gm.graph.call_function(operator.getitem, (pair, 0))
         lse = gm.graph.call_function(operator.getitem, (pair, 1))
@@ -234,20 +286,16 @@ def _read_cache(
 
 
 def _close_cache(
-    gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any]
-) -> None:
-    """Scores and updates one owner's cache behind its last reader."""
-    q, k, v, lse, _sinks, alibi, shape = cache["readers"][0]
-    pages = (cache["k_pages"], cache["pos_pages"], cache["table"], cache["lens"])
-    where = (inputs["positions"], inputs["valid"])
-    observation = {
-        "positions": inputs["positions"],
-        "score_pages": cache["score_pages"],
-        "table": cache["table"],
-        "observe": lambda rows: (q, k, lse, rows, cache["k_dense"], *pages, *where, alibi, None, *shape),
-    }
-    hook = SiteHook(gm, site, q, k, v, cache["last"], observation)
+    gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any],
+    shared: _Shared, logits: fx.Node | None, last: fx.Node | None,
+) -> fx.Node:  # fmt: skip
+    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits."""
+    q, k, v = cache["readers"][0][:3]
+    hook = SiteHook(
+        gm, site, q, k, v, last if policy.after_logits and last else cache["last"], shared.inputs(cache, logits)
+    )
     scores = insert_policy(hook, policy)
+    shared.rewrites_slots |= scores.slots is not None
     window, chunk = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
     hook.call(
         ops.cache_update.default,
@@ -266,8 +314,14 @@ def _close_cache(
         policy.sinks,
         window,
         chunk,
+        scores.select,
+        cache["hidden"] if scores.drop is None else scores.drop,
+        cache["floor"],
+        cache.get("spare"),
+        cache.get("next_table"),
     )
     site.inserted.append("cache_update")
+    return hook.after
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -277,18 +331,20 @@ _LOCAL = {
 }  # fmt: skip
 
 
-def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int) -> None:
+def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int, whole: bool = False) -> None:
     """Makes the graph return logits only at `logit_index` (B, K): (B, K, vocabulary).
 
     The hidden states are gathered in front of the vocabulary projection where it can be found behind local ops only: at
-    128K vocabulary entries the logits of a whole chunk would be larger than its cache.
+    128K vocabulary entries the logits of a whole chunk would be larger than its cache. whole: something else needs all of
+    them, so they are gathered at the end.
     """
     output = output_node(gm)
     node: fx.Node = output.args[0]  # type: ignore[assignment]
     head = node
     while head.target in _LOCAL and isinstance(head.args[0], fx.Node) and len(head.all_input_nodes) == 1:
         head = head.args[0]
-    at, user = (head.args[0], head) if head.target is aten.linear.default else (node, output)
+    early = head.target is aten.linear.default and not whole
+    at, user = (head.args[0], head) if early else (node, output)
     if not isinstance(at, fx.Node):
         raise UnsupportedModelError("the graph's output does not depend on its input")
     width = int(shape_of(at)[-1])

@@ -7,19 +7,21 @@ and that each policy weight is an attribute `policy_weights.<name>` of the graph
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import set_attr, shape_of, tensor_of
-from kvrewrite.passes.find_rope import projections
+from kvrewrite.graph import placeholder, set_attr, shape_of, tensor_of
+from kvrewrite.passes.find_rope import Rope, find_rope, projections
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.site import AttentionSite
 
 aten = torch.ops.aten
+ops = torch.ops.kvrewrite
 PREFIX = "policy_weights."
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "silu": (aten.silu.default, {}),
@@ -34,11 +36,25 @@ ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@dataclass
+class SiteInputs:
+    """What insert_cache knows once a site reads a cache: graph inputs and nodes. Shared by all sites: `memo`, `states`."""
+
+    nodes: dict[str, fx.Node]  # positions, valid, input_ids, pools, table, lens, the policy's own inputs
+    observe: Callable[[fx.Node, fx.Node | None, Any], tuple[Any, ...]]
+    k_dense: fx.Node | None
+    memo: dict[str, Any]
+    states: dict[str, dict[str, Any]]
+    add_input: Callable[[str], fx.Node]
+    logits: fx.Node | None = None
+    rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
+
+
 class SiteHook:
     """What a policy sees of one attention site, and the nodes it can add there.
 
-    q (B, H, T, D), k (B, Hkv, T, D) and v (B, Hkv, T, Dv) are the tensors that enter attention. Nodes are added behind the
-    last reader of the site's cache.
+    q (B, H, T, D), k (B, Hkv, T, D) and v (B, Hkv, T, Dv) are the tensors that enter attention. Nodes are added behind
+    `after`, or in front of `before` where that is given.
     """
 
     def __init__(
@@ -49,30 +65,40 @@ class SiteHook:
         k: Any,
         v: Any,
         after: fx.Node,
-        observation: dict[str, Any] | None = None,
+        inputs: SiteInputs | None = None,
+        before: fx.Node | None = None,
     ):
         self.gm, self.site = gm, site
         self.q, self.k, self.v = q, k, v
-        self.after = after  # where the next node goes
-        self.observation = observation  # what insert_cache knows once the site reads a cache
+        self.after, self.before = after, before
+        self._inputs = inputs
+
+    @property
+    def inputs(self) -> SiteInputs:
+        """What is there once the site reads a cache; not while shapes are asked for (`Policy.weights`)."""
+        if self._inputs is None:
+            raise TypeError("this hook only tells shapes; nodes of the cache are there in `gate` and `score`")
+        return self._inputs
 
     # -- adding nodes
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a node behind the last one that this hook added."""
-        with self.gm.graph.inserting_after(self.after):
+        place = self.gm.graph.inserting_after(self.after) if self.before is None else None
+        with place or self.gm.graph.inserting_before(self.before):  # type: ignore[arg-type]
             self.after = self.gm.graph.call_function(target, args, kwargs)
         self.after.meta["kvrewrite_policy"] = self.site.layer
         return self.after
 
     def weight(self, name: str) -> fx.Node:
         """The policy weight called `name`."""
-        with self.gm.graph.inserting_after(self.after):
+        place = self.gm.graph.inserting_after(self.after) if self.before is None else None
+        with place or self.gm.graph.inserting_before(self.before):  # type: ignore[arg-type]
             self.after = self.gm.graph.get_attr(PREFIX + name)
         return self.after
 
-    def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x (..., in) times weight (out, in), without bias."""
-        return self.call(aten.linear.default, x, weight)
+    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+        """x (..., in) times weight (out, in), plus bias (out,)."""
+        return self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
 
     def activation(self, x: fx.Node, name: str) -> fx.Node:
         """An activation by the name that configurations use."""
@@ -88,28 +114,83 @@ class SiteHook:
         """a + b."""
         return self.call(aten.add.Tensor, a, b)
 
+    def scale(self, x: fx.Node, factor: float) -> fx.Node:
+        """factor * x."""
+        return self.call(aten.mul.Scalar, x, factor)
+
+    def fp32(self, x: fx.Node) -> fx.Node:
+        """x in fp32."""
+        return self.call(aten.to.dtype, x, torch.float32)
+
+    def where(self, condition: fx.Node, a: fx.Node | float, b: fx.Node | float) -> fx.Node:
+        """a where the condition holds, else b."""
+        overload = {
+            (True, True): aten.where.self,
+            (True, False): aten.where.ScalarOther,
+            (False, True): aten.where.ScalarSelf,
+        }[isinstance(a, fx.Node), isinstance(b, fx.Node)]
+        return self.call(overload, condition, a, b)
+
+    def per_row(self, x: fx.Node) -> fx.Node:
+        """(B,) as (B, 1, 1), to go with (B, Hkv, N)."""
+        return self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, x, 1), 2)
+
+    def all_heads(self, x: fx.Node) -> fx.Node:
+        """(B, N) or (B, 1, N), the same for every kv head: (B, Hkv, N)."""
+        return self.call(aten.expand.default, x, [-1, self.site.kv_heads, -1])
+
+    def once(self, name: str, make: Callable[[], fx.Node]) -> fx.Node:
+        """A node that all sites share, made by the first that asks. It must not depend on the site."""
+        memo = self.inputs.memo
+        if name not in memo:
+            memo[name] = make()
+        return memo[name]
+
     # -- what the site offers
+    def input(self, name: str) -> fx.Node:
+        """A graph input: "positions" (B, T), "valid" (B,), "input_ids" (B, T) or one of the policy's own (B,)."""
+        return self.inputs.nodes[name]
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: str, *, per_token: bool = False) -> fx.Node:
+        """Something that the policy remembers: (B, *shape), or (B, capacity, *shape) with an entry per token that grows
+        with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
+        states = self.inputs.states
+        if name not in states:
+            states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": per_token}
+            self.inputs.memo[f"state {name}"] = self.inputs.add_input(f"state_{name}")
+        return self.inputs.memo[f"state {name}"]
+
+    @property
+    def logits(self) -> fx.Node:
+        """The logits of the new tokens (B, T, V), with `after_logits`."""
+        assert self.inputs.logits is not None
+        return self.inputs.logits
+
     def per_head(self, x: fx.Node) -> fx.Node:
         """Scores (B, T, Hkv) as (B, Hkv, T) in fp32."""
         return self.call(aten.to.dtype, self.call(aten.transpose.int, x, 1, 2), torch.float32)
 
     def position_scores(self) -> fx.Node:
         """Each new token's own position as its score: (B, Hkv, T)."""
-        assert self.observation is not None
-        positions = self.call(aten.to.dtype, self.observation["positions"], torch.float32)
-        return self.call(
-            aten.expand.default, self.call(aten.unsqueeze.default, positions, 1), [-1, self.site.kv_heads, -1]
-        )
+        return self.all_heads(self.call(aten.unsqueeze.default, self.fp32(self.input("positions")), 1))
 
     def ones_rows(self) -> fx.Node:
         """Every query row counts once: (B, T)."""
-        assert self.observation is not None
-        return self.call(aten.ones_like.default, self.observation["positions"], dtype=torch.float32)
+        return self.call(aten.ones_like.default, self.input("positions"), dtype=torch.float32)
 
-    def observe(self, rows: fx.Node) -> fx.Node:
-        """Attention mass of [cache, new tokens] under these query rows: (B, Hkv, C + T)."""
-        assert self.observation is not None
-        return self.call(torch.ops.kvrewrite.observe.default, *self.observation["observe"](rows))
+    def newest_rows(self, count: int | fx.Node) -> fx.Node:
+        """The last `count` valid query rows of each row count once: (B, T)."""
+        valid = self.input("valid")
+        if isinstance(count, int):
+            count = self.call(aten.full_like.default, valid, count)
+        return self.call(ops.newest_rows.default, self.input("positions"), valid, count)
+
+    def observe(self, rows: fx.Node, above: fx.Node | None = None, newest: Any = 0) -> fx.Node:
+        """Attention mass of [cache, new tokens] under these query rows: (B, Hkv, C + T), summed over a group's heads.
+
+        above: (B, T) thresholds; counts weights above them instead. newest: at most how many rows have a weight, where
+        they are each row's last ones: saves the work for the others."""
+        return self.call(ops.observe.default, *self.inputs.observe(rows, above, newest))
 
     def split(self, mass: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Splits (B, Hkv, C + T) into cached slots and new tokens."""
@@ -120,10 +201,56 @@ class SiteHook:
 
     def read_scores(self) -> fx.Node:
         """The stored scores of cached slots: (B, Hkv, C)."""
-        assert self.observation is not None
-        return self.call(
-            torch.ops.kvrewrite.read_pages.default, self.observation["score_pages"], self.observation["table"]
-        )
+        return self.call(ops.read_pages.default, self.input("score_pages"), self.input("table"))
+
+    def slot_positions(self) -> fx.Node:
+        """Positions in the text of [cache, new tokens], -1 where there is nothing: (B, Hkv, C + T) int64."""
+        names = ("pos_pages", "table", "lens", "positions", "valid")
+        return self.call(ops.slot_positions.default, *(self.input(n) for n in names))
+
+    def keys(self) -> fx.Node:
+        """Keys of [cache, new tokens] as attention sees them, rotated: (B, Hkv, C + T, D). Dead slots hold anything."""
+        cached = self.inputs.k_dense
+        if cached is None:
+            cached = self.call(ops.read_pages.default, self.input("k_pages"), self.input("table"))
+        return self.call(aten.cat.default, [cached, self.k], 2)
+
+    def hidden_states(self) -> fx.Node:
+        """The attention layer's input, which its projections read: (B, T, hidden)."""
+        found = {n.args[0] for n in self._projections() if n.target is aten.linear.default}
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"layer {self.site.layer} ({self.site.module}): its queries, keys and values are not projections of one "
+                "input, which this policy needs"
+            )
+        node = found.pop()
+        assert isinstance(node, fx.Node)
+        return node
+
+    def hidden_width(self) -> int:
+        """Channels of `hidden_states`."""
+        return int(shape_of(self.hidden_states())[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that attention runs in."""
+        value = tensor_of(self.q)
+        assert value is not None
+        return value.dtype
+
+    def query_before_rope(self) -> fx.Node:
+        """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
+        position_ids = placeholder(self.gm, "position_ids")
+        found = find_rope(self.gm, self.q, self.site.heads, position_ids)
+        if isinstance(found, Rope):
+            order = list(found.layout)
+            return found.pre if order == [0, 1, 2, 3] else self.call(aten.permute.default, found.pre, order)
+        if found.rotated:
+            raise UnsupportedModelError(
+                f"layer {self.site.layer} ({self.site.module}): the queries' rotation was not understood ({found.reason}), and "
+                "this policy needs queries without it"
+            )
+        return self.q
 
     def _projections(self) -> list[fx.Node]:
         """The projections of q, k and v, each once; one node when they are fused."""

@@ -97,7 +97,10 @@ def insert(
         facts["rope_problem"] = f"layer {layer} ({sites[layer].module}): {problems[layer].reason}"
     if weights is not None:
         facts["policy_hidden_size"] = _hidden_size(weights[0])
+        facts.update(_gate_sizes(*weights))
     policy = policy.adapt(sites, facts)
+    if policy.needs_rotary and "rope_problem" in facts:
+        raise OptionError(f"{policy.name} needs the model's rotation: {facts['rope_problem']}")
     if policy.positions == "contiguous":
         if "rope_problem" in facts:
             raise OptionError(f"{policy.name}: positions=contiguous is not possible: {facts['rope_problem']}; "
@@ -151,6 +154,15 @@ def _hidden_size(tensors: Mapping[str, Tensor]) -> int | None:
     """Width of the retaining heads in these weights, if they have any."""
     sizes = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("fc1.weight") and t.dim() == 2}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def _gate_sizes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
+    """What weights of Attention-Gates say about their sizes."""
+    found = {k: int(metadata[k]) for k in ("gate_heads", "gate_dim") if metadata.get(k, "").isdigit()}
+    widths = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("gate.q_proj.weight") and t.dim() == 2}
+    if len(widths) == 1:
+        found["gate_width"] = widths.pop()
+    return found
 
 
 def _drop_unused(gm: fx.GraphModule, used: set[str]) -> None:

@@ -66,7 +66,11 @@ def rewrite(model: nn.Module, source: Captured, policy: str, weights: dict[str, 
     chosen = policies.make(policy, **options)
     if weights is None and chosen.needs_weights:
         generator = torch.Generator().manual_seed(7)
-        shapes = expected_weights(copied, sites, dataclasses.replace(chosen, hidden_size=HIDDEN))  # type: ignore[call-arg]
+        if hasattr(chosen, "hidden_size"):
+            chosen = dataclasses.replace(chosen, hidden_size=HIDDEN)
+        elif not options.get("gate_heads"):
+            chosen = dataclasses.replace(chosen, gate_heads=2, gate_dim=8)
+        shapes = expected_weights(copied, sites, chosen)
         weights = {n: torch.randn(s, generator=generator) / s[-1] ** 0.5 for n, s in shapes.items()}
     program = insert(copied, sites, chosen, (weights, {}) if weights is not None else None, _facts(config))
     if not is_transformers_model(model):

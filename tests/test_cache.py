@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvrewrite.cache import PAGE, EvictionCache
+from kvrewrite.cache import EvictionCache
 from kvrewrite.errors import CacheError
+from kvrewrite.pages import PAGE, PageStore
 from tests.rewritten import original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
-POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -27,34 +29,29 @@ def streaming(budget: int = 70, chunk: int = 64) -> Any:
 
 
 def pages_of(cache: EvictionCache) -> list[int]:
-    """Every page that a head has, over all pools (numbered apart)."""
-    return [
-        1000 * i + page
-        for i, pool in enumerate(cache.pools)
-        for layer in pool.pages
-        for row in layer
-        for head in row
-        for page in head
-    ]
+    """Every page that a head has, over all stores (numbered apart)."""
+    return [1000 * i + int(page) for i, lease in enumerate(cache.leases) for page in lease.pages.flatten() if page]
 
 
-def check_pages(cache: EvictionCache) -> None:
-    """Nobody shares a page, nobody has page 0, none is lost, and tables say who has what."""
-    leased = pages_of(cache)
-    assert len(set(leased)) == len(leased)
-    for i, pool in enumerate(cache.pools):
-        mine = [p - 1000 * i for p in leased if p // 1000 == i]
-        assert sorted([*mine, *pool.free]) == list(range(1, pool.total))
-        for layer, rows in enumerate(pool.pages):
-            for row, heads in enumerate(rows):
-                for head, pages in enumerate(heads):
-                    entries = pool.table[layer, row, head].tolist()
-                    assert entries == pages + [0] * (len(entries) - len(pages))
-                    assert -(-int(pool.lens[layer, row, head]) // PAGE) == len(pages)
+def check_pages(*caches: EvictionCache) -> None:
+    """Nobody has page 0, none is lost, tables say who has what, and as many references are counted as there are.
+
+    caches: all that share their stores."""
+    for i, lease in enumerate(caches[0].leases):
+        store = lease.store
+        counted = Counter(p - 1000 * i for cache in caches for p in pages_of(cache) if p // 1000 == i)
+        assert store.references.tolist() == [counted[p] for p in range(store.total)]
+        assert sorted([*counted, *store.free]) == list(range(1, store.total))
+    for cache in caches:
+        for lease in cache.leases:
+            lens = lease.lens.numpy()
+            assert np.array_equal(lease.table.numpy(), lease.pages)
+            assert np.array_equal(-(-lens // PAGE), lease.counts)
+            assert np.array_equal((lease.pages > 0).sum(-1), lease.counts)
 
 
 def storage(cache: EvictionCache) -> int:
-    return sum(getattr(pool, name).untyped_storage().nbytes() for pool in cache.pools for name in POOLS)
+    return sum(getattr(lease.store, n).untyped_storage().nbytes() for lease in cache.leases for n in PageStore.NAMES)
 
 
 def test_pages_come_and_go() -> None:
@@ -97,8 +94,7 @@ def test_rows_lease_for_themselves() -> None:
     mask[1, :190] = 0
     model(tokens(2, 200), attention_mask=mask, past_key_values=cache)
     check_pages(cache)
-    assert [len(head) for head in cache.pools[0].pages[0][0]] == [4, 4]
-    assert [len(head) for head in cache.pools[0].pages[0][1]] == [1, 1]
+    assert cache.leases[0].counts[0].tolist() == [[4, 4], [1, 1]]
 
 
 def test_reset_returns_the_memory() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvrewrite.pages import PAGE
 from tests.rewritten import captured, original, rewrite, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -38,11 +39,11 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 def same_state(a: Any, b: Any) -> None:
     """Every live slot of two caches, and what is leased."""
     assert a.positions() == b.positions() and a.memory() == b.memory()
-    for ours, theirs in zip(a.pools, b.pools):
+    for ours, theirs in zip(a.leases, b.leases):
         assert torch.equal(ours.lens, theirs.lens) and torch.equal(ours.table, theirs.table)
-        live = torch.arange(ours.table.shape[-1] * ours.k_pages.shape[1]) < ours.lens[..., None]
+        live = torch.arange(ours.table.shape[-1] * PAGE) < ours.lens[..., None]
         for name in ("k_pages", "v_pages", "score_pages"):
-            x, y = (getattr(p, name)[p.table.long()].flatten(3, 4)[live] for p in (ours, theirs))
+            x, y = (getattr(p.store, name)[p.table.long()].flatten(3, 4)[live] for p in (ours, theirs))
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 

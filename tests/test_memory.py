@@ -7,8 +7,8 @@ import torch
 
 import kvrewrite
 from kvrewrite import memory
-from kvrewrite.cache import PAGE, SLOT_EXTRA
 from kvrewrite.memory import human, plan_memory
+from kvrewrite.pages import PAGE, SLOT_EXTRA
 from tests.zoo import make
 
 

@@ -115,6 +115,7 @@ def column_mass(
     k_pos: Tensor,
     live: Tensor,
     rows: Tensor,
+    above: Tensor | None = None,
     *,
     alibi: Tensor | None,
     hidden: Tensor | None,
@@ -125,8 +126,9 @@ def column_mass(
 ) -> Tensor:
     """How much attention each key received: the column sums of the softmax matrix, rebuilt from the rows' LSE.
 
-    rows: (B, T) weight of each query row (0 leaves it out). Returns (B, Hkv, N) fp32, summed over the query heads of a
-    group (NACL, arXiv 2408.03675, appendix A.7 (b); H2O's and SnapKV's scores are the same sum over other rows).
+    rows: (B, T) weight of each query row (0 leaves it out). above: (B, T); where given, a weight counts as 1 when it is
+    larger than its row's threshold, else as 0. Returns (B, Hkv, N) fp32, summed over the query heads of a group (NACL,
+    arXiv 2408.03675, appendix A.7 (b); H2O's and SnapKV's scores are the same sum over other rows).
     """
     b, h, t, d = q.shape
     hkv = k.shape[1]
@@ -141,6 +143,8 @@ def column_mass(
         )
         row_lse = norm[:, :, :, lo:hi]
         weights = torch.exp(logits - torch.where(torch.isinf(row_lse), 0.0, row_lse)[..., None])
+        if above is not None:
+            weights = (weights > above[:, None, None, lo:hi, None]).to(dtype)
         weights = weights * rows[:, None, None, lo:hi, None].to(dtype)
         # A row beyond its valid length may be NaN; its weight is 0 and it must not count.
         mass += torch.where(rows[:, None, None, lo:hi, None] != 0, weights, 0.0).sum(dim=(2, 3))

@@ -55,6 +55,46 @@ def select(worth: Tensor, pos: Tensor, keep: Tensor) -> Tensor:
     return (place < keep[..., None]) & (worth > float("-inf"))
 
 
+def head_budgets(worth: Tensor, pos: Tensor, keep: Tensor, floor: Tensor) -> Tensor:
+    """Ada-KV's budgets of the heads of a layer (arXiv 2407.11550, algorithm 1; code FFY0/AdaKV): (B, Hkv).
+
+    The unprotected slots of all heads compete for the sum of the heads' unprotected budgets; what a head wins is blended
+    with its equal share, of which `floor` (B,) float64 is safe: keep = protected + round((1 - floor) * won + int(floor * share)), halves to the even number.
+    worth as `priorities` gives it; of equal scores the lower head and the earlier position wins.
+    """
+    b, hkv, n = worth.shape
+    protected = (worth == float("inf")).sum(-1)
+    share = (keep - protected).clamp(min=0)
+    by_position = torch.argsort(pos, dim=-1, stable=True)
+    ordered = torch.gather(worth, -1, by_position)
+    contenders = torch.where(ordered == float("inf"), float("-inf"), ordered).reshape(b, hkv * n)
+    order = torch.argsort(contenders, dim=-1, descending=True, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(-1, order, torch.arange(hkv * n, device=worth.device).expand_as(order))
+    won = ((place < share.sum(-1)[:, None]) & (contenders > float("-inf"))).reshape(b, hkv, n).sum(-1)
+    blended = torch.round(won.double() * (1 - floor)[:, None] + torch.floor(floor[:, None] * share.double())).long()
+    return torch.minimum(protected + blended, (worth > float("-inf")).sum(-1))
+
+
+def deal_pages(n_kept: Tensor, spare: Tensor, table: Tensor, next_table: Tensor, page: int) -> Tensor:
+    """Fills in next_table (B, Hkv, W): the pages `spare` (B, W) one after the other to the heads that need them for n_kept
+    (B, Hkv) slots; rows without spare pages keep theirs. Returns which rows were dealt new ones (B,) bool."""
+    dealt = spare[:, 0] >= 0
+    need = -(-n_kept // page)
+    if not spare.is_cuda and bool((dealt & (need.sum(-1) > (spare >= 0).sum(-1))).any()):
+        raise RuntimeError(
+            f"cache overflow: {need.sum(-1).tolist()} pages needed, {(spare >= 0).sum(-1).tolist()} offered"
+        )
+    start = torch.cumsum(need, dim=-1) - need
+    column = torch.arange(next_table.shape[2], device=table.device)
+    source = (start[..., None] + column).clamp(max=spare.shape[1] - 1)
+    new = torch.gather(spare[:, None].expand(-1, table.shape[1], -1), 2, source)
+    new = torch.where(column < need[..., None], new, 0)
+    old = torch.nn.functional.pad(table, (0, next_table.shape[2] - table.shape[2]))
+    next_table.copy_(torch.where(dealt[:, None, None], new, old))
+    return dealt
+
+
 def cache_update(
     k: Tensor,
     v: Tensor,
@@ -74,6 +114,11 @@ def cache_update(
     sinks: int,
     window: int,
     chunk: int,
+    select_by: Tensor | None = None,
+    drop: Tensor | None = None,
+    floor: Tensor | None = None,
+    spare: Tensor | None = None,
+    next_table: Tensor | None = None,
 ) -> None:
     """See `kvrewrite::cache_update` in ops.py, which this implements."""
     b, hkv, t, _ = k.shape
@@ -82,6 +127,8 @@ def cache_update(
     slot = torch.arange(capacity, device=k.device)
     cached = slot < lens[..., None]
     arriving = (torch.arange(t, device=k.device) < valid[:, None])[:, None].expand(b, hkv, t)
+    if drop is not None:
+        arriving = arriving & ~drop
     places_cached = torch.where(cached[..., None], pages.read(pos_pages, table), 0)
     places_new = torch.stack([positions, rotary], dim=-1).to(torch.int32)[:, None].expand(b, hkv, t, 2)
     scores_cached = pages.read(score_pages, table) if slot_scores is None else slot_scores
@@ -90,22 +137,35 @@ def cache_update(
     live = torch.cat([cached, arriving], dim=-1)
     last = (valid.long() - 1).clamp(min=0)[:, None]
     newest = torch.gather(positions.long(), 1, last)[:, 0]
-    worth = priorities(scores, pos, live, newest, recent, sinks, window, chunk)
+    by = scores if select_by is None else select_by
+    worth = priorities(by, pos, live, newest, recent, sinks, window, chunk)
     # Rows without new tokens keep what they have.
-    keep_now = torch.where((valid > 0)[:, None], keep, capacity + t)
-    worth = torch.where((valid > 0)[:, None, None] | ~live, worth, 0.0)
+    busy = valid > 0
+    keep_now = torch.where(busy[:, None], keep, capacity + t)
+    worth = torch.where(busy[:, None, None] | ~live, worth, 0.0)
+    if floor is not None:
+        shared = head_budgets(worth, pos, keep, floor.clamp(min=0))
+        keep_now = torch.where((busy & (floor >= 0))[:, None], shared, keep_now)
     kept = select(worth, pos, keep_now)
 
-    if slot_scores is not None:
-        pages.write(score_pages, table, slot.expand(b, hkv, -1), slot_scores, cached)
     n_kept = kept.sum(-1)
-    if not k.is_cuda and bool((n_kept > capacity).any()):  # a device can't be asked without waiting for it
+    dealt = None
+    if spare is not None and next_table is not None:
+        dealt = deal_pages(n_kept, spare, table, next_table, page)[:, None, None]
+        room = torch.where(dealt[:, 0], n_kept, capacity)
+    else:
+        room = torch.full_like(n_kept, capacity)
+    if slot_scores is not None:
+        mine = cached if dealt is None else cached & ~dealt
+        pages.write(score_pages, table, slot.expand(b, hkv, -1), slot_scores, mine)
+    if not k.is_cuda and bool((n_kept > room).any()):  # a device can't be asked without waiting for it
         raise RuntimeError(
             f"cache overflow: {int(n_kept.max())} slots to keep, but the table holds {capacity}; lease pages first"
         )
     pools = ((k_pages, k), (v_pages, v), (score_pages, scores[..., capacity:]), (pos_pages, places_new))
     victims = cached & ~kept[..., :capacity]
-    if t == 1 and not k.is_cuda and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
+    in_place = t == 1 and not k.is_cuda and (dealt is None or not bool(dealt.any()))
+    if in_place and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
         # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
         place = torch.where(victims.any(-1), torch.argmax(victims.to(torch.int8), dim=-1), lens.long())[..., None]
         for pool, new in pools:
@@ -113,17 +173,18 @@ def cache_update(
         lens.copy_(n_kept.to(lens.dtype))
         return
     # Everything that stays is packed to the front in order of position.
-    width = capacity
+    width = capacity if next_table is None else next_table.shape[2] * page
     order_key = torch.where(kept, pos.long(), torch.iinfo(torch.int64).max)
     order = torch.argsort(order_key, dim=-1, stable=True)[..., :width]
     if order.shape[-1] < width:
         order = torch.nn.functional.pad(order, (0, width - order.shape[-1]))
     target = torch.arange(width, device=k.device).expand(b, hkv, width)
-    # Slots that already hold the right token are left alone.
-    moved = (target < n_kept[..., None]) & (order != target)
+    # Slots that already hold the right token are left alone, unless their pages are new.
+    moved = (target < n_kept[..., None]) & ((order != target) if dealt is None else (order != target) | dealt)
     from_cache = order < capacity
     source_cached = order.clamp(max=capacity - 1)
     source_new = (order - capacity).clamp(min=0)
+    written = table if next_table is None else next_table
 
     def pick(dense: Tensor, new: Tensor) -> Tensor:
         shape = (*order.shape, *dense.shape[3:])
@@ -132,8 +193,8 @@ def cache_update(
         chosen = from_cache.reshape(*order.shape, *(1,) * (dense.dim() - 3))
         return torch.where(chosen, torch.gather(dense, 2, index_cached), torch.gather(new, 2, index_new))
 
-    pages.write(k_pages, table, target, pick(pages.read(k_pages, table), k.to(k_pages.dtype)), moved)
-    pages.write(v_pages, table, target, pick(pages.read(v_pages, table), v.to(v_pages.dtype)), moved)
-    pages.write(score_pages, table, target, pick(scores[..., :capacity], scores[..., capacity:]), moved)
-    pages.write(pos_pages, table, target, pick(places_cached, places_new), moved)
-    lens.copy_(n_kept.clamp(max=capacity).to(lens.dtype))
+    pages.write(k_pages, written, target, pick(pages.read(k_pages, table), k.to(k_pages.dtype)), moved)
+    pages.write(v_pages, written, target, pick(pages.read(v_pages, table), v.to(v_pages.dtype)), moved)
+    pages.write(score_pages, written, target, pick(scores[..., :capacity], scores[..., capacity:]), moved)
+    pages.write(pos_pages, written, target, pick(places_cached, places_new), moved)
+    lens.copy_((n_kept if next_table is not None else n_kept.clamp(max=capacity)).to(lens.dtype))

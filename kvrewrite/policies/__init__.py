@@ -7,13 +7,29 @@ import difflib
 from typing import Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+from kvrewrite.policies.attention_gate import AttentionGate
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.expected_attention import ExpectedAttention
 from kvrewrite.policies.full import Full
 from kvrewrite.policies.h2o import H2O
-from kvrewrite.policies.locret import Locret
+from kvrewrite.policies.keys import KeyDiff, Knorm
+from kvrewrite.policies.locret import Locret, LocretQ
+from kvrewrite.policies.nacl import NACL
+from kvrewrite.policies.random import Random
+from kvrewrite.policies.scissorhands import Scissorhands
+from kvrewrite.policies.sirllm import SirLLM
+from kvrewrite.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from kvrewrite.policies.streaming_llm import StreamingLLM
+from kvrewrite.policies.tova import TOVA
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Full, StreamingLLM, H2O, Locret)}
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p
+    for p in (
+        Full, StreamingLLM, H2O, Scissorhands, TOVA, SirLLM, SnapKV, PyramidKV, AdaKV, NACL, ExpectedAttention, KeyDiff,
+        Knorm, Random, Locret, LocretQ, AttentionGate,
+    )
+}  # fmt: skip
+ALIASES = {"msrnn": "tova"}  # what NACL's paper calls TOVA
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -28,6 +44,7 @@ def make(name: str | Policy, **options: Any) -> Policy:
     """The policy called `name` with `options`; raises OptionError for unknown names and options."""
     if isinstance(name, Policy):
         return dataclasses.replace(name, **options) if options else name
+    name = ALIASES.get(name, name)
     if name not in POLICIES:
         raise OptionError(
             f"unknown policy {name!r}{_hint(name, POLICIES)}; there are: {', '.join(POLICIES)}. A policy of your own must be "
@@ -49,15 +66,30 @@ def _hint(word: str, known: Any) -> str:
 
 
 __all__ = [
+    "ALIASES",
     "H2O",
+    "NACL",
     "POLICIES",
+    "TOVA",
     "UNLIMITED",
+    "AdaKV",
+    "AttentionGate",
+    "ExpectedAttention",
     "Full",
+    "KeyDiff",
+    "Knorm",
     "Locret",
+    "LocretQ",
     "Policy",
+    "PyramidKV",
+    "Random",
+    "RowState",
+    "Scissorhands",
     "Scores",
     "Segment",
+    "SirLLM",
+    "SnapKV",
     "StreamingLLM",
     "make",
     "register",
-]
+]  # fmt: skip

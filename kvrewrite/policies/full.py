@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
@@ -18,6 +18,7 @@ class Full(Policy):
     name = "full"
     summary = "keeps everything, up to its capacity"
     source = "-"
+    has_scores = False
 
     chunk: int | None = 2048
     decode_eviction: bool = False
@@ -26,7 +27,7 @@ class Full(Policy):
         """No score is ever compared; the position is as good as any."""
         return Scores(hook.position_scores())
 
-    def plan(self, length: int) -> list[Segment]:
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Chunks without eviction."""
         step = self.chunk or max(1, length)
         return [Segment(min(step, length - at), UNLIMITED) for at in range(0, length, step)]

@@ -27,21 +27,24 @@ class H2O(Policy):
     source = "arXiv 2306.14048"
     needs_lse = True
 
-    budget: int | None = 1024
+    budget: int | float | None = 1024
     recent_tokens: int | None = None
+
+    def recent_of(self, keep: int) -> int:
+        """The protected window: half of what stays, or as many as given."""
+        return keep // 2 if self.recent_tokens is None else self.recent_tokens
 
     @property
     def recent(self) -> int:
-        """The protected window."""
+        """The window where it does not depend on the budget."""
         if self.recent_tokens is not None:
             return self.recent_tokens
-        return (self.budget or 0) // 2
+        return self.budget // 2 if isinstance(self.budget, int) else 0
 
     def validate(self) -> None:
         """Room for heavy hitters next to the window."""
-        if self.budget is None:
-            raise OptionError("h2o: budget is None, expected a number of slots")
-        if self.recent < 0:
+        self.require_budget()
+        if self.recent_tokens is not None and self.recent_tokens < 0:
             raise OptionError(f"h2o: recent_tokens is {self.recent_tokens}, expected 0 or more")
         super().validate()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, Scores, Segment
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
@@ -32,7 +32,7 @@ class Locret(Policy):
     source = "arXiv 2410.01805"
     needs_weights = True
 
-    budget: int | None = 6000
+    budget: int | float | None = 6000
     chunk: int | None = 3072
     stabilizers: int = 2500
     local_tail: int = 100
@@ -50,7 +50,7 @@ class Locret(Policy):
                 raise OptionError(f"locret: {name} is {getattr(self, name)}, expected 0 or more")
         if self.hidden_size < 1:
             raise OptionError(f"locret: hidden_size is {self.hidden_size}, expected at least 1")
-        if self.budget <= self.stabilizers:
+        if isinstance(self.budget, int) and self.budget <= self.stabilizers:
             raise OptionError(
                 f"locret: budget is {self.budget}, but {self.stabilizers} stabilizers are kept after each chunk; expected "
                 "a budget above the stabilizers"
@@ -92,16 +92,48 @@ class Locret(Policy):
         scores = hook.linear(hook.activation(wide, self.activation), hook.weight(self._name(hook.site, "fc2")))
         return Scores(hook.per_head(scores))
 
-    def plan(self, length: int) -> list[Segment]:
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Algorithm 1: chunks up to the local tail, then the tail."""
-        assert self.budget is not None and self.chunk is not None
+        assert self.chunk is not None
+        keep = self.slots(row.seen + length)
         tail = min(self.local_tail, length)
         body = length - tail
         segments = []
         for at in range(0, body, self.chunk):
             size = min(self.chunk, body - at)
             last = at + size == body
-            segments.append(Segment(size, self.budget, 0 if last else self.stabilizers))
+            segments.append(Segment(size, keep, 0 if last else min(self.stabilizers, keep - 1)))
         if tail:
             segments.append(Segment(tail, UNLIMITED))
         return segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocretQ(Locret):
+    """Locret-Q (section 4.4 of the paper): the question stands in front of the context, so that every eviction sees it, and
+    again at the end. `model.prompt_ids(context, question)` puts a prompt together so. The heads' weights should have been
+    trained that way (the paper does not say for how many tokens).
+
+    start: the first tokens, which hold the question, stay (ours: without it the first eviction may take the question away).
+    """
+
+    name = "locret_q"
+    summary = "locret with the question in front of the context"
+    needs_question = True
+    question_first = True
+
+    start: int = 64
+
+    @property
+    def sinks(self) -> int:
+        """The question in front."""
+        return self.start
+
+    def validate(self) -> None:
+        """Room beside the question."""
+        super().validate()
+        if self.start < 0 or (isinstance(self.budget, int) and self.budget <= self.start + self.stabilizers):
+            raise OptionError(
+                f"locret_q: budget is {self.budget}, but {self.start} first tokens and {self.stabilizers} stabilizers stay; "
+                f"expected a budget above {self.start + self.stabilizers}"
+            )

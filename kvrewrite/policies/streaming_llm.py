@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from kvrewrite.site import AttentionSite
 
 
+def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+    """positions="auto" as it fits the model: contiguous where its rotation was found, original where there is none."""
+    if policy.positions != "auto":
+        return policy
+    usable = any(s.rope for s in sites) and not facts.get("rope_problem")
+    return dataclasses.replace(policy, positions="contiguous" if usable else "original")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
     """Keeps the first `start` tokens and the most recent budget - start (Xiao et al., arXiv 2309.17453, section 3.2).
@@ -27,8 +35,9 @@ class StreamingLLM(Policy):
     name = "streaming_llm"
     summary = "attention sinks + recent window"
     source = "arXiv 2309.17453"
+    has_scores = False
 
-    budget: int | None = 1024
+    budget: int | float | None = 1024
     start: int = 4
     chunk: int | None = 512
     positions: str = "auto"
@@ -48,16 +57,12 @@ class StreamingLLM(Policy):
         """The budget must hold more than the sinks."""
         if self.start < 0:
             raise OptionError(f"streaming_llm: start is {self.start}, expected 0 or more")
-        if self.budget is None:
-            raise OptionError("streaming_llm: budget is None, expected a number of slots")
+        self.require_budget()
         super().validate()
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """Contiguous positions where the model's rotation was found, original ones where there is none."""
-        if self.positions != "auto":
-            return self
-        usable = any(s.rope for s in sites) and not facts.get("rope_problem")
-        return dataclasses.replace(self, positions="contiguous" if usable else "original")
+        return contiguous_where_possible(self, sites, facts)
 
     def score(self, hook: SiteHook) -> Scores:
         """A token is worth its position: the oldest goes first."""

@@ -1,0 +1,269 @@
+"""Pages of cache slots: the memory of caches, who has it, and how it is shared.
+
+A `PageStore` owns the pages of one cache class (layers with equal shapes) and counts who refers to each; caches that were
+forked from one another share it. A `Lease` is what one cache has of it: which pages hold the slots of each (layer, row, kv
+head). A page with several references is copied before it is written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 64  # slots a page
+SLOT_EXTRA = 4 + 8  # bytes of a slot's score and positions
+
+
+class PageStore:
+    """The pages of one cache class. Page 0 is never leased: table entries that stand for no page point to it."""
+
+    k_pages: Tensor  # (pages, PAGE, Dk)
+    v_pages: Tensor  # (pages, PAGE, Dv)
+    score_pages: Tensor  # (pages, PAGE) fp32
+    pos_pages: Tensor  # (pages, PAGE, 2) int32: position in the text, position that the key is rotated by
+    NAMES = ("k_pages", "v_pages", "score_pages", "pos_pages")
+
+    def __init__(self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device):
+        self.device = device
+        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "k_pages": ((PAGE, k_dim), dtype),
+            "v_pages": ((PAGE, v_dim), dtype),
+            "score_pages": ((PAGE,), torch.float32),
+            "pos_pages": ((PAGE, 2), torch.int32),
+        }
+        self.slot_bytes = (k_dim + v_dim) * dtype.itemsize + SLOT_EXTRA
+        self.references = np.zeros(0, dtype=np.int32)
+        self.free: list[int] = []
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._grow(1)
+
+    @property
+    def total(self) -> int:
+        """Pages that exist, page 0 included."""
+        return len(self.references)
+
+    def _grow(self, total: int) -> None:
+        """Grows to `total` pages, keeping what they hold."""
+        before = self.total
+        for name, (shape, dtype) in self.shapes.items():
+            new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
+            if before:
+                new[:before] = getattr(self, name)
+            setattr(self, name, new)
+        self.references = np.concatenate([self.references, np.zeros(total - before, dtype=np.int32)])
+        self.free.extend(range(max(1, before), total))
+
+    def lease(self, count: int, reserve: int = 0) -> np.ndarray:
+        """`count` pages, each with one reference; grows to at least `reserve` pages when there are not enough."""
+        if count > len(self.free):
+            self._grow(max(self.total + count - len(self.free), reserve))
+        taken = [self.free.pop() for _ in range(count)]
+        found = np.array(taken, dtype=np.int32)
+        self.references[found] = 1
+        return found
+
+    def share(self, pages: np.ndarray) -> None:
+        """One more reference to each of `pages` (zeros are no pages)."""
+        np.add.at(self.references, pages[pages > 0], 1)
+
+    def release(self, pages: np.ndarray) -> None:
+        """One reference less to each of `pages`; those without any are free."""
+        pages = pages[pages > 0]
+        np.subtract.at(self.references, pages, 1)
+        self.free.extend(int(p) for p in np.unique(pages) if self.references[p] == 0)
+
+    def compact(self, spare: int) -> None:
+        """Gives back free pages beyond `spare`, if they are a quarter of all or more: a ragged eviction needs more pages
+        while it runs than it leaves in use."""
+        if len(self.free) - spare < self.total // 4 or not self.total:
+            return
+        used = np.flatnonzero(self.references > 0)
+        place = np.zeros(self.total, dtype=np.int32)
+        place[used] = np.arange(1, len(used) + 1)
+        total = 1 + len(used) + spare
+        index = torch.from_numpy(used).long().to(self.device)
+        for name, (shape, dtype) in self.shapes.items():
+            old = getattr(self, name)
+            new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
+            new[1 : 1 + len(used)] = old[index]
+            setattr(self, name, new)
+        self.references = np.concatenate([[0], self.references[used], np.zeros(spare)]).astype(np.int32)
+        self.free = list(range(1 + len(used), total))
+        for lease in self.leases:
+            lease.move(place)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies the content of pages."""
+        src, dst = torch.from_numpy(source).long().to(self.device), torch.from_numpy(target).long().to(self.device)
+        for name in self.NAMES:
+            pool = getattr(self, name)
+            pool[dst] = pool[src]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all told."""
+        return PAGE * self.slot_bytes
+
+
+class Lease:
+    """The pages that one cache has in a store: (layer, row, kv head) -> pages in slot order."""
+
+    def __init__(self, spec: dict[str, Any], batch: int, store: PageStore):
+        self.store, self.batch = store, batch
+        store.leases.add(self)
+        self.kv_heads: int = spec["kv_heads"]
+        self.layers: list[int] = spec["layers"]
+        self.windows = np.array(spec["windows"], dtype=np.int64)  # most slots that a layer ever needs, 0: no limit
+        shape = (len(self.layers), batch, self.kv_heads)
+        # Most slots that a head can hold; pages are leased for that many.
+        self.bound = np.zeros(shape, dtype=np.int64)
+        self.counts = np.zeros(shape, dtype=np.int64)
+        self.pages = np.zeros((*shape, 1), dtype=np.int32)
+        # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
+        # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
+        self.lens = self._layer_last(shape)
+        self.table = torch.zeros(*shape, 1, dtype=torch.int32, device=store.device)
+
+    def _layer_last(self, shape: tuple[int, ...]) -> Tensor:
+        rest = torch.zeros(*shape[1:], shape[0], dtype=torch.int32, device=self.store.device)
+        return rest.movedim(-1, 0)
+
+    def resize(self, bound: np.ndarray, reserve: int) -> None:
+        """Leases and returns pages so that every head can hold `bound` (layers, rows, kv heads) slots.
+
+        reserve: slots a head that the store should have room for when it must grow anyway.
+        """
+        self.bound = bound
+        need = -(-bound // PAGE)
+        if np.array_equal(need, self.counts):
+            return
+        width = max(1, int(need.max()))
+        if width > self.pages.shape[-1]:
+            more = np.zeros((*self.pages.shape[:-1], width - self.pages.shape[-1]), dtype=np.int32)
+            self.pages = np.concatenate([self.pages, more], axis=-1)
+        column = np.arange(self.pages.shape[-1])
+        surplus = (column >= need[..., None]) & (column < self.counts[..., None])
+        if surplus.any():
+            self.store.release(self.pages[surplus])
+            self.pages[surplus] = 0
+        missing = (column >= self.counts[..., None]) & (column < need[..., None])
+        if missing.any():
+            self.pages[missing] = self.store.lease(int(missing.sum()), self.wanted(need, reserve))
+        self.counts = need
+        self._write_table()
+
+    def wanted(self, need: np.ndarray, reserve: int) -> int:
+        """Pages that the store should have once every head may hold `reserve` slots."""
+        limit = np.where(self.windows > 0, np.minimum(self.windows, reserve), reserve)[:, None, None]
+        return 1 + int(np.maximum(need, -(-limit // PAGE)).sum())
+
+    def _write_table(self) -> None:
+        width = max(1, int(self.counts.max()))
+        self.pages = self.pages[..., :width].copy()
+        self.table = torch.from_numpy(self.pages.copy()).to(self.store.device)
+
+    def unshare(self, first_slot: np.ndarray) -> None:
+        """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are written."""
+        column = np.arange(self.pages.shape[-1])
+        touched = (column >= (first_slot // PAGE)[..., None]) & (column < self.counts[..., None])
+        shared = touched & (self.store.references[self.pages] > 1)
+        if not shared.any():
+            return
+        old = self.pages[shared]
+        new = self.store.lease(len(old))
+        self.store.copy(old, new)
+        self.store.release(old)
+        self.pages[shared] = new
+        self._write_table()
+
+    # -- ragged evictions: the device decides which head gets how many pages -------------------------------------
+    def offer(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pages for evictions whose lengths only the device knows.
+
+        rows (rows,) bool; slots (layers, rows): most slots that all heads of a layer can hold together afterwards.
+        Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 behind the
+        last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W).
+        """
+        need = np.where(rows, -(-slots // PAGE) + self.kv_heads, 0)  # each head's last page may be nearly empty
+        self._offered: dict[tuple[int, int], np.ndarray] = {}
+        width = max(int(need.max()), self.pages.shape[-1])
+        spare = np.full((*need.shape, width), -1, dtype=np.int32)
+        for layer, row in zip(*np.nonzero(need)):
+            held = self.pages[layer, row]
+            own = held[(held > 0) & (self.store.references[held] == 1)][: need[layer, row]]
+            fresh = self.store.lease(int(need[layer, row]) - len(own))
+            offered = np.concatenate([own, fresh])
+            self._offered[int(layer), int(row)] = offered
+            spare[layer, row, : len(offered)] = offered
+        n, batch = need.shape
+        table = self._layer_last((n, batch, self.kv_heads, width))
+        return torch.from_numpy(spare).to(self.store.device), table
+
+    def settle(self, table: Tensor) -> None:
+        """Takes what the device dealt out and returns the rest. table: as `offer` gave it, filled in."""
+        lens = self.lens.cpu().numpy().astype(np.int64)
+        width = table.shape[-1]
+        pages = np.zeros((*self.pages.shape[:-1], width), dtype=np.int32)
+        pages[..., : self.pages.shape[-1]] = self.pages
+        for (layer, row), offered in self._offered.items():
+            old = self.pages[layer, row]
+            need = -(-lens[layer, row] // PAGE)
+            pages[layer, row] = 0
+            at = 0
+            for head, n in enumerate(need):
+                pages[layer, row, head, :n] = offered[at : at + n]
+                at += int(n)
+            self.counts[layer, row], self.bound[layer, row] = need, lens[layer, row]
+            gone = np.setdiff1d(np.concatenate([old[old > 0], offered]), offered[:at])
+            self.store.release(gone)
+        self.pages, self._offered = pages, {}
+        self._write_table()
+
+    # -- copies --------------------------------------------------------------------------------------------------
+    def fork(self) -> Lease:
+        """Another lease on the same pages."""
+        twin = object.__new__(Lease)
+        twin.__dict__.update(self.__dict__)
+        for name in ("bound", "counts", "pages"):
+            setattr(twin, name, getattr(self, name).copy())
+        twin.lens = self._layer_last(tuple(self.lens.shape))
+        twin.lens.copy_(self.lens)
+        twin.table = self.table.clone()
+        self.store.share(self.pages)
+        self.store.leases.add(twin)
+        return twin
+
+    def move(self, place: np.ndarray) -> None:
+        """Pages have moved: page p is now place[p]."""
+        self.pages = place[self.pages]
+        self._write_table()
+
+    def reorder(self, source: list[int]) -> None:
+        """Row i becomes a copy of row source[i]; pages are shared."""
+        old = self.pages
+        self.bound, self.counts = self.bound[:, source], self.counts[:, source]
+        self.pages = old[:, source].copy()
+        self.store.share(self.pages)
+        self.store.release(old)
+        self.lens.copy_(self.lens[:, source].clone())
+        self._write_table()
+
+    def close(self) -> None:
+        """Returns all pages."""
+        self.store.release(self.pages)
+        self.store.leases.discard(self)
+        self.pages = np.zeros_like(self.pages)
+
+    @property
+    def leased(self) -> int:
+        """Pages leased."""
+        return int(self.counts.sum())
+
+    @property
+    def shared(self) -> int:
+        """Leased pages that another cache or row has, too."""
+        return int((self.store.references[self.pages[self.pages > 0]] > 1).sum())

@@ -1,0 +1,110 @@
+"""NACL: proxy tokens and random eviction, once for the whole prompt."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+aten = torch.ops.aten
+ops = torch.ops.kvrewrite
+LARGE = 1e30  # above any score
+
+
+@dataclass(frozen=True, kw_only=True)
+class NACL(Policy):
+    """NACL (Chen et al., ACL 2024, arXiv 2408.03675, algorithm 1 and table 4; code PaddlePaddle/Research ACL2024-NACL).
+
+    F_j = sum over the proxy queries (the last tokens of the prompt) and the query heads of a group of their softmax weight
+    on j. Of the C = budget slots of a head a few are protected, some are the best by F, and the rest is drawn at random
+    without replacement from what is left, with probability proportional to exp(F_j) (the paper's softmax over F). The
+    draw is a hash of (seed, layer, kv head, position), so each head has its own. One eviction, layer by layer, at a row's
+    first prompt; while decoding the same every `interval` generated tokens, whose queries are the proxies then (the paper
+    evicts every m steps and gives no m; interval=0 never does, as the released code).
+
+    preset="paper" (table 4 at 20%): proxies are the last fifth of the prompt; a tenth of C is protected (the newest), and
+    two thirds of the rest are random. preset="code": proxies are 1% of the prompt, a twentieth of C is protected (half of
+    it, at most 256, at the beginning), and 7/19 of the rest are random. Fractions of a prompt are rounded down.
+    """
+
+    name = "nacl"
+    summary = "attention of proxy tokens + random sampling"
+    source = "arXiv 2408.03675"
+    whole_prompt = True
+    needs_question = True
+    inputs = ("proxies", "first_tokens", "best", "evicts")
+
+    budget: int | float | None = 0.2
+    preset: str = "paper"
+    seed: int = 0
+    interval: int = 128
+
+    def validate(self) -> None:
+        """A known preset."""
+        self.require_budget()
+        if self.preset not in ("paper", "code"):
+            raise OptionError(f'nacl: preset is {self.preset!r}, expected "paper" or "code"')
+        if self.interval < 0:
+            raise OptionError(f"nacl: interval is {self.interval}, expected 0 (never while decoding) or more")
+        super().validate()
+
+    def shares(self, budget: int) -> tuple[int, int, int]:
+        """(first, newest, best) of `budget` slots; the rest is random."""
+        if self.preset == "paper":
+            protected = int(0.1 * budget)
+            return 0, protected, budget - protected - (budget - protected) * 2 // 3
+        protected = int(0.05 * budget)
+        first = min(256, protected // 2)
+        return first, protected - first, (budget - protected) * 12 // 19
+
+    def _evicting(self, length: int, budget: int, proxies: int, prompt: bool) -> Segment:
+        first, newest, best = self.shares(budget)
+        values = {"proxies": proxies, "first_tokens": first, "best": best, "evicts": 1}
+        return Segment(length, budget, newest, values, prompt)
+
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+        """One eviction, at the first prompt. The statistics of decoding begin anew at every prompt."""
+        if row.seen:
+            return [Segment(length, UNLIMITED, values={"evicts": 1})]
+        proxies = int(length * (0.2 if self.preset == "paper" else 0.01))
+        return [self._evicting(length, self.slots(length), max(1, proxies), True)]
+
+    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+        """An eviction every `interval` tokens; between them their queries' attention adds up."""
+        if not self.interval or not self.decode_eviction or (row.generated + 1) % self.interval:
+            return Segment(1, UNLIMITED, values={"proxies": 1}, prompt=False)
+        return self._evicting(1, self.slots(row.seen + 1), 1, False)
+
+    def score(self, hook: SiteHook) -> Scores:
+        """F is summed up in the stored scores; what stays is decided by rank and by lot."""
+        length = hook.call(aten.sym_size.int, hook.q, 2)
+        most = hook.call(operator.add, hook.call(operator.floordiv, length, 5 if self.preset == "paper" else 100), 1)
+        mass = hook.observe(hook.newest_rows(hook.input("proxies")), newest=most)
+        cached, new = hook.split(mass)
+        total = hook.add(hook.read_scores(), cached)
+        received = hook.call(aten.cat.default, [total, new], 2)
+        places = hook.slot_positions()
+        first = hook.call(aten.lt.Tensor, places, hook.per_row(hook.input("first_tokens")))
+        newest = hook.call(
+            aten.lt.Tensor, hook.call(ops.newest_ranks.default, places), hook.per_row(hook.input("recent"))
+        )
+        protected = hook.call(aten.logical_or.default, first, newest)
+        live = hook.call(aten.ge.Scalar, places, 0)
+        others = hook.call(aten.logical_and.default, live, hook.call(aten.logical_not.default, protected))
+        rank = hook.call(ops.ranks.default, received, others)
+        best = hook.call(aten.lt.Tensor, rank, hook.per_row(hook.input("best")))
+        draw = hook.call(ops.uniform.default, places, self.seed, hook.site.layer)
+        exponential = hook.call(aten.neg.default, hook.call(aten.log.default, draw))
+        lot = hook.call(aten.sub.Tensor, received, hook.call(aten.log.default, exponential))  # F plus a Gumbel variable
+        sure = hook.call(aten.logical_or.default, best, first)
+        select = hook.where(sure, LARGE, lot)
+        restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("evicts")), 0)
+        return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)

@@ -1,0 +1,38 @@
+"""Random eviction: the baseline that every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrewrite.policies.base import Policy, Scores
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Policy):
+    """Keeps a random set in every head. A slot's score is a hash of (seed, layer, kv head, position in the text), so the same
+    tokens stay whatever the batch, the chunking or the device."""
+
+    name = "random"
+    summary = "a random set in every head"
+    source = "-"
+
+    budget: int | float | None = 1024
+    seed: int = 0
+
+    def validate(self) -> None:
+        """A budget is needed."""
+        self.require_budget()
+        super().validate()
+
+    def score(self, hook: SiteHook) -> Scores:
+        """A number in (0, 1) by position."""
+        positions = hook.all_heads(hook.call(aten.unsqueeze.default, hook.input("positions"), 1))
+        return Scores(hook.call(torch.ops.kvrewrite.uniform.default, positions, self.seed, hook.site.layer))

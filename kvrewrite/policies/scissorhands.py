@@ -1,0 +1,108 @@
+"""Scissorhands: tokens that were important stay important."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scissorhands(Policy):
+    """Scissorhands (Liu et al., arXiv 2305.17118, algorithms 1 and 2).
+
+    When a row's cache would hold more than `budget` slots, it is compressed to budget - int(drop * budget): a slot's
+    importance is how often (over the last `history` queries and the query heads of a group) it received more than 1 / t of
+    a query's attention, t being the number of tokens up to that query; the recent_tokens newest slots stay. Counting
+    restarts at each compression. The printed pseudo-code leaves the sign open: here the least important go.
+
+    Only counts are stored, so the window of queries is laid before the compression that decoding will reach; another prompt
+    that comes in between is compressed by all queries counted so far and its own last `history` ones. The paper gives
+    later layers more: layer_budgets, with equal ones by default because it states no schedule.
+    """
+
+    name = "scissorhands"
+    summary = "what received more than its share, lately"
+    source = "arXiv 2305.17118"
+    inputs = ("first_query", "compresses")
+
+    budget: int | float | None = 1024
+    drop: float = 0.5
+    recent_tokens: int = 10
+    history: int = 400
+
+    @property
+    def recent(self) -> int:
+        """The protected window."""
+        return self.recent_tokens
+
+    def validate(self) -> None:
+        """What stays must hold the window."""
+        self.require_budget()
+        if not 0 < self.drop < 1:
+            raise OptionError(f"scissorhands: drop is {self.drop}, expected a share of the budget between 0 and 1")
+        if self.history < 1 or self.recent_tokens < 0:
+            raise OptionError(
+                f"scissorhands: history is {self.history} and recent_tokens {self.recent_tokens}; expected at least 1 and 0"
+            )
+        if isinstance(self.budget, int) and self._kept(self.budget) <= self.recent_tokens:
+            raise OptionError(
+                f"scissorhands: budget is {self.budget}, of which {self._kept(self.budget)} slots stay after a compression, but "
+                f"{self.recent_tokens} recent tokens are always kept; expected a larger budget"
+            )
+
+    def _kept(self, budget: int) -> int:
+        return budget - int(self.drop * budget)
+
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+        """Chunk by chunk, compressing where the budget is exceeded."""
+        step = self.chunk or max(1, length)
+        lengths = [min(step, length - at) for at in range(0, length, step)]
+        return self._segments(lengths, row, self.slots(row.seen + length), True)
+
+    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+        """Compresses when the budget is exceeded."""
+        if not self.decode_eviction:
+            return Segment(1, UNLIMITED, self.recent_tokens, {"first_query": UNLIMITED}, False)
+        return self._segments([1], row, self.slots(row.seen + 1), False)[0]
+
+    def _segments(self, lengths: list[int], row: RowState, budget: int, prompt: bool) -> list[Segment]:
+        held, ends = row.held, []  # ends: (the row's tokens after the segment, whether it compresses)
+        for i, n in enumerate(lengths):
+            held += n
+            ends.append((row.seen + sum(lengths[: i + 1]), held > budget))
+            held = self._stays(budget) if held > budget else held
+        following = ends[-1][0] + budget + 1 - held  # decoding compresses one token beyond the budget
+        segments = []
+        for i, (n, (_, compresses)) in enumerate(zip(lengths, ends)):
+            at = next((end for end, does in ends[i:] if does), following)
+            values = {"first_query": max(0, at - self.history), "compresses": int(compresses)}
+            keep = self._stays(budget) if compresses else UNLIMITED
+            segments.append(Segment(n, keep, self.recent_tokens, values, prompt))
+        return segments
+
+    def _stays(self, budget: int) -> int:
+        """Slots after a compression."""
+        return max(self._kept(budget), self.recent_tokens + 1)
+
+    def score(self, hook: SiteHook) -> Scores:
+        """Counts so far and those of the new queries that lie in the window."""
+        positions = hook.input("positions")
+        first = hook.call(aten.unsqueeze.default, hook.input("first_query"), 1)
+        counted = hook.fp32(hook.call(aten.ge.Tensor, positions, first))
+        share = hook.call(aten.reciprocal.default, hook.call(aten.add.Scalar, hook.fp32(positions), 1))
+        counts = hook.observe(counted, above=share)
+        cached, new = hook.split(counts)
+        total = hook.add(hook.read_scores(), cached)
+        select = hook.call(aten.cat.default, [total, new], 2)
+        restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("compresses")), 0)
+        return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)

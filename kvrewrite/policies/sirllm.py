@@ -1,0 +1,101 @@
+"""SirLLM: the tokens that surprised the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import Policy, RowState, Scores, Segment
+from kvrewrite.policies.streaming_llm import contiguous_where_possible
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class SirLLM(Policy):
+    """SirLLM (Yao et al., arXiv 2405.12528, section 3; code Zoeyyao27/SirLLM).
+
+    score_j = -log p(x_j | what the model kept of the text before it): the paper's "token entropy". The first `start` tokens,
+    the recent_tokens newest and, of the others, those of largest score stay: the same in every layer and head. At each
+    further prompt (a turn of a conversation) all stored scores are multiplied by `decay` first. Keys are re-ranked in the
+    cache as in StreamingLLM where the model has RoPE (positions="auto").
+
+    The authors evict in front of a turn, with room for the answer reserved; here the cache is within the budget after each
+    chunk and each generated token. Scores need the logits, so the new keys and values of a chunk stay alive in all layers
+    until the model is through; hence chunk=512.
+    """
+
+    name = "sirllm"
+    summary = "tokens that surprised the model"
+    source = "arXiv 2405.12528"
+    after_logits = True
+    scores_per_head = False
+    inputs = ("turn",)
+
+    budget: int | float | None = 1024
+    start: int = 4
+    recent_tokens: int = 0
+    decay: float = 1.0
+    chunk: int | None = 512
+    positions: str = "auto"
+
+    @property
+    def sinks(self) -> int:
+        """The first tokens."""
+        return self.start
+
+    @property
+    def recent(self) -> int:
+        """The protected window."""
+        return self.recent_tokens
+
+    def __post_init__(self) -> None:
+        if self.positions != "auto":
+            super().__post_init__()
+        else:
+            dataclasses.replace(self, positions="original")
+
+    def validate(self) -> None:
+        """Sizes that make sense."""
+        self.require_budget()
+        if self.start < 0 or self.recent_tokens < 0 or not 0 <= self.decay <= 1:
+            raise OptionError(
+                f"sirllm: start is {self.start}, recent_tokens {self.recent_tokens} and decay {self.decay}; expected at least "
+                "0, at least 0, and between 0 and 1"
+            )
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Contiguous positions where the model's rotation was found, original ones where there is none."""
+        return contiguous_where_possible(self, sites, facts)
+
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+        """The first segment of a further prompt is where old scores fade."""
+        segments = super().plan(length, row)
+        if row.seen and segments:
+            segments[0] = dataclasses.replace(segments[0], values={"turn": 1})
+        return segments
+
+    def score(self, hook: SiteHook) -> Scores:
+        """Surprisal, the same for all heads of all layers."""
+        vocabulary = int(hook.logits.meta["val"].shape[-1])
+        last = hook.state("last_logits", (vocabulary,), "float32")
+        lost = hook.once(
+            "surprisal",
+            lambda: hook.call(
+                torch.ops.kvrewrite.surprisal.default, hook.logits, hook.input("input_ids"), hook.input("valid"), last,
+                hook.input("positions"),
+            ),
+        )  # fmt: skip
+        new = hook.all_heads(hook.call(aten.unsqueeze.default, lost, 1))
+        old = hook.read_scores()
+        turn = hook.call(aten.gt.Scalar, hook.per_row(hook.input("turn")), 0)
+        return Scores(new, slots=hook.where(turn, hook.scale(old, self.decay), old))

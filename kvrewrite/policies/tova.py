@@ -1,0 +1,46 @@
+"""TOVA: what the last query attends to, one set of tokens a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrewrite.policies.base import Policy, Scores
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    """Token omission via attention (Oren et al., arXiv 2401.06104, section 3.3; code schwartz-lab-NLP/TOVA); NACL's paper
+    calls it MSRNN.
+
+    score_j = mean over all query heads of the last query's softmax weight on j, renewed at every step; the `budget` best
+    stay, the same in all heads of a layer. Nothing is protected: neither the first tokens nor the newest. A prompt is
+    reduced once, with its last query (chunk=None), or chunk by chunk, each with its own last query.
+    """
+
+    name = "tova"
+    summary = "what the last query attends to, one set a layer"
+    source = "arXiv 2401.06104"
+    needs_question = True
+    scores_per_head = False
+
+    budget: int | float | None = 1024
+
+    def validate(self) -> None:
+        """A budget is needed."""
+        self.require_budget()
+        super().validate()
+
+    def score(self, hook: SiteHook) -> Scores:
+        """The last query's weights, averaged over heads."""
+        mass = hook.observe(hook.newest_rows(1), newest=1)
+        mean = hook.scale(hook.call(aten.sum.dim_IntList, mass, [1], True), 1 / hook.site.heads)
+        cached, new = hook.split(hook.all_heads(mean))
+        return Scores(new, slots=cached)
