@@ -317,8 +317,6 @@ def plot(
         raise ArtifactError(f"{out} exists; replace it with --force")
     if not out.resolve().parent.is_dir():
         raise ArtifactError(f"--out {out}: its directory does not exist")
-    specs = parse_policies(policy_texts, policy_weights)
-    budget = None if budget_text is None else parse_budget(budget_text)
     is_results = source is not None and Path(source).is_file()
     if kind == "accuracy" or (kind == "memory" and is_results):
         if not is_results:
@@ -326,13 +324,15 @@ def plot(
         from kvrewrite.evaluation.run import read_results
 
         results = read_results(Path(str(source)))
-        names = [s.label for s in specs]
+        names = list(policy_texts)
         if kind == "accuracy":
             plots.accuracy(results, out, tasks=list(tasks), labels=names)
         else:
             plots.measured_memory(results, out, labels=names)
         click.echo(str(out), err=True)
         return
+    specs = parse_policies(policy_texts, policy_weights)
+    budget = None if budget_text is None else parse_budget(budget_text)
     if not specs:
         raise click.UsageError(f"--kind {kind} needs --policy")
     from kvrewrite.cli import _device

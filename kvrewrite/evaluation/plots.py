@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 HEAT = "cividis"  # made to look the same to people with and without colour blindness
+DODGE = 1.012  # by what factor a policy's points are moved aside from its neighbour's
 BINS = 256  # columns of a retention map at most
 
 
@@ -86,7 +88,9 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for a in axes:
         for handle, label in zip(*a.get_legend_handles_labels()):
             seen.setdefault(label, handle)
-    figure.legend(list(seen.values()), list(seen), loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(
+        list(seen.values()), list(seen), loc="outside right upper", frameon=False, fontsize=9, handlelength=3.2
+    )
 
 
 def _only(results: Mapping[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -104,8 +108,8 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     """Accuracy against what was kept, a panel for each mode (and length); error bars are 95% intervals.
 
     tasks: their mean is drawn; all tasks of the results where none is named. labels: policies, as on eval's command line.
-    A policy's points are at the share of slots that was measured. Policies at budgets where not every one of the tasks ran
-    are left out, as in the table of means.
+    A policy's points are at the share of slots that was measured, moved aside by a little so that error bars do not lie on
+    each other. Policies at budgets where not every one of the tasks ran are left out, as in the table of means.
     """
     from kvrewrite.evaluation.run import means
 
@@ -129,6 +133,7 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     )
     looks = _styles(list(dict.fromkeys(r["label"] for r in rows if r["mode"] != BASELINE)))
     ticks: set[float] = set()
+    order = {label: i - (len(looks) - 1) / 2 for i, label in enumerate(looks)}
     for a, (length, mode) in zip(axes, panels):
         here = [r for r in rows if r["tokens"] == length]
         for row in (r for r in here if r["mode"] == BASELINE):
@@ -146,7 +151,7 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
             mean = [100 * p["accuracy"]["mean"] for p in points]
             low = [max(0.0, m - 100 * p["accuracy"]["low"]) for m, p in zip(mean, points)]
             high = [max(0.0, 100 * p["accuracy"]["high"] - m) for m, p in zip(mean, points)]
-            kept = [100 * p["kept"] for p in points]
+            kept = [100 * p["kept"] * DODGE ** order[label] for p in points]
             a.errorbar(kept, mean, [low, high], label=label, capsize=2.5, elinewidth=0.9, **look)
         a.set_title(f"question-{mode}" if mode != BASELINE else "full cache", loc="left", fontsize=11)
         if len(lengths) > 1:
@@ -206,12 +211,35 @@ def _bytes(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-def _lines(curves: Mapping[str, Mapping[int, float]], full: Mapping[int, float], title: str, out: Path) -> Figure:
-    figure, (a,) = _figure(7.2, 4.2)
-    contexts = sorted(set(full) | {n for curve in curves.values() for n in curve})
+Curves = Mapping[tuple[str, str], Mapping[int, float]]  # (policy, budget) -> tokens -> bytes
+
+
+def _alike(curves: Curves) -> dict[str, Mapping[int, float]]:
+    """Curves of one budget that lie on each other (within 1% everywhere) as one, under all their names."""
+    groups: list[tuple[str, list[str], Mapping[int, float]]] = []
+    for (label, budget), curve in curves.items():
+        for other_budget, names, other in groups:
+            same = budget == other_budget and curve.keys() == other.keys()
+            if same and all(abs(curve[n] - other[n]) <= 0.01 * other[n] for n in curve):
+                names.append(label)
+                break
+        else:
+            groups.append((budget, [label], curve))
+    named = {}
+    for budget, names, curve in groups:
+        text = ", ".join(names) if budget == "-" else f"{budget}: {', '.join(names)}"
+        named[textwrap.fill(text, 38, subsequent_indent="  ", break_long_words=False)] = curve
+    return named
+
+
+def _lines(curves: Curves, full: Mapping[int, float], title: str, out: Path) -> Figure:
+    drawn = _alike(curves)
+    legend = 1.0 + sum(0.08 + 0.165 * (1 + label.count("\n")) for label in drawn)
+    figure, (a,) = _figure(8.6, max(4.4, legend))
+    contexts = sorted(set(full) | {n for curve in drawn.values() for n in curve})
     if full:
         a.plot(sorted(full), [full[n] for n in sorted(full)], color=GREY, linewidth=2.2, label="full cache")
-    for (label, curve), look in zip(curves.items(), _styles(list(curves)).values()):
+    for (label, curve), look in zip(drawn.items(), _styles(list(drawn)).values()):
         a.plot(sorted(curve), [curve[n] for n in sorted(curve)], label=label, **look)
     _memory_axes(a, contexts)
     a.set_title(title, loc="left", fontsize=11)
@@ -223,12 +251,12 @@ def _lines(curves: Mapping[str, Mapping[int, float]], full: Mapping[int, float],
 def measured_memory(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = ()) -> Figure:
     """Leased bytes a row as they were measured, mean over tasks and modes, against the length of the prompts."""
     full: dict[int, list[float]] = {}
-    curves: dict[str, dict[int, list[float]]] = {}
+    curves: dict[tuple[str, str], dict[int, list[float]]] = {}
     for cell in _only(results, labels):
         if cell["mode"] == BASELINE:
             full.setdefault(cell["tokens"], []).append(cell["memory"]["context"]["leased"])
             continue
-        name = cell["label"] if cell["budget"] is None else f"{cell['label']}, {budget_text(cell['budget'])}"
+        name = cell["label"], budget_text(cell["budget"])
         point = "context" if "context" in cell["memory"] else "prompt"
         curves.setdefault(name, {}).setdefault(cell["tokens"], []).append(cell["memory"][point]["leased"])
     if not full and not curves:
@@ -247,11 +275,12 @@ def estimated_memory(source: Source, arms: Sequence[Arm], contexts: Sequence[int
 
     sites = inspect(source.directory)
     size = _itemsize(source)
-    full, curves = {}, {}
+    full: dict[int, float] = {}
+    curves: dict[tuple[str, str], dict[int, float]] = {}
     for arm in arms:
         policy = policies.make(arm.spec.name, **arm.options).adapt(sites, {})
         plans = [plan_memory(sites, policy, size, n) for n in contexts]
-        curves[str(arm)] = {p.context: float(p.evicted) for p in plans}
+        curves[arm.spec.label, budget_text(arm.budget)] = {p.context: float(p.evicted) for p in plans}
         full = {p.context: float(p.full) for p in plans}
     title = f"cache memory after the prompt, estimated, {size} bytes a value"
     return _lines(curves, full, title, out)
@@ -289,6 +318,8 @@ def draw_retention(
     panels: Sequence[tuple[str, Mapping[int, Sequence[Sequence[int]]]]], length: int, out: Path
 ) -> Figure:
     """panels: (title, layer -> kv head -> kept positions) each."""
+    require_matplotlib()
+    import matplotlib
     import numpy
 
     if not panels:
@@ -301,6 +332,7 @@ def draw_retention(
     ratios = [max(h, 4) for h in heights]
     inches = [0.75 + max(1.1, min(5.0, 0.16 * h)) for h in heights]
     figure, axes = _figure(9.5, sum(inches) + 0.5, len(panels), 1, sharex=True, height_ratios=ratios)
+    colours = matplotlib.colormaps[HEAT].resampled(2 if bins == length else 256)
     image: Any = None
     for a, (title, kept) in zip(axes, panels):
         rows: list[Any] = []
@@ -313,7 +345,7 @@ def draw_retention(
                 count, _ = numpy.histogram(numpy.asarray(positions), bins=edges)
                 rows.append(count / sizes)
         image = a.pcolormesh(
-            edges, numpy.arange(len(rows) + 1), numpy.array(rows), cmap=HEAT, vmin=0, vmax=1, rasterized=True
+            edges, numpy.arange(len(rows) + 1), numpy.array(rows), cmap=colours, vmin=0, vmax=1, rasterized=True
         )
         a.set_ylim(len(rows), 0)
         for mark in marks[1:]:
@@ -331,6 +363,6 @@ def draw_retention(
     width = f"share kept of {length / bins:.3g} positions" if bins < length else "kept"
     bar = figure.colorbar(image, ax=axes, label=width, fraction=0.03, pad=0.01, aspect=30)
     if bins == length:
-        bar.set_ticks([0, 1], labels=["no", "yes"])
+        bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
     _save(figure, out)
     return figure
