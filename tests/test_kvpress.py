@@ -88,7 +88,7 @@ def in_order(kept: Kept) -> Kept:
 
 
 def share(ratio: str) -> float:
-    """kvpress states the share that goes, we the share that stays."""
+    """kvpress states the share that goes, we the share that stays. One rewritten model serves all prompts then."""
     return 1 - float(ratio)
 
 
@@ -215,7 +215,7 @@ def test_tova(ratio: str) -> None:
     forced = 0
     for i, entry in enumerate(PROMPTS):
         n, count = entry["length"], size(entry["length"], ratio)
-        request = Ours(entry, "tova", budget=count, decode_eviction=False)
+        request = Ours(entry, "tova", budget=share(ratio), decode_eviction=False)
         for layer, (ours, recorded) in enumerate(zip(request.kept, theirs(entry, "tova", ratio))):
             received = facts(i)[0][layer][:, -1].mean(0)
             assert ours == [best(received, count)] * KV_HEADS
@@ -235,7 +235,7 @@ def test_h2o(ratio: str) -> None:
     (ObservedAttentionPress): divided by the number of queries that saw the key, no window. The window is set to 0 here."""
     for i, entry in enumerate(PROMPTS):
         n, count = entry["length"], size(entry["length"], ratio)
-        request = Ours(entry, "h2o", budget=count, recent_tokens=0)
+        request = Ours(entry, "h2o", budget=share(ratio), recent_tokens=0)
         recorded = theirs(entry, "observed_attention eager", ratio)
         for layer in range(LAYERS):
             received = facts(i)[0][layer].sum(1).unflatten(0, (KV_HEADS, GROUP)).sum(1)
@@ -279,7 +279,7 @@ def test_adakv(ratio: str, policy: str, alpha: float) -> None:
     differ = binding = 0
     for i, entry in enumerate(PROMPTS):
         count = size(entry["length"], ratio)
-        request = Ours(entry, policy, budget=count, decode_eviction=False, **options)
+        request = Ours(entry, policy, budget=share(ratio), decode_eviction=False, **options)
         recorded = theirs(entry, f"adakv {policy} {alpha}", ratio)
         unprotected = theirs(entry, f"adakv {policy} 0.0", ratio)
         for layer in range(LAYERS):
@@ -333,9 +333,8 @@ def test_pyramidkv(ratio: str, press: str, beta: int) -> None:
         listed = Ours(entry, "snapkv", budget=n, layer_budgets=",".join(str(max(b, 5)) for b in budgets), **SNAPKV)
         for ours, other, count in zip(listed.kept, recorded, budgets):
             assert [head[1:] if count == 4 else head for head in ours] == other
-        budget = size(n, ratio)
-        authors = authors_pyramid(n, budget, 4, beta)
-        request = Ours(entry, "pyramidkv", budget=budget, beta=beta, **SNAPKV)
+        authors = authors_pyramid(n, size(n, ratio), 4, beta)
+        request = Ours(entry, "pyramidkv", budget=share(ratio), beta=beta, **SNAPKV)
         for layer, count in enumerate(authors):
             chosen = [best(head, count - 4) for head in snapkv_scores(i, layer, 4, 5)]
             assert request.kept[layer] == [[*head, *range(n - 4, n)] for head in chosen]
