@@ -18,9 +18,9 @@ KINDS = ["copy", "text", *tasks.TASKS]
 SPLIT = r" ?\p{L}+| ?[0-9]{1,2}| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s+"
 # Share of each kind of text in training, in percent; copies are set by stage.
 MIX = {
-    "text": 4, "needle_single": 6, "needle_multikey": 16, "needle_distractors": 14, "needle_multivalue": 9,
-    "needle_multiquery": 10, "kv_retrieval": 14, "variable_tracking": 11, "common_words": 6, "frequent_words": 4,
-    "few_shot": 6,
+    "text": 4, "needle_single": 4, "needle_multikey": 14, "needle_distractors": 15, "needle_multivalue": 12,
+    "needle_multiquery": 7, "kv_retrieval": 15, "variable_tracking": 9, "common_words": 11, "frequent_words": 6,
+    "few_shot": 3,
 }  # fmt: skip
 
 
@@ -144,7 +144,10 @@ class Stage:
 
 @dataclass
 class Batch:
-    """ids (B, T) uint16; at (R,) places in the flattened ids whose next token is a reply, with their weight and kind; text (X,)."""
+    """A batch of texts: `at` and `text` are places in the flattened ids, whose next tokens are replies or ordinary text.
+
+    ids (B, T) uint16; at (R,) int32 with weight (R,) float32 and kind (R,) uint8, padded with weight 0; text (X,) int32.
+    """
 
     ids: np.ndarray
     at: np.ndarray
@@ -154,7 +157,7 @@ class Batch:
 
 
 def make_batch(rng: random.Random, stage: Stage, size: int, vocabulary: int, pieces: Pieces) -> Batch:
-    """About `size` tokens of one length; R = size / 8 replies and X = size / 16 places of text, fixed, so that nothing recompiles."""
+    """About `size` tokens of one length, with R = size / 8 and X = size / 16: fixed, so that nothing is compiled again."""
     tokens = rng.choices([t for t, _ in stage.lengths], [s for _, s in stage.lengths])[0]
     rows, most = size // tokens, size // 8
     ids = np.full((rows, tokens), PAD, np.uint16)
@@ -177,7 +180,7 @@ def make_batch(rng: random.Random, stage: Stage, size: int, vocabulary: int, pie
         base = row * tokens
         count = len(example.replies)
         at += [base + place for place in example.replies]
-        weight += [max(count, 1) ** -0.5] * count
+        weight += [max(count, 1) ** -0.75] * count  # a text's weight grows with its replies, but slowly
         kinds += [example.kind] * count
         text += [base + place for place in rng.sample(example.text, min(len(example.text), 2 * size // 16 // rows))]
     order = np.array(rng.sample(range(len(at)), min(len(at), most)), np.int64)

@@ -282,14 +282,17 @@ def _needle_distractors(room: _Room) -> Document:
 
 
 def _needle_multivalue(room: _Room) -> Document:
-    """RULER's NIAH multi-value: four values of one key; here two keys with four values each, listed in the order of the text."""
+    """RULER's NIAH multi-value: four values of one key; here two keys with four values each; the
+    reply of the shipped model lists them from the smallest (any order scores)."""
     groups = [(key, [room.value() for _ in range(4)]) for key, _ in zip(room.keys(), range(2), strict=False)]
     order = [0, 0, 0, 0, 1, 1, 1, 1]
     room.rng.shuffle(order)
     values = [iter(group[1]) for group in groups]
     facts = [_needle(groups[g][0], next(values[g])) for g in order]
     questions = [
-        Question(("\nQ:", " All four.", _NEEDLE, *key, " is"), tuple(found), tuple(v.strip() for v in found))
+        Question(
+            ("\nQ:", " All four.", _NEEDLE, *key, " is"), tuple(sorted(found)), tuple(v.strip() for v in sorted(found))
+        )
         for key, found in groups
     ]
     room.rng.shuffle(questions)
@@ -382,7 +385,7 @@ def _common_words(room: _Room) -> Document:
     """RULER's common words extraction: the common words stand 10 times as often as the others, as there; here four of them
     (RULER: ten), no numbering, and as many others (up to 240) as there is room for at 3 each, or more often in longer texts."""
     words = room.words(244)
-    common, others = words[:4], words[4:]
+    common, others = sorted(words[:4]), words[4:]
     question = Question(("\nQ:", " The four most common words:"), tuple(common), tuple(word.strip() for word in common))
     room.reserve([question])
 
