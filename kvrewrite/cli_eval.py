@@ -60,24 +60,24 @@ def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[Po
     """The policies that --policy and --policy-weights name; raises OptionError for names that do not exist."""
     from kvrewrite.cli import parse_options
     from kvrewrite.evaluation.run import PolicySpec
-    from kvrewrite.policies import POLICIES
+    from kvrewrite.policies import ALIASES, POLICIES
 
     files = {}
     for text in weights:
         name, sign, file = text.partition("=")
         if not sign or not file:
             raise OptionError(f"--policy-weights {text}: expected NAME=FILE, such as locret=heads.safetensors")
-        files[name] = Path(file)
+        files[ALIASES.get(name, name)] = Path(file)
     specs = []
     for text in texts:
         if text == ALL:
-            # By name, once each, so that aliases do not run twice.
             names = {
                 p.name for p in POLICIES.values() if p.name != "full" and not (p.needs_weights and p.name not in files)
             }
             specs += [PolicySpec(n, {}, files.get(n)) for n in POLICIES if n in names]
             continue
         name, pairs = split_policy(text)
+        name = ALIASES.get(name, name)
         spec = PolicySpec(name, parse_options(name, pairs), files.get(name))
         spec.check()
         specs.append(spec)

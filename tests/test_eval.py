@@ -18,6 +18,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.evaluation import intervals, run
 from kvrewrite.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left, with_question
 from kvrewrite.evaluation.run import Arm, PolicySpec, Settings, Source, arms
+from kvrewrite.policies import POLICIES
 from tests.tiny import TEXT, make_checkpoint
 
 NEW = 4
@@ -162,8 +163,6 @@ def test_questions_about_one_context_share_its_cache(base, source, oracle):
     import kvrewrite
 
     model = kvrewrite.transform(source.base, "h2o", budget=500)
-    if not hasattr(model.new_cache(1), "fork"):
-        pytest.skip("caches can't be forked yet")
     prefills = []
     new_cache = model.new_cache
     model.__dict__["new_cache"] = lambda *a, **k: prefills.append(1) or new_cache(*a, **k)
@@ -344,24 +343,22 @@ def test_samples_that_cannot_be_made_are_refused(base, oracle):
 
 
 def test_a_policy_with_the_question_in_front_has_no_blind_mode(base, oracle, monkeypatch):
-    monkeypatch.setattr(run, "question_first", lambda policy: policy.name == "h2o")
+    monkeypatch.setattr(POLICIES["h2o"], "question_first", True)
     results = by_name(run.evaluate(settings(base, PolicySpec("h2o", {"budget": 500}), tasks=("one",))))
     assert results["h2o:budget=500", None, "aware", "one"]["status"] == "ok"
     assert "no blind mode" in results["h2o:budget=500", None, "blind", "one"]["reason"]
 
 
 def test_warnings(base, oracle, monkeypatch):
-    from kvrewrite.policies import POLICIES
-
-    monkeypatch.setattr(POLICIES["h2o"], "needs_question", True, raising=False)
     said = []
-    chosen = settings(base, PolicySpec("h2o", {"budget": 16}), tasks=("one",), samples=1)
+    chosen = settings(base, PolicySpec("tova", {"budget": 16}), tasks=("one",), samples=1)
     run.evaluate(chosen, warn=said.append)
     assert len(said) == 1
-    assert said[0].startswith("h2o: made to see the question")
+    assert said[0].startswith("tova: made to see the question")
     said.clear()
     run.evaluate(
-        settings(base, PolicySpec("h2o", {"budget": 16}), tasks=("one",), samples=1, modes=("aware",)), warn=said.append
+        settings(base, PolicySpec("tova", {"budget": 16}), tasks=("one",), samples=1, modes=("aware",)),
+        warn=said.append,
     )
     assert said == []
     run.evaluate(settings(base, tasks=("one",), samples=1, tokens=(300,)), warn=said.append)
@@ -382,6 +379,7 @@ def test_policies():
     (spec,) = parse_policies(("h2o:recent_tokens=none,budget=64",), ())
     assert (spec.name, spec.options) == ("h2o", {"recent_tokens": None, "budget": 64})
     assert spec.label == "h2o:recent_tokens=None,budget=64"
+    assert [s.name for s in parse_policies(("msrnn",), ())] == ["tova"]
     names = [s.name for s in parse_policies(("all",), ())]
     assert {"streaming_llm", "h2o"} <= set(names)
     assert not {"full", "locret"} & set(names)

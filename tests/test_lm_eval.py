@@ -26,12 +26,23 @@ from tests.tiny import TEXT, make_checkpoint
         ("streaming_llm", {"budget": 16, "chunk": 32}, 32, False, True),
         ("streaming_llm", {"budget": 16, "chunk": 32}, 33, True, True),
         ("full", {}, 500, False, False),
+        ("h2o", {"budget": 0.5}, 20, False, True),  # a fraction of the whole request
+        ("h2o", {"budget": 0.5, "chunk": 8}, 20, True, True),
+        ("locret", {"budget": 64, "chunk": 32, "local_tail": 16, "stabilizers": 8}, 80, False, False),
+        ("locret", {"budget": 64, "chunk": 32, "local_tail": 16, "stabilizers": 8}, 81, True, True),  # before the tail
+        ("attention_gate", {}, 5, True, True),
     ],
 )
 def test_whether_a_request_evicts(name, options, length, within, in_prompt):
     policy = policies.make(name, **options)
     assert harness.evicts_within(policy, length) is within
     assert harness.evicts_in_prompt(policy, length) is in_prompt
+
+
+def test_layers_may_evict_where_others_do_not():
+    policy = policies.make("h2o", budget=16, recent_tokens=4, chunk=16, layer_budgets="24,8")
+    assert harness.evicts_within(policy, 17, layers=2)
+    assert not harness.evicts_within(policies.make("h2o", budget=16, chunk=16), 17)
 
 
 @pytest.fixture(scope="module")

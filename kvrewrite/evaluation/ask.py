@@ -136,15 +136,11 @@ def generate(
     return texts
 
 
-def prefill(model: Any, ids: Tensor, mask: Tensor) -> Any:
+def prefill(model: Any, ids: Tensor, mask: Tensor, max_length: int) -> Any:
     """A cache that holds a compressed context; the policies' own warnings are the caller's business."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not hasattr(model, "prefill"):  # TEMPORARY: until it is there
-            cache = model.new_cache(ids.shape[0])
-            model(ids, mask, past_key_values=cache, logits_to_keep=1)
-            return cache
-        return model.prefill(ids.to(model.device), mask.to(model.device))
+        return model.prefill(ids.to(model.device), mask.to(model.device), max_length=max_length)
 
 
 def with_question(question: Question, first: bool, bos: int | None) -> list[int]:
@@ -188,7 +184,8 @@ def ask_blind(
     for at in range(0, len(groups), batch_size):
         batch = groups[at : at + batch_size]
         contexts, context_mask = pad_left([questions[g[0]].context for g in batch], pad)
-        cache = prefill(model, contexts, context_mask)
+        longest = max(len(questions[i].question) + questions[i].limit for g in batch for i in g)
+        cache = prefill(model, contexts, context_mask, contexts.shape[1] + longest)
         answers.held["context"].add(cache)
         rounds = max(len(g) for g in batch)
         for turn in range(rounds):

@@ -38,7 +38,7 @@ from kvrewrite.evaluation.run import (
     versions,
     write_json,
 )
-from kvrewrite.policies import UNLIMITED, Policy
+from kvrewrite.policies import Policy, Segment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,37 +54,31 @@ def require_lm_eval() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- does a request evict?
-def evicts_within(policy: Policy, length: int) -> bool:
-    """Whether a forward pass over `length` tokens evicts anything before its last segment, so that logits can differ."""
-    if getattr(policy, "gates", False):
-        return True
+def _evicts(policy: Policy, segments: Sequence[Segment], layers: int) -> bool:
     tokens = 0
-    for segment in policy.plan(length)[:-1]:
+    for segment in segments:
         tokens += segment.length
-        if _lowest(segment.keep) < tokens:
+        if min(policy.layer_keeps(segment, tokens, layers)) < tokens:
             return True
-    return False
+    return policy.gates
 
 
-def evicts_in_prompt(policy: Policy, length: int) -> bool:
+def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
+    """Whether a forward pass over `length` tokens evicts anything before its last segment, so that logits can differ.
+
+    layers: how many of the model's layers own a cache.
+    """
+    return _evicts(policy, policy.plan(length)[:-1], layers)
+
+
+def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
     """Whether a prompt of `length` tokens loses any before the first token is generated."""
-    if getattr(policy, "gates", False):
-        return True
-    tokens = 0
-    for segment in policy.plan(length):
-        tokens += segment.length
-        if _lowest(segment.keep) < tokens:
-            return True
-    return False
-
-
-def _lowest(keep: int | Sequence[int]) -> int:
-    return keep if isinstance(keep, int) else min(keep, default=UNLIMITED)
+    return _evicts(policy, policy.plan(length), layers)
 
 
 def scoring_warning(policy: Policy) -> str:
     """What a loglikelihood request measures with this policy, in a sentence."""
-    if getattr(policy, "gates", False):
+    if policy.gates:
         return "tokens are flagged in front of attention, so scores are the policy's"
     if policy.chunk is None:
         return "a request goes through in one pass and evicts behind it, so scores are those of the full cache at every budget"
@@ -104,6 +98,7 @@ def _model_class() -> Any:
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None):
             model.__dict__["tie_weights"] = lambda: None  # asked of every module; the graph's weights are tied already
             self.rewritten = model
+            self.layers = sum(site.shares_kv_with is None for site in model.sites)
             self.batch_size_per_gpu: int
             self.counts = {"requests": 0, "evicted": 0}
             super().__init__(
@@ -114,7 +109,7 @@ def _model_class() -> Any:
             # One by one: rows are padded on the right here without a mask, and a policy would count the padding.
             for _, context, continuation in requests:
                 length = min(len(context) + len(continuation), self.max_length + 1) - 1
-                self._count(evicts_within(self.rewritten.policy, length))
+                self._count(evicts_within(self.rewritten.policy, length, self.layers))
             before, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
             try:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
@@ -123,7 +118,7 @@ def _model_class() -> Any:
 
         def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
             for length in kwargs["attention_mask"].sum(1).tolist():
-                self._count(evicts_in_prompt(self.rewritten.policy, length))
+                self._count(evicts_in_prompt(self.rewritten.policy, length, self.layers))
             return super()._model_generate(context, max_length, stop, **kwargs)
 
         def _count(self, evicted: bool) -> None:

@@ -262,11 +262,6 @@ def cell_of(arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def question_first(policy: Any) -> bool:
-    """Whether a policy wants the question in front of the context, too."""
-    return bool(getattr(policy, "question_first", policy.name == "locret_q"))
-
-
 def run_cell(
     model: Any,
     tokenizer: Any,
@@ -277,7 +272,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Scores and memory of one cell; progress is told how many questions are answered."""
     started = time.perf_counter()
-    first = question_first(model.policy)
+    first = model.policy.question_first
     if first and mode == "blind":
         raise OptionError(f"{model.policy.name} puts the question in front of the context, so there is no blind mode")
     answers = Answers([])
@@ -530,7 +525,7 @@ class _Runner:
 def _warn_of(settings: Settings, source: Source, planned: list[tuple[Arm, str]], warn: Warn) -> None:
     """What one should know before reading the numbers."""
     names = {arm.spec.name for arm, mode in planned if mode == "blind"}
-    blind = [n for n in sorted(names) if getattr(policies.POLICIES.get(n), "needs_question", False)]
+    blind = [n for n in sorted(names) if n != CONVERTED and policies.POLICIES[n].needs_question]
     if blind:
         warn(
             f"{', '.join(blind)}: made to see the question; in blind mode what is kept depends on the end of the context "
