@@ -100,8 +100,8 @@ class EvictionCache(Cache):
         for spec in self.layout["classes"]:
             store = PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device)
             self.leases.append(Lease(spec, batch, store))
-        # Ragged policies: what each head kept at its last prompt eviction, 0 before there was one.
-        self._head_keep = [np.zeros_like(lease.bound) for lease in self.leases]
+        # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
+        self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
         self.states = [_State(spec, batch, self.device) for spec in self.layout["states"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
@@ -181,7 +181,7 @@ class EvictionCache(Cache):
     ) -> dict[str, Tensor]:  # fmt: skip
         bound, batch = lease.bound, self.batch_size
         keep_heads = np.broadcast_to(keep[..., None], bound.shape)
-        fixed = (self._head_keep[c] > 0) & ~self._prompt[None, :, None] & (keep_heads < UNLIMITED)
+        fixed = (self._head_keep[c] >= 0) & ~self._prompt[None, :, None] & (keep_heads < UNLIMITED)
         keep_heads = np.where(fixed, self._head_keep[c], keep_heads)
         new = valid[None, :, None]
         window = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]

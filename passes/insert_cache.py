@@ -111,7 +111,7 @@ class _Shared:
 
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
-        nodes = {**self.nodes, **{n: cache[n] for n in (*POOLS, "table", "lens")}}
+        nodes = {**self.nodes, **{n: cache[n] for n in (*POOLS, "table", "lens", "keep")}}
 
         def observation(rows: fx.Node, above: fx.Node | None, newest: Any) -> tuple[Any, ...]:
             q, k, _, lse, _, alibi, shape = cache["readers"][0]

@@ -176,7 +176,7 @@ class Policy:
             raise OptionError(f"{self.name}: quantize is {self.quantize!r}, expected one of {', '.join(QUANTIZE)}")
         if self.head_budgets != "equal" and not (self.has_scores and self.scores_per_head):
             raise OptionError(
-                f"{self.name}: head_budgets={self.head_budgets} needs scores that differ between the heads of a layer, and "
+                f"{self.name}: head_budgets={self.head_budgets} needs scores by which the heads of a layer can compete, and "
                 f"{self.name} has none"
             )
         if self.merge and not self.has_scores:

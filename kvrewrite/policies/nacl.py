@@ -12,6 +12,8 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from kvrewrite.passes.insert_policy import SiteHook
 
 aten = torch.ops.aten
@@ -40,7 +42,8 @@ class NACL(Policy):
     source = "arXiv 2408.03675"
     whole_prompt = True
     needs_question = True
-    inputs = ("proxies", "first_tokens", "best", "evicts")
+    scores_per_head = False  # part of what stays is drawn by lot
+    inputs = ("proxies", "first_tokens", "evicts")
 
     budget: int | float | None = 0.2
     preset: str = "paper"
@@ -56,19 +59,11 @@ class NACL(Policy):
             raise OptionError(f"nacl: interval is {self.interval}, expected 0 (never while decoding) or more")
         super().validate()
 
-    def shares(self, budget: int) -> tuple[int, int, int]:
-        """(first, newest, best) of `budget` slots; the rest is random."""
-        if self.preset == "paper":
-            protected = int(0.1 * budget)
-            return 0, protected, budget - protected - (budget - protected) * 2 // 3
-        protected = int(0.05 * budget)
-        first = min(256, protected // 2)
-        return first, protected - first, (budget - protected) * 12 // 19
-
     def _evicting(self, length: int, budget: int, proxies: int, prompt: bool) -> Segment:
-        first, newest, best = self.shares(budget)
-        values = {"proxies": proxies, "first_tokens": first, "best": best, "evicts": 1}
-        return Segment(length, budget, newest, values, prompt)
+        protected = int((0.1 if self.preset == "paper" else 0.05) * budget)
+        first = 0 if self.preset == "paper" else min(256, protected // 2)
+        values = {"proxies": proxies, "first_tokens": first, "evicts": 1}
+        return Segment(length, budget, protected - first, values, prompt)
 
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """One eviction, at the first prompt. The statistics of decoding begin anew at every prompt."""
@@ -100,7 +95,7 @@ class NACL(Policy):
         live = hook.call(aten.ge.Scalar, places, 0)
         others = hook.call(aten.logical_and.default, live, hook.call(aten.logical_not.default, protected))
         rank = hook.call(ops.ranks.default, received, others)
-        best = hook.call(aten.lt.Tensor, rank, hook.per_row(hook.input("best")))
+        best = hook.call(aten.lt.Tensor, rank, hook.call(aten.unsqueeze.default, self._best(hook), 2))
         draw = hook.call(ops.uniform.default, places, self.seed, hook.site.layer)
         exponential = hook.call(aten.neg.default, hook.call(aten.log.default, draw))
         lot = hook.call(aten.sub.Tensor, received, hook.call(aten.log.default, exponential))  # F plus a Gumbel variable
@@ -108,3 +103,12 @@ class NACL(Policy):
         select = hook.where(sure, LARGE, lot)
         restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("evicts")), 0)
         return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)
+
+    def _best(self, hook: SiteHook) -> fx.Node:
+        """How many stay by F alone, (B, Hkv): what the layer's budget leaves beside the protected and the random ones."""
+        sure = hook.add(hook.input("recent"), hook.input("first_tokens"))
+        keep = hook.call(aten.to.dtype, hook.input("keep"), torch.int64)
+        rest = hook.call(aten.sub.Tensor, keep, hook.call(aten.unsqueeze.default, sure, 1))
+        part, whole = (2, 3) if self.preset == "paper" else (12, 19)
+        share = hook.call(aten.floor_divide.default, hook.call(aten.mul.Scalar, rest, part), whole)
+        return hook.call(aten.sub.Tensor, rest, share) if self.preset == "paper" else share

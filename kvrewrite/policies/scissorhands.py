@@ -81,7 +81,7 @@ class Scissorhands(Policy):
             held += n
             ends.append((row.seen + sum(lengths[: i + 1]), held > budget))
             held = self._stays(budget) if held > budget else held
-        following = ends[-1][0] + budget + 1 - held  # decoding compresses one token beyond the budget
+        following = self._following(ends[-1][0], held)
         segments = []
         for i, (n, (_, compresses)) in enumerate(zip(lengths, ends)):
             at = next((end for end, does in ends[i:] if does), following)
@@ -89,6 +89,16 @@ class Scissorhands(Policy):
             keep = self._stays(budget) if compresses else UNLIMITED
             segments.append(Segment(n, keep, self.recent_tokens, values, prompt))
         return segments
+
+    def _following(self, seen: int, held: int) -> int:
+        """The row's tokens when decoding compresses next: as soon as one more is held than the budget allows."""
+        if isinstance(self.budget, int):
+            return seen + self.budget + 1 - held
+        assert self.budget is not None
+        more = max(1, int((self.budget * seen - held) / (1 - self.budget)) - 2)
+        while held + more <= self.slots(seen + more):
+            more += 1
+        return seen + more
 
     def _stays(self, budget: int) -> int:
         """Slots after a compression."""
