@@ -335,22 +335,23 @@ class NACLRule(Scored):
             layer.counted_from = moment.seen
             proxies = range(counted_from, moment.seen)
         slots, _ = self.slots(layer, moment)
-        return [self.sample(layer, h, slots, proxies) for h in range(len(layer.heads))]
+        row = fraction(self.budget, moment.total, 0)
+        return [self.sample(layer, h, slots, row, proxies) for h in range(len(layer.heads))]
 
-    def sample(self, layer: Layer, head: int, slots: int, proxies: range) -> list[Entry]:
+    def sample(self, layer: Layer, head: int, slots: int, row: int, proxies: range) -> list[Entry]:
+        """slots: of this layer; row: the budget that all layers have on average, for what is protected."""
         entries = layer.heads[head]
         if len(entries) <= slots:
             return entries
         if self.preset == "paper":
-            sinks, newest = 0, int(0.1 * slots)
+            sinks, newest = 0, int(0.1 * row)
             at_random = int((slots - newest) * 2 / 3)
-            top = slots - newest - at_random
         else:
-            protected = int(0.05 * slots)
+            protected = int(0.05 * row)
             sinks = min(256, protected // 2)
             newest = protected - sinks
-            top = int((slots - protected) * 12 / 19)
-            at_random = slots - protected - top
+            at_random = slots - protected - int((slots - protected) * 12 / 19)
+        top = slots - sinks - newest - at_random
         rest = entries[sinks : len(entries) - newest]
         score = {e.position: layer.received(head, e.position, proxies) for e in rest}
         rest.sort(key=lambda e: -score[e.position])

@@ -265,10 +265,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 9, "chunk": 16, "recent_tokens": 3},
         KeyDiffRule(budget=9, chunk=16, recent=3),
     ),
+    # Of two keys both have the same cosine with their mean: no head must come down to one.
     "keydiff heads": (
         "keydiff",
-        {"budget": 0.3, "chunk": 9, "head_budgets": "adakv"},
-        KeyDiffRule(budget=0.3, chunk=9, head_budgets="adakv"),
+        {"budget": 0.4, "recent_tokens": 2, "chunk": 9, "head_budgets": "adakv"},
+        KeyDiffRule(budget=0.4, recent=2, chunk=9, head_budgets="adakv"),
     ),
     "knorm": ("knorm", {"budget": 9}, KnormRule(budget=9)),
     "knorm chunks": ("knorm", {"budget": 12, "chunk": 5}, KnormRule(budget=12, chunk=5)),
@@ -277,6 +278,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "knorm",
         {"budget": 10, "head_budgets": "adakv"},
         KnormRule(budget=10, head_budgets="adakv"),
+    ),
+    "knorm heads, budget as long as a prompt": (  # where int(0.2 * 19) takes nothing from a head
+        "knorm",
+        {"budget": 19, "head_budgets": "adakv"},
+        KnormRule(budget=19, head_budgets="adakv"),
     ),
     "random": ("random", {"budget": 9, "seed": 3}, RandomRule(budget=9, seed=3)),
     "random chunks, contiguous": (
@@ -290,6 +296,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 10, "seed": 1, "layer_budgets": "9,13,8", "head_budgets": "adakv", "head_floor": 0.0},
         RandomRule(budget=10, seed=1, layer_budgets=(9, 13, 8), head_budgets="adakv", head_floor=0.0),
     ),
+    # A history no longer than a prompt, or a chunk of it: where a turn cuts decoding short, the queries that count are
+    # the last ones before the compression then, not before the one that decoding would have come to.
     "scissorhands": (
         "scissorhands",
         {"budget": 10, "recent_tokens": 2, "history": 4},
@@ -297,8 +305,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
     ),
     "scissorhands chunks": (
         "scissorhands",
-        {"budget": 11, "recent_tokens": 3, "history": 5, "chunk": 4, "drop": 0.3},
-        ScissorhandsRule(budget=11, recent=3, history=5, chunk=4, drop=0.3),
+        {"budget": 11, "recent_tokens": 3, "history": 4, "chunk": 4, "drop": 0.3},
+        ScissorhandsRule(budget=11, recent=3, history=4, chunk=4, drop=0.3),
     ),
     "scissorhands fraction": (
         "scissorhands",
@@ -577,7 +585,7 @@ def test_oracle_samples_by_softmax() -> None:
     count, draws = [0] * 4, 3000
     for seed in range(draws):
         layer = Layer(1, [list(entries)], 1.0, [attention])
-        (kept,) = NACLRule(budget=1, preset="code", seed=seed).sample(layer, 0, 1, range(1))
+        (kept,) = NACLRule(budget=1, preset="code", seed=seed).sample(layer, 0, 1, 1, range(1))
         count[kept.position] += 1
     for n, p in zip(count, torch.softmax(torch.tensor(list(attention[0].values())), dim=0).tolist()):
         assert abs(n - draws * p) < 3 * (draws * p * (1 - p)) ** 0.5
@@ -636,6 +644,7 @@ def test_oracle_gate_flags_half() -> None:
         ("tova", {"head_budgets": "adakv"}, "head_budgets"),  # one set for all heads
         ("sirllm", {"head_budgets": "adakv"}, "head_budgets"),
         ("attention_gate", {"head_budgets": "adakv"}, "head_budgets"),
+        ("nacl", {"head_budgets": "adakv"}, "head_budgets"),  # part of what stays is drawn by lot
         ("streaming_llm", {"merge": True}, "merge"),
         ("full", {"merge": True}, "merge"),
         ("knorm", {"quantize": "int3"}, "quantize"),
