@@ -73,7 +73,10 @@ def head_budgets(worth: Tensor, pos: Tensor, keep: Tensor, floor: Tensor) -> Ten
     place.scatter_(-1, order, torch.arange(hkv * n, device=worth.device).expand_as(order))
     won = ((place < share.sum(-1)[:, None]) & (contenders > float("-inf"))).reshape(b, hkv, n).sum(-1)
     blended = torch.round(won.double() * (1 - floor)[:, None] + torch.floor(floor[:, None] * share.double())).long()
-    return torch.minimum(protected + blended, (worth > float("-inf")).sum(-1))
+    there = (worth > float("-inf")).sum(-1)
+    # A layer whose heads are all within their budgets loses nothing (rounding down could).
+    fits = (there <= keep).all(-1, keepdim=True)
+    return torch.where(fits, there, torch.minimum(protected + blended, there))
 
 
 def deal_pages(n_kept: Tensor, spare: Tensor, table: Tensor, next_table: Tensor, page: int) -> Tensor:

@@ -25,9 +25,9 @@ class Scissorhands(Policy):
     a query's attention, t being the number of tokens up to that query; the recent_tokens newest slots stay. Counting
     restarts at each compression. The printed pseudo-code leaves the sign open: here the least important go.
 
-    Only counts are stored, so the window of queries is laid before the compression that decoding will reach; another prompt
-    that comes in between is compressed by all queries counted so far and its own last `history` ones. The paper gives
-    later layers more: layer_budgets, with equal ones by default because it states no schedule.
+    Only counts are stored, so the window of queries is laid before the compression that decoding will reach. A prompt that
+    goes beyond it, but is shorter than `history`, is compressed by all queries counted so far, up to its length more. The
+    paper gives later layers more slots (layer_budgets); it states no schedule, so they are equal by default.
     """
 
     name = "scissorhands"
@@ -112,7 +112,10 @@ class Scissorhands(Policy):
         share = hook.call(aten.reciprocal.default, hook.call(aten.add.Scalar, hook.fp32(positions), 1))
         counts = hook.observe(counted, above=share)
         cached, new = hook.split(counts)
-        total = hook.add(hook.read_scores(), cached)
+        # Where the window begins among the new queries, what was counted before is too old.
+        begins = hook.call(aten.slice.Tensor, positions, 1, 0, 1)
+        fresh = hook.call(aten.unsqueeze.default, hook.call(aten.ge.Tensor, first, begins), 2)
+        total = hook.add(hook.where(fresh, 0.0, hook.read_scores()), cached)
         select = hook.call(aten.cat.default, [total, new], 2)
         restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("compresses")), 0)
         return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)
