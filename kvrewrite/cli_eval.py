@@ -246,7 +246,7 @@ def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool) -> 
         _print_json(results)
         return
     console = _out()
-    shown, reasons = tables(results)
+    shown, reasons = tables(results, console.width)
     for table in shown:
         console.print(table)
     for i, reason in enumerate(reasons):

@@ -264,6 +264,27 @@ def test_paired_differences_have_narrower_intervals():
         intervals.difference([1.0], base)
 
 
+def test_tables_fit_their_terminal(base, oracle):
+    """Tasks that do not fit go into further tables; the means are in the last."""
+    import io
+
+    from rich.console import Console
+
+    from kvrewrite.evaluation.report import tables
+
+    results = run.evaluate(settings(base, PolicySpec("h2o", {"budget": 500}), modes=("aware",)))
+    for width, count in ((100, 1), (70, 2)):
+        shown, _ = tables(results, width)
+        assert len(shown) == count
+        console = Console(file=io.StringIO(), width=width)
+        for table in shown:
+            console.print(table)
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        for words in ("h2o:budget=500", "full", "100.0", "44–100", "61–100", "live", " one ", " two "):
+            assert words in text
+
+
 # -------------------------------------------------------------------------------------------------------------- resumes
 def test_an_interrupted_run_keeps_what_is_done(base, oracle, tmp_path, monkeypatch):
     out = tmp_path / "results.json"
