@@ -1,4 +1,7 @@
-"""The tokenizer and the training texts of the small model (see train_small_model.py): numpy only, made by worker processes."""
+"""The tokenizer and the training texts of the small model (see train_small_model.py), made by worker processes.
+
+Run it to read one training text of each task.
+"""
 
 import multiprocessing
 import os
@@ -195,7 +198,7 @@ def make_batch(rng: random.Random, stage: Stage, size: int, vocabulary: int, pie
     )
 
 
-def _work(tokenizer_file, seed, stages, stage, size, vocabulary, queue, pieces):
+def _work(seed, stages, stage, size, vocabulary, queue, pieces):
     rng = random.Random(f"train:{seed}")
     while True:
         queue.put(make_batch(rng, stages[stage.value], size, vocabulary, pieces))
@@ -212,7 +215,7 @@ class Feeder:
         self.workers = [
             context.Process(
                 target=_work,
-                args=(tokenizer_file, f"{seed}:{i}", stages, self.stage, size, vocabulary, self.queue, pieces),
+                args=(f"{seed}:{i}", stages, self.stage, size, vocabulary, self.queue, pieces),
                 daemon=True,
             )
             for i in range(workers)
@@ -250,3 +253,10 @@ def exam_paper(tokenizer: Tokenizer, task: str, tokens: int, seeds: range) -> li
             (sample, [*prompt, *wrapped(sample.target, add_special_tokens=False)["input_ids"], EOS], len(prompt))
         )
     return paper
+
+
+if __name__ == "__main__":  # what the model reads: one short training text of each task
+    pieces = Pieces(train_tokenizer(2048))
+    for name in tasks.TASKS:
+        ids = task_example(random.Random(0), name, 256, pieces).ids
+        print(f"--- {name}, {len(ids)} tokens", pieces.tokenizer.decode(ids, skip_special_tokens=False), sep="\n")

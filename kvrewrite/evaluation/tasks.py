@@ -521,7 +521,8 @@ def make(task: str, *, tokens: int, seed: int, tokenizer: Any) -> Sample:
     length = _length_of(tokenizer)
     room = tokens - len(tokenizer("")["input_ids"])
     best: Sample | None = None
-    for _ in range(6):
+    longest = 0
+    for _ in range(8):
         document = draft(task, tokens=room, rng=Random(f"{task}:{tokens}:{seed}"), length=length)
         asked = document.questions[0]
         sample = Sample(
@@ -533,11 +534,11 @@ def make(task: str, *, tokens: int, seed: int, tokenizer: Any) -> Sample:
             "".join(asked.target),
         )
         found = len(tokenizer(sample.context + sample.question)["input_ids"])
-        if found <= tokens:
-            best = sample
-            if found >= 0.98 * tokens - 12:
-                break
-        room += (tokens - found) if found > tokens else (tokens - found) // 2
+        if found <= tokens and found > longest:
+            best, longest = sample, found
+        if 0.98 * tokens - 12 <= found <= tokens:
+            break
+        room = int(room * (tokens - 4) / found)
     if best is None:
         raise ValueError(f"{task} does not fit into {tokens} tokens with this tokenizer")
     return best
