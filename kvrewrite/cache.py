@@ -8,6 +8,7 @@ leased from a pool per cache class (layers with equal shapes) and returned as so
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,17 @@ class _State:
         self.per_token: bool = spec["per_token"]
         self.shape = tuple(spec["shape"])
         self.dtype: torch.dtype = getattr(torch, spec["dtype"])
-        lead = (batch, 0) if self.per_token else (batch,)
-        self.value = torch.zeros(*lead, *self.shape, dtype=self.dtype, device=device)
+        self.fill, self.batch = float(spec.get("fill", 0)), batch
+        lead = (batch, 0) if self.per_token else (0,)  # nothing is held before the first token
+        self.value = torch.empty(*lead, *self.shape, dtype=self.dtype, device=device)
 
     def hold(self, tokens: int) -> None:
         """Makes room for `tokens` tokens of every row."""
-        have = self.value.shape[1] if self.per_token else tokens
+        if not self.per_token:
+            if not len(self.value):
+                self.value = self.value.new_full((self.batch, *self.shape), self.fill)
+            return
+        have = self.value.shape[1]
         if tokens <= have:
             return
         grown = self.value.new_zeros(self.value.shape[0], max(tokens, have + have // 2, PAGE), *self.shape)
@@ -116,7 +122,7 @@ class EvictionCache(Cache):
             lease.close()
 
     def __del__(self) -> None:
-        if "leases" in self.__dict__:
+        if "leases" in self.__dict__ and not sys.is_finalizing():
             self._close()
 
     def fork(self) -> EvictionCache:
@@ -165,6 +171,7 @@ class EvictionCache(Cache):
         self._dealt: list[Tensor | None] = []
         self._dealt_rows: list[np.ndarray] = []
         self._chosen: list[np.ndarray] = []
+        self._equal_again: list[np.ndarray] = []
         self._adapts = policy.head_budgets != "equal"
         self._prompt = prompt & policy.ragged
         out: dict[str, Tensor] = {}
@@ -192,6 +199,7 @@ class EvictionCache(Cache):
         self._dealt_rows.append(deals)
         # Layers that have to evict: what their heads get holds from then on.
         self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
+        self._equal_again.append((self._prompt & (valid > 0))[None, :, None] & ~evicts.any(2, keepdims=True))
         rewrites = evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"])
         rewrites = rewrites & ~deals[None, :, None]
         if renew is not None:
@@ -224,6 +232,8 @@ class EvictionCache(Cache):
         for c, lease in enumerate(self.leases):
             after = self._after[c]
             dealt = self._dealt[c] if self._dealt else None
+            # A prompt that evicted nothing from a layer gives its heads equal budgets again.
+            self._head_keep[c][np.broadcast_to(self._equal_again[c], lease.bound.shape)] = -1
             if dealt is not None:
                 lease.settle(dealt)
                 after = np.where(self._dealt_rows[c][None, :, None], lease.bound, after)
@@ -325,7 +335,8 @@ class EvictionCache(Cache):
             lease.reorder(source)
             keep[:] = keep[:, source]
         for state in self.states:
-            state.value = state.value[source]
+            if len(state.value):
+                state.value = state.value[source]
         for name in ("seen", "generated", "length", "next_rotary", "settled"):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])

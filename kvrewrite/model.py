@@ -418,9 +418,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:
         """Positions that the tables of cos and sin must have in this step."""
-        if self.program.layout["contiguous"]:
-            return max(cache.next_rotary) + longest
-        return max(cache.seen) + longest + self.policy.rotary_ahead
+        begins = cache.next_rotary if self.program.layout["contiguous"] else cache.seen
+        return max(begins) + longest + self.policy.rotary_ahead
 
     def _reserve(self, cache: EvictionCache, counts: list[int]) -> int:
         """Slots a head that the pools should have room for: the budget, or what the request is known to need."""

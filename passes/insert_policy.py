@@ -23,6 +23,8 @@ from kvrewrite.site import AttentionSite
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 PREFIX = "policy_weights."
+# Which argument of a projection is the activation.
+INPUT = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "silu": (aten.silu.default, {}),
     "swish": (aten.silu.default, {}),
@@ -215,9 +217,9 @@ class SiteHook:
             cached = self.call(ops.read_pages.default, self.input("k_pages"), self.input("table"))
         return self.call(aten.cat.default, [cached, self.k], 2)
 
-    def hidden_states(self) -> fx.Node:
-        """The attention layer's input, which its projections read: (B, T, hidden)."""
-        found = {n.args[0] for n in self._projections() if n.target is aten.linear.default}
+    def _source(self) -> fx.Node:
+        """What the projections multiply by their weights; its last axis are the layer's input channels."""
+        found = {n.args[INPUT[n.target]] for n in self._projections() if n.target in INPUT}
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"layer {self.site.layer} ({self.site.module}): its queries, keys and values are not projections of one "
@@ -227,9 +229,18 @@ class SiteHook:
         assert isinstance(node, fx.Node)
         return node
 
+    def hidden_states(self) -> fx.Node:
+        """The attention layer's input, which its projections read: (B, T, hidden)."""
+        node = self._source()
+        value = tensor_of(node)
+        if value is not None and value.dim() == 3:
+            return node
+        batch, length = (self.call(aten.sym_size.int, self.q, i) for i in (0, 2))
+        return self.call(aten.reshape.default, node, [batch, length, -1])
+
     def hidden_width(self) -> int:
         """Channels of `hidden_states`."""
-        return int(shape_of(self.hidden_states())[-1])
+        return int(shape_of(self._source())[-1])
 
     @property
     def dtype(self) -> torch.dtype:
