@@ -297,7 +297,8 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op(
-    "kvrewrite::cache_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens", "next_table")
+    "kvrewrite::cache_update",
+    mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens", "next_table", "threshold"),
 )
 def cache_update(
     k: Tensor,
@@ -323,6 +324,7 @@ def cache_update(
     floor: Tensor | None = None,
     spare: Tensor | None = None,
     next_table: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> None:
     """Appends the valid new tokens and keeps, in every head, the `keep` (B, Hkv) int32 slots of highest score.
 
@@ -336,17 +338,18 @@ def cache_update(
     that never enter. floor (B,) float64: in rows where it is not negative the heads of a layer share their budgets by
     their scores, but for this part (Ada-KV). Ragged evictions: spare (B, W) int32 are pages to be dealt to the heads of a
     row, -1 behind the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on.
+    threshold (B,) fp32, renewed in place: what goes is merged into what stays (D2O; kernels/reference/merge.py).
     """
     reference_evict.cache_update(
         k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
-        lens, sinks, window, chunk, select, drop, floor, spare, next_table,
+        lens, sinks, window, chunk, select, drop, floor, spare, next_table, threshold,
     )  # fmt: skip
 
 
 @cache_update.register_fake
 def _(  # type: ignore[no-untyped-def]
     k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
-    sinks, window, chunk, select=None, drop=None, floor=None, spare=None, next_table=None
+    sinks, window, chunk, select=None, drop=None, floor=None, spare=None, next_table=None, threshold=None
 ):  # fmt: skip
     return None
 

@@ -109,6 +109,11 @@ class _Shared:
         self.memo: dict[str, Any] = {}
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
+    def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0") -> fx.Node:
+        """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it."""
+        self.states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill}
+        return add_placeholder(self.gm, f"state_{name}")
+
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
         nodes = {**self.nodes, **{n: cache[n] for n in (*POOLS, "table", "lens", "keep")}}
@@ -319,6 +324,7 @@ def _close_cache(
         cache["floor"],
         cache.get("spare"),
         cache.get("next_table"),
+        shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
     )
     site.inserted.append("cache_update")
     return hook.after

@@ -460,14 +460,27 @@ def test_cache_update_refuses_to_overflow() -> None:
 
 # ------------------------------------------------------------------------------------------------ registration
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Every op with arguments."""
+    """Every op with arguments; a comma and a word tell several calls of one op apart."""
     cache, fresh = state(dead=0.0, dtype=torch.float32, spare=4), new([3, 1, 2], 3, dtype=torch.float32)
     sinks, slopes = extras({"sinks": True, "alibi": True}, torch.float32)
     where = (cache.pos_pages, cache.table, cache.lens, fresh.positions, fresh.valid)
     q, k, v = (x.clone().requires_grad_() for x in (fresh.q, fresh.k, fresh.v))
-    table = torch.randn(40, D)
+    table, partner = torch.randn(40, D), torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
     rows, lse = torch.ones(B, 3), torch.zeros(B, H, 3)
     keep, recent = torch.full((B, HKV), 6, dtype=torch.int32), torch.ones(B, dtype=torch.int32)
+    mass, places = torch.rand(B, HKV, 9), torch.arange(-1, 8).expand(B, HKV, 9).clone()
+    scores = torch.randn(B, HKV, 3), torch.randn(B, HKV, P * PAGE)
+    arrive = (fresh.positions, fresh.positions, fresh.valid, keep, recent)
+    free = [p for p in range(1, len(cache.k_pages)) if p not in cache.table][:4]
+    spare = torch.tensor([[*free], [-1] * 4, [-1] * 4], dtype=torch.int32)
+    ragged = (
+        torch.randn(B, HKV, P * PAGE + 3),
+        torch.rand(B, HKV, 3) < 0.2,
+        torch.tensor([0.2, -1, -1], dtype=torch.float64),
+        spare,
+        torch.zeros(B, HKV, 4, dtype=torch.int32),
+        torch.full((B,), math.nan),
+    )
     return {
         "attention": (ops.attention, (q, k, v, sinks, slopes, 0.3, 2.0, 2, 0)),
         "read_pages": (ops.read_pages, (cache.k_pages, cache.table)),
@@ -475,31 +488,50 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.slot_rotary,
             (cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True])),
         ),
-        "rotate": (
-            ops.rotate,
-            (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])),
-        ),
+        "rotate": (ops.rotate, (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), partner)),
         "cached_attention": (
             ops.cached_attention,
             (fresh.q, fresh.k, fresh.v, None, cache.k_pages, cache.v_pages, *where, sinks, slopes, None, *shape({})),
         ),
-        "observe": (
+        "observe": (ops.observe, (fresh.q, fresh.k, lse, rows, None, cache.k_pages, *where, slopes, None, *shape({}))),
+        "observe, newest": (
             ops.observe,
-            (fresh.q, fresh.k, lse, rows, None, cache.k_pages, *where, slopes, None, *shape({})),
+            (fresh.q, fresh.k, lse, rows, None, cache.k_pages, *where, None, None, *shape({}), torch.rand(B, 3), 2),
         ),
         "cache_update": (
             ops.cache_update,
+            (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0),
+        ),
+        "cache_update, ragged": (
+            ops.cache_update,
+            (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0, *ragged),
+        ),
+        "slot_positions": (ops.slot_positions, where),
+        "newest_rows": (ops.newest_rows, (fresh.positions, fresh.valid, recent)),
+        "newest_ranks": (ops.newest_ranks, (places,)),
+        "uniform": (ops.uniform, (places, 3, 1)),
+        "ranks": (ops.ranks, (mass, mass > 0.3)),
+        "pool_window": (ops.pool_window, (mass, torch.tensor([9, 7, 5], dtype=torch.int32), 2, 3, True)),
+        "key_difference": (ops.key_difference, (torch.randn(B, HKV, 9, D), places)),
+        "expected_attention": (
+            ops.expected_attention,
+            (fresh.q, fresh.k, fresh.v, table, table, partner, fresh.valid, 0.3, 1, 8, 0.1),
+        ),
+        "surprisal": (
+            ops.surprisal,
+            (torch.randn(B, 3, 11), torch.randint(11, (B, 3)), fresh.valid, torch.randn(B, 11), fresh.positions),
+        ),
+        "gate": (
+            ops.gate,
             (
-                fresh.k, fresh.v, torch.randn(B, HKV, 3), torch.randn(B, HKV, P * PAGE), fresh.positions, fresh.positions,
-                fresh.valid, keep, recent, *cache.pools(), cache.table, cache.lens, 1, 0, 0,
+                torch.randn(B, 3, 8), torch.randn(B, 3, 8), torch.randn(B, 3, 8), torch.zeros(B, 32, 8),
+                torch.zeros(B, 32, 8), fresh.positions, fresh.valid, 2,
             ),
         ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["attention", "read_pages", "slot_rotary", "rotate", "cached_attention", "observe", "cache_update"]
-)
+@pytest.mark.parametrize("name", calls())
 def test_opcheck(name: str) -> None:
     """Schemas are honest about mutation and aliases, fakes have the right shapes, and ops trace with dynamic shapes."""
     op, arguments = calls()[name]
@@ -510,4 +542,4 @@ def test_every_op_is_checked() -> None:
     defined = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvrewrite::")
     }
-    assert defined == set(calls())
+    assert defined == {name.split(",")[0] for name in calls()}

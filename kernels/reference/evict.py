@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kvrewrite.kernels.reference import pages
+from kvrewrite.kernels.reference.merge import merge
 
 
 def ranks_from_newest(pos: Tensor, live: Tensor) -> Tensor:
@@ -59,7 +62,8 @@ def head_budgets(worth: Tensor, pos: Tensor, keep: Tensor, floor: Tensor) -> Ten
     """Ada-KV's budgets of the heads of a layer (arXiv 2407.11550, algorithm 1; code FFY0/AdaKV): (B, Hkv).
 
     The unprotected slots of all heads compete for the sum of the heads' unprotected budgets; what a head wins is blended
-    with its equal share, of which `floor` (B,) float64 is safe: keep = protected + round((1 - floor) * won + int(floor * share)), halves to the even number.
+    with its equal share, of which `floor` (B,) float64 is safe: keep = protected + round((1 - floor) * won + int(floor *
+    share)), halves to the even number.
     worth as `priorities` gives it; of equal scores the lower head and the earlier position wins.
     """
     b, hkv, n = worth.shape
@@ -98,6 +102,98 @@ def deal_pages(n_kept: Tensor, spare: Tensor, table: Tensor, next_table: Tensor,
     return dealt
 
 
+@dataclass
+class Choice:
+    """Which of [C cached slots, T new tokens] of every head stay, and what they are besides keys and values."""
+
+    kept: Tensor  # (B, Hkv, C + T) bool
+    pos: Tensor  # (B, Hkv, C + T) position in the text
+    scores: Tensor  # (B, Hkv, C + T) fp32, as they are stored from now on
+    places: Tensor  # (B, Hkv, C + T, 2) int32: position in the text, position of the rotation
+    victims: Tensor  # (B, Hkv, C + T) bool: what goes though a later query could still see it
+    n_kept: Tensor  # (B, Hkv)
+    dealt: Tensor | None  # (B, 1, 1) bool: rows whose slots move to the pages of next_table; None: none can
+
+
+def choose(
+    new_scores: Tensor,
+    slot_scores: Tensor | None,
+    positions: Tensor,
+    rotary: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    chunk: int,
+    select_by: Tensor | None,
+    drop: Tensor | None,
+    floor: Tensor | None,
+    spare: Tensor | None,
+    next_table: Tensor | None,
+) -> Choice:
+    """What `cache_update` keeps. Fills in next_table, and stores slot_scores; everything else stays as it is."""
+    b, hkv, t = new_scores.shape
+    page, device = pos_pages.shape[1], table.device
+    capacity = table.shape[2] * page
+    slot = torch.arange(capacity, device=device)
+    cached = slot < lens[..., None]
+    arriving = (torch.arange(t, device=device) < valid[:, None])[:, None].expand(b, hkv, t)
+    if drop is not None:
+        arriving = arriving & ~drop
+    places_cached = torch.where(cached[..., None], pages.read(pos_pages, table), 0)
+    places_new = torch.stack([positions, rotary], dim=-1).to(torch.int32)[:, None].expand(b, hkv, t, 2)
+    places = torch.cat([places_cached, places_new], dim=2)
+    scores_cached = pages.read(score_pages, table) if slot_scores is None else slot_scores
+    pos = places[..., 0]
+    scores = torch.cat([scores_cached.float(), new_scores.float()], dim=-1)
+    live = torch.cat([cached, arriving], dim=-1)
+    last = (valid.long() - 1).clamp(min=0)[:, None]
+    newest = torch.gather(positions.long(), 1, last)[:, 0]
+    by = scores if select_by is None else select_by
+    worth = priorities(by, pos, live, newest, recent, sinks, window, chunk)
+    # Rows without new tokens keep what they have.
+    busy = valid > 0
+    keep_now = torch.where(busy[:, None], keep, capacity + t)
+    worth = torch.where(busy[:, None, None] | ~live, worth, 0.0)
+    if floor is not None:
+        shared = head_budgets(worth, pos, keep, floor.clamp(min=0))
+        keep_now = torch.where((busy & (floor >= 0))[:, None], shared, keep_now)
+    kept = select(worth, pos, keep_now)
+    victims = live & ~kept & busy[:, None, None] & visible_later(pos, live, newest, window, chunk)
+
+    n_kept = kept.sum(-1)
+    dealt = None
+    if spare is not None and next_table is not None:
+        dealt = deal_pages(n_kept, spare, table, next_table, page)[:, None, None]
+        room = torch.where(dealt[:, 0], n_kept, capacity)
+    else:
+        room = torch.full_like(n_kept, capacity)
+    if slot_scores is not None:
+        mine = cached if dealt is None else cached & ~dealt
+        pages.write(score_pages, table, slot.expand(b, hkv, -1), slot_scores, mine)
+    if not table.is_cuda and bool((n_kept > room).any()):  # a device can't be asked without waiting for it
+        raise RuntimeError(
+            f"cache overflow: {int(n_kept.max())} slots to keep, but the table holds {capacity}; lease pages first"
+        )
+    return Choice(kept, pos, scores, places, victims, n_kept, dealt)
+
+
+def merge_victims(k: Tensor, v: Tensor, choice: Choice, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges what goes into what stays: new k and v (B, Hkv, C + T, ...), and which slots have changed (B, Hkv, C + T).
+
+    threshold (B,) fp32 is renewed in place; a device is asked once how many tokens go.
+    """
+    merged_k, merged_v, renewed = merge(k, v, choice.kept, choice.victims, choice.pos, threshold)
+    threshold.copy_(renewed)
+    changed = (merged_k != k).any(-1) | (merged_v != v).any(-1)
+    return merged_k, merged_v, changed & choice.kept
+
+
 def cache_update(
     k: Tensor,
     v: Tensor,
@@ -122,82 +218,70 @@ def cache_update(
     floor: Tensor | None = None,
     spare: Tensor | None = None,
     next_table: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> None:
     """See `kvrewrite::cache_update` in ops.py, which this implements."""
+    choice = choose(
+        new_scores, slot_scores, positions, rotary, valid, keep, recent, score_pages, pos_pages, table, lens, sinks, window,
+        chunk, select_by, drop, floor, spare, next_table,
+    )  # fmt: skip
     b, hkv, t, _ = k.shape
-    page = k_pages.shape[1]
+    page, kept, dealt, n_kept = k_pages.shape[1], choice.kept, choice.dealt, choice.n_kept
     capacity = table.shape[2] * page
-    slot = torch.arange(capacity, device=k.device)
-    cached = slot < lens[..., None]
-    arriving = (torch.arange(t, device=k.device) < valid[:, None])[:, None].expand(b, hkv, t)
-    if drop is not None:
-        arriving = arriving & ~drop
-    places_cached = torch.where(cached[..., None], pages.read(pos_pages, table), 0)
-    places_new = torch.stack([positions, rotary], dim=-1).to(torch.int32)[:, None].expand(b, hkv, t, 2)
-    scores_cached = pages.read(score_pages, table) if slot_scores is None else slot_scores
-    pos = torch.cat([places_cached[..., 0], places_new[..., 0]], dim=-1)
-    scores = torch.cat([scores_cached.float(), new_scores.float()], dim=-1)
-    live = torch.cat([cached, arriving], dim=-1)
-    last = (valid.long() - 1).clamp(min=0)[:, None]
-    newest = torch.gather(positions.long(), 1, last)[:, 0]
-    by = scores if select_by is None else select_by
-    worth = priorities(by, pos, live, newest, recent, sinks, window, chunk)
-    # Rows without new tokens keep what they have.
-    busy = valid > 0
-    keep_now = torch.where(busy[:, None], keep, capacity + t)
-    worth = torch.where(busy[:, None, None] | ~live, worth, 0.0)
-    if floor is not None:
-        shared = head_budgets(worth, pos, keep, floor.clamp(min=0))
-        keep_now = torch.where((busy & (floor >= 0))[:, None], shared, keep_now)
-    kept = select(worth, pos, keep_now)
-
-    n_kept = kept.sum(-1)
-    dealt = None
-    if spare is not None and next_table is not None:
-        dealt = deal_pages(n_kept, spare, table, next_table, page)[:, None, None]
-        room = torch.where(dealt[:, 0], n_kept, capacity)
-    else:
-        room = torch.full_like(n_kept, capacity)
-    if slot_scores is not None:
-        mine = cached if dealt is None else cached & ~dealt
-        pages.write(score_pages, table, slot.expand(b, hkv, -1), slot_scores, mine)
-    if not k.is_cuda and bool((n_kept > room).any()):  # a device can't be asked without waiting for it
-        raise RuntimeError(
-            f"cache overflow: {int(n_kept.max())} slots to keep, but the table holds {capacity}; lease pages first"
-        )
-    pools = ((k_pages, k), (v_pages, v), (score_pages, scores[..., capacity:]), (pos_pages, places_new))
-    victims = cached & ~kept[..., :capacity]
+    k, v = k.to(k_pages.dtype), v.to(v_pages.dtype)
+    dense: tuple[Tensor, Tensor] | None = None
+    changed: Tensor | None = None
+    if threshold is not None and bool(choice.victims.any()):
+        k_all = torch.cat([pages.read(k_pages, table), k], dim=2)
+        v_all = torch.cat([pages.read(v_pages, table), v], dim=2)
+        k_all, v_all, changed = merge_victims(k_all, v_all, choice, threshold)
+        k, v, dense = k_all[:, :, capacity:], v_all[:, :, capacity:], (k_all[:, :, :capacity], v_all[:, :, :capacity])
+    news = (
+        (k_pages, k),
+        (v_pages, v),
+        (score_pages, choice.scores[..., capacity:]),
+        (pos_pages, choice.places[:, :, capacity:]),
+    )
+    victims = (torch.arange(capacity, device=k.device) < lens[..., None]) & ~kept[..., :capacity]
     in_place = t == 1 and not k.is_cuda and (dealt is None or not bool(dealt.any()))
     if in_place and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
         # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
         place = torch.where(victims.any(-1), torch.argmax(victims.to(torch.int8), dim=-1), lens.long())[..., None]
-        for pool, new in pools:
-            pages.write(pool, table, place, new.to(pool.dtype), kept[..., capacity:])
+        for pool, new in news:
+            pages.write(pool, table, place, new, kept[..., capacity:])
+        if dense is not None and changed is not None:
+            slot = torch.arange(capacity, device=k.device).expand(b, hkv, -1)
+            for pool, merged in zip((k_pages, v_pages), dense):
+                pages.write(pool, table, slot, merged, changed[..., :capacity])
         lens.copy_(n_kept.to(lens.dtype))
         return
     # Everything that stays is packed to the front in order of position.
     width = capacity if next_table is None else next_table.shape[2] * page
-    order_key = torch.where(kept, pos.long(), torch.iinfo(torch.int64).max)
+    order_key = torch.where(kept, choice.pos.long(), torch.iinfo(torch.int64).max)
     order = torch.argsort(order_key, dim=-1, stable=True)[..., :width]
     if order.shape[-1] < width:
         order = torch.nn.functional.pad(order, (0, width - order.shape[-1]))
     target = torch.arange(width, device=k.device).expand(b, hkv, width)
     # Slots that already hold the right token are left alone, unless their pages are new.
-    moved = (target < n_kept[..., None]) & ((order != target) if dealt is None else (order != target) | dealt)
+    moved = order != target
+    if dealt is not None:
+        moved = moved | dealt
+    if changed is not None:
+        moved = moved | torch.gather(changed, -1, order)
+    moved = moved & (target < n_kept[..., None])
     from_cache = order < capacity
     source_cached = order.clamp(max=capacity - 1)
     source_new = (order - capacity).clamp(min=0)
     written = table if next_table is None else next_table
 
-    def pick(dense: Tensor, new: Tensor) -> Tensor:
-        shape = (*order.shape, *dense.shape[3:])
-        index_cached = source_cached.reshape(*order.shape, *(1,) * (dense.dim() - 3)).expand(shape)
-        index_new = source_new.reshape(*order.shape, *(1,) * (dense.dim() - 3)).expand(shape)
-        chosen = from_cache.reshape(*order.shape, *(1,) * (dense.dim() - 3))
-        return torch.where(chosen, torch.gather(dense, 2, index_cached), torch.gather(new, 2, index_new))
+    def pick(old: Tensor, new: Tensor) -> Tensor:
+        shape = (*order.shape, *old.shape[3:])
+        index_cached = source_cached.reshape(*order.shape, *(1,) * (old.dim() - 3)).expand(shape)
+        index_new = source_new.reshape(*order.shape, *(1,) * (old.dim() - 3)).expand(shape)
+        chosen = from_cache.reshape(*order.shape, *(1,) * (old.dim() - 3))
+        return torch.where(chosen, torch.gather(old, 2, index_cached), torch.gather(new, 2, index_new))
 
-    pages.write(k_pages, written, target, pick(pages.read(k_pages, table), k.to(k_pages.dtype)), moved)
-    pages.write(v_pages, written, target, pick(pages.read(v_pages, table), v.to(v_pages.dtype)), moved)
-    pages.write(score_pages, written, target, pick(scores[..., :capacity], scores[..., capacity:]), moved)
-    pages.write(pos_pages, written, target, pick(places_cached, places_new), moved)
+    olds = (None, None, choice.scores[..., :capacity], choice.places[:, :, :capacity])
+    for (pool, new), old in zip(news, olds if dense is None else (*dense, *olds[2:])):
+        pages.write(pool, written, target, pick(pages.read(pool, table) if old is None else old, new), moved)
     lens.copy_((n_kept if next_table is not None else n_kept.clamp(max=capacity)).to(lens.dtype))

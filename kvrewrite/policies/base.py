@@ -179,7 +179,7 @@ class Policy:
                 f"{self.name}: head_budgets={self.head_budgets} needs scores by which the heads of a layer can compete, and "
                 f"{self.name} has none"
             )
-        if self.merge and not self.has_scores:
+        if self.merge and (not self.has_scores or self.gates):
             raise OptionError(
                 f"{self.name}: merge=True needs a policy that scores slots by their content, and {self.name} does not"
             )
