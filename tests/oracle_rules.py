@@ -6,7 +6,7 @@ h is a kv head, g a query head, i the position of a query, j the position of a k
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -274,7 +274,7 @@ class ScissorhandsRule(Scored):
     def slots(self, layer: Layer, moment: Moment) -> tuple[int, int]:
         slots, recent = super().slots(layer, moment)
         if len(layer.heads[0]) > slots:
-            return slots - int(self.drop * slots), recent
+            return max(slots - int(self.drop * slots), recent + 1), recent
         return slots, recent
 
     def scores(self, layer: Layer, moment: Moment) -> Scores:
@@ -364,17 +364,15 @@ class NACLRule(Scored):
         return [e for e in entries if e.position in stays]
 
 
-@dataclass
-class LocretRule(Rule):
-    """Algorithm 1 of Locret; heads: per layer (fc1, fc2) of the retaining heads."""
+@dataclass(kw_only=True)
+class LocretRule(Scored):
+    """Algorithm 1 of Locret; retaining_heads: per layer (fc1, fc2). Locret-Q protects the question, the first `sinks`."""
 
-    budget: int | float
-    chunk: int
     stabilizers: int
     local_tail: int
     decode_eviction: bool = False
     contiguous: bool = True
-    heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    retaining_heads: list[tuple[Tensor, Tensor]]
 
     def cut(self, length: int) -> list[tuple[int, str]]:
         tail = min(self.local_tail, length)
@@ -383,23 +381,24 @@ class LocretRule(Rule):
         return parts + ([(tail, "tail")] if tail else [])
 
     def arrive(self, layer: Layer, count: int) -> None:
-        fc1, fc2 = (w.double() for w in self.heads[layer.index])
+        fc1, fc2 = (w.double() for w in self.retaining_heads[layer.index])
         hidden = layer.projected @ fc1.T
         scores = (hidden * torch.sigmoid(hidden)) @ fc2.T
         for h, entries in enumerate(layer.heads):
             for t in range(count):
                 entries[len(entries) - count + t].score = float(scores[t, h])
 
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        return [[e.score for e in entries] for entries in layer.heads]
+
+    def slots(self, layer: Layer, moment: Moment) -> tuple[int, int]:
+        slots, _ = super().slots(layer, moment)
+        return slots, self.stabilizers if moment.part == "chunk" else 0
+
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         if moment.part == "tail" or (moment.part == "decode" and not self.decode_eviction):
             return layer.heads
-        slots = fraction(self.budget, moment.total, 0)
-        newest = self.stabilizers if moment.part == "chunk" else 0
-        out = []
-        for entries in layer.heads:
-            safe = [n >= len(entries) - newest for n in range(len(entries))]
-            out.append(best(entries, [e.score for e in entries], slots, safe))
-        return out
+        return super().keep(layer, moment)
 
     def renews(self, part: str, after: str) -> bool:
         # The authors re-rank at every forward. Without eviction in decoding nothing changes then; with it (ours) the
