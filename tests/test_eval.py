@@ -252,6 +252,8 @@ def test_which_interval():
     assert (both.mean, both.n, both.method) == (0.5, 20, "wilson")
     assert intervals.interval([1.0] * 10, [0.0] * 5).method == "bootstrap"  # unequal tasks weigh the same
     assert intervals.interval([1.0] * 10, [0.0] * 5).mean == 0.5
+    same = intervals.interval([0.5] * 8)
+    assert (same.low, same.high) == intervals.wilson(4, 8)  # not of no width
 
 
 def test_paired_differences_have_narrower_intervals():
@@ -523,3 +525,15 @@ def test_real_tasks_on_a_tiny_model(base):
     cells = json.loads(done.stdout)["cells"]
     assert {c["status"] for c in cells} == {"ok"}
     assert all(0 <= c["accuracy"]["mean"] <= 1 for c in cells)
+
+
+def test_the_small_model_is_the_default():
+    """The model that is part of the project answers with the full cache; what a policy sees of the question matters."""
+    done = call("-p", "snapkv", "-b", "0.25", "-t", "needle_single", "--tokens", 512, "--samples", 3, "--json")
+    assert done.exit_code == 0, done.output
+    assert "snapkv: made to see the question" in done.stderr
+    cells = {c["label"] + " " + c["mode"]: c for c in json.loads(done.stdout)["cells"]}
+    assert cells["full full"]["scores"] == [1.0] * 3
+    assert cells["snapkv aware"]["scores"] == [1.0] * 3
+    assert 0.24 < cells["snapkv aware"]["against_full"]["kept"] < 0.26
+    assert 0.24 < cells["snapkv blind"]["against_full"]["live"] < 0.26

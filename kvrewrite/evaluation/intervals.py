@@ -46,13 +46,16 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 def interval(*groups: Sequence[float]) -> Interval:
     """The mean of the groups' means (a group a task).
 
-    Wilson's interval where all scores are 0 or 1 and the groups are equally large, the bootstrap otherwise.
+    Wilson's interval where all scores are 0 or 1 and the groups are equally large, the bootstrap otherwise. Where all scores
+    are the same the bootstrap would have no width; there it is Wilson's too, which is wide enough for any scores within
+    [0, 1], since none vary more than zeros and ones of the same mean.
     """
     if not groups or not all(groups):
         raise ValueError("no scores")
     n = sum(len(g) for g in groups)
     mean = math.fsum(math.fsum(g) / len(g) for g in groups) / len(groups)
-    if len({len(g) for g in groups}) == 1 and all(s in (0, 1) for g in groups for s in g):
+    values = {s for g in groups for s in g}
+    if (len({len(g) for g in groups}) == 1 and values <= {0, 1}) or len(values) == 1:
         return Interval(mean, *wilson(math.fsum(s for g in groups for s in g), n), n, "wilson")
     return Interval(mean, *bootstrap(groups), n, "bootstrap")
 
