@@ -81,6 +81,7 @@ class TestDrawn:
             (_, _, (bars,)) = axes.containers[0]
             assert bars.get_segments()[0][:, 1] == pytest.approx([100 * low, 100 * up])
             assert axes.lines[0].get_ydata()[0] == 100  # the full cache
+            assert axes.get_xlim() == pytest.approx((20, 62.5))
 
     def test_a_mean_over_fewer_tasks_is_not_drawn(self, results, tmp_path):
         two = [

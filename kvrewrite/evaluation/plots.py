@@ -161,7 +161,7 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
         a.label_outer()
         a.set_ylim(-3, 103)
         _tidy(a)
-    _share_axis(axes, sorted(ticks))
+    _share_axis(axes, sorted(ticks), [100 * r["kept"] for r in rows if r["mode"] != BASELINE and r["kept"]])
     shown = f"{len(wanted)} tasks (mean)" if len(wanted) > 1 else next(iter(wanted))
     length_text = f"{lengths[0]:,} tokens, " if len(lengths) == 1 else ""
     figure.suptitle(
@@ -172,12 +172,14 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     return figure
 
 
-def _share_axis(axes: Sequence[Axes], budgets: Sequence[float]) -> None:
-    """Shares of the cache in percent, by factors, with a tick at every budget."""
+def _share_axis(axes: Sequence[Axes], budgets: Sequence[float], kept: Sequence[float]) -> None:
+    """Shares of the cache in percent, by factors, with a tick at every budget and some room beside all that is kept."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for a in axes:
         a.set_xscale("log")
+        if kept:
+            a.set_xlim(min(kept) / 1.25, max(kept) * 1.25)
         if budgets:
             a.xaxis.set_major_locator(FixedLocator([100 * b for b in budgets]))
         a.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
