@@ -566,7 +566,7 @@ def import_weights(source: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models in this directory.")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in --out.")
 def demo(out: Path | None, force: bool) -> None:
-    """Makes a small model on the spot, converts it and generates with it: offline, on a CPU, in under a minute."""
+    """Converts the small model that ships with kvrewrite and compares policies on it: offline, on a CPU, in a minute."""
     from kvrewrite.demo import run
 
     run(out, force=force)

@@ -69,6 +69,7 @@ def _attention(
         softcap=softcap,
         window=window,
         chunk=chunk,
+        own=True,
     )
     return out
 
@@ -214,6 +215,7 @@ def cached_attention(
         softcap=softcap,
         window=window,
         chunk=chunk,
+        own=True,
     )
 
 

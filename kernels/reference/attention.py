@@ -1,7 +1,7 @@
 """Attention over bounded caches in plain torch: the oracle for every kernel, and the path on the CPU.
 
 Everything is computed in fp32 (fp64 when the inputs are fp64), in blocks of query rows so that the scores of one block
-stay within `BLOCK_BYTES`.
+stay within `BLOCK_BYTES` (`BLOCK_BYTES_CPU`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 128 << 20
+BLOCK_BYTES_CPU = 16 << 20  # what malloc maps anew each time costs more than the arithmetic
 
 
 def _logits(
@@ -50,7 +51,8 @@ def _logits(
 def _blocks(q: Tensor, n_keys: int) -> list[tuple[int, int]]:
     """Ranges of query rows whose logits fit in BLOCK_BYTES."""
     rows, per_row = q.shape[2], max(1, q.shape[0] * q.shape[1] * n_keys * 4)
-    step = max(1, min(rows, BLOCK_BYTES // per_row)) if rows else 1
+    limit = BLOCK_BYTES if q.is_cuda else BLOCK_BYTES_CPU
+    step = max(1, min(rows, limit // per_row)) if rows else 1
     return [(i, min(rows, i + step)) for i in range(0, rows, step)]
 
 
@@ -73,11 +75,13 @@ def attend(
     softcap: float,
     window: int,
     chunk: int,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries on keys that carry their own positions.
 
     q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); q_pos: (B, T); k_pos, live, hidden: (B, Hkv, N).
-    sinks: (H,) extra logits in the softmax's denominator. Returns out (B, H, T, Dv) in q's dtype and the natural
+    sinks: (H,) extra logits in the softmax's denominator. own: the last T keys are the queries' own tokens in order, so
+    that a block of queries need not look at the keys behind it. Returns out (B, H, T, Dv) in q's dtype and the natural
     log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
     """
     b, h, t, d = q.shape
@@ -90,16 +94,18 @@ def attend(
     kf = torch.where(live[..., None], kf, 0.0)
     outs, lses = [], []
     for lo, hi in _blocks(q, k.shape[2]):
+        end = k.shape[2] - t + hi if own else k.shape[2]
         logits = _logits(
-            grouped[:, :, :, lo:hi], kf, q_pos[:, lo:hi], k_pos, live, alibi, hidden, scale, softcap, window, chunk
-        )
+            grouped[:, :, :, lo:hi], kf[:, :, :end], q_pos[:, lo:hi], k_pos[:, :, :end], live[:, :, :end], alibi,
+            None if hidden is None else hidden[:, :, :end], scale, softcap, window, chunk,
+        )  # fmt: skip
         if sinks is not None:
             extra = sinks.to(dtype).view(1, hkv, h // hkv, 1, 1).expand(b, -1, -1, hi - lo, 1)
             lse = torch.logsumexp(torch.cat([logits, extra], dim=-1), dim=-1)
         else:
             lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse)[..., None])
-        outs.append(torch.einsum("bhgtn,bhnd->bhgtd", weights, vf))
+        outs.append(torch.einsum("bhgtn,bhnd->bhgtd", weights, vf[:, :, :end]))
         lses.append(lse)
     if not outs:
         return q.new_zeros(b, h, 0, v.shape[-1]), torch.zeros(b, h, 0, device=q.device)
