@@ -396,7 +396,10 @@ class LocretRule(Scored):
         return slots, self.stabilizers if moment.part == "chunk" else 0
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        if moment.part == "tail" or (moment.part == "decode" and not self.decode_eviction):
+        if moment.part == "tail":
+            layer.head_slots = None
+            return layer.heads
+        if moment.part == "decode" and not self.decode_eviction:
             return layer.heads
         return super().keep(layer, moment)
 
