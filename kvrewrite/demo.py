@@ -104,7 +104,12 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     console.print(f"\n[bold]3. loaded[/] in {time.perf_counter() - begun:.1f} s from graph.json and the safetensors")
     sample = tasks.make(TASK, tokens=TOKENS, seed=1, tokenizer=tokenizer)
     prompt = torch.tensor([tokenizer(sample.context + sample.question)["input_ids"]])
-    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "use_cache": True}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "use_cache": True,
+    }
     full = original.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     cache = small.new_cache(1)
     dtype = small.dtype
@@ -139,6 +144,7 @@ def _run(folder: Path, console: Console, questions: int) -> None:
 def _compare(original: Any, tokenizer: Any, questions: int, console: Console) -> None:
     """Asks every policy the same questions."""
     import kvrewrite
+    from kvrewrite import policies
     from kvrewrite.evaluation import tasks
 
     table = Table(
@@ -149,12 +155,16 @@ def _compare(original: Any, tokenizer: Any, questions: int, console: Console) ->
         table.add_column(name, justify="right" if name != "policy" else "left")
     samples = [tasks.make(TASK, tokens=TOKENS, seed=100 + i, tokenizer=tokenizer) for i in range(questions)]
     for policy in COMPARED:
-        small = kvrewrite.transform(original, policy, **({} if policy == "full" else {"budget": SHARE}))
+        small: Any = kvrewrite.transform(original, policies.make(policy, budget=None if policy == "full" else SHARE))
         right, kept = 0.0, 0
         for sample in samples:
             prompt = torch.tensor([tokenizer(sample.context + sample.question)["input_ids"]])
             cache = small.new_cache(1)
-            settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+            settings: dict[str, Any] = {
+                "max_new_tokens": 6,
+                "do_sample": False,
+                "attention_mask": torch.ones_like(prompt),
+            }
             out: Any = small.generate(prompt, past_key_values=cache, **settings)
             right += tasks.score(sample, tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
             kept = max(int(lens.max()) for lens in cache.live_slots().values())
