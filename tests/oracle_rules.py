@@ -334,24 +334,23 @@ class NACLRule(Scored):
                 return layer.heads
             layer.counted_from = moment.seen
             proxies = range(counted_from, moment.seen)
-        slots, _ = self.slots(layer, moment)
-        row = fraction(self.budget, moment.total, 0)
-        return [self.sample(layer, h, slots, row, proxies) for h in range(len(layer.heads))]
+        slots, protected = self.slots(layer, moment)
+        return [self.sample(layer, h, slots, protected, proxies) for h in range(len(layer.heads))]
 
-    def sample(self, layer: Layer, head: int, slots: int, row: int, proxies: range) -> list[Entry]:
-        """slots: of this layer; row: the budget that all layers have on average, for what is protected."""
+    def window(self, slots: int) -> int:
+        """All protected tokens; by the budget that layers have on average."""
+        return int({"paper": 0.1, "code": 0.05}[self.preset] * slots)
+
+    def sample(self, layer: Layer, head: int, slots: int, protected: int, proxies: range) -> list[Entry]:
         entries = layer.heads[head]
         if len(entries) <= slots:
             return entries
         if self.preset == "paper":
-            sinks, newest = 0, int(0.1 * row)
-            at_random = int((slots - newest) * 2 / 3)
+            sinks, at_random = 0, int((slots - protected) * 2 / 3)
         else:
-            protected = int(0.05 * row)
             sinks = min(256, protected // 2)
-            newest = protected - sinks
             at_random = slots - protected - int((slots - protected) * 12 / 19)
-        top = slots - sinks - newest - at_random
+        newest, top = protected - sinks, slots - protected - at_random
         rest = entries[sinks : len(entries) - newest]
         score = {e.position: layer.received(head, e.position, proxies) for e in rest}
         rest.sort(key=lambda e: -score[e.position])

@@ -296,6 +296,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
     "knorm": ("knorm", {"budget": 9}, KnormRule(budget=9)),
     "knorm chunks": ("knorm", {"budget": 12, "chunk": 5}, KnormRule(budget=12, chunk=5)),
     "knorm layers": ("knorm", {"layer_budgets": "12,9,6"}, KnormRule(budget=1, layer_budgets=(12, 9, 6))),
+    "knorm pyramid": (  # the last layer keeps nothing: each token sees itself alone there
+        "knorm",
+        {"budget": 10, "layer_budgets": "pyramid"},
+        KnormRule(budget=10, layer_budgets="pyramid"),
+    ),
     "knorm heads": (
         "knorm",
         {"budget": 10, "head_budgets": "adakv"},
@@ -358,6 +363,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "nacl",
         {"budget": 10, "preset": "code", "interval": 6},
         NACLRule(budget=10, preset="code", interval=6),
+    ),
+    "nacl pyramid": (
+        "nacl",
+        {"budget": 12, "layer_budgets": "pyramid", "interval": 3},
+        NACLRule(budget=12, layer_budgets="pyramid", interval=3),
     ),
     "nacl layers": (
         "nacl",
@@ -619,7 +629,7 @@ def test_oracle_samples_by_softmax() -> None:
     count, draws = [0] * 4, 3000
     for seed in range(draws):
         layer = Layer(1, [list(entries)], 1.0, [attention])
-        (kept,) = NACLRule(budget=1, preset="code", seed=seed).sample(layer, 0, 1, 1, range(1))
+        (kept,) = NACLRule(budget=1, preset="code", seed=seed).sample(layer, 0, 1, 0, range(1))
         count[kept.position] += 1
     for n, p in zip(count, torch.softmax(torch.tensor(list(attention[0].values())), dim=0).tolist()):
         assert abs(n - draws * p) < 3 * (draws * p * (1 - p)) ** 0.5
