@@ -259,7 +259,9 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON documen
 @click.option("--policy", "-p", default="streaming_llm", show_default=True, help="See `kvrewrite policies`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the model directory.")
 @click.option("--policy-weights", type=click.Path(path_type=Path), help="safetensors file of trained policy weights.")
-@click.option("--budget", type=int, help="Live slots per row, layer and kv head after an eviction.")
+@click.option(
+    "--budget", help="Slots per row, layer and kv head after an eviction (1024), or a part of the text (0.25, 25%)."
+)
 @click.option("--chunk", type=int, help="Tokens of a prompt that are processed together.")
 @click.option("--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="Any other option of the policy.")
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="Context length(s) to estimate.")
@@ -270,7 +272,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON documen
 @click.option("--dry-run", is_flag=True, help="Print the sites and the memory estimate; write nothing.")
 @AS_JSON
 def convert(
-    model: str, policy: str, out: Path | None, policy_weights: Path | None, budget: int | None, chunk: int | None,
+    model: str, policy: str, out: Path | None, policy_weights: Path | None, budget: str | None, chunk: int | None,
     options: tuple[str, ...], contexts: tuple[int, ...], batch: int, max_length: int | None, link: bool, force: bool,
     dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -279,11 +281,13 @@ def convert(
     The weights are neither loaded nor changed: they are copied byte for byte (or linked).
     """
     from kvrewrite import policies
+    from kvrewrite.cli_eval import parse_budget
 
     if out is None and not dry_run:
         raise click.UsageError("give --out DIR, or --dry-run to write nothing")
     directory = _checkpoint_directory(model)
-    given = parse_options(policy, options, budget=budget, chunk=chunk)
+    policy = policies.ALIASES.get(policy, policy)
+    given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options are said before torch is loaded
     from kvrewrite import api
 
@@ -515,8 +519,9 @@ def policies(name: str | None, as_json: bool) -> None:
 
     from rich.table import Table
 
-    from kvrewrite.policies import POLICIES, make
+    from kvrewrite.policies import ALIASES, POLICIES, Policy, make
 
+    name = ALIASES.get(name, name) if name else None
     if name is not None and name not in POLICIES:
         make(name)  # raises, with the likely spelling
     chosen = [POLICIES[name]] if name else list(POLICIES.values())
@@ -529,12 +534,16 @@ def policies(name: str | None, as_json: bool) -> None:
         table = Table()
         for title in ("policy", "what it keeps", "source", "trained weights", "options"):
             table.add_column(title, overflow="fold")
+        shared = {f.name: f.default for f in dataclasses.fields(Policy)}
         for d in data:
-            options = ", ".join(f"{k}={v['default']}" for k, v in d["options"].items())
+            own = {k: v["default"] for k, v in d["options"].items() if k not in shared or v["default"] != shared[k]}
+            options = ", ".join(f"{k}={v}" for k, v in own.items())
             table.add_row(
                 d["name"], _column(d["summary"]), d["source"], "needed" if d["needs_weights"] else "-", options
             )
         console.print(table)
+        listed = ", ".join(f"{k}={v}" for k, v in shared.items())
+        console.print(f"Options that every policy has, with their defaults unless the table says otherwise: {listed}")
         return
     console.print(inspection.cleandoc(chosen[0].__doc__ or ""), soft_wrap=True, markup=False)
     table = Table()

@@ -142,7 +142,7 @@ def test_link(base, tmp_path):
         (["-o", "sinks=4"], "has no option 'sinks'"),
         (["-o", "start=four"], "expected an integer"),
         (["-o", "decode_eviction=maybe"], "expected true or false"),
-        (["--budget", "0"], "budget is 0"),
+        (["--budget", "0"], "expected a fraction such as 0.25 or a whole number of slots"),
         (["--budget", "4"], "expected a budget above 4"),
         (["--policy", "h2o", "--budget", "8", "-o", "recent_tokens=8"], "expected a budget above 8"),
         (["--policy", "locret", "--budget", "64", "-o", "stabilizers=8"], "policy weights"),
