@@ -34,7 +34,8 @@ def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
     z = (z ^ _shift(z, 30)) * _signed(M2)
     z = (z ^ _shift(z, 27)) * _signed(M3)
     z = z ^ _shift(z, 31)
-    return (_shift(z, 40).to(torch.float32) + 0.5) / (1 << 24)
+    # In fp32 the largest would round to 1.
+    return ((_shift(z, 40).to(torch.float32) + 0.5) / (1 << 24)).clamp(max=1 - 2**-24)
 
 
 def ranks(scores: Tensor, among: Tensor) -> Tensor:

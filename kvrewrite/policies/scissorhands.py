@@ -27,7 +27,7 @@ class Scissorhands(Policy):
 
     Only counts are stored, so the window of queries is laid before the compression that decoding will reach. A prompt that
     goes beyond it, but is shorter than `history`, is compressed by all queries counted so far, up to its length more. The
-    paper gives later layers more slots (layer_budgets); it states no schedule, so they are equal by default.
+    paper gives later layers more slots, without a schedule; here all have the same.
     """
 
     name = "scissorhands"
@@ -48,6 +48,12 @@ class Scissorhands(Policy):
     def validate(self) -> None:
         """What stays must hold the window."""
         self.require_budget()
+        for option in ("layer_budgets", "head_budgets"):
+            if getattr(self, option) != "equal":
+                raise OptionError(
+                    f"scissorhands: {option} is {getattr(self, option)!r}, but it compresses all heads of all layers at the same "
+                    "token; expected equal"
+                )
         if not 0 < self.drop < 1:
             raise OptionError(f"scissorhands: drop is {self.drop}, expected a share of the budget between 0 and 1")
         if self.history < 1 or self.recent_tokens < 0:
