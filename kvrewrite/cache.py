@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import Cache
 
 from kvrewrite.errors import CacheError
-from kvrewrite.pages import PAGE, Lease, PageStore
+from kvrewrite.kernels.reference.quantize import Scheme
+from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 
@@ -40,6 +41,7 @@ class _State:
     def __init__(self, spec: dict[str, Any], batch: int, device: torch.device):
         self.name: str = spec["name"]
         self.per_token: bool = spec["per_token"]
+        self.slots: bool = spec.get("slots", False)
         self.shape = tuple(spec["shape"])
         self.dtype: torch.dtype = getattr(torch, spec["dtype"])
         self.fill, self.batch = float(spec.get("fill", 0)), batch
@@ -60,7 +62,9 @@ class _State:
         self.value = grown
 
     def live(self, seen: Sequence[int]) -> int:
-        """Bytes that mean something."""
+        """Bytes that mean something, but for slots, which are counted as such."""
+        if self.slots:
+            return 0
         rows = sum(seen) if self.per_token else sum(n > 0 for n in seen)
         return rows * math.prod(self.shape) * self.dtype.itemsize
 
@@ -103,8 +107,12 @@ class EvictionCache(Cache):
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.leases: list[Lease] = []
+        quantize = self.layout.get("quantize")
+        scheme = Scheme(quantize["kind"], quantize["group"]) if quantize else None
+        # Quantized caches: slots from the end of a head that the next token may write to.
+        self._rewritten_slots = quantize["residual"] + 2 * quantize["group"] if quantize else 0
         for spec in self.layout["classes"]:
-            store = PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device)
+            store = PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme)
             self.leases.append(Lease(spec, batch, store))
         # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
         self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
@@ -199,16 +207,18 @@ class EvictionCache(Cache):
         self._dealt_rows.append(deals)
         # Layers that have to evict: what their heads get holds from then on.
         self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
-        self._equal_again.append((self._prompt & (valid > 0))[None, :, None] & ~evicts.any(2, keepdims=True))
+        tried = (self._prompt & (valid > 0))[None, :, None] & (keep < UNLIMITED)[..., None]
+        self._equal_again.append(tried & ~evicts.any(2, keepdims=True))
         rewrites = evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"])
         rewrites = rewrites & ~deals[None, :, None]
         if renew is not None:
             rewrites = rewrites | np.array(renew)[None, :, None]
-        first = np.where(new > 0, np.where(rewrites, 0, np.where(deals[None, :, None], UNLIMITED, bound)), UNLIMITED)
+        appends = np.maximum(bound - self._rewritten_slots, 0)
+        first = np.where(new > 0, np.where(rewrites, 0, np.where(deals[None, :, None], UNLIMITED, appends)), UNLIMITED)
         lease.unshare(first)
         during = np.where(deals[None, :, None], bound, np.maximum(bound, after))
         lease.resize(during, reserve)
-        names = PageStore.NAMES
+        names = lease.store.shapes
         out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
         if policy.ragged:
             most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1) * lease.kv_heads)
@@ -232,7 +242,7 @@ class EvictionCache(Cache):
         for c, lease in enumerate(self.leases):
             after = self._after[c]
             dealt = self._dealt[c] if self._dealt else None
-            # A prompt that evicted nothing from a layer gives its heads equal budgets again.
+            # A prompt that fits a layer's budget gives its heads equal shares again.
             self._head_keep[c][np.broadcast_to(self._equal_again[c], lease.bound.shape)] = -1
             if dealt is not None:
                 lease.settle(dealt)
@@ -271,7 +281,7 @@ class EvictionCache(Cache):
         """Bytes that hold tokens, that are leased, that the pools have reserved, and that are shared with forks."""
         live = leased = reserved = shared = 0
         for lease in self.leases:
-            live += int(lease.lens.sum()) * lease.store.slot_bytes
+            live += self._live_bytes(lease)
             leased += lease.leased * lease.store.page_bytes
             reserved += lease.store.total * lease.store.page_bytes
             shared += lease.shared * lease.store.page_bytes
@@ -279,6 +289,15 @@ class EvictionCache(Cache):
             size = state.value.numel() * state.value.element_size()
             live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
         return MemoryReport(live, leased, reserved, shared)
+
+    def _live_bytes(self, lease: Lease) -> int:
+        """Bytes of the slots that hold a token: a part of a page, or in a quantized cache's tail."""
+        slots, tail = int(lease.lens.sum()), 0
+        if self.layout.get("quantize"):
+            names = {f"qlens_{layer}" for layer in lease.layers}
+            quantized = sum(int(s.value.sum()) for s in self.states if s.name in names)
+            slots, tail = quantized, slots - quantized
+        return slots * lease.store.page_bytes // PAGE + tail * (lease.store.dense_bytes + SLOT_EXTRA)
 
     def live_slots(self) -> dict[int, Tensor]:
         """Live slots of each layer that owns a cache: layer -> (B, Hkv) int32."""

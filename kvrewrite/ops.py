@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
-from kvrewrite.kernels.reference import pages
+from kvrewrite.kernels.reference import pages, quantized_cache
+from kvrewrite.kernels.reference.quantize import Scheme
 
 NAMESPACE = "kvrewrite"
 
@@ -188,19 +189,22 @@ def cached_attention(
     softcap: float,
     window: int,
     chunk: int,
+    v_dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens on [live cache slots] + [the new tokens, causal].
 
     q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv): the new tokens, of which the first valid[b] of each row are
     real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE, 2) int32
     (original and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots; positions (B, T) int64.
-    k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated first. hidden (B, Hkv, T) bool: new
+    k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated or dequantized first, v_dense (B, Hkv, C, Dv)
+    for the values. hidden (B, Hkv, T) bool: new
     tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv) and the
     natural log-sum-exp (B, H, T) fp32.
     """
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
-    values = torch.cat([pages.read(v_pages, table).to(v.dtype), v], dim=2)
+    cached_v = pages.read(v_pages, table) if v_dense is None else v_dense
+    values = torch.cat([cached_v.to(v.dtype), v], dim=2)
     return reference_attention.attend(
         q,
         keys,
@@ -227,7 +231,7 @@ def _pad_hidden(hidden: Tensor | None, capacity: int) -> Tensor | None:
 @cached_attention.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, scale, softcap,
-    window, chunk
+    window, chunk, v_dense=None
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
@@ -352,6 +356,87 @@ def cache_update(
 def _(  # type: ignore[no-untyped-def]
     k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
     sinks, window, chunk, select=None, drop=None, floor=None, spare=None, next_table=None, threshold=None
+):  # fmt: skip
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ quantized caches
+@torch.library.custom_op("kvrewrite::read_quantized", mutates_args=())
+def read_quantized(
+    codes: Tensor, params: Tensor, tail: Tensor, table: Tensor, qlens: Tensor, kind: str, group: int, values: bool
+) -> Tensor:
+    """The slots of every head in slot order, in full precision: (B, Hkv, C, D); what is not live may be anything.
+
+    codes (pages, PAGE, width) uint8 and params, by page, hold slots [0, qlens) of each head, quantized as `kind` says, keys or
+    values; tail (B, Hkv, R + group, D) holds the slots from qlens (B, Hkv) on. See kernels/reference/quantized_cache.py.
+    """
+    return quantized_cache.Pools(codes, params, tail).read(table, qlens, Scheme(kind, group), values)
+
+
+@read_quantized.register_fake
+def _(codes, params, tail, table, qlens, kind, group, values):  # type: ignore[no-untyped-def]
+    return tail.new_empty(*table.shape[:2], table.shape[2] * codes.shape[1], tail.shape[3])
+
+
+@torch.library.custom_op(
+    "kvrewrite::cache_update_quantized",
+    mutates_args=(
+        "k_pages", "v_pages", "k_params", "v_params", "score_pages", "pos_pages", "k_tail", "v_tail", "lens", "qlens",
+        "next_table", "threshold",
+    ),
+)  # fmt: skip
+def cache_update_quantized(
+    k: Tensor,
+    v: Tensor,
+    new_scores: Tensor,
+    slot_scores: Tensor | None,
+    positions: Tensor,
+    rotary: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    k_cached: Tensor | None,
+    v_cached: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_params: Tensor,
+    v_params: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    k_tail: Tensor,
+    v_tail: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    qlens: Tensor,
+    kind: str,
+    group: int,
+    sinks: int,
+    window: int,
+    chunk: int,
+    select: Tensor | None = None,
+    drop: Tensor | None = None,
+    floor: Tensor | None = None,
+    spare: Tensor | None = None,
+    next_table: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> None:
+    """`cache_update` where all but the newest slots are quantized; pools and tails as `read_quantized` has them.
+
+    k_cached, v_cached (B, Hkv, C, ...): what `read_quantized` gave in this step, not rotated; None: it is read once more.
+    """
+    quantized_cache.cache_update(
+        k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent,
+        quantized_cache.Pools(k_pages, k_params, k_tail), quantized_cache.Pools(v_pages, v_params, v_tail), score_pages,
+        pos_pages, table, lens, qlens, k_cached, v_cached, sinks, window, chunk, Scheme(kind, group), select, drop, floor,
+        spare, next_table, threshold,
+    )  # fmt: skip
+
+
+@cache_update_quantized.register_fake
+def _(  # type: ignore[no-untyped-def]
+    k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_cached, v_cached, k_pages, v_pages, k_params,
+    v_params, score_pages, pos_pages, k_tail, v_tail, table, lens, qlens, kind, group, sinks, window, chunk, select=None,
+    drop=None, floor=None, spare=None, next_table=None, threshold=None
 ):  # fmt: skip
     return None
 

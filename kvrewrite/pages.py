@@ -7,6 +7,7 @@ head). A page with several references is copied before it is written to.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -14,28 +15,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels.reference.quantize import Scheme
+
 PAGE = 64  # slots a page
 SLOT_EXTRA = 4 + 8  # bytes of a slot's score and positions
 
 
+def pool_shapes(
+    k_dim: int, v_dim: int, dtype: torch.dtype, scheme: Scheme | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a page has in each pool. scheme: how keys and values are quantized (kernels/reference/quantize.py), or None."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "k_pages": ((PAGE, k_dim), dtype),
+        "v_pages": ((PAGE, v_dim), dtype),
+        "score_pages": ((PAGE,), torch.float32),
+        "pos_pages": ((PAGE, 2), torch.int32),  # position in the text, position that the key is rotated by
+    }
+    if scheme is not None:
+        p = scheme.parameters
+        shapes["k_pages"] = ((PAGE, scheme.code_width(k_dim)), torch.uint8)
+        shapes["v_pages"] = ((PAGE, scheme.code_width(v_dim)), torch.uint8)
+        shapes["k_params"] = ((PAGE // scheme.group, k_dim, p), dtype)
+        shapes["v_params"] = ((PAGE, v_dim // scheme.value_group(v_dim), p), dtype)
+    return shapes
+
+
 class PageStore:
-    """The pages of one cache class. Page 0 is never leased: table entries that stand for no page point to it."""
+    """The pages of one cache class: a pool (pages, ...) for each entry of `pool_shapes`, as an attribute of that name. Page 0
+    is never leased: table entries that stand for no page point to it."""
 
-    k_pages: Tensor  # (pages, PAGE, Dk)
-    v_pages: Tensor  # (pages, PAGE, Dv)
-    score_pages: Tensor  # (pages, PAGE) fp32
-    pos_pages: Tensor  # (pages, PAGE, 2) int32: position in the text, position that the key is rotated by
-    NAMES = ("k_pages", "v_pages", "score_pages", "pos_pages")
+    k_pages: Tensor
+    v_pages: Tensor
+    score_pages: Tensor
+    pos_pages: Tensor
 
-    def __init__(self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device, scheme: Scheme | None = None):
         self.device = device
-        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "k_pages": ((PAGE, k_dim), dtype),
-            "v_pages": ((PAGE, v_dim), dtype),
-            "score_pages": ((PAGE,), torch.float32),
-            "pos_pages": ((PAGE, 2), torch.int32),
-        }
-        self.slot_bytes = (k_dim + v_dim) * dtype.itemsize + SLOT_EXTRA
+        self.shapes = pool_shapes(k_dim, v_dim, dtype, scheme)
+        self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
+        self.dense_bytes = (k_dim + v_dim) * dtype.itemsize  # a slot's key and value in full precision
         self.references = np.zeros(0, dtype=np.int32)
         self.free: list[int] = []
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
@@ -99,14 +117,9 @@ class PageStore:
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies the content of pages."""
         src, dst = torch.from_numpy(source).long().to(self.device), torch.from_numpy(target).long().to(self.device)
-        for name in self.NAMES:
+        for name in self.shapes:
             pool = getattr(self, name)
             pool[dst] = pool[src]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page, all told."""
-        return PAGE * self.slot_bytes
 
 
 class Lease:

@@ -215,6 +215,7 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
         turned = replay(x, positions).float()
     except (RuntimeError, IndexError) as error:
         raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
+    cos, sin = cos.float(), sin.float()
     if not torch.allclose(turned, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")
     return partner

@@ -9,6 +9,7 @@ for. Runs last: graph matchers refuse to cross mutating ops.
 from __future__ import annotations
 
 import operator
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import fx
 
 from kvrewrite.capture import Captured, RotaryTable
-from kvrewrite.errors import UnsupportedModelError
+from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, placeholder, set_attr, shape_of
+from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.passes.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert_policy import SiteHook, SiteInputs, insert_policy
 from kvrewrite.policies.base import Policy
@@ -26,6 +28,7 @@ from kvrewrite.site import AttentionSite
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
+QUANTIZED_POOLS = ("k_pages", "v_pages", "k_params", "v_params", "score_pages", "pos_pages")
 
 
 @dataclass
@@ -55,15 +58,16 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     contiguous = policy.positions == "contiguous"
     classes, where = _classes(nodes, sites)
     policy.check_layers(len(where))
+    scheme = _scheme(policy, sites)
     inputs = _control_inputs(gm, len(classes), contiguous, policy)
     rotary: list[dict[str, Any]] = []
     tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous or policy.needs_rotary else {}
-    shared = _Shared(gm, policy, inputs)
+    shared = _Shared(gm, policy, inputs, scheme, captured.dtype)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in owners:
-            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables)
+            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables, shared)
             cache["rotary"] = tables.get(site.layer)
             owners[owner] = cache
             if policy.gates:
@@ -91,6 +95,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         "states": list(shared.states.values()),
         "row_inputs": list(policy.inputs),
         "rewrites_slots": shared.rewrites_slots,
+        "quantize": None if scheme is None else {**vars(scheme), "residual": policy.quantize_residual},
         "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
     }
 
@@ -98,8 +103,13 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
 class _Shared:
     """What the hooks of all sites share: graph inputs, states, memo."""
 
-    def __init__(self, gm: fx.GraphModule, policy: Policy, inputs: dict[str, Any]):
-        self.gm = gm
+    def __init__(
+        self, gm: fx.GraphModule, policy: Policy, inputs: dict[str, Any], scheme: Scheme | None, dtype: torch.dtype
+    ):
+        self.gm, self.scheme = gm, scheme
+        self.pools = POOLS if scheme is None else QUANTIZED_POOLS
+        self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
+        self.dtype = str(dtype).removeprefix("torch.")
         names = ("positions", "valid", "recent", *policy.inputs)
         self.nodes = {n: inputs[n] for n in names}
         ids = placeholder(gm, "input_ids")
@@ -109,14 +119,16 @@ class _Shared:
         self.memo: dict[str, Any] = {}
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0") -> fx.Node:
-        """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it."""
-        self.states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill}
+    def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0", slots: bool = False) -> fx.Node:
+        """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it. slots: it
+        holds slots of the cache, which are counted with the others."""
+        spec = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill, "slots": slots}
+        self.states[name] = spec
         return add_placeholder(self.gm, f"state_{name}")
 
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
-        nodes = {**self.nodes, **{n: cache[n] for n in (*POOLS, "table", "lens", "keep")}}
+        nodes = {**self.nodes, **{n: cache[n] for n in (*self.pools, "table", "lens", "keep")}}
 
         def observation(rows: fx.Node, above: fx.Node | None, newest: Any) -> tuple[Any, ...]:
             q, k, _, lse, _, alibi, shape = cache["readers"][0]
@@ -130,6 +142,31 @@ class _Shared:
         return SiteInputs(
             nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, cache["rotary"]
         )
+
+
+def _scheme(policy: Policy, sites: list[AttentionSite]) -> Scheme | None:
+    """How keys and values are quantized; OptionError where a layer's can't be."""
+    if policy.quantize == "none":
+        return None
+    scheme = Scheme(policy.quantize, policy.quantize_group)
+    for site in sites:
+        try:
+            scheme.code_width(site.head_dim), scheme.code_width(site.v_head_dim)
+        except ValueError as error:
+            raise OptionError(
+                f"{policy.name}: quantize={policy.quantize}, layer {site.layer} ({site.module}): {error}"
+            ) from None
+    if (
+        isinstance(policy.budget, int)
+        and policy.layer_budgets == "equal"
+        and policy.budget < 2 * policy.quantize_residual
+    ):
+        warnings.warn(
+            f"{policy.name}: of {policy.budget} slots the {policy.quantize_residual} newest stay in full precision "
+            "(quantize_residual), so that little or no memory is saved; use a smaller quantize_residual",
+            stacklevel=2,
+        )
+    return scheme
 
 
 def _classes(nodes: list[fx.Node], sites: list[AttentionSite]) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
@@ -170,8 +207,9 @@ def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool, policy
     for name in [*names, *policy.inputs]:
         inputs[name] = add_placeholder(gm, name)
     ragged = ("floor", "spare", "next_table") if policy.ragged else ()
+    pools = POOLS if policy.quantize == "none" else QUANTIZED_POOLS
     for c in range(n_classes):
-        for name in (*POOLS, "table", "lens", "keep", *ragged):
+        for name in (*pools, "table", "lens", "keep", *ragged):
             inputs[f"{name}_{c}"] = add_placeholder(gm, f"{name}_{c}")
     return inputs
 
@@ -241,17 +279,35 @@ def _open_cache(
     index: int,
     ropes: dict[int, Rope],
     tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]],
+    shared: _Shared,
 ) -> dict[str, Any]:
     """The views of one owner's cache, in front of its attention."""
-    pools = {name: inputs[f"{name}_{cache_class}"] for name in POOLS}
+    pools = {name: inputs[f"{name}_{cache_class}"] for name in shared.pools}
+    tails: dict[str, fx.Node] = {}
+    if shared.scheme is not None:
+        for name, dim in (("k_tail", site.head_dim), ("v_tail", site.v_head_dim)):
+            shape = (site.kv_heads, shared.tail, dim)
+            tails[name] = shared.state(f"{name}_{site.layer}", shape, shared.dtype, slots=True)
+        tails["qlens"] = shared.state(f"qlens_{site.layer}", (site.kv_heads,), "int32")
     with gm.graph.inserting_before(node):
         views = {
             name: gm.graph.call_function(aten.select.int, (inputs[f"{name}_{cache_class}"], 0, index))
             for name in ("table", "lens", "keep", "spare", "next_table")
             if f"{name}_{cache_class}" in inputs
         }
-        cache: dict[str, Any] = {**pools, **views, "k": node.args[1], "v": node.args[2], "k_dense": None, "readers": []}
-        cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"))
+        cache: dict[str, Any] = {**pools, **views, **tails, "k": node.args[1], "v": node.args[2], "readers": []}
+        cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
+        if shared.scheme is not None:
+            scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
+            cache["k_raw"], cache["v_dense"] = (
+                gm.graph.call_function(
+                    ops.read_quantized.default,
+                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *where, *scheme, x == "v"),
+                )
+                for x in "kv"
+            )
+            cache["k_dense"] = cache["k_raw"]
+            site.inserted.append("dequantize")
         rope = ropes.get(site.layer)
         if rope is not None:
             cos, sin, partner = tables[site.layer]
@@ -260,7 +316,9 @@ def _open_cache(
                 ops.slot_rotary.default,
                 (pools["pos_pages"], views["table"], views["lens"], inputs["following"], inputs["renew"]),
             )
-            raw = gm.graph.call_function(ops.read_pages.default, (pools["k_pages"], views["table"]))
+            raw = cache["k_raw"]
+            if raw is None:
+                raw = gm.graph.call_function(ops.read_pages.default, (pools["k_pages"], views["table"]))
             cache["k_dense"] = gm.graph.call_function(ops.rotate.default, (raw, cos, sin, positions, partner))
             site.inserted.append("rotate cached keys")
     return cache
@@ -277,7 +335,7 @@ def _read_cache(
     with gm.graph.inserting_before(node):
         pair = gm.graph.call_function(
             ops.cached_attention.default,
-            (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape),
+            (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape, cache["v_dense"]),
         )
         out = gm.graph.call_function(operator.getitem, (pair, 0))
         lse = gm.graph.call_function(operator.getitem, (pair, 1))
@@ -302,30 +360,24 @@ def _close_cache(
     scores = insert_policy(hook, policy)
     shared.rewrites_slots |= scores.slots is not None
     window, chunk = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
-    hook.call(
-        ops.cache_update.default,
-        cache["k"],
-        cache["v"],
-        scores.new,
-        scores.slots,
-        inputs["positions"],
-        inputs["position_ids"],
-        inputs["valid"],
-        cache["keep"] if scores.keep is None else scores.keep,
-        inputs["recent"],
-        *(cache[name] for name in POOLS),
-        cache["table"],
-        cache["lens"],
-        policy.sinks,
-        window,
-        chunk,
-        scores.select,
-        cache["hidden"] if scores.drop is None else scores.drop,
-        cache["floor"],
-        cache.get("spare"),
-        cache.get("next_table"),
+    new = (
+        cache["k"], cache["v"], scores.new, scores.slots, inputs["positions"], inputs["position_ids"], inputs["valid"],
+        cache["keep"] if scores.keep is None else scores.keep, inputs["recent"],
+    )  # fmt: skip
+    pools = (cache[name] for name in shared.pools)
+    rest = (
+        policy.sinks, window, chunk, scores.select, cache["hidden"] if scores.drop is None else scores.drop, cache["floor"],
+        cache.get("spare"), cache.get("next_table"),
         shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
-    )
+    )  # fmt: skip
+    if shared.scheme is None:
+        hook.call(ops.cache_update.default, *new, *pools, cache["table"], cache["lens"], *rest)
+    else:
+        # Where the update waits for the logits, what was dequantized for attention would wait in all layers.
+        read = (None, None) if policy.after_logits else (cache["k_raw"], cache["v_dense"])
+        where = (cache["k_tail"], cache["v_tail"], cache["table"], cache["lens"], cache["qlens"])
+        scheme = (shared.scheme.kind, shared.scheme.group)
+        hook.call(ops.cache_update_quantized.default, *new, *read, *pools, *where, *scheme, *rest)
     site.inserted.append("cache_update")
     return hook.after
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from kvrewrite.cache import EvictionCache
 from kvrewrite.errors import CacheError
-from kvrewrite.pages import PAGE, PageStore
+from kvrewrite.pages import PAGE
 from tests.rewritten import original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -51,7 +51,7 @@ def check_pages(*caches: EvictionCache) -> None:
 
 
 def storage(cache: EvictionCache) -> int:
-    return sum(getattr(lease.store, n).untyped_storage().nbytes() for lease in cache.leases for n in PageStore.NAMES)
+    return sum(getattr(lease.store, n).untyped_storage().nbytes() for lease in cache.leases for n in lease.store.shapes)
 
 
 def test_pages_come_and_go() -> None:

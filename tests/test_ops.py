@@ -481,6 +481,24 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         torch.zeros(B, HKV, 4, dtype=torch.int32),
         torch.full((B,), math.nan),
     )
+    total = len(cache.k_pages)
+    coded = {  # int8 in groups of 2, 4 slots in full precision
+        "k_pages": torch.randint(256, (total, PAGE, D), dtype=torch.uint8),
+        "v_pages": torch.randint(256, (total, PAGE, DV), dtype=torch.uint8),
+        "k_params": torch.randn(total, PAGE // 2, D, 2),
+        "v_params": torch.randn(total, PAGE, DV // 2, 2),
+        "k_tail": torch.randn(B, HKV, 6, D),
+        "v_tail": torch.randn(B, HKV, 6, DV),
+    }
+    qlens = (cache.lens - 4).clamp(min=0)
+    pools = (coded["k_pages"], coded["v_pages"], coded["k_params"], coded["v_params"], *cache.pools()[2:])
+    tails = (coded["k_tail"], coded["v_tail"], cache.table, cache.lens, qlens)
+    k_read, v_read = (
+        ops.read_quantized(
+            coded[f"{x}_pages"], coded[f"{x}_params"], coded[f"{x}_tail"], cache.table, qlens, "int8", 2, x == "v"
+        )
+        for x in "kv"
+    )
     return {
         "attention": (ops.attention, (q, k, v, sinks, slopes, 0.3, 2.0, 2, 0)),
         "read_pages": (ops.read_pages, (cache.k_pages, cache.table)),
@@ -505,6 +523,24 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "cache_update, ragged": (
             ops.cache_update,
             (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0, *ragged),
+        ),
+        "cached_attention, quantized": (
+            ops.cached_attention,
+            (
+                fresh.q, fresh.k, fresh.v, k_read, *pools[:2], *where, None, None, None, *shape({}), v_read,
+            ),
+        ),
+        "read_quantized": (
+            ops.read_quantized,
+            (coded["v_pages"], coded["v_params"], coded["v_tail"], cache.table, qlens, "int8", 2, True),
+        ),
+        "cache_update_quantized": (
+            ops.cache_update_quantized,
+            (fresh.k, fresh.v, *scores, *arrive, None, None, *pools, *tails, "int8", 2, 1, 0, 0),
+        ),
+        "cache_update_quantized, ragged": (
+            ops.cache_update_quantized,
+            (fresh.k, fresh.v, *scores, *arrive, k_read, v_read, *pools, *tails, "int8", 2, 1, 0, 0, *ragged),
         ),
         "slot_positions": (ops.slot_positions, where),
         "newest_rows": (ops.newest_rows, (fresh.positions, fresh.valid, recent)),
