@@ -395,10 +395,7 @@ class LocretRule(Scored):
         return slots, self.stabilizers if moment.part == "chunk" else 0
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        if moment.part == "tail":
-            layer.head_slots = None
-            return layer.heads
-        if moment.part == "decode" and not self.decode_eviction:
+        if moment.part == "tail" or (moment.part == "decode" and not self.decode_eviction):
             return layer.heads
         return super().keep(layer, moment)
 
@@ -410,35 +407,47 @@ class LocretRule(Scored):
 
 @dataclass(kw_only=True)
 class AttentionGateRule(Rule):
-    """A small attention over all tokens so far decides for each prompt token and kv head whether it is cached."""
+    """A small attention over all tokens so far decides for each prompt token and kv head whether it is cached. With a
+    budget (ours) those stay that are surest to."""
 
     gates: list[dict[str, Tensor]]  # layer -> "q", "k", "v", "o", "bias"
     gate_heads: int
     chunk: int | None = None
     sinks: int = 4
     threshold: float = 0.5
+    budget: int | float | None = None
 
     def cut(self, length: int) -> list[tuple[int, str]]:
         return [(n, "prompt") for n in pieces(length, self.chunk)]
 
+    def chances(self, layer: Layer, i: int) -> list[float]:
+        """kv head -> the probability that the token at i stays."""
+        gate = {name: w.double() for name, w in self.gates[layer.index].items()}
+        x = torch.stack(layer.inputs[: i + 1])
+        q, k, v = (x @ gate[n].T for n in "qkv")
+        size = q.shape[1] // self.gate_heads
+        out = []
+        for r in range(self.gate_heads):
+            part = slice(r * size, (r + 1) * size)
+            weights = torch.softmax(k[:, part] @ q[i, part] / size**0.5, dim=0)
+            out.append(weights @ v[:, part])
+        return torch.sigmoid(gate["o"] @ torch.cat(out) + gate["bias"]).tolist()
+
     def flags(self, layer: Layer, moment: Moment) -> list[list[bool]] | None:
         if moment.part == "decode":
             return None
-        gate = {name: w.double() for name, w in self.gates[layer.index].items()}
-        x = torch.stack(layer.inputs)  # of all tokens so far
-        q, k, v = (x @ gate[n].T for n in "qkv")
-        size = q.shape[1] // self.gate_heads
-        flags: list[list[bool]] = [[] for _ in layer.heads]
-        for i in range(moment.seen - layer.projected.shape[0], moment.seen):
-            out = []
-            for r in range(self.gate_heads):
-                part = slice(r * size, (r + 1) * size)
-                weights = torch.softmax(k[: i + 1, part] @ q[i, part] / size**0.5, dim=0)
-                out.append(weights @ v[: i + 1, part])
-            p = torch.sigmoid(gate["o"] @ torch.cat(out) + gate["bias"])
-            for h in range(len(layer.heads)):
-                flags[h].append(i >= self.sinks and float(p[h]) <= self.threshold)
-        return flags
+        new = range(moment.seen - layer.projected.shape[0], moment.seen)
+        chances = {i: self.chances(layer, i) for i in new}
+        return [[i >= self.sinks and chances[i][h] <= self.threshold for i in new] for h in range(len(layer.heads))]
+
+    def arrive(self, layer: Layer, count: int) -> None:
+        for h, entries in enumerate(layer.heads):
+            for e in entries[len(entries) - count :] if self.budget is not None else ():
+                e.score = self.chances(layer, e.position)[h]
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        return [[e for e in entries if not e.flagged] for entries in layer.heads]
+        heads = [[e for e in entries if not e.flagged] for entries in layer.heads]
+        if self.budget is None or moment.part == "decode":
+            return heads
+        slots = fraction(self.budget, moment.total, self.sinks)
+        return [best(h, [e.score for e in h], slots, [e.position < self.sinks for e in h]) for h in heads]
