@@ -39,7 +39,7 @@ from kvrewrite.graph_io import graph_from_dict, graph_to_dict
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, GRAPH, POLICY, CONSTANTS = "kvrewrite.json", "graph.json", "policy.safetensors", "constants.safetensors"
 CONFIG, CARD, WEIGHTS = "config.json", "README.md", "model.safetensors"
 _OURS = {MANIFEST, GRAPH, POLICY, CONSTANTS, CONFIG, CARD}
@@ -460,6 +460,12 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         )
     if manifest["format_version"] < 1:
         raise ArtifactError(f"{damaged}: format_version is {manifest['format_version']}")
+    if manifest["format_version"] < FORMAT_VERSION:
+        raise ArtifactError(
+            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
+            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads format {FORMAT_VERSION}. "
+            "Convert the model again"
+        )
     body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
     if manifest.get("manifest_sha256") != _digest(body):
         raise ArtifactError(f"{damaged}: its hash is wrong; copy the directory again, or convert the model again")

@@ -141,6 +141,7 @@ class EvictionCache(Cache):
         """
         twin: EvictionCache = object.__new__(EvictionCache)
         twin.__dict__.update(self.__dict__)
+        twin.leases = []  # should what follows fail, it must not return this cache's pages
         for name in ("seen", "generated", "length", "next_rotary", "settled"):
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
@@ -152,6 +153,16 @@ class EvictionCache(Cache):
             copied.value = state.value.clone()
             twin.states.append(copied)
         return twin
+
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
+        """The same as `fork`: what people do with a cache of transformers to use a prefix again."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Not picklable: pages belong to a store that forks share."""
+        raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
 
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""

@@ -134,8 +134,9 @@ def parse_value(text: str, hint: str) -> Any:
 
 def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, Any]:
     """`key=value` pairs as the policy's fields want them. given: options with a flag of their own, None if unset."""
-    from kvrewrite.policies import POLICIES
+    from kvrewrite.policies import ALIASES, POLICIES
 
+    policy = ALIASES.get(policy, policy)
     hints = {f.name: str(f.type) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
     options = {k: v for k, v in given.items() if v is not None}
     for pair in pairs:
@@ -286,7 +287,6 @@ def convert(
     if out is None and not dry_run:
         raise click.UsageError("give --out DIR, or --dry-run to write nothing")
     directory = _checkpoint_directory(model)
-    policy = policies.ALIASES.get(policy, policy)
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options are said before torch is loaded
     from kvrewrite import api

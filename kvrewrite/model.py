@@ -343,7 +343,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             plans.append(self._plan(n, decodes, cache.row(len(plans))))
         logits: Tensor | None = None
         done = [0] * batch
-        reserve = self._reserve(cache, counts)
+        reserve = self._reserve(cache, plans)
         totals = [seen + n for seen, n in zip(cache.seen, counts)]
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
@@ -419,15 +419,25 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:
         """Positions that the tables of cos and sin must have in this step."""
         begins = cache.next_rotary if self.program.layout["contiguous"] else cache.seen
-        return max(begins) + longest + self.policy.rotary_ahead
+        reach = max(begins) + longest + self.policy.rotary_ahead
+        return min(reach, self.program.max_positions or reach)
 
-    def _reserve(self, cache: EvictionCache, counts: list[int]) -> int:
-        """Slots a head that the pools should have room for: the budget, or what the request is known to need."""
-        total = max((s + n for s, n in zip(cache.seen, counts)), default=0)
-        wanted = max(total, min(cache.max_length or 0, 2 * total + 256))
-        segment = self.policy.decode_segment(RowState(seen=max(0, wanted - 1)))
-        most = segment.keep if isinstance(segment.keep, int) else max(segment.keep)
-        return min(wanted, most)
+    def _reserve(self, cache: EvictionCache, plans: list[list[Segment]]) -> int:
+        """Slots a head that the pools should have room for: what the longest row holds on the way and in the end, and what
+        its answer will add as far as its length is known."""
+        most = 0
+        for row, plan in enumerate(plans):
+            held = peak = cache.length[row]
+            for segment in plan:
+                keep = segment.keep if isinstance(segment.keep, int) else max(segment.keep)
+                held = min(held + segment.length, keep)
+                peak = max(peak, held)
+            seen = cache.seen[row] + sum(s.length for s in plan)
+            coming = min(max(0, (cache.max_length or 0) - seen), held + 256)
+            following = self.policy.decode_segment(RowState(seen=seen + max(0, coming - 1), held=held))
+            keep = following.keep if isinstance(following.keep, int) else max(following.keep)
+            most = max(most, peak, min(held + coming, max(keep, held)))
+        return most
 
     # -- saving --------------------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **kwargs: Any) -> None:

@@ -62,7 +62,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     inputs = _control_inputs(gm, len(classes), contiguous, policy)
     rotary: list[dict[str, Any]] = []
     tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous or policy.needs_rotary else {}
-    shared = _Shared(gm, policy, inputs, scheme, captured.dtype)
+    shared = _Shared(captured, policy, inputs, scheme)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
@@ -103,13 +103,12 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
 class _Shared:
     """What the hooks of all sites share: graph inputs, states, memo."""
 
-    def __init__(
-        self, gm: fx.GraphModule, policy: Policy, inputs: dict[str, Any], scheme: Scheme | None, dtype: torch.dtype
-    ):
-        self.gm, self.scheme = gm, scheme
+    def __init__(self, captured: Captured, policy: Policy, inputs: dict[str, Any], scheme: Scheme | None):
+        gm = captured.graph
+        self.gm, self.scheme, self.max_positions = gm, scheme, captured.max_positions
         self.pools = POOLS if scheme is None else QUANTIZED_POOLS
         self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = str(captured.dtype).removeprefix("torch.")
         names = ("positions", "valid", "recent", *policy.inputs)
         self.nodes = {n: inputs[n] for n in names}
         ids = placeholder(gm, "input_ids")
@@ -140,8 +139,9 @@ class _Shared:
             return add_placeholder(self.gm, name)
 
         return SiteInputs(
-            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, cache["rotary"]
-        )
+            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
+            cache["rotary"],
+        )  # fmt: skip
 
 
 def _scheme(policy: Policy, sites: list[AttentionSite]) -> Scheme | None:

@@ -49,6 +49,7 @@ class SiteInputs:
     states: dict[str, dict[str, Any]]
     add_input: Callable[[str], fx.Node]
     logits: fx.Node | None = None
+    max_positions: int | None = None  # that the model has
     rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
 
 
@@ -58,6 +59,9 @@ class SiteHook:
     q (B, H, T, D), k (B, Hkv, T, D) and v (B, Hkv, T, Dv) are the tensors that enter attention. Nodes are added behind
     `after`, or in front of `before` where that is given.
     """
+
+    # For policies, which are listed and checked without torch.
+    aten, ops = aten, ops
 
     def __init__(
         self,
@@ -123,6 +127,10 @@ class SiteHook:
     def fp32(self, x: fx.Node) -> fx.Node:
         """x in fp32."""
         return self.call(aten.to.dtype, x, torch.float32)
+
+    def int64(self, x: fx.Node) -> fx.Node:
+        """x in int64."""
+        return self.call(aten.to.dtype, x, torch.int64)
 
     def where(self, condition: fx.Node, a: fx.Node | float, b: fx.Node | float) -> fx.Node:
         """a where the condition holds, else b."""
@@ -252,7 +260,7 @@ class SiteHook:
     def query_before_rope(self) -> fx.Node:
         """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
         position_ids = placeholder(self.gm, "position_ids")
-        found = find_rope(self.gm, self.q, self.site.heads, position_ids)
+        found = find_rope(self.gm, self.q, self.site.heads, position_ids, self.inputs.max_positions)
         if isinstance(found, Rope):
             order = list(found.layout)
             return found.pre if order == [0, 1, 2, 3] else self.call(aten.permute.default, found.pre, order)

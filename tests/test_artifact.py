@@ -435,6 +435,9 @@ def test_newer_formats_say_what_to_upgrade(tmp_path: Path, base: Checkpoint) -> 
     resign(out, format_version=99, kvrewrite="9.9")
     with pytest.raises(ArtifactError, match=r"format 99.*9\.9.*pip install --upgrade kvrewrite"):
         read_artifact(out)
+    resign(out, format_version=1, kvrewrite="0.0")
+    with pytest.raises(ArtifactError, match=r"has format 1, written by kvrewrite 0\.0.*Convert the model again"):
+        read_artifact(out)
     resign(out, format_version="1")
     with pytest.raises(ArtifactError, match="format_version"):
         read_artifact(out)

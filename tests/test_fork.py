@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
 from kvrewrite.cache import EvictionCache
+from kvrewrite.errors import CacheError
 from tests.rewritten import rewritten
 from tests.test_cache import GREEDY, check_pages, tokens
 
@@ -101,6 +104,23 @@ def test_a_fork_that_goes_returns_its_pages() -> None:
     assert twin.memory().leased > 0 and parent.memory().leased == 0
     check_pages(twin)
     model(tokens(1, 3), past_key_values=twin)
+
+
+def test_copies_are_forks() -> None:
+    model = rewritten("llama", "h2o", budget=100)
+    parent = model.new_cache(1)
+    model(tokens(1, 150), past_key_values=parent)
+    kept = parent.positions()
+    for duplicate in (copy.copy, copy.deepcopy):
+        copied = duplicate(parent)
+        assert copied.memory().shared == copied.memory().leased
+        model(tokens(1, 3), past_key_values=copied)
+        assert parent.positions() == kept != copied.positions()
+        check_pages(parent, copied)
+        del copied
+        gc.collect()
+    with pytest.raises(CacheError, match="can't be pickled"):
+        pickle.dumps(parent)
 
 
 def test_prefill_and_generate() -> None:

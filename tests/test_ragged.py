@@ -138,3 +138,57 @@ def test_gates_that_do_not_fit() -> None:
         rewrite(original("llama"), captured("llama"), "attention_gate", gates(0.0))
     found = rewrite(original("llama"), captured("llama"), "attention_gate", gates(0.0), gate_heads=4)
     assert (found.policy.gate_heads, found.policy.gate_dim) == (4, 4)
+
+
+POLICIES: list[tuple[str, dict[str, Any]]] = [
+    ("streaming_llm", {}),
+    ("h2o", {}),
+    ("scissorhands", {}),
+    ("tova", {}),
+    ("sirllm", {}),
+    ("snapkv", {}),
+    ("pyramidkv", {}),
+    ("adakv", {}),
+    ("nacl", {}),
+    ("expected_attention", {}),
+    ("keydiff", {}),
+    ("knorm", {}),
+    ("random", {}),
+    ("locret", {"chunk": 128, "stabilizers": 40, "local_tail": 20}),
+]
+
+
+@pytest.mark.parametrize(("policy", "options"), POLICIES)
+def test_what_is_evicted_is_not_reserved(policy: str, options: dict[str, Any]) -> None:
+    """After a prompt the pools hold little more than what its eviction left, whatever decoding may add later."""
+    model = rewritten("llama", policy, budget=128, **options)
+    cache = model.new_cache(1)
+    model(tokens(1, 1500), past_key_values=cache, logits_to_keep=1)
+    full = rewritten("llama", "full").new_cache(1)
+    rewritten("llama", "full")(tokens(1, 1500), past_key_values=full, logits_to_keep=1)
+    memory, page = cache.memory(), cache.leases[0].store.page_bytes
+    assert memory.reserved <= 2 * memory.leased + 2 * 4 * page
+    assert memory.reserved < full.memory().reserved / 3
+    child = cache.fork()
+    model(tokens(1, 9, seed=1), past_key_values=child)
+    assert child.memory().reserved <= 4 * memory.leased + 4 * 4 * page
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("h2o", {"budget": 0.5, "layer_budgets": "96,48"}),
+        ("h2o", {"budget": 0.5, "layer_budgets": "160,40", "head_budgets": "adakv"}),
+        ("locret", {"budget": 0.25, "chunk": 64, "local_tail": 0}),
+        ("locret_q", {"budget": 0.3, "chunk": 64, "local_tail": 0, "start": 16}),
+    ],
+)
+def test_the_newest_stay(policy: str, options: dict[str, Any]) -> None:
+    """Where a layer has less room than the protected window, the window shrinks; it does not lose its newest end."""
+    model = rewritten("llama", policy, **options)
+    cache = model.new_cache(1)
+    model(tokens(1, 300), past_key_values=cache)
+    if policy == "h2o":
+        assert all(299 in head for heads in cache.positions().values() for head in heads[0])
+    else:
+        assert all(len(set(range(200)) & set(head)) > 10 for heads in cache.positions().values() for head in heads[0])

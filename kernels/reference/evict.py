@@ -26,11 +26,11 @@ def priorities(
     """What a slot is worth (B, Hkv, N) fp64-free: -inf for slots that may go at once, +inf for protected ones.
 
     Slots that no later query can see (outside the window or chunk of the next position) are worth -inf; the first
-    `sinks` positions and the `recent` (B,) newest slots of each head are protected. NaN scores count as -inf.
+    `sinks` positions and the `recent` (B, Hkv) newest slots of each head are protected. NaN scores count as -inf.
     """
     worth = torch.nan_to_num(scores.float(), nan=float("-inf"), posinf=3e38, neginf=-3e38)
     worth = worth.masked_fill(torch.isnan(scores), -3.3e38)
-    protected = ranks_from_newest(pos, live) < recent[:, None, None]
+    protected = ranks_from_newest(pos, live) < recent[..., None]
     if sinks:
         protected |= pos < sinks
     worth = worth.masked_fill(protected, float("inf"))
@@ -155,7 +155,10 @@ def choose(
     last = (valid.long() - 1).clamp(min=0)[:, None]
     newest = torch.gather(positions.long(), 1, last)[:, 0]
     by = scores if select_by is None else select_by
-    worth = priorities(by, pos, live, newest, recent, sinks, window, chunk)
+    # The newest that are protected may not push each other out: beside the first ones there is room for so many.
+    first = (live & (pos < sinks)).sum(-1)
+    safe = torch.minimum(recent[:, None].long(), (keep.long() - first).clamp(min=0))
+    worth = priorities(by, pos, live, newest, safe, sinks, window, chunk)
     # Rows without new tokens keep what they have.
     busy = valid > 0
     keep_now = torch.where(busy[:, None], keep, capacity + t)

@@ -91,7 +91,8 @@ def expected_attention(
     covariance = centred.transpose(2, 3) @ centred / count  # (B, H, D, D)
     mean = mean[:, :, 0]
     if cos is not None and sin is not None and partner is not None:
-        ahead = valid.long()[:, None] + torch.arange(future, device=q.device)
+        # A model with a table of positions has none beyond its end.
+        ahead = (valid.long()[:, None] + torch.arange(future, device=q.device)).clamp(max=cos.shape[0] - 1)
         rotation = torch.diag_embed(cos.float()[ahead].mean(1))  # (B, D, D)
         rotation[:, torch.arange(d, device=q.device), partner] += sin.float()[ahead].mean(1)
         mean = torch.einsum("bij,bhj->bhi", rotation, mean)

@@ -34,6 +34,8 @@ ALIASES = {"msrnn": "tova"}  # what NACL's paper calls TOVA
 
 def register(cls: type[Policy]) -> type[Policy]:
     """Makes a policy of your own known by its name; a class decorator. Needed before `transform` and before `load`."""
+    if cls.name in ALIASES:
+        raise OptionError(f"{cls.name!r} is another name of {ALIASES[cls.name]!r} already; choose a different one")
     if POLICIES.get(cls.name, cls).__qualname__ != cls.__qualname__:
         raise OptionError(f"there is a policy called {cls.name!r} already: {POLICIES[cls.name].__qualname__}")
     POLICIES[cls.name] = cls

@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
     from kvrewrite.passes.insert_policy import SiteHook
     from kvrewrite.site import AttentionSite
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,7 @@ class AttentionGate(Policy):
         dtype = str(hook.dtype).removeprefix("torch.")
         kept = [hook.state(f"gate_{p}_{site.layer}", (width,), dtype, per_token=True) for p in "kv"]
         out = hook.call(
-            torch.ops.kvrewrite.gate.default,
+            hook.ops.gate.default,
             q,
             k,
             v,
@@ -120,14 +116,14 @@ class AttentionGate(Policy):
         )
         weight = hook.fp32(hook.weight(self._name(site, "o_proj.weight")))
         bias = hook.fp32(hook.weight(self._name(site, "o_proj.bias")))
-        p = hook.per_head(hook.call(aten.sigmoid.default, hook.linear(out, weight, bias)))
+        p = hook.per_head(hook.call(hook.aten.sigmoid.default, hook.linear(out, weight, bias)))
         hook.inputs.memo[f"gate {site.layer}"] = p
-        low = hook.call(aten.le.Scalar, p, self.threshold)
+        low = hook.call(hook.aten.le.Scalar, p, self.threshold)
         # The first tokens stay, and so does everything while decoding.
-        later = hook.call(aten.ge.Scalar, hook.input("positions"), self.start)
-        row = hook.call(aten.unsqueeze.default, hook.call(aten.gt.Scalar, hook.input("gated"), 0), 1)
-        may = hook.call(aten.unsqueeze.default, hook.call(aten.logical_and.default, later, row), 1)
-        return hook.call(aten.logical_and.default, low, may)
+        later = hook.call(hook.aten.ge.Scalar, hook.input("positions"), self.start)
+        row = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.gt.Scalar, hook.input("gated"), 0), 1)
+        may = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.logical_and.default, later, row), 1)
+        return hook.call(hook.aten.logical_and.default, low, may)
 
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Every token of a prompt passes a gate."""

@@ -145,7 +145,7 @@ class Policy:
             }
             if not any(fits.get(k, False) for k in kinds):
                 words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a word"}
-                expected = " or ".join(words.get(k, k) for k in kinds)
+                expected = " or ".join(words.get(k, k) for k in kinds if not (k == "int" and "float" in kinds))
                 raise OptionError(f"{self.name}: {option.name} is {value!r}, expected {expected}")
         if self.positions not in ("original", "contiguous"):
             raise OptionError(f'{self.name}: positions is {self.positions!r}, expected "original" or "contiguous"')

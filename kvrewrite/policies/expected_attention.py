@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
@@ -58,7 +56,7 @@ class ExpectedAttention(Policy):
         q = hook.query_before_rope()
         cos, sin, partner = hook.inputs.rotary or (None, None, None)
         scores = hook.call(
-            torch.ops.kvrewrite.expected_attention.default, q, hook.k, hook.v, cos, sin, partner, hook.input("valid"),
+            hook.ops.expected_attention.default, q, hook.k, hook.v, cos, sin, partner, hook.input("valid"),
             hook.site.scale, self.n_sink, self.n_future, float(self.epsilon),
         )  # fmt: skip
         return Scores(scores)

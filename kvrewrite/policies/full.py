@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ class Full(Policy):
 
     chunk: int | None = 2048
     decode_eviction: bool = False
+
+    def validate(self) -> None:
+        """A capacity is a number of slots, the same in all layers."""
+        if isinstance(self.budget, float):
+            raise OptionError(f"full: budget is {self.budget}, expected a whole number of slots (its capacity) or None")
+        if self.layer_budgets != "equal":
+            raise OptionError(f"full: layer_budgets is {self.layer_budgets!r}, but it evicts nothing; expected equal")
 
     def score(self, hook: SiteHook) -> Scores:
         """No score is ever compared; the position is as good as any."""

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +30,7 @@ class Knorm(Policy):
 
     def score(self, hook: SiteHook) -> Scores:
         """Minus the norm."""
-        norm = hook.call(aten.linalg_vector_norm.default, hook.fp32(hook.k), 2, [-1])
+        norm = hook.call(hook.aten.linalg_vector_norm.default, hook.fp32(hook.k), 2, [-1])
         return Scores(hook.scale(norm, -1.0))
 
 
@@ -68,6 +64,6 @@ class KeyDiff(Policy):
 
     def score(self, hook: SiteHook) -> Scores:
         """All keys are compared anew."""
-        scores = hook.call(torch.ops.kvrewrite.key_difference.default, hook.keys(), hook.slot_positions())
+        scores = hook.call(hook.ops.key_difference.default, hook.keys(), hook.slot_positions())
         cached, new = hook.split(scores)
         return Scores(new, slots=cached)

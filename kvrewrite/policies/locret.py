@@ -20,7 +20,8 @@ class Locret(Policy):
     score = fc2(act(fc1([q | k | v]))) of the raw projections before RoPE, one number per (token, kv head), without
     biases; act is the model's own activation. Prefill in chunks: after each chunk every head keeps its `budget` best
     slots; the `stabilizers` newest slots are protected except after the last chunk; the `local_tail` last prompt tokens
-    are added afterwards and nothing is evicted then, so a prompt leaves at most budget + local_tail slots.
+    are added afterwards and nothing is evicted then, so a prompt leaves at most budget + local_tail slots. Where the budget
+    is a fraction of the text, at most half of it are stabilizers.
 
     positions="contiguous" (the authors' code): keys are cached without rotation, re-ranked at each prefill chunk and
     frozen while decoding. decode_eviction=False as the authors have it: the cache grows with the answer; True (ours)
@@ -54,6 +55,11 @@ class Locret(Policy):
             raise OptionError(
                 f"locret: budget is {self.budget}, but {self.stabilizers} stabilizers are kept after each chunk; expected "
                 "a budget above the stabilizers"
+            )
+        if self.layer_budgets not in ("equal", "pyramid") and min(self._layer_list()) <= self.sinks + self.stabilizers:
+            raise OptionError(
+                f"{self.name}: layer_budgets has a layer of {min(self._layer_list())} slots, but {self.sinks} first tokens and "
+                f"{self.stabilizers} stabilizers are kept after each chunk; expected more in every layer"
             )
 
     @property
@@ -98,11 +104,14 @@ class Locret(Policy):
         keep = self.slots(row.seen + length)
         tail = min(self.local_tail, length)
         body = length - tail
+        stabilizers = self.stabilizers
+        if isinstance(self.budget, float):
+            stabilizers = min(stabilizers, (keep - self.sinks) // 2)
         segments = []
         for at in range(0, body, self.chunk):
             size = min(self.chunk, body - at)
             last = at + size == body
-            segments.append(Segment(size, keep, 0 if last else min(self.stabilizers, keep - 1)))
+            segments.append(Segment(size, keep, 0 if last else stabilizers))
         if tail:
             segments.append(Segment(tail, UNLIMITED))
         return segments

@@ -6,8 +6,6 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
     from kvrewrite.passes.insert_policy import SiteHook
 
-aten = torch.ops.aten
-ops = torch.ops.kvrewrite
 LARGE = 1e30  # above any score
 
 
@@ -80,35 +76,37 @@ class NACL(Policy):
 
     def score(self, hook: SiteHook) -> Scores:
         """F is summed up in the stored scores; what stays is decided by rank and by lot."""
-        length = hook.call(aten.sym_size.int, hook.q, 2)
+        length = hook.call(hook.aten.sym_size.int, hook.q, 2)
         most = hook.call(operator.add, hook.call(operator.floordiv, length, 5 if self.preset == "paper" else 100), 1)
         mass = hook.observe(hook.newest_rows(hook.input("proxies")), newest=most)
         cached, new = hook.split(mass)
         total = hook.add(hook.read_scores(), cached)
-        received = hook.call(aten.cat.default, [total, new], 2)
+        received = hook.call(hook.aten.cat.default, [total, new], 2)
         places = hook.slot_positions()
-        first = hook.call(aten.lt.Tensor, places, hook.per_row(hook.input("first_tokens")))
+        first = hook.call(hook.aten.lt.Tensor, places, hook.per_row(hook.input("first_tokens")))
         newest = hook.call(
-            aten.lt.Tensor, hook.call(ops.newest_ranks.default, places), hook.per_row(hook.input("recent"))
+            hook.aten.lt.Tensor, hook.call(hook.ops.newest_ranks.default, places), hook.per_row(hook.input("recent"))
         )
-        protected = hook.call(aten.logical_or.default, first, newest)
-        live = hook.call(aten.ge.Scalar, places, 0)
-        others = hook.call(aten.logical_and.default, live, hook.call(aten.logical_not.default, protected))
-        rank = hook.call(ops.ranks.default, received, others)
-        best = hook.call(aten.lt.Tensor, rank, hook.call(aten.unsqueeze.default, self._best(hook), 2))
-        draw = hook.call(ops.uniform.default, places, self.seed, hook.site.layer)
-        exponential = hook.call(aten.neg.default, hook.call(aten.log.default, draw))
-        lot = hook.call(aten.sub.Tensor, received, hook.call(aten.log.default, exponential))  # F plus a Gumbel variable
-        sure = hook.call(aten.logical_or.default, best, first)
+        protected = hook.call(hook.aten.logical_or.default, first, newest)
+        live = hook.call(hook.aten.ge.Scalar, places, 0)
+        others = hook.call(hook.aten.logical_and.default, live, hook.call(hook.aten.logical_not.default, protected))
+        rank = hook.call(hook.ops.ranks.default, received, others)
+        best = hook.call(hook.aten.lt.Tensor, rank, hook.call(hook.aten.unsqueeze.default, self._best(hook), 2))
+        draw = hook.call(hook.ops.uniform.default, places, self.seed, hook.site.layer)
+        exponential = hook.call(hook.aten.neg.default, hook.call(hook.aten.log.default, draw))
+        lot = hook.call(
+            hook.aten.sub.Tensor, received, hook.call(hook.aten.log.default, exponential)
+        )  # F plus a Gumbel variable
+        sure = hook.call(hook.aten.logical_or.default, best, first)
         select = hook.where(sure, LARGE, lot)
-        restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("evicts")), 0)
+        restarts = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("evicts")), 0)
         return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)
 
     def _best(self, hook: SiteHook) -> fx.Node:
         """How many stay by F alone, (B, Hkv): what the layer's budget leaves beside the protected and the random ones."""
         sure = hook.add(hook.input("recent"), hook.input("first_tokens"))
-        keep = hook.call(aten.to.dtype, hook.input("keep"), torch.int64)
-        rest = hook.call(aten.sub.Tensor, keep, hook.call(aten.unsqueeze.default, sure, 1))
+        keep = hook.int64(hook.input("keep"))
+        rest = hook.call(hook.aten.sub.Tensor, keep, hook.call(hook.aten.unsqueeze.default, sure, 1))
         part, whole = (2, 3) if self.preset == "paper" else (12, 19)
-        share = hook.call(aten.floor_divide.default, hook.call(aten.mul.Scalar, rest, part), whole)
-        return hook.call(aten.sub.Tensor, rest, share) if self.preset == "paper" else share
+        share = hook.call(hook.aten.floor_divide.default, hook.call(hook.aten.mul.Scalar, rest, part), whole)
+        return hook.call(hook.aten.sub.Tensor, rest, share) if self.preset == "paper" else share

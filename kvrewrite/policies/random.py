@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,5 +30,5 @@ class Random(Policy):
 
     def score(self, hook: SiteHook) -> Scores:
         """A number in (0, 1) by position."""
-        positions = hook.all_heads(hook.call(aten.unsqueeze.default, hook.input("positions"), 1))
-        return Scores(hook.call(torch.ops.kvrewrite.uniform.default, positions, self.seed, hook.site.layer))
+        positions = hook.all_heads(hook.call(hook.aten.unsqueeze.default, hook.input("positions"), 1))
+        return Scores(hook.call(hook.ops.uniform.default, positions, self.seed, hook.site.layer))

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +109,15 @@ class Scissorhands(Policy):
     def score(self, hook: SiteHook) -> Scores:
         """Counts so far and those of the new queries that lie in the window."""
         positions = hook.input("positions")
-        first = hook.call(aten.unsqueeze.default, hook.input("first_query"), 1)
-        counted = hook.fp32(hook.call(aten.ge.Tensor, positions, first))
-        share = hook.call(aten.reciprocal.default, hook.call(aten.add.Scalar, hook.fp32(positions), 1))
+        first = hook.call(hook.aten.unsqueeze.default, hook.input("first_query"), 1)
+        counted = hook.fp32(hook.call(hook.aten.ge.Tensor, positions, first))
+        share = hook.call(hook.aten.reciprocal.default, hook.call(hook.aten.add.Scalar, hook.fp32(positions), 1))
         counts = hook.observe(counted, above=share)
         cached, new = hook.split(counts)
         # Where the window begins among the new queries, what was counted before is too old.
-        begins = hook.call(aten.slice.Tensor, positions, 1, 0, 1)
-        fresh = hook.call(aten.unsqueeze.default, hook.call(aten.ge.Tensor, first, begins), 2)
+        begins = hook.call(hook.aten.slice.Tensor, positions, 1, 0, 1)
+        fresh = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.ge.Tensor, first, begins), 2)
         total = hook.add(hook.where(fresh, 0.0, hook.read_scores()), cached)
-        select = hook.call(aten.cat.default, [total, new], 2)
-        restarts = hook.call(aten.gt.Scalar, hook.per_row(hook.input("compresses")), 0)
+        select = hook.call(hook.aten.cat.default, [total, new], 2)
+        restarts = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("compresses")), 0)
         return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)

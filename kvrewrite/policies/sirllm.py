@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, RowState, Scores, Segment
 from kvrewrite.policies.streaming_llm import contiguous_where_possible
@@ -15,8 +13,6 @@ from kvrewrite.policies.streaming_llm import contiguous_where_possible
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
     from kvrewrite.site import AttentionSite
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +87,11 @@ class SirLLM(Policy):
         lost = hook.once(
             "surprisal",
             lambda: hook.call(
-                torch.ops.kvrewrite.surprisal.default, hook.logits, hook.input("input_ids"), hook.input("valid"), last,
+                hook.ops.surprisal.default, hook.logits, hook.input("input_ids"), hook.input("valid"), last,
                 hook.input("positions"),
             ),
         )  # fmt: skip
-        new = hook.all_heads(hook.call(aten.unsqueeze.default, lost, 1))
+        new = hook.all_heads(hook.call(hook.aten.unsqueeze.default, lost, 1))
         old = hook.read_scores()
-        turn = hook.call(aten.gt.Scalar, hook.per_row(hook.input("turn")), 0)
+        turn = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("turn")), 0)
         return Scores(new, slots=hook.where(turn, hook.scale(old, self.decay), old))

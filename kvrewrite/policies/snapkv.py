@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores, Segment, pyramid
 
@@ -55,7 +53,7 @@ class SnapKV(Policy):
         """The window's attention, pooled. Only a first prompt is ever evicted from, so cached slots have no score."""
         mass = hook.observe(hook.newest_rows(self.window), newest=self.window)
         _, new = hook.split(mass)
-        pool = torch.ops.kvrewrite.pool_window.default
+        pool = hook.ops.pool_window.default
         return Scores(hook.call(pool, new, hook.input("valid"), self.window, self.kernel, self.pooling == "max"))
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.passes.insert_policy import SiteHook
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +37,6 @@ class TOVA(Policy):
     def score(self, hook: SiteHook) -> Scores:
         """The last query's weights, averaged over heads."""
         mass = hook.observe(hook.newest_rows(1), newest=1)
-        mean = hook.scale(hook.call(aten.sum.dim_IntList, mass, [1], True), 1 / hook.site.heads)
+        mean = hook.scale(hook.call(hook.aten.sum.dim_IntList, mass, [1], True), 1 / hook.site.heads)
         cached, new = hook.split(hook.all_heads(mean))
         return Scores(new, slots=cached)
