@@ -28,10 +28,11 @@ def plan_memory(
     """Cache bytes for prompts of `context` tokens.
 
     The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs. Pages are counted
-    whole; an ordinary cache keeps every token in layers without a window and the window in the others.
+    whole; an ordinary cache keeps every token in layers without a window and the window in the others. A quantized cache
+    has its newest slots in full precision besides the pages, and in the peak one layer's slots as attention reads them.
     """
     owners = [site for site in sites if site.shares_kv_with is None]
-    full = evicted = chunk_bytes = longest = 0
+    full = evicted = chunk_bytes = longest = widest = 0
     kept, most = [0] * len(owners), [0] * len(owners)
     for segment in policy.plan(context):
         longest = max(longest, segment.length)
@@ -43,14 +44,36 @@ def plan_memory(
         span = site.window or site.chunk or UNLIMITED
         full += min(context, span) * token
         for slots, add in ((kept[i], True), (most[i], False)):
-            pages = -(-min(slots, span) // PAGE) * PAGE
-            size = pages * (token + site.kv_heads * SLOT_EXTRA)
+            pages = -(-min(slots, span) // PAGE)
+            size = pages * _page_bytes(site, policy, itemsize) + _row_bytes(site, policy, itemsize)
             if add:
                 evicted += size
             else:
                 chunk_bytes += size
+                widest = max(widest, pages * PAGE * token)
     layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners), default=0)
-    return MemoryPlan(context, batch, full * batch, evicted * batch, (chunk_bytes + layer * longest) * batch)
+    peak = chunk_bytes + layer * longest + (widest if policy.quantize != "none" else 0)
+    return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch)
+
+
+def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
+    """A page of every kv head of a layer."""
+    if policy.quantize == "none":
+        return PAGE * site.kv_heads * ((site.head_dim + site.v_head_dim) * itemsize + SLOT_EXTRA)
+    from kvrewrite.kernels.reference.quantize import Scheme
+
+    scheme = Scheme(policy.quantize, policy.quantize_group)
+    slot = scheme.key_bytes(site.head_dim, itemsize) + scheme.value_bytes(site.v_head_dim, itemsize) + SLOT_EXTRA
+    return site.kv_heads * round(PAGE * slot)
+
+
+def _row_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
+    """What a layer has for a row besides pages: the newest slots in full precision, a threshold for merging."""
+    size = 4 if policy.merge else 0
+    if policy.quantize != "none":
+        tail = policy.quantize_residual + policy.quantize_group
+        size += site.kv_heads * (tail * (site.head_dim + site.v_head_dim) * itemsize + 4)
+    return size
 
 
 def human(size: float) -> str:
