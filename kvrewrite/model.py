@@ -297,9 +297,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
                     "use a larger budget or a policy that evicts"
                 )
         # Generated ids come from the model itself; looking at them would stall a GPU at every token.
-        if not all(decoding) or not ids.is_cuda:
+        if ids.numel() and (not all(decoding) or not ids.is_cuda):
             low, high = int(ids.min()), int(ids.max())
-            if ids.numel() and (low < 0 or high >= self.program.vocab_size):
+            if low < 0 or high >= self.program.vocab_size:
                 raise InputError(
                     f"token ids reach from {low} to {high}, expected 0 to {self.program.vocab_size - 1}; does the tokenizer "
                     "belong to this model?"

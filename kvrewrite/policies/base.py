@@ -162,6 +162,9 @@ class Policy:
                 f"{self.name}: chunk is {self.chunk}, but it evicts once, by what the end of the prompt attends to, so the "
                 "prompt can't be cut; expected no chunk (a policy with chunked prefill: tova, h2o, keydiff, locret)"
             )
+        seed = getattr(self, "seed", 0)
+        if not 0 <= seed < 1 << 63:
+            raise OptionError(f"{self.name}: seed is {seed}, expected a number from 0 to 2**63 - 1")
         self._validate_shared()
         self.validate()
 
@@ -196,7 +199,7 @@ class Policy:
     def _layer_list(self) -> list[int]:
         """layer_budgets as numbers."""
         parts = [p.strip() for p in self.layer_budgets.split(",")]
-        if not all(p.isdigit() and int(p) > 0 for p in parts):
+        if not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
             raise OptionError(
                 f'{self.name}: layer_budgets is {self.layer_budgets!r}, expected "equal", "pyramid" or slots of each layer '
                 'such as "96,64,32"'
