@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvrewrite.ops  # noqa: F401
 from kvrewrite.kernels.reference import merge as module
 from kvrewrite.kernels.reference.merge import merge
 
@@ -225,3 +226,44 @@ def test_gpu_has_the_same_bits(dtype: torch.dtype) -> None:
         there = merge(*(x.cuda() for x in args), most)
         for x, y in zip(here, there):
             assert torch.equal(x, y.cpu())
+
+
+@pytest.mark.parametrize("keep", [9, 6])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_no_query_sees_any_more_is_not_merged(keep: int, quantized: bool) -> None:
+    """In a layer with a window of 6, of 13 tokens the 5 newest can be seen by the next; the others leave no trace, and the
+    budget decides only if it is smaller than the window."""
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(1, HKV, 13, D, generator=g), torch.randn(1, HKV, 13, DV, generator=g)
+    keep -= 2 if keep == 6 else 0
+    table = torch.arange(1, 1 + 2 * HKV, dtype=torch.int32).reshape(1, HKV, 2)
+    scores, places = torch.zeros(9, 8), torch.zeros(9, 8, 2, dtype=torch.int32)
+    lens, threshold = torch.zeros(1, HKV, dtype=torch.int32), torch.full((1,), NONE)
+    fresh = (
+        torch.arange(13.0).expand(1, HKV, 13), None, torch.arange(13)[None], torch.arange(13)[None],
+        torch.tensor([13], dtype=torch.int32), torch.full((1, HKV), keep, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+    )  # fmt: skip
+    k_pages, v_pages = torch.zeros(9, 8, D), torch.zeros(9, 8, DV)
+    if quantized:  # but nothing is: the tail is long enough
+        tails = torch.zeros(1, HKV, 24, D), torch.zeros(1, HKV, 24, DV)
+        codes = [torch.zeros(9, 8, n, dtype=torch.uint8) for n in (D, DV)]
+        params = torch.zeros(9, 1, D, 2), torch.zeros(9, 8, 1, 2)
+        torch.ops.kvrewrite.cache_update_quantized(
+            k, v, *fresh, None, None, *codes, *params, scores, places, *tails, table, lens, torch.zeros_like(lens), "int8",
+            8, 0, 6, 0, threshold=threshold,
+        )  # fmt: skip
+        stored = tails[0]
+    else:
+        torch.ops.kvrewrite.cache_update(
+            k, v, *fresh, k_pages, v_pages, scores, places, table, lens, 0, 6, 0, threshold=threshold
+        )
+        stored = torch.ops.kvrewrite.read_pages(k_pages, table)
+    assert lens.tolist() == [[min(keep, 5)] * HKV]
+    if keep >= 5:
+        assert torch.equal(stored[:, :, :5], k[:, :, 8:]) and bool(threshold.isnan())
+    else:  # one token that could still be seen goes
+        seen = torch.arange(13) >= 8
+        kept, victims = (x.expand(1, HKV, 13) for x in (torch.arange(13) >= 9, seen & (torch.arange(13) < 9)))
+        expected, _, mean = merge(k, v, kept, victims, torch.arange(13).expand(1, HKV, 13), torch.full((1,), NONE))
+        assert torch.equal(stored[:, :, :4], expected[:, :, 9:]) and torch.equal(threshold, mean)
