@@ -70,6 +70,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
         self.__dict__["_compiled"] = None  # not a submodule: it is the same graph
+        self.graph_module.to(self.device)  # tables that the compiler made lie on the CPU
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
             tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}

@@ -325,12 +325,12 @@ def cache_update(
     sinks: int,
     window: int,
     chunk: int,
-    select: Tensor | None = None,
-    drop: Tensor | None = None,
-    floor: Tensor | None = None,
-    spare: Tensor | None = None,
-    next_table: Tensor | None = None,
-    threshold: Tensor | None = None,
+    select: Tensor | None,
+    drop: Tensor | None,
+    floor: Tensor | None,
+    spare: Tensor | None,
+    next_table: Tensor | None,
+    threshold: Tensor | None,
 ) -> None:
     """Appends the valid new tokens and keeps, in every head, the `keep` (B, Hkv) int32 slots of highest score.
 
@@ -413,12 +413,12 @@ def cache_update_quantized(
     sinks: int,
     window: int,
     chunk: int,
-    select: Tensor | None = None,
-    drop: Tensor | None = None,
-    floor: Tensor | None = None,
-    spare: Tensor | None = None,
-    next_table: Tensor | None = None,
-    threshold: Tensor | None = None,
+    select: Tensor | None,
+    drop: Tensor | None,
+    floor: Tensor | None,
+    spare: Tensor | None,
+    next_table: Tensor | None,
+    threshold: Tensor | None,
 ) -> None:
     """`cache_update` where all but the newest slots are quantized; pools and tails as `read_quantized` has them.
 

@@ -251,12 +251,12 @@ def test_what_no_query_sees_any_more_is_not_merged(keep: int, quantized: bool) -
         params = torch.zeros(9, 1, D, 2), torch.zeros(9, 8, 1, 2)
         torch.ops.kvrewrite.cache_update_quantized(
             k, v, *fresh, None, None, *codes, *params, scores, places, *tails, table, lens, torch.zeros_like(lens), "int8",
-            8, 0, 6, 0, threshold=threshold,
+            8, 0, 6, 0, *[None] * 5, threshold,
         )  # fmt: skip
         stored = tails[0]
     else:
         torch.ops.kvrewrite.cache_update(
-            k, v, *fresh, k_pages, v_pages, scores, places, table, lens, 0, 6, 0, threshold=threshold
+            k, v, *fresh, k_pages, v_pages, scores, places, table, lens, 0, 6, 0, *[None] * 5, threshold
         )
         stored = torch.ops.kvrewrite.read_pages(k_pages, table)
     assert lens.tolist() == [[min(keep, 5)] * HKV]

@@ -340,6 +340,9 @@ def test_rotate(dtype: torch.dtype) -> None:
         assert float(got[b, h, s, i]) == pytest.approx(expected, rel=torch.finfo(dtype).eps, abs=1e-6)
 
 
+NOTHING = (None,) * 6  # select, drop, floor, spare, next_table, threshold
+
+
 # ------------------------------------------------------------------------------------------------ cache_update
 def value_of(score: float) -> tuple[int, float]:
     """NaN below everything."""
@@ -349,10 +352,11 @@ def value_of(score: float) -> tuple[int, float]:
 def survivors(entries: dict[int, float], keep: int, recent: int, sinks: int, window: int, chunk: int) -> list[int]:
     """Which positions stay, written out: position -> score, all of them live."""
     following = max(entries) + 1
-    newest = sorted(entries)[max(0, len(entries) - recent) :]
     useful = [
         p for p in entries if (not window or following - p < window) and (not chunk or p // chunk == following // chunk)
     ]
+    recent = min(recent, max(0, keep - sum(p < sinks for p in useful)))  # as many as there is room for
+    newest = sorted(entries)[max(0, len(entries) - recent) :]
     protected = sorted(p for p in useful if p < sinks or p in newest)
     others = sorted((p for p in useful if p not in protected), key=lambda p: (*(-x for x in value_of(entries[p])), p))
     return sorted((protected + others)[:keep])
@@ -365,6 +369,7 @@ UPDATES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": 4},
     "recent": {"recent": [3, 2, 5]},
     "sinks and recent": {"sinks": 2, "recent": [2, 4, 1]},
+    "more recent than kept": {"sinks": 2, "recent": [9, 9, 9], "keep": [[5, 4], [3, 8], [6, 1]]},
     "more protected than kept": {"sinks": 30, "keep": [[4, 4]] * 3},
     "window": {"window": 7},
     "window and sinks": {"window": 5, "sinks": 3, "recent": [4, 4, 4]},
@@ -436,7 +441,7 @@ def test_cache_update(case: dict[str, Any], valid: list[int], width: int) -> Non
     foreign[cache.table.flatten().long()] = False
     ops.cache_update(
         fresh.k, fresh.v, scores, replaced, fresh.positions, rotary, fresh.valid, keep, recent, *cache.pools(), cache.table,
-        cache.lens, case.get("sinks", 0), case.get("window", 0), case.get("chunk", 0),
+        cache.lens, case.get("sinks", 0), case.get("window", 0), case.get("chunk", 0), *NOTHING,
     )  # fmt: skip
     for (b, h), entries in expected.items():
         got = cache.slots(b, h)
@@ -454,7 +459,7 @@ def test_cache_update_refuses_to_overflow() -> None:
     with pytest.raises(RuntimeError, match="cache overflow: 20 slots to keep, but the table holds 16"):
         ops.cache_update(
             fresh.k, fresh.v, torch.zeros(B, HKV, 4), None, fresh.positions, fresh.positions, fresh.valid, keep,
-            torch.zeros(B, dtype=torch.int32), *cache.pools(), cache.table, cache.lens, 0, 0, 0,
+            torch.zeros(B, dtype=torch.int32), *cache.pools(), cache.table, cache.lens, 0, 0, 0, *NOTHING,
         )  # fmt: skip
 
 
@@ -518,7 +523,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "cache_update": (
             ops.cache_update,
-            (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0),
+            (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0, *NOTHING),
         ),
         "cache_update, ragged": (
             ops.cache_update,
@@ -536,7 +541,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "cache_update_quantized": (
             ops.cache_update_quantized,
-            (fresh.k, fresh.v, *scores, *arrive, None, None, *pools, *tails, "int8", 2, 1, 0, 0),
+            (fresh.k, fresh.v, *scores, *arrive, None, None, *pools, *tails, "int8", 2, 1, 0, 0, *NOTHING),
         ),
         "cache_update_quantized, ragged": (
             ops.cache_update_quantized,

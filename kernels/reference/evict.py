@@ -156,7 +156,7 @@ def choose(
     newest = torch.gather(positions.long(), 1, last)[:, 0]
     by = scores if select_by is None else select_by
     # The newest that are protected may not push each other out: beside the first ones there is room for so many.
-    first = (live & (pos < sinks)).sum(-1)
+    first = (visible_later(pos, live, newest, window, chunk) & (pos < sinks)).sum(-1)
     safe = torch.minimum(recent[:, None].long(), (keep.long() - first).clamp(min=0))
     worth = priorities(by, pos, live, newest, safe, sinks, window, chunk)
     # Rows without new tokens keep what they have.
