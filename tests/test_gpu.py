@@ -46,7 +46,11 @@ TIES = {("bloom", "keydiff"), ("gemma2", "knorm")}
 
 
 def ids(rows: int, length: int) -> Tensor:
-    return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(0))
+    """Random tokens; in short texts none twice, so that no two scores are equal."""
+    generator = torch.Generator().manual_seed(0)
+    if length < 96:
+        return torch.stack([torch.randperm(96, generator=generator)[:length] + 1 for _ in range(rows)])
+    return torch.randint(1, 97, (rows, length), generator=generator)
 
 
 def trace(model: Any, prompt: Tensor, answer: Tensor) -> tuple[list[Any], Tensor]:
@@ -76,7 +80,8 @@ def test_same_as_on_the_cpu(family: str, policy: str, options: dict[str, Any]) -
     # Its parameters are the original's own.
     gpu.graph_module = gpu.program.graph = copy.deepcopy(gpu.graph_module)
     gpu.to("cuda")
-    prompt, answer = ids(2, 45), ids(2, 8)
+    text = ids(2, 53)
+    prompt, answer = text[:, :45], text[:, 45:]
     kept_cpu, logits_cpu = trace(cpu, prompt, answer)
     kept_gpu, logits_gpu = trace(gpu, prompt.cuda(), answer.cuda())
     assert kept_gpu == kept_cpu
@@ -184,7 +189,7 @@ def test_forks_answer_as_if_alone() -> None:
 def test_more_compiled_is_eager(policy: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model = make("llama").to("cuda")
-    prompt, answer = ids(2, 45).cuda(), ids(2, 6).cuda()
+    prompt, answer = ids(2, 51).cuda().split((45, 6), dim=1)
     small = kvrewrite.transform(model, policy, **options)
     kept, logits = trace(small, prompt, answer)
     small.compile(fullgraph=True)
@@ -195,7 +200,7 @@ def test_more_compiled_is_eager(policy: str, options: dict[str, Any]) -> None:
 
 def test_compiled_is_eager() -> None:
     model = make("llama").to("cuda")
-    prompt, answer = ids(2, 45).cuda(), ids(2, 6).cuda()
+    prompt, answer = ids(2, 51).cuda().split((45, 6), dim=1)
     small = kvrewrite.transform(model, "h2o", budget=16)
     kept, logits = trace(small, prompt, answer)
     small.compile(fullgraph=True)
