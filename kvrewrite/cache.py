@@ -231,9 +231,11 @@ class EvictionCache(Cache):
         lease.resize(during, reserve)
         names = lease.store.shapes
         out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
-        if policy.ragged:
+        if self.layout["ragged"]:
             most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1) * lease.kv_heads)
-            spare, dealt = lease.offer(deals, np.where(deals[None], most, 0))
+            spare, dealt = lease.offer(
+                deals, np.where(deals[None], most, 0), int((bound + new)[:, deals].max(initial=0))
+            )
             out = {f"{name}_{c}": getattr(lease.store, name) for name in names}  # offering may have grown them
             out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
             self._dealt.append(dealt if deals.any() else None)
@@ -361,6 +363,10 @@ class EvictionCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues from what row beam_idx[i] holds."""
         source = beam_idx.tolist()
+        if len(source) != self.batch_size or not all(0 <= s < self.batch_size for s in source):
+            raise CacheError(
+                f"reorder_cache: got rows {source}, expected {self.batch_size} numbers below {self.batch_size}"
+            )
         for lease, keep in zip(self.leases, self._head_keep):
             lease.reorder(source)
             keep[:] = keep[:, source]

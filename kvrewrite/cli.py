@@ -135,9 +135,10 @@ def parse_value(text: str, hint: str) -> Any:
 def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, Any]:
     """`key=value` pairs as the policy's fields want them. given: options with a flag of their own, None if unset."""
     from kvrewrite.policies import ALIASES, POLICIES
+    from kvrewrite.policies.base import annotation
 
     policy = ALIASES.get(policy, policy)
-    hints = {f.name: str(f.type) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
+    hints = {f.name: annotation(f) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
     options = {k: v for k, v in given.items() if v is not None}
     for pair in pairs:
         key, sign, text = pair.partition("=")
@@ -500,7 +501,9 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
 
 
 def _policy_data(policy: type[Policy]) -> dict[str, Any]:
-    options = {f.name: {"type": str(f.type), "default": f.default} for f in dataclasses.fields(policy)}
+    from kvrewrite.policies.base import annotation
+
+    options = {f.name: {"type": annotation(f), "default": f.default} for f in dataclasses.fields(policy)}
     return {
         "name": policy.name,
         "summary": policy.summary,

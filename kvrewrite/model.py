@@ -218,10 +218,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> Any:
         """Runs new tokens through the model and its cache.
 
-        input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for real
-        tokens, which must be adjacent. position_ids are counted by the cache; given ones must agree. logits_to_keep: how
-        many of the last columns to return logits for, 0 for all. Returns logits (B, T or logits_to_keep, vocabulary), zero
-        at padding, and the cache.
+        input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for
+        real tokens, which must be adjacent. One token on a row that has some is decoding, more are a prompt.
+        position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
+        return logits for, 0 for all. Returns logits (B, T or logits_to_keep, vocabulary), zero at padding, and the
+        cache.
         """
         self._refuse(kwargs)
         if input_ids is None or input_ids.dim() != 2:
@@ -324,7 +325,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         kept, reach = cache.length[row], 0
         for segment in self._plan(count, decoding, cache.row(row)):
             reach = max(reach, kept + segment.length)
-            kept = min(kept + segment.length, segment.keep if isinstance(segment.keep, int) else max(segment.keep))
+            kept = min(kept + segment.length, segment.keep)
         return reach
 
     def _plan(self, count: int, decoding: bool, row: RowState) -> list[Segment]:
@@ -430,14 +431,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         for row, plan in enumerate(plans):
             held = peak = cache.length[row]
             for segment in plan:
-                keep = segment.keep if isinstance(segment.keep, int) else max(segment.keep)
-                held = min(held + segment.length, keep)
+                held = min(held + segment.length, segment.keep)
                 peak = max(peak, held)
             seen = cache.seen[row] + sum(s.length for s in plan)
             coming = min(max(0, (cache.max_length or 0) - seen), held + 256)
             following = self.policy.decode_segment(RowState(seen=seen + max(0, coming - 1), held=held))
-            keep = following.keep if isinstance(following.keep, int) else max(following.keep)
-            most = max(most, peak, min(held + coming, max(keep, held)))
+            most = max(most, peak, min(held + coming, max(following.keep, held)))
         return most
 
     # -- saving --------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class PageStore:
     def lease(self, count: int, reserve: int = 0) -> np.ndarray:
         """`count` pages, each with one reference; grows to at least `reserve` pages when there are not enough."""
         if count > len(self.free):
-            self._grow(max(self.total + count - len(self.free), reserve))
+            # At least an eighth more, so that decoding does not copy everything at every page.
+            self._grow(max(self.total + count - len(self.free), reserve, self.total + self.total // 8))
         taken = [self.free.pop() for _ in range(count)]
         found = np.array(taken, dtype=np.int32)
         self.references[found] = 1
@@ -136,6 +137,7 @@ class Lease:
         self.bound = np.zeros(shape, dtype=np.int64)
         self.counts = np.zeros(shape, dtype=np.int64)
         self.pages = np.zeros((*shape, 1), dtype=np.int32)
+        self._offered: dict[tuple[int, int], np.ndarray] = {}
         # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
         # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
         self.lens = self._layer_last(shape)
@@ -194,15 +196,16 @@ class Lease:
         self._write_table()
 
     # -- ragged evictions: the device decides which head gets how many pages -------------------------------------
-    def offer(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Tensor, Tensor]:
+    def offer(self, rows: np.ndarray, slots: np.ndarray, most: int) -> tuple[Tensor, Tensor]:
         """Pages for evictions whose lengths only the device knows.
 
-        rows (rows,) bool; slots (layers, rows): most slots that all heads of a layer can hold together afterwards.
+        rows (rows,) bool; slots (layers, rows): most slots that all heads of a layer can hold together afterwards; most:
+        those that one head can.
         Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 behind the
-        last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W).
+        last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W').
         """
+        self._take_back()
         need = np.where(rows, -(-slots // PAGE) + self.kv_heads, 0)  # each head's last page may be nearly empty
-        self._offered: dict[tuple[int, int], np.ndarray] = {}
         width = max(int(need.max()), self.pages.shape[-1])
         spare = np.full((*need.shape, width), -1, dtype=np.int32)
         for layer, row in zip(*np.nonzero(need)):
@@ -213,8 +216,14 @@ class Lease:
             self._offered[int(layer), int(row)] = offered
             spare[layer, row, : len(offered)] = offered
         n, batch = need.shape
-        table = self._layer_last((n, batch, self.kv_heads, width))
+        table = self._layer_last((n, batch, self.kv_heads, max(-(-most // PAGE), self.pages.shape[-1])))
         return torch.from_numpy(spare).to(self.store.device), table
+
+    def _take_back(self) -> None:
+        """Returns what a step that was interrupted had been offered."""
+        for (layer, row), offered in self._offered.items():
+            self.store.release(np.setdiff1d(offered, self.pages[layer, row]))
+        self._offered = {}
 
     def settle(self, table: Tensor) -> None:
         """Takes what the device dealt out and returns the rest. table: as `offer` gave it, filled in."""
@@ -243,6 +252,7 @@ class Lease:
         twin.__dict__.update(self.__dict__)
         for name in ("bound", "counts", "pages"):
             setattr(twin, name, getattr(self, name).copy())
+        twin._offered = {}
         twin.lens = self._layer_last(tuple(self.lens.shape))
         twin.lens.copy_(self.lens)
         twin.table = self.table.clone()
@@ -267,6 +277,7 @@ class Lease:
 
     def close(self) -> None:
         """Returns all pages."""
+        self._take_back()
         self.store.release(self.pages)
         self.store.leases.discard(self)
         self.pages = np.zeros_like(self.pages)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.policies import Policy, Segment
+from kvrewrite.policies import Policy
 from kvrewrite.policies.full import Full
 
 if TYPE_CHECKING:
@@ -278,6 +278,8 @@ def _padded(model: RewrittenModel, ids: Tensor, reference: Tensor) -> Check:
 
 def _within_budget(model: RewrittenModel, ids: Tensor, reference: Tensor, length: int) -> Check:
     """The artifact's own policy on a prompt that its budget holds: nothing may change."""
+    if model.policy.gates:
+        return Check("own policy, within its budget", None, "its gates drop tokens of any text")
     size = _held(model.policy, length)
     if size < 1:
         return Check("own policy, within its budget", None, "the policy evicts from any prompt")
@@ -293,15 +295,11 @@ def _held(policy: Policy, length: int) -> int:
         live = 0
         for segment in policy.plan(size):
             live += segment.length
-            if live > _least(segment):
+            if live > segment.keep:
                 break
         else:
             return size
     return 0
-
-
-def _least(segment: Segment) -> int:
-    return segment.keep if isinstance(segment.keep, int) else min(segment.keep)
 
 
 @torch.no_grad()

@@ -95,6 +95,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         "states": list(shared.states.values()),
         "row_inputs": list(policy.inputs),
         "rewrites_slots": shared.rewrites_slots,
+        "ragged": policy.ragged,
         "quantize": None if scheme is None else {**vars(scheme), "residual": policy.quantize_residual},
         "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
     }
@@ -362,11 +363,11 @@ def _close_cache(
     window, chunk = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
     new = (
         cache["k"], cache["v"], scores.new, scores.slots, inputs["positions"], inputs["position_ids"], inputs["valid"],
-        cache["keep"] if scores.keep is None else scores.keep, inputs["recent"],
+        cache["keep"], inputs["recent"],
     )  # fmt: skip
     pools = (cache[name] for name in shared.pools)
     rest = (
-        policy.sinks, window, chunk, scores.select, cache["hidden"] if scores.drop is None else scores.drop, cache["floor"],
+        policy.sinks, window, chunk, scores.select, cache["hidden"], cache["floor"],
         cache.get("spare"), cache.get("next_table"),
         shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
     )  # fmt: skip

@@ -38,7 +38,8 @@ def test_policy_in_the_readme(tmp_path):
     block = next(b for b in blocks if "class LargestKeys" in b)
     names = {"model": make("llama"), "__name__": "builtins"}
     try:
-        exec("import kvrewrite\n" + block, names)
+        # Without this file's own `from __future__ import annotations`.
+        exec(compile("import kvrewrite\n" + block, "README.md", "exec", dont_inherit=True), names)
         small = names["small"]
         cache = small.new_cache()
         small(torch.randint(0, 97, (1, 100)), past_key_values=cache)

@@ -12,6 +12,7 @@ import kvrewrite
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.verify import pieces, verify
 from tests.foreign import make_foreign
+from tests.rewritten import original, rewritten
 from tests.tiny import make_checkpoint
 from tests.zoo import make
 
@@ -51,6 +52,29 @@ def test_a_model_in_memory(family, policy, options):
     assert found["original, full budget"] is True
     assert found["eviction"] is (None if policy == "full" else True)
     json.dumps(report.as_dict(), allow_nan=False)
+
+
+EVERY = {
+    "adakv": {"window": 4},
+    "attention_gate": {},
+    "expected_attention": {"n_sink": 2},
+    "keydiff": {"chunk": 6},
+    "knorm": {"head_budgets": "adakv"},
+    "nacl": {"interval": 4},
+    "scissorhands": {"recent_tokens": 3},
+    "sirllm": {"chunk": 7},
+    "tova": {},
+    "h2o": {"quantize": "int8", "quantize_group": 8, "quantize_residual": 8, "merge": True},
+}
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_every_policy(policy):
+    """The probe that evicts nothing runs the graph of any policy: ragged, gated, quantized, scored behind the logits."""
+    options = EVERY[policy] if policy == "attention_gate" else {"budget": 16, **EVERY[policy]}
+    report = verify(rewritten("llama", policy, **options), original("llama"), tokens=48)
+    assert report.ok, results(report)
+    assert results(report)["original, full budget"] is True
 
 
 def test_a_foreign_module():

@@ -438,6 +438,7 @@ def evaluate(
         spec.check()
     settings = dataclasses.replace(settings, tasks=tasks)
     source = Source(settings.model, device=settings.device, dtype=settings.dtype)
+    _ = source.tokenizer  # a directory without one is refused once, not cell by cell
     described = describe(settings, source)
     kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
     planned = [(Arm(PolicySpec("full")), BASELINE)]

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from kvrewrite.site import AttentionSite
 
 UNLIMITED = 2**31 - 1  # keep everything
+
+
+def annotation(option: dataclasses.Field[Any]) -> str:
+    """The type of an option as text, such as "int | None"."""
+    kind: Any = option.type
+    return kind if isinstance(kind, str) else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 QUANTIZE = ("none", "int8", "int4", "fp8")
 
 
@@ -39,13 +47,13 @@ class RowState:
 class Segment:
     """Tokens of one row that go through the model together.
 
-    keep: live slots per head after the segment (UNLIMITED: no eviction), one number or one for each layer that owns a
-    cache; recent: how many of the newest slots of each head are protected in that eviction; values: the row's values of
-    the policy's graph inputs (`Policy.inputs`); prompt: whether it belongs to a prompt.
+    keep: live slots per head after the segment (UNLIMITED: no eviction), before `layer_budgets`; recent: how many of
+    the newest slots of each head are protected in that eviction; values: the row's values of the policy's graph
+    inputs (`Policy.inputs`); prompt: whether it belongs to a prompt.
     """
 
     length: int
-    keep: int | tuple[int, ...]
+    keep: int
     recent: int = 0
     values: Mapping[str, int] = field(default_factory=dict)
     prompt: bool = True
@@ -57,15 +65,11 @@ class Scores:
 
     new: (B, Hkv, T), the scores of the new tokens. slots: (B, Hkv, C), which replaces the scores of cached slots, or None
     where they stay as they were. select: (B, Hkv, C + T), what this eviction goes by where it is not the stored scores.
-    drop: (B, Hkv, T) bool, new tokens that never enter the cache. keep: (B, Hkv) int32, a budget per head that replaces
-    the row's (never above it), or None.
     """
 
     new: fx.Node
     slots: fx.Node | None = None
     select: fx.Node | None = None
-    drop: fx.Node | None = None
-    keep: fx.Node | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,7 @@ class Policy:
     # -- options -------------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            value, kinds = getattr(self, option.name), str(option.type).replace(" ", "").split("|")
+            value, kinds = getattr(self, option.name), annotation(option).replace(" ", "").split("|")
             if isinstance(value, (list, tuple)) and option.name == "layer_budgets":
                 value = ",".join(str(v) for v in value)
                 object.__setattr__(self, option.name, value)
@@ -163,7 +167,7 @@ class Policy:
                 "prompt can't be cut; expected no chunk (a policy with chunked prefill: tova, h2o, keydiff, locret)"
             )
         seed = getattr(self, "seed", 0)
-        if not 0 <= seed < 1 << 63:
+        if isinstance(seed, int) and not 0 <= seed < 1 << 63:
             raise OptionError(f"{self.name}: seed is {seed}, expected a number from 0 to 2**63 - 1")
         self._validate_shared()
         self.validate()
@@ -287,8 +291,6 @@ class Policy:
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""
-        if not isinstance(segment.keep, int):
-            return list(segment.keep)
         if self.layer_budgets == "equal" or segment.keep == UNLIMITED:
             return [segment.keep] * layers
         if self.layer_budgets == "pyramid":

@@ -25,7 +25,6 @@ class H2O(Policy):
     name = "h2o"
     summary = "accumulated attention + recent window"
     source = "arXiv 2306.14048"
-    needs_lse = True
 
     budget: int | float | None = 1024
     recent_tokens: int | None = None

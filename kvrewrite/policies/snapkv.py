@@ -88,7 +88,6 @@ class PyramidKV(SnapKV):
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """The pyramid."""
         keep = segment.keep
-        assert isinstance(keep, int)
         if keep >= tokens:
             return [keep] * layers
         return pyramid(keep, self.window, tokens, layers, self.beta)
