@@ -92,6 +92,8 @@ class SirLLM(Policy):
             ),
         )  # fmt: skip
         new = hook.all_heads(hook.call(hook.aten.unsqueeze.default, lost, 1))
+        if self.decay == 1:  # nothing fades, so forks can share the scores that are stored
+            return Scores(new)
         old = hook.read_scores()
         turn = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("turn")), 0)
         return Scores(new, slots=hook.where(turn, hook.scale(old, self.decay), old))
