@@ -112,7 +112,8 @@ class Scissorhands(Policy):
         first = hook.call(hook.aten.unsqueeze.default, hook.input("first_query"), 1)
         counted = hook.fp32(hook.call(hook.aten.ge.Tensor, positions, first))
         share = hook.call(hook.aten.reciprocal.default, hook.call(hook.aten.add.Scalar, hook.fp32(positions), 1))
-        counts = hook.observe(counted, above=share)
+        # The window ends at or behind the segment's last token, so no earlier query than the last `history` counts.
+        counts = hook.observe(counted, above=share, newest=self.history)
         cached, new = hook.split(counts)
         # Where the window begins among the new queries, what was counted before is too old.
         begins = hook.call(hook.aten.slice.Tensor, positions, 1, 0, 1)
