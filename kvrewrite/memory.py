@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvrewrite.kernels.reference.quantize import Scheme
+from kvrewrite.pages import PAGE, SLOT_EXTRA
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.site import AttentionSite
-
-PAGE, SLOT_EXTRA = 64, 12  # as in pages.py, which needs torch
 
 
 @dataclass
@@ -60,8 +60,6 @@ def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
     """A page of every kv head of a layer."""
     if policy.quantize == "none":
         return PAGE * site.kv_heads * ((site.head_dim + site.v_head_dim) * itemsize + SLOT_EXTRA)
-    from kvrewrite.kernels.reference.quantize import Scheme
-
     scheme = Scheme(policy.quantize, policy.quantize_group)
     slot = scheme.key_bytes(site.head_dim, itemsize) + scheme.value_bytes(site.v_head_dim, itemsize) + SLOT_EXTRA
     return site.kv_heads * round(PAGE * slot)
