@@ -39,7 +39,7 @@ from kvrewrite.graph_io import graph_from_dict, graph_to_dict
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, GRAPH, POLICY, CONSTANTS = "kvrewrite.json", "graph.json", "policy.safetensors", "constants.safetensors"
 CONFIG, CARD, WEIGHTS = "config.json", "README.md", "model.safetensors"
 _OURS = {MANIFEST, GRAPH, POLICY, CONSTANTS, CONFIG, CARD}

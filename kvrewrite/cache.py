@@ -91,6 +91,7 @@ class EvictionCache(Cache):
         self._model_tables = model.length_tables(max_length)
         self._make_rotary = model.make_rotary
         self._max_positions: int = model.program.max_positions or UNLIMITED
+        self._stores: list[PageStore] | None = model.shared_stores()
         self._reset()
 
     @property
@@ -105,6 +106,8 @@ class EvictionCache(Cache):
         self.length = [0] * batch  # most live slots of a layer without a window
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
+        self.keys_settled = False  # contiguous positions: keys lie rotated by those ranks (kvrewrite/decoding.py)
+        self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
@@ -112,7 +115,9 @@ class EvictionCache(Cache):
         # Quantized caches: slots from the end of a head that the next token may write to.
         self._rewritten_slots = quantize["residual"] + 2 * quantize["group"] if quantize else 0
         for spec in self.layout["classes"]:
-            store = PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme)
+            at = len(self.leases)
+            shared = self._stores[at] if self._stores is not None else None
+            store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme)
             self.leases.append(Lease(spec, batch, store))
         # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
         self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
@@ -276,6 +281,63 @@ class EvictionCache(Cache):
             held = min(self.length[b] + segment.length, self._kept_most[b])
             self.length[b] = held if longest[b] < 0 else longest[b]  # every layer may have a window
             self.next_rotary[b] += segment.length
+
+    # -- a single token of every row, without inputs for a graph (kvrewrite/decoding.py) --------------------------
+    def begin_token(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
+        """Leases what one more token of every row needs. Returns the budgets (layers, rows, kv heads) of each class, the same
+        arrays as before where nothing has changed."""
+        keeps = self._token_keeps(policy, segments)
+        self._after_token: list[np.ndarray] = []
+        for lease, keep in zip(self.leases, keeps):
+            windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
+            after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
+            rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
+            rewrites |= bool(self.layout["rewrites_slots"])
+            rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
+            if lease.store.is_shared:
+                lease.unshare(np.where(rewrites, 0, lease.bound))
+            lease.resize(np.maximum(lease.bound, after), 0)
+            self._after_token.append(after)
+        return keeps
+
+    def _token_keeps(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
+        """Budgets of every head for this token."""
+        steady = policy.layer_budgets == "equal" and type(policy).layer_keeps is Policy.layer_keeps
+        key = tuple((s.keep, s.recent) for s in segments)
+        steady |= all(s.keep >= UNLIMITED for s in segments)
+        if steady and self._token is not None and self._token[0] == key:
+            return self._token[1]
+        layers = sum(len(lease.layers) for lease in self.leases)
+        order = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
+        found = [np.zeros(lease.bound.shape, dtype=np.int64) for lease in self.leases]
+        for b, segment in enumerate(segments):
+            wanted = policy.layer_keeps(segment, self.seen[b] + 1, layers)
+            for (_, c, i), keep in zip(order, wanted, strict=True):
+                found[c][i, b] = keep
+        for c, keep in enumerate(found):
+            fixed = (self._head_keep[c] >= 0) & (keep < UNLIMITED)
+            keep[fixed] = self._head_keep[c][fixed]
+        self._token = (key, found)
+        return found
+
+    def end_token(self, segments: list[Segment]) -> None:
+        """Records that token."""
+        free = [-1] * self.batch_size
+        for lease, after in zip(self.leases, self._after_token):
+            lease.resize(after, 0)
+            open_layers = lease.windows == 0
+            if open_layers.any():
+                most = after[open_layers].max(axis=(0, 2))
+                free = [max(f, int(m)) for f, m in zip(free, most)]
+        for b, segment in enumerate(segments):
+            self.seen[b] += 1
+            self.generated[b] += 1
+            if free[b] < 0:  # every layer has a window
+                assert self._token is not None
+                most = int(max(keep[:, b].max() for keep in self._token[1]))
+                free[b] = min(self.length[b] + segment.length, most)
+            self.length[b] = free[b]
+            self.next_rotary[b] += 1
 
     def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin of each rotation for contiguous positions below `length`."""

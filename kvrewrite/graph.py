@@ -98,7 +98,7 @@ def output_node(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
-def get_attr(gm: fx.GraphModule, name: str) -> Any:
+def get_attr(gm: torch.nn.Module, name: str) -> Any:
     """The parameter or buffer that a `get_attr` node with target `name` reads."""
     return operator.attrgetter(name)(gm)
 
@@ -146,3 +146,17 @@ def mutates(node: fx.Node) -> bool:
     return (
         node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     )
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """The graph as text in which nodes have numbers instead of names: equal for graphs that compute the same in the same order.
+
+    Placeholders are numbered, too, so that their names do not matter; `get_attr` targets do.
+    """
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")  # type: ignore[arg-type, return-value]
+        lines.append(f"{node.op} {target} {arguments}")
+    return "\n".join(lines)

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrewrite.cache import EvictionCache
+from kvrewrite.decoding import DecodeRunner, reason_against
 from kvrewrite.errors import CacheError, InputError
+from kvrewrite.execution import Execution
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
+from kvrewrite.pages import PageStore
+from kvrewrite.passes.lower import lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
 
 _program_ids = itertools.count()
+SPAN_STEP = 4096  # graph input `span` is a multiple of this
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
-
-
-@contextlib.contextmanager
-def _dynamic_sizes() -> Iterator[None]:
-    """For torch.compile: sizes that happen to be equal (rows, kv heads, layers) are not one size to it, and there may be
-    as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
-    from torch.fx.experimental import _config as symbolic
-
-    limits = torch._dynamo.config.patch(recompile_limit=32)
-    with symbolic.patch(use_duck_shape=False), limits:  # type: ignore[attr-defined]
-        yield
 
 
 class RewrittenModel(nn.Module, GenerationMixin):
@@ -69,7 +62,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
-        self.__dict__["_compiled"] = None  # not a submodule: it is the same graph
+        # Not submodules: they are the same graph.
+        self.__dict__.update(_execution=None, _decoder=None, _stores=None, _compile_options=None)
         self.graph_module.to(self.device)  # tables that the compiler made lie on the CPU
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
@@ -119,13 +113,61 @@ class RewrittenModel(nn.Module, GenerationMixin):
             graph._apply(fn)
         for graph in (self.graph_module, *self._rotary_graphs):
             retarget_device(graph, sample.device)
+        if self.__dict__["_compile_options"] is not None:
+            self.compile(**self.__dict__["_compile_options"])
         return self
 
     # -- compile -------------------------------------------------------------------------------------------------
-    def compile(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """Compiles the graph with torch.compile (options as there); planning and caches stay in Python."""
-        kwargs.setdefault("dynamic", True)
-        self.__dict__["_compiled"] = torch.compile(self.graph_module, **kwargs)
+    def compile(self, *, static_decode: bool | None = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Compiles the model with torch.compile (options as there); layers that repeat are compiled once. Planning and caches
+        stay in Python.
+
+        static_decode: single tokens run from static buffers, on CUDA as one captured graph a step; default: on CUDA. Caches
+        made from then on lease pages from pools that belong to the model, so that new requests replay what was captured.
+        A policy for which that is not possible decodes through compiled parts instead, and a warning says why.
+        """
+        self.uncompile()
+        options = {"fullgraph": True, **kwargs}
+
+        def compiler(part: fx.GraphModule) -> Callable[..., Any]:
+            return torch.compile(part, **options)
+
+        self.__dict__["_compile_options"] = {"static_decode": static_decode, **kwargs}
+        lowered = lower_prefill(self.graph_module)
+        self.__dict__["_execution"] = Execution(lowered, self.graph_module, compiler)
+        on_cuda = self.device.type == "cuda"
+        if static_decode is False or (static_decode is None and not on_cuda):
+            return
+        reason = reason_against(self.program, self.policy)
+        if reason:
+            warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=2)
+            return
+        self.__dict__["_decoder"] = DecodeRunner(self, compiler, capture=on_cuda)
+
+    def uncompile(self) -> None:
+        """Back to running op by op. Captured graphs and the model's pools are dropped with the last cache that uses them."""
+        decoder: DecodeRunner | None = self.__dict__.get("_decoder")
+        if decoder is not None:
+            decoder.release()
+        self.__dict__.update(_execution=None, _decoder=None, _stores=None, _compile_options=None)
+
+    @property
+    def decoder(self) -> DecodeRunner | None:
+        """What runs single tokens from static buffers, if anything does."""
+        found: DecodeRunner | None = self.__dict__["_decoder"]
+        return found
+
+    def shared_stores(self) -> list[PageStore] | None:
+        """The pools that this model's caches lease from, one for each cache class; None where each cache has its own."""
+        if self.decoder is None:
+            return None
+        if self.__dict__["_stores"] is None:
+            classes = self.program.layout["classes"]
+            self.__dict__["_stores"] = [
+                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device) for spec in classes
+            ]
+        stores: list[PageStore] = self.__dict__["_stores"]
+        return stores
 
     # -- caches --------------------------------------------------------------------------------------------------
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
@@ -243,7 +285,14 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # One that pauses keeps its ranks, too.
         decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
         self._check_input(input_ids, position_ids, first, counts, cache, decoding)
-        logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
+        if self.decoder is not None and width == 1 and all(decoding) and all(counts):
+            segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
+            logits = self.decoder.step(input_ids, cache, segments)
+        else:
+            if cache.keys_settled:
+                assert self.decoder is not None and self.decoder.settling is not None
+                self.decoder.settling.undo(cache)
+            logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         cache.columns += width
         keep_cache = use_cache is not False
         if return_dict is False:
@@ -401,6 +450,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
             inputs["following"] = torch.tensor(cache.next_rotary).to(device)
             inputs["renew"] = torch.tensor(renew).to(device)
+            inputs["span"] = torch.empty(0, -(-(max(cache.seen) + longest) // SPAN_STEP) * SPAN_STEP, device=device)
             inputs["position_ids"] = (torch.tensor(cache.next_rotary)[:, None] + column).to(device)
         for i, (cos, sin) in enumerate(cache.rotary(self._rotary_reach(cache, longest))):
             inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
@@ -408,13 +458,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs.update(cache.length_tables)
-        arguments = [inputs[name] for name in self.program.layout["inputs"]]
-        compiled = self.__dict__["_compiled"]
-        if compiled is None:
-            out = self.graph_module(*arguments)
+        names = self.program.layout["inputs"]
+        execution: Execution | None = self.__dict__["_execution"]
+        if execution is None:
+            out = self.graph_module(*(inputs[name] for name in names))
         else:
-            with _dynamic_sizes():
-                out = compiled(*arguments)
+            out = execution({name: inputs[name] for name in names})
         cache.commit()
         return out
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
 from kvrewrite.kernels.reference import pages, quantized_cache
@@ -127,14 +128,23 @@ def _(pool, table):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("kvrewrite::slot_rotary", mutates_args=("pos_pages",))
-def slot_rotary(pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tensor, renew: Tensor) -> Tensor:
+def slot_rotary(
+    pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tensor, renew: Tensor, span: Tensor | None
+) -> Tensor:
     """Rotary positions of cached keys (B, Hkv, C) int64 in contiguous mode; dead slots get 0.
 
     Rows with renew (B,) bool are ranked anew first, in place: the newest live slot of each head gets following - 1, the
     one before it following - 2, and so on; following: (B,) int64, the rotary position of the row's next token. With equal
     lengths that is 0..len-1 and queries from len on, as Locret's and StreamingLLM's code have it; heads that keep fewer
-    are aligned at their end, which is the same thing because RoPE depends on differences only.
+    are aligned at their end, which is the same thing because RoPE depends on differences only. span: an empty tensor (0, N);
+    every position in the text is below N.
     """
+    missing = "no span was given" if span is None else ""
+    if fused("slot_rotary", pos_pages.new_empty(0, dtype=torch.float32), missing):
+        from kvrewrite.kernels.gpu import ranks
+
+        assert span is not None
+        return ranks.slot_rotary(pos_pages, table, lens, following, renew, max_position=span.shape[1])
     places = pages.read(pos_pages, table)
     slot = torch.arange(places.shape[2], device=places.device)
     live = slot < lens[..., None]
@@ -148,7 +158,7 @@ def slot_rotary(pos_pages: Tensor, table: Tensor, lens: Tensor, following: Tenso
 
 
 @slot_rotary.register_fake
-def _(pos_pages, table, lens, following, renew):  # type: ignore[no-untyped-def]
+def _(pos_pages, table, lens, following, renew, span):  # type: ignore[no-untyped-def]
     return table.new_empty(*table.shape[:2], table.shape[2] * pos_pages.shape[1], dtype=torch.int64)
 
 
@@ -199,13 +209,20 @@ def cached_attention(
     k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated or dequantized first, v_dense (B, Hkv, C, Dv)
     for the values. hidden (B, Hkv, T) bool: new
     tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv) and the
-    natural log-sum-exp (B, H, T) fp32.
+    natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the projection behind it reads it.
     """
+    if fused("cached_attention", q):
+        from kvrewrite import fused as kernels
+
+        return kernels.cached_attention(
+            q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, scale, softcap,
+            window, chunk, v_dense,
+        )  # fmt: skip
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
     cached_v = pages.read(v_pages, table) if v_dense is None else v_dense
     values = torch.cat([cached_v.to(v.dtype), v], dim=2)
-    return reference_attention.attend(
+    out, lse = reference_attention.attend(
         q,
         keys,
         values,
@@ -221,6 +238,7 @@ def cached_attention(
         chunk=chunk,
         own=True,
     )
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def _pad_hidden(hidden: Tensor | None, capacity: int) -> Tensor | None:
@@ -233,7 +251,7 @@ def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, scale, softcap,
     window, chunk, v_dense=None
 ):  # fmt: skip
-    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
 
 
@@ -265,6 +283,13 @@ def observe(
     above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only the
     last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work.
     """
+    if fused("observe", q):
+        from kvrewrite import fused as kernels
+
+        return kernels.observe(
+            q, k, lse, rows, k_dense, k_pages, pos_pages, table, lens, positions, valid, alibi, hidden, scale, softcap, window,
+            chunk, above, newest,
+        )  # fmt: skip
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
     real = torch.arange(k.shape[2], device=k.device) < valid[:, None]
@@ -346,6 +371,15 @@ def cache_update(
     row, -1 behind the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on.
     threshold (B,) fp32, renewed in place: what goes is merged into what stays (D2O; kernels/reference/merge.py).
     """
+    missing = "heads that share budgets" if spare is not None else "merging" if threshold is not None else ""
+    if fused("cache_update", k, missing):
+        from kvrewrite import fused as kernels
+
+        kernels.cache_update(
+            k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
+            lens, sinks, window, chunk, select, drop,
+        )  # fmt: skip
+        return
     reference_evict.cache_update(
         k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
         lens, sinks, window, chunk, select, drop, floor, spare, next_table, threshold,
@@ -441,4 +475,5 @@ def _(  # type: ignore[no-untyped-def]
     return None
 
 
-import kvrewrite.score_ops  # noqa: E402, F401  (whoever has these ops has those, too)
+import kvrewrite.lowered_ops  # noqa: E402, F401  (whoever has these ops has those, too)
+import kvrewrite.score_ops  # noqa: E402, F401

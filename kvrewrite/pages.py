@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,11 @@ class PageStore:
         self.references = np.concatenate([self.references, np.zeros(total - before, dtype=np.int32)])
         self.free.extend(range(max(1, before), total))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether some page has several references."""
+        return bool((self.references > 1).any())
+
     def lease(self, count: int, reserve: int = 0) -> np.ndarray:
         """`count` pages, each with one reference; grows to at least `reserve` pages when there are not enough."""
         if count > len(self.free):
@@ -140,12 +146,20 @@ class Lease:
         self._offered: dict[tuple[int, int], np.ndarray] = {}
         # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
         # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
-        self.lens = self._layer_last(shape)
+        self._lens = self._layer_last(shape)
+        self.fetch_lens: Callable[[], None] | None = None  # brings lengths back from a decoding graph's own buffers
         self.table = torch.zeros(*shape, 1, dtype=torch.int32, device=store.device)
 
     def _layer_last(self, shape: tuple[int, ...]) -> Tensor:
         rest = torch.zeros(*shape[1:], shape[0], dtype=torch.int32, device=self.store.device)
         return rest.movedim(-1, 0)
+
+    @property
+    def lens(self) -> Tensor:
+        """Live slots (layers, rows, kv heads) int32."""
+        if self.fetch_lens is not None:
+            self.fetch_lens()
+        return self._lens
 
     def resize(self, bound: np.ndarray, reserve: int) -> None:
         """Leases and returns pages so that every head can hold `bound` (layers, rows, kv heads) slots.
@@ -248,13 +262,14 @@ class Lease:
     # -- copies --------------------------------------------------------------------------------------------------
     def fork(self) -> Lease:
         """Another lease on the same pages."""
+        self.lens  # noqa: B018 (fetched before anything is copied)
         twin = object.__new__(Lease)
         twin.__dict__.update(self.__dict__)
         for name in ("bound", "counts", "pages"):
             setattr(twin, name, getattr(self, name).copy())
         twin._offered = {}
-        twin.lens = self._layer_last(tuple(self.lens.shape))
-        twin.lens.copy_(self.lens)
+        twin._lens, twin.fetch_lens = self._layer_last(tuple(self.lens.shape)), None
+        twin._lens.copy_(self.lens)
         twin.table = self.table.clone()
         self.store.share(self.pages)
         self.store.leases.add(twin)

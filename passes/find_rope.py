@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.graph import ancestors, get_attr, is_size, same_size, set_attr, shape_of, tensor_of
+from kvrewrite.graph import ancestors, fingerprint, get_attr, is_size, same_size, set_attr, shape_of, tensor_of
 
 aten = torch.ops.aten
 WEIGHT_OPS = (
@@ -127,7 +127,7 @@ def find_rope(
     except _NotPairs as error:
         return NoRope(str(error), rotated=True)
     table = _table_graph(replay, kv_heads, partner)
-    signature = f"{replay.code}{partner.tolist()}{kv_heads}"
+    signature = f"{fingerprint(replay.graph)}{partner.tolist()}{kv_heads}"
     return Rope(pre, layout, table, partner, signature)
 
 

@@ -204,7 +204,7 @@ def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool, policy
     inputs: dict[str, Any] = {}
     position_ids = placeholder(gm, "position_ids")
     inputs["position_ids"] = position_ids if position_ids is not None else add_placeholder(gm, "position_ids")
-    names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew"] if contiguous else [])
+    names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew", "span"] if contiguous else [])
     for name in [*names, *policy.inputs]:
         inputs[name] = add_placeholder(gm, name)
     ragged = ("floor", "spare", "next_table") if policy.ragged else ()
@@ -315,7 +315,7 @@ def _open_cache(
             cache["k"] = canonical_layout(gm.graph, rope.pre, rope.layout)
             positions = gm.graph.call_function(
                 ops.slot_rotary.default,
-                (pools["pos_pages"], views["table"], views["lens"], inputs["following"], inputs["renew"]),
+                (pools["pos_pages"], views["table"], views["lens"], inputs["following"], inputs["renew"], inputs["span"]),
             )
             raw = cache["k_raw"]
             if raw is None:

@@ -302,7 +302,7 @@ def test_slot_rotary() -> None:
     cache = state()
     before = {(b, h): cache.slots(b, h) for b in range(B) for h in range(HKV)}
     got = ops.slot_rotary(
-        cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True])
+        cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True]), torch.empty(0, 64)
     )
     assert got.dtype == torch.int64 and got.shape == (B, HKV, P * PAGE)
     for (b, h), entries in before.items():
@@ -509,7 +509,14 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "read_pages": (ops.read_pages, (cache.k_pages, cache.table)),
         "slot_rotary": (
             ops.slot_rotary,
-            (cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True])),
+            (
+                cache.pos_pages,
+                cache.table,
+                cache.lens,
+                torch.tensor([11, 16, 3]),
+                torch.tensor([True, False, True]),
+                torch.empty(0, 64),
+            ),
         ),
         "rotate": (ops.rotate, (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), partner)),
         "cached_attention": (

@@ -1,0 +1,1 @@
+"""`kvrewrite bench`: time and memory of policies beside transformers' full cache, kvpress and the roofline."""

@@ -1,0 +1,299 @@
+"""Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay a token.
+
+A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and positions
+are buffers on the device that a request is bound to, so that a new request replays what another one captured. It is captured
+anew when a pool had to grow (its memory moved) or a table became wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrewrite.execution import Execution
+from kvrewrite.graph import is_op
+from kvrewrite.passes.lower import lower_decode
+from kvrewrite.policies import UNLIMITED, Policy, Segment
+from kvrewrite.program import Program
+
+if TYPE_CHECKING:
+    from kvrewrite.cache import EvictionCache
+    from kvrewrite.model import RewrittenModel
+
+ops = torch.ops.kvrewrite
+RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
+SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
+
+
+def reason_against(program: Program, policy: Policy) -> str:
+    """Why single tokens of this program don't run from static buffers; "" where they do."""
+    if program.layout["states"]:
+        names = ", ".join(sorted({s["name"].rstrip("0123456789_") for s in program.layout["states"]}))
+        return f"{policy.name} carries state besides the cache ({names})"
+    if policy.ragged and policy.gates:
+        return f"{policy.name} flags tokens before attention"
+    if policy.after_logits:
+        return f"{policy.name} scores behind the logits"
+    return ""
+
+
+def settles(program: Program, policy: Policy) -> bool:
+    """Whether ranks are frozen while decoding, so that keys can lie rotated in their pages."""
+    return bool(program.layout["contiguous"]) and not policy.renews_ranks_in_decoding
+
+
+class Settling:
+    """Rotates the cached keys of all layers for decoding, and takes that back in front of the next prompt."""
+
+    def __init__(self, model: RewrittenModel):
+        self.model = model
+        self.sites: list[tuple[int, int, int, str]] = []  # class, layer in it, rotation, name of its partners
+        for node in model.graph_module.graph.nodes:
+            if is_op(node, ops.rotate.default):
+                _, cos, _, positions, partner = node.args
+                table = positions.args[1]
+                cache_class = int(str(table.args[0].target).rsplit("_", 1)[1])
+                site = (cache_class, int(table.args[2]), int(str(cos.target).rsplit("_", 1)[1]), str(partner.target))
+                if site not in self.sites:
+                    self.sites.append(site)
+
+    def settle(self, cache: EvictionCache) -> None:
+        """Ranks that are not final yet are made, then keys are rotated in place."""
+        device = self.model.device
+        renew = [not s and n > 0 for s, n in zip(cache.settled, cache.seen)]
+        cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
+        cache.settled = [s or r for s, r in zip(cache.settled, renew)]
+        following, anew = torch.tensor(cache.next_rotary).to(device), torch.tensor(renew).to(device)
+        span = torch.empty(0, max(1, *cache.seen), device=device)
+        self._turn(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
+        cache.keys_settled = True
+
+    def undo(self, cache: EvictionCache) -> None:
+        """Keys are unrotated again."""
+        self._turn(cache, undo=True, ranks=None)
+        cache.keys_settled = False
+
+    def _turn(self, cache: EvictionCache, undo: bool, ranks: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        for lease in cache.leases:
+            lease.unshare(np.zeros_like(lease.bound))
+        tables = cache.rotary(max(cache.next_rotary) + 1)
+        for c, layer, rotation, partner in self.sites:
+            lease = cache.leases[c]
+            where = (lease.store.pos_pages, lease.table[layer], lease.lens[layer])
+            if ranks is not None:
+                ops.slot_rotary(*where, *ranks)
+            turn = self.model.graph_module.get_buffer(partner)
+            ops.settle_keys(lease.store.k_pages, *where, *tables[rotation], turn, undo)
+
+
+class _Rows:
+    """Numbers that the host has for each row, sent to the device in one copy a step."""
+
+    def __init__(self, names: list[str], batch: int, device: torch.device):
+        self.names = names
+        pinned = device.type == "cuda"
+        self.host = [torch.zeros(len(names), batch, dtype=torch.int64, pin_memory=pinned) for _ in range(RING)]
+        self.sent = [torch.cuda.Event() if pinned else None for _ in range(RING)]
+        self.device = torch.zeros(len(names), batch, dtype=torch.int64, device=device)
+        self.turn = 0
+
+    def send(self, values: dict[str, list[int]]) -> None:
+        at, self.turn = self.turn, (self.turn + 1) % RING
+        event = self.sent[at]
+        if event is not None:
+            event.synchronize()
+        for i, name in enumerate(self.names):
+            self.host[at][i] = torch.tensor(values[name])
+        self.device.copy_(self.host[at], non_blocking=True)
+        if event is not None:
+            event.record()
+
+    def get(self, name: str) -> Tensor:
+        return self.device[self.names.index(name)]
+
+
+class _Step:
+    """A decode step of one batch size, with its buffers."""
+
+    def __init__(self, runner: DecodeRunner, cache: EvictionCache, widths: list[int], span: int):
+        self.runner, self.batch, self.widths, self.span = runner, cache.batch_size, widths, span
+        device, batch = cache.device, cache.batch_size
+        layout = runner.model.program.layout
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        names = ["positions", "position_ids", "recent", "valid", "following", *layout["row_inputs"]]
+        self.rows = _Rows(names, batch, device)
+        self.tables, self.lens, self.keeps, self.pools = [], [], [], []
+        for lease, width in zip(cache.leases, widths):
+            shape = (len(lease.layers), batch, lease.kv_heads)
+            self.tables.append(torch.zeros(*shape, width, dtype=torch.int32, device=device))
+            # Tensors of their own: see Execution._views.
+            self.lens.append([torch.zeros(shape[1:], dtype=torch.int32, device=device) for _ in lease.layers])
+            self.keeps.append(torch.full(shape, UNLIMITED, dtype=torch.int32, device=device))
+            self.pools.append({name: getattr(lease.store, name) for name in lease.store.shapes})
+        self.fixed = {
+            "logit_index": torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            "renew": torch.ones(batch, dtype=torch.bool, device=device),
+            "span": torch.empty(0, span, device=device),
+            **cache.length_tables,
+        }
+        for i, (cos, sin) in enumerate(cache.rotary(self.reach(cache))):
+            self.fixed[f"rotary_cos_{i}"], self.fixed[f"rotary_sin_{i}"] = cos, sin
+        self.graph: Any = None
+        self.logits: Tensor | None = None
+        if runner.capture:
+            self._capture()
+
+    def reach(self, cache: EvictionCache) -> int:
+        """Positions that tables of cos and sin need here: those that keys or queries are rotated by."""
+        if settles(self.runner.model.program, self.runner.model.policy):
+            return 1  # nothing is rotated by tables
+        return min(self.span, self.runner.model.program.max_positions or self.span)
+
+    def fits(self, cache: EvictionCache) -> bool:
+        """Whether this step's buffers and pools are those that `cache` needs."""
+        same = all(
+            getattr(lease.store, name) is pool
+            for lease, pools in zip(cache.leases, self.pools)
+            for name, pool in pools.items()
+        )
+        wide = all(lease.table.shape[-1] <= width for lease, width in zip(cache.leases, self.widths))
+        lengths = all(self.fixed[name] is table for name, table in cache.length_tables.items())
+        return same and wide and lengths and max(cache.seen) < self.span
+
+    def _inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        inputs = {"input_ids": self.ids, **self.fixed}
+        for name in ("positions", "position_ids"):
+            inputs[name] = self.rows.get(name)[:, None]
+        limit = self.runner.model.program.max_positions
+        if limit is not None:
+            inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
+        inputs["following"] = self.rows.get("following")
+        for name in ("recent", "valid", *self.runner.model.program.layout["row_inputs"]):
+            inputs[name] = self.rows.get(name).to(torch.int32)
+        layers: dict[str, Any] = {}
+        for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
+            layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
+            layers[f"lens_{c}"] = lens
+            for name, pool in self.pools[c].items():
+                inputs[f"{name}_{c}"] = pool
+        if self.runner.model.policy.ragged:
+            for c, table in enumerate(self.tables):
+                none = torch.full((self.batch, table.shape[3]), -1, dtype=torch.int32, device=table.device)
+                layers[f"spare_{c}"] = [none] * len(table)
+                layers[f"next_table_{c}"] = [torch.zeros_like(t) for t in table]
+                inputs[f"floor_{c}"] = torch.full((self.batch,), -1.0, dtype=torch.float64, device=table.device)
+        return inputs, layers
+
+    def _run(self) -> Tensor:
+        return self.runner.execution(*self._inputs())
+
+    def _capture(self) -> None:
+        """Warm-up and capture with nothing live and no row at work, so that no cache is touched."""
+        self.rows.device.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self._run()
+        self.runner.captures += 1
+
+    def __call__(self) -> Tensor:
+        if self.graph is None:
+            return self._run()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits.clone()
+
+
+class DecodeRunner:
+    """Decode steps of one model, by batch size. capture: into CUDA graphs; captures counts them."""
+
+    def __init__(self, model: RewrittenModel, compiler: Callable[[Any], Callable[..., Any]] | None, capture: bool):
+        self.model, self.capture, self.captures = model, capture, 0
+        self.settling = Settling(model) if settles(model.program, model.policy) else None
+        lowered = lower_decode(model.graph_module, self.settling is not None)
+        self.execution = Execution(lowered, model.graph_module, compiler, rows_move=False)
+        self._steps: dict[int, _Step] = {}
+        self._bound: EvictionCache | None = None
+        self._seen_tables: list[Tensor | None] = []
+        self._seen_keeps: list[Any] = []
+
+    def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
+        """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
+        if self.settling is not None and not cache.keys_settled:
+            self.settling.settle(cache)
+        policy = self.model.policy
+        keeps = cache.begin_token(policy, segments)
+        step = self._steps.get(cache.batch_size)
+        if step is None or not step.fits(cache):
+            self.release()
+            self._steps.pop(cache.batch_size, None)
+            step = self._steps[cache.batch_size] = self._make(cache)
+        self._bind(step, cache, keeps)
+        if self.model.program.layout["contiguous"] and self.settling is None:
+            cache.next_rotary = list(cache.length)
+            cache.settled = [True] * cache.batch_size
+        contiguous = self.model.program.layout["contiguous"]
+        values = {
+            "positions": cache.seen,
+            "position_ids": cache.next_rotary if contiguous else cache.seen,
+            "recent": [s.recent for s in segments],
+            "valid": [1] * cache.batch_size,
+            "following": cache.next_rotary,
+        }
+        for name in self.model.program.layout["row_inputs"]:
+            values[name] = [s.values.get(name, 0) for s in segments]
+        step.rows.send(values)
+        step.ids.copy_(ids)
+        logits = step()
+        cache.end_token(segments)
+        return logits
+
+    def _make(self, cache: EvictionCache) -> _Step:
+        """A step with room to grow, so that it is made again seldom."""
+        widths = []
+        for lease in cache.leases:
+            coming = max(0, (cache.max_length or 0) - max(cache.seen)) if cache.max_length else 0
+            slots = int(lease.bound.max()) + min(coming, 1 << 20)
+            unbounded = self.model.policy.decode_segment(cache.row(0)).keep == UNLIMITED
+            room = -(-slots // 64) if unbounded else lease.table.shape[-1]
+            widths.append(max(2, lease.table.shape[-1], room + (room // 8 if unbounded else 0)) + 1)
+        span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
+        return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
+
+    def _bind(self, step: _Step, cache: EvictionCache, keeps: list[np.ndarray]) -> None:
+        """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
+        if self._bound is not cache:
+            self.release()
+            for c, lease in enumerate(cache.leases):
+                for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
+                    target.copy_(lens)
+                lease.fetch_lens = self.release
+            self._bound = cache
+            self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
+        for c, lease in enumerate(cache.leases):
+            if self._seen_tables[c] is not lease.table:
+                step.tables[c][..., : lease.table.shape[-1]].copy_(lease.table)
+                self._seen_tables[c] = lease.table
+            if self._seen_keeps[c] is not keeps[c]:
+                step.keeps[c].copy_(torch.from_numpy(np.minimum(keeps[c], UNLIMITED).astype(np.int32)))
+                self._seen_keeps[c] = keeps[c]
+
+    def release(self) -> None:
+        """Gives the bound cache its lengths back."""
+        cache, self._bound = self._bound, None
+        if cache is None:
+            return
+        step = self._steps[cache.batch_size]
+        for lease, lens in zip(cache.leases, step.lens):
+            lease.fetch_lens = None
+            lease._lens.copy_(torch.stack(lens))

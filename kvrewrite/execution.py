@@ -1,0 +1,95 @@
+"""Runs a rewritten program in parts, each compiled by torch.compile: layers that compute the same are compiled once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kvrewrite.graph import get_attr
+from kvrewrite.passes.partition import Partition, partition
+
+WRITTEN = ("lens_", "next_table_")  # inputs with a part for each layer that the program writes to
+
+
+@contextlib.contextmanager
+def dynamic_sizes() -> Iterator[None]:
+    """For torch.compile: sizes that happen to be equal (rows, kv heads, layers) are not one size to it, and there may be
+    as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
+    from torch.fx.experimental import _config as symbolic
+
+    limits = torch._dynamo.config.patch(recompile_limit=32)
+    with symbolic.patch(use_duck_shape=False), limits:  # type: ignore[attr-defined]
+        yield
+
+
+class Execution:
+    """A program in parts. Called with the program's inputs by name; returns the logits.
+
+    root: the module that has the parameters. compiler: makes a callable of a part's graph (`torch.compile` with its options), once for each distinct graph; None runs
+    them as they are. rows_move: whether numbers of rows and tokens are no constants to it. Values are dropped behind their last
+    reader.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        root: nn.Module,
+        compiler: Callable[[fx.GraphModule], Callable[..., Any]] | None,
+        rows_move: bool = True,
+    ):
+        self.partition: Partition = partition(gm, rows_move)
+        self._root = root
+        made = {g: g if compiler is None else compiler(g) for g in self.partition.distinct}
+        self._calls = [made[part.graph] for part in self.partition.parts]
+        self._marks = compiler is not None
+
+    def __call__(self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None) -> Tensor:
+        """inputs: what `layout["inputs"]` of the program names. layers: what each layer has of inputs that all share, where
+        that is there already."""
+        values: dict[str, Any] = dict(inputs)
+        for name in self.partition.attributes:
+            values[name] = get_attr(self._root, name)
+        copies = {} if layers is not None else self._views(inputs)
+        layers = copies if layers is None else layers
+        for name, (source, layer) in self.partition.views.items():
+            values[name] = layers[source][layer]
+        context = dynamic_sizes() if self._marks else contextlib.nullcontext()
+        with context:
+            for part, call in zip(self.partition.parts, self._calls):
+                arguments = [values[name] for name in part.inputs]
+                if self._marks:
+                    _mark(arguments, part.moving)
+                made = call(*arguments)
+                values.update(zip(part.outputs, made))
+                del arguments, made
+                for name in part.last_use:
+                    del values[name]
+        if self._marks:
+            for source, written in copies.items():
+                if source.startswith(WRITTEN):
+                    inputs[source].copy_(torch.stack(list(written)))
+        result: Tensor = values[self.partition.result]
+        return result
+
+    def _views(self, inputs: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        """Each layer's part of the inputs that all layers share.
+
+        torch.compile gets copies (they are small): it guards the base of a view, and Inductor (2.13) takes the sizes of a view
+        that is written to for constants. What is written to is copied back.
+        """
+        sources = dict.fromkeys(source for source, _ in self.partition.views.values())
+        if not self._marks:
+            return {source: inputs[source].unbind(0) for source in sources}
+        return {source: torch.unbind_copy(inputs[source]) for source in sources}
+
+
+def _mark(arguments: list[Any], moving: list[tuple[int, ...]]) -> None:
+    """Tells torch.compile which sizes will differ in other calls. Size 1 is a case of its own to it."""
+    for argument, dims in zip(arguments, moving):
+        for dim in dims:
+            if dim < argument.dim() and argument.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(argument, dim)

@@ -1,0 +1,84 @@
+"""The ops of ops.py put together from fused kernels (kernels/gpu); each is what the op's docstring says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvrewrite.kernels.gpu.chunk_attention import chunk_attention
+from kvrewrite.kernels.gpu.column_mass import column_mass
+from kvrewrite.kernels.gpu.decode import decode_attention
+from kvrewrite.kernels.gpu.decode_update import decode_update
+from kvrewrite.kernels.gpu.gated_attention import gated_attention
+from kvrewrite.kernels.gpu.gather import gather
+from kvrewrite.kernels.gpu.select import cache_update as chunk_update
+from kvrewrite.kernels.reference import pages
+
+
+def _slot_positions(pos_pages: Tensor, table: Tensor, needed: bool) -> Tensor | None:
+    """Positions of cached slots (B, Hkv, C) int32, where a mask or ALiBi asks for them."""
+    return pages.read(pos_pages, table)[..., 0].contiguous() if needed else None
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_dense: Tensor | None, k_pages: Tensor, v_pages: Tensor, pos_pages: Tensor,
+    table: Tensor, lens: Tensor, positions: Tensor, valid: Tensor, sinks: Tensor | None, alibi: Tensor | None,
+    hidden: Tensor | None, scale: float, softcap: float, window: int, chunk: int, v_dense: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token: from the pages. More: the cache is gathered first, which costs little beside the attention."""
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "chunk": chunk}
+    if q.shape[2] == 1 and hidden is None:
+        out, lse, _ = decode_attention(
+            q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, **options
+        )
+        return out, lse
+    k_read, v_read = gather(k_pages if k_dense is None else None, v_pages if v_dense is None else None, table, lens)
+    k_cache, v_cache = k_dense if k_read is None else k_read, v_dense if v_read is None else v_read
+    assert k_cache is not None and v_cache is not None
+    cache_pos = _slot_positions(pos_pages, table, bool(window or chunk or alibi is not None))
+    rest = (lens, cache_pos, positions, valid, sinks, alibi)
+    if hidden is not None:
+        return gated_attention(q, k, v, k_cache, v_cache, *rest, hidden, **options)
+    return chunk_attention(q, k, v, k_cache, v_cache, *rest, None, **options)
+
+
+def observe(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, k_dense: Tensor | None, k_pages: Tensor, pos_pages: Tensor,
+    table: Tensor, lens: Tensor, positions: Tensor, valid: Tensor, alibi: Tensor | None, hidden: Tensor | None, scale: float,
+    softcap: float, window: int, chunk: int, above: Tensor | None, newest: int,
+) -> Tensor:  # fmt: skip
+    """Column mass over the gathered keys."""
+    if k_dense is None:
+        k_dense, _ = gather(k_pages, None, table, lens)
+        assert k_dense is not None
+    cache_pos = _slot_positions(pos_pages, table, bool(window or chunk or alibi is not None))
+    return column_mass(
+        q, k, lse, rows, k_dense, lens, cache_pos, positions, valid, alibi, hidden, above, scale=scale, softcap=softcap,
+        window=window, chunk=chunk, newest=newest,
+    )  # fmt: skip
+
+
+def cache_update(
+    k: Tensor, v: Tensor, new_scores: Tensor, slot_scores: Tensor | None, positions: Tensor, rotary: Tensor, valid: Tensor,
+    keep: Tensor, recent: Tensor, k_pages: Tensor, v_pages: Tensor, score_pages: Tensor, pos_pages: Tensor, table: Tensor,
+    lens: Tensor, sinks: int, window: int, chunk: int, select: Tensor | None, drop: Tensor | None,
+) -> None:  # fmt: skip
+    """Append, select and compact; for heads that neither share budgets nor merge slots."""
+    update = decode_update if k.shape[2] == 1 else chunk_update
+    update(
+        k.to(k_pages.dtype), v.to(v_pages.dtype), new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages,
+        v_pages, score_pages, pos_pages, table, lens, sinks=sinks, window=window, chunk=chunk, select=select, drop=drop,
+    )  # fmt: skip
+
+
+def read_pages(pool: Tensor, table: Tensor, lens: Tensor | None = None) -> Tensor:
+    """Pages in slot order. Without `lens` every slot counts as live."""
+    if pool.dim() != 3:
+        return pages.read(pool, table)
+    if lens is None:
+        lens = torch.full(table.shape[:2], table.shape[2] * pool.shape[1], dtype=torch.int32, device=pool.device)
+    dense, _ = gather(pool, None, table, lens)
+    assert dense is not None
+    return dense

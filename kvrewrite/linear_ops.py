@@ -1,0 +1,78 @@
+"""The operators that the linear layers of a decode step are fused into (passes/fuse_linears.py). See `ops.py`.
+
+The reference is `torch.nn.functional.linear` layer by layer: on the CPU the same bits as the graph that was fused. The kernels
+(kernels/gpu/small_linear.py) serve up to KERNEL_TOKENS tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
+
+from kvrewrite.kernel_choice import fused
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+}
+MAX_WEIGHTS = 4
+# Up to how many tokens the kernels are worth it. In fp32 they have no tensor cores.
+KERNEL_TOKENS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 2}
+
+
+def _fused(op: str, x: Tensor) -> bool:
+    most = KERNEL_TOKENS.get(x.dtype, 0)
+    fits = 0 < x.shape[:-1].numel() <= most
+    return fused(op, x, "" if fits or not most else f"no tokens, or more than {most}")
+
+
+@torch.library.custom_op("kvrewrite::linears", mutates_args=())
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """x W^T (+ b) for up to MAX_WEIGHTS weights that read the same x, in one launch.
+
+    x: (..., K); weights: (N_i, K), contiguous; biases: (N_i,) or None each. Returns a list of (..., N_i).
+    """
+    if _fused("linears", x):
+        from kvrewrite.kernels.gpu.small_linear import small_linear
+
+        return small_linear(x, weights, biases)
+    return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+@linears.register_fake
+def _(x, weights, biases):  # type: ignore[no-untyped-def]
+    return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights]
+
+
+@torch.library.custom_op("kvrewrite::gated_linear", mutates_args=())
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(x gate^T) * (x up^T): x (..., K), gate and up (N, K), contiguous; activation: one of ACTIVATIONS. Returns (..., N)."""
+    if _fused("gated_linear", x):
+        from kvrewrite.kernels.gpu.small_linear import small_gated_linear
+
+        return small_gated_linear(x, gate, up, activation)
+    return ACTIVATIONS[activation](linear(x, gate)) * linear(x, up)
+
+
+@gated_linear.register_fake
+def _(x, gate, up, activation):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], gate.shape[0])
+
+
+@torch.library.custom_op("kvrewrite::linear_add", mutates_args=())
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + (x W^T + b), the linear rounded before it is added: x (..., K), weight (N, K), residual (..., N)."""
+    if _fused("linear_add", x):
+        from kvrewrite.kernels.gpu.small_linear import small_linear
+
+        return small_linear(x, [weight], [bias], residual)[0]
+    return residual + linear(x, weight, bias)
+
+
+@linear_add.register_fake
+def _(x, weight, bias, residual):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

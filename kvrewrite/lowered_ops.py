@@ -1,0 +1,105 @@
+"""Operators that lowering puts in the place of several others (passes/lower.py). Shapes as in ops.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvrewrite.kernel_choice import fused
+from kvrewrite.kernels.reference import pages
+from kvrewrite.kernels.reference.settle import settle
+
+
+@torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
+def read_rotated(
+    k_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor
+) -> Tensor:
+    """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel: zeros)."""
+    if fused("read_rotated", k_pages):
+        from kvrewrite.kernels.gpu.gather import gather
+
+        k_dense, _ = gather(k_pages, None, table, lens, rotary=positions, cos=cos, sin=sin, partner=partner)
+        assert k_dense is not None
+        return k_dense
+    return torch.ops.kvrewrite.rotate(pages.read(k_pages, table), cos, sin, positions, partner)
+
+
+@read_rotated.register_fake
+def _(k_pages, table, lens, cos, sin, positions, partner):  # type: ignore[no-untyped-def]
+    return k_pages.new_empty(*table.shape[:2], table.shape[2] * k_pages.shape[1], k_pages.shape[2])
+
+
+@torch.library.custom_op("kvrewrite::decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_dense: Tensor | None,
+    v_dense: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+    mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` of one new token a row (T = 1), with the attention mass of every slot from the same pass.
+
+    Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
+    (B, Hkv, C + 1) fp32; without it that is empty.
+    """
+    rest = (table, lens, positions, valid)
+    if fused("decode_attention", q):
+        from kvrewrite.kernels.gpu.decode import decode_attention as kernel
+
+        out, lse, found = kernel(
+            q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
+            window=window, chunk=chunk, mass=mass,
+        )  # fmt: skip
+        return out, lse, lse.new_empty(0) if found is None else found
+    out, lse = torch.ops.kvrewrite.cached_attention(
+        q, k, v, k_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, None, scale, softcap, window, chunk, v_dense
+    )
+    if not mass:
+        return out, lse, lse.new_empty(0)
+    rows = torch.ones(q.shape[0], 1, device=q.device)
+    found = torch.ops.kvrewrite.observe(
+        q, k, lse, rows, k_dense, k_pages, pos_pages, *rest, alibi, None, scale, softcap, window, chunk
+    )
+    return out, lse, found
+
+
+@decode_attention.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
+    chunk, mass
+):  # fmt: skip
+    out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
+    width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
+    found = q.new_empty(width if mass else (0,), dtype=torch.float32)
+    return out, q.new_empty(q.shape[0], q.shape[1], 1, dtype=torch.float32), found
+
+
+@torch.library.custom_op("kvrewrite::settle_keys", mutates_args=("k_pages",))
+def settle_keys(
+    k_pages: Tensor, pos_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, partner: Tensor, undo: bool
+) -> None:
+    """Rotates the cached keys of a layer in place by their stored rotary positions, or takes that rotation back.
+
+    Contiguous positions: once ranks are frozen, keys can lie rotated, so that decoding reads them as they are. cos, sin:
+    (N, D) by position; N reaches beyond every stored position.
+    """
+    settle(k_pages, pos_pages, table, lens, cos, sin, partner, undo)
+
+
+@settle_keys.register_fake
+def _(k_pages, pos_pages, table, lens, cos, sin, partner, undo):  # type: ignore[no-untyped-def]
+    return None
