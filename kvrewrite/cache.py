@@ -456,3 +456,8 @@ class EvictionCache(Cache):
     def is_sliding(self) -> list[bool]:
         """For code that asks per layer; no layer of it is transformers' own."""
         return []
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """It holds keys and values, no recurrent state. (transformers takes an empty list for one without any.)"""
+        return [False]

@@ -588,5 +588,9 @@ from kvrewrite.cli_eval import register  # noqa: E402
 
 register(main)
 
+from kvrewrite.cli_bench import register as register_bench  # noqa: E402
+
+register_bench(main)
+
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kvrewrite.execution import Execution
 from kvrewrite.graph import is_op
@@ -215,13 +215,15 @@ class _Step:
 
 
 class DecodeRunner:
-    """Decode steps of one model, by batch size. capture: into CUDA graphs; captures counts them."""
+    """Decode steps of one model, by batch size. gm: its graph, before `lower_decode`; capture: into CUDA graphs; captures counts
+    them."""
 
-    def __init__(self, model: RewrittenModel, compiler: Callable[[Any], Callable[..., Any]] | None, capture: bool):
+    def __init__(
+        self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[Any], Callable[..., Any]] | None, capture: bool
+    ):
         self.model, self.capture, self.captures = model, capture, 0
         self.settling = Settling(model) if settles(model.program, model.policy) else None
-        lowered = lower_decode(model.graph_module, self.settling is not None)
-        self.execution = Execution(lowered, model.graph_module, compiler, rows_move=False)
+        self.execution = Execution(lower_decode(gm, self.settling is not None), compiler, rows_move=False)
         self._steps: dict[int, _Step] = {}
         self._bound: EvictionCache | None = None
         self._seen_tables: list[Tensor | None] = []

@@ -75,6 +75,7 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     from kvrewrite.cli import memory_table, sites_table
     from kvrewrite.evaluation import tasks
     from kvrewrite.memory import human, plan_memory
+    from kvrewrite.model import CACHE_NAME
 
     logging.disable_progress_bar()
     started = time.perf_counter()
@@ -123,12 +124,13 @@ def _run(folder: Path, console: Console, questions: int) -> None:
         console.print(f"   [bold]{title}[/]: {escape(repr(words))}", soft_wrap=True)
 
     console.print("\n[bold]4. memory[/]")
-    before, memory = full_cache_bytes(full.past_key_values) * dtype.itemsize // 4, cache.memory()
+    original_cache = full[CACHE_NAME]
+    before, memory = full_cache_bytes(original_cache) * dtype.itemsize // 4, cache.memory()
     table = Table(title=f"cache memory, measured after the answer, {str(dtype)[6:]}", title_justify="left")
     for name in ("cache", "bytes", "slots a head"):
         table.add_column(name, justify="right")
     slots = max(int(lens.max()) for lens in cache.live_slots().values())
-    table.add_row("full (transformers)", human(before), str(full.past_key_values.get_seq_length()))
+    table.add_row("full (transformers)", human(before), str(original_cache.get_seq_length()))
     table.add_row("evicted, live slots", human(memory.live), str(slots))
     table.add_row("evicted, leased pages", human(memory.leased), "")
     console.print(table)

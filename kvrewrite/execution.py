@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from kvrewrite.graph import get_attr
 from kvrewrite.passes.partition import Partition, partition
@@ -29,7 +29,7 @@ def dynamic_sizes() -> Iterator[None]:
 class Execution:
     """A program in parts. Called with the program's inputs by name; returns the logits.
 
-    root: the module that has the parameters. compiler: makes a callable of a part's graph (`torch.compile` with its options), once for each distinct graph; None runs
+    compiler: makes a callable of a part's graph (`torch.compile` with its options), once for each distinct graph; None runs
     them as they are. rows_move: whether numbers of rows and tokens are no constants to it. Values are dropped behind their last
     reader.
     """
@@ -37,12 +37,11 @@ class Execution:
     def __init__(
         self,
         gm: fx.GraphModule,
-        root: nn.Module,
         compiler: Callable[[fx.GraphModule], Callable[..., Any]] | None,
         rows_move: bool = True,
     ):
         self.partition: Partition = partition(gm, rows_move)
-        self._root = root
+        self._gm = gm
         made = {g: g if compiler is None else compiler(g) for g in self.partition.distinct}
         self._calls = [made[part.graph] for part in self.partition.parts]
         self._marks = compiler is not None
@@ -52,7 +51,7 @@ class Execution:
         that is there already."""
         values: dict[str, Any] = dict(inputs)
         for name in self.partition.attributes:
-            values[name] = get_attr(self._root, name)
+            values[name] = get_attr(self._gm, name)
         copies = {} if layers is not None else self._views(inputs)
         layers = copies if layers is None else layers
         for name, (source, layer) in self.partition.views.items():

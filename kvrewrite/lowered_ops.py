@@ -12,21 +12,38 @@ from kvrewrite.kernels.reference.settle import settle
 
 @torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
 def read_rotated(
-    k_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor
+    k_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor, half: int
 ) -> Tensor:
-    """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel: zeros)."""
+    """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel: zeros).
+
+    half: h where the partners of channels 0..h-1 are h..2h-1 and no other channel is rotated, which is faster; else 0.
+    """
     if fused("read_rotated", k_pages):
         from kvrewrite.kernels.gpu.gather import gather
 
-        k_dense, _ = gather(k_pages, None, table, lens, rotary=positions, cos=cos, sin=sin, partner=partner)
+        k_dense, _ = gather(k_pages, None, table, lens, rotary=positions, cos=cos, sin=sin, partner=partner, half=half)
         assert k_dense is not None
         return k_dense
     return torch.ops.kvrewrite.rotate(pages.read(k_pages, table), cos, sin, positions, partner)
 
 
 @read_rotated.register_fake
-def _(k_pages, table, lens, cos, sin, positions, partner):  # type: ignore[no-untyped-def]
+def _(k_pages, table, lens, cos, sin, positions, partner, half):  # type: ignore[no-untyped-def]
     return k_pages.new_empty(*table.shape[:2], table.shape[2] * k_pages.shape[1], k_pages.shape[2])
+
+
+@torch.library.custom_op("kvrewrite::slot_rotary_layers", mutates_args=("pos_pages",))
+def slot_rotary_layers(
+    pos_pages: Tensor, tables: Tensor, lens: Tensor, layers: int, following: Tensor, renew: Tensor, span: Tensor | None
+) -> Tensor:
+    """`slot_rotary` of all layers that share a pool: tables (layers, B, Hkv, P), lens (layers, B, Hkv) -> (layers, B, Hkv, C)."""
+    flat = (tables.flatten(0, 1), lens.reshape(-1, lens.shape[2]), following.repeat(layers), renew.repeat(layers))
+    return torch.ops.kvrewrite.slot_rotary(pos_pages, *flat, span).unflatten(0, (layers, -1))
+
+
+@slot_rotary_layers.register_fake
+def _(pos_pages, tables, lens, layers, following, renew, span):  # type: ignore[no-untyped-def]
+    return tables.new_empty(*tables.shape[:3], tables.shape[3] * pos_pages.shape[1], dtype=torch.int64)
 
 
 @torch.library.custom_op("kvrewrite::decode_attention", mutates_args=())

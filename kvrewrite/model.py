@@ -6,6 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from kvrewrite.execution import Execution
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
 from kvrewrite.pages import PageStore
-from kvrewrite.passes.lower import lower_prefill
+from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
 
 _program_ids = itertools.count()
+# transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 SPAN_STEP = 4096  # graph input `span` is a multiple of this
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -133,8 +136,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return torch.compile(part, **options)
 
         self.__dict__["_compile_options"] = {"static_decode": static_decode, **kwargs}
-        lowered = lower_prefill(self.graph_module)
-        self.__dict__["_execution"] = Execution(lowered, self.graph_module, compiler)
+        folded = fold(self.graph_module)
+        self.__dict__["_execution"] = Execution(lower_prefill(folded), compiler)
         on_cuda = self.device.type == "cuda"
         if static_decode is False or (static_decode is None and not on_cuda):
             return
@@ -142,7 +145,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if reason:
             warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=2)
             return
-        self.__dict__["_decoder"] = DecodeRunner(self, compiler, capture=on_cuda)
+        self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
 
     def uncompile(self) -> None:
         """Back to running op by op. Captured graphs and the model's pools are dropped with the last cache that uses them."""
@@ -226,10 +229,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
             )
         if generation_config.use_cache is False:
             raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if given is None:
             width = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
+            model_kwargs[CACHE_NAME] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
         else:
             self._check_cache(given, None)
 
@@ -256,6 +259,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: EvictionCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -263,8 +267,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for
         real tokens, which must be adjacent. One token on a row that has some is decoding, more are a prompt.
         position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
-        return logits for, 0 for all. Returns logits (B, T or logits_to_keep, vocabulary), zero at padding, and the
-        cache.
+        return logits for, 0 for all. cache: another name for past_key_values. Returns logits (B, T or logits_to_keep,
+        vocabulary), zero at padding, and the cache.
         """
         self._refuse(kwargs)
         if input_ids is None or input_ids.dim() != 2:
@@ -275,7 +279,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if not isinstance(logits_to_keep, int):
             raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
         batch, width = input_ids.shape
-        cache = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise InputError("got both cache and past_key_values, expected one of them: they are the same")
+        cache = past_key_values if cache is None else cache
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
@@ -297,7 +303,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         keep_cache = use_cache is not False
         if return_dict is False:
             return (logits, cache) if keep_cache else (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keep_cache else None)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
 
     @staticmethod
     def _refuse(kwargs: dict[str, Any]) -> None:

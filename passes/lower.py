@@ -1,8 +1,9 @@
 """Lowering: puts fused ops in the place of several, on a copy of the program that a device runs.
 
-Requires a graph behind `insert_cache`; ensures the same results up to rounding. `lower_prefill` serves any number of tokens.
-`lower_decode` is for one token a row: attention with its mass comes from one op, and where ranks are frozen (`settled`)
-cached keys lie rotated in their pages, so that nothing is rotated while decoding. The saved program stays as it is.
+Requires a graph behind `insert_cache`; ensures the same results up to rounding. Retaining heads are folded where they can be.
+`lower_prefill` serves any number of tokens. `lower_decode` is for one token a row: attention with its mass comes from one op,
+linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their pages, so
+that nothing is rotated while decoding. The saved program stays as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.graph import erase_dead, is_op
+from kvrewrite.graph import erase_dead, get_attr, is_op
+from kvrewrite.passes.fold_heads import fold_heads
+from kvrewrite.passes.fuse_linears import fuse_linears
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
@@ -26,9 +29,17 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
+def fold(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with folded retaining heads, from which both others are made."""
+    folded = copy_of(gm)
+    fold_heads(folded)
+    return folded
+
+
 def lower_prefill(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy for prompts."""
     lowered = copy_of(gm)
+    _rank_all_layers(lowered)
     _fuse_reads(lowered)
     return _finished(lowered)
 
@@ -41,6 +52,7 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
     else:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
+    fuse_linears(lowered, singles=True)
     return _finished(lowered)
 
 
@@ -77,7 +89,42 @@ def _fuse_reads(gm: fx.GraphModule) -> None:
         read, cos, sin, positions, partner = node.args
         if is_op(read, ops.read_pages.default):
             pool, table = read.args  # type: ignore[union-attr]
-            _replace(node, ops.read_rotated.default, (pool, table, lens[table], cos, sin, positions, partner))
+            half = _half_split(get_attr(gm, str(partner.target)))  # type: ignore[union-attr]
+            _replace(node, ops.read_rotated.default, (pool, table, lens[table], cos, sin, positions, partner, half))
+
+
+def _half_split(partner: torch.Tensor) -> int:
+    """h where the partners of channels 0..h-1 are h..2h-1 and the rest has none, as in most models; else 0."""
+    d = partner.numel()
+    channel = torch.arange(d, device=partner.device)
+    h = int(partner[0]) if d else 0
+    if h < 1 or 2 * h > d:
+        return 0
+    expected = torch.cat([channel[h : 2 * h], channel[:h], channel[2 * h :]])
+    return h if torch.equal(partner.to(channel.dtype), expected) else 0
+
+
+def _rank_all_layers(gm: fx.GraphModule) -> None:
+    """Ranks of all layers at once, in front of everything: they depend on what earlier steps have kept only."""
+    by_pool: dict[Any, list[fx.Node]] = {}
+    for node in _calls(gm, ops.slot_rotary.default):
+        by_pool.setdefault(node.args[0], []).append(node)
+    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for pool, nodes in by_pool.items():
+        tables = [n.args[1] for n in nodes]
+        lens = [n.args[2] for n in nodes]
+        rest = nodes[0].args[3:]
+        layers = [t.args[2] for t in tables]  # type: ignore[union-attr]
+        if layers != list(range(len(layers))) or any(n.args[3:] != rest for n in nodes):
+            continue
+        with gm.graph.inserting_before(first):
+            whole = (tables[0].args[0], lens[0].args[0])  # type: ignore[union-attr]
+            ranks = gm.graph.call_function(ops.slot_rotary_layers.default, (pool, *whole, len(layers), *rest))
+            each = gm.graph.call_function(aten.unbind.int, (ranks, 0))
+            picked = [gm.graph.call_function(operator.getitem, (each, i)) for i in range(len(layers))]
+        for node, pick in zip(nodes, picked):
+            node.replace_all_uses_with(pick)
+            gm.graph.erase_node(node)
 
 
 def _use_settled_keys(gm: fx.GraphModule) -> None:

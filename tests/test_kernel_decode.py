@@ -108,18 +108,13 @@ class Case:
             moved[name] = there.copy_(x)
         return moved
 
-    def run(self, launch: decode.Config, tickets: bool, mass: bool = True) -> tuple:
+    def run(self, launch: decode.Config, mass: bool = True) -> tuple:
         """The kernel's out, LSE and mass."""
-        a = self.on_device()
-        count = a["table"].shape[0] * a["table"].shape[1]
-        mine = torch.zeros(count, dtype=torch.int32, device=DEVICE) if tickets else None
-        found = decode.decode_attention(*a.values(), **self.options, mass=mass, tickets=mine, launch=launch)
-        assert mine is None or not mine.any()
-        return found
+        return decode.decode_attention(*self.on_device().values(), **self.options, mass=mass, launch=launch)
 
-    def check(self, workers: int = 3, tickets: bool = True) -> None:
-        """Compares with the reference, row by row; workers: how many a multiprocessor."""
-        out, lse, mass = self.run(decode.Config(workers, 4, 3), tickets)
+    def check(self, workers: int = 3, pages: int = 1, overlap: int = 0) -> None:
+        """Compares with the reference, row by row; workers: how many a multiprocessor; pages: how many a step."""
+        out, lse, mass = self.run(decode.Config(workers, 4, 3 if pages == 1 else 2, pages, overlap))
         ref_out, ref_lse, ref_mass = self.expected()
         dtype = self.args["q"].dtype
         real = self.args["valid"] > 0
@@ -141,10 +136,32 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 RAGGED = [[150, 1, 64, 0], [65, 200, 0, 63]]
 
 
-@pytest.mark.parametrize("tickets", [True, False])
+@pytest.mark.parametrize("pages", [1, 2])
 @pytest.mark.parametrize("workers", [1, 3, 5])
-def test_workers_share_ragged_heads(workers: int, tickets: bool) -> None:
-    Case(RAGGED, h=8).check(workers, tickets)
+def test_workers_share_ragged_heads(workers: int, pages: int) -> None:
+    Case(RAGGED, h=8).check(workers, pages)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_the_second_kernel_waits_for_the_first(overlap: int) -> None:
+    case = Case([[1500, 100, 64, 9000]], h=16, d=128, dtype=torch.bfloat16)
+    for workers in (1, 2, 3):
+        for _ in range(10):
+            case.check(workers, 1, overlap)
+
+
+def test_worker_counts() -> None:
+    # Equal heads are cut evenly: 132 multiprocessors, Llama-3.1-8B's 8 heads, 1, 8 and 32 rows.
+    assert [decode._worker_count(264, 8 * b, 64, 1) for b in (1, 8, 32)] == [256, 256, 256]
+    assert decode._worker_count(132, 8, 64, 1) == 128
+    assert decode._worker_count(528, 8, 64, 2) == 256
+    for limit in (1, 5, 132, 264):
+        for n_heads in (1, 3, 8, 130, 200, 265, 600):
+            for width in (1, 2, 63, 1000):
+                count = decode._worker_count(limit, n_heads, width, 1 + width % 2)
+                assert 1 <= count <= min(limit, n_heads * width)
+    assert decode._worker_count(264, 1024, 1 << 20, 1) * 1024 << 20 < 2**31
 
 
 @pytest.mark.parametrize("group", [1, 7, 16, 20])
@@ -154,8 +171,8 @@ def test_groups(group: int) -> None:
 
 @pytest.mark.parametrize(("d", "dv"), [(16, 16), (24, 24), (64, 64), (80, 80), (96, 96), (128, 128), (48, 32), (8, 8)])
 def test_head_dims(d: int, dv: int) -> None:
-    Case([[130, 70]], d=d, dv=dv).check(tickets=True)
-    Case([[130, 70]], d=d, dv=dv).check(tickets=False)
+    Case([[130, 70]], d=d, dv=dv).check()
+    Case([[130, 70]], d=d, dv=dv, softcap=3.0).check(1, 2)
 
 
 @pytest.mark.gpu
@@ -181,11 +198,13 @@ def test_half_precision() -> None:
 )  # fmt: skip
 def test_masks_and_logits(options: dict) -> None:
     Case(RAGGED, h=8, **options).check()
+    if "window" in options or "chunk" in options:
+        Case(RAGGED, h=8, **options).check(1, 2)
 
 
 def test_rows_without_a_new_token() -> None:
     Case(RAGGED, h=8, valid=[0, 1]).check()
-    Case(RAGGED, h=8, valid=[1, 0], sinks=True).check(tickets=False)
+    Case(RAGGED, h=8, valid=[1, 0], sinks=True).check(pages=2)
     Case(RAGGED, h=8, valid=[0, 0]).check()
 
 
@@ -196,12 +215,11 @@ def test_nothing_cached() -> None:
 
 def test_same_bits_twice() -> None:
     case = Case(RAGGED, h=8)
-    for tickets in (True, False):
-        first = case.run(decode.Config(3, 4, 3), tickets)
-        for _ in range(2):
-            again = case.run(decode.Config(3, 4, 3), tickets)
-            assert all(torch.equal(x, y) for x, y in zip(first, again))
-    without = case.run(decode.Config(3, 4, 3), True, mass=False)
+    first = case.run(decode.Config(3, 4, 3))
+    for _ in range(2):
+        again = case.run(decode.Config(3, 4, 3))
+        assert all(torch.equal(x, y) for x, y in zip(first, again))
+    without = case.run(decode.Config(3, 4, 3), mass=False)
     assert torch.equal(first[0], without[0]) and without[2] is None
 
 
@@ -224,28 +242,27 @@ def random_case(seed: int, most: int) -> Case:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(seed: int) -> None:
-    random_case(seed, 200).check(1 + seed, seed % 2 == 0)
+    random_case(seed, 200).check(1 + seed, 1 + seed % 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(100, 200))
 def test_many_random_shapes(seed: int) -> None:
-    random_case(seed, 3000).check(1 + seed % 4, seed % 2 == 0)
+    random_case(seed, 3000).check(1 + seed % 4, 1 + seed % 2)
 
 
 @pytest.mark.gpu
 def test_under_a_cuda_graph() -> None:
     case = Case([[1500, 100, 64, 900]], h=16, d=128, dtype=torch.bfloat16)
     a = case.on_device()
-    tickets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    eager = decode.decode_attention(*a.values(), **case.options, tickets=tickets)
+    eager = decode.decode_attention(*a.values(), **case.options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode.decode_attention(*a.values(), **case.options, tickets=tickets)
+        captured = decode.decode_attention(*a.values(), **case.options)
     a["lens"][0, 0] = 700
     for _ in range(3):
         graph.replay()
-    eager = decode.decode_attention(*a.values(), **case.options, tickets=tickets)
+    eager = decode.decode_attention(*a.values(), **case.options)
     assert torch.equal(eager[0], captured[0]) and torch.equal(eager[1], captured[1])
 
 

@@ -27,9 +27,9 @@ L2_BYTES = 32 << 20  # of keys and values that programs running at the same time
 
 
 def heads_together(heads: int, group: int, keys: int, bytes_a_key: int) -> int:
-    """How many query heads (of `heads`, all rows of the batch) programs should work on at the same time: as many kv heads as
-    L2 holds, each with `keys` keys and values of bytes_a_key together."""
-    return min(heads, group * max(1, L2_BYTES // max(1, keys * bytes_a_key)))
+    """How many query heads (of `heads`, all rows of the batch) programs should work on at the same time: all, if L2 holds the
+    `keys` keys and values, of bytes_a_key together, of each of their kv heads; else those of one kv head, a group."""
+    return heads if heads // group * keys * bytes_a_key <= L2_BYTES else group
 
 
 class Config(NamedTuple):
@@ -54,7 +54,7 @@ def portable_config(dtype: torch.dtype, d: int, dv: int, t: int, features: tuple
         return Config(64, 32, 8, 2)
     if t <= 64:
         return Config(64, 64 if wide <= 128 else 32, 4, 2)
-    if wide <= 64 and not features:
+    if wide <= 128 and not features:
         return Config(128, 128, 8, 3)
     if wide > 192 and features:
         return Config(128, 32, 8, 2)
@@ -97,9 +97,10 @@ def _keys(
     for start in tl.range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         real = cols < n_real
-        # 64 bits for the tile's place in the segment, 32 bits inside the tile
-        k_tile = K + tl.cast(start, tl.int64) * k_n + tl.arange(0, BLOCK_N)[:, None] * k_n
-        v_tile = V + tl.cast(start, tl.int64) * v_n + tl.arange(0, BLOCK_N)[:, None] * v_n
+        # Offsets of whole rows in 64 bits, not of the tile and of rows in it: with those, ptxas has each wgmma wait for the
+        # one before (C7515), which costs an eighth of the rate.
+        k_tile = K + cols[:, None].to(tl.int64) * k_n
+        v_tile = V + cols[:, None].to(tl.int64) * v_n
         k = _load(k_tile, real, D, 0, D0, MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if D1 > 0:

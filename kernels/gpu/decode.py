@@ -2,9 +2,9 @@
 
 The pages of all heads lie one behind the other in one list, and each of a fixed number of workers takes an equal,
 contiguous part of it, across heads where need be ("stream-K"). So the time goes by the sum of the heads' lengths, not
-by the longest, and the launch grid depends on shapes only. A worker that has all of a head writes the result; of a head
-with several workers each leaves its part of the softmax (maximum, sum, weighted values), and either the last of them to
-arrive puts them together, always in the order of the pages, or a second kernel does.
+by the longest, and the launch grid depends on shapes only. Every worker leaves, for each head that it had pages of, a
+part of the softmax (maximum, sum, weighted values); a second kernel puts a head's parts, its new token and its sink
+together, always in the order of the pages.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
+ANY = 1 << 62
 _PAGE = tl.constexpr(PAGE)
 _LOG2E = tl.constexpr(LOG2E)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -28,11 +29,11 @@ _LN2 = tl.constexpr(0.6931471805599453)
 class Config(NamedTuple):
     """How the attention kernel is launched."""
 
-    per_sm: int  # workers for each multiprocessor
+    per_sm: int  # at most so many workers for each multiprocessor
     num_warps: int
-    num_stages: int  # one more than the pages whose loads are under way at a time
-    one_launch: bool = True  # the last worker of a head combines, if the caller brought tickets; else a second kernel
-    overlap: bool = False  # the second kernel starts while the first one runs (programmatic dependent launch)
+    num_stages: int  # one more than the steps whose loads are under way at a time
+    pages: int = 1  # pages a step, 1 or 2
+    overlap: int = 0  # the second kernel is launched 0: after the first, 1: when it starts, 2: when its loops end
 
     @property
     def registers(self) -> int | None:
@@ -41,9 +42,23 @@ class Config(NamedTuple):
         return limit if limit < 255 else None
 
 
-def config(dtype: torch.dtype, d: int, dv: int, group: int) -> Config:
-    """The configuration for a dtype, head dims and query heads a kv head: as many workers as a multiprocessor's memory
-    (227 KB) has room for."""
+# For pages of 16 to 32 KB (keys and values): (B * Hkv up to, capacity up to, what). tests/gpu_timings/decode.py measures a
+# shape of Llama-3.1-8B for each line.
+BY_SIZE: tuple[tuple[int, int, Config], ...] = (
+    (16, 8192, Config(2, 4, 3, overlap=1)),
+    (16, ANY, Config(2, 4, 3, overlap=1)),
+    (128, 8192, Config(2, 4, 3, overlap=1)),
+    (128, ANY, Config(2, 4, 3, overlap=1)),
+    (ANY, 8192, Config(2, 4, 3, overlap=1)),
+    (ANY, ANY, Config(3, 4, 3)),
+)
+
+
+def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capacity: int) -> Config:
+    """The configuration for a dtype, head dims, query heads a kv head, B * Hkv and slots a head (of the table).
+
+    Other dims: as many workers as a multiprocessor's memory (227 KB) has room for.
+    """
     page_bytes = PAGE * (d + dv) * dtype.itemsize
     if page_bytes > 64 << 10:
         return Config(1, 8, 2)
@@ -52,8 +67,27 @@ def config(dtype: torch.dtype, d: int, dv: int, group: int) -> Config:
     if page_bytes > 32 << 10:
         return Config(2, 4, 3)
     if page_bytes > 16 << 10:
-        return Config(3, 4, 3)
+        return next(c for heads, slots, c in BY_SIZE if n_heads <= heads and capacity <= slots)
     return Config(4, 4, 4)
+
+
+def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
+    """How many workers, at most `limit`, for n_heads heads with up to `width` pages, in steps of `pages`.
+
+    If it makes use of most of `limit`, a multiple of the heads, or a divisor: then heads of equal lengths are cut
+    into equal parts, no worker changes heads on the way, and there are no more parts than shorten the longest one.
+    """
+    if n_heads > limit:
+        each = -(-n_heads // limit)
+        aligned = n_heads // each if n_heads % each == 0 else 0
+        enough = aligned
+    else:
+        enough = limit // n_heads * n_heads
+        each = -(-width // min(limit // n_heads, width))
+        each = -(-each // pages) * pages
+        aligned = min(enough, -(-width // each) * n_heads)
+    workers = aligned if 4 * enough >= 3 * limit else min(limit, n_heads * width)
+    return max(1, min(workers, (2**31 - 1) // (n_heads * width)))  # page * workers is computed in 32 bits
 
 
 @triton.jit
@@ -67,16 +101,15 @@ def _live(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
 
 
 @triton.jit
-def _share(worker, per, extra):
-    """The first page of a worker's part of the list."""
-    return worker * per + tl.minimum(worker, extra)
+def _first_page(worker, total, workers):
+    """The first page of a worker's part of the list; every worker before `workers` has at least one."""
+    return tl.where(worker < workers, total * worker // tl.maximum(workers, 1), total)
 
 
 @triton.jit
-def _worker_of(page, per, extra):
+def _worker_of(page, total, workers):
     """The worker whose part of the list a page is in."""
-    large = extra * (per + 1)
-    return tl.where(page < large, page // (per + 1), extra + (page - large) // tl.maximum(per, 1))
+    return ((page + 1) * workers - 1) // tl.maximum(total, 1)
 
 
 @triton.jit
@@ -89,112 +122,50 @@ def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     return x * (scale * _LOG2E)
 
 
-@triton.jit
-def _finish(
-    m, denom, acc1, acc2, head, row, ok, sinks, out, lse,
-    G: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """Normalizes the rows of a head (the query heads `row` of its group) and stores them."""
-    if SINKS:
-        sink = tl.load(sinks + (head % HKV) * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
-        top = tl.maximum(m, sink)
-        alpha = tl.exp2(m - top)
-        denom = denom * alpha + tl.exp2(sink - top)
-        acc1 *= alpha[:, None]
-        if DV2 > 0:
-            acc2 *= alpha[:, None]
-        m = top
-    # A row that sees nothing (one without a new token) gives 0 and -inf.
-    norm = tl.where(denom > 0, denom, 1.0)
-    natural = tl.where(denom > 0, (m + tl.log2(norm)) * _LN2, float("-inf"))
-    to = head * G + row
-    tl.store(lse + to, natural, mask=ok)
-    at = out + to.to(tl.int64)[:, None] * DV
-    d1 = tl.arange(0, DV1)
-    tl.store(at + d1[None, :], (acc1 / norm[:, None]).to(out.dtype.element_ty), mask=ok[:, None] & (d1 < DV)[None, :])
-    if DV2 > 0:
-        d2 = DV1 + tl.arange(0, DV2)
-        tl.store(
-            at + d2[None, :], (acc2 / norm[:, None]).to(out.dtype.element_ty), mask=ok[:, None] & (d2 < DV)[None, :]
-        )
-
-
-@triton.jit
-def _sum_parts(
-    parts, head, start, n_units, per, extra, g0, sinks, out, lse, n_workers,
-    G: tl.constexpr, GB: tl.constexpr, G2: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
-    DV2: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Puts together what the workers of a head left, for query heads [g0, g0 + GB) of its group, PARTS workers at a time.
-
-    parts holds one entry for every (kind, worker): the part that begins a head lies in the second half, others in the
-    first, since a worker has at most one of each. An entry is G2 maxima, G2 sums, and G2 rows of weighted values.
-    """
-    first = _worker_of(start, per, extra)
-    n_parts = _worker_of(start + n_units - 1, per, extra) - first + 1
-    width: tl.constexpr = G2 * (2 + DV1 + DV2)
-    row = g0 + tl.arange(0, GB)
-    ok = row < G
-    d1 = tl.arange(0, DV1)
-    m = tl.full([GB], float("-inf"), tl.float32)
-    denom = tl.zeros([GB], tl.float32)
-    acc1 = tl.zeros([GB, DV1], tl.float32)
-    acc2 = tl.zeros([GB, DV2 if DV2 > 0 else 1], tl.float32)
-    for i in tl.range(0, n_parts, PARTS, num_stages=4):
-        part = i + tl.arange(0, PARTS)
-        entry = parts + (first + part + tl.where(part == 0, n_workers, 0)) * width
-        here = part < n_parts
-        both = here[:, None] & ok[None, :]
-        ms = tl.load(entry[:, None] + row[None, :], mask=both, other=float("-inf"), cache_modifier=".cg")
-        ls = tl.load(entry[:, None] + (G2 + row)[None, :], mask=both, other=0.0, cache_modifier=".cg")
-        at = entry[:, None, None] + (2 * G2 + row * (DV1 + DV2))[None, :, None]
-        a1 = tl.load(at + d1[None, None, :], mask=both[:, :, None], other=0.0, cache_modifier=".cg")
-        top = tl.maximum(m, tl.max(ms, 0))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        alpha = tl.exp2(m - base)
-        weight = tl.exp2(ms - base[None, :])
-        denom = denom * alpha + tl.sum(weight * ls, 0)
-        acc1 = acc1 * alpha[:, None] + tl.sum(a1 * weight[:, :, None], 0)
-        if DV2 > 0:
-            d2 = DV1 + tl.arange(0, DV2)
-            a2 = tl.load(at + d2[None, None, :], mask=both[:, :, None], other=0.0, cache_modifier=".cg")
-            acc2 = acc2 * alpha[:, None] + tl.sum(a2 * weight[:, :, None], 0)
-        m = top
-    _finish(m, denom, acc1, acc2, head, row, ok, sinks, out, lse, G, HKV, DV, DV1, DV2, SINKS)
-
-
-@triton.jit(do_not_specialize=["n_heads", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b"])
+@triton.jit(
+    do_not_specialize=["n_heads", "width", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b"]
+)
 def _attend_kernel(
-    q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi,
-    out, lse, logits, parts, tickets,
-    scale, softcap, window, chunk, n_heads, logits_row, capacity,
-    q_b, q_h, k_b, k_h, v_b, v_h, kd_b, kd_h, kd_s, vd_b, vd_h, vd_s, table_b, table_h, table_p, lens_b, lens_h, pos_b,
+    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, logits, parts,
+    scale, softcap, window, chunk, n_heads, width, logits_row,
+    q_b, q_h, kd_b, kd_h, kd_s, vd_b, vd_h, vd_s, table_b, table_h, table_p, lens_b, lens_h, pos_b,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, K_DENSE: tl.constexpr,
-    V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr,
-    SINKS: tl.constexpr, MASS: tl.constexpr, TICKETS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-    IEEE: tl.constexpr,
+    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
+    K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
+    """A worker's part of the list.
+
+    parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
+    G2 sums, and G2 rows of weighted values.
+    """
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
-    # The list of pages. A head without any counts as one page, so that somebody writes its result.
-    n_live, _ = _live(lens, valid, tl.arange(0, HEADS), n_heads, HKV, lens_b, lens_h)
-    units = tl.where(tl.arange(0, HEADS) < n_heads, tl.maximum((n_live + _PAGE - 1) // _PAGE, 1), 0)
-    ends = tl.cumsum(units, 0)
-    total = tl.sum(units, 0)
-    per = total // n_workers
-    extra = total % n_workers
-    lo = _share(worker, per, extra)
-    hi = _share(worker + 1, per, extra)
+    # Page numbers that are likely to be needed are fetched into L2 while the lengths are on their way.
+    likely = worker * n_heads // n_workers
+    column = tl.arange(0, 256)
+    tl.load(
+        table + (likely // HKV).to(tl.int64) * table_b + (likely % HKV) * table_h + column * table_p,
+        mask=column < width, volatile=True,
+    )  # fmt: skip
+
+    ids = tl.arange(0, HEADS)
+    n_live = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
+    counts = (n_live + _PAGE - 1) // _PAGE
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0)
+    workers = tl.minimum(n_workers, total)
+    lo = _first_page(worker, total, workers)
+    hi = _first_page(worker + 1, total, workers)
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
 
     row = tl.arange(0, GP)
     ok = row < G
-    slot = tl.arange(0, _PAGE)
+    slot = tl.arange(0, PAGES * _PAGE)
     d1 = tl.arange(0, D1)
     d2 = D1 + tl.arange(0, D2 if D2 > 0 else 1)
     e1 = tl.arange(0, DV1)
@@ -202,13 +173,15 @@ def _attend_kernel(
     while lo < hi:
         b = head // HKV
         hk = head % HKV
-        n, real = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)
+        n = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)[0]
         n_pages = (n + _PAGE - 1) // _PAGE
-        n_units = tl.maximum(n_pages, 1)
         first = lo - start
-        last = tl.minimum(hi - start, n_units)
+        last = tl.minimum(hi - start, n_pages)
+        end = tl.minimum(last * _PAGE, n)
         pages = table + b.to(tl.int64) * table_b + hk * table_h
-        page = tl.load(pages + first * table_p, mask=first < n_pages, other=0)
+        page = tl.load(pages + first * table_p, mask=first < last, other=0)
+        if PAGES == 2:
+            other = tl.load(pages + (first + 1) * table_p, mask=first + 1 < last, other=0)
 
         at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h
         q1 = tl.load(at + d1[None, :], mask=ok[:, None] & (d1 < D)[None, :], other=0.0)
@@ -219,33 +192,27 @@ def _attend_kernel(
         if ALIBI:
             slope = tl.load(alibi + hk * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
 
-        # Whoever begins a head has its new token, too, which is read now and added behind the loop.
-        own = (first == 0) & real
-        own_d = tl.where(own, D, 0)
-        own_dv = tl.where(own, DV, 0)
-        own_at = k + b.to(tl.int64) * k_b + hk * k_h
-        own_k1 = tl.load(own_at + d1, mask=d1 < own_d, other=0.0)
-        if D2 > 0:
-            own_k2 = tl.load(own_at + d2, mask=d2 < own_d, other=0.0)
-        own_at = v + b.to(tl.int64) * v_b + hk * v_h
-        own_v1 = tl.load(own_at + e1, mask=e1 < own_dv, other=0.0)
-        if DV2 > 0:
-            own_v2 = tl.load(own_at + e2, mask=e2 < own_dv, other=0.0)
-
         m = tl.full([GP], float("-inf"), tl.float32)
-        denom = tl.zeros([GP], tl.float32)
+        # Weights slot by slot, summed behind the loop: for a sum all warps would wait for each other.
+        weights = tl.zeros([GP, PAGES * _PAGE], tl.float32)
         acc1 = tl.zeros([GP, DV1], tl.float32)
         acc2 = tl.zeros([GP, DV2 if DV2 > 0 else 1], tl.float32)
-        for p in range(first, tl.minimum(last, n_pages)):
-            held = page.to(tl.int64)
-            # The next page's number is read a step ahead, so that its keys' addresses are known in time.
-            page = tl.load(pages + tl.minimum(p + 1, n_pages - 1) * table_p)
-            here = slot < n - p * _PAGE
+        for p in range(first, last, PAGES):
+            # The next pages' numbers are read a step ahead, so that their keys' addresses are known in time.
+            if PAGES == 2:
+                held = tl.where(slot < _PAGE, page, other).to(tl.int64)[:, None]
+                other = tl.load(pages + tl.minimum(p + 3, last - 1) * table_p)
+                inside = slot % _PAGE
+            else:
+                held = page.to(tl.int64)
+                inside = slot
+            page = tl.load(pages + tl.minimum(p + PAGES, last - 1) * table_p)
+            here = slot < end - p * _PAGE
             if K_DENSE:
                 k_at = k_dense + b.to(tl.int64) * kd_b + hk.to(tl.int64) * kd_h + tl.cast(p * _PAGE, tl.int64) * kd_s
                 k_at = k_at + slot[:, None] * kd_s
             else:
-                k_at = k_pages + held * (_PAGE * D) + slot[:, None] * D
+                k_at = k_pages + held * (_PAGE * D) + inside[:, None] * D
             k1 = tl.load(k_at + d1[None, :], mask=here[:, None] & (d1 < D)[None, :], other=0.0)
             x = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=precision)
             if D2 > 0:
@@ -254,7 +221,11 @@ def _attend_kernel(
             x = _logit(x, softcap, scale, SOFTCAP)
             seen = here
             if WINDOW or CHUNK or ALIBI:
-                pos = tl.load(pos_pages + held * (2 * _PAGE) + slot * 2, mask=here, other=0)
+                if PAGES == 2:
+                    pos_at = pos_pages + tl.reshape(held, [2 * _PAGE]) * (2 * _PAGE)
+                else:
+                    pos_at = pos_pages + held * (2 * _PAGE)
+                pos = tl.load(pos_at + inside * 2, mask=here, other=0)
                 distance = now - pos
                 if WINDOW:
                     seen = seen & (distance < window)
@@ -267,18 +238,18 @@ def _attend_kernel(
                 to = logits + (head * G + row).to(tl.int64)[:, None] * logits_row + (slot + p * _PAGE)[None, :]
                 tl.store(to, x, mask=ok[:, None] & here[None, :])
             top = tl.maximum(m, tl.max(x, 1))
-            if WINDOW or CHUNK:  # otherwise every page has a slot that is seen
+            if WINDOW or CHUNK:  # otherwise every step has a slot that is seen
                 base = tl.where(top == float("-inf"), 0.0, top)
             else:
                 base = top
             alpha = tl.exp2(m - base)
             weight = tl.exp2(x - base[:, None])
-            denom = denom * alpha + tl.sum(weight, 1)
+            weights = weights * alpha[:, None] + weight
             if V_DENSE:
                 v_at = v_dense + b.to(tl.int64) * vd_b + hk.to(tl.int64) * vd_h + tl.cast(p * _PAGE, tl.int64) * vd_s
                 v_at = v_at + slot[:, None] * vd_s
             else:
-                v_at = v_pages + held * (_PAGE * DV) + slot[:, None] * DV
+                v_at = v_pages + held * (_PAGE * DV) + inside[:, None] * DV
             v1 = tl.load(v_at + e1[None, :], mask=here[:, None] & (e1 < DV)[None, :], other=0.0).to(q1.dtype)
             acc1 = tl.dot(weight.to(q1.dtype), v1, acc1 * alpha[:, None], input_precision=precision)
             if DV2 > 0:
@@ -286,89 +257,111 @@ def _attend_kernel(
                 acc2 = tl.dot(weight.to(q1.dtype), v2, acc2 * alpha[:, None], input_precision=precision)
             m = top
 
-        if own:
-            x = tl.sum(q1.to(tl.float32) * own_k1.to(tl.float32)[None, :], 1)
-            if D2 > 0:
-                x += tl.sum(q2.to(tl.float32) * own_k2.to(tl.float32)[None, :], 1)
-            x = _logit(x, softcap, scale, SOFTCAP)
-            if MASS:
-                tl.store(logits + (head * G + row).to(tl.int64) * logits_row + capacity, x, mask=ok)
-            top = tl.maximum(m, x)
-            alpha = tl.exp2(m - top)
-            weight = tl.exp2(x - top)
-            denom = denom * alpha + weight
-            acc1 = acc1 * alpha[:, None] + weight[:, None] * own_v1.to(tl.float32)[None, :]
-            if DV2 > 0:
-                acc2 = acc2 * alpha[:, None] + weight[:, None] * own_v2.to(tl.float32)[None, :]
-            m = top
-
-        if (first == 0) & (last == n_units):
-            _finish(m, denom, acc1, acc2, head, row, ok, sinks, out, lse, G, HKV, DV, DV1, DV2, SINKS)
-        else:
-            width: tl.constexpr = G2 * (2 + DV1 + DV2)
-            entry = parts + (worker + tl.where(first == 0, n_workers, 0)) * width
-            tl.store(entry + row, m, mask=ok)
-            tl.store(entry + G2 + row, denom, mask=ok)
-            to = entry + 2 * G2 + row[:, None] * (DV1 + DV2)
-            tl.store(to + e1[None, :], acc1, mask=ok[:, None])
-            if DV2 > 0:
-                tl.store(to + e2[None, :], acc2, mask=ok[:, None])
-            if TICKETS:
-                n_parts = _worker_of(start + n_units - 1, per, extra) - _worker_of(start, per, extra) + 1
-                tl.debug_barrier()  # all of this worker's part is written before its arrival is announced
-                before = tl.atomic_add(tickets + head, 1, sem="acq_rel", scope="gpu")
-                if before == n_parts - 1:
-                    _sum_parts(
-                        parts, head, start, n_units, per, extra, 0, sinks, out, lse, n_workers,
-                        G, G2, G2, HKV, DV, DV1, DV2, SINKS, PARTS,
-                    )  # fmt: skip
-                    tl.store(tickets + head, 0)
         lo = start + last
-        start += n_units
+        if OVERLAP == 2:  # noqa: SIM102 (decided when compiling)
+            if lo >= hi:
+                tl.extra.cuda.gdc_launch_dependents()
+        entry = parts + (worker + head).to(tl.int64) * (G2 * (2 + DV1 + DV2))
+        tl.store(entry + row, m, mask=ok)
+        tl.store(entry + G2 + row, tl.sum(weights, 1), mask=ok)
+        to = entry + 2 * G2 + row[:, None] * (DV1 + DV2)
+        tl.store(to + e1[None, :], acc1, mask=ok[:, None])
+        if DV2 > 0:
+            tl.store(to + e2[None, :], acc2, mask=ok[:, None])
+        start += n_pages
         head += 1
 
 
-@triton.jit(do_not_specialize=["n_workers", "n_heads", "lens_b", "lens_h"])
+@triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h"])
 def _combine_kernel(
-    parts, lens, valid, sinks, out, lse, n_workers, n_heads, lens_b, lens_h,
-    HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    HEADS: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    q, k, v, parts, lens, valid, sinks, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row, capacity,
+    q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
+    HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    ROW: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
+    PARTS: tl.constexpr, SLICE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One query head of a (row, kv head) whose pages several workers shared."""
+    """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink."""
     head = tl.program_id(0)
+    g = tl.program_id(1)
+    b = head // HKV
+    hk = head % HKV
+    real = tl.load(valid + b) > 0
     ids = tl.arange(0, HEADS)
-    n_live, _ = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)
-    units = tl.where(ids < n_heads, tl.maximum((n_live + _PAGE - 1) // _PAGE, 1), 0)
-    start = tl.sum(tl.where(ids < head, units, 0), 0)
-    n_units = tl.sum(tl.where(ids == head, units, 0), 0)
-    total = tl.sum(units, 0)
-    per = total // n_workers
-    extra = total % n_workers
+    n_live = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
+    counts = (n_live + _PAGE - 1) // _PAGE
+    start = tl.sum(tl.where(ids < head, counts, 0), 0)
+    end = tl.sum(tl.where(ids <= head, counts, 0), 0)
+    total = tl.sum(counts, 0)
+
+    d = tl.arange(0, DP)
+    e = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    new_q = tl.load(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h + d, mask=d < D, other=0.0).to(tl.float32)
+    new_k = tl.load(k + b.to(tl.int64) * k_b + hk * k_h + d, mask=d < tl.where(real, D, 0), other=0.0).to(tl.float32)
+    new_v = tl.load(v + b.to(tl.int64) * v_b + hk * v_h + e, mask=e < tl.where(real, DV, 0), other=0.0).to(tl.float32)
+    x = _logit(tl.sum(new_q * new_k, 0), softcap, scale, SOFTCAP)
+    m = tl.where(real, x, float("-inf"))
+    denom = tl.where(real, 1.0, 0.0)
+    acc = new_v
+
+    workers = tl.minimum(n_workers, total)
+    first = _worker_of(start, total, workers)
+    n_parts = tl.where(end > start, _worker_of(end - 1, total, workers) - first + 1, 0)
+    width: tl.constexpr = G2 * (2 + ROW)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if _worker_of(start, per, extra) != _worker_of(start + n_units - 1, per, extra):
-        _sum_parts(
-            parts, head, start, n_units, per, extra, tl.program_id(1), sinks, out, lse, n_workers,
-            G, 1, G2, HKV, DV, DV1, DV2, SINKS, PARTS,
-        )  # fmt: skip
+    for i in tl.range(0, n_parts, PARTS, num_stages=1):
+        part = i + tl.arange(0, PARTS)
+        here = part < n_parts
+        entry = parts + (head + first + part).to(tl.int64) * width
+        ms = tl.load(entry + g, mask=here, other=float("-inf"))
+        ls = tl.load(entry + G2 + g, mask=here, other=0.0)
+        at = entry[:, None] + (2 * G2 + g * ROW + e)[None, :]
+        a = tl.load(at, mask=here[:, None] & (e < DV)[None, :], other=0.0)
+        top = tl.maximum(m, tl.max(ms, 0))  # the new token makes it finite
+        alpha = tl.exp2(m - top)
+        weight = tl.exp2(ms - top)
+        denom = denom * alpha + tl.sum(weight * ls, 0)
+        acc = acc * alpha + tl.sum(a * weight[:, None], 0)
+        m = top
+
+    if SINKS:
+        sink = tl.load(sinks + hk * G + g).to(tl.float32) * _LOG2E
+        top = tl.maximum(m, sink)
+        alpha = tl.exp2(m - top)
+        denom = denom * alpha + tl.exp2(sink - top)
+        acc *= alpha
+        m = top
+    # A row that sees nothing (one without a new token) gives 0 and -inf.
+    norm = tl.where(denom > 0, denom, 1.0)
+    to = head * G + g
+    tl.store(out + to.to(tl.int64) * DV + e, (acc / norm).to(out.dtype.element_ty), mask=e < DV)
+    if tl.program_id(2) == 0:
+        tl.store(lse + to, tl.where(denom > 0, (m + tl.log2(norm)) * _LN2, float("-inf")))
+        if MASS:
+            tl.store(logits + to.to(tl.int64) * logits_row + capacity, x)
 
 
 @triton.jit(do_not_specialize=["n_heads", "lens_b", "lens_h"])
 def _mass_kernel(
     logits, lse, lens, valid, mass, n_heads, logits_row, capacity, lens_b, lens_h,
-    HKV: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights from logits, summed over a group's query heads."""
+    """Softmax weights from logits, summed over a group's query heads, GB of them at a time."""
     head = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, real = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)
     seen = (slot < n) | (slot == tl.where(real, capacity, -1))
     weight = tl.zeros([BLOCK], tl.float32)
-    for g in range(G):
+    for g0 in range(0, G, GB):
+        g = g0 + tl.arange(0, GB)
         of = (head * G + g).to(tl.int64)
-        x = tl.load(logits + of * logits_row + slot, mask=seen, other=float("-inf"))
-        norm = tl.load(lse + of, mask=real, other=0.0) * _LOG2E
-        weight += tl.exp2(x - norm)
+        x = tl.load(
+            logits + of[:, None] * logits_row + slot[None, :],
+            mask=(g < G)[:, None] & seen[None, :],
+            other=float("-inf"),
+        )
+        norm = tl.load(lse + of, mask=g < tl.where(real, G, 0), other=0.0) * _LOG2E
+        weight += tl.sum(tl.exp2(x - norm[:, None]), 0)
     tl.store(mass + head.to(tl.int64) * (capacity + 1) + slot, weight, mask=slot <= capacity)
 
 
@@ -404,7 +397,6 @@ def decode_attention(
     window: int,
     chunk: int,
     mass: bool = False,
-    tickets: Tensor | None = None,
     launch: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
@@ -417,9 +409,6 @@ def decode_attention(
     Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
     token get 0, -inf (or the sink) and 0.
-
-    tickets: at least B * Hkv int32 zeros, which are zeros again afterwards; with them everything is one launch (two
-    with `mass`), without them one more. Launches that may run at the same time need different ones.
     """
     b, h, _, d = q.shape
     hkv, dv = k.shape[1], v.shape[3]
@@ -435,53 +424,54 @@ def decode_attention(
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     group = h // hkv
-    c = config(q.dtype, d, dv, group) if launch is None else launch
-    (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
-    workers = max(1, min(c.per_sm * _multiprocessors(q.device), n_heads * table.shape[2]))
+    width = table.shape[2]
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
+    found = torch.empty(b, hkv, capacity + 1, dtype=torch.float32, device=q.device) if mass else None
     if not n_heads:
-        return out, lse, q.new_empty(b, hkv, capacity + 1, dtype=torch.float32) if mass else None
-    parts = torch.empty(2 * workers * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
+        return out, lse, found
+    c = config(q.dtype, d, dv, group, n_heads, capacity) if launch is None else launch
+    (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
+    workers = _worker_count(c.per_sm * _multiprocessors(q.device), n_heads, max(width, 1), c.pages)
+    parts = torch.empty((workers + n_heads) * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
-    logits = torch.empty(b * h * logits_row if mass else 0, dtype=torch.float32, device=q.device)
-    # A whole group's parts in one program, if they are not too many.
-    one_launch = c.one_launch and tickets is not None and g2 * (dv1 + dv2) <= 4096
-    heads = max(256, triton.next_power_of_2(n_heads))  # so that a kernel serves many batch sizes
+    logits = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
+    # Two sizes serve most batches; one warp can scan the small one.
+    heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     kd, vd = k if k_dense is None else k_dense, v if v_dense is None else v_dense
     _attend_kernel[(workers,)](
-        q, k, v, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid,
-        q if sinks is None else sinks, q if alibi is None else alibi, out, lse, logits, parts,
-        tickets if one_launch else parts,
-        scale, softcap, window, chunk, n_heads, logits_row, capacity,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
+        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, logits, parts,
+        scale, softcap, window, chunk, n_heads, width, logits_row,
+        q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
-        HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads,
+        HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
-        CHUNK=chunk > 0, ALIBI=alibi is not None, SINKS=sinks is not None, MASS=mass, TICKETS=one_launch,
-        PARTS=_parts_at_a_time(g2 * (dv1 + dv2)), OVERLAP=c.overlap and not one_launch,
-        IEEE=q.dtype == torch.float32, num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers,
+        CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32,
+        num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers,
     )  # fmt: skip
+    n_parts, piece = _tile(workers, n_heads, group, dv)
     overlapping: dict[str, Any] = {"launch_pdl": True} if c.overlap else {}
-    if not one_launch:
-        _combine_kernel[(n_heads, group)](
-            parts, lens, valid, q if sinks is None else sinks, out, lse, workers, n_heads, lens.stride(0), lens.stride(1),
-            HKV=hkv, G=group, G2=g2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, SINKS=sinks is not None,
-            PARTS=_parts_at_a_time(dv1 + dv2), OVERLAP=c.overlap, num_warps=4, **overlapping,
-        )  # fmt: skip
-    if not mass:
-        return out, lse, None
-    found = torch.empty(b, hkv, capacity + 1, dtype=torch.float32, device=q.device)
-    block = 1024
-    _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
-        logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
-        HKV=hkv, G=group, BLOCK=block, num_warps=4,
+    _combine_kernel[(n_heads, group, -(-dv // piece))](
+        q, k, v, parts, lens, valid, q if sinks is None else sinks, out, lse, logits, scale, softcap, workers, n_heads,
+        logits_row, capacity, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        lens.stride(0), lens.stride(1),
+        HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=dv1 + dv2, HEADS=heads,
+        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, OVERLAP=c.overlap > 0,
+        num_warps=4, **overlapping,
     )  # fmt: skip
+    if found is not None:
+        block = 1024
+        _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
+            logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
+            HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out, lse, found
 
 
-def _parts_at_a_time(row: int) -> int:
-    """How many parts are summed at a time: 8 KB of them."""
-    return max(1, min(64, 2048 // triton.next_power_of_2(row)))
+def _tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:
+    """How many parts, and how many output dims of one query head, a program of the second kernel takes at a time: all
+    parts of a head at once if heads are about equally long, and narrow slices if there are few heads."""
+    n_parts = min(64, triton.next_power_of_2(workers // n_heads + 2))
+    piece = 32 if n_heads * group * -(-dv // 32) <= 512 else triton.next_power_of_2(dv)
+    return n_parts, min(piece, max(32, 8192 // n_parts))

@@ -422,7 +422,7 @@ def plan_config(entries: int) -> tuple[int, int, int]:
         return 256, 64, 4
     if entries <= 4096:
         return 1024, 128, 8
-    return 4096, 256, 16
+    return (2048, 256, 16) if entries <= 32768 else (4096, 256, 32)
 
 
 def move_config(k_dim: int, itemsize: int) -> tuple[int, int]:

@@ -41,15 +41,21 @@ class Config(NamedTuple):
     split: int = 1
 
 
-def fma_config(k: int, dtype: torch.dtype, gated: bool) -> Config:
-    """For up to FMA_ROWS tokens. Each thread holds 16 bytes of block_n rows (of both weights, gated) at each step.
+def fma_config(k: int, dtype: torch.dtype, gated: bool, single: bool = False) -> Config:
+    """For up to FMA_ROWS tokens; single: one token and one weight. Each thread holds 16 bytes of block_n rows (of both weights,
+    gated) at each step.
 
     All warps lie along K, so block_k is 512 bytes a warp; then a thread's piece of x serves all of its rows. Small programs
-    (64 threads, 14 on an SM) let 4096 to 7168 rows run in one wave.
+    (64 threads, 14 on an SM) let 4096 to 7168 rows run in one wave. Measured on an H200, Llama-3.1-8B's shapes, one token: 3.2
+    (o) to 4.6 TB/s (lm_head), 5 to 10% more than the other candidates of tests/gpu_timings/small_linear.py.
     """
-    warps = 2
+    warps = 4 if gated or single else 2
     block_k = min(warps * 512 // dtype.itemsize, max(16, triton.next_power_of_2(k)))
-    return Config(2 if gated else 4, block_k, warps, stages=1)
+    if gated:
+        return Config(2, block_k, warps, stages=3)
+    if single:
+        return Config(2, block_k, warps, stages=1, unroll=4)
+    return Config(4, block_k, warps, stages=1)
 
 
 def dot_config(rows: int, columns: int, dtype: torch.dtype, gated: bool) -> Config:
@@ -58,8 +64,8 @@ def dot_config(rows: int, columns: int, dtype: torch.dtype, gated: bool) -> Conf
     if dtype == torch.float32:
         return Config(16, 64, warps=4, stages=2)
     if gated:
-        return {16: Config(32, 128, 4, 4), 32: Config(64, 128, 4, 3), 64: Config(64, 64, 4, 4)}[block_m]
-    config = {16: Config(32, 256, 4, 4), 32: Config(64, 128, 4, 4), 64: Config(128, 64, 8, 4)}[block_m]
+        return {16: Config(64, 128, 4, 3), 32: Config(64, 128, 4, 3), 64: Config(64, 64, 4, 4)}[block_m]
+    config = {16: Config(64, 128, 4, 4), 32: Config(64, 128, 4, 4), 64: Config(128, 64, 8, 4)}[block_m]
     split = 1
     while split < 8 and triton.cdiv(columns, config.block_n) * split < FILL:
         split *= 2
@@ -318,7 +324,7 @@ def small_linear(
     count, stride_r = len(weights), 0 if rest is None else rest.stride(0)
     common = (tuple(biases), tuple(outs), ns, rest, stride_r)
     if m <= FMA_ROWS:
-        c = config or fma_config(k, x.dtype, gated=False)
+        c = config or fma_config(k, x.dtype, gated=False, single=m == count == 1)
         _fma_kernel[(sum(triton.cdiv(n, c.block_n) for n in ns),)](
             flat, flat.stride(0), tuple(weights), *common, K=k, M=m, COUNT=count, RESIDUAL=rest is not None,
             BLOCK_N=c.block_n, BLOCK_K=c.block_k, STAGES=c.stages, UNROLL=c.unroll, num_warps=c.warps,

@@ -1,17 +1,20 @@
-"""Times attention of one token and the update of the cache beside torch's attention, at Llama-3.1-8B's shapes."""
+"""Times attention of one token, and the update of the cache, beside torch's attention, at Llama-3.1-8B's shapes.
+
+Run as a program it prints a table: one line a configuration, one column a shape; `update` as argument: the update.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvrewrite.kernels.gpu.decode import PAGE, Config, config, decode_attention
 from kvrewrite.kernels.gpu.decode_update import decode_update
@@ -20,8 +23,10 @@ H, HKV, D = 32, 8, 128
 DTYPE = torch.bfloat16
 SHAPES = ((1, 4096), (1, 16384), (8, 4096), (8, 16384), (32, 4096), (32, 16384))
 CANDIDATES = (
-    Config(3, 4, 3), Config(2, 4, 4), Config(2, 4, 3), Config(1, 8, 6), Config(1, 4, 6), Config(4, 4, 2), Config(2, 8, 4),
+    Config(2, 4, 3), Config(2, 4, 2, 2), Config(2, 4, 3, 1, 1), Config(2, 4, 3, 1, 2), Config(2, 4, 2, 2, 2),
+    Config(1, 4, 6), Config(1, 8, 3, 2, 2), Config(3, 4, 3), Config(4, 4, 2),
 )  # fmt: skip
+SKEWED, LIMIT = 16, 1.05  # lengths 1:16; how much longer than torch's attention ours may take
 MORE_THAN_L2 = 400 << 20
 
 
@@ -51,13 +56,13 @@ def graph_us(calls: list[Callable[[], Any]], least: int = 24) -> float:
 class Rotation:
     """As many caches of a shape as it takes to be larger than L2, in one pool of randomly ordered pages."""
 
-    def __init__(self, b: int, slots: int, skew: int = 1):
+    def __init__(self, b: int, slots: int, skew: int = 1, least: int = MORE_THAN_L2):
         pages = slots // PAGE
         short, long = 2 * pages // (1 + skew), 2 * pages - 2 * pages // (1 + skew)
         need = torch.tensor([short, long]).repeat(b * HKV // 2).view(b, HKV)
         self.width = max(int(need.max()), pages)
         self.bytes = int(need.sum()) * PAGE * D * 2 * 2
-        self.count = max(1, -(-MORE_THAN_L2 // self.bytes))
+        self.count = max(1, -(-least // self.bytes))
         total = 1 + self.count * int(need.sum())
         self.k_pages = torch.randn(total, PAGE, D, device="cuda", dtype=DTYPE)
         self.v_pages = torch.randn(total, PAGE, D, device="cuda", dtype=DTYPE)
@@ -81,14 +86,13 @@ class Rotation:
         self.v = torch.randn_like(self.k)
         self.positions = torch.full((b, 1), self.width * PAGE, device="cuda")
         self.valid = torch.ones(b, dtype=torch.int32, device="cuda")
-        self.tickets = torch.zeros(b * HKV, dtype=torch.int32, device="cuda")
 
     def attend(self, i: int, launch: Config | None = None, mass: bool = False, window: int = 0) -> tuple:
         """Our attention on cache i."""
         return decode_attention(
             self.q, self.k, self.v, None, None, self.k_pages, self.v_pages, self.pos_pages, self.tables[i], self.lens[i],
             self.positions, self.valid, None, None, scale=D**-0.5, softcap=0.0, window=window, chunk=0, mass=mass,
-            tickets=self.tickets, launch=launch,
+            launch=launch,
         )  # fmt: skip
 
     def attend_us(self, launch: Config | None = None, mass: bool = False, window: int = 0) -> float:
@@ -102,24 +106,13 @@ class Rotation:
         shape = (self.b, HKV, self.slots, D)
         return self.k_pages[part].view(shape), self.v_pages[part].view(shape)
 
-    def baselines(self) -> dict[str, float | str]:
+    def torch_us(self) -> float:
         """Microseconds of torch's attention on equal caches of this size."""
-        found: dict[str, float | str] = {}
-        folded = self.q.transpose(1, 2).reshape(self.b, HKV, H // HKV, D)
-        for name, backend, q in (
-            ("default", None, self.q), ("cudnn", SDPBackend.CUDNN_ATTENTION, self.q),
-            ("flash", SDPBackend.FLASH_ATTENTION, self.q), ("flash, folded groups", SDPBackend.FLASH_ATTENTION, folded),
-        ):  # fmt: skip
-            try:
-                with sdpa_kernel(backend) if backend else nullcontext():
 
-                    def one(i: int, q: Tensor = q) -> Tensor:
-                        return F.scaled_dot_product_attention(q, *self.dense(i), enable_gqa=q.shape[1] == H)
+        def one(i: int) -> Tensor:
+            return F.scaled_dot_product_attention(self.q, *self.dense(i), enable_gqa=True)
 
-                    found[name] = graph_us([lambda i=i: one(i) for i in range(self.count)])  # type: ignore[misc]
-            except Exception as error:  # a backend that refuses is a result, too
-                found[name] = str(error)[:120]
-        return found
+        return graph_us([lambda i=i: one(i) for i in range(self.count)])  # type: ignore[misc]
 
     def error(self, launch: Config | None = None) -> float:
         """Relative error of out and mass on cache 0 against float32 math."""
@@ -152,46 +145,77 @@ def _try(row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, A
 
 
 def attention_rows() -> list[dict[str, Any]]:
-    """Attention: the frozen configuration, candidates, skewed heads and attention mass beside torch's attention."""
-    caches, usual = Rotation(1, 4096), config(DTYPE, D, D, H // HKV)
-    two = usual._replace(one_launch=False)
-
-    def compile_one(launch: Config) -> None:
-        with suppress(Exception):  # the rows say why
-            caches.attend(0, launch)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(compile_one, (*CANDIDATES, two, two._replace(overlap=True))))
-    return [row for b, slots in SHAPES for row in (*_attention_of(b, slots), *_attention_of(b, slots, skew=16))]
-
-
-def _attention_of(b: int, slots: int, skew: int = 1) -> list[dict[str, Any]]:
-    caches, shape = Rotation(b, slots, skew), f"B={b} slots={slots}" + (f" skewed 1:{skew}" if skew > 1 else "")
-    usual = config(DTYPE, D, D, H // HKV)
-
-    def rate(us: float) -> str:
-        return f"{caches.bytes / us / 1e6:.2f} TB/s"
-
-    def timed(launch: Config, mass: bool, window: int) -> dict[str, Any]:
-        us = caches.attend_us(launch, mass, window)
-        return {"us": us, "rate": rate(us), "error": caches.error(launch)}
-
+    """Attention: torch's, all candidates, and of the frozen configuration also skewed heads, mass and a window."""
+    _compile_all()
     found = []
-    works: list[tuple[str, Config, bool, int]] = [("decode_attention", usual, False, 0)]
-    if skew == 1:
-        for name, us in caches.baselines().items():
-            value = {"us": us, "rate": rate(us)} if isinstance(us, float) else {"error": us}
-            found.append(_try({"kernel": "sdpa", "shape": shape, "config": name}, lambda v=value: v))  # type: ignore[misc]
-        # At the other sizes the answers are the same as at one of these.
-        candidates = CANDIDATES if (b, slots) in ((1, 4096), (1, 16384), (8, 16384)) else CANDIDATES[:3]
-        two = usual._replace(one_launch=False)
-        works = [("decode_attention", c, False, 0) for c in (*candidates, two, two._replace(overlap=True))]
-        works.append(("decode_attention mass", usual, True, 0))
-        works.append(("decode_attention window", usual, False, 1 << 20))
-    for name, launch, mass, window in works:
-        row = {"kernel": name, "shape": shape, "config": str(launch)}
-        found.append(_try(row, lambda w=(launch, mass, window): timed(*w)))  # type: ignore[misc]
+    for b, slots in SHAPES:
+        caches, shape = Rotation(b, slots), f"{b}x{slots}"
+        usual = config(DTYPE, D, D, H // HKV, b * HKV, slots)
+        found.append(_timed("sdpa", shape, "", caches, caches.torch_us, lambda: None))
+        found += [_attention("decode_attention", shape, c, caches) for c in CANDIDATES]
+        found.append(_attention("mass", shape, usual, caches, mass=True))
+        found.append(_attention("window", shape, usual, caches, window=1 << 20))
+        del caches
+        found.append(_attention(f"skewed 1:{SKEWED}", shape, usual, Rotation(b, slots, SKEWED)))
     return found
+
+
+def _attention(
+    name: str, shape: str, launch: Config, caches: Rotation, mass: bool = False, window: int = 0
+) -> dict[str, Any]:
+    def us() -> float:
+        return caches.attend_us(launch, mass, window)
+
+    return _timed(name, shape, str(tuple(launch)), caches, us, lambda: caches.error(launch))
+
+
+def _timed(
+    name: str, shape: str, launch: str, caches: Rotation, us: Callable[[], float], error: Callable[[], float | None]
+) -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        took = us()
+        return {"us": took, "rate": f"{caches.bytes / took / 1e6:.2f} TB/s", "error": error()}
+
+    return _try({"kernel": name, "shape": shape, "config": launch}, work)
+
+
+def _compile_all() -> None:
+    """Compiles what is timed, several kernels at a time; what fails says so when it is timed."""
+    works = []
+    for b, slots in ((1, 4096), (8, 4096), (32, 4096)):
+        small = Rotation(b, slots, least=1)
+        usual = config(DTYPE, D, D, H // HKV, b * HKV, slots)
+        works += [(small, c, mass, 0) for c in CANDIDATES for mass in (False, True)] + [(small, usual, False, 1 << 20)]
+
+    def compile_one(work: tuple[Rotation, Config, bool, int]) -> None:
+        with suppress(Exception):
+            work[0].attend(0, *work[1:])
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(compile_one, works))
+
+
+def table() -> str:
+    """The rows of attention as text: a line a kernel and configuration, a column a shape; ! marks what is over LIMIT times
+    torch's attention, x what is wrong."""
+    cells: dict[str, dict[str, str]] = {}
+    best: dict[str, float] = {}
+    failures = []
+    for row in attention_rows():
+        shape, us = row["shape"], row["us"]
+        if us is None:
+            text = "failed"
+            failures.append(f"{row['kernel']} {row['config']} {shape}: {row['error']}")
+        else:
+            best.setdefault(shape, us)  # torch's comes first
+            mark = "x" if (row["error"] or 0.0) > 1e-2 else "!" if us > LIMIT * best[shape] else " "
+            text = f"{us:.1f}{mark}"
+        name = f"{row['kernel']} {row['config']}" if row["kernel"] == "decode_attention" else row["kernel"]
+        cells.setdefault(name.replace("decode_attention ", ""), {})[shape] = text
+    shapes = [f"{b}x{slots}" for b, slots in SHAPES]
+    lines = [f"{'us':22s}" + "".join(f"{shape:>10s}" for shape in shapes)]
+    lines += [f"{name:22s}" + "".join(f"{found.get(s, ''):>10s}" for s in shapes) for name, found in cells.items()]
+    return "\n".join(lines + failures)
 
 
 def update_rows() -> list[dict[str, Any]]:
@@ -248,5 +272,4 @@ def rows() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for line in rows():
-        print(line)
+    print("\n".join(map(str, update_rows())) if "update" in sys.argv[1:] else table())

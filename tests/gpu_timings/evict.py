@@ -1,7 +1,11 @@
-"""Times what follows a chunk on a GPU: ranks, gathering and rotating, choosing who stays, moving; Llama-3.1-8B's shapes."""
+"""Times what follows a chunk on a GPU: ranks, gathering and rotating, choosing who stays, moving; Llama-3.1-8B's shapes.
+
+python -m tests.gpu_timings.evict [ranks] [gather] [select]
+"""
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -216,81 +220,83 @@ def differing(args: dict[str, Any], **options: Any) -> str:
     return f"{wrong} heads differ"
 
 
+class Skipped:
+    """Stands in for a kernel that is not to run."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+
+def without(*names: str) -> Callable[[Callable[[], float]], float]:
+    """Runs something while the named kernels of select.py do nothing."""
+
+    def during(run: Callable[[], float]) -> float:
+        kept = {n: getattr(select, n) for n in names}
+        try:
+            for n in names:
+                setattr(select, n, Skipped())
+            return run()
+        finally:
+            for n, kernel in kept.items():
+                setattr(select, n, kernel)
+
+    return during
+
+
 def select_rows() -> list[dict[str, Any]]:
+    """Plans and shares of the three launches. Every check and every timed call starts from the same fresh state: a cache that
+    already holds the new tokens would have positions twice, which `cache_update` excludes."""
     found = []
+    large = [(4096, 256, 32), (4096, 256, 16), (4096, 512, 32)]
+    small = [(2048, 256, 16), (4096, 256, 16), (2048, 128, 16), (1024, 256, 16), (2048, 256, 32)]
     cases = [
-        ("a chunk", 16384, 3072, 16384, "plain", 0),
-        ("a chunk, recent", 16384, 3072, 16384, "plain", 100),
-        ("a chunk, bf16 scores", 16384, 3072, 16384, "half", 100),
-        ("a chunk, many zeros", 16384, 3072, 16384, "zeros", 100),
-        ("a chunk", 6000, 3072, 6000, "half", 100),
-        ("a token", 16384, 1, 16384, "plain", 64),
-        ("a token, room", 16000, 1, 16384, "plain", 64),
-        ("room", 12000, 3072, 16384, "plain", 0),
-        ("one shot", 0, 131072, 16384, "plain", 32),
-        ("one shot, bf16 scores", 0, 131072, 16384, "half", 32),
-    ]
-    plans = [(4096, 256, 16), (4096, 256, 8), (4096, 256, 32), (2048, 256, 16), (4096, 512, 16), (4096, 1024, 16)]
-    for name, slots, tokens, keep, scores, recent in cases:
+        ("a chunk, recent", 16384, 3072, 16384, "plain", 100, small),
+        ("a chunk, bf16 scores", 16384, 3072, 16384, "half", 100, small[:1]),
+        ("a chunk, many zeros", 16384, 3072, 16384, "zeros", 100, small[:1]),
+        ("a chunk", 6000, 3072, 6000, "half", 100, small[:2]),
+        ("room", 12000, 3072, 16384, "plain", 0, small[:1]),
+        ("one shot", 0, 131072, 16384, "plain", 32, large),
+    ]  # fmt: skip
+    for name, slots, tokens, keep, scores, recent, plans in cases:
         shape = f"8 heads, {slots} slots + {tokens} tokens -> {keep}"
         args = arguments(slots, tokens, keep, 0, scores, recent)
         back = restore(args)
         idle = time_us(lambda _, back=back: back())  # type: ignore[misc]
-        for config in plans if name in ("a chunk, recent", "one shot") else plans[:1]:
+        for config in plans:
 
-            def run(args: dict[str, Any] = args, config: Any = config, back: Any = back, idle: float = idle) -> Any:
-                error = differing(args, plan=config)
-
+            def timed(args: dict[str, Any] = args, config: Any = config, back: Any = back, idle: float = idle) -> float:
                 def call(_: int) -> None:
                     back()
                     select.cache_update(**args, plan=config)
 
-                return time_us(call) - idle, "", error
+                us = time_us(call) - idle
+                back()
+                return us
+
+            def run(args: dict[str, Any] = args, config: Any = config, timed: Any = timed) -> Any:
+                error = differing(args, plan=config)
+                return timed(), "", error
 
             found.append(row(f"cache_update: {name}, {scores}", shape, config, run))
-    args = arguments(16384, 3072, 16384, 0, "plain", 100)
-    back = restore(args)
-    idle = time_us(lambda _: back())
-    shape = "8 heads, 16384 slots + 3072 tokens -> 16384"
-    for move in ((32, 4), (16, 4), (64, 4), (64, 8), (8, 2)):
+            if config == plans[0]:
+                # Nothing is moved in a run without `_move`, and nothing is read from lists that were not written.
+                for left, skipped in (("plan alone", ("_lists", "_move")), ("plan and lists", ("_move",))):
 
-        def moving(move: tuple[int, int] = move) -> tuple[float, str, Any]:
-            def call(_: int) -> None:
-                back()
-                select.cache_update(**args, move=move)
+                    def part(timed: Any = timed, skipped: tuple[str, ...] = skipped) -> tuple[float, str, Any]:
+                        return without(*skipped)(timed), "", ""
 
-            return time_us(call) - idle, "", ""
-
-        found.append(row("cache_update: a chunk, rows a program", shape, move, moving))
-
-    def torch_way() -> tuple[float, str, Any]:
-        scores = torch.randn(1, HKV, 19456, device="cuda")
-        k, v = (torch.randn(1, HKV, 19456, D, device="cuda").bfloat16() for _ in range(2))
-
-        def call(_: int) -> None:
-            order = scores.topk(16384, dim=-1).indices.sort(dim=-1).values[..., None].expand(-1, -1, -1, D)
-            torch.gather(k, 2, order)
-            torch.gather(v, 2, order)
-
-        return time_us(call), "", ""
-
-    def reference() -> tuple[float, str, Any]:
-        def call(_: int) -> None:
-            back()
-            evict.cache_update(**args)
-
-        return time_us(call, turns=2) - idle, "", ""
-
-    found.append(row("cache_update: a chunk", shape, "torch: topk, sort, gather", torch_way))
-    found.append(row("cache_update: a chunk", shape, "the reference", reference))
+                    found.append(row(f"cache_update: {name}, {scores}: {left}", shape, config, part))
     return found
 
 
-def rows() -> list[dict[str, Any]]:
-    """All measurements, checked against the references."""
-    return [*rank_rows(), *gather_rows(), *select_rows()]
+PARTS = {"ranks": rank_rows, "gather": gather_rows, "select": select_rows}
+
+
+def rows(parts: tuple[str, ...] = ("select",)) -> list[dict[str, Any]]:
+    """The measurements of the named parts, checked against the references: by default those that are open."""
+    return [line for part in parts for line in PARTS[part]()]
 
 
 if __name__ == "__main__":
-    for line in rows():
+    for line in rows(tuple(sys.argv[1:]) or ("select",)):
         print(line, flush=True)

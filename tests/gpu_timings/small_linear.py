@@ -121,7 +121,7 @@ def _shape(name: str, m: int, k: int, ns: tuple[int, ...], wide: bool) -> Iterat
             )
         return
     yield row("cuBLAS", "", lambda ws: [linear(x, w) for w in ws])
-    used = fma_config(k, x.dtype, False) if m <= FMA_ROWS else dot_config(m, sum(ns), x.dtype, False)
+    used = fma_config(k, x.dtype, False, m == len(ns) == 1) if m <= FMA_ROWS else dot_config(m, sum(ns), x.dtype, False)
     for config in _candidates(used, FMA if m <= FMA_ROWS else DOT[block_m], wide):
         yield row("small_linear", _text(config), lambda ws, c=config: small_linear(x, ws, config=c))  # type: ignore[misc]
     if name in ("o", "down"):
