@@ -20,7 +20,7 @@ from transformers import Cache
 
 from kvrewrite.errors import CacheError
 from kvrewrite.kernels.reference.quantize import Scheme
-from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore
+from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore, to_device
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 
@@ -244,13 +244,12 @@ class EvictionCache(Cache):
             out = {f"{name}_{c}": getattr(lease.store, name) for name in names}  # offering may have grown them
             out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
             self._dealt.append(dealt if deals.any() else None)
-            out[f"floor_{c}"] = torch.from_numpy(
-                np.where(deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
-            ).to(self.device)
+            floors = np.where(deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
+            out[f"floor_{c}"] = to_device(floors, self.device)
         self._after.append(after)
         out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
         budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
-        out[f"keep_{c}"] = torch.from_numpy(np.ascontiguousarray(budget)).to(self.device)
+        out[f"keep_{c}"] = to_device(budget, self.device)
         assert out[f"keep_{c}"].shape == (len(lease.layers), batch, lease.kv_heads)
         return out
 

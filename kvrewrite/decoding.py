@@ -7,6 +7,7 @@ anew when a pool had to grow (its memory moved) or a table became wider.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from kvrewrite.execution import Execution
 from kvrewrite.graph import is_op
+from kvrewrite.pages import to_device
 from kvrewrite.passes.lower import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
 from kvrewrite.program import Program
@@ -225,7 +227,7 @@ class DecodeRunner:
         self.settling = Settling(model) if settles(model.program, model.policy) else None
         self.execution = Execution(lower_decode(gm, self.settling is not None), compiler, rows_move=False)
         self._steps: dict[int, _Step] = {}
-        self._bound: EvictionCache | None = None
+        self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._seen_tables: list[Tensor | None] = []
         self._seen_keeps: list[Any] = []
 
@@ -274,25 +276,26 @@ class DecodeRunner:
 
     def _bind(self, step: _Step, cache: EvictionCache, keeps: list[np.ndarray]) -> None:
         """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
-        if self._bound is not cache:
+        if self._bound is None or self._bound() is not cache:
             self.release()
             for c, lease in enumerate(cache.leases):
                 for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
                     target.copy_(lens)
                 lease.fetch_lens = self.release
-            self._bound = cache
+            self._bound = weakref.ref(cache)
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
         for c, lease in enumerate(cache.leases):
             if self._seen_tables[c] is not lease.table:
                 step.tables[c][..., : lease.table.shape[-1]].copy_(lease.table)
                 self._seen_tables[c] = lease.table
             if self._seen_keeps[c] is not keeps[c]:
-                step.keeps[c].copy_(torch.from_numpy(np.minimum(keeps[c], UNLIMITED).astype(np.int32)))
+                step.keeps[c].copy_(to_device(np.minimum(keeps[c], UNLIMITED).astype(np.int32), cache.device))
                 self._seen_keeps[c] = keeps[c]
 
     def release(self) -> None:
         """Gives the bound cache its lengths back."""
-        cache, self._bound = self._bound, None
+        cache = None if self._bound is None else self._bound()
+        self._bound = None
         if cache is None:
             return
         step = self._steps[cache.batch_size]

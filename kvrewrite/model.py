@@ -22,7 +22,7 @@ from kvrewrite.errors import CacheError, InputError
 from kvrewrite.execution import Execution
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
-from kvrewrite.pages import PageStore
+from kvrewrite.pages import PageStore, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
@@ -433,8 +433,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         device = self.device
         longest = max(valid)
         column = torch.arange(longest)
-        index = (torch.tensor(starts)[:, None] + column).clamp(max=ids.shape[1] - 1).to(device)
-        positions = (torch.tensor(cache.seen)[:, None] + column).to(device)
+        index = to_device((torch.tensor(starts)[:, None] + column).clamp(max=ids.shape[1] - 1), device)
+        positions = to_device(torch.tensor(cache.seen)[:, None] + column, device)
         renew: list[bool] | None = None
         if self.program.layout["contiguous"]:
             always = self.policy.renews_ranks_in_decoding
@@ -443,21 +443,21 @@ class RewrittenModel(nn.Module, GenerationMixin):
         inputs: dict[str, Tensor] = cache.prepare(self.policy, segments, totals, reserve, renew)
         inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, index)
         inputs["positions"] = inputs["position_ids"] = positions
-        inputs["valid"] = torch.tensor(valid, dtype=torch.int32).to(device)
-        inputs["recent"] = torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32).to(device)
+        inputs["valid"] = to_device(torch.tensor(valid, dtype=torch.int32), device)
+        inputs["recent"] = to_device(torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32), device)
         for name in self.program.layout["row_inputs"]:
             values = [s.values.get(name, 0) if s else 0 for s in segments]
-            inputs[name] = torch.tensor(values, dtype=torch.int32).to(device)
+            inputs[name] = to_device(torch.tensor(values, dtype=torch.int32), device)
         padded = [w + [0] * (picks - len(w)) for w in wanted]
-        inputs["logit_index"] = torch.tensor(padded, dtype=torch.int64).to(device)
+        inputs["logit_index"] = to_device(torch.tensor(padded, dtype=torch.int64), device)
         if self.program.layout["contiguous"]:
             assert renew is not None
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
             cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
-            inputs["following"] = torch.tensor(cache.next_rotary).to(device)
-            inputs["renew"] = torch.tensor(renew).to(device)
+            inputs["following"] = to_device(torch.tensor(cache.next_rotary), device)
+            inputs["renew"] = to_device(torch.tensor(renew), device)
             inputs["span"] = torch.empty(0, -(-(max(cache.seen) + longest) // SPAN_STEP) * SPAN_STEP, device=device)
-            inputs["position_ids"] = (torch.tensor(cache.next_rotary)[:, None] + column).to(device)
+            inputs["position_ids"] = to_device(torch.tensor(cache.next_rotary)[:, None] + column, device)
         for i, (cos, sin) in enumerate(cache.rotary(self._rotary_reach(cache, longest))):
             inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
         limit = self.program.max_positions

@@ -41,6 +41,14 @@ def pool_shapes(
     return shapes
 
 
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host (array, list or CPU tensor) on a device, without waiting for what a GPU has still to do."""
+    host = torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else torch.as_tensor(values)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 class PageStore:
     """The pages of one cache class: a pool (pages, ...) for each entry of `pool_shapes`, as an attribute of that name. Page 0
     is never leased: table entries that stand for no page point to it."""
@@ -110,7 +118,7 @@ class PageStore:
         place = np.zeros(self.total, dtype=np.int32)
         place[used] = np.arange(1, len(used) + 1)
         total = 1 + len(used) + spare
-        index = torch.from_numpy(used).long().to(self.device)
+        index = to_device(used, self.device).long()
         for name, (shape, dtype) in self.shapes.items():
             old = getattr(self, name)
             new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
@@ -123,7 +131,7 @@ class PageStore:
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies the content of pages."""
-        src, dst = torch.from_numpy(source).long().to(self.device), torch.from_numpy(target).long().to(self.device)
+        src, dst = to_device(source, self.device).long(), to_device(target, self.device).long()
         for name in self.shapes:
             pool = getattr(self, name)
             pool[dst] = pool[src]
@@ -193,7 +201,7 @@ class Lease:
     def _write_table(self) -> None:
         width = max(1, int(self.counts.max()))
         self.pages = self.pages[..., :width].copy()
-        self.table = torch.from_numpy(self.pages.copy()).to(self.store.device)
+        self.table = to_device(self.pages.copy(), self.store.device)
 
     def unshare(self, first_slot: np.ndarray) -> None:
         """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are written."""
@@ -231,7 +239,7 @@ class Lease:
             spare[layer, row, : len(offered)] = offered
         n, batch = need.shape
         table = self._layer_last((n, batch, self.kv_heads, max(-(-most // PAGE), self.pages.shape[-1])))
-        return torch.from_numpy(spare).to(self.store.device), table
+        return to_device(spare, self.store.device), table
 
     def _take_back(self) -> None:
         """Returns what a step that was interrupted had been offered."""

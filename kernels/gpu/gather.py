@@ -69,8 +69,9 @@ def _gather(
 
 
 def gather_config(row_bytes: int, rotated: bool, half: int) -> tuple[int, int, int]:
-    """(ROWS, HEADS, warps): about 8 KiB of keys and as much of values a tile; half of it where masks take registers."""
-    rows = max(8, min(64, 8192 // row_bytes))
+    """(ROWS, HEADS, warps): about 4 KiB of keys and as much of values a tile (measured on an H200); half of it where masks take
+    registers."""
+    rows = max(8, min(64, 4096 // row_bytes))
     if not rotated:
         return rows, 1, 4
     return (rows, 8, 4) if half == triton.next_power_of_2(max(half, 1)) or rows == 8 or not half else (rows // 2, 8, 4)

@@ -266,7 +266,8 @@ def limit_memory(device: torch.device, limit: int | None) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if limit > total:
         raise OptionError(f"--memory-limit {limit / 2**30:.1f} GiB: the GPU has {total / 2**30:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)
 
 
 def bench(
