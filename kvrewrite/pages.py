@@ -248,7 +248,7 @@ class Lease:
     # -- copies --------------------------------------------------------------------------------------------------
     def fork(self) -> Lease:
         """Another lease on the same pages."""
-        twin = object.__new__(Lease)
+        twin: Lease = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         for name in ("bound", "counts", "pages"):
             setattr(twin, name, getattr(self, name).copy())
