@@ -395,3 +395,8 @@ class EvictionCache(Cache):
     def is_sliding(self) -> list[bool]:
         """For code that asks per layer; no layer of it is transformers' own."""
         return []
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """As if of one layer with keys and values: of a cache without any, `generate` thinks that it has seen nothing."""
+        return [False]

@@ -25,6 +25,8 @@ from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
 
 _program_ids = itertools.count()
+# What a causal LM calls its cache: transformers 5.24 renamed past_key_values.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 
@@ -184,10 +186,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
             )
         if generation_config.use_cache is False:
             raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if given is None:
             width = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
+            model_kwargs[CACHE_NAME] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
         else:
             self._check_cache(given, None)
 
@@ -214,6 +216,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: EvictionCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -233,7 +236,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if not isinstance(logits_to_keep, int):
             raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
         batch, width = input_ids.shape
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache  # two names of the same thing
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
@@ -248,7 +251,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         keep_cache = use_cache is not False
         if return_dict is False:
             return (logits, cache) if keep_cache else (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keep_cache else None)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
 
     @staticmethod
     def _refuse(kwargs: dict[str, Any]) -> None:
