@@ -31,7 +31,17 @@ _WHERE = {
     "RewrittenModel": "kvrewrite.model",
 }
 
-__all__ = ["EvictionCache", "RewrittenModel", "__version__", "convert", "inspect", "load", "new_cache", "transform", "verify"]
+__all__ = [
+    "EvictionCache",
+    "RewrittenModel",
+    "__version__",
+    "convert",
+    "inspect",
+    "load",
+    "new_cache",
+    "transform",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

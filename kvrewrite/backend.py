@@ -188,7 +188,9 @@ def _traced_call() -> Call:
     _keep_compiling(code)
     if code.co_name.startswith("torch_dynamo_resume_in"):
         where = code.co_name.removeprefix("torch_dynamo_resume_in_").rpartition("_at_")[0]
-        raise UnsupportedModelError(f"torch.compile broke the graph of {where}, and attention is behind the break; {WHOLE}")
+        raise UnsupportedModelError(
+            f"torch.compile broke the graph of {where}, and attention is behind the break; {WHOLE}"
+        )
     positional, keywords = _frame_arguments(code, root.f_locals)
     module = positional[0].value if positional else None
     if not isinstance(module, nn.Module) or code not in _codes(module):
@@ -257,6 +259,20 @@ def _source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def _check_module(call: Call, transformers: bool) -> None:
+    """UnsupportedModelError where the call is that of a part of a model, as it is behind a break of the graph."""
+    module, what = call.module, type(call.module).__name__
+    if transformers:
+        part = module.get_output_embeddings() is None  # type: ignore[operator]
+    else:
+        tensors = [a.value for a in call.arguments.values() if isinstance(a.value, Tensor)]
+        part = len(tensors) != 1 or tensors[0].is_floating_point()
+    if part:
+        raise UnsupportedModelError(
+            f"torch.compile took {what}, which does not go from token ids to logits, by itself; {WHOLE}"
+        )
+
+
 # ------------------------------------------------------------------------------------------------ the rewritten call
 class _Adapter:
     """Stands for one graph of Dynamo: takes its inputs, runs the rewritten model, gives its outputs."""
@@ -266,6 +282,7 @@ class _Adapter:
         call = _traced_call()
         self.module = weakref.ref(call.module)
         self.transformers = is_transformers_model(call.module)
+        _check_module(call, self.transformers)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise InputError(
                 "gradients are enabled, and training through an evicted cache is not supported; call the model under "
@@ -292,15 +309,14 @@ class _Adapter:
             return at
 
         ids = None
-        for name, argument in call.arguments.items():
+        given = {n: a for n, a in call.arguments.items() if a.value is not None and a.value is not False}
+        if not self.transformers:  # one tensor, whatever its name
+            given = {"input_ids" if isinstance(a.value, Tensor) else n: a for n, a in given.items()}
+        for name, argument in given.items():
             value = argument.value
-            if value is None or value is False:
-                continue
-            if not self.transformers and ids is None and isinstance(value, Tensor):
-                ids = take(argument.source)
-            elif name not in KNOWN:
+            if name not in KNOWN:
                 raise InputError(f"{name} is not supported by the kvrewrite backend; leave it out")
-            elif name == "input_ids":
+            if name == "input_ids":
                 ids = take(argument.source)
             elif name == "attention_mask":
                 self._read_mask(argument, take)
@@ -318,9 +334,11 @@ class _Adapter:
         for i, node in enumerate(nodes):
             value, source = node.meta.get("example_value"), _source(node)
             if i not in used and isinstance(value, Tensor) and source.startswith("L["):
-                if source.startswith(call.source) or source.startswith(f"{call.source}."):
+                if source.startswith((call.source, f"{call.source}.")):
                     continue
-                raise UnsupportedModelError(f"the graph reads {source}, which the kvrewrite backend does not know; {WHOLE}")
+                raise UnsupportedModelError(
+                    f"the graph reads {source}, which the kvrewrite backend does not know; {WHOLE}"
+                )
 
     def _read_mask(self, argument: Argument, take: Callable[[str], int | None]) -> None:
         if isinstance(argument.value, dict):
@@ -329,7 +347,9 @@ class _Adapter:
         else:
             self.mask = take(argument.source)
             if self.mask is None:
-                raise UnsupportedModelError("the model does not look at its attention_mask, so that padding can't be kept out")
+                raise UnsupportedModelError(
+                    "the model does not look at its attention_mask, so that padding can't be kept out"
+                )
 
     def _read_cache(self, argument: Argument, take: Callable[[str], int | None]) -> None:
         from transformers import DynamicCache
@@ -365,7 +385,7 @@ class _Adapter:
                 "a layer's cache keeps something else than all keys and values (a sliding window, or a static cache); "
                 f"{USE_NEW_CACHE}"
             )
-        if rest or len(logits) != 1 or self.handle is not None and to_cache:
+        if rest or len(logits) != 1 or (self.handle is not None and to_cache):
             what = ", ".join(str(n) for n in (rest or logits)) or "nothing else"
             raise UnsupportedModelError(
                 "the graph's results are not the logits and a cache alone (hidden states, attentions, a loss, or a graph that "
@@ -435,7 +455,7 @@ class _Adapter:
             new = seen[:, 0, :, -width:]
             real = new.diagonal(dim1=-2, dim2=-1)
             causal = torch.ones_like(new[0]).tril()
-            if bool((new & ~(causal & real[:, None])).any()) or folded is not None and not torch.equal(folded, real):
+            if bool((new & ~(causal & real[:, None])).any()) or (folded is not None and not torch.equal(folded, real)):
                 raise InputError("attention_mask has four dimensions and is not a causal mask with padding")
             folded = real
         return None if folded is None else folded.expand(ids.shape[0], -1).long()
@@ -531,12 +551,13 @@ def _generate(module: OptimizedModule) -> Callable[..., Any]:
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         original = module._orig_mod
-        before = original._compiled_call_impl
+        before = {n: v for n, v in vars(original).items() if n == "_compiled_call_impl"}
         original._compiled_call_impl = module.dynamo_ctx(original._call_impl)
         try:
             return original.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
-            original._compiled_call_impl = before
+            del original._compiled_call_impl
+            vars(original).update(before)
 
     return generate
 

@@ -141,7 +141,9 @@ def refuse_stock(program: Program, policy: Policy) -> None:
     elif any(windows):
         reason = "the model has layers with a window, and transformers counts their tokens by what they hold"
     elif program.layout["length_tables"]:
-        reason = "the model's rotary frequencies depend on the length of the request, which a DynamicCache does not know"
+        reason = (
+            "the model's rotary frequencies depend on the length of the request, which a DynamicCache does not know"
+        )
     if reason:
         raise CacheError(f"{policy.name}: a DynamicCache can't hold this: {reason}; {USE_NEW_CACHE}")
 
@@ -168,12 +170,15 @@ class BackendCache(EvictionCache):
     Which policy it serves is settled when it goes through a compiled model for the first time.
     """
 
-    def __init__(self, batch_size: int, device: torch.device, *, max_length: int | None = None, compileable: bool = False):
+    def __init__(
+        self, batch_size: int, device: torch.device, *, max_length: int | None = None, compileable: bool = False
+    ):
         Cache.__init__(self, layers=[])
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self._rows, self.device, self.max_length = batch_size, torch.device(device), max_length
-        self.columns = 0
+        self.columns, self.seen = 0, [0] * batch_size
+        self.leases, self.states = [], []
         self.bound = False
         self.is_compileable = compileable  # whether generate(compile_config=...) compiles for it
         self._make_handle()
@@ -215,7 +220,8 @@ class BackendCache(EvictionCache):
             return torch.ops.kvrewrite.through_cache(key_states, value_states, self.handle, self.columns)
         raise CacheError(
             "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
-            'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph'
+            'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph. generate('
+            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece)"
         )
 
     def __repr__(self) -> str:
