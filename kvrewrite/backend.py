@@ -34,7 +34,7 @@ from kvrewrite.model import RewrittenModel
 from kvrewrite.policies import Policy
 
 NAME = "kvrewrite"
-OWN_OPTIONS = ("policy", "policy_weights", "max_length", "inductor")
+OWN_OPTIONS = ("policy", "policy_weights", "inductor")
 WHOLE = (
     "the backend takes whole calls of a causal language model: compile the model (or its forward), and pass fullgraph=True to "
     "see what breaks its graph"
@@ -50,7 +50,6 @@ class Settings:
 
     policy: Policy
     weights: str | None
-    max_length: int | None
     inductor: bool
     mode: str | None
 
@@ -59,13 +58,11 @@ class Settings:
         """The options as torch.compile got them; raises OptionError."""
         given = dict(options or {})
         name, weights = given.pop("policy", "streaming_llm"), given.pop("policy_weights", None)
-        max_length, inductor = given.pop("max_length", None), given.pop("inductor", True)
+        inductor = given.pop("inductor", True)
         if not isinstance(name, (str, Policy)):
             raise OptionError(f"the option policy is {name!r}, expected a name (kvrewrite policies lists them)")
         if weights is not None and not isinstance(weights, (str, Path)):
             raise OptionError(f"the option policy_weights is a {type(weights).__name__}, expected a path")
-        if max_length is not None and not isinstance(max_length, int):
-            raise OptionError(f"the option max_length is {max_length!r}, expected a number of tokens")
         if not isinstance(inductor, bool):
             raise OptionError(f"the option inductor is {inductor!r}, expected true or false")
         try:
@@ -74,12 +71,12 @@ class Settings:
             known = {f.name for f in dataclasses.fields(policies.POLICIES.get(str(name), Policy))}
             more = f". The backend itself has: {', '.join(OWN_OPTIONS)}" if set(given) - known else ""
             raise OptionError(f"{error}{more}") from None
-        return Settings(policy, None if weights is None else str(weights), max_length, inductor, mode)
+        return Settings(policy, None if weights is None else str(weights), inductor, mode)
 
     def key(self) -> tuple[Any, ...]:
         """What tells rewrites of one model apart."""
         changed = Path(self.weights).stat().st_mtime_ns if self.weights and Path(self.weights).exists() else 0
-        return type(self.policy), repr(self.policy), self.weights, changed, self.max_length, self.inductor, self.mode
+        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode
 
 
 # ------------------------------------------------------------------------------------------------ entry point
@@ -90,8 +87,8 @@ def kvrewrite_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), max_length (as `transform`),
-    inductor (False: run eagerly, for debugging) and the policy's own, such as budget."""
+    """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
+    eagerly, for debugging) and the policy's own, such as budget."""
     try:
         settings = Settings.read(options, mode)
         if not has_attention(gm.graph):
@@ -412,6 +409,13 @@ class _Adapter:
             cache = state_of([inputs[i] for i in self.cached])
         elif self.to_cache:
             cache = StockState(model, ids.shape[0])
+        elif "no cache" not in _told and self.settings.policy.name != "full":
+            _told.add("no cache")
+            warnings.warn(
+                "kvrewrite: the model was called without a cache (use_cache=False, or it has none), so every call begins anew "
+                "and evicts within its own text (said once)",
+                stacklevel=2,
+            )
         if self.to_cache:
             self._check_shapes(model)
         out = model(
@@ -473,7 +477,7 @@ class _Rewrite:
     def __init__(self, module: nn.Module, settings: Settings):
         # While it is captured, the model is not to be run by torch.compile.
         with torch.compiler.set_stance("force_eager"):
-            captured = capture(module, max_length=settings.max_length)
+            captured = capture(module)
         config = getattr(module, "config", None)
         program = _compile(captured, settings.policy, settings.weights, config, None, _quiet)
         if not is_transformers_model(module):
@@ -528,7 +532,7 @@ def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None)
     """An empty cache for a model that is compiled with backend="kvrewrite", or will be by generate(compile_config=...).
 
     batch_size: rows that go through the model (with beams or several sequences, all of them). max_length: tokens that a row
-    will have in all, where the model's RoPE depends on it.
+    will have in all, for which memory is then reserved.
     """
     inner = getattr(model, "_orig_mod", model)
     forward = getattr(inner, "forward", None)

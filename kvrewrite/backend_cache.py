@@ -140,6 +140,8 @@ def refuse_stock(program: Program, policy: Policy) -> None:
         reason = "layers keep different numbers of slots, and transformers makes its mask for one"
     elif any(windows):
         reason = "the model has layers with a window, and transformers counts their tokens by what they hold"
+    elif any(site.alibi for site in program.sites):
+        reason = "the model has ALiBi, which transformers makes for the whole text"
     elif program.layout["length_tables"]:
         reason = (
             "the model's rotary frequencies depend on the length of the request, which a DynamicCache does not know"

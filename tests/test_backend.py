@@ -130,7 +130,7 @@ def test_nothing_evicted_is_the_original(model: Any) -> None:
     with torch.no_grad():
         expected = original("llama")(text).logits
         cache, at, found = None, 0, []
-        for width in (7, 5, 1, 1, 10, 6):
+        for width in (13, 1, 1, 15):
             out = user(text[:, at : at + width], past_key_values=cache)
             cache, at = out.past_key_values, at + width
             found.append(out.logits)
@@ -333,15 +333,15 @@ class TestRefused:
         ("options", "message"),
         [
             ({"policy": "streaming_lm"}, "did you mean 'streaming_llm'"),
-            ({"bugdet": 12}, "no option 'bugdet'.*did you mean 'budget'.*policy_weights, max_length, inductor"),
+            ({"bugdet": 12}, "no option 'bugdet'.*did you mean 'budget'.*policy_weights, inductor"),
             ({"budget": 2}, "budget is 2"),
             ({"policy": 7}, "expected a name"),
             ({"policy_weights": 7}, "expected a path"),
         ],
     )
-    def test_options(self, model: Any, options: dict[str, Any], message: str) -> None:
+    def test_options(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(OptionError, match=message):
-            compiled(model, **options)(ids(1, 8))
+            torch.compile(torch.neg, backend="kvrewrite", options=options)(torch.ones(2))
 
     def test_gradients(self, model: Any) -> None:
         user = compiled(model, **STREAMING)
