@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from kvrewrite import policies
@@ -191,7 +192,10 @@ def _traced_call() -> Call:
     positional, keywords = _frame_arguments(code, root.f_locals)
     module = positional[0].value if positional else None
     if not isinstance(module, nn.Module) or code not in _codes(module):
-        raise UnsupportedModelError(f"the compiled function is {code.co_qualname}, not the forward of a model; {WHOLE}")
+        raise UnsupportedModelError(
+            f"the compiled function is {code.co_qualname}, not the forward of a model, or torch.compile has given up the model "
+            f"around it (recompile_limit, or an earlier call that it could not trace: torch._dynamo.reset()); {WHOLE}"
+        )
     call = Call(module, positional[0].source)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     for i, argument in enumerate(positional[1:]):
@@ -251,8 +255,11 @@ def _codes(module: nn.Module) -> set[types.CodeType]:
 
 def _source(node: fx.Node) -> str:
     """What Dynamo calls a graph input."""
-    source: Any = getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source
-    name = source.name
+    return _source_name(getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source)
+
+
+def _source_name(source: Any) -> str:
+    name = source.name  # a method up to torch 2.11
     return str(name() if callable(name) else name)
 
 
@@ -268,6 +275,22 @@ def _check_module(call: Call, transformers: bool) -> None:
         raise UnsupportedModelError(
             f"torch.compile took {what}, which does not go from token ids to logits, by itself; {WHOLE}"
         )
+
+
+def _guard_module(gm: fx.GraphModule, call: Call) -> int:
+    """Makes Dynamo compile anew for another module, which it would not: to it parameters are inputs like others. Returns the
+    input that is the module's first parameter."""
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for i, node in enumerate(nodes):
+        source: Any = getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source
+        if not _source(node).endswith("]") or "_parameters['" not in _source(node):
+            continue
+        while source is not None and _source_name(source) != call.source:
+            source = getattr(source, "base", None)
+        if source is not None:
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+            return i
+    raise UnsupportedModelError(f"the graph has no parameters of {type(call.module).__name__}; {WHOLE}")
 
 
 # ------------------------------------------------------------------------------------------------ the rewritten call
@@ -290,6 +313,7 @@ class _Adapter:
 
     # -- inputs --------------------------------------------------------------------------------------------------
     def _read_inputs(self, gm: fx.GraphModule, call: Call) -> None:
+        self.parameter = _guard_module(gm, call)
         nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
         index = {_source(n): i for i, n in enumerate(nodes)}
         self.mask: int | list[int] | None = None
@@ -397,8 +421,8 @@ class _Adapter:
     # -- a call --------------------------------------------------------------------------------------------------
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         module = self.module()
-        if module is None:
-            raise UnsupportedModelError("the compiled model is gone")
+        if module is None or not any(inputs[self.parameter] is p for p in module.parameters()):
+            raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
         model = rewritten(module, self.settings)
         ids: Tensor = inputs[self.ids]
         cache: Any = None
