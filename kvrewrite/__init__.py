@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvrewrite.api import convert, inspect, load, transform
+    from kvrewrite.backend import new_cache
     from kvrewrite.cache import EvictionCache
     from kvrewrite.model import RewrittenModel
     from kvrewrite.verify import verify
@@ -25,11 +26,22 @@ _WHERE = {
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
     "verify": "kvrewrite.verify",
+    "new_cache": "kvrewrite.backend",
     "EvictionCache": "kvrewrite.cache",
     "RewrittenModel": "kvrewrite.model",
 }
 
-__all__ = ["EvictionCache", "RewrittenModel", "__version__", "convert", "inspect", "load", "transform", "verify"]
+__all__ = [
+    "EvictionCache",
+    "RewrittenModel",
+    "__version__",
+    "convert",
+    "inspect",
+    "load",
+    "new_cache",
+    "transform",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

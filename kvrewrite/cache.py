@@ -78,6 +78,7 @@ class EvictionCache(Cache):
 
     is_compileable = False
     is_croppable = False
+    lease_type = Lease
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
         super().__init__(layers=[])
@@ -118,7 +119,7 @@ class EvictionCache(Cache):
             at = len(self.leases)
             shared = self._stores[at] if self._stores is not None else None
             store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme)
-            self.leases.append(Lease(spec, batch, store))
+            self.leases.append(self.lease_type(spec, batch, store))
         # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
         self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
         self.states = [_State(spec, batch, self.device) for spec in self.layout["states"]]
@@ -144,7 +145,7 @@ class EvictionCache(Cache):
         So a document is compressed once and asked many times: `cache = model.prefill(document)`, then
         `model.generate(..., past_key_values=cache.fork())` for every question.
         """
-        twin: EvictionCache = object.__new__(EvictionCache)
+        twin: EvictionCache = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.leases = []  # should what follows fail, it must not return this cache's pages
         for name in ("seen", "generated", "length", "next_rotary", "settled"):

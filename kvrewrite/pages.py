@@ -271,7 +271,7 @@ class Lease:
     def fork(self) -> Lease:
         """Another lease on the same pages."""
         self.lens  # noqa: B018 (fetched before anything is copied)
-        twin = object.__new__(Lease)
+        twin: Lease = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         for name in ("bound", "counts", "pages"):
             setattr(twin, name, getattr(self, name).copy())

@@ -1,0 +1,613 @@
+"""The torch.compile backend: `torch.compile(model, backend="kvrewrite", options={"policy": "streaming_llm", "budget": 1024})`.
+
+Dynamo traces the call of an ordinary model and hands over a graph with its inputs; this module finds out whose forward that
+is, which input is which, and what has to come back, and then runs the model's rewrite (the same that `kvrewrite.transform`
+makes) instead of the graph. Keys and values of a `DynamicCache` come back short, so that the cache holds what the policy
+keeps. A graph that is not one whole forward of a model is refused when it runs, also where torch.compile would otherwise
+fall back to the unmodified model; a graph without attention goes to Inductor as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from kvrewrite import policies
+from kvrewrite.api import _compile, _foreign_config, _quiet
+from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of
+from kvrewrite.capture import capture, is_transformers_model
+from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
+from kvrewrite.model import RewrittenModel
+from kvrewrite.policies import Policy
+
+NAME = "kvrewrite"
+OWN_OPTIONS = ("policy", "policy_weights", "inductor")
+WHOLE = (
+    "the backend takes whole calls of a causal language model: compile the model (or its forward), and pass fullgraph=True to "
+    "see what breaks its graph"
+)
+CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed the argument
+KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", *CACHE_NAMES}
+_told: set[str] = set()  # messages that were given
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one compiled model."""
+
+    policy: Policy
+    weights: str | None
+    inductor: bool
+    mode: str | None
+
+    @staticmethod
+    def read(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
+        """The options as torch.compile got them; raises OptionError."""
+        given = dict(options or {})
+        name, weights = given.pop("policy", "streaming_llm"), given.pop("policy_weights", None)
+        inductor = given.pop("inductor", True)
+        if not isinstance(name, (str, Policy)):
+            raise OptionError(f"the option policy is {name!r}, expected a name (kvrewrite policies lists them)")
+        if weights is not None and not isinstance(weights, (str, Path)):
+            raise OptionError(f"the option policy_weights is a {type(weights).__name__}, expected a path")
+        if not isinstance(inductor, bool):
+            raise OptionError(f"the option inductor is {inductor!r}, expected true or false")
+        try:
+            policy = policies.make(name, **given)
+        except OptionError as error:
+            known = {f.name for f in dataclasses.fields(policies.POLICIES.get(str(name), Policy))}
+            more = f". The backend itself has: {', '.join(OWN_OPTIONS)}" if set(given) - known else ""
+            raise OptionError(f"{error}{more}") from None
+        return Settings(policy, None if weights is None else str(weights), inductor, mode)
+
+    def key(self) -> tuple[Any, ...]:
+        """What tells rewrites of one model apart."""
+        changed = Path(self.weights).stat().st_mtime_ns if self.weights and Path(self.weights).exists() else 0
+        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode
+
+
+# ------------------------------------------------------------------------------------------------ entry point
+def kvrewrite_backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
+    eagerly, for debugging) and the policy's own, such as budget."""
+    try:
+        settings = Settings.read(options, mode)
+        if not has_attention(gm.graph):
+            return _without_attention(gm, example_inputs, settings)
+        return _Adapter(settings, gm, example_inputs)
+    except KVRewriteError as error:
+        return _refusal(error)
+
+
+def _refusal(error: KVRewriteError) -> Callable[..., Any]:
+    """Raises when the graph runs: what a backend raises while it compiles, torch.compile may swallow and go on without it."""
+
+    def refuse(*_: Any) -> Any:
+        raise copy.copy(error)
+
+    return refuse
+
+
+def _without_attention(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Callable[..., Any]:
+    if "no attention" not in _told:
+        _told.add("no attention")
+        what = "goes to Inductor as it is" if settings.inductor else "runs as it is"
+        warnings.warn(f"kvrewrite: a graph without attention {what} (said once)", stacklevel=2)
+    if not settings.inductor:
+        return gm.forward
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler: Any = lookup_backend("inductor")
+    return compiler(gm, inputs)
+
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+_PASSING = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "getitem"} | {
+    "reshape", "view", "flatten", "transpose", "unsqueeze", "squeeze"
+}  # fmt: skip
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__"}
+
+
+def has_attention(graph: fx.Graph) -> bool:
+    """Whether something in a graph of Dynamo is attention: one of torch's functions for it, or a softmax whose result is the
+    left side of a matrix product."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = _name(node)
+        if node.target is _SDPA or "attention" in name or "attn" in name or "through_cache" in name:
+            return True
+        if "softmax" in name and any(_name(n) in _PRODUCTS for n in _users_behind(node)):
+            return True
+    return False
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def _users_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What uses a node first, but for operations that only pass values on."""
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if _name(user) in _PASSING:
+                todo.append(user)
+            else:
+                yield user
+
+
+# ------------------------------------------------------------------------------------------------ whose forward it is
+@dataclass
+class Argument:
+    """One argument of the traced call: its value then, and how Dynamo calls it."""
+
+    value: Any
+    source: str
+
+
+@dataclass
+class Call:
+    """The traced call of a model. source: what Dynamo calls the model."""
+
+    module: nn.Module
+    source: str
+    arguments: dict[str, Argument] = field(default_factory=dict)
+
+
+def _traced_call() -> Call:
+    """The call that Dynamo is compiling; UnsupportedModelError where it is not one of a model's forward."""
+    root = InstructionTranslator.current_tx().output.root_tx
+    assert root is not None
+    code: types.CodeType = root.f_code
+    _keep_compiling(code)
+    if code.co_name.startswith("torch_dynamo_resume_in"):
+        where = code.co_name.removeprefix("torch_dynamo_resume_in_").rpartition("_at_")[0]
+        raise UnsupportedModelError(
+            f"torch.compile broke the graph of {where}, and attention is behind the break; {WHOLE}"
+        )
+    positional, keywords = _frame_arguments(code, root.f_locals)
+    module = positional[0].value if positional else None
+    if not isinstance(module, nn.Module) or code not in _codes(module):
+        raise UnsupportedModelError(
+            f"the compiled function is {code.co_qualname}, not the forward of a model, or torch.compile has given up the model "
+            f"around it (recompile_limit, or an earlier call that it could not trace: torch._dynamo.reset()); {WHOLE}"
+        )
+    call = Call(module, positional[0].source)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    for i, argument in enumerate(positional[1:]):
+        call.arguments[names[i] if i < len(names) else f"argument {i}"] = argument
+    call.arguments.update(keywords)
+    return call
+
+
+def _keep_compiling(code: types.CodeType) -> None:
+    """Raises torch.compile's limits where they come near: beyond them it would run the unmodified model in silence."""
+    config: Any = torch._dynamo.config
+    graphs = len(_debug_get_cache_entry_list(code))
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(config, limit) < graphs + 4:
+            setattr(config, limit, graphs + 8)
+    if graphs >= 32 and f"recompiles {code.co_qualname}" not in _told:
+        _told.add(f"recompiles {code.co_qualname}")
+        warnings.warn(
+            f"kvrewrite: torch.compile has made {graphs} graphs of {code.co_qualname}; calls of ever new kinds (batch sizes, "
+            'masks, flags) cost a trace each. TORCH_LOGS="recompiles" says why',
+            stacklevel=2,
+        )
+
+
+def _frame_arguments(code: types.CodeType, values: Mapping[str, Any]) -> tuple[list[Argument], dict[str, Argument]]:
+    """The arguments of a frame, *args and **kwargs unpacked."""
+    names = list(code.co_varnames)
+    count, only = code.co_argcount, code.co_kwonlyargcount
+    positional = [Argument(values.get(n), f"L['{n}']") for n in names[:count]]
+    keywords = {n: Argument(values.get(n), f"L['{n}']") for n in names[count : count + only]}
+    at = count + only
+    if code.co_flags & inspect.CO_VARARGS:
+        name = names[at]
+        positional += [Argument(v, f"L['{name}'][{i}]") for i, v in enumerate(values.get(name, ()))]
+        at += 1
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        name = names[at]
+        keywords |= {k: Argument(v, f"L['{name}']['{k}']") for k, v in values.get(name, {}).items()}
+    return positional, keywords
+
+
+def _codes(module: nn.Module) -> set[types.CodeType]:
+    """The code of a model's forward and of what is wrapped around it."""
+    todo: list[Any] = [type(module).forward, nn.Module._wrapped_call_impl, nn.Module._call_impl, type(module).__call__]
+    todo.append(module.__dict__.get("forward"))
+    found = set()
+    while todo:
+        function = todo.pop()
+        function = getattr(function, "__func__", function)
+        if hasattr(function, "__code__"):
+            found.add(function.__code__)
+        for inner in ("__wrapped__", "func", "_torchdynamo_orig_callable"):
+            if callable(getattr(function, inner, None)):
+                todo.append(getattr(function, inner))
+    return found
+
+
+def _source(node: fx.Node) -> str:
+    """What Dynamo calls a graph input."""
+    return _source_name(getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source)
+
+
+def _source_name(source: Any) -> str:
+    name = source.name  # a method up to torch 2.11
+    return str(name() if callable(name) else name)
+
+
+def _check_module(call: Call, transformers: bool) -> None:
+    """UnsupportedModelError where the call is that of a part of a model, as it is behind a break of the graph."""
+    module, what = call.module, type(call.module).__name__
+    if transformers:
+        part = module.get_output_embeddings() is None  # type: ignore[operator]
+    else:
+        tensors = [a.value for a in call.arguments.values() if isinstance(a.value, Tensor)]
+        part = len(tensors) != 1 or tensors[0].is_floating_point()
+    if part:
+        raise UnsupportedModelError(
+            f"torch.compile took {what}, which does not go from token ids to logits, by itself; {WHOLE}"
+        )
+
+
+def _guard_module(gm: fx.GraphModule, call: Call) -> int:
+    """Makes Dynamo compile anew for another module, which it would not: to it parameters are inputs like others. Returns the
+    input that is the module's first parameter."""
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for i, node in enumerate(nodes):
+        source: Any = getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source
+        if not _source(node).endswith("]") or "_parameters['" not in _source(node):
+            continue
+        while source is not None and _source_name(source) != call.source:
+            source = getattr(source, "base", None)
+        if source is not None:
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+            return i
+    raise UnsupportedModelError(f"the graph has no parameters of {type(call.module).__name__}; {WHOLE}")
+
+
+# ------------------------------------------------------------------------------------------------ the rewritten call
+class _Adapter:
+    """Stands for one graph of Dynamo: takes its inputs, runs the rewritten model, gives its outputs."""
+
+    def __init__(self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any]):
+        self.settings = settings
+        call = _traced_call()
+        self.module = weakref.ref(call.module)
+        self.transformers = is_transformers_model(call.module)
+        _check_module(call, self.transformers)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+            raise InputError(
+                "gradients are enabled, and training through an evicted cache is not supported; call the model under "
+                "torch.no_grad() or torch.inference_mode(), as generate does"
+            )
+        self._read_inputs(gm, call)
+        self._read_outputs(gm)
+
+    # -- inputs --------------------------------------------------------------------------------------------------
+    def _read_inputs(self, gm: fx.GraphModule, call: Call) -> None:
+        self.parameter = _guard_module(gm, call)
+        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        index = {_source(n): i for i, n in enumerate(nodes)}
+        self.mask: int | list[int] | None = None
+        self.positions: int | None = None
+        self.handle: int | None = None
+        self.cached: list[int] = []
+        self.keep, self.keep_input = 0, None
+        used: set[int] = set()
+
+        def take(source: str) -> int | None:
+            at = index.get(source)
+            if at is not None:
+                used.add(at)
+            return at
+
+        ids = None
+        given = {n: a for n, a in call.arguments.items() if a.value is not None and a.value is not False}
+        if not self.transformers:  # one tensor, whatever its name
+            given = {"input_ids" if isinstance(a.value, Tensor) else n: a for n, a in given.items()}
+        for name, argument in given.items():
+            value = argument.value
+            if name not in KNOWN:
+                raise InputError(f"{name} is not supported by the kvrewrite backend; leave it out")
+            if name == "input_ids":
+                ids = take(argument.source)
+            elif name == "attention_mask":
+                self._read_mask(argument, take)
+            elif name == "position_ids":
+                self.positions = take(argument.source)
+            elif name == "logits_to_keep":
+                if not isinstance(value, int):
+                    raise InputError(f"logits_to_keep is a {type(value).__name__}, expected an int")
+                self.keep, self.keep_input = value, take(argument.source)
+            elif name in CACHE_NAMES:
+                self._read_cache(argument, take)
+        if ids is None:
+            raise InputError("the model was not given token ids (input_ids); the kvrewrite backend takes nothing else")
+        self.ids = ids
+        for i, node in enumerate(nodes):
+            value, source = node.meta.get("example_value"), _source(node)
+            if i not in used and isinstance(value, Tensor) and source.startswith("L["):
+                if source.startswith((call.source, f"{call.source}.")):
+                    continue
+                raise UnsupportedModelError(
+                    f"the graph reads {source}, which the kvrewrite backend does not know; {WHOLE}"
+                )
+
+    def _read_mask(self, argument: Argument, take: Callable[[str], int | None]) -> None:
+        if isinstance(argument.value, dict):
+            found = [take(f"{argument.source}['{k}']") for k in argument.value]
+            self.mask = [i for i in found if i is not None]
+        else:
+            self.mask = take(argument.source)
+            if self.mask is None:
+                raise UnsupportedModelError(
+                    "the model does not look at its attention_mask, so that padding can't be kept out"
+                )
+
+    def _read_cache(self, argument: Argument, take: Callable[[str], int | None]) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        cache, source = argument.value, argument.source
+        if isinstance(cache, BackendCache):
+            self.handle = take(f"{source}.handle")
+            return
+        kinds = {type(cache).__name__ if type(cache) is not DynamicCache else ""}
+        kinds |= {type(layer).__name__ for layer in getattr(cache, "layers", []) if type(layer) is not DynamicLayer}
+        kinds.discard("")
+        if kinds:
+            raise CacheError(
+                f"past_key_values is made of {', '.join(sorted(kinds))}, expected a DynamicCache with layers that grow as "
+                f"they need; {USE_NEW_CACHE}"
+            )
+        for i, layer in enumerate(cache.layers):
+            if layer.is_initialized and layer.keys.numel():
+                found = [take(f"{source}.layers[{i}].{x}") for x in ("keys", "values")]
+                self.cached += [at for at in found if at is not None]
+
+    # -- outputs -------------------------------------------------------------------------------------------------
+    def _read_outputs(self, gm: fx.GraphModule) -> None:
+        """Which output is what: the logits, and what goes to the cache in the order in which it was computed."""
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        outputs: list[Any] = list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])
+        to_cache = [n for n in outputs if isinstance(n, fx.Node) and n.target is torch.cat and _dims(n) == 4]
+        logits = [n for n in outputs if isinstance(n, fx.Node) and n not in to_cache and _dims(n) == 3]
+        rest = [n for n in outputs if n not in to_cache and n not in logits]
+        if any(isinstance(n, fx.Node) and _dims(n) == 4 for n in rest):
+            raise CacheError(
+                "a layer's cache keeps something else than all keys and values (a sliding window, or a static cache); "
+                f"{USE_NEW_CACHE}"
+            )
+        if rest or len(logits) != 1 or (self.handle is not None and to_cache):
+            what = ", ".join(str(n) for n in (rest or logits)) or "nothing else"
+            raise UnsupportedModelError(
+                "the graph's results are not the logits and a cache alone (hidden states, attentions, a loss, or a graph that "
+                f"breaks on the way): {what}; {WHOLE}"
+            )
+        self.logits = outputs.index(logits[0])
+        to_cache.sort(key=lambda n: order[n])
+        self.to_cache = [outputs.index(n) for n in to_cache]
+        self.shapes = [(n.meta["example_value"].shape[1], n.meta["example_value"].shape[3]) for n in to_cache]
+        self.count = len(outputs)
+
+    # -- a call --------------------------------------------------------------------------------------------------
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        module = self.module()
+        if module is None or not any(inputs[self.parameter] is p for p in module.parameters()):
+            raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
+        model = rewritten(module, self.settings)
+        ids: Tensor = inputs[self.ids]
+        cache: Any = None
+        if self.handle is not None:
+            cache = cache_of(inputs[self.handle])
+            cache.bind(model)
+        elif self.cached:
+            cache = state_of([inputs[i] for i in self.cached])
+        elif self.to_cache:
+            cache = StockState(model, ids.shape[0])
+        elif "no cache" not in _told and self.settings.policy.name != "full":
+            _told.add("no cache")
+            warnings.warn(
+                "kvrewrite: the model was called without a cache (use_cache=False, or it has none), so every call begins anew "
+                "and evicts within its own text (said once)",
+                stacklevel=2,
+            )
+        if self.to_cache:
+            self._check_shapes(model)
+        out = model(
+            ids,
+            attention_mask=self._real_columns(inputs, ids),
+            position_ids=None if self.positions is None else inputs[self.positions],
+            past_key_values=cache,
+            logits_to_keep=int(self.keep if self.keep_input is None else inputs[self.keep_input]),
+        )
+        outputs: list[Any] = [None] * self.count
+        outputs[self.logits] = out.logits
+        if self.to_cache:
+            for at, tensor in zip(self.to_cache, cache.tensors(), strict=True):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+                outputs[at] = tensor
+        return tuple(outputs)
+
+    def _check_shapes(self, model: RewrittenModel) -> None:
+        """What the layers of the DynamicCache hold must be what we cache, layer by layer."""
+        owners = [s for s in model.sites if s.shares_kv_with is None]
+        expected = [shape for s in owners for shape in ((s.kv_heads, s.head_dim), (s.kv_heads, s.v_head_dim))]
+        if [tuple(int(n) for n in s) for s in self.shapes] != expected:
+            raise CacheError(
+                f"the model's DynamicCache has (heads, dims) {self.shapes} for keys and values of each layer, expected "
+                f"{expected}; {USE_NEW_CACHE}"
+            )
+
+    def _real_columns(self, inputs: tuple[Any, ...], ids: Tensor) -> Tensor | None:
+        """The attention mask as (B, columns). Masks that generate has spread out (B, 1, T, past + T) are folded again."""
+        if self.mask is None:
+            return None
+        masks: list[Tensor] = [inputs[i] for i in ([self.mask] if isinstance(self.mask, int) else self.mask)]
+        if len(masks) == 1 and masks[0].dim() == 2:
+            return masks[0]
+        folded = None
+        for mask in masks:
+            width = ids.shape[1]
+            if mask.dim() != 4 or mask.shape[2] != width:
+                raise InputError(f"attention_mask has shape {tuple(mask.shape)}, expected (batch, tokens)")
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            new = seen[:, 0, :, -width:]
+            real = new.diagonal(dim1=-2, dim2=-1)
+            causal = torch.ones_like(new[0]).tril()
+            if bool((new & ~(causal & real[:, None])).any()) or (folded is not None and not torch.equal(folded, real)):
+                raise InputError("attention_mask has four dimensions and is not a causal mask with padding")
+            folded = real
+        return None if folded is None else folded.expand(ids.shape[0], -1).long()
+
+
+def _dims(node: fx.Node) -> int:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, Tensor) and value.is_floating_point() else -1
+
+
+# ------------------------------------------------------------------------------------------------ rewrites
+class _Rewrite:
+    """A rewritten model that follows the parameters of the original. It does not hold the original itself."""
+
+    def __init__(self, module: nn.Module, settings: Settings):
+        # While it is captured, the model is not to be run by torch.compile.
+        with torch.compiler.set_stance("force_eager"):
+            captured = capture(module)
+        config = getattr(module, "config", None)
+        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet)
+        if not is_transformers_model(module):
+            config = _foreign_config(program, type(module).__name__)
+        self.pairs = list(_shared(module, program.graph))
+        self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
+        if settings.inductor:
+            more = {} if settings.mode is None else {"mode": settings.mode}
+            self.model.compile(backend="inductor", **more)
+
+    def follow(self) -> None:
+        """Parameters that were put in the place of others in the original."""
+        for source, own, name, own_name in self.pairs:
+            if own[own_name] is not source[name]:
+                own[own_name] = source[name]
+
+
+def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, str]]:
+    """Pairs of (dict of the original, dict of the graph, name in each) of tensors that both have."""
+    for kind in ("_parameters", "_buffers"):
+        for path, holder in module.named_modules(remove_duplicate=False):
+            for name, tensor in getattr(holder, kind).items():
+                if tensor is None:
+                    continue
+                try:
+                    twin = graph.get_submodule(path)
+                except AttributeError:
+                    continue
+                own = getattr(twin, kind).get(name)
+                if own is not None and own.shape == tensor.shape and own.data_ptr() == tensor.data_ptr():
+                    yield getattr(holder, kind), getattr(twin, kind), name, name
+
+
+_rewrites: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Rewrite]] = weakref.WeakKeyDictionary()
+
+
+def rewritten(module: nn.Module, settings: Settings) -> RewrittenModel:
+    """The rewrite of a model, made when it is needed first. Requests leave nothing in it."""
+    first = next(module.parameters(), None)
+    where = (None, None) if first is None else (first.device, first.dtype)
+    shape = hash(tuple((n, type(m)) for n, m in module.named_modules()))
+    key = (settings.key(), where, shape)
+    made = _rewrites.setdefault(module, {})
+    if key not in made:
+        made[key] = _Rewrite(module, settings)
+    made[key].follow()
+    return made[key].model
+
+
+# ------------------------------------------------------------------------------------------------ for callers
+def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None) -> BackendCache:
+    """An empty cache for a model that is compiled with backend="kvrewrite", or will be by generate(compile_config=...).
+
+    batch_size: rows that go through the model (with beams or several sequences, all of them). max_length: tokens that a row
+    will have in all, for which memory is then reserved.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    forward = getattr(inner, "forward", None)
+    compiled = isinstance(model, OptimizedModule) or getattr(inner, "_compiled_call_impl", None) is not None
+    compiled = compiled or hasattr(forward, "_torchdynamo_orig_callable")
+    device = next(inner.parameters()).device
+    return BackendCache(batch_size, device, max_length=max_length, compileable=not compiled)
+
+
+def _is_ours(module: OptimizedModule) -> bool:
+    """Whether torch.compile was given this backend."""
+    backend: Any = getattr(module.dynamo_ctx, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_fn", backend) is kvrewrite_backend
+
+
+def _generate(module: OptimizedModule) -> Callable[..., Any]:
+    """`generate` of the original model, running the compiled one."""
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        original = module._orig_mod
+        before = {n: v for n, v in vars(original).items() if n == "_compiled_call_impl"}
+        original._compiled_call_impl = module.dynamo_ctx(original._call_impl)
+        try:
+            return original.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            del original._compiled_call_impl
+            vars(original).update(before)
+
+    return generate
+
+
+def _compile_generate() -> None:
+    """Lets `torch.compile(model, backend="kvrewrite").generate` run the compiled model. torch hands `generate` to the original,
+    which then calls itself and not what was compiled: nothing would be evicted, and nothing would say so."""
+    found = OptimizedModule.__getattr__
+
+    def __getattr__(self: OptimizedModule, name: str) -> Any:
+        value = found(self, name)
+        return _generate(self) if name == "generate" and _is_ours(self) else value
+
+    OptimizedModule.__getattr__ = __getattr__  # type: ignore[method-assign]
+
+
+def _register() -> None:
+    """Makes the name known where the package is not installed, and so has no entry point."""
+    if NAME not in torch._dynamo.list_backends(None):
+        torch._dynamo.register_backend(kvrewrite_backend, name=NAME)
+
+
+_compile_generate()
+_register()
+__all__ = ["BackendCache", "kvrewrite_backend", "new_cache"]

@@ -1,0 +1,238 @@
+"""Caches of requests that run through the torch.compile backend.
+
+`StockState` stands behind an ordinary `DynamicCache` of transformers: the tensors that its layers hold are views of the
+state's own memory, and the state hangs on those tensors, so that it comes and goes with the cache object. `BackendCache` is
+an `EvictionCache` that is handed to an ordinary model as `past_key_values`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvrewrite.cache import EvictionCache
+from kvrewrite.errors import CacheError
+from kvrewrite.pages import PAGE, Lease, PageStore
+from kvrewrite.policies.base import Policy
+from kvrewrite.program import Program
+
+HELD = "_kvrewrite_held"
+USE_NEW_CACHE = "pass an EvictionCache instead: past_key_values=kvrewrite.new_cache(model, batch_size)"
+
+
+# ------------------------------------------------------------------------------------------------ stock caches
+class IdentityLease(Lease):
+    """A lease that owns its whole store: every head has equally many pages, in the order layer, row, head. So the slots of a
+    layer are one strided view."""
+
+    def resize(self, bound: np.ndarray, reserve: int) -> None:
+        """Lays the store out anew where the longest head needs another number of pages."""
+        self.bound = bound
+        have, need = self.pages.shape[-1], max(1, -(-int(bound.max(initial=0)) // PAGE))
+        if self.store.total > 1 and have == need:
+            return
+        heads = int(np.prod(self.pages.shape[:-1]))
+        for name, (shape, dtype) in self.store.shapes.items():
+            old = getattr(self.store, name)
+            new = torch.zeros(1 + heads * need, *shape, dtype=dtype, device=self.store.device)
+            if self.store.total > 1:
+                both = min(have, need)
+                source = old[1:].unflatten(0, (heads, have))
+                new[1:].unflatten(0, (heads, need))[:, :both] = source[:, :both]
+            setattr(self.store, name, new)
+        self.store.references = np.ones(1 + heads * need, dtype=np.int32)
+        self.store.free = []
+        self.counts = np.full(self.pages.shape[:-1], need, dtype=np.int64)
+        self.pages = np.arange(1, 1 + heads * need, dtype=np.int32).reshape(*self.pages.shape[:-1], need)
+        self._write_table()
+
+    def fork(self) -> Lease:
+        """A copy of everything."""
+        twin: IdentityLease = super().fork()  # type: ignore[assignment]
+        store: PageStore = object.__new__(PageStore)
+        store.__dict__.update(self.store.__dict__)
+        store.references, store.free, store.leases = self.store.references.copy(), [], weakref.WeakSet([twin])
+        for name in store.shapes:
+            setattr(store, name, getattr(self.store, name).clone())
+        self.store.leases.discard(twin)
+        twin.store = store
+        store.references[:] = self.store.references[:] = 1  # nothing is shared
+        return twin
+
+    def close(self) -> None:
+        """The store goes with its only lease."""
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, (B, Hkv, slots, D): the live slots, rows that have fewer filled up behind."""
+        slots = int(self.bound[layer].max(initial=0))
+        shape = (*self.pages.shape[:3], self.pages.shape[-1] * PAGE)
+        keys, values = (
+            getattr(self.store, f"{x}_pages")[1:].flatten(0, 1).unflatten(0, shape)[layer, :, :, :slots] for x in "kv"
+        )
+        return keys, values
+
+
+@dataclass
+class Held:
+    """What hangs on a tensor of a DynamicCache: whose it is, which one, and of which step."""
+
+    state: StockState
+    place: int  # keys and values of each layer in turn
+    step: int
+
+
+class StockState(EvictionCache):
+    """What a policy remembers about a request whose keys and values lie in a `DynamicCache`, and those themselves."""
+
+    lease_type = IdentityLease
+
+    def __init__(self, model: Any, batch_size: int):
+        refuse_stock(model.program, model.policy)
+        super().__init__(model, batch_size)
+        self.step = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, for the layers of a DynamicCache to hold."""
+        self.step += 1
+        where = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
+        found: list[Tensor] = []
+        for _, c, i in where:
+            lease: Any = self.leases[c]
+            found.extend(lease.views(i))
+        for place, tensor in enumerate(found):
+            setattr(tensor, HELD, Held(self, place, self.step))
+        return found
+
+
+def state_of(tensors: list[Tensor]) -> StockState:
+    """The state behind what the layers of a DynamicCache hold; CacheError where they hold something else."""
+    held = [getattr(t, HELD, None) for t in tensors]
+    first = held[0]
+    if first is None or any(h is None or h.state is not first.state or h.place != i for i, h in enumerate(held)):
+        raise CacheError(
+            "past_key_values holds keys and values that the kvrewrite backend did not leave there: the cache was filled or "
+            f"changed by something else (a call that was not compiled, beam search, crop). Begin with an empty cache, or "
+            f"{USE_NEW_CACHE}"
+        )
+    if any(h.step != first.state.step for h in held if h is not None):
+        raise CacheError(
+            "past_key_values is an older state of a cache that has gone on since, and evicted tokens can't come back. Copy "
+            "the cache (copy.deepcopy) before it goes on"
+        )
+    return first.state
+
+
+def refuse_stock(program: Program, policy: Policy) -> None:
+    """Raises CacheError where an ordinary DynamicCache can't hold what the policy keeps of this model."""
+    reason = ""
+    windows = [w for c in program.layout["classes"] for w in c["windows"]]
+    if policy.ragged:
+        reason = "the heads of a layer keep different numbers of slots"
+    elif policy.quantize != "none":
+        reason = f"keys and values are stored as {policy.quantize}"
+    elif policy.layer_budgets != "equal" or policy.name == "pyramidkv":
+        reason = "layers keep different numbers of slots, and transformers makes its mask for one"
+    elif any(windows):
+        reason = "the model has layers with a window, and transformers counts their tokens by what they hold"
+    elif any(site.alibi for site in program.sites):
+        reason = "the model has ALiBi, which transformers makes for the whole text"
+    elif program.layout["length_tables"]:
+        reason = (
+            "the model's rotary frequencies depend on the length of the request, which a DynamicCache does not know"
+        )
+    if reason:
+        raise CacheError(f"{policy.name}: a DynamicCache can't hold this: {reason}; {USE_NEW_CACHE}")
+
+
+# ------------------------------------------------------------------------------------------------ our own cache
+@torch.library.custom_op("kvrewrite::through_cache", mutates_args=())
+def through_cache(k: Tensor, v: Tensor, handle: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Stands in traces of ordinary models for the update of a `BackendCache`; the backend takes it out. k: (B, Hkv, T, D); the
+    results are as long as the mask that transformers makes, columns + T."""
+    raise CacheError(
+        'an EvictionCache was passed to a model that is compiled with another backend; compile it with backend="kvrewrite"'
+    )
+
+
+@through_cache.register_fake
+def _(k, v, handle, columns):  # type: ignore[no-untyped-def]
+    shape = (*k.shape[:2], columns + k.shape[2])
+    return k.new_empty(*shape, k.shape[3]), v.new_empty(*shape, v.shape[3])
+
+
+class BackendCache(EvictionCache):
+    """An `EvictionCache` for a model that is compiled with backend="kvrewrite". Make one with `kvrewrite.new_cache`.
+
+    Which policy it serves is settled when it goes through a compiled model for the first time.
+    """
+
+    def __init__(
+        self, batch_size: int, device: torch.device, *, max_length: int | None = None, compileable: bool = False
+    ):
+        Cache.__init__(self, layers=[])
+        if batch_size < 1:
+            raise CacheError(f"batch_size is {batch_size}, expected at least 1")
+        self._rows, self.device, self.max_length = batch_size, torch.device(device), max_length
+        self.columns, self.seen = 0, [0] * batch_size
+        self.leases, self.states = [], []
+        self.bound = False
+        self.is_compileable = compileable  # whether generate(compile_config=...) compiles for it
+        self._make_handle()
+
+    def _make_handle(self) -> None:
+        """The tensor by which a compiled graph, which is given tensors only, knows the cache."""
+        self.handle = torch.empty(0, device=self.device)
+        setattr(self.handle, HELD, weakref.ref(self))
+
+    def bind(self, model: Any) -> None:
+        """Makes it a cache of `model`, a `RewrittenModel`, if it is not one yet."""
+        if self.bound:
+            return
+        compileable = self.is_compileable
+        EvictionCache.__init__(self, model, self._rows, max_length=self.max_length)
+        self.is_compileable, self.bound = compileable, True
+
+    def reset(self) -> None:
+        """Forgets everything and returns the memory."""
+        if self.bound:
+            super().reset()
+
+    def fork(self) -> EvictionCache:
+        """An independent copy that shares pages until one of the two writes to them."""
+        self._check_bound()
+        twin: Any = super().fork()
+        twin._make_handle()
+        return twin
+
+    __copy__ = fork
+
+    def _check_bound(self) -> None:
+        if not self.bound:
+            raise CacheError("the cache has not been through a compiled model yet")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the layers of an ordinary model call; only while it is being traced."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.ops.kvrewrite.through_cache(key_states, value_states, self.handle, self.columns)
+        raise CacheError(
+            "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
+            'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph. generate('
+            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece)"
+        )
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.bound else f"EvictionCache(batch_size={self._rows}, not used yet)"
+
+
+def cache_of(handle: Tensor) -> BackendCache:
+    """The cache that a handle belongs to."""
+    found = getattr(handle, HELD, lambda: None)()
+    if found is None:
+        raise CacheError("the EvictionCache of this call is gone")
+    return found
