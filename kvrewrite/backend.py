@@ -508,15 +508,24 @@ class _Rewrite:
             config = _foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
-        if settings.inductor:
-            more = {} if settings.mode is None else {"mode": settings.mode}
-            self.model.compile(backend="inductor", **more)
+        self.settings = settings
+        self._compile()
+
+    def _compile(self) -> None:
+        """Through Inductor. A stock cache has pools of its own, so single tokens don't run from the model's buffers."""
+        if self.settings.inductor:
+            more = {} if self.settings.mode is None else {"mode": self.settings.mode}
+            self.model.compile(static_decode=False, backend="inductor", **more)
 
     def follow(self) -> None:
         """Parameters that were put in the place of others in the original."""
+        changed = False
         for source, own, name, own_name in self.pairs:
             if own[own_name] is not source[name]:
                 own[own_name] = source[name]
+                changed = True
+        if changed:
+            self._compile()  # compiled parts hold the parameters that they were made with
 
 
 def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, str]]:

@@ -314,9 +314,9 @@ class EvictionCache(Cache):
             wanted = policy.layer_keeps(segment, self.seen[b] + 1, layers)
             for (_, c, i), keep in zip(order, wanted, strict=True):
                 found[c][i, b] = keep
-        for c, keep in enumerate(found):
-            fixed = (self._head_keep[c] >= 0) & (keep < UNLIMITED)
-            keep[fixed] = self._head_keep[c][fixed]
+        for budgets, chosen in zip(found, self._head_keep):
+            fixed = (chosen >= 0) & (budgets < UNLIMITED)
+            budgets[fixed] = chosen[fixed]
         self._token = (key, found)
         return found
 

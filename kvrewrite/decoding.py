@@ -221,7 +221,11 @@ class DecodeRunner:
     them."""
 
     def __init__(
-        self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[Any], Callable[..., Any]] | None, capture: bool
+        self,
+        model: RewrittenModel,
+        gm: fx.GraphModule,
+        compiler: Callable[[Any], Callable[..., Any]] | None,
+        capture: bool,
     ):
         self.model, self.capture, self.captures = model, capture, 0
         self.settling = Settling(model) if settles(model.program, model.policy) else None

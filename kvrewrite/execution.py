@@ -83,7 +83,7 @@ class Execution:
         sources = dict.fromkeys(source for source, _ in self.partition.views.values())
         if not self._marks:
             return {source: inputs[source].unbind(0) for source in sources}
-        return {source: torch.unbind_copy(inputs[source]) for source in sources}
+        return {source: [x.clone() for x in inputs[source].unbind(0)] for source in sources}
 
 
 def _mark(arguments: list[Any], moving: list[tuple[int, ...]]) -> None:

@@ -31,7 +31,21 @@ def cached_attention(
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "chunk": chunk}
     if q.shape[2] == 1 and hidden is None:
         out, lse, _ = decode_attention(
-            q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, **options
+            q,
+            k,
+            v,
+            k_dense,
+            v_dense,
+            k_pages,
+            v_pages,
+            pos_pages,
+            table,
+            lens,
+            positions,
+            valid,
+            sinks,
+            alibi,
+            **options,
         )
         return out, lse
     k_read, v_read = gather(k_pages if k_dense is None else None, v_pages if v_dense is None else None, table, lens)

@@ -55,5 +55,7 @@ def fused(op: str, x: Tensor, missing: str = "") -> bool:
     key = (op, str(x.device), str(x.dtype), why)
     if key not in _told:
         _told.add(key)
-        log.info("%s on %s in %s: %s%s", op, x.device, x.dtype, "kernel" if chosen else "reference", why and f" ({why})")
+        log.info(
+            "%s on %s in %s: %s%s", op, x.device, x.dtype, "kernel" if chosen else "reference", why and f" ({why})"
+        )
     return chosen

@@ -12,7 +12,14 @@ from kvrewrite.kernels.reference.settle import settle
 
 @torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
 def read_rotated(
-    k_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor, half: int
+    k_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    partner: Tensor,
+    half: int,
 ) -> Tensor:
     """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel: zeros).
 
@@ -107,7 +114,14 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("kvrewrite::settle_keys", mutates_args=("k_pages",))
 def settle_keys(
-    k_pages: Tensor, pos_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, partner: Tensor, undo: bool
+    k_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    partner: Tensor,
+    undo: bool,
 ) -> None:
     """Rotates the cached keys of a layer in place by their stored rotary positions, or takes that rotation back.
 

@@ -127,7 +127,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
         static_decode: single tokens run from static buffers, on CUDA as one captured graph a step; default: on CUDA. Caches
         made from then on lease pages from pools that belong to the model, so that new requests replay what was captured.
-        A policy for which that is not possible decodes through compiled parts instead, and a warning says why.
+        A policy for which that is not possible decodes through compiled parts instead, and a warning says why. Locret's heads
+        are folded into one linear layer of the hidden states; compile again after a change of weights.
         """
         self.uncompile()
         options = {"fullgraph": True, **kwargs}

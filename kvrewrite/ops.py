@@ -376,8 +376,8 @@ def cache_update(
         from kvrewrite import fused as kernels
 
         kernels.cache_update(
-            k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table,
-            lens, sinks, window, chunk, select, drop,
+            k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages,
+            table, lens, sinks, window, chunk, select, drop,
         )  # fmt: skip
         return
     reference_evict.cache_update(
@@ -475,5 +475,5 @@ def _(  # type: ignore[no-untyped-def]
     return None
 
 
-import kvrewrite.lowered_ops  # noqa: E402, F401  (whoever has these ops has those, too)
+import kvrewrite.lowered_ops  # noqa: E402  (whoever has these ops has those, too)
 import kvrewrite.score_ops  # noqa: E402, F401

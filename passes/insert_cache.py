@@ -315,7 +315,14 @@ def _open_cache(
             cache["k"] = canonical_layout(gm.graph, rope.pre, rope.layout)
             positions = gm.graph.call_function(
                 ops.slot_rotary.default,
-                (pools["pos_pages"], views["table"], views["lens"], inputs["following"], inputs["renew"], inputs["span"]),
+                (
+                    pools["pos_pages"],
+                    views["table"],
+                    views["lens"],
+                    inputs["following"],
+                    inputs["renew"],
+                    inputs["span"],
+                ),
             )
             raw = cache["k_raw"]
             if raw is None:

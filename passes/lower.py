@@ -147,7 +147,9 @@ def _use_settled_keys(gm: fx.GraphModule) -> None:
 def _fuse_mass(gm: fx.GraphModule) -> None:
     """One token's attention, and from the same pass the mass that `observe` would compute anew."""
     for node in _calls(gm, ops.cached_attention.default):
-        (q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, *shape) = node.args
+        (q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, hidden, *shape) = (
+            node.args
+        )
         if hidden is not None:
             continue
         v_dense = shape[4] if len(shape) > 4 else None

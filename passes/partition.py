@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -103,13 +102,16 @@ def _is_view(node: fx.Node) -> bool:
     if not is_op(node, aten.select.int):
         return False
     source, dim, index = node.args
-    return isinstance(source, fx.Node) and source.op == "placeholder" and dim == 0 and isinstance(index, int)
+    return isinstance(source, fx.Node) and source.op == "placeholder" and (dim, type(index)) == (0, int)
 
 
 def _reads_cache(node: fx.Node) -> bool:
-    """Whether a part may begin here."""
+    """Whether a part may begin here: at a site's first look at cached keys. (Stored scores are read behind attention.)"""
+    if is_op(node, ops.read_pages.default):
+        pool = node.args[0]
+        return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
     return is_op(
-        node, ops.slot_rotary.default, ops.read_pages.default, ops.read_quantized.default, ops.cached_attention.default,
+        node, ops.slot_rotary.default, ops.read_quantized.default, ops.cached_attention.default,
         ops.decode_attention.default, ops.read_rotated.default,
     )  # fmt: skip
 

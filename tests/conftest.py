@@ -8,7 +8,9 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernels run in Triton's interpreter, which has to be chosen before triton is imported
+if (
+    not torch.cuda.is_available()
+):  # kernels run in Triton's interpreter, which has to be chosen before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start

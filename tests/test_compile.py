@@ -77,7 +77,8 @@ def test_compiles_a_few_times_only() -> None:
         for width in (9, 17, 1, 1, 33, 12, 1, 1, 1):
             model(tokens(batch, width), past_key_values=cache)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs == [graphs[0]] * 3 and graphs[0] <= 4  # one token or several, one page or several
+    # A prologue (one token or several) and three parts (one token or several, one page or several).
+    assert graphs == [graphs[0]] * 3 and graphs[0] <= 2 + 3 * 4
 
 
 def graph_inputs(model: Any, cache: Any, ids: Tensor) -> tuple[Tensor, ...]:

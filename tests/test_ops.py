@@ -302,7 +302,12 @@ def test_slot_rotary() -> None:
     cache = state()
     before = {(b, h): cache.slots(b, h) for b in range(B) for h in range(HKV)}
     got = ops.slot_rotary(
-        cache.pos_pages, cache.table, cache.lens, torch.tensor([11, 16, 3]), torch.tensor([True, False, True]), torch.empty(0, 64)
+        cache.pos_pages,
+        cache.table,
+        cache.lens,
+        torch.tensor([11, 16, 3]),
+        torch.tensor([True, False, True]),
+        torch.empty(0, 64),
     )
     assert got.dtype == torch.int64 and got.shape == (B, HKV, P * PAGE)
     for (b, h), entries in before.items():
@@ -487,6 +492,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         torch.full((B,), math.nan),
     )
     total = len(cache.k_pages)
+    wide_table = torch.randn(int(cache.pos_pages[..., 1].max()) + 1, D)
     coded = {  # int8 in groups of 2, 4 slots in full precision
         "k_pages": torch.randint(256, (total, PAGE, D), dtype=torch.uint8),
         "v_pages": torch.randint(256, (total, PAGE, DV), dtype=torch.uint8),
@@ -518,6 +524,32 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 torch.empty(0, 64),
             ),
         ),
+        "slot_rotary_layers": (
+            ops.slot_rotary_layers,
+            (
+                cache.pos_pages, cache.table[None], cache.lens[None], 1, torch.tensor([11, 16, 3]),
+                torch.tensor([True, False, True]), torch.empty(0, 64),
+            ),
+        ),
+        "read_rotated": (
+            ops.read_rotated,
+            (cache.k_pages, cache.table, cache.lens, table, table, torch.zeros(B, HKV, P * PAGE, dtype=torch.int64), partner, 0),
+        ),
+        "settle_keys": (
+            ops.settle_keys,
+            (cache.k_pages, cache.pos_pages, cache.table, cache.lens, wide_table, wide_table, partner, False),
+        ),
+        "decode_attention": (
+            ops.decode_attention,
+            (
+                fresh.q[:, :, :1], fresh.k[:, :, :1], fresh.v[:, :, :1], None, None, cache.k_pages, cache.v_pages,
+                cache.pos_pages, cache.table, cache.lens, fresh.positions[:, :1], torch.ones(B, dtype=torch.int32), None, None,
+                *shape({}), True,
+            ),
+        ),
+        "linears": (ops.linears, (torch.randn(B, 1, 8), [torch.randn(4, 8), torch.randn(6, 8)], [torch.randn(4), None])),
+        "gated_linear": (ops.gated_linear, (torch.randn(B, 1, 8), torch.randn(4, 8), torch.randn(4, 8), "silu")),
+        "linear_add": (ops.linear_add, (torch.randn(B, 1, 8), torch.randn(4, 8), None, torch.randn(B, 1, 4))),
         "rotate": (ops.rotate, (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), partner)),
         "cached_attention": (
             ops.cached_attention,

@@ -9,7 +9,14 @@ from kvrewrite.kernels.reference import pages
 
 
 def settle(
-    k_pages: Tensor, pos_pages: Tensor, table: Tensor, lens: Tensor, cos: Tensor, sin: Tensor, partner: Tensor, undo: bool
+    k_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    partner: Tensor,
+    undo: bool,
 ) -> None:
     """See `kvrewrite::settle_keys` in lowered_ops.py. One head at a time, so that little memory is needed.
 

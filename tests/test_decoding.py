@@ -1,0 +1,151 @@
+"""Single tokens from static buffers: the same kept sets, logits and memory as the plain path, whatever happens in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvrewrite.decoding import DecodeRunner
+from kvrewrite.execution import Execution
+from kvrewrite.passes.lower import fold, lower_prefill
+from tests.rewritten import captured, original, rewrite, rewritten
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
+    ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3, "decode_eviction": True}),
+    ("llama", "streaming_llm", {"budget": 70, "chunk": 30}),
+    ("llama", "tova", {"budget": 16}),
+    ("gemma2", "h2o", {"budget": 16}),
+    ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
+    ("gemma3n_text", "knorm", {"budget": 16}),
+    ("llama", "adakv", {"budget": 16, "window": 6, "kernel": 3}),
+    ("llama", "h2o", {"budget": 16, "layer_budgets": "pyramid"}),
+    ("llama", "nacl", {"budget": 16, "interval": 3}),
+    ("llama", "scissorhands", {"budget": 16, "recent_tokens": 3, "history": 9}),
+    ("deepseek_v3", "tova", {"budget": 16}),
+    ("bloom", "h2o", {"budget": 20}),
+    ("llama", "random", {"budget": 0.4}),
+]
+
+
+def static(family: str, policy: str, **options: Any) -> Any:
+    """A model that decodes from static buffers, lowered as for a GPU, without torch.compile."""
+    model = rewrite(original(family), captured(family), policy, None, **options)
+    folded = fold(model.graph_module)
+    model.__dict__["_execution"] = Execution(lower_prefill(folded), None)
+    model.__dict__["_decoder"] = DecodeRunner(model, folded, None, capture=False)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 90) -> Tensor:
+    """Random tokens, none twice in a row's text."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(96, generator=generator)[:length] + 1 for _ in range(rows)])
+
+
+def same(plain: Any, ours: Any) -> None:
+    """What two caches keep, hold and count."""
+    assert plain.positions() == ours.positions()
+    for name in ("seen", "generated", "length", "next_rotary", "settled", "columns"):
+        assert getattr(plain, name) == getattr(ours, name), name
+    assert plain.memory().live == ours.memory().live and plain.memory().leased == ours.memory().leased
+
+
+@pytest.mark.parametrize(("family", "policy", "options"), CASES)
+def test_same_as_plain(family: str, policy: str, options: dict[str, Any]) -> None:
+    """A padded prompt, tokens across a border of pages, another prompt, and tokens again."""
+    models = [rewritten(family, policy, **options), static(family, policy, **options)]
+    caches = [m.new_cache(2) for m in models]
+    ids, mask, at = tokens(), torch.ones(2, 90, dtype=torch.long), 0
+    mask[1, :5] = 0
+    for width in (40, *[1] * 27, 9, *[1] * 5):
+        part = {"input_ids": ids[:, at : at + width], "attention_mask": mask[:, at : at + width]}
+        expected, got = [m(**part, past_key_values=c).logits for m, c in zip(models, caches)]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        at += width
+        if at % 6 == 0 or width > 1:
+            same(*caches)
+    same(*caches)
+
+
+def test_requests_take_turns_and_fork() -> None:
+    """Two requests one token each in turn, and a fork of one of them: nobody disturbs the others."""
+    options = {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3, "decode_eviction": True}
+    plain, ours = rewritten("llama", "locret", **options), static("llama", "locret", **options)
+    ids = tokens(3, 60)
+    pairs = []
+    for row in range(2):
+        pair = [m.new_cache(1) for m in (plain, ours)]
+        for model, cache in zip((plain, ours), pair):
+            model(ids[row : row + 1, :30], past_key_values=cache)
+        pairs.append((row, pair))
+    for t in range(30, 42):
+        if t == 36:
+            pairs.append((2, [cache.fork() for cache in pairs[0][1]]))
+        for row, pair in pairs:
+            token = ids[row : row + 1, t : t + 1]
+            expected, got = [m(token, past_key_values=c).logits for m, c in zip((plain, ours), pair)]
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    for _, pair in pairs:
+        same(*pair)
+
+
+def test_a_cache_that_is_gone_is_not_held() -> None:
+    """Pools belong to the model, pages to the caches that live."""
+    model = static("llama", "h2o", budget=16)
+    stores = model.shared_stores()
+    for _ in range(3):
+        cache = model.new_cache(1)
+        model(tokens(1, 30), past_key_values=cache)
+        model(tokens(1, 1), past_key_values=cache)
+        del cache
+    (store,) = stores
+    assert len(store.free) == store.total - 1 and not store.references.any()
+
+
+def test_settled_keys_come_back() -> None:
+    """Rotating cached keys for decoding and taking that back gives the keys of before."""
+    model = static("llama", "locret", budget=16, chunk=8, stabilizers=4, local_tail=3)
+    cache = model.new_cache(2)
+    model(tokens()[:, :30], past_key_values=cache)
+    lease = cache.leases[0]
+    before = lease.store.k_pages.clone()
+    model.decoder.settling.settle(cache)
+    assert not torch.allclose(lease.store.k_pages, before, atol=1e-3)
+    model.decoder.settling.undo(cache)
+    live = torch.unique(lease.table)[1:].long()
+    torch.testing.assert_close(lease.store.k_pages[live], before[live], rtol=0, atol=1e-6)
+
+
+def test_what_is_not_captured_says_why() -> None:
+    """State besides the cache, and gates."""
+    for policy, options, reason in (
+        ("sirllm", {"budget": 16, "chunk": 10}, "carries state"),
+        ("attention_gate", {"chunk": 20}, "carries state"),
+        ("h2o", {"budget": 16, "merge": True}, "carries state"),
+    ):
+        model = rewrite(original("llama"), captured("llama"), policy, None, **options)
+        with pytest.warns(UserWarning, match=reason):
+            model.compile(static_decode=True, backend="eager")
+        assert model.decoder is None
+
+
+@pytest.mark.gpu
+def test_new_requests_replay_what_was_captured() -> None:
+    """One capture for a batch size; a second request of it replays; another batch size has its own."""
+    model = rewrite(original("llama"), captured("llama"), "h2o", None, budget=16).to("cuda")
+    model.compile()
+    plain = rewritten("llama", "h2o", budget=16)
+    for batch, captures in ((1, 1), (1, 1), (2, 2), (1, 2)):
+        ids = tokens(batch, 60)
+        caches = [plain.new_cache(batch), model.new_cache(batch)]
+        for at, width in ((0, 40), *((t, 1) for t in range(40, 60))):
+            expected = plain(ids[:, at : at + width], past_key_values=caches[0], logits_to_keep=1).logits
+            got = model(ids[:, at : at + width].to("cuda"), past_key_values=caches[1], logits_to_keep=1).logits
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
+        assert caches[0].positions() == caches[1].positions()
+        del caches
+        assert model.decoder.captures == captures
