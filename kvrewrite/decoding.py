@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from kvrewrite.execution import Execution
 from kvrewrite.graph import is_op
-from kvrewrite.pages import to_device
+from kvrewrite.pages import PAGE, to_device
 from kvrewrite.passes.lower import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
 from kvrewrite.program import Program
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ops = torch.ops.kvrewrite
 RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
+ROOM = 4096  # slots a head that a captured step has room for beyond those at its capture, if its budget allows
 SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
 
 
@@ -245,7 +246,7 @@ class DecodeRunner:
         if step is None or not step.fits(cache):
             self.release()
             self._steps.pop(cache.batch_size, None)
-            step = self._steps[cache.batch_size] = self._make(cache)
+            step = self._steps[cache.batch_size] = self._make(cache, keeps)
         self._bind(step, cache, keeps)
         if self.model.program.layout["contiguous"] and self.settling is None:
             cache.next_rotary = list(cache.length)
@@ -266,15 +267,15 @@ class DecodeRunner:
         cache.end_token(segments)
         return logits
 
-    def _make(self, cache: EvictionCache) -> _Step:
-        """A step with room to grow, so that it is made again seldom."""
+    def _make(self, cache: EvictionCache, keeps: list[np.ndarray]) -> _Step:
+        """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds it."""
         widths = []
-        for lease in cache.leases:
-            coming = max(0, (cache.max_length or 0) - max(cache.seen)) if cache.max_length else 0
-            slots = int(lease.bound.max()) + min(coming, 1 << 20)
-            unbounded = self.model.policy.decode_segment(cache.row(0)).keep == UNLIMITED
-            room = -(-slots // 64) if unbounded else lease.table.shape[-1]
-            widths.append(max(2, lease.table.shape[-1], room + (room // 8 if unbounded else 0)) + 1)
+        for lease, keep in zip(cache.leases, keeps):
+            windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
+            limit, held = int(np.minimum(keep, windows).max()), int(lease.bound.max())
+            coming = max(ROOM, (cache.max_length or 0) - max(cache.seen), held // 2)
+            slots = max(held, min(limit, held + coming))
+            widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
         span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
         return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
 

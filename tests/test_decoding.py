@@ -106,6 +106,23 @@ def test_a_cache_that_is_gone_is_not_held() -> None:
     assert len(store.free) == store.total - 1 and not store.references.any()
 
 
+@pytest.mark.parametrize("options", [{"budget": 200}, {"budget": None}])
+def test_tables_have_room(options: dict[str, Any]) -> None:
+    """A cache that grows over a border of pages needs new buffers only where the pool grows; the next request needs none."""
+    policy = "h2o" if options["budget"] else "full"
+    model = static("llama", policy, **{k: v for k, v in options.items() if v})
+    steps = []
+    for _ in range(2):
+        cache = model.new_cache(1)
+        model(tokens(1, 30), past_key_values=cache)
+        for t in range(80):
+            model(tokens(1, 90)[:, t : t + 1], past_key_values=cache)
+            steps.append(model.decoder._steps[1].tables[0])
+        del cache
+    assert len({id(table) for table in steps}) <= 2
+    assert all(table is steps[79] for table in steps[80:])
+
+
 def test_settled_keys_come_back() -> None:
     """Rotating cached keys for decoding and taking that back gives the keys of before."""
     model = static("llama", "locret", budget=16, chunk=8, stabilizers=4, local_tail=3)
