@@ -622,4 +622,5 @@ def test_every_op_is_checked() -> None:
     defined = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvrewrite::")
     }
-    assert defined == {name.split(",")[0] for name in calls()}
+    # The backend's own marks where a cache is, takes a handle instead of tensors and never runs (tests/test_backend.py).
+    assert defined - {"through_cache"} == {name.split(",")[0] for name in calls()}
