@@ -475,5 +475,6 @@ def _(  # type: ignore[no-untyped-def]
     return None
 
 
-import kvrewrite.lowered_ops  # noqa: E402  (whoever has these ops has those, too)
+import kvrewrite.linear_ops  # noqa: E402  (whoever has these ops has those, too)
+import kvrewrite.lowered_ops  # noqa: E402
 import kvrewrite.score_ops  # noqa: E402, F401
