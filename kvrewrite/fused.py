@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvrewrite.kernels.gpu.chunk_attention import chunk_attention
@@ -85,14 +84,3 @@ def cache_update(
         k.to(k_pages.dtype), v.to(v_pages.dtype), new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages,
         v_pages, score_pages, pos_pages, table, lens, sinks=sinks, window=window, chunk=chunk, select=select, drop=drop,
     )  # fmt: skip
-
-
-def read_pages(pool: Tensor, table: Tensor, lens: Tensor | None = None) -> Tensor:
-    """Pages in slot order. Without `lens` every slot counts as live."""
-    if pool.dim() != 3:
-        return pages.read(pool, table)
-    if lens is None:
-        lens = torch.full(table.shape[:2], table.shape[2] * pool.shape[1], dtype=torch.int32, device=pool.device)
-    dense, _ = gather(pool, None, table, lens)
-    assert dense is not None
-    return dense

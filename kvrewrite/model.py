@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrewrite.cache import EvictionCache
-from kvrewrite.decoding import DecodeRunner, reason_against
+from kvrewrite.decoding import DecodeRunner, Settling, reason_against
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.execution import Execution
 from kvrewrite.graph import get_attr
@@ -297,8 +297,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             logits = self.decoder.step(input_ids, cache, segments)
         else:
             if cache.keys_settled:
-                assert self.decoder is not None and self.decoder.settling is not None
-                self.decoder.settling.undo(cache)
+                Settling(self).undo(cache)  # also where the model is not compiled any more
             logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         cache.columns += width
         keep_cache = use_cache is not False

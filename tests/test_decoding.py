@@ -166,3 +166,16 @@ def test_new_requests_replay_what_was_captured() -> None:
         assert caches[0].positions() == caches[1].positions()
         del caches
         assert model.decoder.captures == captures
+
+
+def test_a_cache_outlives_compile() -> None:
+    """A request that began compiled goes on where the model is not compiled any more."""
+    options = {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}
+    models = [rewritten("llama", "locret", **options), static("llama", "locret", **options)]
+    caches = [m.new_cache(2) for m in models]
+    for at, width in ((0, 30), (30, 1), (31, 1), (32, 1), (33, 5), (38, 1)):
+        if at == 32:
+            models[1].uncompile()
+        expected, got = [m(tokens()[:, at : at + width], past_key_values=c).logits for m, c in zip(models, caches)]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    same(*caches)
