@@ -1,0 +1,79 @@
+"""`generate` through torch.compile: backend "kvrewrite" beside plain Inductor, on a GPU.
+
+    python -m tests.gpu_timings.backend [layers] [prompt tokens] [new tokens]
+
+Llama-3.1-8B shape (32 layers unless fewer are asked for), random bf16 weights. Each row: seconds of the first call (compilation
+in it) and of the second, milliseconds a new token, peak memory over weights, and the graphs that Dynamo made.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import kvrewrite.backend  # registers the backend's name
+from kvrewrite.benchmark.shapes import SHAPES
+
+WAYS: dict[str, dict[str, Any] | None] = {
+    "transformers, eager": None,
+    "Inductor": {"backend": "inductor"},
+    "kvrewrite streaming_llm": {
+        "backend": "kvrewrite",
+        "options": {"policy": "streaming_llm", "budget": 4096, "chunk": 4096, "positions": "original"},
+    },
+    "kvrewrite snapkv": {"backend": "kvrewrite", "options": {"policy": "snapkv", "budget": 4096}},
+}
+
+
+def timed(call: Any) -> tuple[float, float]:
+    """Seconds, and the peak of allocated memory in GiB."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+
+
+def main(layers: int = 32, prompt_tokens: int = 32768, new_tokens: int = 256) -> None:
+    from torch._dynamo.utils import counters
+
+    config = SHAPES["llama-3.1-8b"]()
+    config.num_hidden_layers = layers
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    weights = torch.cuda.memory_allocated() / 2**30
+    prompt = torch.randint(0, config.vocab_size, (1, prompt_tokens), device="cuda")
+
+    def settings(count: int) -> dict[str, Any]:
+        return {
+            "attention_mask": torch.ones_like(prompt), "max_new_tokens": count, "do_sample": False, "pad_token_id": 0,
+            "eos_token_id": None,
+        }  # fmt: skip
+
+    for name, how in WAYS.items():
+        torch._dynamo.reset()
+        counters.clear()
+        called: Any = model if how is None else torch.compile(model, **how)
+        first, _ = timed(lambda: called.generate(prompt, **settings(8)))  # noqa: B023
+        graphs = counters["stats"]["unique_graphs"]
+        short, _ = timed(lambda: called.generate(prompt, **settings(1)))  # noqa: B023
+        whole, peak = timed(lambda: called.generate(prompt, **settings(new_tokens)))  # noqa: B023
+        print(
+            json.dumps(
+                {
+                    "way": name, "first_s": round(first, 2), "prompt_s": round(short, 3), "generate_s": round(whole, 3),
+                    "ms_per_token": round(1e3 * (whole - short) / (new_tokens - 1), 2),
+                    "peak_over_weights_gib": round(peak - weights, 2), "graphs": graphs,
+                    "graphs_at_the_end": counters["stats"]["unique_graphs"],
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
