@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-import kvrewrite.backend  # registers the backend's name
+import kvrewrite.backend  # noqa: F401 (registers the backend's name)
 from kvrewrite.benchmark.shapes import SHAPES
 
 WAYS: dict[str, dict[str, Any] | None] = {
