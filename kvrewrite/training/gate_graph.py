@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.capture import Captured
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import InputError, OptionError
 from kvrewrite.graph import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.passes.insert_cache import logits_at, site_nodes
 from kvrewrite.passes.insert_policy import PREFIX, SiteHook, SiteInputs
@@ -146,10 +146,14 @@ class GatedModel(nn.Module):
             raise OptionError("attention_gate: training needs gate_heads and gate_dim")
         self.policy, self.sites = policy, sites
         self.owners = [s for s in sites if s.shares_kv_with is None]
-        self.dtype, self.vocab_size, self.max_positions = captured.dtype, captured.vocab_size, captured.max_positions
+        self.dtype, self.vocab_size = captured.dtype, captured.vocab_size
         expected = expected_weights(captured, sites, policy)
-        if wrong := sorted(n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)):
+        if wrong := sorted(
+            n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)
+        ):
             raise OptionError(f"the gates' weights do not fit this model: {', '.join(wrong[:8])}")
+        # Frequencies that change with the length stay those of short texts here.
+        self.longest = min((t.threshold for t in captured.rotary_tables), default=captured.max_positions)
         device = next(captured.graph.parameters()).device
         self.gate_names = sorted(expected)
         self.graph = insert_gates(captured, sites, policy, {n: weights[n].to(device) for n in expected}, flip)
@@ -168,6 +172,11 @@ class GatedModel(nn.Module):
         (B, T) bool, default all: tokens that a gate may drop. index: default all tokens.
         """
         b, t = input_ids.shape
+        if self.longest is not None and t > self.longest:
+            raise InputError(
+                f"texts of {t} tokens are too long to train this model's gates on; expected at most {self.longest} (its "
+                "positions, or the length from which on its rotary frequencies change)"
+            )
         every = torch.arange(t, device=input_ids.device).expand(b, t)
         given = {
             "input_ids": input_ids,
