@@ -592,5 +592,9 @@ from kvrewrite.cli_bench import register as register_bench  # noqa: E402
 
 register_bench(main)
 
+from kvrewrite.cli_train import register as register_train  # noqa: E402
+
+register_train(main)
+
 if __name__ == "__main__":
     main()

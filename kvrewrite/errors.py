@@ -33,3 +33,7 @@ class CacheError(KVRewriteError, ValueError):
 
 class InputError(KVRewriteError, ValueError):
     """Token ids, masks or positions that the model cannot take."""
+
+
+class TrainingError(KVRewriteError):
+    """Training data that can't be used, or a run that went wrong."""

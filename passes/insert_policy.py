@@ -25,6 +25,7 @@ ops = torch.ops.kvrewrite
 PREFIX = "policy_weights."
 # Which argument of a projection is the activation.
 INPUT = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
+CASTS = (aten.to.dtype, aten._to_copy.default)
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "silu": (aten.silu.default, {}),
     "swish": (aten.silu.default, {}),
@@ -227,7 +228,7 @@ class SiteHook:
 
     def _source(self) -> fx.Node:
         """What the projections multiply by their weights; its last axis are the layer's input channels."""
-        found = {n.args[INPUT[n.target]] for n in self._projections() if n.target in INPUT}
+        found = {n.args[INPUT[n.target]] for n in self._projections(adapted=True) if n.target in INPUT}
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"layer {self.site.layer} ({self.site.module}): its queries, keys and values are not projections of one "
@@ -271,12 +272,15 @@ class SiteHook:
             )
         return self.q
 
-    def _projections(self) -> list[fx.Node]:
-        """The projections of q, k and v, each once; one node when they are fused."""
+    def _projections(self, adapted: bool = False) -> list[fx.Node]:
+        """The projections of q, k and v, each once; one node when they are fused. adapted: without the low-rank adapters
+        (LoRA) beside them, for whom only their input counts."""
         found: list[fx.Node] = []
         heads = ("queries", self.q), ("keys", self.k), ("values", self.v)
         for name, node in heads:
             leaves = projections(node)
+            if adapted:
+                leaves = [n for n in leaves if not any(_adapts(n, other) for other in leaves)]
             if len(leaves) != 1:
                 raise UnsupportedModelError(
                     f"layer {self.site.layer} ({self.site.module}): its {name} come from {len(leaves)} projections; this "
@@ -308,6 +312,18 @@ class SiteHook:
         length = self.call(aten.sym_size.int, self.q, 2)
         parts = [self.call(aten.reshape.default, n, [batch, length, -1]) for n in self._projections()]
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, -1)
+
+
+def _adapts(node: fx.Node, projection: fx.Node) -> bool:
+    """Whether `node` is B (A x) of a projection W x: what LoRA adds to it."""
+
+    def source(of: Any) -> Any:
+        found = of.args[INPUT[of.target]] if isinstance(of, fx.Node) and of.target in INPUT else None
+        while isinstance(found, fx.Node) and found.target in CASTS:
+            found = found.args[0]
+        return found
+
+    return source(node) is not None and source(source(node)) is source(projection) is not None
 
 
 def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[str]:

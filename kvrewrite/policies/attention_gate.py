@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,26 +98,26 @@ class AttentionGate(Policy):
             shapes[self._name(site, "o_proj.bias")] = (site.kv_heads,)
         return shapes
 
-    def gate(self, hook: SiteHook) -> fx.Node:
-        """The flags, for prompts only."""
+    def probability(self, hook: SiteHook, attend: Callable[[fx.Node, fx.Node, fx.Node], fx.Node]) -> fx.Node:
+        """p of the new tokens, (B, Hkv, T) fp32. attend: adds the gate's attention, (B, T, width) each, fp32 out."""
         assert self.gate_heads and self.gate_dim  # `adapt` has found them
-        x, site, width = hook.hidden_states(), hook.site, self.gate_heads * self.gate_dim
-        q, k, v = (hook.linear(x, hook.weight(self._name(site, f"{p}_proj.weight"))) for p in "qkv")
-        dtype = str(hook.dtype).removeprefix("torch.")
-        kept = [hook.state(f"gate_{p}_{site.layer}", (width,), dtype, per_token=True) for p in "kv"]
-        out = hook.call(
-            hook.ops.gate.default,
-            q,
-            k,
-            v,
-            *kept,
-            hook.input("positions"),
-            hook.input("valid"),
-            self.gate_heads,
-        )
+        x, site = hook.hidden_states(), hook.site
+        out = attend(*(hook.linear(x, hook.weight(self._name(site, f"{p}_proj.weight"))) for p in "qkv"))
         weight = hook.fp32(hook.weight(self._name(site, "o_proj.weight")))
         bias = hook.fp32(hook.weight(self._name(site, "o_proj.bias")))
-        p = hook.per_head(hook.call(hook.aten.sigmoid.default, hook.linear(out, weight, bias)))
+        return hook.per_head(hook.call(hook.aten.sigmoid.default, hook.linear(out, weight, bias)))
+
+    def gate(self, hook: SiteHook) -> fx.Node:
+        """The flags, for prompts only."""
+        site, width = hook.site, (self.gate_heads or 0) * (self.gate_dim or 0)
+
+        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+            dtype = str(hook.dtype).removeprefix("torch.")
+            kept = [hook.state(f"gate_{p}_{site.layer}", (width,), dtype, per_token=True) for p in "kv"]
+            where = (hook.input("positions"), hook.input("valid"))
+            return hook.call(hook.ops.gate.default, q, k, v, *kept, *where, self.gate_heads)
+
+        p = self.probability(hook, attend)
         hook.inputs.memo[f"gate {site.layer}"] = p
         low = hook.call(hook.aten.le.Scalar, p, self.threshold)
         # The first tokens stay, and so does everything while decoding.

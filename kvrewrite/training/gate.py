@@ -1,0 +1,233 @@
+"""Training of Attention-Gates: continual pre-training of the gates alone, or fine-tuning with LoRA.
+
+After arXiv 2410.12876, whose equations were not available: both modes, the straight-through estimator, one eviction loss
+per layer with a target and a coefficient. Ours, not the paper's: the loss's form, that its target comes down gradually,
+all sizes and rates, the choice of gradient for closed gates, and distillation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.attention_gate import AttentionGate
+from kvrewrite.training.gate_graph import GatedModel
+
+IGNORED = -100  # labels that are no targets
+MODES = ("pretrain", "finetune")
+GRADIENTS = ("flip", "derivative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions:
+    """What is trained and by which loss; the defaults are ours.
+
+    mode: "pretrain" (frozen backbone, every token is a target) or "finetune" (with LoRA; targets are the answers, and
+    tokens of answers always stay, as generated tokens do in inference). keep_target: the share of gated tokens that each
+    layer should keep; the loss adds eviction * |mean(m) - target| per layer, or eviction * relu(mean(m) - target) with
+    two_sided off, averaged over layers. ramp: over this share of the steps the target comes down from 1, in a line. distill:
+    weight of KL(ungated || gated) at all tokens that are trained on, which replaces cross-entropy in "pretrain"; in
+    "finetune" it is added, over the prompt's tokens, too.
+
+    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it).
+    lora_rank 0: no LoRA. The rest as the policy's options.
+    """
+
+    mode: str = "pretrain"
+    gate_heads: int = 4
+    gate_dim: int = 16
+    start: int = 4
+    threshold: float = 0.5
+    keep_target: float = 0.4
+    eviction: float = 3.0
+    two_sided: bool = True
+    ramp: float = 0.5
+    distill: float = 0.0
+    gradient: str = "flip"
+    initial_bias: float = 2.0
+    lora_rank: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        if self.gradient not in GRADIENTS:
+            raise OptionError(f"gradient is {self.gradient!r}, expected one of {', '.join(GRADIENTS)}")
+        if not 0 < self.keep_target < 1:
+            raise OptionError(
+                f"keep_target is {self.keep_target}, expected a share between 0 and 1 (0.4 keeps 40% of a prompt's tokens)"
+            )
+        for name, low in (("eviction", 0.0), ("distill", 0.0), ("ramp", 0.0), ("lora_rank", 0)):
+            if not getattr(self, name) >= low or math.isinf(getattr(self, name)):
+                raise OptionError(f"{name} is {getattr(self, name)}, expected a number of {low} or more")
+        if self.ramp > 1:
+            raise OptionError(f"ramp is {self.ramp}, expected a share of the steps between 0 and 1")
+        if 1 / (1 + math.exp(-self.initial_bias)) <= self.threshold:
+            raise OptionError(
+                f"initial_bias is {self.initial_bias}, so that gates start closed at threshold {self.threshold}; training "
+                "starts from the model as it is, so expected a larger bias"
+            )
+        if self.gate_dim % 4:
+            # Otherwise the GPU's attention kernels don't take it, and the one that does has a T x T mask in memory.
+            raise OptionError(f"gate_dim is {self.gate_dim}, expected a multiple of 4")
+        if self.mode == "pretrain" and self.lora_rank:
+            object.__setattr__(self, "lora_rank", 0)
+        self.policy()
+
+    def policy(self) -> AttentionGate:
+        """The policy that uses what is trained."""
+        return AttentionGate(
+            gate_heads=self.gate_heads, gate_dim=self.gate_dim, start=self.start, threshold=self.threshold
+        )
+
+    def target_at(self, progress: float) -> float:
+        """The target when this share of the steps is done."""
+        done = 1.0 if progress >= self.ramp else progress / self.ramp
+        return 1 - done * (1 - self.keep_target)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+def kept_share(gates: Sequence[Tensor], counted: Tensor) -> Tensor:
+    """The share of counted (B, T) tokens that each layer keeps, over all heads: (L,), with gradients."""
+    total = counted.sum().clamp(min=1)
+    return torch.stack([(m * counted[:, None]).sum() / (total * m.shape[1]) for m in gates])
+
+
+def eviction_loss(kept: Tensor, target: float, two_sided: bool) -> Tensor:
+    """The mean over layers of how far each is from the target (only above it, unless two_sided)."""
+    excess = kept - target
+    return (excess.abs() if two_sided else torch.relu(excess)).mean()
+
+
+def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the logits of targets are: (index (B, K), targets (B, K), IGNORED behind a row's last), K the most of a row.
+
+    labels (B, T): the token at each place where it is a target; it is predicted by the token in front of it.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    count = int(wanted.sum(dim=1).max()) if wanted.numel() else 0
+    if count == 0:
+        raise OptionError("no token of a batch is a target; expected texts with answers that fit into the length")
+    order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
+    return order, torch.gather(labels[:, 1:], 1, order)
+
+
+@dataclass
+class GateLoss:
+    """The loss of one batch and its parts. kept: (L,)."""
+
+    total: Tensor
+    task: Tensor
+    distill: Tensor
+    eviction: Tensor
+    kept: Tensor
+
+
+def gate_loss(
+    model: GatedModel, options: GateOptions, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float
+) -> GateLoss:
+    """The loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each (B, T)."""
+    gated = real & (labels == IGNORED) if options.mode == "finetune" else real
+    index, targets = target_index(labels)
+    zero = torch.zeros((), device=input_ids.device)
+    task = distill = zero
+    if options.distill:
+        logits, gates = model(input_ids, gated)
+        with torch.no_grad():
+            teacher, _ = model(input_ids, torch.zeros_like(gated))
+        distill = _divergence(teacher[real], logits[real])
+        at = index[..., None].expand(-1, -1, logits.shape[2])
+        logits = torch.gather(logits, 1, at)
+    else:
+        logits, gates = model(input_ids, gated, index)
+    if options.mode == "finetune" or not options.distill:
+        task = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    kept = kept_share(gates, gated)
+    eviction = eviction_loss(kept, options.target_at(progress), options.two_sided)
+    total = task + options.distill * distill + options.eviction * eviction
+    return GateLoss(total, task, distill, eviction, kept)
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of logits (N, V), the mean over N."""
+    log_p, log_q = (x.float().log_softmax(dim=-1) for x in (teacher, student))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+@torch.no_grad()
+def eviction_ratios(model: GatedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The share of tokens that gates drop, (L, most kv heads of a layer), NaN where a layer has fewer heads.
+
+    batches: (input_ids (B, T), gated (B, T) bool): tokens that count, those that a gate may drop and the first `start`.
+    """
+    heads = max(s.kv_heads for s in model.owners)
+    dropped = torch.zeros(len(model.owners), heads, dtype=torch.float64)
+    total = 0
+    for input_ids, gated in batches:
+        last = torch.zeros_like(input_ids[:, :1])  # no logits are wanted, but one a row has to be
+        _, gates = model(input_ids, gated, last)
+        for i, m in enumerate(gates):
+            dropped[i, : m.shape[1]] += ((m == 0) & gated[:, None]).sum(dim=(0, 2)).cpu()
+        total += int(gated.sum())
+    if not total:
+        raise OptionError("there is no text to measure eviction on")
+    for i, site in enumerate(model.owners):
+        dropped[i, site.kv_heads :] = float("nan")
+    return dropped / total
+
+
+def plot_eviction(ratios: Tensor, out: str | Path, layers: Sequence[int]) -> None:
+    """Draws the share of tokens that each head drops (L, heads) as a PNG. layers: the layer of each row."""
+    from kvrewrite.evaluation.plots import HEAT, _figure, _save
+
+    figure, (axes,) = _figure(1.8 + 0.35 * max(8, ratios.shape[1]), 1.4 + 0.24 * max(6, ratios.shape[0]))
+    image = axes.imshow(100 * ratios, cmap=HEAT, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("kv head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(range(ratios.shape[1]))
+    axes.set_yticks(range(len(layers)), [str(n) for n in layers])
+    if ratios.numel() <= 200:
+        for i, row in enumerate(ratios.tolist()):
+            for j, share in enumerate(row):
+                if not math.isnan(share):
+                    colour = "white" if share < 0.5 else "black"
+                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour)
+    figure.colorbar(image, ax=axes, label="tokens evicted, %")
+    axes.set_title(f"evicted: {100 * float(ratios.nanmean()):.1f}%")
+    _save(figure, Path(out))
+
+
+# ---------------------------------------------------------------------------------------------------------------- saving
+def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) -> None:
+    """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: what else to say."""
+    from kvrewrite.passes.pipeline import model_fingerprint
+    from kvrewrite.policy_weights import BASE_MODEL, save_policy_weights
+
+    tensors = {n: p.detach().to("cpu", model.dtype).contiguous() for n, p in model.gate_weights().items()}
+    said = {
+        "policy": model.policy.name,
+        "gate_heads": str(model.policy.gate_heads),
+        "gate_dim": str(model.policy.gate_dim),
+        BASE_MODEL: model_fingerprint(model.sites),
+    }
+    save_policy_weights(Path(out), tensors, {**metadata, **said})
+
+
+__all__ = [
+    "GateLoss",
+    "GateOptions",
+    "eviction_loss",
+    "eviction_ratios",
+    "gate_loss",
+    "kept_share",
+    "plot_eviction",
+    "save_gates",
+]

@@ -1,0 +1,66 @@
+"""What retaining heads learn: the causal importance of each token of a prompt (arXiv 2410.01805, section 4.1).
+
+S[k] of a kv head is the largest pre-softmax logit q_p . k_k * scale over the answer's queries p and the group's query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LABELS = ("logit", "log_probability")
+BLOCK = 1 << 27  # logits that are in memory at once
+
+
+def answer_index(answer: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the answers' tokens, (B, A), A the most of a row, and which of them are real, (B, A) bool.
+
+    answer: (B, T) bool. Reads A on the host, so it is done once a batch.
+    """
+    count = int(answer.sum(dim=1).max())
+    order = torch.argsort(answer.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
+    return order, torch.gather(answer, 1, order)
+
+
+def causal_importance(
+    q: Tensor,
+    k: Tensor,
+    prompt: Tensor,
+    answers: tuple[Tensor, Tensor],
+    *,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    kind: str = "logit",
+    block: int = BLOCK,
+) -> Tensor:
+    """S (B, Hkv, T) in fp32; -inf where a token is not of the prompt, or is seen by no query of the answer.
+
+    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. window, chunk: the layer's mask,
+    in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes the logarithm of the
+    attention weight instead, the logit less the query's log-sum-exp over all keys that it sees: logits of different
+    queries are then comparable. Queries are taken in blocks, so that about `block` logits are in memory.
+    """
+    b, heads, t, d = q.shape
+    hkv = k.shape[1]
+    best = torch.full((b, hkv, t), -torch.inf, device=q.device)
+    order, real = answers
+    at = torch.arange(t, device=q.device)
+    keys = k.float().transpose(2, 3)[:, :, None]
+    step = max(1, block // (b * heads * t))
+    for start in range(0, order.shape[1], step):
+        index = order[:, start : start + step]
+        picked = torch.gather(q, 2, index[:, None, :, None].expand(-1, heads, -1, d)).float()
+        logits = picked.view(b, hkv, heads // hkv, -1, d) @ keys * scale  # (B, Hkv, g, a, T)
+        seen = at <= index[..., None]
+        if window:
+            seen &= at > index[..., None] - window
+        if chunk:
+            seen &= at // chunk == index[..., None] // chunk
+        seen &= real[:, start : start + step, None]
+        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+        if kind == "log_probability":
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            logits = torch.where(logits == -torch.inf, logits, logits - total)
+        best = torch.maximum(best, logits.amax(dim=(2, 3)))
+    return best.masked_fill(~prompt[:, None], -torch.inf)
