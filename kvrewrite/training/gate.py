@@ -11,14 +11,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvrewrite.capture import capture
 from kvrewrite.errors import OptionError
+from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.training.gate_graph import GatedModel
+from kvrewrite.training.gate_graph import GatedModel, calibrate, initial_weights
+from kvrewrite.training.lora import ALL_LINEAR, add_lora, lora_parameters, merge_lora, save_adapter
 
 IGNORED = -100  # labels that are no targets
 MODES = ("pretrain", "finetune")
@@ -36,8 +40,9 @@ class GateOptions:
     weight of KL(ungated || gated) at all tokens that are trained on, which replaces cross-entropy in "pretrain"; in
     "finetune" it is added, over the prompt's tokens, too.
 
-    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it).
-    lora_rank 0: no LoRA. The rest as the policy's options.
+    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
+    the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
+    commas between names. checkpoint: see `GatedModel`. The rest as the policy's options.
     """
 
     mode: str = "pretrain"
@@ -52,7 +57,12 @@ class GateOptions:
     distill: float = 0.0
     gradient: str = "flip"
     initial_bias: float = 2.0
+    initial_spread: float = 0.4
     lora_rank: int = 8
+    lora_targets: str = ALL_LINEAR
+    lr: float = 2e-3
+    lora_lr: float = 5e-4
+    checkpoint: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +74,15 @@ class GateOptions:
             raise OptionError(
                 f"keep_target is {self.keep_target}, expected a share between 0 and 1 (0.4 keeps 40% of a prompt's tokens)"
             )
-        for name, low in (("eviction", 0.0), ("distill", 0.0), ("ramp", 0.0), ("lora_rank", 0)):
+        for name, low in (
+            ("eviction", 0.0),
+            ("distill", 0.0),
+            ("ramp", 0.0),
+            ("lora_rank", 0),
+            ("lr", 0.0),
+            ("lora_lr", 0.0),
+            ("initial_spread", 0.0),
+        ):
             if not getattr(self, name) >= low or math.isinf(getattr(self, name)):
                 raise OptionError(f"{name} is {getattr(self, name)}, expected a number of {low} or more")
         if self.ramp > 1:
@@ -161,6 +179,68 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
 
 
+# ------------------------------------------------------------------------------------------------------------------ task
+class GateTraining:
+    """A model of transformers made ready: adapters added, captured, gates inserted.
+
+    model: becomes `base`, changed in place where there are adapters, with all other parameters frozen. `adapted` is peft's
+    wrapper, or None. Training changes what `parameter_groups` lists and nothing else.
+    """
+
+    def __init__(self, model: nn.Module, options: GateOptions):
+        self.options = options
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.adapted: Any = None
+        if options.lora_rank:
+            targets = options.lora_targets
+            chosen = targets if targets == ALL_LINEAR else [t.strip() for t in targets.split(",")]
+            with torch.random.fork_rng():
+                torch.manual_seed(options.seed)
+                self.adapted = add_lora(model, rank=options.lora_rank, targets=chosen)
+            model = self.adapted.get_base_model()
+        self.base = model
+        captured = capture(model)
+        sites, policy = canonical(captured), options.policy()
+        weights = initial_weights(captured, sites, policy, bias=options.initial_bias, seed=options.seed)
+        self.model = GatedModel(
+            captured, sites, policy, weights, flip=options.gradient == "flip", checkpoint=options.checkpoint
+        )
+
+    def calibrate(self, input_ids: Tensor, real: Tensor) -> None:
+        """Fits fresh gates to the model, by one batch."""
+        calibrate(self.model, input_ids, real, spread=self.options.initial_spread, seed=self.options.seed)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: gates and adapters at their rates."""
+        groups = [{"params": list(self.model.gate_weights().values()), "lr": self.options.lr, "name": "gates"}]
+        if self.adapted is not None:
+            groups.append({"params": lora_parameters(self.adapted), "lr": self.options.lora_lr, "name": "lora"})
+        return groups
+
+    def loss(self, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float) -> GateLoss:
+        """See `gate_loss`."""
+        return gate_loss(self.model, self.options, input_ids, labels, real, progress)
+
+    def save(
+        self, out: str | Path, metadata: Mapping[str, str], merge: bool = False, tokenizer: Any = None
+    ) -> list[Path]:
+        """Writes gates.safetensors into the folder `out` and, with LoRA, adapter/; merge: model/ too, with the adapters in its
+        weights, after which this can't be trained on. Returns what was written."""
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
+        save_gates(out / "gates.safetensors", self.model, {**metadata, **said})
+        written = [out / "gates.safetensors"]
+        if self.adapted is not None:
+            save_adapter(self.adapted, out / "adapter")
+            written.append(out / "adapter")
+            if merge:
+                merge_lora(self.adapted, out / "model", tokenizer)
+                written.append(out / "model")
+        return written
+
+
 # ------------------------------------------------------------------------------------------------------------- measuring
 @torch.no_grad()
 def eviction_ratios(model: GatedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -224,6 +304,7 @@ def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) 
 __all__ = [
     "GateLoss",
     "GateOptions",
+    "GateTraining",
     "eviction_loss",
     "eviction_ratios",
     "gate_loss",
