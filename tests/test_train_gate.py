@@ -21,7 +21,7 @@ from kvrewrite.policy_weights import read_policy_weights
 from kvrewrite.training import lora
 from kvrewrite.training.gate import (
     GateOptions,
-    GateTraining,
+    GateTask,
     eviction_loss,
     eviction_ratios,
     gate_loss,
@@ -183,7 +183,9 @@ def test_training_evicts_as_much_as_the_target_says(options: dict[str, Any]) -> 
 def test_lora_and_gates_as_adapted_and_as_merged(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    training = GateTraining(build("llama"), GateOptions(mode="finetune", gate_heads=2, gate_dim=8, lora_rank=2))
+    chosen = GateOptions(mode="finetune", gate_heads=2, gate_dim=8, lora_rank=2, merge=True)
+    task = GateTask(build("llama"), chosen)
+    training = task.gates
     with torch.no_grad():
         for name, weight in training.model.gate_weights().items():
             weight.copy_(weights("llama")[name])
@@ -191,10 +193,19 @@ def test_lora_and_gates_as_adapted_and_as_merged(tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     ids = text()
-    training.loss(ids, *example(ids, 5), 0.5).total.backward()
+    labels, real = example(ids, 5)
+    task.progress = 1.0
+    parts = task(ids, labels, real)
+    parts["loss"].backward()
+    parts = {name: float(x.detach()) for name, x in parts.items()}
+    assert parts["loss"] == pytest.approx(parts["task"] + chosen.eviction * parts["eviction"], rel=1e-5)
+    assert 0 < parts["kept_least"] <= parts["kept"] < 1 and task.needs == "answer"
     gates, adapters = (group["params"] for group in training.parameter_groups())
     assert len(gates) == 2 * 5 and len(adapters) == 2 * 2 * 7 and all(p.grad is not None for p in [*gates, *adapters])
-    assert {id(p) for p in training.model.parameters() if p.requires_grad} == {id(p) for p in [*gates, *adapters]}
+    trained = {id(p) for p in [*gates, *adapters]}
+    assert (
+        {id(p) for p in training.model.parameters() if p.requires_grad} == trained == {id(p) for p in task.parameters()}
+    )
     with torch.no_grad():
         got, _ = training.model(ids)
         assert float((got - gated("llama")(ids)[0]).abs().max()) > 1e-2
@@ -203,9 +214,16 @@ def test_lora_and_gates_as_adapted_and_as_merged(tmp_path: Path) -> None:
         rewritten = rewrite(training.base, graph, "attention_gate", weights("llama"), gate_heads=2)
         torch.testing.assert_close(got, rewritten(ids).logits, rtol=1e-4, atol=5e-5)
         expected = logits(training.base, ids)
-    written = training.save(tmp_path, {}, merge=True)
-    assert [p.name for p in written] == ["gates.safetensors", "adapter", "model"]
+    ratios = eviction_ratios(training.model, [(ids, labels == -100)])
+    written = task.save(tmp_path / "gates.safetensors", {"data": "abc"})
+    assert [p.name for p in written] == ["gates.safetensors", "gates-adapter", "gates-model", "gates.png"]
+    assert written[3].read_bytes().startswith(b"\x89PNG")
+    _, metadata = read_policy_weights(written[0])
+    assert metadata["data"] == "abc" and metadata["lora_rank"] == "2" and metadata["mode"] == "finetune"
+    assert float(metadata["evicted"]) == pytest.approx(float(ratios.mean()), abs=1e-4)
     assert {p.name for p in written[1].iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(OptionError, match="merged"):
+        task(ids, labels, real)
     merged = AutoModelForCausalLM.from_pretrained(written[2], dtype=torch.float32)
     torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=5e-5)
 

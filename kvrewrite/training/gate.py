@@ -7,7 +7,9 @@ all sizes and rates, the choice of gradient for closed gates, and distillation.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,11 @@ from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.training.gate_graph import GatedModel, calibrate, initial_weights
 from kvrewrite.training.lora import ALL_LINEAR, add_lora, lora_parameters, merge_lora, save_adapter
+from kvrewrite.training.trainer import IGNORED, Task
 
-IGNORED = -100  # labels that are no targets
 MODES = ("pretrain", "finetune")
 GRADIENTS = ("flip", "derivative")
+MEASURED = 8  # batches that eviction is measured on at the end of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class GateOptions:
 
     gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
     the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
-    commas between names. checkpoint: see `GatedModel`. The rest as the policy's options.
+    commas between names. merge: `save` writes the merged model, too. plot: it draws a map of what is evicted. checkpoint:
+    see `GatedModel`. The rest as the policy's options.
     """
 
     mode: str = "pretrain"
@@ -62,6 +66,8 @@ class GateOptions:
     lora_targets: str = ALL_LINEAR
     lr: float = 2e-3
     lora_lr: float = 5e-4
+    merge: bool = False
+    plot: bool = True
     checkpoint: bool = False
     seed: int = 0
 
@@ -137,6 +143,11 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.gather(labels[:, 1:], 1, order)
 
 
+def gated_tokens(options: GateOptions, labels: Tensor, real: Tensor) -> Tensor:
+    """The tokens (B, T) that gates decide on: all, but those of answers, which inference generates and keeps."""
+    return real & (labels == IGNORED) if options.mode == "finetune" else real
+
+
 @dataclass
 class GateLoss:
     """The loss of one batch and its parts. kept: (L,)."""
@@ -152,7 +163,7 @@ def gate_loss(
     model: GatedModel, options: GateOptions, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float
 ) -> GateLoss:
     """The loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each (B, T)."""
-    gated = real & (labels == IGNORED) if options.mode == "finetune" else real
+    gated = gated_tokens(options, labels, real)
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
     task = distill = zero
@@ -207,6 +218,8 @@ class GateTraining:
             captured, sites, policy, weights, flip=options.gradient == "flip", checkpoint=options.checkpoint
         )
 
+        self.merged = False
+
     def calibrate(self, input_ids: Tensor, real: Tensor) -> None:
         """Fits fresh gates to the model, by one batch."""
         calibrate(self.model, input_ids, real, spread=self.options.initial_spread, seed=self.options.seed)
@@ -220,25 +233,89 @@ class GateTraining:
 
     def loss(self, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float) -> GateLoss:
         """See `gate_loss`."""
+        if self.merged:
+            raise OptionError(
+                "the adapters are merged into the model; nothing can be trained on (merge=false keeps them)"
+            )
         return gate_loss(self.model, self.options, input_ids, labels, real, progress)
 
-    def save(
-        self, out: str | Path, metadata: Mapping[str, str], merge: bool = False, tokenizer: Any = None
-    ) -> list[Path]:
-        """Writes gates.safetensors into the folder `out` and, with LoRA, adapter/; merge: model/ too, with the adapters in its
-        weights, after which this can't be trained on. Returns what was written."""
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
+    def counted(self, labels: Tensor, real: Tensor) -> Tensor:
+        """The tokens (B, T) that gates decide on."""
+        return gated_tokens(self.options, labels, real)
+
+    def save(self, out: Path, metadata: Mapping[str, str], tokenizer: Any = None) -> list[Path]:
+        """Writes the gates to the file `out` and, with LoRA, the adapters to the folder <name>-adapter beside it.
+
+        merge=True: the merged model and the tokenizer go to <name>-model; nothing can be trained on after that. Returns what
+        was written.
+        """
         said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
-        save_gates(out / "gates.safetensors", self.model, {**metadata, **said})
-        written = [out / "gates.safetensors"]
+        save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
+        written = [out]
         if self.adapted is not None:
-            save_adapter(self.adapted, out / "adapter")
-            written.append(out / "adapter")
-            if merge:
-                merge_lora(self.adapted, out / "model", tokenizer)
-                written.append(out / "model")
+            written.append(out.with_name(f"{out.stem}-adapter"))
+            save_adapter(self.adapted, written[-1])
+            if self.options.merge:
+                written.append(out.with_name(f"{out.stem}-model"))
+                merge_lora(self.adapted, written[-1], tokenizer)
+                self.merged = True
         return written
+
+
+class GateTask(Task):
+    """Attention-Gates for the trainer: `GateTraining` with its trained parameters registered, and no others."""
+
+    def __init__(self, model: nn.Module, options: GateOptions, tokenizer: Any = None):
+        super().__init__()
+        if options.plot:
+            from kvrewrite.evaluation.plots import require_matplotlib
+
+            require_matplotlib()
+        self.options, self.tokenizer = options, tokenizer
+        self.needs = "answer" if options.mode == "finetune" else "text"  # type: ignore[misc]
+        self.gates = GateTraining(model, options)
+        graph = self.gates.model.graph
+        self.hide(graph)
+        trained = {id(p) for group in self.gates.parameter_groups() for p in group["params"]}
+        for name, parameter in graph.named_parameters():
+            if id(parameter) in trained:
+                self.register_parameter(name.replace(".", "/"), parameter)
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=MEASURED)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest texts that the model takes, None: any."""
+        return self.gates.model.longest
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Gates and adapters at their rates."""
+        return self.gates.parameter_groups()
+
+    def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
+        """Fits fresh gates to the model, by the first batch."""
+        self.gates.calibrate(input_ids, real)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch and its parts; kept: the share of tokens that stay, kept_least: in the layer that keeps least."""
+        found = self.gates.loss(input_ids, labels, real, self.progress)
+        self._recent.append((input_ids, self.gates.counted(labels, real)))
+        parts = {"loss": found.total, "task": found.task, "eviction": found.eviction}
+        if self.options.distill:
+            parts["distill"] = found.distill
+        return parts | {"kept": found.kept.mean(), "kept_least": found.kept.min()}
+
+    def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
+        """What `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches' tokens."""
+        drawn: list[Path] = []
+        if self._recent:
+            ratios = eviction_ratios(self.gates.model, self._recent)
+            shares = [[None if math.isnan(x) else round(x, 4) for x in row] for row in ratios.tolist()]
+            metadata = {**metadata, "evicted": f"{float(ratios.nanmean()):.4f}", "evicted_per_head": json.dumps(shares)}
+            if self.options.plot:
+                drawn = [out.with_suffix(".png")]
+                out.parent.mkdir(parents=True, exist_ok=True)
+                plot_eviction(ratios, drawn[0], [s.layer for s in self.gates.model.owners])
+        return self.gates.save(out, metadata, self.tokenizer) + drawn
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -304,6 +381,7 @@ def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) 
 __all__ = [
     "GateLoss",
     "GateOptions",
+    "GateTask",
     "GateTraining",
     "eviction_loss",
     "eviction_ratios",

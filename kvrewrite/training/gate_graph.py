@@ -162,8 +162,8 @@ class GatedModel(nn.Module):
         device = next(captured.graph.parameters()).device
         self.gate_names = sorted(expected)
         self.graph = insert_gates(captured, sites, policy, {n: weights[n].to(device) for n in expected}, flip)
-        # Not a submodule: its parameters are those of the graph.
-        self._parts = [_cut(self.graph)] if checkpoint else []
+        self.checkpoint = checkpoint
+        self._parts: list[tuple[torch.device, fx.GraphModule]] = []  # no submodule: its parameters are the graph's
         self.names = [str(n.target) for n in self.graph.graph.nodes if n.op == "placeholder"]
 
     def gate_weights(self) -> dict[str, nn.Parameter]:
@@ -178,9 +178,18 @@ class GatedModel(nn.Module):
         input_ids: (B, T), rows left-aligned: what stands behind a row's end is seen by nothing in front of it. gated:
         (B, T) bool, default all: tokens that a gate may drop. index: default all tokens.
         """
-        run = _Checkpointed(self._parts[0]).run if self._parts and torch.is_grad_enabled() else self.graph
-        logits, gates = run(*self.arguments(input_ids, gated, index))
+        arguments = self.arguments(input_ids, gated, index)
+        if self.checkpoint and torch.is_grad_enabled():
+            logits, gates = _Checkpointed(self._chain(input_ids.device)).run(*arguments)
+        else:
+            logits, gates = self.graph(*arguments)
         return logits, list(gates)
+
+    def _chain(self, device: torch.device) -> fx.GraphModule:
+        """The graph in parts; made anew when the model has moved, since moving puts other buffers into the graph."""
+        if not self._parts or self._parts[0][0] != device:
+            self._parts = [(device, _cut(self.graph))]
+        return self._parts[0][1]
 
     def arguments(self, input_ids: Tensor, gated: Tensor | None, index: Tensor | None) -> list[Tensor]:
         """What the graph is called with; as `forward`."""
