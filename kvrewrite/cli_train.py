@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,25 +54,35 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     help="Texts, .jsonl or .parquet; repeatable. Rows have messages; prompt, answer; context, question, answer; or text.",
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
-@click.option("--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Of the policy's training; repeatable.")
+@click.option(
+    "--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Of the policy's training; repeatable."
+)
 @click.option("--max-tokens", type=click.IntRange(min=8), help="Longest prompt. Default: 10240, or 4096 for gates.")
-@click.option("--question-tokens", type=click.IntRange(min=0), default=0, help="locret_q: in front; 0: the whole question.")
+@click.option(
+    "--question-tokens", type=click.IntRange(min=0), default=0, help="locret_q: in front; 0: the whole question."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a device and step.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step.")
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True)
-@click.option("--clip-value", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Of gradients; 0: off.")
+@click.option(
+    "--clip-value", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Of gradients; 0: off."
+)
 @click.option("--clip-norm", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of gradients; 0: off.")
 @click.option("--schedule", default="linear", show_default=True, help="Of the learning rate, by transformers' names.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and of the texts' order.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and of the texts' order."
+)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="Of the model; auto: the checkpoint's own. What is trained is fp32.",
 )  # fmt: skip
 @click.option("--device", help="cpu, cuda, ... Default: cuda where there is one.")
 @click.option("--checkpoints", type=click.Path(path_type=Path, file_okay=False), help="Folder for checkpoints.")
-@click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between checkpoints."
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoints.")
 @click.option("--log-every", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--report-to", multiple=True, metavar="TRACKER", help="tensorboard, wandb, ...; repeatable.")
@@ -107,16 +119,22 @@ def train(
         seed=seed, save_every=save_every, log_every=log_every, checkpoints=checkpoints, resume=resume,
         report_to=report_to, workers=workers, quiet=as_json,
     )  # fmt: skip
-    trained = run(
-        model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
-        fitting=fitting, device=None if device is None else str(_device(device)), dtype=dtype, plot=plot, force=force,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # where the Trainer's progress belongs
+        trained = run(
+            model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
+            fitting=fitting, device=None if device is None else str(_device(device)), dtype=dtype, plot=plot,
+            force=force,
+        )  # fmt: skip
     if as_json:
         _print_json(trained.as_dict())
         return
     share = trained.trained_parameters / trained.model_parameters
     peak = "" if trained.fitted.peak_bytes is None else f", peak {trained.fitted.peak_bytes / 2**30:.2f} GiB"
-    cut = f"; {trained.cut} of {trained.read} texts were cut to {max_tokens or 'the longest length'}" if trained.cut else ""
+    cut = (
+        f"; {trained.cut} of {trained.read} texts were cut to {max_tokens or 'the longest length'}"
+        if trained.cut
+        else ""
+    )
     click.echo(
         f"{trained.trained_parameters:,} parameters ({share:.1%} of the model's) in {trained.fitted.seconds:.0f} s{peak}{cut}",
         err=True,

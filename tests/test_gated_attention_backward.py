@@ -167,6 +167,10 @@ def test_lower_precision(dtype: torch.dtype) -> None:
 def test_opcheck(case: str) -> None:
     tensors, rest = example(case, torch.float32, t=5, batch=1)
     torch.library.opcheck(gated_attention, (*tensors, *rest, True))
+    plain = [x if x is None else x.detach() for x in tensors]
+    out, lse = gated_attention(*plain, *rest, True)
+    inputs = (torch.ones_like(out), *plain[:4], out, lse, plain[4], *rest, True)
+    torch.library.opcheck(module.gated_attention_backward, inputs)
 
 
 def test_memory_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:

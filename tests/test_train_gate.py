@@ -21,6 +21,7 @@ from kvrewrite.policy_weights import read_policy_weights
 from kvrewrite.training import lora
 from kvrewrite.training.gate import (
     GateOptions,
+    GateTask,
     eviction_loss,
     eviction_ratios,
     gate_loss,
@@ -29,7 +30,7 @@ from kvrewrite.training.gate import (
     save_gates,
     target_index,
 )
-from kvrewrite.training.gate_graph import GatedModel, initial_weights, straight_through
+from kvrewrite.training.gate_graph import GatedModel, attend_to_all, calibrate, initial_weights, straight_through
 from tests.rewritten import build, captured, fork, logits, original, rewrite
 
 POLICY = AttentionGate(gate_heads=2, gate_dim=8)
@@ -182,32 +183,103 @@ def test_training_evicts_as_much_as_the_target_says(options: dict[str, Any]) -> 
 def test_lora_and_gates_as_adapted_and_as_merged(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    adapted = lora.add_lora(build("llama"), rank=2)
+    chosen = GateOptions(mode="finetune", gate_heads=2, gate_dim=8, lora_rank=2, merge=True)
+    task = GateTask(build("llama"), chosen)
+    training = task.gates
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for name, weight in training.model.gate_weights().items():
+            weight.copy_(weights("llama")[name])
+        for name, parameter in training.adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    base, ids = adapted.get_base_model(), text()
-    graph = capture(base)
-    sites = canonical(graph)
-    copy, _ = fork(graph)
-    model = GatedModel(graph, sites, POLICY, weights("llama"))
-    got, _ = model(ids)
-    got.square().mean().backward()
-    adapters = lora.lora_parameters(adapted)
-    assert len(adapters) == 2 * 2 * 7 and all(p.grad is not None for p in adapters)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in [*adapters, *model.gate_weights().values()]}
-    assert float((got - gated("llama")(ids)[0]).abs().max()) > 1e-2
-    lora.save_adapter(adapted, tmp_path / "adapter")
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    ids = text()
+    labels, real = example(ids, 5)
+    task.progress = 1.0
+    parts = task(ids, labels, real)
+    parts["loss"].backward()
+    parts = {name: float(x.detach()) for name, x in parts.items()}
+    assert parts["loss"] == pytest.approx(parts["task"] + chosen.eviction * parts["eviction"], rel=1e-5)
+    assert 0 < parts["kept_least"] <= parts["kept"] < 1 and task.needs == "answer"
+    gates, adapters = (group["params"] for group in training.parameter_groups())
+    assert len(gates) == 2 * 5 and len(adapters) == 2 * 2 * 7 and all(p.grad is not None for p in [*gates, *adapters])
+    trained = {id(p) for p in [*gates, *adapters]}
+    assert (
+        {id(p) for p in training.model.parameters() if p.requires_grad} == trained == {id(p) for p in task.parameters()}
+    )
     with torch.no_grad():
-        rewritten = rewrite(base, copy, "attention_gate", weights("llama"), gate_heads=2)
+        got, _ = training.model(ids)
+        assert float((got - gated("llama")(ids)[0]).abs().max()) > 1e-2
+        graph = capture(training.base)
+        canonical(graph)
+        rewritten = rewrite(training.base, graph, "attention_gate", weights("llama"), gate_heads=2)
         torch.testing.assert_close(got, rewritten(ids).logits, rtol=1e-4, atol=5e-5)
-        expected = logits(base, ids)
-        lora.merge_lora(adapted, tmp_path / "merged")
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-        torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=5e-5)
+        expected = logits(training.base, ids)
+    ratios = eviction_ratios(training.model, [(ids, labels == -100)])
+    written = task.save(tmp_path / "gates.safetensors", {"data": "abc"})
+    assert [p.name for p in written] == ["gates.safetensors", "gates-adapter", "gates-model", "gates.png"]
+    assert written[3].read_bytes().startswith(b"\x89PNG")
+    _, metadata = read_policy_weights(written[0])
+    assert metadata["data"] == "abc" and metadata["lora_rank"] == "2" and metadata["mode"] == "finetune"
+    assert float(metadata["evicted"]) == pytest.approx(float(ratios.mean()), abs=1e-4)
+    assert {p.name for p in written[1].iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(OptionError, match="merged"):
+        task(ids, labels, real)
+    merged = AutoModelForCausalLM.from_pretrained(written[2], dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=5e-5)
+
+
+def test_fresh_gates_fit_the_model_and_tell_tokens_apart() -> None:
+    """Whatever the size of the layers' inputs: p is spread as asked, and the gates' attention is on the token itself."""
+    ids = text()
+    every = torch.ones_like(ids, dtype=torch.bool)
+    found: dict[str, list[Tensor]] = {"logits": [], "attended": []}
+
+    class Watch(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            out = super().call_function(target, args, kwargs)
+            if target is torch.ops.aten.sigmoid.default:
+                found["logits"].append(args[0])
+            if target is attend_to_all:
+                found["attended"].append((out - args[2]).norm() / args[2].norm())
+            return out
+
+    for size in (1.0, 0.01):
+        copy, sites = fork(captured("llama"))
+        model = GatedModel(copy, sites, POLICY, initial_weights(copy, sites, POLICY, bias=2.0, seed=0))
+        norms = [p for n, p in original("llama").named_parameters() if n.endswith("input_layernorm.weight")]
+        try:
+            with torch.no_grad():
+                for norm in norms:
+                    norm.mul_(size)
+            calibrate(model, ids, every, spread=0.4)
+            with torch.no_grad():
+                Watch(model.graph).run(*model.arguments(ids, every, None))
+        finally:
+            with torch.no_grad():
+                for norm in norms:
+                    norm.div_(size)
+    for x in found["logits"]:
+        assert 0.2 < float(x.std(dim=1).mean()) < 0.6 and abs(float(x.mean()) - 2) < 0.4
+    assert all(float(x) < 0.6 for x in found["attended"])
+
+
+def test_what_is_forgotten_is_computed_again() -> None:
+    results = []
+    for checkpoint in (False, True):
+        model, kept = gated("llama", checkpoint=checkpoint), 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, gates = model(text())
+        (out.square().mean() + sum(m.mean() for m in gates)).backward()
+        results.append((kept, out.detach(), [p.grad for p in model.gate_weights().values()]))
+    (whole, out, grads), (less, other, others) = results
+    assert less < 0.6 * whole and torch.equal(out, other)
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))  # type: ignore[arg-type]
 
 
 def test_what_is_saved(tmp_path: Path) -> None:

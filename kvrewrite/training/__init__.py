@@ -4,7 +4,7 @@
 gate: the tasks.
 """
 
-from kvrewrite.training.trainer import FitOptions, Task, fit
 from kvrewrite.training.train import train
+from kvrewrite.training.trainer import FitOptions, Task, fit
 
 __all__ = ["FitOptions", "Task", "fit", "train"]

@@ -149,7 +149,9 @@ class Encoder:
             context, question = self._ids(row["context"]), self._ids(row["question"], special=False)
             if self.question_first:
                 # As `model.prompt_ids` puts it together: the question, the context, and the question again.
-                lead, context = (context[:1], context[1:]) if context[:1] == [self.tokenizer.bos_token_id] else ([], context)
+                lead, context = (
+                    (context[:1], context[1:]) if context[:1] == [self.tokenizer.bos_token_id] else ([], context)
+                )
                 context = [*lead, *question[-self.question_tokens :], *context]
             room = self.max_tokens - len(question)
             if len(context) > room > 0:

@@ -7,22 +7,29 @@ all sizes and rates, the choice of gradient for closed gates, and distillation.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvrewrite.capture import capture
 from kvrewrite.errors import OptionError
+from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.training.gate_graph import GatedModel
+from kvrewrite.training.gate_graph import GatedModel, calibrate, initial_weights
+from kvrewrite.training.lora import ALL_LINEAR, add_lora, lora_parameters, merge_lora, save_adapter
+from kvrewrite.training.trainer import IGNORED, Task
 
-IGNORED = -100  # labels that are no targets
 MODES = ("pretrain", "finetune")
 GRADIENTS = ("flip", "derivative")
+MEASURED = 8  # batches that eviction is measured on at the end of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,10 @@ class GateOptions:
     weight of KL(ungated || gated) at all tokens that are trained on, which replaces cross-entropy in "pretrain"; in
     "finetune" it is added, over the prompt's tokens, too.
 
-    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it).
-    lora_rank 0: no LoRA. The rest as the policy's options.
+    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
+    the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
+    commas between names. merge: `save` writes the merged model, too. plot: it draws a map of what is evicted. checkpoint:
+    see `GatedModel`. The rest as the policy's options.
     """
 
     mode: str = "pretrain"
@@ -52,7 +61,14 @@ class GateOptions:
     distill: float = 0.0
     gradient: str = "flip"
     initial_bias: float = 2.0
+    initial_spread: float = 0.4
     lora_rank: int = 8
+    lora_targets: str = ALL_LINEAR
+    lr: float = 2e-3
+    lora_lr: float = 5e-4
+    merge: bool = False
+    plot: bool = True
+    checkpoint: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +80,15 @@ class GateOptions:
             raise OptionError(
                 f"keep_target is {self.keep_target}, expected a share between 0 and 1 (0.4 keeps 40% of a prompt's tokens)"
             )
-        for name, low in (("eviction", 0.0), ("distill", 0.0), ("ramp", 0.0), ("lora_rank", 0)):
+        for name, low in (
+            ("eviction", 0.0),
+            ("distill", 0.0),
+            ("ramp", 0.0),
+            ("lora_rank", 0),
+            ("lr", 0.0),
+            ("lora_lr", 0.0),
+            ("initial_spread", 0.0),
+        ):
             if not getattr(self, name) >= low or math.isinf(getattr(self, name)):
                 raise OptionError(f"{name} is {getattr(self, name)}, expected a number of {low} or more")
         if self.ramp > 1:
@@ -119,6 +143,11 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.gather(labels[:, 1:], 1, order)
 
 
+def gated_tokens(options: GateOptions, labels: Tensor, real: Tensor) -> Tensor:
+    """The tokens (B, T) that gates decide on: all, but those of answers, which inference generates and keeps."""
+    return real & (labels == IGNORED) if options.mode == "finetune" else real
+
+
 @dataclass
 class GateLoss:
     """The loss of one batch and its parts. kept: (L,)."""
@@ -134,7 +163,7 @@ def gate_loss(
     model: GatedModel, options: GateOptions, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float
 ) -> GateLoss:
     """The loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each (B, T)."""
-    gated = real & (labels == IGNORED) if options.mode == "finetune" else real
+    gated = gated_tokens(options, labels, real)
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
     task = distill = zero
@@ -159,6 +188,134 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) of logits (N, V), the mean over N."""
     log_p, log_q = (x.float().log_softmax(dim=-1) for x in (teacher, student))
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------------ task
+class GateTraining:
+    """A model of transformers made ready: adapters added, captured, gates inserted.
+
+    model: becomes `base`, changed in place where there are adapters, with all other parameters frozen. `adapted` is peft's
+    wrapper, or None. Training changes what `parameter_groups` lists and nothing else.
+    """
+
+    def __init__(self, model: nn.Module, options: GateOptions):
+        self.options = options
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.adapted: Any = None
+        if options.lora_rank:
+            targets = options.lora_targets
+            chosen = targets if targets == ALL_LINEAR else [t.strip() for t in targets.split(",")]
+            with torch.random.fork_rng():
+                torch.manual_seed(options.seed)
+                self.adapted = add_lora(model, rank=options.lora_rank, targets=chosen)
+            model = self.adapted.get_base_model()
+        self.base = model
+        captured = capture(model)
+        sites, policy = canonical(captured), options.policy()
+        weights = initial_weights(captured, sites, policy, bias=options.initial_bias, seed=options.seed)
+        self.model = GatedModel(
+            captured, sites, policy, weights, flip=options.gradient == "flip", checkpoint=options.checkpoint
+        )
+
+        self.merged = False
+
+    def calibrate(self, input_ids: Tensor, real: Tensor) -> None:
+        """Fits fresh gates to the model, by one batch."""
+        calibrate(self.model, input_ids, real, spread=self.options.initial_spread, seed=self.options.seed)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: gates and adapters at their rates."""
+        groups = [{"params": list(self.model.gate_weights().values()), "lr": self.options.lr, "name": "gates"}]
+        if self.adapted is not None:
+            groups.append({"params": lora_parameters(self.adapted), "lr": self.options.lora_lr, "name": "lora"})
+        return groups
+
+    def loss(self, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float) -> GateLoss:
+        """See `gate_loss`."""
+        if self.merged:
+            raise OptionError(
+                "the adapters are merged into the model; nothing can be trained on (merge=false keeps them)"
+            )
+        return gate_loss(self.model, self.options, input_ids, labels, real, progress)
+
+    def counted(self, labels: Tensor, real: Tensor) -> Tensor:
+        """The tokens (B, T) that gates decide on."""
+        return gated_tokens(self.options, labels, real)
+
+    def save(self, out: Path, metadata: Mapping[str, str], tokenizer: Any = None) -> list[Path]:
+        """Writes the gates to the file `out` and, with LoRA, the adapters to the folder <name>-adapter beside it.
+
+        merge=True: the merged model and the tokenizer go to <name>-model; nothing can be trained on after that. Returns what
+        was written.
+        """
+        said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
+        save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
+        written = [out]
+        if self.adapted is not None:
+            written.append(out.with_name(f"{out.stem}-adapter"))
+            save_adapter(self.adapted, written[-1])
+            if self.options.merge:
+                written.append(out.with_name(f"{out.stem}-model"))
+                merge_lora(self.adapted, written[-1], tokenizer)
+                self.merged = True
+        return written
+
+
+class GateTask(Task):
+    """Attention-Gates for the trainer: `GateTraining` with its trained parameters registered, and no others."""
+
+    def __init__(self, model: nn.Module, options: GateOptions, tokenizer: Any = None):
+        super().__init__()
+        if options.plot:
+            from kvrewrite.evaluation.plots import require_matplotlib
+
+            require_matplotlib()
+        self.options, self.tokenizer = options, tokenizer
+        self.needs = "answer" if options.mode == "finetune" else "text"  # type: ignore[misc]
+        self.gates = GateTraining(model, options)
+        graph = self.gates.model.graph
+        self.hide(graph)
+        trained = {id(p) for group in self.gates.parameter_groups() for p in group["params"]}
+        for name, parameter in graph.named_parameters():
+            if id(parameter) in trained:
+                self.register_parameter(name.replace(".", "/"), parameter)
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=MEASURED)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest texts that the model takes, None: any."""
+        return self.gates.model.longest
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Gates and adapters at their rates."""
+        return self.gates.parameter_groups()
+
+    def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
+        """Fits fresh gates to the model, by the first batch."""
+        self.gates.calibrate(input_ids, real)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch and its parts; kept: the share of tokens that stay, kept_least: in the layer that keeps least."""
+        found = self.gates.loss(input_ids, labels, real, self.progress)
+        self._recent.append((input_ids, self.gates.counted(labels, real)))
+        parts = {"loss": found.total, "task": found.task, "eviction": found.eviction}
+        if self.options.distill:
+            parts["distill"] = found.distill
+        return parts | {"kept": found.kept.mean(), "kept_least": found.kept.min()}
+
+    def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
+        """What `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches' tokens."""
+        drawn: list[Path] = []
+        if self._recent:
+            ratios = eviction_ratios(self.gates.model, self._recent)
+            shares = [[None if math.isnan(x) else round(x, 4) for x in row] for row in ratios.tolist()]
+            metadata = {**metadata, "evicted": f"{float(ratios.nanmean()):.4f}", "evicted_per_head": json.dumps(shares)}
+            if self.options.plot:
+                drawn = [out.with_suffix(".png")]
+                out.parent.mkdir(parents=True, exist_ok=True)
+                plot_eviction(ratios, drawn[0], [s.layer for s in self.gates.model.owners])
+        return self.gates.save(out, metadata, self.tokenizer) + drawn
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -224,6 +381,8 @@ def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) 
 __all__ = [
     "GateLoss",
     "GateOptions",
+    "GateTask",
+    "GateTraining",
     "eviction_loss",
     "eviction_ratios",
     "gate_loss",

@@ -7,12 +7,15 @@ gradients (`gated_attention`).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from kvrewrite.capture import Captured
 from kvrewrite.errors import InputError, OptionError
@@ -129,7 +132,8 @@ def initial_weights(
 class GatedModel(nn.Module):
     """A captured model with gates, for training. The backbone's parameters are the model's own, never copies.
 
-    owners: the sites that have a gate, in the order of `forward`'s gates.
+    owners: the sites that have a gate, in the order of `forward`'s gates. flip: see `gated_attention`. checkpoint: keeps for
+    the backward pass only what passes from layer to layer, and computes the rest once more.
     """
 
     def __init__(
@@ -140,6 +144,7 @@ class GatedModel(nn.Module):
         weights: Mapping[str, Tensor],
         *,
         flip: bool = True,
+        checkpoint: bool = False,
     ):
         super().__init__()
         if not policy.gate_heads or not policy.gate_dim:
@@ -157,6 +162,8 @@ class GatedModel(nn.Module):
         device = next(captured.graph.parameters()).device
         self.gate_names = sorted(expected)
         self.graph = insert_gates(captured, sites, policy, {n: weights[n].to(device) for n in expected}, flip)
+        self.checkpoint = checkpoint
+        self._parts: list[tuple[torch.device, fx.GraphModule]] = []  # no submodule: its parameters are the graph's
         self.names = [str(n.target) for n in self.graph.graph.nodes if n.op == "placeholder"]
 
     def gate_weights(self) -> dict[str, nn.Parameter]:
@@ -171,6 +178,21 @@ class GatedModel(nn.Module):
         input_ids: (B, T), rows left-aligned: what stands behind a row's end is seen by nothing in front of it. gated:
         (B, T) bool, default all: tokens that a gate may drop. index: default all tokens.
         """
+        arguments = self.arguments(input_ids, gated, index)
+        if self.checkpoint and torch.is_grad_enabled():
+            logits, gates = _Checkpointed(self._chain(input_ids.device)).run(*arguments)
+        else:
+            logits, gates = self.graph(*arguments)
+        return logits, list(gates)
+
+    def _chain(self, device: torch.device) -> fx.GraphModule:
+        """The graph in parts; made anew when the model has moved, since moving puts other buffers into the graph."""
+        if not self._parts or self._parts[0][0] != device:
+            self._parts = [(device, _cut(self.graph))]
+        return self._parts[0][1]
+
+    def arguments(self, input_ids: Tensor, gated: Tensor | None, index: Tensor | None) -> list[Tensor]:
+        """What the graph is called with; as `forward`."""
         b, t = input_ids.shape
         if self.longest is not None and t > self.longest:
             raise InputError(
@@ -184,8 +206,64 @@ class GatedModel(nn.Module):
             "gated": torch.ones_like(input_ids, dtype=torch.bool) if gated is None else gated,
             "index": every if index is None else index,
         }
-        logits, gates = self.graph(*(given[name] for name in self.names))
-        return logits, list(gates)
+        return [given[name] for name in self.names]
 
 
-__all__ = ["GatedModel", "attend_to_all", "initial_weights", "insert_gates", "straight_through"]
+def _cut(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as a chain of modules, each from one attention to the next."""
+    home, homes = 0, {}
+    for node in gm.graph.nodes:
+        home += node.target is ops.gated_attention.default
+        homes[node] = home
+    return split_module(gm, gm, homes.__getitem__, keep_original_order=True)  # type: ignore[arg-type]
+
+
+class _Checkpointed(fx.Interpreter):
+    """Runs such a chain; what happens inside a module is forgotten until the backward pass."""
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        part = self.module.get_submodule(target)
+        return checkpoint_of(part, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the training graph and notes how large the gates' values are."""
+
+    def __init__(self, graph: fx.GraphModule, real: Tensor):
+        super().__init__(graph)
+        self.real, self.sizes = real, []  # type: ignore[var-annotated]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is attend_to_all:
+            self.sizes.append(args[2][self.real].float().square().mean().sqrt())
+        return super().call_function(target, args, kwargs)
+
+
+@torch.no_grad()
+def calibrate(model: GatedModel, input_ids: Tensor, real: Tensor, *, spread: float = 0.4, seed: int = 0) -> None:
+    """Sets the weights that fresh gates start from by what the layers' inputs are like on one batch (B, T).
+
+    Random projections of a layer's input are as large as the input, which differs by orders of magnitude between models,
+    and an attention that has learned nothing averages over the text, so that a gate would treat all tokens alike. So
+    projections are scaled to unit size; queries and keys are the same at first, so large that a token attends mostly to
+    itself (log T + 3 above the others); and W_o gives the logits of p a standard deviation of `spread`.
+    """
+    recorder = _Recorder(model.graph, real)
+    recorder.run(*model.arguments(input_ids, torch.zeros_like(real), torch.zeros_like(input_ids[:, :1])))
+    weights, policy = model.gate_weights(), model.policy
+    assert policy.gate_heads and policy.gate_dim
+    generator = torch.Generator().manual_seed(seed)
+    alike = (math.log(input_ids.shape[1]) + 3) / policy.gate_dim**0.5
+    for site, size in zip(model.owners, recorder.sizes, strict=True):
+        if not torch.isfinite(size) or size == 0:
+            raise InputError(
+                f"layer {site.layer} ({site.module}): its input is {float(size)} in size, so gates can't be trained"
+            )
+        q, k, v, o = (weights[policy._name(site, f"{x}_proj.weight")] for x in "qkvo")
+        v.div_(size)
+        q.mul_(alike**0.5 / size)
+        k.copy_(q)
+        o.copy_(torch.randn(o.shape, generator=generator) * spread / o.shape[1] ** 0.5)
+
+
+__all__ = ["GatedModel", "attend_to_all", "calibrate", "initial_weights", "insert_gates", "straight_through"]

@@ -36,10 +36,10 @@ def causal_importance(
 ) -> Tensor:
     """S (B, Hkv, T) in fp32; -inf where a token is not of the prompt, or is seen by no query of the answer.
 
-    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. window, chunk: the layer's mask,
-    in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes the logarithm of the
-    attention weight instead, the logit less the query's log-sum-exp over all keys that it sees: logits of different
-    queries are then comparable. Queries are taken in blocks, so that about `block` logits are in memory.
+    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. window,
+    chunk: the layer's mask, in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes
+    the logarithm of the attention weight instead, the logit less the query's log-sum-exp over all keys that it sees: so
+    queries and heads are comparable. Queries are taken in blocks, so that about `block` logits are in memory.
     """
     b, heads, t, d = q.shape
     hkv = k.shape[1]

@@ -135,7 +135,8 @@ class LocretTask(Task):
 
     def observe(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Scores and labels, one (B, Hkv, T) fp32 per owner each."""
-        scores, queries, keys = self.graph(*arguments(self.graph, input_ids))
+        graph = self.__dict__["graph"]
+        scores, queries, keys = graph(*arguments(graph, input_ids))
         answer = real & (labels >= 0)
         answers = answer_index(answer)
         importance = [
@@ -159,7 +160,9 @@ class LocretTask(Task):
 
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
         """Writes the heads in the authors' key layout, in the model's dtype."""
-        tensors = {n: p.detach().to("cpu", self.dtype).contiguous() for n, p in zip(self.names, self.heads, strict=True)}
+        tensors = {
+            n: p.detach().to("cpu", self.dtype).contiguous() for n, p in zip(self.names, self.heads, strict=True)
+        }
         said = {
             "policy": self.policy.name,
             "hidden_size": str(self.options.hidden_size),

@@ -52,14 +52,14 @@ class Trained:
         }
 
 
-def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None) -> Task:
-    """The task of a policy; options: fields of `LocretOptions` or `GateOptions`."""
+def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
+    """The task of a policy; options: fields of `LocretOptions` or `GateOptions`. tokenizer: saved with a merged model."""
     if policy not in POLICIES:
         raise OptionError(f"{policy} is not trained; expected one of {', '.join(POLICIES)}")
     if policy == "attention_gate":
         from kvrewrite.training.gate import GateOptions, GateTask
 
-        return GateTask(model, _options(GateOptions, options or {}))
+        return GateTask(model, _options(GateOptions, options or {}), tokenizer)
     from kvrewrite.policies.locret import Locret, LocretQ
 
     chosen = LocretQ() if policy == "locret_q" else Locret()
@@ -115,7 +115,7 @@ def train(
     elif torch.cuda.is_available():
         base.to("cuda")
     total = sum(p.numel() for p in base.parameters())
-    task = make_task(policy, base.eval(), options)
+    task = make_task(policy, base.eval(), options, tokenizer)
     longest = getattr(task, "longest", None)
     if longest is not None and limit > longest:
         limit = int(longest)
@@ -180,7 +180,9 @@ def _read(directory: Path, dtype: str, tokenizer: Any) -> tuple[Any, Any]:
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
     if is_artifact(directory):
-        raise ArtifactError(f"{directory} is a converted model; train on the original, then convert it with the weights")
+        raise ArtifactError(
+            f"{directory} is a converted model; train on the original, then convert it with the weights"
+        )
     wanted: Any = dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, local_files_only=True)

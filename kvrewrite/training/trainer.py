@@ -35,7 +35,7 @@ class Task(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Task:
         if "graph" in self.__dict__:
-            self.graph._apply(fn)
+            self.__dict__["graph"]._apply(fn)
         return super()._apply(fn, recurse)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -154,7 +154,9 @@ def fit(task: Task, texts: Any, options: FitOptions) -> Fitted:
         assert options.checkpoints is not None
         start = last_checkpoint(options.checkpoints)
         if start is None:
-            raise TrainingError(f"there is no checkpoint in {options.checkpoints} to resume from; train without resuming")
+            raise TrainingError(
+                f"there is no checkpoint in {options.checkpoints} to resume from; train without resuming"
+            )
     else:
         start = None
     optimizer = torch.optim.AdamW(
@@ -175,7 +177,7 @@ def fit(task: Task, texts: Any, options: FitOptions) -> Fitted:
 
 
 def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimizers: Any) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Watch(TrainerCallback):
         """Clips by value, which the Trainer itself does not, and tells the task how far training is."""
@@ -243,7 +245,7 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
         save_strategy="steps" if saving else "no",
         save_steps=options.save_every if saving else 500,
         save_total_limit=options.keep,
-        logging_steps=options.log_every,
+        logging_steps=min(options.log_every, options.steps),
         logging_nan_inf_filter=False,
         report_to=list(options.report_to) or "none",
         disable_tqdm=options.quiet,
@@ -256,7 +258,7 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
         average_tokens_across_devices=False,
         label_names=["labels"],
     )
-    return PolicyTrainer(
+    trainer = PolicyTrainer(
         model=task,
         args=arguments,
         train_dataset=texts,
@@ -264,6 +266,8 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
         optimizers=optimizers,
         callbacks=[Watch()],
     )
+    trainer.remove_callback(PrinterCallback)  # what a quiet Trainer prints instead of its bar
+    return trainer
 
 
 def is_main_process() -> bool:

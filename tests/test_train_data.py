@@ -1,0 +1,161 @@
+"""Training texts: what rows become, how they stream, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvrewrite.errors import TrainingError
+from kvrewrite.training.data import Encoder, Texts, check_files, fingerprint, rows
+from kvrewrite.training.trainer import IGNORED
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs kvrewrite[train]")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def encode(tokenizer: Any, row: dict[str, Any], **options: Any) -> dict[str, list[int]]:
+    return Encoder(tokenizer, **{"needs": "answer", "max_tokens": 100, **options})(row, 0)
+
+
+def test_prompt_and_answer(tokenizer: Any) -> None:
+    made = encode(tokenizer, {"prompt": "The quick", "answer": " brown fox", "other": 3})
+    prompt, answer = (tokenizer(t).input_ids for t in ("The quick", " brown fox"))
+    assert made == {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+def test_context_and_question(tokenizer: Any) -> None:
+    row = {"context": "The quick brown fox", "question": " jumps?", "answer": " over"}
+    context, question, answer = (tokenizer(row[n]).input_ids for n in ("context", "question", "answer"))
+    assert encode(tokenizer, row)["input_ids"] == context + question + answer
+    assert encode(tokenizer, row, question_first=True)["input_ids"] == question + context + question + answer
+    last = encode(tokenizer, row, question_first=True, question_tokens=1)["input_ids"]
+    assert last == question[-1:] + context + question + answer
+    short = Encoder(tokenizer, "answer", len(question) + 2)
+    assert short(row, 0)["input_ids"] == context[:2] + question + answer  # the question stays
+    assert short.counts.cut.value == 1
+    with pytest.raises(TrainingError, match="columns answer, prompt; expected context, question and answer"):
+        encode(tokenizer, {"prompt": "a", "answer": "b"}, question_first=True)
+
+
+def test_chats(tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "The quick"}, {"role": "assistant", "content": "brown fox"}]
+    with pytest.raises(TrainingError, match="no chat template"):
+        encode(tokenizer, {"messages": chat})
+    tokenizer.chat_template = TEMPLATE
+    try:
+        made = encode(tokenizer, {"messages": chat})
+        answer = [t for t, label in zip(made["input_ids"], made["labels"]) if label != IGNORED]
+        assert tokenizer.decode(answer) == "brown fox\n"
+        assert tokenizer.decode(made["input_ids"]) == "user:\nThe quick\nassistant:\nbrown fox\n"
+        with pytest.raises(TrainingError, match="row 0: messages should end with an answer"):
+            encode(tokenizer, {"messages": chat[:1]})
+        tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+        with pytest.raises(TrainingError, match="writes a prompt otherwise"):
+            encode(tokenizer, {"messages": chat})
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_long_texts_are_cut_and_counted(tokenizer: Any) -> None:
+    made = Encoder(tokenizer, "text", 5)
+    assert (
+        made({"text": "The quick brown fox jumps over the lazy dog"}, 0)["input_ids"]
+        == (tokenizer("The quick brown fox jumps over the lazy dog").input_ids[:5])
+    )
+    assert len(made({"text": "The quick"}, 1)["input_ids"]) <= 5
+    assert (made.counts.read.value, made.counts.cut.value) == (2, 1)
+
+
+def test_bad_rows_are_named(tokenizer: Any) -> None:
+    for row, words in (
+        ({"prompt": "a"}, "row 0 has the columns prompt; expected messages"),
+        ({"prompt": "a", "answer": ""}, "row 0 has an empty answer"),
+        ({"prompt": "", "answer": "a"}, "row 0 has an empty prompt"),
+        ({}, "row 0 has no columns"),
+        ({"text": "a b"}, "row 0 has the columns text; expected messages"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            encode(tokenizer, row)
+    with pytest.raises(TrainingError, match="expected text"):
+        encode(tokenizer, {"prompt": "a", "answer": "b"}, needs="text")
+    with pytest.raises(TrainingError, match="expected at least 2"):
+        encode(tokenizer, {"text": ""}, needs="text")
+
+
+def test_bad_files_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    good = write(tmp_path / "good.jsonl", [{"text": "a"}])
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    (tmp_path / "blank.jsonl").write_text("\n")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    for files, words in (
+        ([], "no training data"),
+        ([tmp_path / "x.csv"], "ends in .jsonl"),
+        ([tmp_path / "none.jsonl"], "does not exist"),
+        ([tmp_path / "empty.jsonl"], "is empty"),
+        ([good, tmp_path / "bad.parquet"], "mixed"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            check_files(files)
+    for name in ("bad.jsonl", "bad.parquet", "blank.jsonl"):
+        with pytest.raises(TrainingError, match=rf"{name}.*(could not be read as|no rows)"):
+            Texts([tmp_path / name], Encoder(tokenizer, "text", 9), 0)
+
+
+def test_parquet_is_read_like_json(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "x.parquet")
+    write(tmp_path / "x.jsonl", lines)
+    kind, paths = check_files([tmp_path / "x.parquet"])
+    assert list(rows(kind, paths)) == lines == list(rows("json", [tmp_path / "x.jsonl"]))
+    assert fingerprint(paths) != fingerprint([tmp_path / "x.jsonl"])
+
+
+def test_texts_never_end_and_shuffle_by_seed(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": f"The quick {i}"} for i in range(6)])
+
+    def first(count: int, seed: int) -> list[str]:
+        texts = Texts([path], Encoder(tokenizer, "text", 50), seed)
+        return [tokenizer.decode(r["input_ids"]) for r in itertools.islice(texts, count)]
+
+    found = first(18, 0)
+    assert found == first(18, 0) and found != first(18, 1)
+    for epoch in range(3):
+        assert sorted(found[6 * epoch : 6 * epoch + 6]) == [f"The quick {i}" for i in range(6)]
+    assert found[:6] != found[6:12]
+
+
+def test_workers_share_the_rows(tmp_path: Path, tokenizer: Any) -> None:
+    from torch.utils.data import DataLoader
+
+    path = write(tmp_path / "x.jsonl", [{"text": f"The quick {i}"} for i in range(8)])
+    texts = Texts([path], Encoder(tokenizer, "text", 50), 0)
+    loader = DataLoader(texts, batch_size=1, num_workers=2, collate_fn=lambda batch: batch[0]["input_ids"])
+    found = [tokenizer.decode(ids) for ids in itertools.islice(loader, 8)]
+    assert sorted(found) == [f"The quick {i}" for i in range(8)]
+    assert texts.encode.counts.read.value >= 8
