@@ -23,13 +23,14 @@ class PassLog:
         self._started = time.perf_counter()
         self._nodes: int | None = None
 
-    def done(self, name: str, gm: fx.GraphModule) -> None:
-        """Reports the pass `name`, which has left the graph as it is now."""
+    def done(self, name: str, gm: fx.GraphModule, *, timed: bool = True) -> None:
+        """Reports the pass `name`, which has left the graph as it is now. timed: it ran since the last report."""
         if log.isEnabledFor(logging.INFO):
             milliseconds = (time.perf_counter() - self._started) * 1000
             nodes = len(gm.graph.nodes)
             before = "" if self._nodes is None else f"{self._nodes} -> "
-            log.info("%s: %s%d nodes, %.1f ms", name, before, nodes, milliseconds)
+            took = f", {milliseconds:.1f} ms" if timed else ""
+            log.info("%s: %s%d nodes%s", name, before, nodes, took)
             log.debug("graph after %s:\n%s", name, gm.graph)
             self._nodes = nodes
         trace_structured(

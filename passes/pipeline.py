@@ -39,7 +39,7 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
 
     def step(name: str) -> None:
         captured.graph.graph.lint()
-        passes.done(name, captured.graph)
+        passes.done(name, captured.graph, timed=name != "capture")  # which ran before this function
         if observe is not None:
             observe(name, captured.graph)
             passes.restart()

@@ -33,8 +33,9 @@ def logged(**settings: str) -> str:
 
 def check_counts(text: str) -> None:
     """Every pass is there once, with counts that follow from each other."""
-    lines = re.findall(r"(\w+): (?:(\d+) -> )?(\d+) nodes, [\d.]+ ms", text)
+    lines = re.findall(r"(\w+): (?:(\d+) -> )?(\d+) nodes(, [\d.]+ ms)?$", text, re.MULTILINE)
     assert [line[0] for line in lines] == PASSES
+    assert [bool(line[3]) for line in lines] == [p != "capture" for p in PASSES]
     assert all(int(line[1]) == int(before[2]) for before, line in itertools.pairwise(lines) if line[1])
 
 
