@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from kvrewrite.capture import Captured
 from kvrewrite.errors import OptionError
 from kvrewrite.graph import placeholder
+from kvrewrite.logs import PassLog
 from kvrewrite.passes.canonicalize import canonicalize
 from kvrewrite.passes.check import check
 from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
@@ -34,10 +35,14 @@ Observer = Callable[[str, fx.GraphModule], None]
 def canonical(captured: Captured, observe: Observer | None = None) -> list[AttentionSite]:
     """Runs everything up to the canonical graph, in place, and returns the sites found; policy-independent."""
 
+    passes = PassLog()
+
     def step(name: str) -> None:
         captured.graph.graph.lint()
+        passes.done(name, captured.graph, timed=name != "capture")  # which ran before this function
         if observe is not None:
             observe(name, captured.graph)
+            passes.restart()
 
     step("capture")
     normalize(captured)
@@ -88,6 +93,7 @@ def insert(
     weights: (tensors, metadata) of the policy weights. facts: what policies may ask of the model's config ("activation").
     Raises OptionError where the policy does not fit the model, PolicyWeightsError where the weights do not.
     """
+    passes = PassLog()
     facts = dict(facts or {})
     ropes = find_ropes(captured)
     # A layer without any rotation needs none; one whose rotation can't be replayed rules contiguous positions out.
@@ -120,6 +126,7 @@ def insert(
         policy_names = attach_weights(captured.graph, fitting)
     usable = {i: r for i, r in ropes.items() if isinstance(r, Rope)}
     layout = insert_cache(captured, policy, usable)
+    passes.done("insert_cache", captured.graph)
     if observe is not None:
         observe("insert_cache", captured.graph)
     gm = captured.graph

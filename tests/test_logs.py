@@ -1,0 +1,59 @@
+"""Passes in TORCH_LOGS and TORCH_TRACE, which torch reads once, so each in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSES = ["capture", "normalize", "canonicalize", "lift_positions", "insert_cache"]
+CODE = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, kvrewrite
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+kvrewrite.transform(LlamaForCausalLM(config), policy="streaming_llm", budget=16)
+"""
+
+
+def logged(**settings: str) -> str:
+    """stderr of a transformation under these environment variables."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    clean = {k: v for k, v in os.environ.items() if k not in ("TORCH_LOGS", "TORCH_TRACE")}
+    env = {**clean, "PYTHONPATH": paths, **settings}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def check_counts(text: str) -> None:
+    """Every pass is there once, with counts that follow from each other."""
+    lines = re.findall(r"(\w+): (?:(\d+) -> )?(\d+) nodes(, [\d.]+ ms)?$", text, re.MULTILINE)
+    assert [line[0] for line in lines] == PASSES
+    assert [bool(line[3]) for line in lines] == [p != "capture" for p in PASSES]
+    assert all(int(line[1]) == int(before[2]) for before, line in itertools.pairwise(lines) if line[1])
+
+
+def test_graphs_in_torch_logs() -> None:
+    text = logged(TORCH_LOGS="+kvrewrite")
+    check_counts(text)
+    assert [p for p in PASSES if f"graph after {p}:" in text] == PASSES
+    last = text[text.index("insert_cache:") :]
+    listed = re.findall(r"[ \]]    (?:%\w+ : |return )", last)
+    assert int(re.findall(r"insert_cache: (\d+) nodes", last)[0]) == len(listed)
+
+
+def test_trace(tmp_path: Path) -> None:
+    text = logged(TORCH_LOGS="kvrewrite", TORCH_TRACE=str(tmp_path))
+    check_counts(text)
+    assert "graph after" not in text
+    lines = "".join(p.read_text() for p in tmp_path.iterdir()).splitlines()
+    records = [json.loads(line[line.index("{") :]) for line in lines if line.startswith("V") and "{" in line]
+    names = [r["artifact"]["name"] for r in records if r.get("artifact", {}).get("name", "").startswith("kvrewrite_")]
+    assert names == [f"kvrewrite_{p}" for p in PASSES]
+    assert "torch.ops.kvrewrite.cached_attention" in "\n".join(lines)
