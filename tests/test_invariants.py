@@ -42,6 +42,9 @@ REFUSED = {
     "locret_q": {"deepseek_v3": "latent attention"},
     "expected_attention": {"deepseek_v3": "MLA"},
     "attention_gate": {"deepseek_v3": "latent attention"},
+    "kvzap": {"deepseek_v3": "latent attention"},
+    "fast_kvzip": {"deepseek_v3": "latent attention", "mistral": "every layer of this model has a sliding window"},
+    "trim_kv": {"deepseek_v3": "latent attention"},
 }
 
 # (policy, positions): options that differ from full_budget() / evicting() below
@@ -59,9 +62,12 @@ EVICTING = [p for p in POLICIES if p[0] != "full"]
 MORE = [
     ("adakv", "original"),
     ("attention_gate", "original"),
+    ("duo_attention", "original"),
     ("expected_attention", "original"),
+    ("fast_kvzip", "original"),
     ("keydiff", "original"),
     ("knorm", "original"),
+    ("kvzap", "original"),
     ("locret_q", "contiguous"),
     ("nacl", "original"),
     ("pyramidkv", "original"),
@@ -71,6 +77,7 @@ MORE = [
     ("sirllm", "original"),
     ("snapkv", "original"),
     ("tova", "original"),
+    ("trim_kv", "original"),
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"chunk": 7},
@@ -79,9 +86,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "locret": {"chunk": 8, "stabilizers": 3, "local_tail": 4},
     "adakv": {"window": 4, "kernel": 3},
     "attention_gate": {"chunk": 9},
+    "duo_attention": {"start": 3, "chunk": 9},
     "expected_attention": {"n_sink": 2, "n_future": 6},
+    "fast_kvzip": {"n_sink": 1, "interval": 4, "decode_window": 2, "window": 5, "chunk": 9},
     "keydiff": {"chunk": 6},
     "knorm": {},
+    "kvzap": {"threshold": -9.0, "window": 3, "chunk": 9},
     "locret_q": {"chunk": 8, "stabilizers": 3, "local_tail": 4, "start": 5},
     "nacl": {"interval": 4},
     "pyramidkv": {"window": 4, "kernel": 3, "beta": 4},
@@ -90,6 +100,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sirllm": {"chunk": 7},
     "snapkv": {"window": 4, "kernel": 3},
     "tova": {},
+    "trim_kv": {"buffer_size": 3, "retention_gate": "rg"},
 }
 BUDGET = 12
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import kvrewrite
+from kvrewrite import policies
+from kvrewrite.api import _facts
 from kvrewrite.errors import KVRewriteError, OptionError, PolicyWeightsError
+from kvrewrite.model import RewrittenModel
+from kvrewrite.passes.pipeline import insert
 from kvrewrite.policies import UNLIMITED
 from kvrewrite.policy_weights import read_policy_weights
 from kvrewrite.published import import_published
 from tests import learned
-from tests.rewritten import build
+from tests.rewritten import captured, fork, original
 
 pytestmark = pytest.mark.xdist_group("llama")
 LAYERS = 2  # of the model here
 
 
-@functools.cache
-def llama() -> nn.Module:
-    return build("llama")
+def transform(policy: str, weights: Any = None, **options: Any) -> Any:
+    """`kvrewrite.transform` of a model that is captured already. weights: a file, tensors or None."""
+    model, (copied, sites) = original("llama"), fork(captured("llama"))
+    given = weights if weights is None or not isinstance(weights, dict) else (weights, {})
+    if isinstance(weights, Path):
+        given = read_policy_weights(weights)
+    program = insert(copied, sites, policies.make(policy, **options), given, _facts(model.config))
+    return RewrittenModel(program, model.config, model.generation_config, source=model)
 
 
 # -- what the authors' code writes
@@ -85,10 +93,10 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any], dict[str, 
     "kvzap linear": (
         "kvzap", lambda d: write_kvzap(d, linear=True), {"threshold": -1.0, "window": 4}, {"hidden_size": 0}
     ),
-    "fast_kvzip": ("fast_kvzip", write_fast_kvzip, {"budget": 10, "interval": 3}, {"rank": 6, "gate_sinks": 5}),
+    "fast_kvzip": ("fast_kvzip", write_fast_kvzip, {"budget": 14, "interval": 3}, {"rank": 6, "gate_sinks": 5}),
     "trim_kv rg": ("trim_kv", write_trim_kv, {"budget": 10, "buffer_size": 2}, {"hidden_size": 12, "retention_gate": "rg"}),
-    "trim_kv rg2": ("trim_kv", lambda d: write_trim_kv(d, "rg2"), {"budget": 10}, {"retention_gate": "rg2"}),
-    "trim_kv rg3": ("trim_kv", lambda d: write_trim_kv(d, "rg3"), {"budget": 10}, {"retention_gate": "rg3"}),
+    "trim_kv rg2": ("trim_kv", lambda d: write_trim_kv(d, "rg2"), {"budget": 10, "buffer_size": 3}, {"retention_gate": "rg2"}),
+    "trim_kv rg3": ("trim_kv", lambda d: write_trim_kv(d, "rg3"), {"budget": 10, "buffer_size": 1}, {"retention_gate": "rg3"}),
     "duo_attention": ("duo_attention", write_duo, {"budget": 10, "start": 4}, {"heads": "10,10"}),
     "locret": ("locret", write_locret, {"budget": 12, "chunk": 8, "stabilizers": 3, "local_tail": 4}, {"hidden_size": 24}),
 }  # fmt: skip
@@ -103,7 +111,7 @@ def test_imported_transformed_saved_loaded(name: str, tmp_path: Path) -> None:
     read, told = read_policy_weights(out)
     assert told["policy"] == policy and metadata.items() <= told.items()
     assert read.keys() == tensors.keys() and all(torch.equal(read[n], t) for n, t in tensors.items())
-    model = kvrewrite.transform(llama(), policy=policy, policy_weights=out, **options)
+    model = transform(policy, out, **options)
     assert all(getattr(model.policy, n) == v for n, v in known.items())
     attached = {
         n.removeprefix("policy_weights."): model.graph_module.get_parameter(n) for n in model.program.policy_weights
@@ -125,7 +133,7 @@ def test_imported_transformed_saved_loaded(name: str, tmp_path: Path) -> None:
 def test_kvzap_files_need_no_import(tmp_path: Path) -> None:
     """They are safetensors with the names that the policy has."""
     file = write_kvzap(tmp_path) / "model.safetensors"
-    model = kvrewrite.transform(llama(), policy="kvzap", policy_weights=file)
+    model = transform("kvzap", file)
     assert model.policy.hidden_size == learned.WIDTH and len(model.program.policy_weights) == len(load_file(file))
 
 
@@ -143,9 +151,7 @@ def test_what_was_noted_goes_along(tmp_path: Path) -> None:
 def test_duo_sparsity(sparsity: float, heads: str) -> None:
     """The authors compare with numpy's quantile; of equal numbers the first ones stream. 1.3 counts as 1."""
     alpha = torch.tensor([[0.6, 0.0], [1.3, 0.01]])
-    model = kvrewrite.transform(
-        llama(), policy="duo_attention", policy_weights={"full_attention_heads": alpha}, sparsity=sparsity
-    )
+    model = transform("duo_attention", {"full_attention_heads": alpha}, sparsity=sparsity)
     assert model.policy.heads == heads
     if 0 < sparsity < 1:
         clipped = np.clip(alpha.numpy(), 0, 1)
@@ -155,7 +161,7 @@ def test_duo_sparsity(sparsity: float, heads: str) -> None:
 
 def test_duo_budgets() -> None:
     """Streaming heads have the budget, the others none; memory estimates know it."""
-    model = kvrewrite.transform(llama(), policy="duo_attention", heads="10,00", budget=80, start=4)
+    model = transform("duo_attention", heads="10,00", budget=80, start=4)
     assert model.policy.head_keeps(80, 0, 2) == [UNLIMITED, 80] and model.policy.head_keeps(80, 1, 2) == [80, 80]
     cache = model.new_cache(1)
     model(torch.randint(1, 97, (1, 400)), past_key_values=cache)
@@ -293,4 +299,4 @@ def test_policies_without_files(tmp_path: Path) -> None:
 )
 def test_weights_that_do_not_fit_the_model(policy: str, weights: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(KVRewriteError, match=says):
-        kvrewrite.transform(llama(), policy=policy, policy_weights=weights, **options)
+        transform(policy, weights, **options)
