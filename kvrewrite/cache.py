@@ -202,6 +202,8 @@ class EvictionCache(Cache):
         self._adapts = policy.head_budgets != "equal"
         self._prompt = prompt & policy.ragged
         self._loose |= policy.data_dependent
+        if policy.shares_layers and any(s is not None and s.keep < UNLIMITED for s in segments):
+            self._unmeasured = PAGE  # much may go at once
         out: dict[str, Tensor] = {}
         for c, lease in enumerate(self.leases):
             out.update(self._prepare_class(c, lease, policy, valid, keeps[c], reserve, renew))
@@ -293,10 +295,8 @@ class EvictionCache(Cache):
             self.next_rotary[b] += segment.length
 
     def _measure(self) -> list[np.ndarray] | None:
-        """How many slots each head has, every PAGE steps where only the device knows; else None.
-
-        Between that, pages are leased for the most that a head can have.
-        """
+        """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a budget
+        evict); else None. Between that, pages are leased for the most that a head can have."""
         self._unmeasured += 1
         if not self._loose or self._unmeasured < PAGE:
             return None

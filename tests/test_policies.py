@@ -490,11 +490,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 8, "start": 0, "heads": "00,11,01", "chunk": None},
         DuoRule(retrieval=[[False, False], [True, True], [False, True]], start=0, recent=8),
     ),
-    "duo_attention, a third": (
-        "duo_attention",
-        {"budget": 10, "start": 4, "sparsity": 0.3, "chunk": 12},
-        DuoRule(retrieval=[[True, False], [True, False], [True, True]], start=4, recent=6, chunk=12),
-    ),
     "attention gate": ("attention_gate", {"gate_heads": 2, "gate_dim": 8}, attention_gate()),
     "attention gate, no start": ("attention_gate", {"start": 0, "gate_heads": 2}, attention_gate(sinks=0)),
     "attention gate, budget": (
