@@ -413,31 +413,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 10, "layer_budgets": "13,8,10", "interval": 3, "seed": 1},
         NACLRule(budget=10, layer_budgets=(13, 8, 10), interval=3, seed=1),
     ),
-    "kvzap": ("kvzap", {"threshold": -1.0, "window": 5}, kvzap(threshold=-1.0, window=5)),
-    "kvzap linear, chunks": (
+    "kvzap, contiguous": (
         "kvzap",
-        {"threshold": -0.5, "window": 3, "hidden_size": 0, "chunk": 6},
-        kvzap(True, threshold=-0.5, window=3, chunk=6),
+        {"threshold": -1.0, "window": 5, "positions": "contiguous"},
+        kvzap(threshold=-1.0, window=5, contiguous=True),
     ),
-    "kvzap, prompts only": (
+    "kvzap linear, chunks, prompts only": (
         "kvzap",
-        {"threshold": -1.0, "window": 4, "decode_eviction": False},
-        kvzap(threshold=-1.0, window=4, decode_eviction=False),
+        {"threshold": -0.5, "window": 3, "hidden_size": 0, "chunk": 6, "decode_eviction": False},
+        kvzap(True, threshold=-0.5, window=3, chunk=6, decode_eviction=False),
     ),
     "kvzap, budget and threshold": (
         "kvzap",
         {"threshold": -1.5, "window": 2, "budget": 8, "chunk": 9},
         kvzap(threshold=-1.5, window=2, budget=8, chunk=9),
-    ),
-    "kvzap top-k": (
-        "kvzap",
-        {"threshold": None, "window": 4, "budget": 0.4},
-        kvzap(threshold=None, window=4, budget=0.4),
-    ),
-    "kvzap, no window, contiguous": (
-        "kvzap",
-        {"threshold": -1.0, "window": 0, "positions": "contiguous"},
-        kvzap(threshold=-1.0, window=0, contiguous=True),
     ),
     "fast_kvzip": (
         "fast_kvzip",
@@ -449,46 +438,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 9, "n_sink": 2, "window": 3, "chunk": 8, "interval": 5, "decode_window": 3},
         fast_kvzip(budget=9, sinks=2, wide=3, chunk=8, interval=5, decode_window=3),
     ),
-    "fast_kvzip, window beyond the budget": (
-        "fast_kvzip",
-        {"budget": 8, "chunk": 7, "interval": 0},
-        fast_kvzip(budget=8, chunk=7, interval=0),
-    ),
     "fast_kvzip, by layer": (
         "fast_kvzip",
         {"budget": 10, "n_sink": 1, "scope": "layer", "interval": 6, "decode_window": 2},
         fast_kvzip(budget=10, sinks=1, scope="layer", interval=6, decode_window=2),
     ),
-    "fast_kvzip, by head": (
-        "fast_kvzip",
-        {"budget": 10, "n_sink": 1, "scope": "head", "window_ratio": 0.2, "interval": 4},
-        fast_kvzip(budget=10, sinks=1, scope="head", ratio=0.2, interval=4),
-    ),
-    "trim_kv": ("trim_kv", {"budget": 9, "buffer_size": 4, "retention_gate": "rg"}, trim_kv(budget=9, buffer=4)),
-    "trim_kv, no buffer": (
+    "trim_kv": (
         "trim_kv",
-        {"budget": 10, "buffer_size": 1, "chunk": 7, "retention_gate": "rg"},
-        trim_kv(budget=10, chunk=7),
+        {"budget": 9, "buffer_size": 4, "retention_gate": "rg"},
+        trim_kv(budget=9, buffer=4),
     ),
-    "trim_kv keys and values": (
+    "trim_kv gated, chunks": (
         "trim_kv",
-        {"budget": 9, "buffer_size": 3, "retention_gate": "rg2"},
-        trim_kv("rg2", budget=9, buffer=3),
-    ),
-    "trim_kv gated": (
-        "trim_kv",
-        {"budget": 0.4, "buffer_size": 2, "retention_gate": "rg3"},
-        trim_kv("rg3", budget=0.4, buffer=2),
+        {"budget": 0.4, "buffer_size": 1, "retention_gate": "rg3", "chunk": 9},
+        trim_kv("rg3", budget=0.4, chunk=9),
     ),
     "duo_attention": (
         "duo_attention",
         {"budget": 9, "start": 3, "chunk": 7},
         DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
-    ),
-    "duo_attention, given heads": (
-        "duo_attention",
-        {"budget": 8, "start": 0, "heads": "00,11,01", "chunk": None},
-        DuoRule(retrieval=[[False, False], [True, True], [False, True]], start=0, recent=8),
     ),
     "attention gate": ("attention_gate", {"gate_heads": 2, "gate_dim": 8}, attention_gate()),
     "attention gate, no start": ("attention_gate", {"start": 0, "gate_heads": 2}, attention_gate(sinks=0)),
@@ -537,6 +505,42 @@ LONG: dict[str, tuple[tuple[str, dict[str, Any], Rule], tuple[int, ...]]] = {
             ScissorhandsRule(budget=24, recent=3, chunk=10, history=13),
         ),
         (70, *[1] * 20),
+    ),
+    "kvzap top-k": (
+        ("kvzap", {"threshold": None, "window": 4, "budget": 0.4}, kvzap(threshold=None, window=4, budget=0.4)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "kvzap, no window": (
+        ("kvzap", {"threshold": -1.0, "window": 0}, kvzap(threshold=-1.0, window=0)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "fast_kvzip, window beyond the budget": (
+        ("fast_kvzip", {"budget": 8, "chunk": 7, "interval": 0}, fast_kvzip(budget=8, chunk=7, interval=0)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "fast_kvzip, by head": (
+        (
+            "fast_kvzip",
+            {"budget": 10, "n_sink": 1, "scope": "head", "window_ratio": 0.2, "interval": 4},
+            fast_kvzip(budget=10, sinks=1, scope="head", ratio=0.2, interval=4),
+        ),
+        (31, *[1] * 9, 12, 1, 1),
+    ),
+    "trim_kv keys and values": (
+        (
+            "trim_kv",
+            {"budget": 9, "buffer_size": 3, "retention_gate": "rg2"},
+            trim_kv("rg2", budget=9, buffer=3),
+        ),
+        (31, *[1] * 9, 12, 1, 1),
+    ),
+    "duo_attention, given heads": (
+        (
+            "duo_attention",
+            {"budget": 8, "start": 0, "heads": "00,11,01", "chunk": None},
+            DuoRule(retrieval=[[False, False], [True, True], [False, True]], start=0, recent=8),
+        ),
+        (31, *[1] * 5, 12, 1, 1),
     ),
     "heads, a further prompt that fits": (  # after which decoding has the plain budget
         (

@@ -23,7 +23,7 @@ from kvrewrite.policies import UNLIMITED
 from kvrewrite.policy_weights import read_policy_weights
 from kvrewrite.published import import_published
 from tests import learned
-from tests.rewritten import captured, fork, original
+from tests.rewritten import captured, fork, original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
 LAYERS = 2  # of the model here
@@ -300,3 +300,15 @@ def test_policies_without_files(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_the_model(policy: str, weights: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(KVRewriteError, match=says):
         transform(policy, weights, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "says"),
+    [
+        ("mistral", "fast_kvzip", "every layer of this model has a sliding window"),
+        *[("deepseek_v3", p, "latent attention") for p in ("kvzap", "fast_kvzip", "trim_kv")],
+    ],
+)
+def test_models_that_are_refused(family: str, policy: str, says: str) -> None:
+    with pytest.raises(KVRewriteError, match=says):
+        rewritten(family, policy)
