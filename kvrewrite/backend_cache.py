@@ -132,7 +132,7 @@ def refuse_stock(program: Program, policy: Policy) -> None:
     """Raises CacheError where an ordinary DynamicCache can't hold what the policy keeps of this model."""
     reason = ""
     windows = [w for c in program.layout["classes"] for w in c["windows"]]
-    if policy.ragged:
+    if policy.ragged or policy.head_pattern:
         reason = "the heads of a layer keep different numbers of slots"
     elif policy.quantize != "none":
         reason = f"keys and values are stored as {policy.quantize}"

@@ -109,6 +109,8 @@ class EvictionCache(Cache):
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         self.keys_settled = False  # contiguous positions: keys lie rotated by those ranks (kvrewrite/decoding.py)
         self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
+        self._loose = False  # whether heads can have fewer slots than their pages are leased for
+        self._unmeasured = 0  # steps since the device was asked how many
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
@@ -183,13 +185,13 @@ class EvictionCache(Cache):
         valid = np.array([s.length if s else 0 for s in segments], dtype=np.int64)
         layers = sum(len(lease.layers) for lease in self.leases)
         order = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
-        keeps = [np.zeros(lease.bound.shape[:2], dtype=np.int64) for lease in self.leases]
+        keeps = [np.zeros(lease.bound.shape, dtype=np.int64) for lease in self.leases]
         for b, segment in enumerate(segments):
             wanted = [UNLIMITED] * layers
             if segment is not None:
                 wanted = policy.layer_keeps(segment, totals[b], layers)
-            for (_, c, i), keep in zip(order, wanted, strict=True):
-                keeps[c][i, b] = keep
+            for number, ((_, c, i), keep) in enumerate(zip(order, wanted, strict=True)):
+                keeps[c][i, b] = policy.head_keeps(keep, number, self.leases[c].kv_heads)
         prompt = np.array([s is not None and s.prompt for s in segments])
         self._segments, self._kept_most = segments, [int(max(k[:, b].max() for k in keeps)) for b in range(len(valid))]
         self._after: list[np.ndarray] = []
@@ -199,6 +201,9 @@ class EvictionCache(Cache):
         self._equal_again: list[np.ndarray] = []
         self._adapts = policy.head_budgets != "equal"
         self._prompt = prompt & policy.ragged
+        self._loose |= policy.data_dependent
+        if policy.shares_layers and any(s is not None and s.keep < UNLIMITED for s in segments):
+            self._unmeasured = PAGE  # much may go at once
         out: dict[str, Tensor] = {}
         for c, lease in enumerate(self.leases):
             out.update(self._prepare_class(c, lease, policy, valid, keeps[c], reserve, renew))
@@ -212,7 +217,10 @@ class EvictionCache(Cache):
         renew: list[bool] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         bound, batch = lease.bound, self.batch_size
-        keep_heads = np.broadcast_to(keep[..., None], bound.shape)
+        budget = np.minimum(keep, UNLIMITED).astype(np.int32)
+        if policy.shares_layers:  # a head may keep more than its part of the sum
+            keep = np.full_like(keep, UNLIMITED)
+        keep_heads = keep
         fixed = (self._head_keep[c] >= 0) & ~self._prompt[None, :, None] & (keep_heads < UNLIMITED)
         keep_heads = np.where(fixed, self._head_keep[c], keep_heads)
         new = valid[None, :, None]
@@ -220,13 +228,15 @@ class EvictionCache(Cache):
         evicts = (new > 0) & (bound + new > np.minimum(keep_heads, window))
         after = np.where(new > 0, np.minimum(np.minimum(bound + new, keep_heads), window), bound)
         # Prompts whose eviction is ragged: the device deals out pages.
-        deals = self._prompt & (valid > 0) & (evicts.any((0, 2)) | policy.gates)
+        deals = self._prompt & (valid > 0) & (evicts.any((0, 2)) | policy.gates | policy.data_dependent)
         self._dealt_rows.append(deals)
         # Layers that have to evict: what their heads get holds from then on.
         self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
-        tried = (self._prompt & (valid > 0))[None, :, None] & (keep < UNLIMITED)[..., None]
+        tried = (self._prompt & (valid > 0))[None, :, None] & (keep < UNLIMITED)
         self._equal_again.append(tried & ~evicts.any(2, keepdims=True))
-        rewrites = evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"])
+        rewrites = (
+            evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"]) | policy.data_dependent
+        )
         rewrites = rewrites & ~deals[None, :, None]
         if renew is not None:
             rewrites = rewrites | np.array(renew)[None, :, None]
@@ -238,7 +248,7 @@ class EvictionCache(Cache):
         names = lease.store.shapes
         out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
         if self.layout["ragged"]:
-            most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1) * lease.kv_heads)
+            most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1).sum(-1))
             spare, dealt = lease.offer(
                 deals, np.where(deals[None], most, 0), int((bound + new)[:, deals].max(initial=0))
             )
@@ -249,7 +259,8 @@ class EvictionCache(Cache):
             out[f"floor_{c}"] = to_device(floors, self.device)
         self._after.append(after)
         out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
-        budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
+        if not policy.shares_layers:
+            budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
         out[f"keep_{c}"] = to_device(budget, self.device)
         assert out[f"keep_{c}"].shape == (len(lease.layers), batch, lease.kv_heads)
         return out
@@ -257,8 +268,9 @@ class EvictionCache(Cache):
     def commit(self) -> None:
         """Records a finished step and returns the pages that it emptied."""
         longest = [-1] * self.batch_size
+        measured = self._measure()
         for c, lease in enumerate(self.leases):
-            after = self._after[c]
+            after = self._after[c] if measured is None else np.minimum(self._after[c], measured[c])
             dealt = self._dealt[c] if self._dealt else None
             # A prompt that fits a layer's budget gives its heads equal shares again.
             self._head_keep[c][np.broadcast_to(self._equal_again[c], lease.bound.shape)] = -1
@@ -282,17 +294,27 @@ class EvictionCache(Cache):
             self.length[b] = held if longest[b] < 0 else longest[b]  # every layer may have a window
             self.next_rotary[b] += segment.length
 
+    def _measure(self) -> list[np.ndarray] | None:
+        """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a budget
+        evict); else None. Between that, pages are leased for the most that a head can have."""
+        self._unmeasured += 1
+        if not self._loose or self._unmeasured < PAGE:
+            return None
+        self._unmeasured = 0
+        return [lease.lens.cpu().numpy().astype(np.int64) for lease in self.leases]
+
     # -- a single token of every row, without inputs for a graph (kvrewrite/decoding.py) --------------------------
     def begin_token(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
         """Leases what one more token of every row needs. Returns the budgets (layers, rows, kv heads) of each class, the same
         arrays as before where nothing has changed."""
         keeps = self._token_keeps(policy, segments)
+        self._loose |= policy.data_dependent
         self._after_token: list[np.ndarray] = []
         for lease, keep in zip(self.leases, keeps):
             windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
             after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
             rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
-            rewrites |= bool(self.layout["rewrites_slots"])
+            rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
             rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
             if lease.store.is_shared:
                 lease.unshare(np.where(rewrites, 0, lease.bound))
@@ -312,8 +334,8 @@ class EvictionCache(Cache):
         found = [np.zeros(lease.bound.shape, dtype=np.int64) for lease in self.leases]
         for b, segment in enumerate(segments):
             wanted = policy.layer_keeps(segment, self.seen[b] + 1, layers)
-            for (_, c, i), keep in zip(order, wanted, strict=True):
-                found[c][i, b] = keep
+            for number, ((_, c, i), keep) in enumerate(zip(order, wanted, strict=True)):
+                found[c][i, b] = policy.head_keeps(keep, number, self.leases[c].kv_heads)
         for budgets, chosen in zip(found, self._head_keep):
             fixed = (chosen >= 0) & (budgets < UNLIMITED)
             budgets[fixed] = chosen[fixed]
@@ -323,7 +345,9 @@ class EvictionCache(Cache):
     def end_token(self, segments: list[Segment]) -> None:
         """Records that token."""
         free = [-1] * self.batch_size
-        for lease, after in zip(self.leases, self._after_token):
+        measured = self._measure()
+        for c, (lease, after) in enumerate(zip(self.leases, self._after_token)):
+            after = after if measured is None else np.minimum(after, measured[c])
             lease.resize(after, 0)
             open_layers = lease.windows == 0
             if open_layers.any():

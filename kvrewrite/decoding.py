@@ -41,6 +41,8 @@ def reason_against(program: Program, policy: Policy) -> str:
         return f"{policy.name} flags tokens before attention"
     if policy.after_logits:
         return f"{policy.name} scores behind the logits"
+    if policy.shares_layers:
+        return f"the layers of {policy.name} share one budget"
     return ""
 
 

@@ -33,25 +33,31 @@ def plan_memory(
     """
     owners = [site for site in sites if site.shares_kv_with is None]
     full = evicted = chunk_bytes = longest = widest = 0
-    kept, most = [0] * len(owners), [0] * len(owners)
+    # Heads that all have the same budget count as one.
+    alike = [1 if policy.head_pattern else site.kv_heads for site in owners]
+    kept = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
+    most = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
     for segment in policy.plan(context):
         longest = max(longest, segment.length)
         for i, keep in enumerate(policy.layer_keeps(segment, context, len(owners))):
-            kept[i] = min(kept[i] + segment.length, keep)
-            most[i] = max(most[i], kept[i])
+            for h, limit in enumerate(policy.head_keeps(keep, i, len(kept[i]))):
+                kept[i][h] = min(kept[i][h] + segment.length, limit)
+                most[i][h] = max(most[i][h], kept[i][h])
     for i, site in enumerate(owners):
         token = site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
         span = site.window or site.chunk or UNLIMITED
         full += min(context, span) * token
         for slots, add in ((kept[i], True), (most[i], False)):
-            pages = -(-min(slots, span) // PAGE)
-            size = pages * _page_bytes(site, policy, itemsize) + _row_bytes(site, policy, itemsize)
+            pages = [-(-min(n, span) // PAGE) for n in slots]
+            size = sum(pages) * alike[i] * (_page_bytes(site, policy, itemsize) // site.kv_heads)
+            size += _row_bytes(site, policy, itemsize)
             if add:
                 evicted += size
             else:
                 chunk_bytes += size
-                widest = max(widest, pages * PAGE * token)
-    layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners), default=0)
+                widest = max(widest, max(pages) * PAGE * token)
+    each = [s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners]
+    layer = sum(each) if policy.shares_layers else max(each, default=0)
     peak = chunk_bytes + layer * longest + (widest if policy.quantize != "none" else 0)
     return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch)
 

@@ -40,18 +40,24 @@ def import_pickle(
     overwrites `out`. The file appears whole or not at all.
     """
     path, out = Path(path), Path(out)
+    check_destination(out, force)
+    tensors = flatten(path, read_pickle(path))
+    save_policy_weights(out, tensors, metadata)
+    return tensors
+
+
+def check_destination(out: Path, force: bool) -> None:
+    """Raises PolicyWeightsError where `out` can't be written."""
     if out.exists() and not force:
         raise PolicyWeightsError(f"{out} exists; choose another name, or overwrite it with force=True (--force)")
     if out.is_dir():
         raise PolicyWeightsError(f"{out} is a directory; expected the name of a safetensors file to write")
     if out.suffix != ".safetensors":
         raise PolicyWeightsError(f"{out} should end in .safetensors, the format that is written")
-    tensors = _flatten(path, _read_pickle(path))
-    save_policy_weights(out, tensors, metadata)
-    return tensors
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path, data_types: Sequence[Any] = ()) -> Any:
+    """What a torch pickle holds. Nothing in it runs; data_types: plain types that it may hold besides torch's."""
     if not path.is_file():
         raise PolicyWeightsError(f"{path} does not exist or is not a file; expected a torch pickle (.pt, .pth, .bin)")
     if text_is_lfs(path):
@@ -59,7 +65,8 @@ def _read_pickle(path: Path) -> Any:
     if path.suffix == ".safetensors":
         raise PolicyWeightsError(f"{path} is a safetensors file already; use it as it is")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(data_types)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise PolicyWeightsError(
@@ -73,7 +80,7 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
+def flatten(path: Path, content: Any) -> dict[str, Tensor]:
     """Nested dicts of tensors as one, under dotted names."""
     tensors: dict[str, Tensor] = {}
     others: list[str] = []

@@ -130,3 +130,57 @@ def gate(
 @gate.register_fake
 def _(q, k, v, k_state, v_state, positions, valid, heads):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::sink_gate", mutates_args=())
+def sink_gate(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, k_base: Tensor, bias: Tensor) -> Tensor:
+    """Fast KVzip's scores (B, Hkv, T) fp32 of tokens whose gates project to q and k. See kernels/reference/scores.py."""
+    return reference.sink_gate(q, k, q_norm, k_norm, k_base, bias)
+
+
+@sink_gate.register_fake
+def _(q, k, q_norm, k_norm, k_base, bias):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], bias.shape[0], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::kept_above", mutates_args=())
+def kept_above(
+    scores: Tensor,
+    places: Tensor,
+    recent: Tensor,
+    keep: Tensor,
+    evicts: Tensor,
+    threshold: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """How many slots of each head stay (B, Hkv) int32: those that score `threshold` or more and the `recent` (B,) newest, at
+    most `keep` (B, Hkv) int32.
+
+    scores, places (B, Hkv, N): of all slots, places as `slot_positions` gives them. Slots that no later query sees through
+    `window` or `chunk` do not count. Rows whose `evicts` (B,) is 0 lose nothing.
+    """
+    return reference.kept_above(scores, places, recent, keep, evicts, threshold, window, chunk)
+
+
+@kept_above.register_fake
+def _(scores, places, recent, keep, evicts, threshold, window, chunk):  # type: ignore[no-untyped-def]
+    return torch.empty_like(keep)
+
+
+@torch.library.custom_op("kvrewrite::share_layers", mutates_args=())
+def share_layers(
+    scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
+) -> list[Tensor]:
+    """How many slots each head of each layer keeps, (B, Hkv) int32 a layer, where all heads of all layers share one budget.
+
+    scores, places: a (B, Hkv, N) of each layer, all its slots; keep: a (B, Hkv) int32 of each layer, whose sum is what a
+    row keeps. Positions below `sinks` and the `recent` (B,) newest slots of each head count as best; of equal scores those
+    of the lower layer and head stay. A device is asked once whether anything goes.
+    """
+    return reference.share_layers(scores, places, keep, recent, sinks)
+
+
+@share_layers.register_fake
+def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(k) for k in keep]

@@ -280,6 +280,8 @@ def _within_budget(model: RewrittenModel, ids: Tensor, reference: Tensor, length
     """The artifact's own policy on a prompt that its budget holds: nothing may change."""
     if model.policy.gates:
         return Check("own policy, within its budget", None, "its gates drop tokens of any text")
+    if model.policy.data_dependent and not model.policy.shares_layers:
+        return Check("own policy, within its budget", None, "its threshold drops tokens of any text")
     size = _held(model.policy, length)
     if size < 1:
         return Check("own policy, within its budget", None, "the policy evicts from any prompt")
@@ -306,6 +308,8 @@ def _held(policy: Policy, length: int) -> int:
 def _eviction(model: RewrittenModel) -> Check:
     """A prompt beyond the budget: the cache stays within it, and the logits are numbers."""
     name, policy = "eviction", model.policy
+    if policy.budget is None and (policy.gates or policy.data_dependent):
+        return Check(name, None, "the text decides how much goes, and there is no budget")
     if policy.budget is None or policy.name == "full":
         return Check(name, None, "this policy evicts nothing")
     length = policy.budget + 24 if isinstance(policy.budget, int) else LONGEST
@@ -318,9 +322,13 @@ def _eviction(model: RewrittenModel) -> Check:
     bound = 0
     layers = len(cache.live_slots())
     for segment in policy.plan(length):
-        bound = min(bound + segment.length, max(policy.layer_keeps(segment, length, layers)))
+        keeps = enumerate(policy.layer_keeps(segment, length, layers))
+        heads = max(site.kv_heads for site in model.sites)
+        bound = min(bound + segment.length, max(max(policy.head_keeps(keep, i, heads)) for i, keep in keeps))
     if policy.head_budgets != "equal":  # what one head has more another has less
         bound *= max(site.kv_heads for site in model.sites)
+    if policy.shares_layers:
+        bound *= sum(site.kv_heads for site in model.sites if site.shares_kv_with is None)
     most = max(int(lens.max()) for lens in cache.live_slots().values())
     finite = bool(torch.isfinite(logits).all())
     detail = f"{length} tokens, at most {most} live slots a head, {bound} allowed"

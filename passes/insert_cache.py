@@ -76,10 +76,14 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
                 cache["hidden"] = policy.gate(hook)
                 site.inserted.append("gate")
         _read_cache(gm, node, site, inputs, owners[owner])
+    for cache in owners.values():
+        cache["span"] = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
     logits: fx.Node | None = None
     if policy.after_logits:
         logits = output_node(gm).args[0]  # type: ignore[assignment]
     last = logits
+    if policy.shares_layers:
+        last = _rate(gm, sites, policy, owners, shared)
     for layer, cache in owners.items():
         last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
     logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
@@ -141,7 +145,7 @@ class _Shared:
 
         return SiteInputs(
             nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
-            cache["rotary"],
+            cache["rotary"], cache.get("span", (0, 0)),
         )  # fmt: skip
 
 
@@ -356,21 +360,35 @@ def _read_cache(
     gm.graph.erase_node(node)
 
 
+def _rate(
+    gm: fx.GraphModule, sites: list[AttentionSite], policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared
+) -> fx.Node:
+    """What layers that share one budget are worth, each behind its attention; returns a node behind all of them."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    ends = []
+    for layer, cache in owners.items():
+        q, k, v = cache["readers"][0][:3]
+        hook = SiteHook(gm, sites[layer], q, k, v, cache["last"], shared.inputs(cache))
+        policy.rate(hook)
+        ends.append((place[cache["last"]], hook.after))
+    return max(ends, key=lambda end: end[0])[1]
+
+
 def _close_cache(
     gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any],
     shared: _Shared, logits: fx.Node | None, last: fx.Node | None,
 ) -> fx.Node:  # fmt: skip
-    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits."""
+    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits or what
+    all layers are worth."""
     q, k, v = cache["readers"][0][:3]
-    hook = SiteHook(
-        gm, site, q, k, v, last if policy.after_logits and last else cache["last"], shared.inputs(cache, logits)
-    )
+    waits = policy.after_logits or policy.shares_layers
+    hook = SiteHook(gm, site, q, k, v, last if waits and last else cache["last"], shared.inputs(cache, logits))
     scores = insert_policy(hook, policy)
     shared.rewrites_slots |= scores.slots is not None
-    window, chunk = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
+    window, chunk = cache["span"]
     new = (
         cache["k"], cache["v"], scores.new, scores.slots, inputs["positions"], inputs["position_ids"], inputs["valid"],
-        cache["keep"], inputs["recent"],
+        cache["keep"] if scores.keep is None else scores.keep, inputs["recent"],
     )  # fmt: skip
     pools = (cache[name] for name in shared.pools)
     rest = (
@@ -381,8 +399,8 @@ def _close_cache(
     if shared.scheme is None:
         hook.call(ops.cache_update.default, *new, *pools, cache["table"], cache["lens"], *rest)
     else:
-        # Where the update waits for the logits, what was dequantized for attention would wait in all layers.
-        read = (None, None) if policy.after_logits else (cache["k_raw"], cache["v_dense"])
+        # Where the update waits for other layers, what was dequantized for attention would wait in all of them.
+        read = (None, None) if waits else (cache["k_raw"], cache["v_dense"])
         where = (cache["k_tail"], cache["v_tail"], cache["table"], cache["lens"], cache["qlens"])
         scheme = (shared.scheme.kind, shared.scheme.group)
         hook.call(ops.cache_update_quantized.default, *new, *read, *pools, *where, *scheme, *rest)

@@ -52,6 +52,10 @@ class SiteInputs:
     logits: fx.Node | None = None
     max_positions: int | None = None  # that the model has
     rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
+    span: tuple[int, int] = (
+        0,
+        0,
+    )  # the (window, chunk) outside which nobody looks at the site's slots; in `rate`, `score`
 
 
 class SiteHook:
@@ -116,6 +120,10 @@ class SiteHook:
             )
         target, kwargs = ACTIVATIONS[name]
         return self.call(target, x, **kwargs)
+
+    def item(self, x: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        return self.call(operator.getitem, x, index)
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """a + b."""

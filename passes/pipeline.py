@@ -104,7 +104,10 @@ def insert(
     if weights is not None:
         facts["policy_hidden_size"] = _hidden_size(weights[0])
         facts.update(_gate_sizes(*weights))
+        facts["policy_tensors"], facts["policy_metadata"] = weights
     policy = policy.adapt(sites, facts)
+    if policy.weights_are_options:
+        weights = None
     if policy.needs_rotary and "rope_problem" in facts:
         raise OptionError(f"{policy.name} needs the model's rotation: {facts['rope_problem']}")
     if policy.positions == "contiguous":

@@ -94,6 +94,10 @@ class Rule:
         """kv head -> what stays after a part, in order."""
         return layer.heads
 
+    def keep_all(self, layers: list[Layer], moment: Moment) -> list[list[list[Entry]]]:
+        """layer -> what `keep` says; for rules under which layers compete."""
+        return [self.keep(layer, moment) for layer in layers]
+
     def renews(self, part: str, after: str) -> bool:
         """Contiguous: whether the cache is re-ranked 0..n-1 before this part; `after` is the part before."""
         return True
@@ -184,8 +188,8 @@ class Oracle:
                     head[len(head) - len(ids) + t].surprisal = surprisal
         self.last_logits = before
         moment = self._moment(len(ids))
-        for layer in self.layers:
-            layer.heads = self.rule.keep(layer, moment)
+        for layer, heads in zip(self.layers, self.rule.keep_all(self.layers, moment), strict=True):
+            layer.heads = heads
         self.seen += len(ids)
         self.after = part
         return logits

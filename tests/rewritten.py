@@ -68,10 +68,13 @@ def rewrite(model: nn.Module, source: Captured, policy: str, weights: dict[str, 
         generator = torch.Generator().manual_seed(7)
         if hasattr(chosen, "hidden_size"):
             chosen = dataclasses.replace(chosen, hidden_size=HIDDEN)
-        elif not options.get("gate_heads"):
+        elif hasattr(chosen, "gate_heads") and not options.get("gate_heads"):
             chosen = dataclasses.replace(chosen, gate_heads=2, gate_dim=8)
         shapes = expected_weights(copied, sites, chosen)
         weights = {n: torch.randn(s, generator=generator) / s[-1] ** 0.5 for n, s in shapes.items()}
+        if policy == "duo_attention" and not options.get("heads"):
+            heads = [s.kv_heads for s in sites if s.shares_kv_with is None]
+            weights = {"full_attention_heads": torch.rand(len(heads), heads[0], generator=generator)}
     program = insert(copied, sites, chosen, (weights, {}) if weights is not None else None, _facts(config))
     if not is_transformers_model(model):
         return RewrittenModel(program, _foreign_config(program, type(model).__name__), source=model)

@@ -228,6 +228,9 @@ def test_eviction_cache_carries_every_policy(model: Any) -> None:
     [
         ("adakv", {}),
         ("attention_gate", {"gate_heads": 2, "gate_dim": 8}),
+        ("kvzap", {}),
+        ("fast_kvzip", {}),
+        ("duo_attention", {"heads": "10,01"}),
         ("h2o", {"head_budgets": "adakv", "budget": 20, "recent_tokens": 4}),
         ("h2o", {"layer_budgets": "30,20", "budget": 20, "recent_tokens": 4}),
         ("pyramidkv", {}),

@@ -301,6 +301,18 @@ def test_import_weights(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_import_published(tmp_path):
+    (tmp_path / "full_attention_heads.tsv").write_text("1.0\t0.25\n0.5\t0.0\n")
+    args = ["import-weights", str(tmp_path), "--policy", "duo_attention", "--out", str(tmp_path / "y.safetensors")]
+    done = call(*args)
+    assert done.exit_code == 0, done.output
+    assert "policy duo_attention, layers 2, kv_heads 2" in done.stdout and "1 tensors, 4 values" in done.stdout
+    done = call(*args, "--force", "--json")
+    assert json.loads(done.stdout)["metadata"]["layers"] == "2"
+    done = call("import-weights", str(tmp_path), "--policy", "h2o", "--out", str(tmp_path / "z.safetensors"))
+    assert done.exit_code == 1 and "expected one of locret" in done.stderr
+
+
 def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
     from kvrewrite import artifact
 

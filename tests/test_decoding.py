@@ -29,6 +29,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v3", "tova", {"budget": 16}),
     ("bloom", "h2o", {"budget": 20}),
     ("llama", "random", {"budget": 0.4}),
+    ("llama", "kvzap", {"threshold": 0.0, "window": 6}),
+    ("llama", "trim_kv", {"budget": 16, "buffer_size": 3, "retention_gate": "rg"}),
+    ("llama", "duo_attention", {"budget": 16, "start": 4, "heads": "10,01"}),
 ]
 
 
@@ -144,6 +147,7 @@ def test_what_is_not_captured_says_why() -> None:
         ("sirllm", {"budget": 16, "chunk": 10}, "carries state"),
         ("attention_gate", {"chunk": 20}, "carries state"),
         ("h2o", {"budget": 16, "merge": True}, "carries state"),
+        ("fast_kvzip", {"budget": 16}, "layers of fast_kvzip share one budget"),
     ):
         model = rewrite(original("llama"), captured("llama"), policy, None, **options)
         with pytest.warns(UserWarning, match=reason):

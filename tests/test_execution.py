@@ -54,6 +54,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "snapkv", {"budget": 16, "window": 6}),
     ("deepseek_v3", "h2o", {"budget": 16}),
     ("llama", "attention_gate", {"chunk": 20}),
+    ("llama", "kvzap", {"threshold": 0.0, "window": 4, "chunk": 20}),
+    ("gemma3_text", "fast_kvzip", {"budget": 16, "n_sink": 1, "interval": 3, "chunk": 20}),
     ("llama", "h2o", {"budget": 16, "quantize": "int8", "quantize_group": 8, "quantize_residual": 8}),
 ]
 
@@ -104,6 +106,8 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
         ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
         ("gemma2", "h2o", {"budget": 16, "chunk": 9}),
         ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
+        ("llama", "duo_attention", {"budget": 16, "start": 4, "chunk": 9, "heads": "10,01"}),
+        ("llama", "trim_kv", {"budget": 12, "buffer_size": 2, "retention_gate": "rg"}),
     ],
 )
 def test_kernels_together(family: str, policy: str, options: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("attention_gate", {"chunk": 50}),
     ("sirllm", {"budget": 90, "chunk": 40}),
     ("nacl", {"budget": 90, "interval": 5}),
+    ("kvzap", {"threshold": -0.2, "window": 9}),
+    ("fast_kvzip", {"budget": 90, "interval": 4}),
+    ("duo_attention", {"budget": 90, "heads": "10,01"}),
 ]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvrewrite.capture import Captured, capture
 from kvrewrite.passes.pipeline import canonical
+from tests.peers import learned_heads as heads
 from tests.peers.tiny_llama import fingerprint, prompt, tiny_llama
 from tests.rewritten import rewrite
 
@@ -415,3 +416,46 @@ def test_streaming_llm_in_decoding() -> None:
             differ += request.kept != in_order(cache)
             before = cache
     assert differ > 0
+
+
+# -- trained heads ---------------------------------------------------------------------------------------------------
+LEARNED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "kvpress_learned.json").read_text())
+
+
+@functools.cache
+def with_heads(press: str, budget: int) -> Any:
+    """Ours as a press of the recording is: the same heads and options."""
+    name, _, rest = press.partition(" ")
+    if name == "kvzap":
+        options = {"threshold": heads.THRESHOLD, "window": heads.WINDOW, "decode_eviction": "prompt only" not in rest}
+        return rewrite(original(), captured(), name, heads.kvzap(rest.split(",")[0]), **options)
+    if name == "fast_kvzip":
+        gates = {f"gates.{i}.{n}": t for i, gate in enumerate(heads.fast_kvzip()) for n, t in gate.items()}
+        scope = "layer" if "layerwise" in rest else "model"
+        options = {"budget": budget, "scope": scope, "interval": 0, "chunk": None, **heads.FAST}
+        return rewrite(original(), captured(), name, gates, **options)
+    share = {"0.33": 1 / 3, "0.50": 0.5, "1.00": 1.0}[rest]
+    options = {"sparsity": share, "start": heads.DUO_SINK, "budget": heads.DUO_SINK + heads.DUO_RECENT}
+    weights = {"full_attention_heads": torch.tensor(heads.ALPHA)}
+    return rewrite(original(), captured(), name, weights, chunk=None, decode_eviction=False, **options)
+
+
+@pytest.mark.parametrize("entry", LEARNED["prompts"], ids=lambda entry: str(entry["length"]))
+def test_trained_heads(entry: dict[str, Any]) -> None:
+    """KVzap under DMS in prompts and while decoding, Fast KVzip over all layers and by layer, DuoAttention: the same
+    positions after every step, and the same logits."""
+    assert LEARNED["model"] == fingerprint(original())
+    ids, n, gone = ids_of(entry), entry["length"], set()
+    for press, steps in entry["presses"].items():
+        ratio = float(press.split()[1].rstrip(",")) if press.startswith("fast") else 0.0
+        model = with_heads(press, int(n - n * ratio) if ratio else 0)
+        cache, at = model.new_cache(1), 0
+        for i, step in enumerate(steps):
+            width = n if i == 0 else 1
+            logits = model(ids[:, at : at + width], past_key_values=cache).logits[0, -1]
+            at += width
+            assert [cache.positions()[layer][0] for layer in range(LAYERS)] == step["kept"], (press, i)
+            torch.testing.assert_close(logits[: len(step["logits"])], torch.tensor(step["logits"]), rtol=0, atol=1e-4)
+            if any(len(head) < at for layer in step["kept"] for head in layer):
+                gone.add(press)
+    assert gone == set(entry["presses"]), "a press that drops nothing shows nothing"

@@ -601,6 +601,15 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.surprisal,
             (torch.randn(B, 3, 11), torch.randint(11, (B, 3)), fresh.valid, torch.randn(B, 11), fresh.positions),
         ),
+        "sink_gate": (
+            ops.sink_gate,
+            (
+                torch.randn(B, 3, HKV * GROUP * 5), torch.randn(B, 3, HKV * 5), torch.randn(5), torch.randn(5),
+                torch.randn(HKV, 1, 4, 5), torch.randn(HKV, 1, GROUP),
+            ),
+        ),
+        "kept_above": (ops.kept_above, (mass, places, recent, keep, recent, 0.5, 7, 0)),
+        "share_layers": (ops.share_layers, ([mass, mass], [places, places], [keep - 5, keep - 4], recent, 1)),
         "gate": (
             ops.gate,
             (
@@ -609,6 +618,56 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ),
         ),
     }  # fmt: skip
+
+
+def test_kept_above() -> None:
+    """Slots that pass or are new, as far as somebody can still see them; rows that do not evict; a budget; no number."""
+    generator = torch.Generator().manual_seed(4)
+    places = torch.stack([torch.randperm(20, generator=generator)[:9] for _ in range(B * HKV)]).reshape(B, HKV, 9)
+    places[0, 1, 2:], places[2] = -1, -1
+    scores = torch.randn(B, HKV, 9, generator=generator)
+    scores[0, 0, 3] = math.nan
+    recent, evicts = torch.tensor([2, 0, 3], dtype=torch.int32), torch.tensor([1, 1, 0], dtype=torch.int32)
+    keep = torch.tensor([[7, 7], [2, 7], [7, 7]], dtype=torch.int32)
+    for rows in (evicts, 1 - evicts):
+        for window, chunk in ((0, 0), (7, 0), (0, 6)):
+            got = ops.kept_above(scores, places, recent, keep, rows, 0.2, window, chunk)
+            for b in range(B):
+                following = int(places[b].max()) + 1
+                for h in range(HKV):
+                    count = 0
+                    for p, s in zip(places[b, h].tolist(), scores[b, h].tolist()):
+                        newer = sum(q > p for q in places[b, h].tolist())
+                        seen = p >= 0 and not (window and following - p >= window)
+                        seen = seen and not (chunk and p // chunk != following // chunk)
+                        count += seen and (s >= 0.2 or newer < recent[b] or not rows[b])
+                    assert got[b, h] == min(count, int(keep[b, h])), (b, h, window, chunk)
+
+
+@pytest.mark.parametrize("budget", [2, 4, 40])
+def test_share_layers(budget: int) -> None:
+    """One sorted list a row over layers of different widths; equal scores go to the first layer and head."""
+    generator = torch.Generator().manual_seed(5)
+    places, scores, keep = [], [], []
+    for heads, width in ((2, 9), (3, 5)):
+        place = torch.stack([torch.randperm(30, generator=generator)[:width] for _ in range(B * heads)])
+        places.append(place.reshape(B, heads, width))
+        places[-1][1, 0, 2:], places[-1][2] = -1, -1
+        scores.append(torch.randint(4, (B, heads, width), generator=generator) / 4)
+        keep.append(torch.full((B, heads), budget, dtype=torch.int32))
+    recent, sinks = torch.tensor([1, 0, 2], dtype=torch.int32), 3
+    got = ops.share_layers(scores, places, keep, recent, sinks)
+    for b in range(B):
+        everything = []
+        for layer, (place, score) in enumerate(zip(places, scores)):
+            for h in range(place.shape[1]):
+                for p, s in zip(place[b, h].tolist(), score[b, h].tolist()):
+                    safe = p < sinks or sum(q > p for q in place[b, h].tolist()) < recent[b]
+                    if p >= 0:
+                        everything.append((-math.inf if safe else -s, layer, h))
+        stays = sorted(everything)[: budget * 5]
+        for layer, found in enumerate(got):
+            assert found[b].tolist() == [sum(s[1:] == (layer, h) for s in stays) for h in range(found.shape[1])]
 
 
 @pytest.mark.parametrize("name", calls())

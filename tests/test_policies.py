@@ -14,6 +14,8 @@ from kvrewrite.capture import Captured, capture
 from kvrewrite.errors import OptionError
 from kvrewrite.kernels.reference.scores import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
+from tests import learned
+from tests.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.oracle import Entry, Layer, Moment, Oracle, Rule
 from tests.oracle_rules import (
     AttentionGateRule,
@@ -74,7 +76,15 @@ def gates() -> dict[str, Tensor]:
     return weights
 
 
-POLICY_WEIGHTS = {"locret": retaining_heads, "locret_q": retaining_heads, "attention_gate": gates}
+POLICY_WEIGHTS = {
+    "locret": retaining_heads,
+    "locret_q": retaining_heads,
+    "attention_gate": gates,
+    "kvzap": learned.kvzap_file,
+    "fast_kvzip": learned.fast_kvzip_weights,
+    "trim_kv": learned.trim_kv_file,
+    "duo_attention": lambda: {"full_attention_heads": torch.tensor(learned.ALPHA)},
+}
 
 
 @functools.cache
@@ -87,6 +97,10 @@ def captured() -> Captured:
 @functools.cache
 def rewritten(policy: str, **options: Any) -> Any:
     weights = POLICY_WEIGHTS[policy]() if policy in POLICY_WEIGHTS else None
+    if options.get("hidden_size") == 0:
+        weights = learned.kvzap_file(linear=True)
+    if "retention_gate" in options:
+        weights = learned.trim_kv_file(options["retention_gate"])
     return rewrite(llama(), captured(), policy, weights, **options)
 
 
@@ -106,6 +120,18 @@ def attention_gate(**options: Any) -> AttentionGateRule:
     }
     layers = [{n: gates()[f"model.layers.{i}.gate.{path}"] for n, path in names.items()} for i in range(LAYERS)]
     return AttentionGateRule(gates=layers, gate_heads=2, **options)
+
+
+def kvzap(linear: bool = False, **options: Any) -> KVzapRule:
+    return KVzapRule(models=learned.kvzap_file(linear), **options)
+
+
+def fast_kvzip(**options: Any) -> FastKVzipRule:
+    return FastKVzipRule(gates=learned.fast_kvzip_file(), **options)
+
+
+def trim_kv(kind: str = "rg", **options: Any) -> TrimKVRule:
+    return TrimKVRule(gates=learned.trim_kv_file(kind), kind=kind, **options)
 
 
 # name -> (policy, its options, the oracle's rule)
@@ -387,6 +413,51 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 10, "layer_budgets": "13,8,10", "interval": 3, "seed": 1},
         NACLRule(budget=10, layer_budgets=(13, 8, 10), interval=3, seed=1),
     ),
+    "kvzap, contiguous": (
+        "kvzap",
+        {"threshold": -1.0, "window": 5, "positions": "contiguous"},
+        kvzap(threshold=-1.0, window=5, contiguous=True),
+    ),
+    "kvzap linear, chunks, prompts only": (
+        "kvzap",
+        {"threshold": -0.5, "window": 3, "hidden_size": 0, "chunk": 6, "decode_eviction": False},
+        kvzap(True, threshold=-0.5, window=3, chunk=6, decode_eviction=False),
+    ),
+    "kvzap, budget and threshold": (
+        "kvzap",
+        {"threshold": -1.5, "window": 2, "budget": 8, "chunk": 9},
+        kvzap(threshold=-1.5, window=2, budget=8, chunk=9),
+    ),
+    "fast_kvzip": (
+        "fast_kvzip",
+        {"budget": 0.4, "n_sink": 1, "window_ratio": 0.1, "interval": 8, "decode_window": 2},
+        fast_kvzip(budget=0.4, sinks=1, ratio=0.1, interval=8, decode_window=2),
+    ),
+    "fast_kvzip, chunks": (
+        "fast_kvzip",
+        {"budget": 9, "n_sink": 2, "window": 3, "chunk": 8, "interval": 5, "decode_window": 3},
+        fast_kvzip(budget=9, sinks=2, wide=3, chunk=8, interval=5, decode_window=3),
+    ),
+    "fast_kvzip, by layer": (
+        "fast_kvzip",
+        {"budget": 10, "n_sink": 1, "scope": "layer", "interval": 6, "decode_window": 2},
+        fast_kvzip(budget=10, sinks=1, scope="layer", interval=6, decode_window=2),
+    ),
+    "trim_kv": (
+        "trim_kv",
+        {"budget": 9, "buffer_size": 4, "retention_gate": "rg"},
+        trim_kv(budget=9, buffer=4),
+    ),
+    "trim_kv gated, chunks": (
+        "trim_kv",
+        {"budget": 0.4, "buffer_size": 1, "retention_gate": "rg3", "chunk": 9},
+        trim_kv("rg3", budget=0.4, chunk=9),
+    ),
+    "duo_attention": (
+        "duo_attention",
+        {"budget": 9, "start": 3, "chunk": 7},
+        DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
+    ),
     "attention gate": ("attention_gate", {"gate_heads": 2, "gate_dim": 8}, attention_gate()),
     "attention gate, no start": ("attention_gate", {"start": 0, "gate_heads": 2}, attention_gate(sinks=0)),
     "attention gate, budget": (
@@ -434,6 +505,42 @@ LONG: dict[str, tuple[tuple[str, dict[str, Any], Rule], tuple[int, ...]]] = {
             ScissorhandsRule(budget=24, recent=3, chunk=10, history=13),
         ),
         (70, *[1] * 20),
+    ),
+    "kvzap top-k": (
+        ("kvzap", {"threshold": None, "window": 4, "budget": 0.4}, kvzap(threshold=None, window=4, budget=0.4)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "kvzap, no window": (
+        ("kvzap", {"threshold": -1.0, "window": 0}, kvzap(threshold=-1.0, window=0)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "fast_kvzip, window beyond the budget": (
+        ("fast_kvzip", {"budget": 8, "chunk": 7, "interval": 0}, fast_kvzip(budget=8, chunk=7, interval=0)),
+        (31, *[1] * 5, 12, 1, 1),
+    ),
+    "fast_kvzip, by head": (
+        (
+            "fast_kvzip",
+            {"budget": 10, "n_sink": 1, "scope": "head", "window_ratio": 0.2, "interval": 4},
+            fast_kvzip(budget=10, sinks=1, scope="head", ratio=0.2, interval=4),
+        ),
+        (31, *[1] * 9, 12, 1, 1),
+    ),
+    "trim_kv keys and values": (
+        (
+            "trim_kv",
+            {"budget": 9, "buffer_size": 3, "retention_gate": "rg2"},
+            trim_kv("rg2", budget=9, buffer=3),
+        ),
+        (31, *[1] * 9, 12, 1, 1),
+    ),
+    "duo_attention, given heads": (
+        (
+            "duo_attention",
+            {"budget": 8, "start": 0, "heads": "00,11,01", "chunk": None},
+            DuoRule(retrieval=[[False, False], [True, True], [False, True]], start=0, recent=8),
+        ),
+        (31, *[1] * 5, 12, 1, 1),
     ),
     "heads, a further prompt that fits": (  # after which decoding has the plain budget
         (
@@ -744,6 +851,27 @@ def test_oracle_gate_flags_half() -> None:
         ("sirllm", {"budget": 6, "start": 4, "recent_tokens": 2}, "budget is 6"),
         ("nacl", {"preset": "papers"}, "preset"),
         ("nacl", {"interval": -1}, "interval is -1"),
+        ("kvzap", {"threshold": None}, "budget is None"),
+        ("kvzap", {"threshold": float("inf")}, "threshold is inf"),
+        ("kvzap", {"window": -1}, "window is -1"),
+        ("kvzap", {"budget": 128}, "128 recent tokens"),
+        ("kvzap", {"head_budgets": "adakv"}, "head_budgets"),
+        ("fast_kvzip", {"budget": None}, "budget is None"),
+        ("fast_kvzip", {"budget": 12}, "budget is 12"),
+        ("fast_kvzip", {"scope": "models"}, "scope"),
+        ("fast_kvzip", {"interval": -1}, "interval is -1"),
+        ("fast_kvzip", {"window_ratio": 2.0}, "window_ratio"),
+        ("fast_kvzip", {"head_budgets": "adakv"}, "head_budgets"),
+        ("fast_kvzip", {"layer_budgets": "20,30"}, "layer_budgets"),
+        ("fast_kvzip", {"merge": True}, "merge"),
+        ("trim_kv", {"buffer_size": 0}, "buffer_size is 0"),
+        ("trim_kv", {"retention_gate": "rg4"}, "retention_gate"),
+        ("trim_kv", {"layer_budgets": "pyramid"}, "layer_budgets"),
+        ("duo_attention", {"sparsity": 1.5}, "sparsity"),
+        ("duo_attention", {"heads": "10,2"}, "heads is"),
+        ("duo_attention", {"budget": 64}, "budget is 64"),
+        ("duo_attention", {"head_budgets": "adakv"}, "head_budgets"),
+        ("duo_attention", {"merge": True}, "merge"),
         ("attention_gate", {"threshold": 1.5}, "threshold"),
         ("attention_gate", {"gate_heads": 0}, "gate_heads is 0"),
     ],

@@ -64,6 +64,10 @@ EVERY = {
     "scissorhands": {"recent_tokens": 3},
     "sirllm": {"chunk": 7},
     "tova": {},
+    "kvzap": {"threshold": 0.0, "window": 6},
+    "fast_kvzip": {"n_sink": 1},
+    "trim_kv": {"buffer_size": 3, "retention_gate": "rg"},
+    "duo_attention": {"start": 4, "heads": "10,01"},
     "h2o": {"quantize": "int8", "quantize_group": 8, "quantize_residual": 8, "merge": True},
 }
 

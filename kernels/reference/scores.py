@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels.reference.evict import ranks_from_newest, visible_later
+
 M1, M2, M3, M4 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93
 
 
@@ -148,3 +150,66 @@ def gate(
     weights = torch.softmax(logits.masked_fill(~visible[:, None], float("-inf")), dim=-1)
     out = torch.einsum("bhtn,bnhd->bthd", weights, values).reshape(b, t, width)
     return torch.where(real[..., None], out, 0.0)
+
+
+def sink_gate(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, k_base: Tensor, bias: Tensor) -> Tensor:
+    """Fast KVzip's gate: how a token fares against learned sinks, (B, Hkv, T) fp32 in (0, 1].
+
+    q (B, T, Hkv * G * r), k (B, T, Hkv * r) and the norms' weights (r,); k_base (Hkv, 1, S, r): the sinks' keys, not
+    normalized; bias (Hkv, 1, G). With q and k normalized (RMS, eps 1e-6): l = q . k / sqrt(r) + bias, l_s = q . k_base_s /
+    sqrt(r), score = mean over the group of 1 / (1 + sum_s exp(l_s - l)).
+    """
+    heads, _, group = bias.shape
+    rank = q_norm.shape[0]
+
+    def normalized(x: Tensor, weight: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.float()
+
+    queries = normalized(q.unflatten(-1, (heads, group, rank)), q_norm)
+    keys = normalized(k.unflatten(-1, (heads, 1, rank)), k_norm)
+    own = (queries * keys).sum(-1) / rank**0.5 + bias.float()[:, 0]
+    sinks = torch.einsum("bthgr,hsr->bthgs", queries, k_base.float()[:, 0]) / rank**0.5
+    score = 1 / (1 + torch.exp(sinks - own[..., None]).sum(-1))
+    return score.mean(-1).transpose(1, 2).contiguous()
+
+
+def kept_above(
+    scores: Tensor,
+    places: Tensor,
+    recent: Tensor,
+    keep: Tensor,
+    evicts: Tensor,
+    threshold: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """See `kvrewrite::kept_above` in score_ops.py."""
+    live = places >= 0
+    seen = visible_later(places, live, places.amax((1, 2)), window, chunk)
+    passes = scores >= threshold  # not a number does not
+    passes = passes | (ranks_from_newest(places, live) < recent[:, None, None]) | (evicts == 0)[:, None, None]
+    return torch.minimum(keep, (seen & passes).sum(-1).to(keep.dtype))
+
+
+def share_layers(
+    scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
+) -> list[Tensor]:
+    """See `kvrewrite::share_layers` in score_ops.py."""
+    total = torch.stack([k.long().sum(-1) for k in keep]).sum(0)
+    live = [p >= 0 for p in places]
+    held = torch.stack([x.sum((1, 2)) for x in live]).sum(0)
+    if bool((held <= total).all()):
+        return [x.sum(-1).to(torch.int32) for x in live]
+    worth = []
+    for score, place, there in zip(scores, places, live):
+        safe = (place < sinks) | (ranks_from_newest(place, there) < recent[:, None, None])
+        value = torch.nan_to_num(score.float(), nan=-3.3e38, posinf=3e38, neginf=-3e38)
+        worth.append(value.masked_fill(safe, float("inf")).masked_fill(~there, float("-inf")).flatten(1))
+    flat = torch.cat(worth, dim=1)
+    order = torch.argsort(flat, dim=1, descending=True, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
+    stays = (place < total[:, None]) & (flat > float("-inf"))
+    parts = stays.split([w.shape[1] for w in worth], dim=1)
+    return [part.reshape(p.shape).sum(-1).to(torch.int32) for part, p in zip(parts, places)]

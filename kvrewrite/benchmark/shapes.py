@@ -172,7 +172,7 @@ class ShapeSource:
         for layer in range(self.hf_config.num_hidden_layers):
             for name, shape in shapes.items():
                 values = torch.randn(shape, generator=generator, device=self.device, dtype=dtype)
-                made[re.sub(r"\blayers\.0\.", f"layers.{layer}.", name)] = values / shape[-1] ** 0.5
+                made[re.sub(r"\b(layers|gates)\.0\.", rf"\g<1>.{layer}.", name)] = values / shape[-1] ** 0.5
         return made
 
 

@@ -60,7 +60,7 @@ def _evicts(policy: Policy, segments: Sequence[Segment], layers: int) -> bool:
         tokens += segment.length
         if min(policy.layer_keeps(segment, tokens, layers)) < tokens:
             return True
-    return policy.gates
+    return policy.gates or policy.data_dependent
 
 
 def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:

@@ -9,10 +9,13 @@ from typing import Any
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.duo_attention import DuoAttention
 from kvrewrite.policies.expected_attention import ExpectedAttention
+from kvrewrite.policies.fast_kvzip import FastKVzip
 from kvrewrite.policies.full import Full
 from kvrewrite.policies.h2o import H2O
 from kvrewrite.policies.keys import KeyDiff, Knorm
+from kvrewrite.policies.kvzap import KVzap
 from kvrewrite.policies.locret import Locret, LocretQ
 from kvrewrite.policies.nacl import NACL
 from kvrewrite.policies.random import Random
@@ -21,12 +24,13 @@ from kvrewrite.policies.sirllm import SirLLM
 from kvrewrite.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from kvrewrite.policies.streaming_llm import StreamingLLM
 from kvrewrite.policies.tova import TOVA
+from kvrewrite.policies.trim_kv import TrimKV
 
 POLICIES: dict[str, type[Policy]] = {
     p.name: p
     for p in (
         Full, StreamingLLM, H2O, Scissorhands, TOVA, SirLLM, SnapKV, PyramidKV, AdaKV, NACL, ExpectedAttention, KeyDiff,
-        Knorm, Random, Locret, LocretQ, AttentionGate,
+        Knorm, Random, Locret, LocretQ, KVzap, FastKVzip, TrimKV, DuoAttention, AttentionGate,
     )
 }  # fmt: skip
 ALIASES = {"msrnn": "tova"}  # what NACL's paper calls TOVA
@@ -76,8 +80,11 @@ __all__ = [
     "UNLIMITED",
     "AdaKV",
     "AttentionGate",
+    "DuoAttention",
     "ExpectedAttention",
+    "FastKVzip",
     "Full",
+    "KVzap",
     "KeyDiff",
     "Knorm",
     "Locret",
@@ -92,6 +99,7 @@ __all__ = [
     "SirLLM",
     "SnapKV",
     "StreamingLLM",
+    "TrimKV",
     "make",
     "register",
 ]  # fmt: skip

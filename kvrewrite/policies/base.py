@@ -65,11 +65,13 @@ class Scores:
 
     new: (B, Hkv, T), the scores of the new tokens. slots: (B, Hkv, C), which replaces the scores of cached slots, or None
     where they stay as they were. select: (B, Hkv, C + T), what this eviction goes by where it is not the stored scores.
+    keep: (B, Hkv) int32, how many slots stay where the text decides (`Policy.data_dependent`), else the budget holds.
     """
 
     new: fx.Node
     slots: fx.Node | None = None
     select: fx.Node | None = None
+    keep: fx.Node | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class Policy:
     after_logits: ClassVar[bool] = False  # scores need the logits of the tokens
     needs_rotary: ClassVar[bool] = False  # scores need cos and sin of the rotation
     gates: ClassVar[bool] = False  # flags tokens before attention
+    head_pattern: ClassVar[bool] = False  # `head_keeps` gives the heads of a layer different budgets
+    weights_are_options: ClassVar[bool] = False  # `adapt` turns given weights into options; the graph reads none
     rotary_ahead: ClassVar[int] = 0  # with needs_rotary: positions beyond the text that cos and sin must have
     inputs: ClassVar[tuple[str, ...]] = ()  # graph inputs (B,) int32 that `Segment.values` sets row by row
 
@@ -127,6 +131,17 @@ class Policy:
     def recent(self) -> int:
         """How many of the newest slots are protected in every eviction."""
         return 0
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether the text decides how many slots a head keeps (`Scores.keep`), at most its budget."""
+        return False
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether the heads of all layers share one budget: layers are rated first (`rate`) and evict behind the last one.
+        A layer's budget is then its part of the sum, and no bound for a head. Implies `data_dependent`."""
+        return False
 
     def recent_of(self, keep: int) -> int:
         """How many of the newest slots are protected when `keep` stay."""
@@ -258,8 +273,13 @@ class Policy:
         see them, and they never enter the cache."""
         return None
 
+    def rate(self, hook: SiteHook) -> None:
+        """With `shares_layers`: adds what `score` will need of this site, behind its attention; `hook.inputs.memo` keeps it."""
+        raise TypeError(f"{type(self).__name__} does not say how to rate")
+
     def score(self, hook: SiteHook) -> Scores:
-        """Adds the scoring subgraph at one site, behind its attention (behind the logits with `after_logits`)."""
+        """Adds the scoring subgraph at one site, behind its attention (behind the logits with `after_logits`, behind the last
+        layer with `shares_layers`)."""
         raise TypeError(f"{type(self).__name__} does not say how to score")
 
     # -- runtime -------------------------------------------------------------------------------------------------
@@ -298,10 +318,14 @@ class Policy:
         base = self.slots(tokens)
         return [n if base == segment.keep else n * segment.keep // base for n in self._layer_list()]
 
+    def head_keeps(self, keep: int, layer: int, heads: int) -> list[int]:
+        """Slots that each of the `heads` kv heads of the layer-th cache owner keeps, where the layer's budget is `keep`."""
+        return [keep] * heads
+
     @property
     def ragged(self) -> bool:
-        """Whether the heads of a layer keep different numbers of slots."""
-        return self.gates or self.head_budgets != "equal"
+        """Whether the device decides which of a layer's heads keeps how many slots."""
+        return self.gates or self.data_dependent or self.head_budgets != "equal"
 
     @property
     def renews_ranks_in_decoding(self) -> bool:

@@ -1,0 +1,122 @@
+"""DuoAttention: retrieval heads keep everything, streaming heads the first tokens and a recent window."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError, PolicyWeightsError
+from kvrewrite.policies.base import UNLIMITED, Policy, Scores
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuoAttention(Policy):
+    """DuoAttention (Xiao et al., arXiv 2410.10819; code and patterns mit-han-lab/duo-attention @ fe93c31).
+
+    A pattern holds one number alpha per (layer, kv head), trained. Of all heads the share `sparsity` with the smallest alpha
+    are streaming heads: they keep the first `start` tokens and the newest of their `budget` slots, as StreamingLLM does with
+    original positions; the others keep every token. start=64 and 256 recent tokens are what the authors deploy (patterns
+    are trained with 128 and 256).
+
+    alpha is clamped to [0, 1]; equal ones are told apart by layer and head (the authors add random noise). `heads` is the
+    result, a group of digits a layer, 1 for heads that keep everything ("1010,0110"): given as an option, it needs no
+    weights. A chunk attends to what its heads hold and to itself, as in the authors' chunked prefill; they take the whole
+    prompt as one chunk unless told otherwise.
+    """
+
+    name = "duo_attention"
+    summary = "everything in retrieval heads, sinks + recent window in the others"
+    source = "arXiv 2410.10819"
+    needs_weights = True
+    weights_are_options = True
+    has_scores = False
+    head_pattern = True
+
+    budget: int | float | None = 320
+    start: int = 64
+    sparsity: float = 0.5
+    heads: str = ""
+    chunk: int | None = 4096
+
+    @property
+    def sinks(self) -> int:
+        """The first tokens, which never go."""
+        return self.start
+
+    def validate(self) -> None:
+        """Sizes that make sense, and a pattern that is one."""
+        self.require_budget()
+        if self.start < 0:
+            raise OptionError(f"duo_attention: start is {self.start}, expected 0 or more")
+        if not 0 <= self.sparsity <= 1:
+            raise OptionError(
+                f"duo_attention: sparsity is {self.sparsity}, expected a share of the heads between 0 and 1"
+            )
+        if self.heads and not all(group and set(group) <= {"0", "1"} for group in self.heads.split(",")):
+            raise OptionError(
+                f"duo_attention: heads is {self.heads[:80]!r}, expected a group of 0 and 1 for each layer, such as 1010,0110"
+            )
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """The pattern as it fits the model."""
+        tensors = facts.get("policy_tensors") or {}
+        heads = self.heads
+        if tensors and not heads:
+            heads = self._classify(tensors)
+        if not heads:
+            raise OptionError(
+                "duo_attention needs a pattern: policy weights (kvrewrite import-weights full_attention_heads.tsv --policy "
+                "duo_attention --out pattern.safetensors), or the option heads"
+            )
+        groups, owners = heads.split(","), [s for s in sites if s.shares_kv_with is None]
+        if [len(g) for g in groups] != [s.kv_heads for s in owners]:
+            raise PolicyWeightsError(
+                f"duo_attention: the pattern has {len(groups)} layers of {_counts(len(g) for g in groups)} heads, but the model "
+                f"has {len(owners)} layers of {_counts(s.kv_heads for s in owners)} kv heads; it is another model's"
+            )
+        return dataclasses.replace(self, heads=heads)
+
+    def _classify(self, tensors: dict[str, Any]) -> str:
+        """Which heads keep everything."""
+        pattern = tensors.get(PATTERN)
+        if set(tensors) != {PATTERN} or pattern is None or pattern.dim() != 2 or not pattern.is_floating_point():
+            got = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:4])
+            raise PolicyWeightsError(
+                f"duo_attention: the weights are {got}; expected {PATTERN} (layers, kv heads) alone"
+            )
+        rows = pattern.double().clamp(0, 1).tolist()
+        flat = [alpha for row in rows for alpha in row]
+        if any(math.isnan(a) for a in flat):
+            raise PolicyWeightsError(f"duo_attention: {PATTERN} has values that are not a number")
+        # So many lie below the quantile that the authors compare with (numpy's, by interpolation).
+        streaming = len(flat) if self.sparsity == 1 else math.ceil(self.sparsity * (len(flat) - 1) - 1e-9)
+        order = sorted(range(len(flat)), key=lambda n: flat[n])
+        small = set(order[:streaming])
+        width = len(rows[0])
+        digits = ["0" if n in small else "1" for n in range(len(flat))]
+        return ",".join("".join(digits[at : at + width]) for at in range(0, len(flat), width))
+
+    def score(self, hook: SiteHook) -> Scores:
+        """A token is worth its position: the oldest goes first."""
+        return Scores(hook.position_scores())
+
+    def head_keeps(self, keep: int, layer: int, heads: int) -> list[int]:
+        """No limit for heads that keep everything."""
+        groups = self.heads.split(",") if self.heads else []
+        if layer >= len(groups) or len(groups[layer]) != heads:
+            return [UNLIMITED] * heads  # before `adapt` nothing is known of the model
+        return [UNLIMITED if digit == "1" else keep for digit in groups[layer]]
+
+
+def _counts(numbers: Any) -> str:
+    """Numbers, each once."""
+    return "/".join(str(n) for n in sorted(set(numbers)))

@@ -1,0 +1,193 @@
+"""Fast KVzip: gates that were trained on KVzip's scores; all heads of all layers share one budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError, UnsupportedModelError
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastKVzip(Policy):
+    """Fast KVzip (Kim et al., arXiv 2601.17668; code Janghyun1230/FastKVzip @ 7d78b34, and FastKVzipPress in NVIDIA/kvpress).
+
+    A gate per layer reads the attention layer's input x. Per kv head, and per query head of its group: q = RMSNorm(Wq x + bq),
+    k = RMSNorm(Wk x), of `rank` channels each; l = q . k / sqrt(rank) + b, l_s = q . s / sqrt(rank) for each of the learned
+    sink keys s; score = mean over the group of 1 / (1 + sum_s exp(l_s - l)), between 0 and 1. The first n_sink tokens and a
+    window of the newest count as 1. scope="model": the best budget x heads x layers slots stay, wherever they lie; "layer": the
+    heads of a layer share budget x heads; "head": each has its own.
+
+    The window of a prompt is `window` tokens, or window_ratio of a prompt that fits one chunk, and at most what the budget
+    leaves beside the sinks. While decoding, the same every `interval` tokens of the text with the decode_window newest (the
+    authors' code for reasoning; interval=0 never, as in their code for long prompts). Layers with a sliding window have no
+    gates and keep their window, as in the authors' Gemma 3.
+
+    What differs: their chunks are judged one by one, each keeping its share for good; here a chunk competes with all that is
+    held. They protect the system prompt, kvpress the first 4 tokens; so do we. Weights are in the model's dtype. scope="model"
+    holds the new keys and values of a chunk in all layers until the last layer is through.
+    """
+
+    name = "fast_kvzip"
+    summary = "what trained gates rate highest, over all heads of all layers"
+    source = "arXiv 2601.17668"
+    needs_weights = True
+
+    budget: int | float | None = 0.3
+    chunk: int | None = 16000
+    scope: str = "model"
+    n_sink: int = 4
+    window: int = 4096
+    window_ratio: float = 0.02
+    interval: int = 128
+    decode_window: int = 8
+    rank: int = 16
+    gate_sinks: int = 16
+    head_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope == "layer" and self.head_budgets == "equal":
+            object.__setattr__(self, "head_budgets", "adakv")
+        super().__post_init__()
+
+    @property
+    def sinks(self) -> int:
+        """The first tokens."""
+        return self.n_sink
+
+    @property
+    def data_dependent(self) -> bool:
+        """Where layers share."""
+        return self.shares_layers
+
+    @property
+    def shares_layers(self) -> bool:
+        """All layers, one budget."""
+        return self.scope == "model"
+
+    def validate(self) -> None:
+        """Sizes that make sense."""
+        self.require_budget()
+        if self.scope not in ("model", "layer", "head"):
+            raise OptionError(f'fast_kvzip: scope is {self.scope!r}, expected "model", "layer" or "head"')
+        for option, least in (
+            ("n_sink", 0), ("window", 0), ("interval", 0), ("decode_window", 0), ("rank", 1), ("gate_sinks", 1)
+        ):  # fmt: skip
+            if getattr(self, option) < least:
+                raise OptionError(f"fast_kvzip: {option} is {getattr(self, option)}, expected at least {least}")
+        if not 0 <= self.window_ratio <= 1:
+            raise OptionError(f"fast_kvzip: window_ratio is {self.window_ratio}, expected a share between 0 and 1")
+        if self.scope != "layer" and self.head_budgets != "equal":
+            raise OptionError(
+                f'fast_kvzip: head_budgets is {self.head_budgets!r}, but scope="{self.scope}" says who shares a budget; expected '
+                'equal (scope="layer": the heads of a layer share)'
+            )
+        if self.scope == "model" and self.layer_budgets != "equal":
+            raise OptionError(
+                f'fast_kvzip: layer_budgets is {self.layer_budgets!r}, but with scope="model" layers compete; expected equal, or '
+                'scope="layer" or "head"'
+            )
+        if self.scope == "model" and self.merge:
+            raise OptionError('fast_kvzip: merge=True needs scope="layer" or "head"')
+        if isinstance(self.budget, int) and self.interval and self.budget <= self.n_sink + self.decode_window:
+            raise OptionError(
+                f"fast_kvzip: budget is {self.budget}, but {self.n_sink} first tokens and the {self.decode_window} newest always "
+                f"stay while decoding; expected more than {self.n_sink + self.decode_window}"
+            )
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Takes the gates' sizes from the weights."""
+        tensors = facts.get("policy_tensors") or {}
+        base = next((t for n, t in tensors.items() if n.endswith(".k_base")), None)
+        if not any(self._gated(s) for s in sites):
+            raise UnsupportedModelError(
+                "fast_kvzip: every layer of this model has a sliding window, and gates belong to the others"
+            )
+        if base is None or base.dim() != 4:
+            return self
+        return dataclasses.replace(self, rank=int(base.shape[3]), gate_sinks=int(base.shape[2]))
+
+    @staticmethod
+    def _gated(site: AttentionSite) -> bool:
+        return site.shares_kv_with is None and not site.window and not site.chunk
+
+    def _numbers(self, sites: list[AttentionSite]) -> dict[int, int]:
+        """layer -> number of its gate."""
+        return {layer: i for i, layer in enumerate(s.layer for s in sites if self._gated(s))}
+
+    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+        """gates.<number>.<the authors' names>."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        numbers = self._numbers(sites)
+        for site, hook in zip(sites, hooks, strict=True):
+            if site.layer not in numbers:
+                continue
+            name, hidden, group = f"gates.{numbers[site.layer]}", hook.hidden_width(), site.heads // site.kv_heads
+            shapes[f"{name}.q_proj.weight"] = (site.heads * self.rank, hidden)
+            shapes[f"{name}.q_proj.bias"] = (site.heads * self.rank,)
+            shapes[f"{name}.k_proj.weight"] = (site.kv_heads * self.rank, hidden)
+            shapes[f"{name}.q_norm.weight"] = shapes[f"{name}.k_norm.weight"] = (self.rank,)
+            shapes[f"{name}.k_base"] = (site.kv_heads, 1, self.gate_sinks, self.rank)
+            shapes[f"{name}.b"] = (site.kv_heads, 1, group)
+        return shapes
+
+    def _gate_score(self, hook: SiteHook) -> fx.Node:
+        """The gate's score of the new tokens, (B, Hkv, T)."""
+        memo = hook.inputs.memo
+        number = memo["gates"] = memo.get("gates", -1) + 1  # sites come in order
+        w = {n: hook.weight(f"gates.{number}.{n}") for n in (
+            "q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight", "k_base", "b"
+        )}  # fmt: skip
+        x = hook.hidden_states()
+        q, k = hook.linear(x, w["q_proj.weight"], w["q_proj.bias"]), hook.linear(x, w["k_proj.weight"])
+        return hook.call(hook.ops.sink_gate.default, q, k, w["q_norm.weight"], w["k_norm.weight"], w["k_base"], w["b"])
+
+    def rate(self, hook: SiteHook) -> None:
+        """Scores and places of all slots of one layer."""
+        if not self._gated(hook.site):
+            return
+        new = self._gate_score(hook)
+        scores = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
+        layers = hook.inputs.memo.setdefault("layers", {})
+        layers[hook.site.layer] = (new, scores, hook.slot_positions(), hook.input("keep"))
+
+    def score(self, hook: SiteHook) -> Scores:
+        """The gate's score; where layers share, how many slots each head has won."""
+        if not self._gated(hook.site):  # keeps its window
+            wide = hook.call(hook.aten.full_like.default, hook.input("keep"), UNLIMITED)
+            return Scores(hook.position_scores(), keep=wide)
+        if not self.shares_layers:
+            return Scores(self._gate_score(hook))
+        layers = hook.inputs.memo["layers"]
+
+        def share() -> fx.Node:
+            _, scores, places, keep = ([entry[i] for entry in layers.values()] for i in range(4))
+            return hook.call(hook.ops.share_layers.default, scores, places, keep, hook.input("recent"), self.n_sink)
+
+        won = hook.once("won", share)
+        number = list(layers).index(hook.site.layer)
+        return Scores(layers[hook.site.layer][0], keep=hook.item(won, number))
+
+    # -- runtime
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+        """Chunks, with the window that the prompt's length asks for."""
+        step, keep = self.chunk or max(1, length), self.slots(row.seen + length)
+        short = length < (self.chunk or length + 1)
+        window = int(self.window_ratio * length) if short else self.window
+        window = min(window, max(0, keep - self.n_sink))
+        return [Segment(min(step, length - at), keep, window) for at in range(0, length, step)]
+
+    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+        """An eviction every `interval` tokens of the text."""
+        if not self.decode_eviction or not self.interval or row.seen % self.interval:
+            return Segment(1, UNLIMITED, prompt=False)
+        return Segment(1, self.slots(row.seen + 1), self.decode_window, prompt=False)

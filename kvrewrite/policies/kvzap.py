@@ -1,0 +1,126 @@
+"""KVzap: a small model of the hidden states predicts what KVzip would say, and a threshold decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVzap(Policy):
+    """KVzap (NVIDIA, arXiv 2601.07891; code NVIDIA/kvpress @ 8bb29b9: KVzapPress in DMSPress).
+
+    score = W x + b (linear models) or W2 gelu(W1 x + b1) + b2 (MLP models) of the attention layer's input x, one per (token,
+    kv head): an estimate of the log of what KVzip+ finds a token worth. Once a token is no longer among the `window`
+    newest, it goes where score < threshold; so heads keep as much as the text asks for, in prompts and while decoding. A
+    budget (off) caps it, by the largest scores; threshold=None with a budget is top-k alone (ours: scores then only rank).
+
+    threshold=-4 is the example of the authors' README; their results are for a range of thresholds. A whole prompt goes
+    through at once, as theirs does; `chunk` drops between chunks. decode_eviction=False is DMSPress(decoding=False). While
+    decoding, pages of dropped slots go back every 64 tokens.
+    """
+
+    name = "kvzap"
+    summary = "what a small model scores above a threshold, per head"
+    source = "arXiv 2601.07891"
+    needs_weights = True
+    inputs = ("drops",)
+
+    threshold: float | None = -4.0
+    window: int = 128
+    hidden_size: int = 512
+
+    @property
+    def recent(self) -> int:
+        """The window, where a budget caps."""
+        return self.window
+
+    @property
+    def data_dependent(self) -> bool:
+        """With a threshold."""
+        return self.threshold is not None
+
+    def validate(self) -> None:
+        """A threshold or a budget."""
+        if self.threshold is None:
+            self.require_budget()
+        elif not math.isfinite(self.threshold):
+            raise OptionError(f"kvzap: threshold is {self.threshold}, expected a finite number (a log)")
+        if self.window < 0 or self.hidden_size < 0:
+            raise OptionError(
+                f"kvzap: window is {self.window} and hidden_size {self.hidden_size}, expected 0 or more (hidden_size=0: a "
+                "linear model)"
+            )
+        if self.threshold is not None and self.head_budgets != "equal":
+            raise OptionError(
+                f"kvzap: head_budgets is {self.head_budgets!r}, but the threshold decides how much a head keeps; expected "
+                "equal, or threshold=None"
+            )
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Takes the kind of model, and its width, from the weights."""
+        tensors = facts.get("policy_tensors") or {}
+        inner = next(
+            (t for n, t in tensors.items() if re.fullmatch(r"layers\.\d+\.0\.weight", n) and t.dim() == 2), None
+        )
+        if inner is not None:
+            return dataclasses.replace(self, hidden_size=int(inner.shape[0]))
+        return dataclasses.replace(self, hidden_size=0) if tensors else self
+
+    @staticmethod
+    def _name(site: AttentionSite, part: str) -> str:
+        return f"layers.{site.layer}.{part}"
+
+    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+        """The authors' key layout."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site, hook in zip(sites, hooks, strict=True):
+            if site.shares_kv_with is not None:
+                continue
+            last, width = "", hook.hidden_width()
+            if self.hidden_size:
+                shapes[self._name(site, "0.weight")] = (self.hidden_size, width)
+                shapes[self._name(site, "0.bias")] = (self.hidden_size,)
+                last, width = "2.", self.hidden_size
+            shapes[self._name(site, f"{last}weight")] = (site.kv_heads, width)
+            shapes[self._name(site, f"{last}bias")] = (site.kv_heads,)
+        return shapes
+
+    def score(self, hook: SiteHook) -> Scores:
+        """The prediction, and how many of a head's slots are good enough."""
+        x, last = hook.hidden_states(), ""
+        if self.hidden_size:
+            x = hook.linear(x, *(hook.weight(self._name(hook.site, f"0.{n}")) for n in ("weight", "bias")))
+            x, last = hook.activation(x, "gelu"), "2."
+        found = hook.linear(x, *(hook.weight(self._name(hook.site, f"{last}{n}")) for n in ("weight", "bias")))
+        new = hook.per_head(found)
+        if self.threshold is None:
+            return Scores(new)
+        scores = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
+        keep = hook.call(
+            hook.ops.kept_above.default, scores, hook.slot_positions(), hook.input("recent"), hook.input("keep"),
+            hook.input("drops"), float(self.threshold), *hook.inputs.span,
+        )  # fmt: skip
+        return Scores(new, keep=keep)
+
+    # -- runtime
+    def segment(self, length: int, keep: int, **rest: Any) -> Segment:
+        """A segment in which what is not good enough goes."""
+        return Segment(length, keep, self.window, {"drops": 1}, **rest)
+
+    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+        """What leaves the window is judged, unless decode_eviction is off."""
+        if not self.decode_eviction:
+            return Segment(1, UNLIMITED, prompt=False)
+        return self.segment(1, self.slots(row.seen + 1), prompt=False)

@@ -1,0 +1,177 @@
+"""TRIM-KV: trained gates say at birth how fast a token is forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import OptionError, PolicyWeightsError
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from kvrewrite.passes.insert_policy import SiteHook
+    from kvrewrite.site import AttentionSite
+
+GATES = ("rg", "rg2", "rg3")
+PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one behind it
+    "rg": (("linear1.weight", "linear1.bias"), "linear2.weight"),
+    "rg2": (("linear1.weight", "linear1.bias"), "linear2.weight"),
+    "rg3": (("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimKV(Policy):
+    """TRIM-KV (Bui et al., "Cache What Lasts", arXiv 2512.03324; code ngocbh/trimkv @ 0456bc4): retention gates.
+
+    log beta = logsigmoid(W2 act(W1 x + b1) + b), one per (token, kv head). x is the attention layer's input
+    (retention_gate="rg"), or what it caches of the token, [k | v] of all kv heads with k rotated ("rg2"; "rg3" has
+    W2 (act(Wg x) * Wu x) + b). Behind t tokens the one at position j (from 0) is worth (t + 1 - j) log beta_j: what is left of
+    it, in logs. As soon as a head holds budget + buffer_size slots, its `budget` best stay; original positions. Attention itself
+    is the model's own: its decay by beta belongs to training.
+
+    buffer_size=128 as the Qwen3 models have it (the others 1). A whole prompt goes through at once and is cut down behind it,
+    as in the authors' code; `chunk` does so after each chunk. The released code's other strategies (key norms, budgets
+    shared by heads or layers) are left out. log beta is computed in fp32 from a logit in the model's dtype.
+    """
+
+    name = "trim_kv"
+    summary = "what trained gates forget slowest"
+    source = "arXiv 2512.03324"
+    needs_weights = True
+
+    budget: int | float | None = 512
+    buffer_size: int = 128
+    retention_gate: str = "auto"
+    hidden_size: int = 512
+    activation: str = "auto"
+
+    def validate(self) -> None:
+        """Sizes that make sense."""
+        self.require_budget()
+        if self.buffer_size < 1:
+            raise OptionError(f"trim_kv: buffer_size is {self.buffer_size}, expected at least 1")
+        if self.hidden_size < 1:
+            raise OptionError(f"trim_kv: hidden_size is {self.hidden_size}, expected at least 1")
+        if self.retention_gate not in ("auto", *GATES):
+            raise OptionError(
+                f"trim_kv: retention_gate is {self.retention_gate!r}, expected one of auto, {', '.join(GATES)}"
+            )
+        for option in ("layer_budgets", "head_budgets"):
+            if getattr(self, option) != "equal":
+                raise OptionError(
+                    f"trim_kv: {option} is {getattr(self, option)!r}, but it cuts all heads of all layers down at the same "
+                    "token; expected equal"
+                )
+        super().validate()
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Takes the model's activation, and the gates' kind and width from the weights."""
+        changes: dict[str, Any] = {}
+        if self.activation == "auto":
+            changes["activation"] = facts.get("activation") or "silu"
+        gate = self.retention_gate
+        tensors, metadata = facts.get("policy_tensors") or {}, facts.get("policy_metadata") or {}
+        first = next((t for n, t in tensors.items() if n.endswith(("linear1.weight", "gate_proj.weight"))), None)
+        if first is not None and first.dim() == 2:
+            changes["hidden_size"] = int(first.shape[0])
+        if gate == "auto":
+            gate = metadata.get("retention_gate", "auto")
+        if gate == "auto":
+            gate = self._kind(sites, tensors, first)
+        if gate not in GATES:
+            raise PolicyWeightsError(
+                f"trim_kv: the weights' metadata says retention_gate={gate!r}, expected one of {', '.join(GATES)}"
+            )
+        if gate != "rg" and self.positions != "original":
+            raise OptionError(
+                f"trim_kv: positions is {self.positions}, but {gate} gates read rotated keys at the positions that they were "
+                "trained with; expected positions=original"
+            )
+        return dataclasses.replace(self, retention_gate=gate, **changes)
+
+    @staticmethod
+    def _kind(sites: list[AttentionSite], tensors: dict[str, Any], first: Any) -> str:
+        """Which kind of gates these weights are."""
+        if any(n.endswith("gate_proj.weight") for n in tensors):
+            return "rg3"
+        owner = next((s for s in sites if s.shares_kv_with is None), None)
+        if first is None or first.dim() != 2 or owner is None:
+            return "rg"
+        cached = owner.kv_heads * (owner.head_dim + owner.v_head_dim)
+        if first.shape[1] == cached:
+            raise OptionError(
+                f"trim_kv: these gates read {cached} channels, as many as the keys and values of a token have: are they rg2, or "
+                "rg on as many hidden channels? The config.json beside the weights says so (retention_gate), and import-weights "
+                "takes it from there; or give -o retention_gate=rg or rg2"
+            )
+        return "rg"
+
+    @staticmethod
+    def _name(site: AttentionSite, part: str) -> str:
+        return f"model.layers.{site.layer}.self_attn.retention_gate.{part}"
+
+    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+        """The authors' key layout."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site, hook in zip(sites, hooks, strict=True):
+            if site.shares_kv_with is not None:
+                continue
+            cached = site.kv_heads * (site.head_dim + site.v_head_dim)
+            width = cached if self.retention_gate in ("rg2", "rg3") else hook.hidden_width()
+            (inner, other), outer = PARTS[self.retention_gate if self.retention_gate in GATES else "rg"]
+            shapes[self._name(site, inner)] = (self.hidden_size, width)
+            shapes[self._name(site, other)] = (
+                (self.hidden_size, width) if self.retention_gate == "rg3" else (self.hidden_size,)
+            )
+            shapes[self._name(site, outer)] = (site.kv_heads, self.hidden_size)
+            shapes[self._name(site, "bias")] = (site.kv_heads,)
+        return shapes
+
+    def _source(self, hook: SiteHook) -> fx.Node:
+        """What the gates read, (B, T, channels)."""
+        if self.retention_gate == "rg":
+            return hook.hidden_states()
+        both = hook.call(hook.aten.cat.default, [hook.k, hook.v], -1)
+        batch, length = (hook.call(hook.aten.sym_size.int, hook.k, i) for i in (0, 2))
+        return hook.call(hook.aten.reshape.default, hook.call(hook.aten.transpose.int, both, 1, 2), [batch, length, -1])
+
+    def score(self, hook: SiteHook) -> Scores:
+        """log beta is stored; this eviction goes by what time has made of it."""
+        site, x = hook.site, self._source(hook)
+        (inner, other), outer = PARTS[self.retention_gate]
+        if self.retention_gate == "rg3":
+            wide = hook.activation(hook.linear(x, hook.weight(self._name(site, inner))), self.activation)
+            wide = hook.call(hook.aten.mul.Tensor, wide, hook.linear(x, hook.weight(self._name(site, other))))
+        else:
+            weight, bias = hook.weight(self._name(site, inner)), hook.weight(self._name(site, other))
+            wide = hook.activation(hook.linear(x, weight, bias), self.activation)
+        logit = hook.linear(wide, hook.weight(self._name(site, outer)), hook.weight(self._name(site, "bias")))
+        negative = hook.call(hook.aten.neg.default, hook.per_head(logit))
+        new = hook.call(hook.aten.neg.default, hook.call(hook.aten.softplus.default, negative))
+        held = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
+        begins = hook.call(hook.aten.select.int, hook.input("positions"), 1, 0)
+        following = hook.call(hook.aten.add.Scalar, hook.add(begins, hook.input("valid")), 1)
+        age = hook.call(hook.aten.sub.Tensor, hook.per_row(following), hook.slot_positions())
+        return Scores(new, select=hook.call(hook.aten.mul.Tensor, held, hook.fp32(age)))
+
+    # -- runtime
+    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+        """Chunk by chunk, cut down where the buffer is full."""
+        step = self.chunk or max(1, length)
+        budget, held, segments = self.slots(row.seen + length), row.held, []
+        for at in range(0, length, step):
+            held += min(step, length - at)
+            full = held >= budget + self.buffer_size
+            segments.append(Segment(min(step, length - at), budget if full else UNLIMITED))
+            held = min(held, budget) if full else held
+        return segments
+
+    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+        """Cut down when the buffer is full."""
+        budget = self.slots(row.seen + 1)
+        full = self.decode_eviction and row.held + 1 >= budget + self.buffer_size
+        return Segment(1, budget if full else UNLIMITED, prompt=False)
