@@ -592,5 +592,9 @@ from kvrewrite.cli_bench import register as register_bench  # noqa: E402
 
 register_bench(main)
 
+from kvrewrite.cli_serve import register as register_serve  # noqa: E402
+
+register_serve(main)
+
 if __name__ == "__main__":
     main()
