@@ -23,6 +23,7 @@ from kvrewrite.passes.pipeline import Observer, canonical, insert
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
+from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
     from kvrewrite.model import RewrittenModel
@@ -74,7 +75,8 @@ def transform(
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
-    model: any causal LM of transformers, or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
+    model: any causal LM of transformers (with adapters of peft, quantized by torchao, on one device), or any `nn.Module`
+    whose forward(input_ids) returns logits (B, T, vocabulary).
     policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
     policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
     on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
@@ -84,6 +86,7 @@ def transform(
     from kvrewrite.model import RewrittenModel
 
     chosen = policies.make(policy, **options)
+    model = unwrap(model)
     captured = capture(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
     program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
@@ -247,6 +250,16 @@ def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path
         )
     if not isinstance(source, nn.Module):
         raise ArtifactError("this model was made from a program alone; there is no original to save with it")
+    if has_adapters(source):
+        raise ArtifactError(
+            "the model has adapters of peft in its layers, and stock transformers could not open such a directory as the "
+            "original. Merge them first: kvrewrite.transform(model.merge_and_unload(), ...)"
+        )
+    if (what := quantized_weights(source)) is not None:
+        raise ArtifactError(
+            f"the model's weights are quantized ({what}), which a model directory can't hold. Convert the checkpoint that "
+            "was quantized, or transform the quantized model where it is used"
+        )
     if is_transformers_model(source):
         check_destination(out, {}, force)
         with _temporary_next_to(out) as folder:
@@ -279,7 +292,7 @@ def inspect(
     A checkpoint directory is read without its weights.
     """
     if isinstance(model, nn.Module):
-        return canonical(capture(model, max_length=max_length), observe)
+        return canonical(capture(unwrap(model), max_length=max_length), observe)
     from kvrewrite.conversion import build_on_meta, capture_on_meta
 
     built, _ = build_on_meta(Path(model))

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
 from kvrewrite.errors import CaptureError, UnsupportedModelError
 from kvrewrite.graph import clean_path, set_attr
+from kvrewrite.wrapped import check_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
 
@@ -324,17 +325,23 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
     training = model.training
     model.eval()
     try:
-        if is_transformers_model(model):
-            captured = _capture_interface(model, max_length)
-            if captured is not None:
-                return captured
-            # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
-            own = getattr(model.config, "_attn_implementation", None)
-            with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa", experts=True):
-                return _export(model, "trace", max_length)
-        return _export(model, "trace", max_length)
+        with without_hooks(model):
+            check_layers(model)
+            return _capture(model, max_length)
     finally:
         model.train(training)
+
+
+def _capture(model: nn.Module, max_length: int | None) -> Captured:
+    if not is_transformers_model(model):
+        return _export(model, "trace", max_length)
+    captured = _capture_interface(model, max_length)
+    if captured is not None:
+        return captured
+    # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
+    own = getattr(model.config, "_attn_implementation", None)
+    with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa", experts=True):
+        return _export(model, "trace", max_length)
 
 
 def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | None:

@@ -610,5 +610,9 @@ from kvrewrite.cli_train import register as register_train  # noqa: E402
 
 register_train(main)
 
+from kvrewrite.cli_serve import register as register_serve  # noqa: E402
+
+register_serve(main)
+
 if __name__ == "__main__":
     main()

@@ -110,6 +110,12 @@ def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
             f"{where}: the checkpoint is quantized ({method!s:.40}), which kvrewrite can't read; convert it to "
             "bfloat16 first (load it with dequantize=True in its quantization config, then save_pretrained)"
         )
+    if (checkpoint.directory / "adapter_config.json").exists():
+        raise ArtifactError(
+            f"{checkpoint.directory} has an adapter of peft (adapter_config.json) beside the weights, which transformers "
+            "would load and kvrewrite does not. Merge it first (merge_and_unload, then save_pretrained), or take the file "
+            "away to convert the base model"
+        )
     try:
         return auto.from_pretrained(str(checkpoint.directory), trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError, AttributeError, StrictDataclassError) as error:

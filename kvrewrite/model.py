@@ -98,6 +98,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         """Experts are part of the graph."""
         return {}
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
+
     @property
     def sites(self) -> list[Any]:
         """The rewritten attention sites."""

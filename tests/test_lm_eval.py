@@ -148,6 +148,31 @@ def test_tasks_that_generate(base, task_files):
     assert said == ""
 
 
+def test_a_converted_directory_and_a_model_that_lm_eval_is_given(base, task_files):
+    """The directory's own policy through the harness, and the same model in lm-eval's own class: the same answers."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    import kvrewrite
+
+    out = base.parent / "converted"
+    kvrewrite.convert(base, out, "streaming_llm", budget=8, chunk=8)
+    cells, _ = run(out, task_files, ["shells"], PolicySpec("converted"))
+    assert cells["full", "shells"]["metrics"]["exact_match"]["value"] == 1.0
+    small = cells["converted", "shells"]
+    assert (small["requests"], small["evicted"]) == (3, 3)
+    given = HFLM(pretrained=kvrewrite.load(out), tokenizer=harness_tokenizer(out), batch_size=2)
+    found = simple_evaluate(given, tasks=["shells"], task_manager=TaskManager(include_path=str(task_files)))
+    assert found["results"]["shells"]["exact_match,none"] == small["metrics"]["exact_match"]["value"] < 1.0
+
+
+def harness_tokenizer(directory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
 def test_tasks_that_never_generate(base, task_files):
     one_pass = PolicySpec("h2o", {"budget": 8})
     chunked = PolicySpec("streaming_llm", {"budget": 8, "chunk": 8})

@@ -96,7 +96,6 @@ def _model_class() -> Any:
         """lm-eval's model of transformers around a rewritten one; counts the requests in which something is evicted."""
 
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None):
-            model.__dict__["tie_weights"] = lambda: None  # asked of every module; the graph's weights are tied already
             self.rewritten = model
             self.layers = sum(site.shares_kv_with is None for site in model.sites)
             self.batch_size_per_gpu: int

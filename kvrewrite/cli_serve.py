@@ -1,0 +1,70 @@
+"""`kvrewrite serve`; `cli` registers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvrewrite.errors import ArtifactError
+
+
+def register(group: click.Group) -> None:
+    """Adds the command to the command line."""
+    group.command("serve")(serve)
+
+
+@click.argument("directory")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at. There is no authentication."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--name", help="What clients call the model; default: the name of the directory.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the model (slow first requests, fast later ones).")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
+    help="The most tokens that an answer may have.",
+)  # fmt: skip
+@click.option(
+    "--waiting", type=click.IntRange(min=1), default=64, show_default=True,
+    help="Requests that may wait; one more gets an error (429).",
+)  # fmt: skip
+def serve(
+    directory: str,
+    host: str,
+    port: int,
+    name: str | None,
+    device: str,
+    compiled: bool,
+    max_new_tokens: int,
+    waiting: int,
+) -> None:
+    """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
+
+    Requests run one after another, each with a cache of its own; see /health for how many wait.
+    """
+    import importlib.util
+
+    from kvrewrite import artifact
+    from kvrewrite.cli import _device
+    from kvrewrite.errors import OptionError
+
+    missing = [m for m in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise OptionError(f"kvrewrite serve needs {', '.join(missing)}: pip install 'kvrewrite[serve]'")
+    artifact.read_manifest(directory)
+    if not any((Path(directory) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ArtifactError(f"{directory} has no tokenizer; copy the original model's tokenizer files into it")
+    from transformers import AutoTokenizer
+
+    from kvrewrite import api, serving
+
+    where = _device(device)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = api.load(directory, device=where)
+    if compiled:
+        model.compile()
+    engine = serving.Engine(model, tokenizer, max_new_tokens=max_new_tokens, waiting=waiting)
+    serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port)

@@ -1,0 +1,121 @@
+"""What other libraries put around a model or into it: accelerate's hooks, peft's adapters, quantized layers.
+
+None of these libraries is imported here. What changes only where tensors are is taken off for the capture; what is part of the
+function is captured with it; anything else is refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from kvrewrite.errors import UnsupportedModelError
+
+# Adapters that are nothing but what they put into the layers; others also change what the model is given, or when they act.
+ADAPTERS_IN_LAYERS = {"LORA", "IA3", "LOHA", "LOKR"}
+# Hooks of accelerate that only move tensors.
+_MOVING_HOOKS = {"ModelHook", "AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook"}
+# Modules whose weights torch.export can't see, by the module that defines them.
+_OPAQUE = {
+    "bitsandbytes.": "bitsandbytes keeps the state of a quantized weight outside of tensors",
+    "torch.ao.nn.quantized.": "torch.ao packs its weights into an object that is no tensor",
+    "auto_gptq.": "its kernels are not ops of torch",
+    "gptqmodel.": "its kernels are not ops of torch",
+    "awq.": "its kernels are not ops of torch",
+}
+
+
+def _is(model: object, package: str, name: str) -> bool:
+    """Whether `model` is an instance of a class of a library that may not be installed."""
+    return any(c.__module__.startswith(package) and c.__name__ == name for c in type(model).__mro__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a `peft.PeftModel`, whose layers contain the adapters; any other model as it is."""
+    if not _is(model, "peft.", "PeftModel"):
+        return model
+    wrapped: Any = model
+    for name in wrapped.active_adapters:
+        config = wrapped.peft_config[name]
+        kind = getattr(config.peft_type, "value", str(config.peft_type))
+        if kind not in ADAPTERS_IN_LAYERS or getattr(config, "alora_invocation_tokens", None) is not None:
+            acts = "changes the model's input or acts on parts of a text only"
+            raise UnsupportedModelError(
+                f"the adapter {name!r} is of type {kind}, which {acts} or is not known to kvrewrite; known are "
+                f"{', '.join(sorted(ADAPTERS_IN_LAYERS))}. If it can be merged, transform model.merge_and_unload()"
+            )
+    inner: nn.Module = wrapped.get_base_model()
+    return inner
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer holds an adapter of peft."""
+    return any(_is(m, "peft.", "BaseTunerLayer") for m in model.modules())
+
+
+def quantized_weights(model: nn.Module) -> str | None:
+    """The name of a weight that is quantized by torchao, or the method of transformers' quantizer; None where there is none."""
+    method = getattr(model, "quantization_method", None)
+    if method is not None:
+        return str(getattr(method, "value", method))
+    return next((n for n, p in model.named_parameters() if is_traceable_wrapper_subclass(p)), None)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuses modules that a graph can't show, and models that lie on several devices."""
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            reason = next((r for prefix, r in _OPAQUE.items() if cls.__module__.startswith(prefix)), None)
+            if reason is not None:
+                raise UnsupportedModelError(
+                    f"{name} is a {cls.__module__}.{cls.__name__}, which can't be captured: {reason}. Quantize the weights "
+                    "with torchao (quantize_), or transform model.dequantize()"
+                )
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model's parameters lie on {', '.join(devices)}; a rewritten model lies on one device. Load it on one "
+            "(device_map={'': 'cuda:0'}, or without device_map), or convert its directory, for which no weights are loaded "
+            "(kvrewrite convert), and load the result with kvrewrite.load(directory, device=...)"
+        )
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes accelerate's hooks off the forwards of a dispatched model, and puts them back.
+
+    They move inputs and weights, which the graph must not contain; a hook that does anything else is refused, and so are
+    weights that are not there between calls.
+    """
+    undo: list[tuple[nn.Module, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            hook = getattr(module, "_hf_hook", None)
+            if hook is None or "_old_forward" not in module.__dict__:
+                continue
+            for part in getattr(hook, "hooks", None) or (hook,):
+                kind = type(part).__name__
+                if kind not in _MOVING_HOOKS:
+                    raise UnsupportedModelError(
+                        f"{name or 'the model'} has the hook {kind}, which may change what it computes; remove it "
+                        "(accelerate.hooks.remove_hook_from_module) before transforming, or merge what it does"
+                    )
+                if getattr(part, "offload", False) and any(p.is_meta for p in module.parameters(recurse=False)):
+                    raise UnsupportedModelError(
+                        f"the weights of {name or 'the model'} are offloaded by accelerate and are not there between calls. "
+                        "Load the model without offloading, or convert its directory, for which no weights are loaded "
+                        "(kvrewrite convert)"
+                    )
+            undo.append((module, module.__dict__.get("forward")))
+            module.forward = module.__dict__["_old_forward"]
+        yield
+    finally:
+        for module, forward in undo:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward

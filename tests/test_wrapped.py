@@ -1,0 +1,254 @@
+"""Models as other libraries leave them: dispatched by accelerate, with adapters of peft, quantized by torchao."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import kvrewrite
+from kvrewrite.errors import ArtifactError, UnsupportedModelError
+from kvrewrite.wrapped import without_hooks
+from tests.tiny import make_checkpoint
+
+IDS = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+TOLERANCE = 1e-6  # fp32, logits below 1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = make_checkpoint(tmp_path_factory.mktemp("wrapped") / "model", hidden_size=64, intermediate_size=96)
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def fresh(base: Any) -> Any:
+    return copy.deepcopy(base)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def tokens(model: Any) -> Tensor:
+    return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
+
+
+def check(model: Any, small: Any, tolerance: float = TOLERANCE) -> None:
+    """The rewrite with a full cache computes what the wrapped model computes, and leaves that as it was."""
+    expected = logits(model)
+    assert (logits(small) - expected).abs().max() <= tolerance
+    assert torch.equal(tokens(small), tokens(model))
+    assert torch.equal(logits(model), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- accelerate
+class TestAccelerate:
+    @pytest.fixture(autouse=True)
+    def _accelerate(self) -> None:
+        pytest.importorskip("accelerate")
+
+    def test_a_dispatched_model(self, base: Any) -> None:
+        """Hooks on every module, which capture takes off and puts back."""
+        from accelerate import dispatch_model
+
+        places = {"model.layers.0": "cpu", "model.layers.1": "cpu"}
+        rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+        model = dispatch_model(
+            fresh(base), {**places, **dict.fromkeys(rest, "cpu")}, main_device="cpu", force_hooks=True
+        )
+        hooked = [m.forward for m in model.modules() if hasattr(m, "_hf_hook")]
+        assert len(hooked) > 10
+        small = kvrewrite.transform(model, "full")
+        assert [m.forward for m in model.modules() if hasattr(m, "_hf_hook")] == hooked
+        assert "to.device" not in str(small.graph_module.graph)
+        check(model, small)
+
+    def test_hooks_come_back_after_an_error(self, base: Any) -> None:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        model = fresh(base)
+        add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        hooked = model.lm_head.forward
+        with pytest.raises(RuntimeError, match="on purpose"), without_hooks(model):
+            assert model.lm_head.forward != hooked
+            raise RuntimeError("on purpose")
+        assert model.lm_head.forward == hooked
+
+    def test_device_map_auto(self, base: Any, tmp_path: Any) -> None:
+        base.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+        check(model, kvrewrite.transform(model, "full"))
+
+    def test_offloaded_weights_are_refused(self, base: Any) -> None:
+        from accelerate import cpu_offload
+
+        model = cpu_offload(fresh(base), execution_device=torch.device("cpu"))
+        with pytest.raises(UnsupportedModelError, match=r"offloaded by accelerate.*kvrewrite convert"):
+            kvrewrite.transform(model, "full")
+        assert logits(model).isfinite().all()
+
+    def test_hooks_that_do_more_are_refused(self, base: Any) -> None:
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        class Twice(ModelHook):
+            def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+                return output * 2
+
+        model = fresh(base)
+        add_hook_to_module(model.lm_head, Twice(), append=True)
+        with pytest.raises(UnsupportedModelError, match="lm_head has the hook Twice"):
+            kvrewrite.transform(model, "full")
+
+
+def test_a_model_on_two_devices_is_refused(base: Any) -> None:
+    model = fresh(base)
+    model.model.layers[1].to("meta")  # the only other device that is everywhere
+    with pytest.raises(
+        UnsupportedModelError, match=r"lie on cpu, meta; a rewritten model lies on one.*kvrewrite\.load"
+    ):
+        kvrewrite.transform(model, "full")
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_and_the_cpu_is_refused(base: Any) -> None:
+    pytest.importorskip("accelerate")
+    from accelerate import dispatch_model
+
+    places = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    model = dispatch_model(fresh(base), {**places, **dict.fromkeys(rest, 0)})
+    with pytest.raises(UnsupportedModelError, match="offloaded by accelerate"):
+        kvrewrite.transform(model, "full")
+
+
+# ---------------------------------------------------------------------------------------------------------------- peft
+class TestPeft:
+    @pytest.fixture(autouse=True)
+    def _peft(self) -> None:
+        pytest.importorskip("peft")
+
+    @staticmethod
+    def adapted(base: Any, **options: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        where = ["q_proj", "v_proj", "down_proj"]
+        config = LoraConfig(target_modules=where, r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+        return get_peft_model(fresh(base), config).eval()
+
+    def test_unmerged(self, base: Any, tmp_path: Any) -> None:
+        """The adapter's weights are parameters of the graph, and a change of them is seen."""
+        model = self.adapted(base)
+        assert (logits(model) - logits(base)).abs().max() > 1e-2
+        small = kvrewrite.transform(model, "full")
+        assert small.config.model_type == "llama" and small.program.frontend == "interface"
+        assert sum("lora_A" in name for name in small.program.base) == 6
+        check(model, small)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        assert (logits(small) - logits(base)).abs().max() <= TOLERANCE
+        with pytest.raises(ArtifactError, match=r"adapters of peft.*merge_and_unload"):
+            small.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_merged(self, base: Any, tmp_path: Any) -> None:
+        adapted = self.adapted(base)
+        expected = logits(adapted)
+        model = adapted.merge_and_unload()
+        small = kvrewrite.transform(model, "full")
+        check(model, small)
+        assert (logits(small) - expected).abs().max() <= 1e-5
+        small.save_pretrained(tmp_path / "out")
+        assert torch.equal(logits(kvrewrite.load(tmp_path / "out")), logits(small))
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(stock), logits(model))
+
+    def test_evicting(self, base: Any) -> None:
+        """With a policy that reads hidden layers' keys and values behind the adapters: that of the merged model."""
+        model = self.adapted(base)
+        found = tokens(kvrewrite.transform(model, "h2o", budget=8, recent_tokens=2))
+        merged = kvrewrite.transform(model.merge_and_unload(), "h2o", budget=8, recent_tokens=2)
+        assert torch.equal(found, tokens(merged))
+
+    @pytest.mark.parametrize("kind", ["DoRA", "IA3", "LoHa", "LoKr"])
+    def test_other_adapters(self, base: Any, kind: str) -> None:
+        import peft
+
+        if kind == "DoRA":
+            model = self.adapted(base, use_dora=True)
+        else:
+            where = {"target_modules": ["k_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+            if kind == "IA3":
+                config = peft.IA3Config(**where, feedforward_modules=["down_proj"], init_ia3_weights=False)
+            else:
+                config = getattr(peft, f"{kind}Config")(**where, r=4, init_weights=False)
+            torch.manual_seed(2)
+            model = peft.get_peft_model(fresh(base), config).eval()
+        check(model, kvrewrite.transform(model, "full"))
+
+    def test_prompt_learning_is_refused(self, base: Any) -> None:
+        from peft import PromptTuningConfig, get_peft_model
+
+        model = get_peft_model(fresh(base), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+        with pytest.raises(UnsupportedModelError, match="type PROMPT_TUNING, which changes the model's input"):
+            kvrewrite.transform(model, "full")
+
+    def test_an_adapter_beside_the_weights_is_not_overlooked(self, base: Any, tmp_path: Any) -> None:
+        """transformers loads it with the directory, so converting without it would be another model."""
+        base.save_pretrained(tmp_path)
+        self.adapted(base).save_pretrained(tmp_path)
+        with pytest.raises(ArtifactError, match=r"adapter_config\.json.*Merge it first"):
+            kvrewrite.convert(tmp_path, None)
+
+
+# ----------------------------------------------------------------------------------------------------- quantized weights
+class TestQuantized:
+    @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"])
+    def test_torchao(self, base: Any, config: str, tmp_path: Any) -> None:
+        quantization = pytest.importorskip("torchao.quantization")
+        options = {"weight_dtype": torch.int4} if config == "IntxWeightOnlyConfig" else {}
+        model = fresh(base)
+        quantization.quantize_(model, getattr(quantization, config)(**options))
+        assert (logits(model) - logits(base)).abs().max() > 1e-5
+        small = kvrewrite.transform(model, "full")
+        check(model, small)
+        floating = sum(p.numel() for p in small.parameters() if p.dtype == torch.float32)
+        assert floating < 0.5 * sum(p.numel() for p in base.parameters())  # the codes are what it holds
+        with pytest.raises(ArtifactError, match="weights are quantized"):
+            small.save_pretrained(tmp_path / "out")
+
+    def test_torchao_evicting(self, base: Any) -> None:
+        """What a policy keeps, and what follows, is that of the model with the dequantized weights."""
+        quantization = pytest.importorskip("torchao.quantization")
+        model, plain = fresh(base), fresh(base)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                plain.get_parameter(name).copy_(parameter.dequantize() if hasattr(parameter, "qdata") else parameter)
+        options = {"budget": 8, "recent_tokens": 2}
+        a, b = kvrewrite.transform(model, "h2o", **options), kvrewrite.transform(plain, "h2o", **options)
+        cache_a, cache_b = a.prefill(IDS), b.prefill(IDS)
+        assert cache_a.positions() == cache_b.positions()
+        assert torch.equal(tokens(a), tokens(b))
+
+    def test_bitsandbytes_is_refused(self, base: Any) -> None:
+        bnb = pytest.importorskip("bitsandbytes")
+        model = fresh(base)
+        weight = model.lm_head.weight.data
+        model.lm_head = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False)
+        with pytest.raises(UnsupportedModelError, match=r"lm_head is a bitsandbytes.*torchao"):
+            kvrewrite.transform(model, "full")
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_packed_weights_are_refused(self, base: Any) -> None:
+        model = torch.ao.quantization.quantize_dynamic(fresh(base), {nn.Linear}, dtype=torch.qint8)
+        with pytest.raises(UnsupportedModelError, match=r"is a torch\.ao\.nn\.quantized.*can't be captured"):
+            kvrewrite.transform(model, "full")
