@@ -17,9 +17,11 @@ from torch import fx
 from kvrewrite.graph import erase_dead, get_attr, is_op
 from kvrewrite.passes.fold_heads import fold_heads
 from kvrewrite.passes.fuse_linears import fuse_linears
+from kvrewrite.passes.fuse_norms import fuse_norms
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
+_END = 2**63 - 1  # where a slice of everything ends
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
@@ -52,7 +54,9 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
     else:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
+    _take_the_only_row(lowered)
     fuse_linears(lowered, singles=True)
+    fuse_norms(lowered)
     return _finished(lowered)
 
 
@@ -165,6 +169,19 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
                 weighted = gm.graph.call_function(aten.mul.Tensor, (mass, weight))
             watcher.replace_all_uses_with(weighted)
             gm.graph.erase_node(watcher)
+
+
+def _take_the_only_row(gm: fx.GraphModule) -> None:
+    """Hidden states of one token need not be picked for the logits."""
+    for node in _calls(gm, aten.gather.default):
+        source, index = node.args[0], node.args[2]
+        if is_op(index, aten.expand.default) and is_op(index.args[0], aten.unsqueeze.default):  # type: ignore[union-attr]
+            picked = index.args[0].args[0]  # type: ignore[union-attr]
+            if isinstance(picked, fx.Node) and picked.op == "placeholder" and picked.target == "logit_index":
+                while is_op(source, aten.slice.Tensor) and tuple(source.args[2:]) == (0, _END):  # type: ignore[union-attr]
+                    source = source.args[0]  # type: ignore[union-attr]
+                node.replace_all_uses_with(source)  # type: ignore[arg-type]
+                gm.graph.erase_node(node)
 
 
 def _same_rows(node: fx.Node, q: Any, lse: Any) -> bool:
