@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference.settle import settle
+from kvrewrite.linear_ops import ACTIVATIONS
 
 
 @torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
@@ -110,6 +112,58 @@ def _(  # type: ignore[no-untyped-def]
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
     found = q.new_empty(width if mass else (0,), dtype=torch.float32)
     return out, q.new_empty(q.shape[0], q.shape[1], 1, dtype=torch.float32), found
+
+
+@torch.library.custom_op(
+    "kvrewrite::scored_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+)
+def scored_update(
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    activation: str,
+    positions: Tensor,
+    rotary: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    chunk: int,
+) -> None:
+    """`cache_update` of one new token a row (T = 1) whose scores are act(hidden) head^T: the end of a retaining head.
+
+    hidden: (B, 1, W); head: (Hkv, W), contiguous; activation: one of linear_ops.ACTIVATIONS.
+    """
+    rest = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    rows = (positions, rotary, valid, keep, recent)
+    if fused("scored_update", k):
+        from kvrewrite.kernels.gpu.decode_update import decode_update
+
+        decode_update(
+            k.to(k_pages.dtype), v.to(v_pages.dtype), hidden, None, *rows, *rest, sinks=sinks, window=window, chunk=chunk,
+            head=head, activation=activation,
+        )  # fmt: skip
+        return
+    scores = linear(ACTIVATIONS[activation](hidden), head).transpose(1, 2).to(torch.float32)
+    torch.ops.kvrewrite.cache_update(
+        k, v, scores, None, *rows, *rest, sinks, window, chunk, None, None, None, None, None, None
+    )
+
+
+@scored_update.register_fake
+def _(  # type: ignore[no-untyped-def]
+    k, v, hidden, head, activation, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    sinks, window, chunk
+):  # fmt: skip
+    return None
 
 
 @torch.library.custom_op("kvrewrite::settle_keys", mutates_args=("k_pages",))

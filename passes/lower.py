@@ -16,7 +16,7 @@ from torch import fx
 
 from kvrewrite.graph import erase_dead, get_attr, is_op
 from kvrewrite.passes.fold_heads import fold_heads
-from kvrewrite.passes.fuse_linears import fuse_linears
+from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
 
 ops = torch.ops.kvrewrite
@@ -55,6 +55,7 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
     _take_the_only_row(lowered)
+    _fuse_scores(lowered)
     fuse_linears(lowered, singles=True)
     fuse_norms(lowered)
     return _finished(lowered)
@@ -169,6 +170,26 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
                 weighted = gm.graph.call_function(aten.mul.Tensor, (mass, weight))
             watcher.replace_all_uses_with(weighted)
             gm.graph.erase_node(watcher)
+
+
+def _fuse_scores(gm: fx.GraphModule) -> None:
+    """What a retaining head does behind its hidden layer goes into the update: scores = to(act(hidden) head^T), transposed."""
+    for node in _calls(gm, ops.cache_update.default):
+        k, v, scores, slot_scores, *rest = node.args
+        if slot_scores is not None or any(a is not None for a in rest[14:]):
+            continue
+        if is_op(scores, aten.to.dtype) and scores.args[1] == torch.float32:  # type: ignore[union-attr]
+            scores = scores.args[0]  # type: ignore[union-attr]
+        if not is_op(scores, aten.transpose.int) or tuple(scores.args[1:]) != (1, 2):  # type: ignore[union-attr]
+            continue
+        second = scores.args[0]  # type: ignore[union-attr]
+        if not is_op(second, aten.linear.default) or len(second.args) != 2:  # type: ignore[union-attr]
+            continue
+        active, head = second.args  # type: ignore[union-attr]
+        name = activation_of(active)
+        if name is None or head.op != "get_attr" or not get_attr(gm, str(head.target)).is_contiguous():  # type: ignore[union-attr]
+            continue
+        _replace(node, ops.scored_update.default, (k, v, active.args[0], head, name, *rest[:14]))  # type: ignore[union-attr]
 
 
 def _take_the_only_row(gm: fx.GraphModule) -> None:

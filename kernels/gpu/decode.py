@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvrewrite.kernels.gpu.launch import begin, options
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -33,7 +35,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int  # one more than the steps whose loads are under way at a time
     pages: int = 1  # pages a step, 1 or 2
-    overlap: int = 0  # the second kernel is launched 0: after the first, 1: when it starts, 2: when its loops end
+    overlap: int = 0  # the second kernel begins 0: when the first has ended, 1: when it starts, 2: when its loops end
 
     @property
     def registers(self) -> int | None:
@@ -133,14 +135,17 @@ def _attend_kernel(
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
     K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A worker's part of the list.
 
     parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
     G2 sums, and G2 rows of weighted values.
     """
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        if OVERLAP == 1:
+            tl.extra.cuda.gdc_launch_dependents()
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
@@ -258,7 +263,7 @@ def _attend_kernel(
             m = top
 
         lo = start + last
-        if OVERLAP == 2:  # noqa: SIM102 (decided when compiling)
+        if PDL and OVERLAP == 2:  # noqa: SIM102 (decided when compiling)
             if lo >= hi:
                 tl.extra.cuda.gdc_launch_dependents()
         entry = parts + (worker + head).to(tl.int64) * (G2 * (2 + DV1 + DV2))
@@ -278,9 +283,13 @@ def _combine_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
     HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     ROW: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
-    PARTS: tl.constexpr, SLICE: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink."""
+    """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink.
+
+    The kernel in front is `_attend_kernel`, which lets this one begin behind its own wait and writes parts and logits only: all
+    else is read without waiting.
+    """
     head = tl.program_id(0)
     g = tl.program_id(1)
     b = head // HKV
@@ -307,8 +316,7 @@ def _combine_kernel(
     first = _worker_of(start, total, workers)
     n_parts = tl.where(end > start, _worker_of(end - 1, total, workers) - first + 1, 0)
     width: tl.constexpr = G2 * (2 + ROW)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     for i in tl.range(0, n_parts, PARTS, num_stages=1):
         part = i + tl.arange(0, PARTS)
         here = part < n_parts
@@ -344,9 +352,10 @@ def _combine_kernel(
 @triton.jit(do_not_specialize=["n_heads", "lens_b", "lens_h"])
 def _mass_kernel(
     logits, lse, lens, valid, mass, n_heads, logits_row, capacity, lens_b, lens_h,
-    HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights from logits, summed over a group's query heads, GB of them at a time."""
+    begin(PDL)
     head = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, real = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)
@@ -440,6 +449,7 @@ def decode_attention(
     heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     kd, vd = k if k_dense is None else k_dense, v if v_dense is None else v_dense
+    pdl = options(q.device)
     _attend_kernel[(workers,)](
         q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, logits, parts,
         scale, softcap, window, chunk, n_heads, width, logits_row,
@@ -448,23 +458,22 @@ def decode_attention(
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
         CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32,
-        num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers,
+        num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = _tile(workers, n_heads, group, dv)
-    overlapping: dict[str, Any] = {"launch_pdl": True} if c.overlap else {}
     _combine_kernel[(n_heads, group, -(-dv // piece))](
         q, k, v, parts, lens, valid, q if sinks is None else sinks, out, lse, logits, scale, softcap, workers, n_heads,
         logits_row, capacity, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lens.stride(0), lens.stride(1),
         HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=dv1 + dv2, HEADS=heads,
-        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, OVERLAP=c.overlap > 0,
-        num_warps=4, **overlapping,
+        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, num_warps=4,
+        **pdl,
     )  # fmt: skip
     if found is not None:
         block = 1024
         _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
             logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
-            HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4,
+            HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found
 

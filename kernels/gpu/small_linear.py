@@ -147,7 +147,7 @@ def _bias(which, biases, rows, live, COUNT: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
+def activate(g, ACTIVATION: tl.constexpr):
     """An activation of fp32 numbers."""
     if ACTIVATION == "silu":
         return g / (1.0 + tl.exp(-g))
@@ -269,7 +269,7 @@ def _gated_fma_kernel(
 @triton.jit
 def _gated(gate, up, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
     """act(gate) * up, rounded after each linear, the activation and the product, as the unfused graph is."""
-    active = _activate(gate.to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE).to(tl.float32)
+    active = activate(gate.to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE).to(tl.float32)
     return (active * up.to(DTYPE).to(tl.float32)).to(DTYPE)
 
 
