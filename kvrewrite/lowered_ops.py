@@ -55,6 +55,14 @@ def _(pos_pages, tables, lens, layers, following, renew, span):  # type: ignore[
     return tables.new_empty(*tables.shape[:3], tables.shape[3] * pos_pages.shape[1], dtype=torch.int64)
 
 
+def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """RoPE of tokens x (B, H, 1, D) whose channels' partners are half a head away; cos, sin: (B, 1, D), or None: x itself."""
+    if cos is None or sin is None:
+        return x
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-high, low], -1) * sin.unsqueeze(1)
+
+
 @torch.library.custom_op("kvrewrite::decode_attention", mutates_args=())
 def decode_attention(
     q: Tensor,
@@ -76,11 +84,13 @@ def decode_attention(
     window: int,
     chunk: int,
     mass: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` of one new token a row (T = 1), with the attention mass of every slot from the same pass.
 
     Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
-    (B, Hkv, C + 1) fp32; without it that is empty.
+    (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `turn` first.
     """
     rest = (table, lens, positions, valid)
     if fused("decode_attention", q):
@@ -88,9 +98,10 @@ def decode_attention(
 
         out, lse, found = kernel(
             q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
-            window=window, chunk=chunk, mass=mass,
+            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin,
         )  # fmt: skip
         return out, lse, lse.new_empty(0) if found is None else found
+    q, k = turn(q, cos, sin), turn(k, cos, sin)
     out, lse = torch.ops.kvrewrite.cached_attention(
         q, k, v, k_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, None, scale, softcap, window, chunk, v_dense
     )
@@ -106,7 +117,7 @@ def decode_attention(
 @decode_attention.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
-    chunk, mass
+    chunk, mass, cos=None, sin=None
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
@@ -115,14 +126,13 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op(
-    "kvrewrite::scored_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+    "kvrewrite::token_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
 )
-def scored_update(
+def token_update(
     k: Tensor,
     v: Tensor,
-    hidden: Tensor,
-    head: Tensor,
-    activation: str,
+    scores: Tensor,
+    slot_scores: Tensor | None,
     positions: Tensor,
     rotary: Tensor,
     valid: Tensor,
@@ -137,31 +147,39 @@ def scored_update(
     sinks: int,
     window: int,
     chunk: int,
+    select: Tensor | None,
+    drop: Tensor | None,
+    head: Tensor | None,
+    activation: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> None:
-    """`cache_update` of one new token a row (T = 1) whose scores are act(hidden) head^T: the end of a retaining head.
+    """`cache_update` of one new token a row (T = 1), of heads that neither share budgets nor merge, and what stands before it.
 
-    hidden: (B, 1, W); head: (Hkv, W), contiguous; activation: one of linear_ops.ACTIVATIONS.
+    head: (Hkv, W), contiguous: then scores (B, 1, W) is the hidden layer of a retaining head, whose scores are
+    act(scores) head^T; activation: one of linear_ops.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is cached
+    rotated by `turn`.
     """
-    rest = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rows = (positions, rotary, valid, keep, recent)
-    if fused("scored_update", k):
+    if fused("token_update", k):
         from kvrewrite.kernels.gpu.decode_update import decode_update
 
         decode_update(
-            k.to(k_pages.dtype), v.to(v_pages.dtype), hidden, None, *rows, *rest, sinks=sinks, window=window, chunk=chunk,
-            head=head, activation=activation,
+            k.to(k_pages.dtype), v.to(v_pages.dtype), scores, slot_scores, *rows, *pools, sinks=sinks, window=window,
+            chunk=chunk, select=select, drop=drop, head=head, activation=activation, cos=cos, sin=sin,
         )  # fmt: skip
         return
-    scores = linear(ACTIVATIONS[activation](hidden), head).transpose(1, 2).to(torch.float32)
-    torch.ops.kvrewrite.cache_update(
-        k, v, scores, None, *rows, *rest, sinks, window, chunk, None, None, None, None, None, None
-    )
+    if head is not None:
+        scores = linear(ACTIVATIONS[activation](scores), head).transpose(1, 2).to(torch.float32)
+    rest = (sinks, window, chunk, select, drop, None, None, None, None)
+    torch.ops.kvrewrite.cache_update(turn(k, cos, sin), v, scores, slot_scores, *rows, *pools, *rest)
 
 
-@scored_update.register_fake
+@token_update.register_fake
 def _(  # type: ignore[no-untyped-def]
-    k, v, hidden, head, activation, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
-    sinks, window, chunk
+    k, v, scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    sinks, window, chunk, select, drop, head, activation, cos, sin
 ):  # fmt: skip
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.graph import erase_dead, get_attr, is_op
+from kvrewrite.graph import erase_dead, get_attr, is_op, same_size, tensor_of
 from kvrewrite.passes.fold_heads import fold_heads
 from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
@@ -55,7 +55,7 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
     _take_the_only_row(lowered)
-    _fuse_scores(lowered)
+    _fuse_updates(lowered)
     fuse_linears(lowered, singles=True)
     fuse_norms(lowered)
     return _finished(lowered)
@@ -172,24 +172,90 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(watcher)
 
 
-def _fuse_scores(gm: fx.GraphModule) -> None:
-    """What a retaining head does behind its hidden layer goes into the update: scores = to(act(hidden) head^T), transposed."""
+def _fuse_updates(gm: fx.GraphModule) -> None:
+    """The update of one token takes in what stands before it: its rotation, and what a retaining head does behind its hidden
+    layer. Attention takes in the rotation, too."""
+    turns = {n: _rotation(n) for n in _calls(gm, aten.add.Tensor)}
+    whole = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
+    for node, found in turns.items():
+        if found is not None and all(_takes_unrotated(user, node) for user in node.users):
+            whole[node] = found
+    for node in _calls(gm, ops.decode_attention.default):
+        q, k, *rest = node.args
+        # One flag says for both whether they are rotated.
+        if q in whole and k in whole and whole[q][1:] == whole[k][1:]:
+            _replace(node, ops.decode_attention.default, (whole[q][0], whole[k][0], *rest, *whole[q][1:]))
     for node in _calls(gm, ops.cache_update.default):
         k, v, scores, slot_scores, *rest = node.args
-        if slot_scores is not None or any(a is not None for a in rest[14:]):
+        if any(a is not None for a in rest[16:]):
             continue
-        if is_op(scores, aten.to.dtype) and scores.args[1] == torch.float32:  # type: ignore[union-attr]
-            scores = scores.args[0]  # type: ignore[union-attr]
-        if not is_op(scores, aten.transpose.int) or tuple(scores.args[1:]) != (1, 2):  # type: ignore[union-attr]
-            continue
-        second = scores.args[0]  # type: ignore[union-attr]
-        if not is_op(second, aten.linear.default) or len(second.args) != 2:  # type: ignore[union-attr]
-            continue
-        active, head = second.args  # type: ignore[union-attr]
-        name = activation_of(active)
-        if name is None or head.op != "get_attr" or not get_attr(gm, str(head.target)).is_contiguous():  # type: ignore[union-attr]
-            continue
-        _replace(node, ops.scored_update.default, (k, v, active.args[0], head, name, *rest[:14]))  # type: ignore[union-attr]
+        turned = whole.get(k, (k, None, None))
+        hidden, head, name = _head(gm, scores) or (scores, None, "silu")
+        if turned[1] is not None or head is not None:
+            args = (turned[0], v, hidden, slot_scores, *rest[:16], head, name, *turned[1:])
+            _replace(node, ops.token_update.default, args)
+    for node, (x, *_) in whole.items():
+        for user in list(node.users):
+            if is_op(user, aten.sym_size.int):
+                user.replace_input_with(node, x)
+
+
+def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
+    """Whether a reader of the rotated token x has one argument for it, and can rotate it itself, or wants its size only."""
+    if is_op(user, ops.decode_attention.default):
+        return x in user.args[:2] and x not in user.args[2:]
+    if is_op(user, ops.cache_update.default):
+        return user.args[0] is x and x not in user.args[1:] and all(a is None for a in user.args[20:])
+    return is_op(user, aten.sym_size.int)
+
+
+def _rotation(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """(x, cos, sin) where `node` is x * cos + cat([-x2, x1]) * sin of the halves x1, x2 of x, cos and sin (B, 1, D)."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    straight, crossed = node.args
+    if not is_op(straight, aten.mul.Tensor) or not is_op(crossed, aten.mul.Tensor):
+        return None
+    (x, cos), (swapped, sin) = straight.args, crossed.args  # type: ignore[union-attr]
+    if not is_op(swapped, aten.cat.default) or swapped.args[1:] not in ((-1,), (3,)) or len(swapped.args[0]) != 2:  # type: ignore[union-attr, arg-type]
+        return None
+    negated, low = swapped.args[0]  # type: ignore[union-attr, misc]
+    high = negated.args[0] if is_op(negated, aten.neg.default) else None  # type: ignore[union-attr]
+    value = tensor_of(x)
+    if value is None or value.dim() != 4 or not isinstance(value.shape[3], int) or value.shape[3] % 2:
+        return None
+    half = value.shape[3] // 2
+    for part, bounds in ((low, (0, half)), (high, (half, _END))):
+        if not is_op(part, aten.slice.Tensor) or part.args[0] is not x or tuple(part.args[1:]) != (3, *bounds):  # type: ignore[union-attr]
+            return None
+    found = []
+    for table in (cos, sin):
+        if not is_op(table, aten.unsqueeze.default) or table.args[1] != 1:  # type: ignore[union-attr]
+            return None
+        row = table.args[0]  # type: ignore[union-attr]
+        have = tensor_of(row)
+        if have is None or have.dim() != 3 or have.dtype != value.dtype or have.shape[2] != value.shape[3]:
+            return None
+        if not same_size(have.shape[0], value.shape[0]):
+            return None
+        found.append(row)
+    return x, found[0], found[1]
+
+
+def _head(gm: fx.GraphModule, scores: Any) -> tuple[Any, Any, str] | None:
+    """(hidden, head, activation) where scores are to(act(hidden) head^T), transposed, in fp32."""
+    if is_op(scores, aten.to.dtype) and scores.args[1] == torch.float32:
+        scores = scores.args[0]
+    if not is_op(scores, aten.transpose.int) or tuple(scores.args[1:]) != (1, 2):
+        return None
+    second = scores.args[0]
+    if not is_op(second, aten.linear.default) or len(second.args) != 2:
+        return None
+    active, head = second.args
+    name = activation_of(active)
+    if name is None or head.op != "get_attr" or not get_attr(gm, str(head.target)).is_contiguous():
+        return None
+    return active.args[0], head, name
 
 
 def _take_the_only_row(gm: fx.GraphModule) -> None:

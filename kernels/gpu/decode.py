@@ -115,6 +115,20 @@ def _worker_of(page, total, workers):
 
 
 @triton.jit
+def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
+    """Channels d of rows at pointers `at`, fp32: rotated with those HALF channels away and rounded to the rows' dtype, as RoPE
+    does; as they are if HALF is 0. cos, sin: pointers to a row of the tables."""
+    x = tl.load(at + d, mask=mask, other=0.0).to(tl.float32)
+    if HALF > 0:
+        low = d < HALF
+        partner = tl.load(at + tl.where(low, d + HALF, d - HALF), mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(cos + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+        s = tl.load(sin + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+        x = (x * c + tl.where(low, -partner, partner) * s).to(at.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     """Logits in units of log 2 of dot products x, before ALiBi."""
     if SOFTCAP:
@@ -125,17 +139,17 @@ def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_heads", "width", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b"]
+    do_not_specialize=["n_heads", "width", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b", "cos_b", "sin_b"]
 )
 def _attend_kernel(
-    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, logits, parts,
-    scale, softcap, window, chunk, n_heads, width, logits_row,
+    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, cos, sin, logits, parts,
+    scale, softcap, window, chunk, n_heads, width, logits_row, cos_b, sin_b,
     q_b, q_h, kd_b, kd_h, kd_s, vd_b, vd_h, vd_s, table_b, table_h, table_p, lens_b, lens_h, pos_b,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
     K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
-    PDL: tl.constexpr,
+    HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A worker's part of the list.
 
@@ -189,9 +203,10 @@ def _attend_kernel(
             other = tl.load(pages + (first + 1) * table_p, mask=first + 1 < last, other=0)
 
         at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h
-        q1 = tl.load(at + d1[None, :], mask=ok[:, None] & (d1 < D)[None, :], other=0.0)
+        turn, turn_s = cos + b * cos_b, sin + b * sin_b
+        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < D)[None, :], HALF).to(q.dtype.element_ty)
         if D2 > 0:
-            q2 = tl.load(at + d2[None, :], mask=ok[:, None] & (d2 < D)[None, :], other=0.0)
+            q2 = rotated(at, d2[None, :], turn, turn_s, ok[:, None] & (d2 < D)[None, :], HALF).to(q.dtype.element_ty)
         if WINDOW or CHUNK or ALIBI:
             now = tl.load(positions + b * pos_b).to(tl.int32)
         if ALIBI:
@@ -277,13 +292,14 @@ def _attend_kernel(
         head += 1
 
 
-@triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h"])
+@triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h", "cos_b", "sin_b"])
 def _combine_kernel(
-    q, k, v, parts, lens, valid, sinks, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row, capacity,
-    q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
+    q, k, v, parts, lens, valid, sinks, cos, sin, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row,
+    capacity, cos_b, sin_b, q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
     HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     ROW: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
-    PARTS: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, SLICE: tl.constexpr, HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink.
 
@@ -304,8 +320,9 @@ def _combine_kernel(
 
     d = tl.arange(0, DP)
     e = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
-    new_q = tl.load(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h + d, mask=d < D, other=0.0).to(tl.float32)
-    new_k = tl.load(k + b.to(tl.int64) * k_b + hk * k_h + d, mask=d < tl.where(real, D, 0), other=0.0).to(tl.float32)
+    turn, turn_s = cos + b * cos_b, sin + b * sin_b
+    new_q = rotated(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h, d, turn, turn_s, d < D, HALF)
+    new_k = rotated(k + b.to(tl.int64) * k_b + hk * k_h, d, turn, turn_s, d < tl.where(real, D, 0), HALF)
     new_v = tl.load(v + b.to(tl.int64) * v_b + hk * v_h + e, mask=e < tl.where(real, DV, 0), other=0.0).to(tl.float32)
     x = _logit(tl.sum(new_q * new_k, 0), softcap, scale, SOFTCAP)
     m = tl.where(real, x, float("-inf"))
@@ -407,6 +424,8 @@ def decode_attention(
     chunk: int,
     mass: bool = False,
     launch: Config | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
@@ -414,6 +433,9 @@ def decode_attention(
     which row b has one if valid (B,) int32 is 1; they are not in the cache yet and are later than everything that is.
     Pools, table (B, Hkv, P) int32, lens (B, Hkv) int32 and positions (B, 1) int64 as in ops.py; k_dense (B, Hkv, C, D)
     and v_dense (B, Hkv, C, Dv) stand for the cached keys or values where given. sinks, alibi: (H,) or None.
+
+    cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
+    a head away.
 
     Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
@@ -432,6 +454,7 @@ def decode_attention(
         )
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
+    check_rotation(q, cos, sin)
     group = h // hkv
     width = table.shape[2]
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
@@ -450,24 +473,26 @@ def decode_attention(
     valid = valid.contiguous()
     kd, vd = k if k_dense is None else k_dense, v if v_dense is None else v_dense
     pdl = options(q.device)
+    turn, turn_s = (q, q) if cos is None or sin is None else (cos, sin)
+    half = 0 if cos is None else d // 2
     _attend_kernel[(workers,)](
-        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, logits, parts,
-        scale, softcap, window, chunk, n_heads, width, logits_row,
+        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s, logits,
+        parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
-        CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32,
+        CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32, HALF=half,
         num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = _tile(workers, n_heads, group, dv)
     _combine_kernel[(n_heads, group, -(-dv // piece))](
-        q, k, v, parts, lens, valid, q if sinks is None else sinks, out, lse, logits, scale, softcap, workers, n_heads,
-        logits_row, capacity, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, logits, scale, softcap,
+        workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lens.stride(0), lens.stride(1),
         HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=dv1 + dv2, HEADS=heads,
-        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, num_warps=4,
-        **pdl,
+        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, HALF=half,
+        num_warps=4, **pdl,
     )  # fmt: skip
     if found is not None:
         block = 1024
@@ -476,6 +501,17 @@ def decode_attention(
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found
+
+
+def check_rotation(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raises ValueError unless cos and sin rotate tokens q (B, H, 1, D), or are both None."""
+    if (cos is None) != (sin is None):
+        raise ValueError("got one of cos and sin, expected both or none")
+    for x in (cos, sin):
+        if x is not None:
+            expected = (q.shape[0], 1, q.shape[3])
+            if x.shape != expected or x.dtype != q.dtype or x.stride(2) != 1 or q.shape[3] % 2:
+                raise ValueError(f"cos or sin is {tuple(x.shape)} {x.dtype}, expected {expected} {q.dtype}, of even width")
 
 
 def _tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrewrite.kernels.gpu.decode import check_rotation, rotated
 from kvrewrite.kernels.gpu.launch import begin, options
 from kvrewrite.kernels.gpu.small_linear import activate
 
@@ -122,16 +123,17 @@ def _pool_row(slot, pages, table_p):
     do_not_specialize=[
         "sinks", "window", "chunk", "k_b", "k_h", "v_b", "v_h", "new_b", "new_h", "slots_b", "slots_h", "pos_b", "rot_b",
         "keep_b", "keep_h", "table_b", "table_h", "lens_b", "lens_h", "select_b", "select_h", "drop_b", "drop_h",
+        "cos_b", "sin_b",
     ]
 )  # fmt: skip
 def _update_kernel(
     k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places, table, lens,
-    select, drop, sinks, window, chunk, capacity,
+    select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
     k_b, k_h, v_b, v_h, new_b, new_h, slots_b, slots_h, pos_b, rot_b, keep_b, keep_h, table_b, table_h, table_p, lens_b,
     lens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
-    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
     head = tl.program_id(0)
@@ -270,7 +272,7 @@ def _update_kernel(
         if stays:
             d, e = tl.arange(0, DP), tl.arange(0, DVP)
             row = _pool_row(to, pages, table_p)
-            key_row = tl.load(k + b * k_b + h * k_h + d, mask=d < D, other=0.0)
+            key_row = rotated(k + b * k_b + h * k_h, d, cos + b * cos_b, sin + b * sin_b, d < D, HALF)
             value_row = tl.load(v + b * v_b + h * v_h + e, mask=e < DV, other=0.0)
             tl.store(k_pages + row * D + d, key_row.to(k_pages.dtype.element_ty), mask=d < D)
             tl.store(v_pages + row * DV + e, value_row.to(v_pages.dtype.element_ty), mask=e < DV)
@@ -304,6 +306,8 @@ def decode_update(
     drop: Tensor | None = None,
     head: Tensor | None = None,
     activation: str = "silu",
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
 
@@ -314,7 +318,7 @@ def decode_update(
 
     head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden layer of a
     retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores) head^T, rounded to that
-    dtype behind both.
+    dtype behind both. cos, sin: (B, 1, D), as `decode_attention` takes them: then k is not rotated yet, and is cached rotated.
 
     The set of slots that stay is exactly the reference's, their order is not: a newcomer takes its victim's place. Changes
     the pools and lens, and nothing else in them than what that needs. There must be a page for the newcomer where it
@@ -328,6 +332,7 @@ def decode_update(
         raise ValueError(f"decode_update takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     if capacity >= MOST_SLOTS:
         raise ValueError(f"decode_update takes fewer than {MOST_SLOTS} slots a head, got room for {capacity}")
+    check_rotation(k, cos, sin)
     if not b * hkv:
         return
     width = 0
@@ -340,10 +345,12 @@ def decode_update(
             raise ValueError(f"decode_update: hidden layer in {new_scores.dtype}, head in {head.dtype}, expected one dtype")
     by_slot, chosen = score_pages if slot_scores is None else slot_scores, score_pages if select is None else select
     dropped = valid if drop is None else drop.view(torch.uint8)
+    turn, turn_s = (k, k) if cos is None or sin is None else (cos, sin)
     block = max(256, min(8192, triton.next_power_of_2(capacity)))
     _update_kernel[(b * hkv,)](
         k, v, new_scores, head, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
-        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, sinks, window, chunk, capacity,
+        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, turn, turn_s, sinks, window, chunk,
+        capacity, turn.stride(0), turn_s.stride(0),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), new_scores.stride(0), new_scores.stride(1),
         by_slot.stride(0), by_slot.stride(1), positions.stride(0), rotary.stride(0), keep.stride(0), keep.stride(1),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1),
@@ -351,5 +358,5 @@ def decode_update(
         HKV=hkv, D=d, DV=dv, DP=max(16, triton.next_power_of_2(d)), DVP=max(16, triton.next_power_of_2(dv)),
         PAGES=block // PAGE, WINDOW=window > 0, CHUNK=chunk > 0, SLOT_SCORES=slot_scores is not None,
         SELECT=select is not None, DROP=drop is not None, HIDDEN=width, HIDDEN_P=triton.next_power_of_2(max(1, width)),
-        ACTIVATION=activation, num_warps=max(4, block // 256), **options(k.device),
+        ACTIVATION=activation, HALF=0 if cos is None else d // 2, num_warps=max(4, block // 256), **options(k.device),
     )  # fmt: skip
