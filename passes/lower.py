@@ -55,6 +55,7 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
     _take_the_only_row(lowered)
+    _keep_pages(lowered)
     _fuse_updates(lowered)
     fuse_linears(lowered, singles=True)
     fuse_norms(lowered)
@@ -170,6 +171,13 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
                 weighted = gm.graph.call_function(aten.mul.Tensor, (mass, weight))
             watcher.replace_all_uses_with(weighted)
             gm.graph.erase_node(watcher)
+
+
+def _keep_pages(gm: fx.GraphModule) -> None:
+    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1)."""
+    for node in _calls(gm, ops.cache_update.default):
+        for i in (20, 21, 22):  # floor, spare, next_table
+            node.update_arg(i, None)
 
 
 def _fuse_updates(gm: fx.GraphModule) -> None:
