@@ -81,7 +81,8 @@ def _(x, weight, bias, residual):  # type: ignore[no-untyped-def]
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain * (x / sqrt(mean(x^2) + eps)) over the last axis: computed in fp32, rounded to x's dtype before the gain."""
     if x.numel() and fused("rms_norm", x):
-        from kvrewrite.kernels.gpu.small_linear import Norm, rms_norm as kernel
+        from kvrewrite.kernels.gpu.small_linear import Norm
+        from kvrewrite.kernels.gpu.small_linear import rms_norm as kernel
 
         return kernel(x, Norm(gain, eps))
     wide = x.to(torch.float32)
@@ -89,7 +90,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 @torch.library.custom_op("kvrewrite::norm_linears", mutates_args=())
-def norm_linears(x: Tensor, gain: Tensor, eps: float, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+def norm_linears(
+    x: Tensor, gain: Tensor, eps: float, weights: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
     """`linears` of `rms_norm(x, gain, eps)`: x (..., K), gain (K,)."""
     if _fused("norm_linears", x):
         from kvrewrite.kernels.gpu.small_linear import Norm, small_linear

@@ -86,11 +86,13 @@ def decode_attention(
     mass: bool,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` of one new token a row (T = 1), with the attention mass of every slot from the same pass.
 
     Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
     (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `turn` first.
+    early: what is launched just before writes none of pools, table, lens and valid; kernels then read them while it still runs.
     """
     rest = (table, lens, positions, valid)
     if fused("decode_attention", q):
@@ -98,7 +100,7 @@ def decode_attention(
 
         out, lse, found = kernel(
             q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
-            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin,
+            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early,
         )  # fmt: skip
         return out, lse, lse.new_empty(0) if found is None else found
     q, k = turn(q, cos, sin), turn(k, cos, sin)
@@ -117,7 +119,7 @@ def decode_attention(
 @decode_attention.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
-    chunk, mass, cos=None, sin=None
+    chunk, mass, cos=None, sin=None, early=False
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)

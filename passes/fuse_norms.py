@@ -21,8 +21,6 @@ from kvrewrite.graph import erase_dead, get_attr, is_op, tensor_of
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
-CASTS = (aten._to_copy.default, aten.to.dtype)
-SQUARES = (aten.pow.Tensor_Scalar,)
 
 
 class _Norm(NamedTuple):
@@ -66,14 +64,14 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     scale, x32 = _split(wide, aten.mul.Tensor, lambda n: is_op(n, aten.rsqrt.default)) if wide else (None, None)
     if scale is None or x32 is None:
         return None
-    total = scale.args[0]
-    if not is_op(total, aten.add.Tensor) or total.kwargs or not isinstance(total.args[1], float):  # type: ignore[union-attr]
+    total: Any = scale.args[0]
+    if not is_op(total, aten.add.Tensor) or total.kwargs or not isinstance(total.args[1], float):
         return None
-    mean, eps = total.args  # type: ignore[union-attr]
-    if not is_op(mean, aten.mean.dim) or mean.args[1:] not in (([-1], True), ((-1,), True)) or mean.kwargs:  # type: ignore[union-attr]
+    mean, eps = total.args
+    if not is_op(mean, aten.mean.dim) or mean.args[1:] not in (([-1], True), ((-1,), True)) or mean.kwargs:
         return None
-    squares = mean.args[0]  # type: ignore[union-attr]
-    if not is_op(squares, *SQUARES) or tuple(squares.args) != (x32, 2):  # type: ignore[union-attr]
+    squares = mean.args[0]
+    if not is_op(squares, aten.pow.Tensor_Scalar) or tuple(squares.args) != (x32, 2):
         return None
     x = _widened(x32)
     weight, value = get_attr(gm, str(gain.target)), tensor_of(x)
@@ -82,7 +80,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     return _Norm(x, gain, eps) if weight.shape[0] == value.shape[-1] else None  # type: ignore[arg-type]
 
 
-def _split(node: Any, target: Any, which: Any) -> tuple[fx.Node | None, fx.Node | None]:
+def _split(node: Any, target: Any, which: Any) -> tuple[Any, Any]:
     """The operand of a product that `which` is true of, and the other one."""
     if is_op(node, target) and len(node.args) == 2 and not node.kwargs:
         for one, other in (node.args, node.args[::-1]):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.graph import erase_dead, get_attr, is_op, same_size, tensor_of
+from kvrewrite.graph import erase_dead, get_attr, is_op, mutates, same_size, tensor_of
 from kvrewrite.passes.fold_heads import fold_heads
 from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
@@ -184,15 +184,18 @@ def _fuse_updates(gm: fx.GraphModule) -> None:
     """The update of one token takes in what stands before it: its rotation, and what a retaining head does behind its hidden
     layer. Attention takes in the rotation, too."""
     turns = {n: _rotation(n) for n in _calls(gm, aten.add.Tensor)}
-    whole = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
+    whole: dict[Any, Any] = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
     for node, found in turns.items():
         if found is not None and all(_takes_unrotated(user, node) for user in node.users):
             whole[node] = found
     for node in _calls(gm, ops.decode_attention.default):
         q, k, *rest = node.args
         # One flag says for both whether they are rotated.
+        turned: tuple[Any, ...] = (q, k, None, None)
         if q in whole and k in whole and whole[q][1:] == whole[k][1:]:
-            _replace(node, ops.decode_attention.default, (whole[q][0], whole[k][0], *rest, *whole[q][1:]))
+            turned = (whole[q][0], whole[k][0], *whole[q][1:])
+        early = _cache_of(node.args[9]) not in _written_before(node)
+        _replace(node, ops.decode_attention.default, (*turned[:2], *rest, *turned[2:], early))
     for node in _calls(gm, ops.cache_update.default):
         k, v, scores, slot_scores, *rest = node.args
         if any(a is not None for a in rest[16:]):
@@ -208,6 +211,23 @@ def _fuse_updates(gm: fx.GraphModule) -> None:
                 user.replace_input_with(node, x)
 
 
+def _cache_of(lens: Any) -> Any:
+    """What tells the cache of one layer from others, of its lens."""
+    return (lens.args[0], lens.args[2]) if is_op(lens, aten.select.int) else lens
+
+
+def _written_before(node: fx.Node) -> set[Any]:
+    """The caches that have been written to in this step before a node. Where that is not the one that it reads, there are
+    launches between that write and the node: at least those that make its queries."""
+    written: set[Any] = set()
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if mutates(other):
+            written.update(_cache_of(n) for n in other.all_input_nodes)
+    return written
+
+
 def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
     """Whether a reader of the rotated token x has one argument for it, and can rotate it itself, or wants its size only."""
     if is_op(user, ops.decode_attention.default):
@@ -217,30 +237,32 @@ def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
     return is_op(user, aten.sym_size.int)
 
 
-def _rotation(node: fx.Node) -> tuple[Any, Any, Any] | None:
+def _rotation(node: Any) -> tuple[Any, Any, Any] | None:
     """(x, cos, sin) where `node` is x * cos + cat([-x2, x1]) * sin of the halves x1, x2 of x, cos and sin (B, 1, D)."""
     if len(node.args) != 2 or node.kwargs:
         return None
     straight, crossed = node.args
     if not is_op(straight, aten.mul.Tensor) or not is_op(crossed, aten.mul.Tensor):
         return None
-    (x, cos), (swapped, sin) = straight.args, crossed.args  # type: ignore[union-attr]
-    if not is_op(swapped, aten.cat.default) or swapped.args[1:] not in ((-1,), (3,)) or len(swapped.args[0]) != 2:  # type: ignore[union-attr, arg-type]
+    (x, cos), (swapped, sin) = straight.args, crossed.args
+    if not is_op(swapped, aten.cat.default) or swapped.args[1:] not in ((-1,), (3,)) or len(swapped.args[0]) != 2:
         return None
-    negated, low = swapped.args[0]  # type: ignore[union-attr, misc]
-    high = negated.args[0] if is_op(negated, aten.neg.default) else None  # type: ignore[union-attr]
+    negated, low = swapped.args[0]
+    if not is_op(negated, aten.neg.default):
+        return None
+    high = negated.args[0]
     value = tensor_of(x)
     if value is None or value.dim() != 4 or not isinstance(value.shape[3], int) or value.shape[3] % 2:
         return None
     half = value.shape[3] // 2
     for part, bounds in ((low, (0, half)), (high, (half, _END))):
-        if not is_op(part, aten.slice.Tensor) or part.args[0] is not x or tuple(part.args[1:]) != (3, *bounds):  # type: ignore[union-attr]
+        if not is_op(part, aten.slice.Tensor) or part.args[0] is not x or tuple(part.args[1:]) != (3, *bounds):
             return None
     found = []
     for table in (cos, sin):
-        if not is_op(table, aten.unsqueeze.default) or table.args[1] != 1:  # type: ignore[union-attr]
+        if not is_op(table, aten.unsqueeze.default) or table.args[1] != 1:
             return None
-        row = table.args[0]  # type: ignore[union-attr]
+        row = table.args[0]
         have = tensor_of(row)
         if have is None or have.dim() != 3 or have.dtype != value.dtype or have.shape[2] != value.shape[3]:
             return None

@@ -120,3 +120,19 @@ def test_kernels_in_a_graph() -> None:
         got.append(ops.norm_gated_linear(x, gain, 1e-5, w, w, "silu"))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_attention_may_read_early() -> None:
+    """Its cache, where nothing in the step has written to it: not what another layer has just cached."""
+    model = rewrite(original("llama"), captured("llama"), "knorm", None, budget=16)
+    folded = fold(model.graph_module)
+
+    def early() -> list[Any]:
+        gm = lower_decode(folded, settled=False)
+        return [n.args[21] for n in gm.graph.nodes if n.target == ops.decode_attention.default]
+
+    assert early() == [True, True]
+    first, second = (n for n in folded.graph.nodes if n.target == ops.cached_attention.default)
+    for i in (7, 8):  # table and lens, as a layer has them that keeps no keys of its own
+        second.update_arg(i, first.args[i])
+    assert early() == [True, False]

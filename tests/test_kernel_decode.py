@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.linear_ops import ACTIVATIONS
-from kvrewrite.lowered_ops import turn
 from kvrewrite.kernels.gpu import decode, decode_update
 from kvrewrite.kernels.reference import pages
+from kvrewrite.linear_ops import ACTIVATIONS
+from kvrewrite.lowered_ops import turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64

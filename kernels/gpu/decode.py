@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrewrite.kernels.gpu.launch import begin, options
+from kvrewrite.kernels.gpu.launch import begin, fetch, options
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -93,6 +93,15 @@ def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
 
 
 @triton.jit
+def _fetch_page(pool, page, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Begins to bring a page of a pool into L2."""
+    line: tl.constexpr = 1024 // pool.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = _PAGE * D // line
+    rounded: tl.constexpr = _PAGE * (D1 if D2 == 0 else 2 * D1) // line
+    fetch(pool + page * (_PAGE * D) + tl.minimum(tl.arange(0, rounded), lines - 1) * line)
+
+
+@triton.jit
 def _live(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
     """Cached slots that a head attends to (none in rows without a new token), and whether its row has one."""
     b = head // HKV
@@ -139,7 +148,19 @@ def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_heads", "width", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b", "cos_b", "sin_b"]
+    do_not_specialize=[
+        "n_heads",
+        "width",
+        "window",
+        "chunk",
+        "table_b",
+        "table_h",
+        "lens_b",
+        "lens_h",
+        "pos_b",
+        "cos_b",
+        "sin_b",
+    ]
 )
 def _attend_kernel(
     q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, cos, sin, logits, parts,
@@ -149,17 +170,15 @@ def _attend_kernel(
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
     K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
-    HALF: tl.constexpr, PDL: tl.constexpr,
+    HALF: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A worker's part of the list.
 
     parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
     G2 sums, and G2 rows of weighted values.
     """
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
-        if OVERLAP == 1:
-            tl.extra.cuda.gdc_launch_dependents()
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
@@ -181,6 +200,18 @@ def _attend_kernel(
     hi = _first_page(worker + 1, total, workers)
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
+    if PDL:
+        if EARLY:
+            mine = lo < hi
+            entry_at = table + (head // HKV).to(tl.int64) * table_b + (head % HKV) * table_h + (lo - start) * table_p
+            opening = tl.load(entry_at, mask=mine, other=0).to(tl.int64)
+            if not K_DENSE:
+                _fetch_page(k_pages, opening, D, D1, D2)
+            if not V_DENSE:
+                _fetch_page(v_pages, opening, DV, DV1, DV2)
+            tl.extra.cuda.gdc_wait()
+        if OVERLAP == 1:
+            tl.extra.cuda.gdc_launch_dependents()
 
     row = tl.arange(0, GP)
     ok = row < G
@@ -426,6 +457,7 @@ def decode_attention(
     launch: Config | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
@@ -435,7 +467,8 @@ def decode_attention(
     and v_dense (B, Hkv, C, Dv) stand for the cached keys or values where given. sinks, alibi: (H,) or None.
 
     cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
-    a head away.
+    a head away. early: the kernel in front writes none of pools, table, lens and valid, so that the first pages may come in
+    while it runs.
 
     Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
@@ -476,19 +509,21 @@ def decode_attention(
     turn, turn_s = (q, q) if cos is None or sin is None else (cos, sin)
     half = 0 if cos is None else d // 2
     _attend_kernel[(workers,)](
-        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s, logits,
-        parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
+        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s,
+        logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
         CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32, HALF=half,
+        EARLY=early,
         num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = _tile(workers, n_heads, group, dv)
     _combine_kernel[(n_heads, group, -(-dv // piece))](
         q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, logits, scale, softcap,
-        workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lens.stride(0), lens.stride(1),
         HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=dv1 + dv2, HEADS=heads,
         SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, HALF=half,
@@ -511,7 +546,9 @@ def check_rotation(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         if x is not None:
             expected = (q.shape[0], 1, q.shape[3])
             if x.shape != expected or x.dtype != q.dtype or x.stride(2) != 1 or q.shape[3] % 2:
-                raise ValueError(f"cos or sin is {tuple(x.shape)} {x.dtype}, expected {expected} {q.dtype}, of even width")
+                raise ValueError(
+                    f"cos or sin is {tuple(x.shape)} {x.dtype}, expected {expected} {q.dtype}, of even width"
+                )
 
 
 def _tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:

@@ -127,8 +127,8 @@ def _pool_row(slot, pages, table_p):
     ]
 )  # fmt: skip
 def _update_kernel(
-    k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places, table, lens,
-    select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
+    k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places,
+    table, lens, select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
     k_b, k_h, v_b, v_h, new_b, new_h, slots_b, slots_h, pos_b, rot_b, keep_b, keep_h, table_b, table_h, table_p, lens_b,
     lens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
@@ -338,11 +338,18 @@ def decode_update(
     width = 0
     if head is not None:
         width = head.shape[1]
-        if new_scores.shape != (b, 1, width) or head.shape[0] != hkv or not head.is_contiguous() or new_scores.stride(2) != 1:
+        if (
+            new_scores.shape != (b, 1, width)
+            or head.shape[0] != hkv
+            or not head.is_contiguous()
+            or new_scores.stride(2) != 1
+        ):
             shapes = f"{tuple(new_scores.shape)} and {tuple(head.shape)}"
             raise ValueError(f"decode_update: hidden layer and head are {shapes}, expected ({b}, 1, W) and ({hkv}, W)")
         if new_scores.dtype != head.dtype:
-            raise ValueError(f"decode_update: hidden layer in {new_scores.dtype}, head in {head.dtype}, expected one dtype")
+            raise ValueError(
+                f"decode_update: hidden layer in {new_scores.dtype}, head in {head.dtype}, expected one dtype"
+            )
     by_slot, chosen = score_pages if slot_scores is None else slot_scores, score_pages if select is None else select
     dropped = valid if drop is None else drop.view(torch.uint8)
     turn, turn_s = (k, k) if cos is None or sin is None else (cos, sin)

@@ -494,7 +494,9 @@ def _check(name: str, x: Tensor, weights: list[Tensor], norm: Norm | None) -> Te
         if w.dim() != 2 or w.shape[1] != k or w.dtype != x.dtype or not w.is_contiguous():
             raise ValueError(f"{name}: weight {tuple(w.shape)} {w.dtype}, expected (N, {k}) {x.dtype}, contiguous")
     if norm is not None and (norm.gain.shape != (k,) or norm.gain.dtype != x.dtype or not norm.gain.is_contiguous()):
-        raise ValueError(f"{name}: gain {tuple(norm.gain.shape)} {norm.gain.dtype}, expected ({k},) {x.dtype}, contiguous")
+        raise ValueError(
+            f"{name}: gain {tuple(norm.gain.shape)} {norm.gain.dtype}, expected ({k},) {x.dtype}, contiguous"
+        )
     flat = _rows(x)
     if not 1 <= flat.shape[0] <= MAX_ROWS:
         raise ValueError(f"{name}: {flat.shape[0]} tokens, expected 1 to {MAX_ROWS}")

@@ -96,7 +96,9 @@ def report(name: str, found: list[tuple[str, float, float]], names: bool) -> Non
     for _, begin, end in found:
         busy += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    print(f"{name}: {len(found)} launches, from first to last {span:.0f} us, of that nothing runs for {span - busy:.0f} us")
+    print(
+        f"{name}: {len(found)} launches, from first to last {span:.0f} us, of that nothing runs for {span - busy:.0f} us"
+    )
     if not names:
         return
     count: Counter[str] = Counter()
@@ -116,9 +118,7 @@ def main() -> None:
     parser.add_argument("--policy", default="locret")
     parser.add_argument("--trace", help="a Chrome trace of the step with PDL")
     given = parser.parse_args()
-    model, cache = prepare(
-        given.layers, given.slots, Arm(PolicySpec(given.policy), given.slots), given.batch
-    )
+    model, cache = prepare(given.layers, given.slots, Arm(PolicySpec(given.policy), given.slots), given.batch)
     generator = torch.Generator(device="cuda").manual_seed(1)
     tokens = torch.randint(1, 128000, (given.batch, STEPS), generator=generator, device="cuda")
     logits: dict[bool, list[Tensor]] = {}
@@ -129,7 +129,9 @@ def main() -> None:
         times = timed(model, fork, tokens)
         text = ", ".join(f"{k} {v:.3f} ms" for k, v in times.items())
         print(f"PDL {'on' if pdl else 'off'}, {given.layers} layers: {text}")
-        report(f"PDL {'on' if pdl else 'off'}", launches(model, fork, tokens[:, :1], given.trace if pdl else None), not pdl)
+        report(
+            f"PDL {'on' if pdl else 'off'}", launches(model, fork, tokens[:, :1], given.trace if pdl else None), not pdl
+        )
     same = all(torch.equal(a, b) for a, b in zip(logits[False], logits[True], strict=True))
     print(f"same bits with and without PDL: {same}")
     model.uncompile()
