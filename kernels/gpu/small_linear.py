@@ -33,6 +33,7 @@ FMA_ROWS = 2
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REDUCE_BLOCK = 256
+AHEAD = 2048
 FILL = 112  # programs that occupy the 132 SMs of an H200 well enough
 
 
@@ -45,7 +46,7 @@ class Norm(NamedTuple):
 
 class Config(NamedTuple):
     """How one launch is cut. stages 1 loads into registers; more go through shared memory. split: parts of K (dot only).
-    ahead: bytes of each row of W that are on their way into L2 while the kernel in front ends."""
+    ahead: bytes of each row of W that are on their way into L2 while the kernel in front ends; None: AHEAD."""
 
     block_n: int
     block_k: int
@@ -53,7 +54,7 @@ class Config(NamedTuple):
     stages: int
     unroll: int = 1
     split: int = 1
-    ahead: int = 2048
+    ahead: int | None = None
 
 
 def fma_config(k: int, dtype: torch.dtype, gated: bool, single: bool = False) -> Config:
@@ -93,7 +94,7 @@ def _block_m(rows: int) -> int:
 
 def _lines(config: Config, k: int, x: Tensor) -> int:
     """How many cache lines of each row are fetched ahead: a power of two, or 0."""
-    lines = min(config.ahead, k * x.element_size()) // 128
+    lines = min(AHEAD if config.ahead is None else config.ahead, k * x.element_size()) // 128
     return 1 << (lines.bit_length() - 1) if lines else 0
 
 

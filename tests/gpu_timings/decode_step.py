@@ -1,6 +1,6 @@
 """A whole decode step of Llama-3.1-8B's shape with Locret, bf16, batch 1: what it launches and what that takes. Needs a GPU.
 
-    python -m tests.gpu_timings.decode_step [--layers 8] [--slots 16384] [--policy locret] [--trace FILE]
+    python -m tests.gpu_timings.decode_step [--layers 8] [--slots 16384] [--policy locret] [--ahead 0 1024 4096] [--trace FILE]
 
 Prints medians with kernels that begin while the one in front ends (PDL) and without, whether both give the same bits, the error
 against the uncompiled model, and the launches of one step by name. With PDL a kernel's time contains its wait for the one in
@@ -21,7 +21,7 @@ from torch import Tensor
 from kvrewrite.benchmark.shapes import ShapeSource
 from kvrewrite.evaluation.run import Arm, PolicySpec
 from kvrewrite.execution import Execution
-from kvrewrite.kernels.gpu import launch
+from kvrewrite.kernels.gpu import launch, small_linear
 from kvrewrite.passes.lower import lower_prefill
 
 STEPS = 40
@@ -116,6 +116,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--policy", default="locret")
+    parser.add_argument(
+        "--ahead", type=int, nargs="*", default=[], help="other bytes of each row to fetch ahead, to compare"
+    )
     parser.add_argument("--trace", help="a Chrome trace of the step with PDL")
     given = parser.parse_args()
     model, cache = prepare(given.layers, given.slots, Arm(PolicySpec(given.policy), given.slots), given.batch)
@@ -134,6 +137,10 @@ def main() -> None:
         )
     same = all(torch.equal(a, b) for a, b in zip(logits[False], logits[True], strict=True))
     print(f"same bits with and without PDL: {same}")
+    for small_linear.AHEAD in given.ahead:
+        set_pdl(model, True)
+        text = ", ".join(f"{k} {v:.3f} ms" for k, v in timed(model, cache.fork(), tokens).items())
+        print(f"PDL on, {small_linear.AHEAD} bytes of each row ahead: {text}")
     model.uncompile()
     expected = run(model, cache.fork(), tokens[:, :4])
     error = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(logits[True], expected))
