@@ -177,16 +177,17 @@ class _Step:
         if limit is not None:
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs["following"] = self.rows.get("following")
+        narrow = self.rows.device.to(torch.int32)  # one launch for all
         for name in ("recent", "valid", *self.runner.model.program.layout["row_inputs"]):
-            inputs[name] = self.rows.get(name).to(torch.int32)
+            inputs[name] = narrow[self.rows.names.index(name)]
         layers: dict[str, Any] = {}
         for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
             layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
             layers[f"lens_{c}"] = lens
             for name, pool in self.pools[c].items():
                 inputs[f"{name}_{c}"] = pool
-        if self.runner.model.policy.ragged:
-            for c, table in enumerate(self.tables):
+        for c, table in enumerate(self.tables):
+            if f"spare_{c}" in self.runner.execution.partition.sources:
                 none = torch.full((self.batch, table.shape[3]), -1, dtype=torch.int32, device=table.device)
                 layers[f"spare_{c}"] = [none] * len(table)
                 layers[f"next_table_{c}"] = [torch.zeros_like(t) for t in table]

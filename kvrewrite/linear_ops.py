@@ -1,7 +1,7 @@
 """The operators that the linear layers of a decode step are fused into (passes/fuse_linears.py). See `ops.py`.
 
-The reference is `torch.nn.functional.linear` layer by layer: on the CPU the same bits as the graph that was fused. The kernels
-(kernels/gpu/small_linear.py) serve up to KERNEL_TOKENS tokens.
+The reference is `torch.nn.functional.linear` layer by layer, and RMS norms as transformers has them: on the CPU the same bits
+as the graph that was fused. The kernels (kernels/gpu/small_linear.py) serve up to KERNEL_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -76,3 +76,48 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 @linear_add.register_fake
 def _(x, weight, bias, residual):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """gain * (x / sqrt(mean(x^2) + eps)) over the last axis: computed in fp32, rounded to x's dtype before the gain."""
+    if x.numel() and fused("rms_norm", x):
+        from kvrewrite.kernels.gpu.small_linear import Norm
+        from kvrewrite.kernels.gpu.small_linear import rms_norm as kernel
+
+        return kernel(x, Norm(gain, eps))
+    wide = x.to(torch.float32)
+    return gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@torch.library.custom_op("kvrewrite::norm_linears", mutates_args=())
+def norm_linears(
+    x: Tensor, gain: Tensor, eps: float, weights: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    """`linears` of `rms_norm(x, gain, eps)`: x (..., K), gain (K,)."""
+    if _fused("norm_linears", x):
+        from kvrewrite.kernels.gpu.small_linear import Norm, small_linear
+
+        return small_linear(x, weights, biases, norm=Norm(gain, eps))
+    normed = rms_norm(x, gain, eps)
+    return [linear(normed, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+@norm_linears.register_fake
+def _(x, gain, eps, weights, biases):  # type: ignore[no-untyped-def]
+    return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights]
+
+
+@torch.library.custom_op("kvrewrite::norm_gated_linear", mutates_args=())
+def norm_gated_linear(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`gated_linear` of `rms_norm(x, gain, eps)`: x (..., K), gain (K,)."""
+    if _fused("norm_gated_linear", x):
+        from kvrewrite.kernels.gpu.small_linear import Norm, small_gated_linear
+
+        return small_gated_linear(x, gate, up, activation, norm=Norm(gain, eps))
+    normed = rms_norm(x, gain, eps)
+    return ACTIVATIONS[activation](linear(normed, gate)) * linear(normed, up)
+
+
+@norm_gated_linear.register_fake
+def _(x, gain, eps, gate, up, activation):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], gate.shape[0])

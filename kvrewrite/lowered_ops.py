@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference.settle import settle
+from kvrewrite.linear_ops import ACTIVATIONS
 
 
 @torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
@@ -53,6 +55,14 @@ def _(pos_pages, tables, lens, layers, following, renew, span):  # type: ignore[
     return tables.new_empty(*tables.shape[:3], tables.shape[3] * pos_pages.shape[1], dtype=torch.int64)
 
 
+def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """RoPE of tokens x (B, H, 1, D) whose channels' partners are half a head away; cos, sin: (B, 1, D), or None: x itself."""
+    if cos is None or sin is None:
+        return x
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-high, low], -1) * sin.unsqueeze(1)
+
+
 @torch.library.custom_op("kvrewrite::decode_attention", mutates_args=())
 def decode_attention(
     q: Tensor,
@@ -74,11 +84,15 @@ def decode_attention(
     window: int,
     chunk: int,
     mass: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` of one new token a row (T = 1), with the attention mass of every slot from the same pass.
 
     Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
-    (B, Hkv, C + 1) fp32; without it that is empty.
+    (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `turn` first.
+    early: what is launched just before writes none of pools, table, lens and valid; kernels then read them while it still runs.
     """
     rest = (table, lens, positions, valid)
     if fused("decode_attention", q):
@@ -86,9 +100,10 @@ def decode_attention(
 
         out, lse, found = kernel(
             q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
-            window=window, chunk=chunk, mass=mass,
+            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early,
         )  # fmt: skip
         return out, lse, lse.new_empty(0) if found is None else found
+    q, k = turn(q, cos, sin), turn(k, cos, sin)
     out, lse = torch.ops.kvrewrite.cached_attention(
         q, k, v, k_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, None, scale, softcap, window, chunk, v_dense
     )
@@ -104,12 +119,71 @@ def decode_attention(
 @decode_attention.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
-    chunk, mass
+    chunk, mass, cos=None, sin=None, early=False
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
     found = q.new_empty(width if mass else (0,), dtype=torch.float32)
     return out, q.new_empty(q.shape[0], q.shape[1], 1, dtype=torch.float32), found
+
+
+@torch.library.custom_op(
+    "kvrewrite::token_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+)
+def token_update(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    slot_scores: Tensor | None,
+    positions: Tensor,
+    rotary: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    chunk: int,
+    select: Tensor | None,
+    drop: Tensor | None,
+    head: Tensor | None,
+    activation: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    """`cache_update` of one new token a row (T = 1), of heads that neither share budgets nor merge, and what stands before it.
+
+    head: (Hkv, W), contiguous: then scores (B, 1, W) is the hidden layer of a retaining head, whose scores are
+    act(scores) head^T; activation: one of linear_ops.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is cached
+    rotated by `turn`.
+    """
+    pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    rows = (positions, rotary, valid, keep, recent)
+    if fused("token_update", k):
+        from kvrewrite.kernels.gpu.decode_update import decode_update
+
+        decode_update(
+            k.to(k_pages.dtype), v.to(v_pages.dtype), scores, slot_scores, *rows, *pools, sinks=sinks, window=window,
+            chunk=chunk, select=select, drop=drop, head=head, activation=activation, cos=cos, sin=sin,
+        )  # fmt: skip
+        return
+    if head is not None:
+        scores = linear(ACTIVATIONS[activation](scores), head).transpose(1, 2).to(torch.float32)
+    rest = (sinks, window, chunk, select, drop, None, None, None, None)
+    torch.ops.kvrewrite.cache_update(turn(k, cos, sin), v, scores, slot_scores, *rows, *pools, *rest)
+
+
+@token_update.register_fake
+def _(  # type: ignore[no-untyped-def]
+    k, v, scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    sinks, window, chunk, select, drop, head, activation, cos, sin
+):  # fmt: skip
+    return None
 
 
 @torch.library.custom_op("kvrewrite::settle_keys", mutates_args=("k_pages",))

@@ -114,7 +114,7 @@ def _fuse_gates(gm: fx.GraphModule) -> int:
     fused = 0
     for gate in [n for n in gm.graph.nodes if n in linears]:
         active = _only_user(gate)
-        name = _activation(active)
+        name = activation_of(active)
         if active is None or name is None:
             continue
         product = _only_user(active)
@@ -137,7 +137,7 @@ def _fuse_gates(gm: fx.GraphModule) -> int:
     return fused
 
 
-def _activation(node: fx.Node | None) -> str | None:
+def activation_of(node: fx.Node | None) -> str | None:
     """What kvrewrite.gated_linear calls the activation that `node` computes."""
     if node is None or len(node.args) != 1:
         return None

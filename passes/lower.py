@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.graph import erase_dead, get_attr, is_op
+from kvrewrite.graph import erase_dead, get_attr, is_op, mutates, same_size, tensor_of
 from kvrewrite.passes.fold_heads import fold_heads
-from kvrewrite.passes.fuse_linears import fuse_linears
+from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
+from kvrewrite.passes.fuse_norms import fuse_norms
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
+_END = 2**63 - 1  # where a slice of everything ends
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
@@ -52,7 +54,11 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
     else:
         _fuse_reads(lowered)
     _fuse_mass(lowered)
+    _take_the_only_row(lowered)
+    _keep_pages(lowered)
+    _fuse_updates(lowered)
     fuse_linears(lowered, singles=True)
+    fuse_norms(lowered)
     return _finished(lowered)
 
 
@@ -165,6 +171,134 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
                 weighted = gm.graph.call_function(aten.mul.Tensor, (mass, weight))
             watcher.replace_all_uses_with(weighted)
             gm.graph.erase_node(watcher)
+
+
+def _keep_pages(gm: fx.GraphModule) -> None:
+    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1)."""
+    for node in _calls(gm, ops.cache_update.default):
+        for i in (20, 21, 22):  # floor, spare, next_table
+            node.update_arg(i, None)
+
+
+def _fuse_updates(gm: fx.GraphModule) -> None:
+    """The update of one token takes in what stands before it: its rotation, and what a retaining head does behind its hidden
+    layer. Attention takes in the rotation, too."""
+    turns = {n: _rotation(n) for n in _calls(gm, aten.add.Tensor)}
+    whole: dict[Any, Any] = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
+    for node, found in turns.items():
+        if found is not None and all(_takes_unrotated(user, node) for user in node.users):
+            whole[node] = found
+    for node in _calls(gm, ops.decode_attention.default):
+        q, k, *rest = node.args
+        # One flag says for both whether they are rotated.
+        turned: tuple[Any, ...] = (q, k, None, None)
+        if q in whole and k in whole and whole[q][1:] == whole[k][1:]:
+            turned = (whole[q][0], whole[k][0], *whole[q][1:])
+        early = _cache_of(node.args[9]) not in _written_before(node)
+        _replace(node, ops.decode_attention.default, (*turned[:2], *rest, *turned[2:], early))
+    for node in _calls(gm, ops.cache_update.default):
+        k, v, scores, slot_scores, *rest = node.args
+        if any(a is not None for a in rest[16:]):
+            continue
+        turned = whole.get(k, (k, None, None))
+        hidden, head, name = _head(gm, scores) or (scores, None, "silu")
+        if turned[1] is not None or head is not None:
+            args = (turned[0], v, hidden, slot_scores, *rest[:16], head, name, *turned[1:])
+            _replace(node, ops.token_update.default, args)
+    for node, (x, *_) in whole.items():
+        for user in list(node.users):
+            if is_op(user, aten.sym_size.int):
+                user.replace_input_with(node, x)
+
+
+def _cache_of(lens: Any) -> Any:
+    """What tells the cache of one layer from others, of its lens."""
+    return (lens.args[0], lens.args[2]) if is_op(lens, aten.select.int) else lens
+
+
+def _written_before(node: fx.Node) -> set[Any]:
+    """The caches that have been written to in this step before a node. Where that is not the one that it reads, there are
+    launches between that write and the node: at least those that make its queries."""
+    written: set[Any] = set()
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if mutates(other):
+            written.update(_cache_of(n) for n in other.all_input_nodes)
+    return written
+
+
+def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
+    """Whether a reader of the rotated token x has one argument for it, and can rotate it itself, or wants its size only."""
+    if is_op(user, ops.decode_attention.default):
+        return x in user.args[:2] and x not in user.args[2:]
+    if is_op(user, ops.cache_update.default):
+        return user.args[0] is x and x not in user.args[1:] and all(a is None for a in user.args[20:])
+    return is_op(user, aten.sym_size.int)
+
+
+def _rotation(node: Any) -> tuple[Any, Any, Any] | None:
+    """(x, cos, sin) where `node` is x * cos + cat([-x2, x1]) * sin of the halves x1, x2 of x, cos and sin (B, 1, D)."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    straight, crossed = node.args
+    if not is_op(straight, aten.mul.Tensor) or not is_op(crossed, aten.mul.Tensor):
+        return None
+    (x, cos), (swapped, sin) = straight.args, crossed.args
+    if not is_op(swapped, aten.cat.default) or swapped.args[1:] not in ((-1,), (3,)) or len(swapped.args[0]) != 2:
+        return None
+    negated, low = swapped.args[0]
+    if not is_op(negated, aten.neg.default):
+        return None
+    high = negated.args[0]
+    value = tensor_of(x)
+    if value is None or value.dim() != 4 or not isinstance(value.shape[3], int) or value.shape[3] % 2:
+        return None
+    half = value.shape[3] // 2
+    for part, bounds in ((low, (0, half)), (high, (half, _END))):
+        if not is_op(part, aten.slice.Tensor) or part.args[0] is not x or tuple(part.args[1:]) != (3, *bounds):
+            return None
+    found = []
+    for table in (cos, sin):
+        if not is_op(table, aten.unsqueeze.default) or table.args[1] != 1:
+            return None
+        row = table.args[0]
+        have = tensor_of(row)
+        if have is None or have.dim() != 3 or have.dtype != value.dtype or have.shape[2] != value.shape[3]:
+            return None
+        if not same_size(have.shape[0], value.shape[0]):
+            return None
+        found.append(row)
+    return x, found[0], found[1]
+
+
+def _head(gm: fx.GraphModule, scores: Any) -> tuple[Any, Any, str] | None:
+    """(hidden, head, activation) where scores are to(act(hidden) head^T), transposed, in fp32."""
+    if is_op(scores, aten.to.dtype) and scores.args[1] == torch.float32:
+        scores = scores.args[0]
+    if not is_op(scores, aten.transpose.int) or tuple(scores.args[1:]) != (1, 2):
+        return None
+    second = scores.args[0]
+    if not is_op(second, aten.linear.default) or len(second.args) != 2:
+        return None
+    active, head = second.args
+    name = activation_of(active)
+    if name is None or head.op != "get_attr" or not get_attr(gm, str(head.target)).is_contiguous():
+        return None
+    return active.args[0], head, name
+
+
+def _take_the_only_row(gm: fx.GraphModule) -> None:
+    """Hidden states of one token need not be picked for the logits."""
+    for node in _calls(gm, aten.gather.default):
+        source, index = node.args[0], node.args[2]
+        if is_op(index, aten.expand.default) and is_op(index.args[0], aten.unsqueeze.default):  # type: ignore[union-attr]
+            picked = index.args[0].args[0]  # type: ignore[union-attr]
+            if isinstance(picked, fx.Node) and picked.op == "placeholder" and picked.target == "logit_index":
+                while is_op(source, aten.slice.Tensor) and tuple(source.args[2:]) == (0, _END):  # type: ignore[union-attr]
+                    source = source.args[0]  # type: ignore[union-attr]
+                node.replace_all_uses_with(source)  # type: ignore[arg-type]
+                gm.graph.erase_node(node)
 
 
 def _same_rows(node: fx.Node, q: Any, lse: Any) -> bool:

@@ -54,6 +54,12 @@ class Partition:
         """The graphs that differ, in order."""
         return list(dict.fromkeys(p.graph for p in self.parts))
 
+    @property
+    def sources(self) -> set[str]:
+        """The graph inputs that parts read, themselves or one layer's view of them."""
+        read = {name for part in self.parts for name in part.inputs}
+        return {self.views[name][0] if name in self.views else name for name in read}
+
 
 def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
     """Cuts a copy of the graph; `gm` stays as it is and keeps the parameters. rows_move: whether the numbers of rows and

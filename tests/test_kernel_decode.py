@@ -10,6 +10,8 @@ import torch
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.kernels.gpu import decode, decode_update
 from kvrewrite.kernels.reference import pages
+from kvrewrite.linear_ops import ACTIVATIONS
+from kvrewrite.lowered_ops import turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -200,6 +202,24 @@ def test_masks_and_logits(options: dict) -> None:
     Case(RAGGED, h=8, **options).check()
     if "window" in options or "chunk" in options:
         Case(RAGGED, h=8, **options).check(1, 2)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(16, 16), (96, 32)])
+def test_rotates_queries_and_keys(d: int, dv: int) -> None:
+    """As if both had been rotated before, also by tables that are parts of larger ones."""
+    case = Case(RAGGED, h=8, d=d, dv=dv)
+    g = torch.Generator().manual_seed(5)
+    cos, sin = torch.randn(2, 3, d, generator=g)[:, 1:2].to(DEVICE), torch.randn(2, 1, d, generator=g).to(DEVICE)
+    given = case.on_device()
+    got = decode.decode_attention(*given.values(), **case.options, mass=True, cos=cos, sin=sin)
+    given["q"], given["k"] = turn(given["q"], cos, sin), turn(given["k"], cos, sin)
+    expected = decode.decode_attention(*given.values(), **case.options, mass=True)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="one of cos and sin"):
+        decode.decode_attention(*given.values(), **case.options, cos=cos)
+    with pytest.raises(ValueError, match="expected"):
+        decode.decode_attention(*given.values(), **case.options, cos=cos, sin=sin[..., :8])
 
 
 def test_rows_without_a_new_token() -> None:
@@ -427,6 +447,32 @@ def test_drops_and_selection() -> None:
     run_updates([[40, 60]], steps=8, keep=[[40, 60]], select=True, drops=0.3, slots=True)
     run_updates([[40, 42]], steps=6, keep=42, select=True, recent=3)
     run_updates([[24, 24]], steps=8, keep=UNLIMITED, window=25, drops=0.5)
+
+
+@pytest.mark.parametrize(("width", "activation"), [(24, "silu"), (16, "gelu_tanh")])
+def test_makes_scores_and_rotates(width: int, activation: str) -> None:
+    """As the scores of a retaining head and a rotated key, made before."""
+    g = torch.Generator().manual_seed(2)
+    caches = [Cache([[40, 64], [30, 64]], 3, 1, 0).to(DEVICE) for _ in range(2)]
+    for step in range(4):
+        k, v = (torch.randn(2, 1, 2, n, generator=g).transpose(1, 2).to(DEVICE) for n in (16, 8))
+        hidden = torch.randn(2, 1, width + 3, generator=g).to(DEVICE)[..., 3:]
+        head = torch.randn(2, width, generator=g).to(DEVICE)
+        cos, sin = (torch.randn(2, 1, 16, generator=g).to(DEVICE) for _ in range(2))
+        scores = (ACTIVATIONS[activation](hidden) @ head.T).transpose(1, 2)
+        now = torch.full((2, 1), caches[0].next + step)
+        rows = (now, now, torch.ones(2), torch.full((2, 2), 64), torch.full((2,), 3))
+        shared = [x.to(DEVICE, torch.int64 if x is now else torch.int32) for x in rows]
+        options = {"sinks": 1, "window": 0, "chunk": 0}
+        first, second = (cache.state() for cache in caches)
+        decode_update.decode_update(turn(k, cos, sin), v, scores, None, *shared, *first, **options)
+        decode_update.decode_update(
+            k, v, hidden, None, *shared, *second, **options, head=head, activation=activation, cos=cos, sin=sin
+        )
+        for a, b in zip(first, second):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+    with pytest.raises(ValueError, match="hidden layer and head"):
+        decode_update.decode_update(k, v, scores, None, *shared, *second, **options, head=head)
 
 
 def test_idle_rows_keep_everything() -> None:

@@ -12,7 +12,15 @@ from torch.nn.functional import linear
 
 from kvrewrite import linear_ops
 from kvrewrite.kernels.gpu import small_linear as module
-from kvrewrite.kernels.gpu.small_linear import Config, dot_config, fma_config, small_gated_linear, small_linear
+from kvrewrite.kernels.gpu.small_linear import (
+    Config,
+    Norm,
+    dot_config,
+    fma_config,
+    rms_norm,
+    small_gated_linear,
+    small_linear,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -138,6 +146,41 @@ def test_strided_and_batched(m: int) -> None:
     assert error(small_linear(transposed, weights[:1])[0], linear(x.double(), weights[0].double())) < 1e-5
 
 
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """The RMS norm in float64."""
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.gain.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_norm(m: int, dtype: torch.dtype) -> None:
+    """In front of every kind of launch, with rows of very different size, one of zeros, and strides of something larger."""
+    x, weights, biases = inputs(m, 72, (21, 5, 8), dtype)
+    x *= torch.tensor([30.0, 1e-3, 1.0, 0.0, 1.0], device=DEVICE, dtype=dtype)[:m, None]
+    wide = torch.full((m, 1, 100), float("nan"), device=DEVICE, dtype=dtype)
+    wide[:, 0, 16:88] = x
+    gain = random_tensor(torch.Generator().manual_seed(1), 72, dtype=dtype) + 1
+    norm = Norm(gain, 1e-5)
+    exact = normed(x, norm)[:, None]
+    got = small_linear(wide[..., 16:88], weights, biases, norm=norm)
+    for out, w, b in zip(got, weights, biases, strict=True):
+        expected = linear(exact, w.double(), None if b is None else b.double())
+        assert out.shape == expected.shape and error(out, expected) < ERROR[dtype]
+    residual = torch.ones(m, 1, 21, device=DEVICE, dtype=dtype)
+    (out,) = small_linear(wide[..., 16:88], weights[:1], residual=residual, norm=norm)
+    assert error(out, linear(exact, weights[0].double()) + 1) < ERROR[dtype]
+    up = weights[0].flip(0).contiguous()
+    out = small_gated_linear(wide[..., 16:88], weights[0], up, "silu", norm=norm)
+    expected = linear_ops.ACTIVATIONS["silu"](linear(exact, weights[0].double())) * linear(exact, up.double())
+    assert error(out, expected) < 2 * ERROR[dtype]
+    assert torch.equal(out, small_gated_linear(wide[..., 16:88], weights[0], up, "silu", norm=norm))
+    alone = rms_norm(wide[..., 16:88], norm)
+    assert alone.shape == exact.shape and error(alone, exact) < ERROR[dtype]
+    reference = linear_ops.rms_norm(x.cpu()[:, None], gain.cpu(), 1e-5)
+    assert error(alone.cpu(), reference.double()) < (1e-6 if dtype == torch.float32 else 1e-3)
+
+
 def test_nan_stays_in_its_row() -> None:
     """One token's NaN reaches neither the others nor anything through padding."""
     for m in (2, 5):
@@ -165,6 +208,8 @@ def test_refusals() -> None:
         small_linear(x, [w.new_zeros(16, 8).T])
     with pytest.raises(ValueError, match="bias"):
         small_linear(x, [w], [v[0]])
+    with pytest.raises(ValueError, match=r"gain \(6,\)"):
+        small_linear(x, [w], norm=Norm(v[:, 0].contiguous(), 1e-6))
     with pytest.raises(ValueError, match="residual"):
         small_linear(x, [w], residual=x)
     with pytest.raises(ValueError, match="equal ones"):

@@ -549,6 +549,22 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "linears": (ops.linears, (torch.randn(B, 1, 8), [torch.randn(4, 8), torch.randn(6, 8)], [torch.randn(4), None])),
         "gated_linear": (ops.gated_linear, (torch.randn(B, 1, 8), torch.randn(4, 8), torch.randn(4, 8), "silu")),
+        "norm_linears": (
+            ops.norm_linears,
+            (torch.randn(B, 1, 8), torch.randn(8), 1e-5, [torch.randn(4, 8), torch.randn(6, 8)], [torch.randn(4), None]),
+        ),
+        "norm_gated_linear": (
+            ops.norm_gated_linear,
+            (torch.randn(B, 1, 8), torch.randn(8), 1e-5, torch.randn(4, 8), torch.randn(4, 8), "silu"),
+        ),
+        "token_update": (
+            ops.token_update,
+            (
+                fresh.k[:, :, :1], fresh.v[:, :, :1], torch.randn(B, 1, 6), None, fresh.positions[:, :1],
+                fresh.positions[:, :1], torch.ones(B, dtype=torch.int32), *arrive[3:], *cache.pools(), cache.table,
+                cache.lens, 1, 0, 0, None, None, torch.randn(HKV, 6), "silu", *wide_table[:B, None].repeat(2, 1, 1, 1),
+            ),
+        ),
         "linear_add": (ops.linear_add, (torch.randn(B, 1, 8), torch.randn(4, 8), None, torch.randn(B, 1, 4))),
         "rotate": (ops.rotate, (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), partner)),
         "cached_attention": (

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvrewrite.kernels.gpu.launch import begin, fetch, options
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -33,7 +35,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int  # one more than the steps whose loads are under way at a time
     pages: int = 1  # pages a step, 1 or 2
-    overlap: int = 0  # the second kernel is launched 0: after the first, 1: when it starts, 2: when its loops end
+    overlap: int = 0  # the second kernel begins 0: when the first has ended, 1: when it starts, 2: when its loops end
 
     @property
     def registers(self) -> int | None:
@@ -91,6 +93,15 @@ def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
 
 
 @triton.jit
+def _fetch_page(pool, page, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Begins to bring a page of a pool into L2."""
+    line: tl.constexpr = 1024 // pool.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = _PAGE * D // line
+    rounded: tl.constexpr = _PAGE * (D1 if D2 == 0 else 2 * D1) // line
+    fetch(pool + page * (_PAGE * D) + tl.minimum(tl.arange(0, rounded), lines - 1) * line)
+
+
+@triton.jit
 def _live(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
     """Cached slots that a head attends to (none in rows without a new token), and whether its row has one."""
     b = head // HKV
@@ -113,6 +124,20 @@ def _worker_of(page, total, workers):
 
 
 @triton.jit
+def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
+    """Channels d of rows at pointers `at`, fp32: rotated with those HALF channels away and rounded to the rows' dtype, as RoPE
+    does; as they are if HALF is 0. cos, sin: pointers to a row of the tables."""
+    x = tl.load(at + d, mask=mask, other=0.0).to(tl.float32)
+    if HALF > 0:
+        low = d < HALF
+        partner = tl.load(at + tl.where(low, d + HALF, d - HALF), mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(cos + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+        s = tl.load(sin + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+        x = (x * c + tl.where(low, -partner, partner) * s).to(at.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     """Logits in units of log 2 of dot products x, before ALiBi."""
     if SOFTCAP:
@@ -123,24 +148,37 @@ def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_heads", "width", "window", "chunk", "table_b", "table_h", "lens_b", "lens_h", "pos_b"]
+    do_not_specialize=[
+        "n_heads",
+        "width",
+        "window",
+        "chunk",
+        "table_b",
+        "table_h",
+        "lens_b",
+        "lens_h",
+        "pos_b",
+        "cos_b",
+        "sin_b",
+    ]
 )
 def _attend_kernel(
-    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, logits, parts,
-    scale, softcap, window, chunk, n_heads, width, logits_row,
+    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, cos, sin, logits, parts,
+    scale, softcap, window, chunk, n_heads, width, logits_row, cos_b, sin_b,
     q_b, q_h, kd_b, kd_h, kd_s, vd_b, vd_h, vd_s, table_b, table_h, table_p, lens_b, lens_h, pos_b,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
     K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
+    HALF: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A worker's part of the list.
 
     parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
     G2 sums, and G2 rows of weighted values.
     """
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
@@ -162,6 +200,18 @@ def _attend_kernel(
     hi = _first_page(worker + 1, total, workers)
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
+    if PDL:
+        if EARLY:
+            mine = lo < hi
+            entry_at = table + (head // HKV).to(tl.int64) * table_b + (head % HKV) * table_h + (lo - start) * table_p
+            opening = tl.load(entry_at, mask=mine, other=0).to(tl.int64)
+            if not K_DENSE:
+                _fetch_page(k_pages, opening, D, D1, D2)
+            if not V_DENSE:
+                _fetch_page(v_pages, opening, DV, DV1, DV2)
+            tl.extra.cuda.gdc_wait()
+        if OVERLAP == 1:
+            tl.extra.cuda.gdc_launch_dependents()
 
     row = tl.arange(0, GP)
     ok = row < G
@@ -184,9 +234,10 @@ def _attend_kernel(
             other = tl.load(pages + (first + 1) * table_p, mask=first + 1 < last, other=0)
 
         at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h
-        q1 = tl.load(at + d1[None, :], mask=ok[:, None] & (d1 < D)[None, :], other=0.0)
+        turn, turn_s = cos + b * cos_b, sin + b * sin_b
+        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < D)[None, :], HALF).to(q.dtype.element_ty)
         if D2 > 0:
-            q2 = tl.load(at + d2[None, :], mask=ok[:, None] & (d2 < D)[None, :], other=0.0)
+            q2 = rotated(at, d2[None, :], turn, turn_s, ok[:, None] & (d2 < D)[None, :], HALF).to(q.dtype.element_ty)
         if WINDOW or CHUNK or ALIBI:
             now = tl.load(positions + b * pos_b).to(tl.int32)
         if ALIBI:
@@ -258,7 +309,7 @@ def _attend_kernel(
             m = top
 
         lo = start + last
-        if OVERLAP == 2:  # noqa: SIM102 (decided when compiling)
+        if PDL and OVERLAP == 2:  # noqa: SIM102 (decided when compiling)
             if lo >= hi:
                 tl.extra.cuda.gdc_launch_dependents()
         entry = parts + (worker + head).to(tl.int64) * (G2 * (2 + DV1 + DV2))
@@ -272,15 +323,20 @@ def _attend_kernel(
         head += 1
 
 
-@triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h"])
+@triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h", "cos_b", "sin_b"])
 def _combine_kernel(
-    q, k, v, parts, lens, valid, sinks, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row, capacity,
-    q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
+    q, k, v, parts, lens, valid, sinks, cos, sin, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row,
+    capacity, cos_b, sin_b, q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
     HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     ROW: tl.constexpr, HEADS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASS: tl.constexpr,
-    PARTS: tl.constexpr, SLICE: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, SLICE: tl.constexpr, HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink."""
+    """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink.
+
+    The kernel in front is `_attend_kernel`, which lets this one begin behind its own wait and writes parts and logits only: all
+    else is read without waiting.
+    """
     head = tl.program_id(0)
     g = tl.program_id(1)
     b = head // HKV
@@ -295,8 +351,9 @@ def _combine_kernel(
 
     d = tl.arange(0, DP)
     e = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
-    new_q = tl.load(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h + d, mask=d < D, other=0.0).to(tl.float32)
-    new_k = tl.load(k + b.to(tl.int64) * k_b + hk * k_h + d, mask=d < tl.where(real, D, 0), other=0.0).to(tl.float32)
+    turn, turn_s = cos + b * cos_b, sin + b * sin_b
+    new_q = rotated(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h, d, turn, turn_s, d < D, HALF)
+    new_k = rotated(k + b.to(tl.int64) * k_b + hk * k_h, d, turn, turn_s, d < tl.where(real, D, 0), HALF)
     new_v = tl.load(v + b.to(tl.int64) * v_b + hk * v_h + e, mask=e < tl.where(real, DV, 0), other=0.0).to(tl.float32)
     x = _logit(tl.sum(new_q * new_k, 0), softcap, scale, SOFTCAP)
     m = tl.where(real, x, float("-inf"))
@@ -307,8 +364,7 @@ def _combine_kernel(
     first = _worker_of(start, total, workers)
     n_parts = tl.where(end > start, _worker_of(end - 1, total, workers) - first + 1, 0)
     width: tl.constexpr = G2 * (2 + ROW)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     for i in tl.range(0, n_parts, PARTS, num_stages=1):
         part = i + tl.arange(0, PARTS)
         here = part < n_parts
@@ -344,9 +400,10 @@ def _combine_kernel(
 @triton.jit(do_not_specialize=["n_heads", "lens_b", "lens_h"])
 def _mass_kernel(
     logits, lse, lens, valid, mass, n_heads, logits_row, capacity, lens_b, lens_h,
-    HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights from logits, summed over a group's query heads, GB of them at a time."""
+    begin(PDL)
     head = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, real = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)
@@ -398,6 +455,9 @@ def decode_attention(
     chunk: int,
     mass: bool = False,
     launch: Config | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
@@ -405,6 +465,10 @@ def decode_attention(
     which row b has one if valid (B,) int32 is 1; they are not in the cache yet and are later than everything that is.
     Pools, table (B, Hkv, P) int32, lens (B, Hkv) int32 and positions (B, 1) int64 as in ops.py; k_dense (B, Hkv, C, D)
     and v_dense (B, Hkv, C, Dv) stand for the cached keys or values where given. sinks, alibi: (H,) or None.
+
+    cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
+    a head away. early: the kernel in front writes none of pools, table, lens and valid, so that the first pages may come in
+    while it runs.
 
     Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
@@ -423,6 +487,7 @@ def decode_attention(
         )
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
+    check_rotation(q, cos, sin)
     group = h // hkv
     width = table.shape[2]
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
@@ -440,33 +505,50 @@ def decode_attention(
     heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     kd, vd = k if k_dense is None else k_dense, v if v_dense is None else v_dense
+    pdl = options(q.device)
+    turn, turn_s = (q, q) if cos is None or sin is None else (cos, sin)
+    half = 0 if cos is None else d // 2
     _attend_kernel[(workers,)](
-        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, logits, parts,
-        scale, softcap, window, chunk, n_heads, width, logits_row,
+        q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s,
+        logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
-        CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32,
-        num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers,
+        CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32, HALF=half,
+        EARLY=early,
+        num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = _tile(workers, n_heads, group, dv)
-    overlapping: dict[str, Any] = {"launch_pdl": True} if c.overlap else {}
     _combine_kernel[(n_heads, group, -(-dv // piece))](
-        q, k, v, parts, lens, valid, q if sinks is None else sinks, out, lse, logits, scale, softcap, workers, n_heads,
-        logits_row, capacity, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, logits, scale, softcap,
+        workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lens.stride(0), lens.stride(1),
         HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=dv1 + dv2, HEADS=heads,
-        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, OVERLAP=c.overlap > 0,
-        num_warps=4, **overlapping,
+        SOFTCAP=softcap != 0, SINKS=sinks is not None, MASS=mass, PARTS=n_parts, SLICE=piece, HALF=half,
+        num_warps=4, **pdl,
     )  # fmt: skip
     if found is not None:
         block = 1024
         _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
             logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
-            HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4,
+            HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found
+
+
+def check_rotation(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raises ValueError unless cos and sin rotate tokens q (B, H, 1, D), or are both None."""
+    if (cos is None) != (sin is None):
+        raise ValueError("got one of cos and sin, expected both or none")
+    for x in (cos, sin):
+        if x is not None:
+            expected = (q.shape[0], 1, q.shape[3])
+            if x.shape != expected or x.dtype != q.dtype or x.stride(2) != 1 or q.shape[3] % 2:
+                raise ValueError(
+                    f"cos or sin is {tuple(x.shape)} {x.dtype}, expected {expected} {q.dtype}, of even width"
+                )
 
 
 def _tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:

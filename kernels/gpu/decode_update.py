@@ -13,6 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrewrite.kernels.gpu.decode import check_rotation, rotated
+from kvrewrite.kernels.gpu.launch import begin, options
+from kvrewrite.kernels.gpu.small_linear import activate
+
 PAGE = 64  # slots a page
 MOST_SLOTS = 1 << 21  # slots a head that the counters have room for
 _PAGE = tl.constexpr(PAGE)
@@ -119,19 +123,26 @@ def _pool_row(slot, pages, table_p):
     do_not_specialize=[
         "sinks", "window", "chunk", "k_b", "k_h", "v_b", "v_h", "new_b", "new_h", "slots_b", "slots_h", "pos_b", "rot_b",
         "keep_b", "keep_h", "table_b", "table_h", "lens_b", "lens_h", "select_b", "select_h", "drop_b", "drop_h",
+        "cos_b", "sin_b",
     ]
 )  # fmt: skip
 def _update_kernel(
-    k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places, table, lens,
-    select, drop, sinks, window, chunk, capacity,
+    k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places,
+    table, lens, select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
     k_b, k_h, v_b, v_h, new_b, new_h, slots_b, slots_h, pos_b, rot_b, keep_b, keep_h, table_b, table_h, table_p, lens_b,
     lens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
     head = tl.program_id(0)
     b = (head // HKV).to(tl.int64)
     h = head % HKV
+    if HIDDEN > 0:
+        unit = tl.arange(0, HIDDEN_P)
+        row_of_head = tl.load(head_weight + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+    begin(PDL)
     pages = table + b * table_b + h * table_h
     slot_scores += b * slots_b + h * slots_h
     select += b * select_b + h * select_h
@@ -140,7 +151,12 @@ def _update_kernel(
     budget = tl.load(keep + b * keep_b + h * keep_h).to(tl.int64)
     protect = tl.load(recent + b).to(tl.int64)
     new_pos = tl.load(positions + b * pos_b).to(tl.int32)
-    new_score = tl.load(new_scores + b * new_b + h * new_h).to(tl.float32)
+    if HIDDEN > 0:
+        hidden = tl.load(new_scores + b * new_b + unit, mask=unit < HIDDEN, other=0.0)
+        active = activate(hidden.to(tl.float32), ACTIVATION).to(hidden.dtype)
+        new_score = tl.sum(active.to(tl.float32) * row_of_head.to(tl.float32), 0).to(hidden.dtype).to(tl.float32)
+    else:
+        new_score = tl.load(new_scores + b * new_b + h * new_h).to(tl.float32)
     arrives = real
     if DROP:
         arrives = real & (tl.load(drop + b * drop_b + h * drop_h) == 0)
@@ -256,7 +272,7 @@ def _update_kernel(
         if stays:
             d, e = tl.arange(0, DP), tl.arange(0, DVP)
             row = _pool_row(to, pages, table_p)
-            key_row = tl.load(k + b * k_b + h * k_h + d, mask=d < D, other=0.0)
+            key_row = rotated(k + b * k_b + h * k_h, d, cos + b * cos_b, sin + b * sin_b, d < D, HALF)
             value_row = tl.load(v + b * v_b + h * v_h + e, mask=e < DV, other=0.0)
             tl.store(k_pages + row * D + d, key_row.to(k_pages.dtype.element_ty), mask=d < D)
             tl.store(v_pages + row * DV + e, value_row.to(v_pages.dtype.element_ty), mask=e < DV)
@@ -288,6 +304,10 @@ def decode_update(
     chunk: int,
     select: Tensor | None = None,
     drop: Tensor | None = None,
+    head: Tensor | None = None,
+    activation: str = "silu",
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
 
@@ -295,6 +315,10 @@ def decode_update(
     valid, recent: (B,) int32; keep: (B, Hkv) int32; pools, table (B, Hkv, P) and lens (B, Hkv) as in ops.py; slot_scores
     (B, Hkv, C) and select (B, Hkv, C + 1), last dim contiguous, or None; drop (B, Hkv, 1) bool or None. The positions of a
     head's slots are different from one another, not negative, and earlier than the newcomer's.
+
+    head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden layer of a
+    retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores) head^T, rounded to that
+    dtype behind both. cos, sin: (B, 1, D), as `decode_attention` takes them: then k is not rotated yet, and is cached rotated.
 
     The set of slots that stay is exactly the reference's, their order is not: a newcomer takes its victim's place. Changes
     the pools and lens, and nothing else in them than what that needs. There must be a page for the newcomer where it
@@ -308,19 +332,38 @@ def decode_update(
         raise ValueError(f"decode_update takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     if capacity >= MOST_SLOTS:
         raise ValueError(f"decode_update takes fewer than {MOST_SLOTS} slots a head, got room for {capacity}")
+    check_rotation(k, cos, sin)
     if not b * hkv:
         return
+    width = 0
+    if head is not None:
+        width = head.shape[1]
+        if (
+            new_scores.shape != (b, 1, width)
+            or head.shape[0] != hkv
+            or not head.is_contiguous()
+            or new_scores.stride(2) != 1
+        ):
+            shapes = f"{tuple(new_scores.shape)} and {tuple(head.shape)}"
+            raise ValueError(f"decode_update: hidden layer and head are {shapes}, expected ({b}, 1, W) and ({hkv}, W)")
+        if new_scores.dtype != head.dtype:
+            raise ValueError(
+                f"decode_update: hidden layer in {new_scores.dtype}, head in {head.dtype}, expected one dtype"
+            )
     by_slot, chosen = score_pages if slot_scores is None else slot_scores, score_pages if select is None else select
     dropped = valid if drop is None else drop.view(torch.uint8)
+    turn, turn_s = (k, k) if cos is None or sin is None else (cos, sin)
     block = max(256, min(8192, triton.next_power_of_2(capacity)))
     _update_kernel[(b * hkv,)](
-        k, v, new_scores, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
-        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, sinks, window, chunk, capacity,
+        k, v, new_scores, head, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
+        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, turn, turn_s, sinks, window, chunk,
+        capacity, turn.stride(0), turn_s.stride(0),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), new_scores.stride(0), new_scores.stride(1),
         by_slot.stride(0), by_slot.stride(1), positions.stride(0), rotary.stride(0), keep.stride(0), keep.stride(1),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1),
         chosen.stride(0), chosen.stride(1), dropped.stride(0), 0 if drop is None else dropped.stride(1),
         HKV=hkv, D=d, DV=dv, DP=max(16, triton.next_power_of_2(d)), DVP=max(16, triton.next_power_of_2(dv)),
         PAGES=block // PAGE, WINDOW=window > 0, CHUNK=chunk > 0, SLOT_SCORES=slot_scores is not None,
-        SELECT=select is not None, DROP=drop is not None, num_warps=max(4, block // 256),
+        SELECT=select is not None, DROP=drop is not None, HIDDEN=width, HIDDEN_P=triton.next_power_of_2(max(1, width)),
+        ACTIVATION=activation, HALF=0 if cos is None else d // 2, num_warps=max(4, block // 256), **options(k.device),
     )  # fmt: skip
