@@ -56,7 +56,9 @@ def _comes_apart(op: Any) -> bool:
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), COMPOSITE)
     if not composite and torch._C.DispatchKey.CompositeImplicitAutograd not in op.py_kernels:
         return False
-    return torch.Tag.maybe_aliasing_or_mutating in op.tags or any(a.alias_info is not None for a in op._schema.arguments)
+    return torch.Tag.maybe_aliasing_or_mutating in op.tags or any(
+        a.alias_info is not None for a in op._schema.arguments
+    )
 
 
 def _decompose_nodes(gm: fx.GraphModule) -> None:
@@ -78,7 +80,7 @@ def _decompose_nodes(gm: fx.GraphModule) -> None:
 def _key(node: fx.Node, inputs: list[fx.Node]) -> Any:
     """Equal for nodes that come apart in the same way."""
     number = {n: i for i, n in enumerate(inputs)}
-    arguments = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: ("node", number[a]) if a in number else a)  # type: ignore[operator]
+    arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {number[n]}")  # type: ignore[arg-type, return-value]
     return node.target, repr(arguments), tuple(repr(_facts(n.meta["val"])) for n in inputs)
 
 

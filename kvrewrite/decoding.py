@@ -313,10 +313,10 @@ class DecodeRunner:
         next_rotary = self._send_rows(step, cache, segments)
         return _Plan(weakref.ref(cache), cache.version, step, segments, held, next_rotary)
 
-    def has_planned(self, ids: Tensor, cache: Any) -> bool:
+    def has_planned(self, ids: Tensor, cache: EvictionCache | None) -> bool:
         """Whether `ids` can be the token that was planned: of that cache, and nothing happened to it in between."""
-        plan = self._plan
-        if plan is None or plan.cache() is not cache or self._bound is None or self._bound() is not cache:
+        plan, bound = self._plan, self._bound
+        if plan is None or bound is None or cache is None or plan.cache() is not cache or bound() is not cache:
             return False
         return ids.shape == plan.step.ids.shape and plan.version == cache.version
 

@@ -399,7 +399,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return None
 
     def _check_input(
-        self, position_ids: Tensor | None, first: list[int], counts: list[int], cache: EvictionCache, decoding: list[bool]
+        self,
+        position_ids: Tensor | None,
+        first: list[int],
+        counts: list[int],
+        cache: EvictionCache,
+        decoding: list[bool],
     ) -> None:
         for row, n in enumerate(counts):
             problem = self.no_room(cache, row, n, decoding[row])
