@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,8 @@ class EvictionCache(Cache):
         for lease in self.leases:
             lease.close()
 
-    def __del__(self) -> None:
-        if "leases" in self.__dict__ and not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # module globals may be gone by then
+        if "leases" in self.__dict__ and not finalizing():
             self._close()
 
     def fork(self) -> EvictionCache:
