@@ -5,8 +5,9 @@
 On CUDA: random weights in the shape of Llama-3.1-8B with a few layers, bf16, one row. Prints the median of the captured step
 alone (CUDA events between replays), the time that one more token takes in `generate` (a long answer minus a short one, host
 clock) and their ratio, which is that of the real model with `--layers 32`. On a CPU: a tiny model, op by op from static
-buffers, and the CPU time of this process outside the steps.
+buffers, in CPU time of this process.
 
+`outside_us` is the median time from the end of a step's call to the start of the next one's, transformers' part included.
 `launch_us` is the time from the moment when transformers asks for the inputs of a token to the start of the step: all that a GPU
 waits for this project's code. `behind_us` is the host's work behind a step that has been started.
 """
@@ -66,7 +67,7 @@ class Clock:
         self.now = now
         self.begun = self.started = self.stopped = 0.0
         self.launch: list[float] = []
-        self.steps: list[float] = []
+        self.between: list[float] = []
         self.behind: list[float] = []
 
     def watch(self) -> None:
@@ -82,10 +83,10 @@ class Clock:
         @functools.wraps(step)
         def stepped(one: Any) -> Any:
             self.started = self.now()
+            self.between.append(self.started - self.stopped)
             self.launch.append(self.started - self.begun)
             out = step(one)
             self.stopped = self.now()
-            self.steps.append(self.stopped - self.started)
             return out
 
         @functools.wraps(forward)
@@ -147,11 +148,9 @@ def measure(layers: int, tokens: int, prompt: int, policy: str, budget: int) -> 
         result["ratio"] = round(token_ms / result["step_ms"], 4)
     clock = Clock(time.perf_counter if cuda else time.process_time)
     clock.watch()
-    total = run(few + tokens) - run(few)
-    if not cuda:
-        # The second run of `few` tokens made the last entries.
-        result["outside_us"] = round((total - sum(clock.steps[few:-few])) / tokens * 1e6, 1)
-    kept = slice(2, len(clock.launch) - few)  # the first token of a request is bound to the step
+    run(tokens)
+    kept = slice(2, None)  # the first token of a request is bound to the step
+    result["outside_us"] = round(statistics.median(clock.between[kept]) * 1e6, 1)
     result["launch_us"] = round(statistics.median(clock.launch[kept]) * 1e6, 1)
     result["behind_us"] = round(statistics.median(clock.behind[kept]) * 1e6, 1)
     return result
