@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,7 @@ class EvictionCache(Cache):
         self._make_rotary = model.make_rotary
         self._max_positions: int = model.program.max_positions or UNLIMITED
         self._stores: list[PageStore] | None = model.shared_stores()
+        self._changes = 0
         self._reset()
 
     @property
@@ -101,6 +102,7 @@ class EvictionCache(Cache):
         return self._rows
 
     def _reset(self) -> None:
+        self._changes += 1
         batch = self.batch_size
         self.seen = [0] * batch  # tokens of each row so far
         self.generated = [0] * batch  # of them, those since the last prompt
@@ -137,8 +139,8 @@ class EvictionCache(Cache):
         for lease in self.leases:
             lease.close()
 
-    def __del__(self) -> None:
-        if "leases" in self.__dict__ and not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # module globals may be gone by then
+        if "leases" in self.__dict__ and not finalizing():
             self._close()
 
     def fork(self) -> EvictionCache:
@@ -267,6 +269,7 @@ class EvictionCache(Cache):
 
     def commit(self) -> None:
         """Records a finished step and returns the pages that it emptied."""
+        self._changes += 1
         longest = [-1] * self.batch_size
         measured = self._measure()
         for c, lease in enumerate(self.leases):
@@ -311,16 +314,42 @@ class EvictionCache(Cache):
         self._loose |= policy.data_dependent
         self._after_token: list[np.ndarray] = []
         for lease, keep in zip(self.leases, keeps):
-            windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
-            after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
-            rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
-            rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
-            rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
+            first, after = self._token_slots(lease, policy, keep)
             if lease.store.is_shared:
-                lease.unshare(np.where(rewrites, 0, lease.bound))
+                lease.unshare(first)
             lease.resize(np.maximum(lease.bound, after), 0)
             self._after_token.append(after)
         return keeps
+
+    def _token_slots(self, lease: Lease, policy: Policy, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first slot that one more token may write to, and the slots that are held then, both (layers, rows, kv heads)."""
+        windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
+        after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
+        rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
+        rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
+        rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
+        return np.where(rewrites, 0, lease.bound), after
+
+    def look_ahead(self, policy: Policy, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+        """What `begin_token` would return, and the slots held after the token, without leasing anything; None where pages have
+        to be leased, returned or copied for it."""
+        keeps, held = self._token_keeps(policy, segments), []
+        for lease, keep in zip(self.leases, keeps):
+            first, after = self._token_slots(lease, policy, keep)
+            need = -(-np.maximum(lease.bound, after) // PAGE)
+            if not np.array_equal(need, lease.counts) or (lease.store.is_shared and lease.shared_from(first).any()):
+                return None
+            held.append(after)
+        return keeps, held
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Differs as soon as a token went through, rows moved, or pages of the stores did."""
+        return (self._changes, *(lease.store.changes for lease in self.leases))
+
+    def begin_planned_token(self, held: list[np.ndarray]) -> None:
+        """The same as `begin_token`, with what `look_ahead` found and nothing has changed since."""
+        self._after_token = held
 
     def _token_keeps(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
         """Budgets of every head for this token."""
@@ -344,6 +373,7 @@ class EvictionCache(Cache):
 
     def end_token(self, segments: list[Segment]) -> None:
         """Records that token."""
+        self._changes += 1
         free = [-1] * self.batch_size
         measured = self._measure()
         for c, (lease, after) in enumerate(zip(self.leases, self._after_token)):
@@ -448,6 +478,7 @@ class EvictionCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues from what row beam_idx[i] holds."""
+        self._changes += 1
         source = beam_idx.tolist()
         if len(source) != self.batch_size or not all(0 <= s < self.batch_size for s in source):
             raise CacheError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
+from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, UnsupportedModelError
 from kvrewrite.graph import clean_path, set_attr
 from kvrewrite.wrapped import check_layers, without_hooks
@@ -397,7 +398,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
                     dynamic_shapes=({0: auto, 1: auto}, {0: auto, 1: auto} if takes_positions else None),
                     strict=False,
                 )
-                program = program.run_decompositions({})
+                program = decompose(program)
         except UnsupportedModelError:
             raise
         except Exception as error:  # torch.export raises many types; all mean that there is no graph

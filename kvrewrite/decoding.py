@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Settling:
         renew = [not s and n > 0 for s, n in zip(cache.settled, cache.seen)]
         cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
         cache.settled = [s or r for s, r in zip(cache.settled, renew)]
-        following, anew = torch.tensor(cache.next_rotary).to(device), torch.tensor(renew).to(device)
+        following, anew = to_device(cache.next_rotary, device), to_device(renew, device)
         span = torch.empty(0, max(1, *cache.seen), device=device)
         self._turn(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
         cache.keys_settled = True
@@ -102,6 +103,7 @@ class _Rows:
         self.names = names
         pinned = device.type == "cuda"
         self.host = [torch.zeros(len(names), batch, dtype=torch.int64, pin_memory=pinned) for _ in range(RING)]
+        self.numbers = [host.numpy() for host in self.host]
         self.sent = [torch.cuda.Event() if pinned else None for _ in range(RING)]
         self.device = torch.zeros(len(names), batch, dtype=torch.int64, device=device)
         self.turn = 0
@@ -112,7 +114,7 @@ class _Rows:
         if event is not None:
             event.synchronize()
         for i, name in enumerate(self.names):
-            self.host[at][i] = torch.tensor(values[name])
+            self.numbers[at][i] = values[name]
         self.device.copy_(self.host[at], non_blocking=True)
         if event is not None:
             event.record()
@@ -220,6 +222,22 @@ class _Step:
         return self.logits.clone()
 
 
+@dataclass
+class _Plan:
+    """The next token of a cache, planned while the device was at work on the one before. Its row numbers are on the device.
+
+    version: the cache's, then; held: slots (layers, rows, kv heads) that each class holds after the token; next_rotary: what
+    the cache's becomes, or None.
+    """
+
+    cache: weakref.ref[EvictionCache]
+    version: tuple[int, ...]
+    step: _Step
+    segments: list[Segment]
+    held: list[np.ndarray]
+    next_rotary: list[int] | None
+
+
 class DecodeRunner:
     """Decode steps of one model, by batch size. gm: its graph, before `lower_decode`; capture: into CUDA graphs; captures counts
     them."""
@@ -238,37 +256,79 @@ class DecodeRunner:
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._seen_tables: list[Tensor | None] = []
         self._seen_keeps: list[Any] = []
+        self._plan: _Plan | None = None
 
     def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
         if self.settling is not None and not cache.keys_settled:
             self.settling.settle(cache)
-        policy = self.model.policy
-        keeps = cache.begin_token(policy, segments)
+        self._plan = None
+        keeps = cache.begin_token(self.model.policy, segments)
         step = self._steps.get(cache.batch_size)
         if step is None or not step.fits(cache):
             self.release()
             self._steps.pop(cache.batch_size, None)
             step = self._steps[cache.batch_size] = self._make(cache, keeps)
         self._bind(step, cache, keeps)
-        if self.model.program.layout["contiguous"] and self.settling is None:
-            cache.next_rotary = list(cache.length)
-            cache.settled = [True] * cache.batch_size
+        next_rotary = self._send_rows(step, cache, segments)
+        return self._launch(step, ids, cache, segments, next_rotary)
+
+    def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
+        """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
         contiguous = self.model.program.layout["contiguous"]
+        anew = contiguous and self.settling is None
+        following = list(cache.length) if anew else cache.next_rotary
         values = {
             "positions": cache.seen,
-            "position_ids": cache.next_rotary if contiguous else cache.seen,
+            "position_ids": following if contiguous else cache.seen,
             "recent": [s.recent for s in segments],
             "valid": [1] * cache.batch_size,
-            "following": cache.next_rotary,
+            "following": following,
         }
         for name in self.model.program.layout["row_inputs"]:
             values[name] = [s.values.get(name, 0) for s in segments]
         step.rows.send(values)
+        return following if anew else None
+
+    def _launch(
+        self, step: _Step, ids: Tensor, cache: EvictionCache, segments: list[Segment], next_rotary: list[int] | None
+    ) -> Tensor:
+        """Runs the step; what the host can do about the token after it is done while the device is at work."""
         step.ids.copy_(ids)
         logits = step()
+        if next_rotary is not None:
+            cache.next_rotary, cache.settled = next_rotary, [True] * cache.batch_size
         cache.end_token(segments)
+        self._plan = self._look_ahead(step, cache)
         return logits
+
+    def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Plan | None:
+        """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
+        rows = range(cache.batch_size)
+        if any(self.model.no_room(cache, row, 1, True) for row in rows) or not step.fits(cache):
+            return None
+        segments = [self.model.policy.decode_segment(cache.row(row)) for row in rows]
+        found = cache.look_ahead(self.model.policy, segments)
+        if found is None or self._bound is None or self._bound() is not cache:
+            return None
+        keeps, held = found
+        self._bind(step, cache, keeps)
+        next_rotary = self._send_rows(step, cache, segments)
+        return _Plan(weakref.ref(cache), cache.version, step, segments, held, next_rotary)
+
+    def has_planned(self, ids: Tensor, cache: EvictionCache | None) -> bool:
+        """Whether `ids` can be the token that was planned: of that cache, and nothing happened to it in between."""
+        plan, bound = self._plan, self._bound
+        if plan is None or bound is None or cache is None or plan.cache() is not cache or bound() is not cache:
+            return False
+        return ids.shape == plan.step.ids.shape and plan.version == cache.version
+
+    def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
+        """The same as `step`, where `has_planned`."""
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        cache.begin_planned_token(plan.held)
+        return self._launch(plan.step, ids, cache, plan.segments, plan.next_rotary)
 
     def _make(self, cache: EvictionCache, keeps: list[np.ndarray]) -> _Step:
         """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds it."""

@@ -47,7 +47,8 @@ def slot_rotary_layers(
 ) -> Tensor:
     """`slot_rotary` of all layers that share a pool: tables (layers, B, Hkv, P), lens (layers, B, Hkv) -> (layers, B, Hkv, C)."""
     flat = (tables.flatten(0, 1), lens.reshape(-1, lens.shape[2]), following.repeat(layers), renew.repeat(layers))
-    return torch.ops.kvrewrite.slot_rotary(pos_pages, *flat, span).unflatten(0, (layers, -1))
+    # Lengths lie layer by layer in no order of their dims, which elementwise ops would hand on.
+    return torch.ops.kvrewrite.slot_rotary(pos_pages, *flat, span).unflatten(0, (layers, -1)).contiguous()
 
 
 @slot_rotary_layers.register_fake

@@ -240,6 +240,28 @@ class RewrittenModel(nn.Module, GenerationMixin):
         else:
             self._check_cache(given, None)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing else."""
+        if generated and next_sequence_length == 1:
+            return {"input_ids": input_ids[:, -1:], CACHE_NAME: kwargs[CACHE_NAME], "generated": True}
+        found: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        return found
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Called by `generate` behind every step. Every column from here on is a real token of every row and the cache counts
+        positions, so masks and positions that grow with the text have served."""
+        model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        for name in ("attention_mask", "position_ids"):
+            model_kwargs.pop(name, None)
+        model_kwargs["generated"] = True
+        return model_kwargs
+
     def _check_cache(self, cache: Any, batch: int | None) -> None:
         if not isinstance(cache, EvictionCache):
             raise CacheError(
@@ -264,6 +286,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         cache: EvictionCache | None = None,
+        generated: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -271,8 +294,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for
         real tokens, which must be adjacent. One token on a row that has some is decoding, more are a prompt.
         position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
-        return logits for, 0 for all. cache: another name for past_key_values. Returns logits (B, T or logits_to_keep,
-        vocabulary), zero at padding, and the cache.
+        return logits for, 0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's
+        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. Returns logits
+        (B, T or logits_to_keep, vocabulary), zero at padding, and the cache.
         """
         self._refuse(kwargs)
         if input_ids is None or input_ids.dim() != 2:
@@ -286,6 +310,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         cache = past_key_values if cache is None else cache
+        if self.decoder is not None and attention_mask is None and self.decoder.has_planned(input_ids, cache):
+            if not generated:
+                self._check_ids(input_ids, decoding=True)
+            assert cache is not None
+            return self._output(self.decoder.planned_step(input_ids, cache), cache, 1, use_cache, return_dict)
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
@@ -294,7 +323,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
         # One that pauses keeps its ranks, too.
         decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
-        self._check_input(input_ids, position_ids, first, counts, cache, decoding)
+        self._check_input(position_ids, first, counts, cache, decoding)
+        if not generated:
+            self._check_ids(input_ids, all(decoding))
         if self.decoder is not None and width == 1 and all(decoding) and all(counts):
             segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
             logits = self.decoder.step(input_ids, cache, segments)
@@ -302,6 +333,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
             if cache.keys_settled:
                 Settling(self).undo(cache)  # also where the model is not compiled any more
             logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
+        return self._output(logits, cache, width, use_cache, return_dict)
+
+    @staticmethod
+    def _output(
+        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None
+    ) -> Any:
         cache.columns += width
         keep_cache = use_cache is not False
         if return_dict is False:
@@ -338,32 +375,44 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 )
         return first, counts
 
-    def _check_input(
-        self, ids: Tensor, position_ids: Tensor | None, first: list[int], counts: list[int], cache: EvictionCache,
-        decoding: list[bool],
-    ) -> None:  # fmt: skip
-        limit = self.program.max_positions
-        for row, n in enumerate(counts):
-            total = cache.seen[row] + n
-            reach = self._reach(cache, row, n, decoding[row])
-            if limit is not None and reach > limit:
-                raise InputError(
-                    f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most "
-                    f"{limit} tokens at a time (a table of positions can't be extended)"
-                )
-            if self.policy.name == "full" and total > self.policy.slots(total):
-                raise CacheError(
-                    f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {self.policy.budget}; "
-                    "use a larger budget or a policy that evicts"
-                )
-        # Generated ids come from the model itself; looking at them would stall a GPU at every token.
-        if ids.numel() and (not all(decoding) or not ids.is_cuda):
-            low, high = int(ids.min()), int(ids.max())
+    def _check_ids(self, ids: Tensor, decoding: bool) -> None:
+        """Single tokens on a GPU are not looked at: that would stall it."""
+        if ids.numel() and not (decoding and ids.is_cuda):
+            low, high = torch.stack(torch.aminmax(ids)).tolist()
             if low < 0 or high >= self.program.vocab_size:
                 raise InputError(
                     f"token ids reach from {low} to {high}, expected 0 to {self.program.vocab_size - 1}; does the tokenizer "
                     "belong to this model?"
                 )
+
+    def no_room(self, cache: EvictionCache, row: int, count: int, decoding: bool) -> Exception | None:
+        """Why a row can't take `count` more tokens, if it can't."""
+        limit, total = self.program.max_positions, cache.seen[row] + count
+        reach = self._reach(cache, row, count, decoding)
+        if limit is not None and reach > limit:
+            return InputError(
+                f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most "
+                f"{limit} tokens at a time (a table of positions can't be extended)"
+            )
+        if self.policy.name == "full" and total > self.policy.slots(total):
+            return CacheError(
+                f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {self.policy.budget}; "
+                "use a larger budget or a policy that evicts"
+            )
+        return None
+
+    def _check_input(
+        self,
+        position_ids: Tensor | None,
+        first: list[int],
+        counts: list[int],
+        cache: EvictionCache,
+        decoding: list[bool],
+    ) -> None:
+        for row, n in enumerate(counts):
+            problem = self.no_room(cache, row, n, decoding[row])
+            if problem is not None:
+                raise problem
         if position_ids is not None and not all(decoding):
             rows = position_ids.expand(len(counts), -1).cpu()
             for row, (at, n) in enumerate(zip(first, counts)):

@@ -66,6 +66,7 @@ class PageStore:
         self.references = np.zeros(0, dtype=np.int32)
         self.free: list[int] = []
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self.changes = 0  # grows whenever a page is leased, shared, returned or moved
         self._grow(1)
 
     @property
@@ -75,6 +76,7 @@ class PageStore:
 
     def _grow(self, total: int) -> None:
         """Grows to `total` pages, keeping what they hold."""
+        self.changes += 1
         before = self.total
         for name, (shape, dtype) in self.shapes.items():
             new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
@@ -94,6 +96,7 @@ class PageStore:
         if count > len(self.free):
             # At least an eighth more, so that decoding does not copy everything at every page.
             self._grow(max(self.total + count - len(self.free), reserve, self.total + self.total // 8))
+        self.changes += 1
         taken = [self.free.pop() for _ in range(count)]
         found = np.array(taken, dtype=np.int32)
         self.references[found] = 1
@@ -101,10 +104,12 @@ class PageStore:
 
     def share(self, pages: np.ndarray) -> None:
         """One more reference to each of `pages` (zeros are no pages)."""
+        self.changes += 1
         np.add.at(self.references, pages[pages > 0], 1)
 
     def release(self, pages: np.ndarray) -> None:
         """One reference less to each of `pages`; those without any are free."""
+        self.changes += 1
         pages = pages[pages > 0]
         np.subtract.at(self.references, pages, 1)
         self.free.extend(int(p) for p in np.unique(pages) if self.references[p] == 0)
@@ -114,6 +119,7 @@ class PageStore:
         while it runs than it leaves in use."""
         if len(self.free) - spare < self.total // 4 or not self.total:
             return
+        self.changes += 1
         used = np.flatnonzero(self.references > 0)
         place = np.zeros(self.total, dtype=np.int32)
         place[used] = np.arange(1, len(used) + 1)
@@ -203,11 +209,16 @@ class Lease:
         self.pages = self.pages[..., :width].copy()
         self.table = to_device(self.pages.copy(), self.store.device)
 
-    def unshare(self, first_slot: np.ndarray) -> None:
-        """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are written."""
+    def shared_from(self, first_slot: np.ndarray) -> np.ndarray:
+        """Which pages (layers, rows, kv heads, W) that hold slots from `first_slot` (layers, rows, kv heads) on are shared."""
         column = np.arange(self.pages.shape[-1])
         touched = (column >= (first_slot // PAGE)[..., None]) & (column < self.counts[..., None])
-        shared = touched & (self.store.references[self.pages] > 1)
+        found: np.ndarray = touched & (self.store.references[self.pages] > 1)
+        return found
+
+    def unshare(self, first_slot: np.ndarray) -> None:
+        """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are written."""
+        shared = self.shared_from(first_slot)
         if not shared.any():
             return
         old = self.pages[shared]
