@@ -33,7 +33,7 @@ FMA_ROWS = 2
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REDUCE_BLOCK = 256
-AHEAD = 2048
+AHEAD = 0  # measured on an H200: a step of the 8B shape takes 4.88 ms with 0, 5.14 with 2048 and 5.28 with 4096
 FILL = 112  # programs that occupy the 132 SMs of an H200 well enough
 
 
