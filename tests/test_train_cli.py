@@ -48,7 +48,7 @@ def test_trained_converted_and_run(model: Path, data: Path, tmp_path: Path) -> N
     assert not plot or (tmp_path / "loss.png").stat().st_size > 1000
     _, metadata = read_policy_weights(out)
     assert metadata["policy"] == "locret" and metadata["base_model_name"] == "tiny" and len(metadata["data"]) == 64
-    assert json.loads(metadata["training"])["steps"] == 4
+    assert json.loads(metadata["training"])["fitting"]["steps"] == 4 and len(metadata["base_model_hash"]) == 64
     options = ["-o", "budget=24", "-o", "chunk=8", "-o", "stabilizers=4", "-o", "local_tail=2"]
     made = run("convert", model, "-p", "locret", "--policy-weights", out, *options, "--out", tmp_path / "converted")
     assert made.exit_code == 0, made.output
@@ -71,6 +71,14 @@ def test_stopped_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
     last.rmdir()
     made = run(*common, "--out", tmp_path / "rest.safetensors", *folder, "--resume", "--json")
     assert made.exit_code == 0 and json.loads(made.stdout)["resumed_at"] == 2
+    other = [*common, "--out", tmp_path / "other.safetensors", *folder]
+    for extra, words in (
+        (["--resume", "--weight-decay", 0.5], "weight_decay"),
+        (["--resume", "--max-tokens", 9], "max_tokens was"),
+        ([], "has checkpoints already"),
+    ):
+        made = run(*other, *extra)
+        assert made.exit_code == 1 and words in made.stderr
     whole, rest = (read_policy_weights(tmp_path / f"{n}.safetensors")[0] for n in ("whole", "rest"))
     assert all((whole[name] == rest[name]).all() for name in whole)
 

@@ -68,7 +68,7 @@ def test_chats(tokenizer: Any) -> None:
         answer = [t for t, label in zip(made["input_ids"], made["labels"]) if label != IGNORED]
         assert tokenizer.decode(answer) == "brown fox\n"
         assert tokenizer.decode(made["input_ids"]) == "user:\nThe quick\nassistant:\nbrown fox\n"
-        with pytest.raises(TrainingError, match="row 0: messages should end with an answer"):
+        with pytest.raises(TrainingError, match="ends with an answer of the assistant"):
             encode(tokenizer, {"messages": chat[:1]})
         tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
         with pytest.raises(TrainingError, match="writes a prompt otherwise"):
@@ -93,6 +93,7 @@ def test_bad_rows_are_named(tokenizer: Any) -> None:
         ({"prompt": "a", "answer": ""}, "row 0 has an empty answer"),
         ({"prompt": "", "answer": "a"}, "row 0 has an empty prompt"),
         ({}, "row 0 has no columns"),
+        ({"messages": ["The quick", "brown fox"]}, "row 0: messages should be a list"),
         ({"text": "a b"}, "row 0 has the columns text; expected messages"),
     ):
         with pytest.raises(TrainingError, match=words):
@@ -101,6 +102,15 @@ def test_bad_rows_are_named(tokenizer: Any) -> None:
         encode(tokenizer, {"prompt": "a", "answer": "b"}, needs="text")
     with pytest.raises(TrainingError, match="expected at least 2"):
         encode(tokenizer, {"text": ""}, needs="text")
+
+
+def test_prompt_and_answer_fit_the_model(tokenizer: Any) -> None:
+    row = {"prompt": "The quick brown fox jumps over", "answer": " the lazy dog"}
+    answer = tokenizer(row["answer"]).input_ids
+    made = encode(tokenizer, row, longest=len(answer) + 3, end=True)
+    assert made["input_ids"] == tokenizer(row["prompt"]).input_ids[:2] + answer + [tokenizer.eos_token_id]
+    with pytest.raises(TrainingError, match="leaves no room for a prompt"):
+        encode(tokenizer, row, longest=len(answer))
 
 
 def test_bad_files_are_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -96,7 +96,9 @@ class Encoder:
     """Rows as {"input_ids", "labels"}.
 
     needs: "answer", labels are the answer's tokens, or "text", labels are all. max_tokens: of a prompt, or of a text; what
-    is longer keeps its first tokens, as Locret's authors do. question_first: the question stands in front of the
+    is longer keeps its first tokens, as Locret's authors do (they take the labels first; here the answer follows what is
+    left). longest: tokens that the model takes, prompt and answer together (None: any). end: whether the token that ends a
+    text follows an answer that has none. question_first: the question stands in front of the
     context, too (Locret-Q); question_tokens: only its last so many tokens do (0: all).
     """
 
@@ -105,6 +107,8 @@ class Encoder:
     max_tokens: int
     question_first: bool = False
     question_tokens: int = 0
+    longest: int | None = None
+    end: bool = False
     counts: Counts = field(default_factory=Counts)
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
@@ -117,9 +121,18 @@ class Encoder:
             raise TrainingError(f"row {number} has an empty answer; expected at least one token")
         if not prompt:
             raise TrainingError(f"row {number} has an empty prompt; expected at least one token")
-        if len(prompt) > self.max_tokens:
+        end = self.tokenizer.eos_token_id
+        if self.end and end is not None and answer[-1] != end:
+            answer = [*answer, end]
+        room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest - len(answer))
+        if room < 1:
+            raise TrainingError(
+                f"row {number} has an answer of {len(answer)} tokens, which leaves no room for a prompt: the model takes "
+                f"{self.longest}"
+            )
+        if len(prompt) > room:
             Counts.add(self.counts.cut)
-            prompt = prompt[: self.max_tokens]
+            prompt = prompt[:room]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
     def _text(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
@@ -148,7 +161,7 @@ class Encoder:
         if isinstance(row.get("context"), str) and isinstance(row.get("question"), str) and isinstance(answer, str):
             context, question = self._ids(row["context"]), self._ids(row["question"], special=False)
             if self.question_first:
-                # As `model.prompt_ids` puts it together: the question, the context, and the question again.
+                # As `kvrewrite eval` asks: the first token, the question, the context, and the question again.
                 lead, context = (
                     (context[:1], context[1:]) if context[:1] == [self.tokenizer.bos_token_id] else ([], context)
                 )
@@ -168,8 +181,11 @@ class Encoder:
         raise TrainingError(f"row {number} has {self._columns(row)}; expected {WITH_ANSWER}")
 
     def _chat(self, messages: Any, number: int) -> tuple[list[int], list[int]]:
-        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
-            raise TrainingError(f"row {number}: messages should end with an answer of the assistant")
+        fine = isinstance(messages, list) and len(messages) > 1 and all(isinstance(m, dict) for m in messages)
+        if not fine or messages[-1].get("role") != "assistant":
+            raise TrainingError(
+                f'row {number}: messages should be a list of {{"role", "content"}} that ends with an answer of the assistant'
+            )
         if not getattr(self.tokenizer, "chat_template", None):
             raise TrainingError(
                 "the data has messages, but the model's tokenizer has no chat template; expected prompt and answer"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvrewrite.capture import capture
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import OptionError, TrainingError
+from kvrewrite.graph import set_attr
 from kvrewrite.passes.pipeline import canonical, expected_weights, model_fingerprint
 from kvrewrite.policies.locret import Locret
 from kvrewrite.policy_weights import BASE_MODEL, save_policy_weights
@@ -117,7 +118,13 @@ class LocretTask(Task):
         assert isinstance(adapted, Locret)
         self.policy = adapted
         self.dtype, self.vocab_size = captured.dtype, captured.vocab_size
-        self.longest = captured.max_positions
+        # Two sets of frequencies, one for texts beyond a length (longrope), are chosen batch by batch; frequencies that
+        # follow the length (dynamic NTK) are not, so texts end where they would begin to change.
+        self.tables = captured.rotary_tables
+        rope: Any = getattr(config, "rope_parameters", None) or {}
+        switches = rope.get("rope_type") == "longrope"
+        thresholds = [] if switches else [t.threshold for t in self.tables]
+        self.longest = min(thresholds, default=captured.max_positions)
         self.owners: list[AttentionSite] = [s for s in self.sites if s.shares_kv_with is None]
         shapes = expected_weights(captured, self.sites, self.policy)
         std = options.init if options.init is not None else getattr(config, "initializer_range", None) or 0.02
@@ -135,7 +142,15 @@ class LocretTask(Task):
 
     def observe(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Scores and labels, one (B, Hkv, T) fp32 per owner each."""
-        graph = self.__dict__["graph"]
+        graph, length = self.__dict__["graph"], input_ids.shape[1]
+        if self.longest is not None and length > self.longest:
+            raise TrainingError(
+                f"texts of {length} tokens are longer than the model takes in training ({self.longest}: its positions, or the "
+                "length from which on its rotary frequencies follow the text's length); give a smaller --max-tokens"
+            )
+        for table in self.tables:
+            chosen = table.long if length > table.threshold else table.short
+            set_attr(graph, table.attribute, chosen.to(input_ids.device))
         scores, queries, keys = graph(*arguments(graph, input_ids))
         answer = real & (labels >= 0)
         answers = answer_index(answer)

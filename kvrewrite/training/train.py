@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,15 @@ import kvrewrite
 from kvrewrite.errors import ArtifactError, OptionError, TrainingError
 from kvrewrite.training.data import Encoder, Texts, check_files, fingerprint
 from kvrewrite.training.locret import LocretOptions, LocretTask
-from kvrewrite.training.trainer import FitOptions, Fitted, Task, fit, is_main_process, require_training
+from kvrewrite.training.trainer import (
+    FitOptions,
+    Fitted,
+    Task,
+    check_checkpoints,
+    fit,
+    is_main_process,
+    require_training,
+)
 
 POLICIES = ("locret", "locret_q", "attention_gate")
 MAX_TOKENS = {"locret": 10240, "locret_q": 10240, "attention_gate": 4096}
@@ -113,22 +123,35 @@ def train(
     if device is not None:
         base.to(torch.device(device))
     elif torch.cuda.is_available():
-        base.to("cuda")
+        base.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     total = sum(p.numel() for p in base.parameters())
+    base_hash = weights_hash(base)  # before adapters are added
     task = make_task(policy, base.eval(), options, tokenizer)
     longest = getattr(task, "longest", None)
     if longest is not None and limit > longest:
         limit = int(longest)
-    encode = Encoder(tokenizer, task.needs, limit, policy == "locret_q", question_tokens)
+    encode = Encoder(
+        tokenizer, task.needs, limit, policy == "locret_q", question_tokens, longest, end=policy == "attention_gate"
+    )
     texts = Texts(paths, encode, fitting.seed)
+    run = {
+        "policy": policy,
+        "options": dataclasses.asdict(task.options),  # type: ignore[call-overload]
+        "fitting": _plain(fitting),
+        "data": fingerprint(paths),
+        "max_tokens": limit,
+        "question_tokens": question_tokens,
+    }
+    check_checkpoints(fitting, run)
     fitted = fit(task, texts, fitting)
     written: list[Path] = []
     if is_main_process():
         said = {
             "base_model_name": name,
+            "base_model_hash": base_hash,
             "data": fingerprint(paths),
             "steps": str(fitting.steps),
-            "training": json.dumps({**dataclasses.asdict(task.options), **_plain(fitting)}, sort_keys=True),  # type: ignore[call-overload]
+            "training": json.dumps(run, sort_keys=True, default=str),
             "trained_with": f"kvrewrite {kvrewrite.__version__}, torch {torch.__version__}",
             "date": time.strftime("%Y-%m-%d"),
         }
@@ -141,6 +164,15 @@ def train(
             written.append(Path(plot))
     trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     return Trained(policy, out, written, trained, total, fitted, encode.counts.read.value, encode.counts.cut.value)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over the names, dtypes and values of a model's parameters: which base model weights were trained on."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_out(out: Path, force: bool) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,11 +140,46 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name[11:]), default=None)
 
 
+def check_checkpoints(options: FitOptions, what: Mapping[str, Any]) -> None:
+    """Whether the folder of checkpoints is this run's. what: all that has to be the same to resume, plain data.
+
+    It is written beside the checkpoints. Raises TrainingError where there are checkpoints that would be mixed up with new
+    ones, none to resume from, or those of another run; the differences are named.
+    """
+    if options.checkpoints is None:
+        return
+    said, newest = options.checkpoints / "training.json", last_checkpoint(options.checkpoints)
+    plain = json.loads(json.dumps(dict(what), default=str))
+    if not options.resume:
+        if newest is not None:
+            raise TrainingError(
+                f"{options.checkpoints} has checkpoints already; go on from them with --resume (resume=True), or choose another "
+                "folder"
+            )
+        if is_main_process():
+            options.checkpoints.mkdir(parents=True, exist_ok=True)
+            said.write_text(json.dumps(plain, indent=1, sort_keys=True), encoding="utf-8")
+        return
+    if newest is None:
+        raise TrainingError(f"there is no checkpoint in {options.checkpoints} to resume from; train without --resume")
+    before = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+    changed = [
+        f"{name} was {before.get(name)} and is {plain.get(name)}"
+        for name in sorted({*before, *plain})
+        if before.get(name) != plain.get(name)
+    ]
+    if changed:
+        raise TrainingError(
+            f"{options.checkpoints} is of another run: {'; '.join(changed)}. Resume with the same options, or train anew in "
+            "another folder"
+        )
+
+
 def fit(task: Task, texts: Any, options: FitOptions) -> Fitted:
     """Trains a task on rows {"input_ids", "labels"}, an iterable dataset that never ends or one with a length.
 
-    Runs on the devices that accelerate finds (`accelerate launch` for several). Raises TrainingError where the loss is not
-    a number any more: nothing is saved then, and the last checkpoint is from before it.
+    Runs where the task's parameters are, in every process that `accelerate launch` started. Raises TrainingError where the
+    loss is not a number any more: nothing is saved then, and the last checkpoint is from before it.
     """
     require_training()
     import tempfile
@@ -212,6 +248,10 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
 
         def check_finite(self) -> None:
             """One look at the device for all steps since the last."""
+            if self.bad is not None and torch.distributed.is_initialized():
+                count = self.bad.int()
+                torch.distributed.all_reduce(count)  # all processes stop, or none
+                self.bad = count > 0
             if self.bad is not None and bool(self.bad):
                 last = last_checkpoint(folder) if options.checkpoints else None
                 kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint from before"
@@ -234,6 +274,9 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
             super()._save_checkpoint(model, trial)
 
     saving = bool(options.save_every and options.checkpoints)
+    device = next(task.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where the Trainer puts things
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -254,10 +297,14 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
         dataloader_prefetch_factor=4 if options.workers else None,
         dataloader_persistent_workers=options.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
+        # Every process reads for itself: accelerate's way for streams, one reads for all, wants rows of one length.
+        accelerator_config={"dispatch_batches": False},
         average_tokens_across_devices=False,
         label_names=["labels"],
     )
+    # One process drives one GPU (accelerate launch starts several): replicas in one process would share the hidden graph.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = PolicyTrainer(
         model=task,
         args=arguments,
