@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,14 @@ def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[Po
     if unused:
         raise OptionError(f"--policy-weights for {', '.join(sorted(unused))}, which --policy does not name")
     return tuple(specs)
+
+
+def with_shipped_weights(specs: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...]:
+    """For the small model: policies without weights of their own take those that are part of kvrewrite."""
+    from kvrewrite.assets import small_policies
+
+    shipped = small_policies()
+    return tuple(dataclasses.replace(s, weights=s.weights or shipped.get(s.name)) for s in specs)
 
 
 def model_directory(model: str | None) -> Path:
@@ -186,10 +195,13 @@ def evaluate(
 
     MODEL is a checkpoint or a converted directory; without it, the small model that is part of kvrewrite. Every policy
     gets the same samples, and the full cache always runs as the baseline. --policy converted is a converted directory's
-    own policy, which is also what runs when no policy is named there.
+    own policy, which is also what runs when no policy is named there. Trained weights for the small model are part of
+    kvrewrite, too.
     """
     _check_usage(harness, harness_tasks, include_path, limit, tasks)
     specs = parse_policies(policy_texts, policy_weights)
+    if model is None:
+        specs = with_shipped_weights(specs)
     budgets = tuple(parse_budget(t) for t in budget_texts)
     if resume and out is None:
         raise click.UsageError("--resume needs --out, the file to continue from")

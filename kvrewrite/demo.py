@@ -18,7 +18,9 @@ from kvrewrite.errors import ArtifactError
 
 POLICY, SHARE = "snapkv", 0.125
 TASK, TOKENS, QUESTIONS = "needle_multikey", 1024, 4
-COMPARED = ("full", "snapkv", "nacl", "h2o", "streaming_llm", "random")
+COMPARED = ("full", "locret", "snapkv", "nacl", "h2o", "streaming_llm", "random")
+# Locret's stabilizers, tail and chunk in proportion to the budget; its heads are those that ship with the small model.
+OPTIONS = {"locret": {"chunk": 64, "stabilizers": 32, "local_tail": 16, "positions": "original"}}
 
 
 def full_cache_bytes(cache: Any) -> int:
@@ -147,6 +149,7 @@ def _compare(original: Any, tokenizer: Any, questions: int, console: Console) ->
     """Asks every policy the same questions."""
     import kvrewrite
     from kvrewrite import policies
+    from kvrewrite.assets import small_policies
     from kvrewrite.evaluation import tasks
 
     table = Table(
@@ -157,7 +160,8 @@ def _compare(original: Any, tokenizer: Any, questions: int, console: Console) ->
         table.add_column(name, justify="right" if name != "policy" else "left")
     samples = [tasks.make(TASK, tokens=TOKENS, seed=100 + i, tokenizer=tokenizer) for i in range(questions)]
     for policy in COMPARED:
-        small: Any = kvrewrite.transform(original, policies.make(policy, budget=None if policy == "full" else SHARE))
+        chosen = policies.make(policy, budget=None if policy == "full" else SHARE, **OPTIONS.get(policy, {}))
+        small: Any = kvrewrite.transform(original, chosen, policy_weights=small_policies().get(policy))
         right, kept = 0.0, 0
         for sample in samples:
             prompt = torch.tensor([tokenizer(sample.context + sample.question)["input_ids"]])

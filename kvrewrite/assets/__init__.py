@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["small_model"]
+__all__ = ["small_model", "small_policies"]
 
 
 def small_model() -> Path:
@@ -11,3 +11,8 @@ def small_model() -> Path:
     Its README.md says how it was made and what it was measured to do. `kvrewrite.evaluation.tasks` makes what it can read.
     """
     return Path(__file__).parent / "small"
+
+
+def small_policies() -> dict[str, Path]:
+    """Trained policy weights for the small model, by the policy's name; docs/training.md says how they were made."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "small_policies").glob("*.safetensors"))}
