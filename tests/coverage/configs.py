@@ -61,15 +61,90 @@ SIZES: dict[str, Any] = {
 # Grouping is kept where a type has it by default, and not made where it has none.
 GROUPS = {"num_key_value_heads": "num_attention_heads", "num_kv_heads": "num_attention_heads",
           "swa_num_key_value_heads": "swa_num_attention_heads"}  # fmt: skip
+COMPUTED = {"layers_block_type": ("attn_layer_period", "block_types")}  # made of these, and can't be given beside them
 LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1}
 FLAGS = {"is_decoder": True}
 REPLACE = "nothing of the default"
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+_DENSE_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_LAYERED_ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": _LAYERED_ROPE,
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 96}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "dory": {
+        REPLACE: True,
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "sliding_window": WINDOW,
+        "n_input_layers": 1, "n_output_layers": 1,
+    },
+    "dots1": {**_DENSE_EXPERTS, "first_k_dense_replace": 1, "max_window_layers": 1},
+    "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+                        "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8,
+                        "swa_v_head_dim": 16, "n_group": 1},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "intermediate_size": [96] * 5,
+        "activation_sparsity_pattern": [0.0] * 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
+    "hrm_text": {"num_layers_per_stack": None, "L_cycles": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
+    "reformer": {"axial_pos_shape": [8, 32], "axial_pos_embds_dim": [32, 32]},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 # Rows of their own for what no type has by default: name -> (model type, changes).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"llama, {kind}": ("llama", {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}})
+    for kind, more in {
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0, "original_max_position_embeddings": 32},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+        "longrope": {
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0 + 0.01 * i for i in range(8)],
+            "long_factor": [1.5 + 0.05 * i for i in range(8)],
+        },
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    }.items()
+}
+VARIANTS |= {
+    "falcon, rotary": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, ALiBi": ("falcon", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}),
+    "gpt_neox, partial": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                           "partial_rotary_factor": 0.25}}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "bert, relative keys": ("bert", {"position_embedding_type": "relative_key"}),
+    "gpt_bigcode, multi-head": ("gpt_bigcode", {"multi_query": False}),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}),
+    "gemma4_text, experts and shared keys": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma4_text, values are keys": ("gemma4_text", {"attention_k_eq_v": True}),
+}  # fmt: skip
 
 
 def model_types() -> list[str]:
@@ -77,6 +152,15 @@ def model_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def order(name: str) -> tuple[bool, str]:
+    """Sorts names so that models with recurrent layers, which take longest to trace, come last."""
+    from transformers import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[VARIANTS.get(name, (name, {}))[0]]
+    marks = ("mamba", "conv", "linear_attention", "linear_key", "lru", "recurrent", "xlstm", "rwkv")
+    return any(mark in field for field in vars(defaults) for mark in marks), name
 
 
 def tiny(name: str) -> Any:
@@ -106,6 +190,8 @@ def shrunk(default: dict[str, Any]) -> dict[str, Any]:
     for name, value in default.items():
         if isinstance(value, dict) and "model_type" in value:
             out[name] = shrunk(value) | {"model_type": value["model_type"]}
+        elif any(source in default for source in COMPUTED.get(name, ())):
+            continue
         elif name in FLAGS:
             out[name] = FLAGS[name]
         elif name.endswith("_token_id") or name.endswith("_token_index"):
