@@ -87,7 +87,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {**_DENSE_EXPERTS, "first_k_dense_replace": 1, "max_window_layers": 1},
     "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
                         "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8,
-                        "swa_v_head_dim": 16, "n_group": 1},
+                        "swa_v_head_dim": 16, "swa_head_dim": 24, "head_dim": 24, "n_group": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 5, "num_kv_shared_layers": 2, "intermediate_size": [96] * 5,
@@ -102,6 +102,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                       "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
     "reformer": {"axial_pos_shape": [8, 32], "axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
