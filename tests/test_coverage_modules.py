@@ -1,4 +1,4 @@
-"""Decoders that are not from transformers, and idioms of transformers that no other test has, as the coverage table checks them."""
+"""Decoders that are not from transformers, and idioms that no other test has, checked as the coverage table is."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 2
 SIZES: dict[str, Any] = {
     # widths
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "input_embedding_size",
-                     "output_embedding_size", "emb_dim", "attention_hidden_size", "embedding_dim", "lru_width",
-                     "linear_num_heads_width"], WIDTH),
+                     "output_embedding_size", "emb_dim", "attention_hidden_size", "embedding_dim", "lru_width"],
+                    WIDTH),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "dim_ff", "dff",
                      "intermediate_size_mlp", "dense_intermediate_size", "d_inner", "feed_forward_size"], 96),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
@@ -68,7 +68,9 @@ FLAGS = {"is_decoder": True}
 REPLACE = "nothing of the default"
 
 _DENSE_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
-_LAYERED_ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+_LAYERED_ROPE = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "blt": {"encoder_hash_byte_group_vocab": 50},
@@ -196,7 +198,7 @@ def shrunk(default: dict[str, Any]) -> dict[str, Any]:
             continue
         elif name in FLAGS:
             out[name] = FLAGS[name]
-        elif name.endswith("_token_id") or name.endswith("_token_index"):
+        elif name.endswith(("_token_id", "_token_index")):
             if isinstance(value, int) and value >= 0:
                 out[name] = TOKENS.get(name, min(value, VOCAB - 1))
             elif isinstance(value, list):
@@ -215,7 +217,7 @@ def shrunk(default: dict[str, Any]) -> dict[str, Any]:
             out[name] = SIZES[name]
             if name in GROUPS and value == default.get(GROUPS[name]):
                 out[name] = HEADS
-            if SIZES[name] == LAYERS and name.endswith("layers") or name == "n_layer":
+            if (SIZES[name] == LAYERS and name.endswith("layers")) or name == "n_layer":
                 out[name] = len(kept) if value == layers else LAYERS
     return out
 

@@ -248,7 +248,8 @@ def prepare() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    gc.set_threshold(200_000, 20, 100)  # tracing makes many objects that live; looking for cycles takes a tenth of the time
+    # Tracing makes many objects that live; looking for cycles among them takes a tenth of the time.
+    gc.set_threshold(200_000, 20, 100)
 
 
 def _work(pipe: Any) -> None:

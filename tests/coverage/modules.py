@@ -70,7 +70,9 @@ class GroupedAttention(nn.Module):
         if self.how == "repeat_interleave":
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         elif self.how == "expand":
-            k, v = (t[:, :, None].expand(b, KV_HEADS, groups, s, HEAD_DIM).reshape(b, HEADS, s, HEAD_DIM) for t in (k, v))
+            k, v = (
+                t[:, :, None].expand(b, KV_HEADS, groups, s, HEAD_DIM).reshape(b, HEADS, s, HEAD_DIM) for t in (k, v)
+            )
         gqa = {"enable_gqa": True} if self.how == "enable_gqa" else {}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
         return self.wo(y.transpose(1, 2).contiguous().view(b, s, HIDDEN))

@@ -66,7 +66,11 @@ def is_architecture(name: str) -> bool:
 
 def _lines(all_outcomes: dict[str, Outcomes]) -> list[str]:
     lines = HEAD.format(versions=", ".join(all_outcomes)).splitlines()
-    lines += ["", "| transformers | model types | exact | refused | no model | not right |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| transformers | model types | exact | refused | no model | not right |",
+        "|---|---|---|---|---|---|",
+    ]
     for version, outcomes in all_outcomes.items():
         kinds = [o["status"] for n, o in outcomes.items() if is_architecture(n)]
         counts = [kinds.count(k) for k in ("exact", "refused", "no model")]
@@ -80,7 +84,11 @@ def _lines(all_outcomes: dict[str, Outcomes]) -> list[str]:
         lines += ["", f"## {title}", "", *_exact(all_outcomes, wanted)]
     for status, title, text in (
         ("refused", "Refused", "With an error that says why, before anything runs."),
-        ("no model", "No model", "The unmodified model does not run on token ids alone, or has no tiny configuration here."),
+        (
+            "no model",
+            "No model",
+            "The unmodified model does not run on token ids alone, or has no tiny configuration here.",
+        ),
         ("other", "Not right", "Neither exact nor refused: defects."),
     ):
         lines += _reasons(all_outcomes, status, title, text)
