@@ -1,7 +1,8 @@
 """Measures every architecture and writes docs/coverage.md: `python -m tests.coverage [NAME ...]`.
 
 The outcomes with the installed transformers go to docs/results/coverage-VERSION.json as they come; the page is made of all
-such files. With names only those are measured again; `--page` measures nothing.
+such files. With names only those are measured again; `--missing` goes on with a run that was interrupted; `--page` measures
+nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ def main() -> None:
     import transformers
 
     version = transformers.__version__
-    known = [*sorted([*configs.model_types(), *configs.VARIANTS], key=configs.order), *ALL_MODULES]
+    known = [*ALL_MODULES, *sorted([*configs.model_types(), *configs.VARIANTS], key=configs.order)]
     arguments = sys.argv[1:]
-    names = [] if arguments == ["--page"] else arguments or known
     outcomes = {n: o for n, o in page.read(version).items() if n in known} if arguments else {}
+    names = arguments or known
+    if arguments == ["--page"]:
+        names = []
+    elif arguments == ["--missing"]:
+        names = [n for n in known if n not in outcomes]
     start, measure = time.perf_counter(), Worker()
     for i, name in enumerate(names, 1):
         outcome = measure(name)
