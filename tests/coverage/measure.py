@@ -262,8 +262,7 @@ def _work(pipe: Any) -> None:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
     prepare()
-    while True:
-        name = pipe.recv()
+    while (name := pipe.recv()) is not None:
         used = int(time.process_time())
         resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, resource.RLIM_INFINITY))
         pipe.send(asdict(measure(name)))
@@ -304,8 +303,10 @@ class Worker:
         theirs.close()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, by force where it does not listen."""
         if self.process is not None:
+            self.pipe.send(None)
+            self.process.join(5)
             self.process.kill()
             self.process.join()
             self.process = None

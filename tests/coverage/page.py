@@ -29,9 +29,9 @@ evicted; and when with StreamingLLM (budget 12, 2 sinks, chunks of 7) every laye
 newest tokens, or in layers with a window or chunk at least what that still sees, never more than the budget. Where all
 layers have windows within the budget, the logits under eviction are the original's, too. The sizes are shrunk
 (tests/coverage/configs.py): windows and chunks become 8, GQA stays where a type has it. All weights are random with unit
-gain, so that attention is not uniform and no bias, sink or gate is zero. Nothing here was measured on full-size
-checkpoints. Where scores are capped, the unmodified model runs with `attn_implementation="eager"`: sdpa has no cap, and transformers 5.17 leaves
-it out without a word.
+gain, so that attention is not uniform and no bias, sink or gate is zero. Where scores are capped, the unmodified model runs
+with `attn_implementation="eager"`: sdpa has no cap, and transformers 5.17 leaves it out without a word. Nothing here was
+measured on full-size checkpoints.
 
 "found as": `interface` is transformers' attention interface; `sdpa`, `softmax` and `flex_attention` were found in the traced
 graph. "difference" is the largest absolute difference of two logits, "largest" the largest logit, "s" the seconds of the
