@@ -35,7 +35,7 @@ measured on full-size checkpoints.
 
 "found as": `interface` is transformers' attention interface; `sdpa`, `softmax` and `flex_attention` were found in the traced
 graph. "difference" is the largest absolute difference of two logits, "largest" the largest logit, "s" the seconds of the
-conversion on a busy CPU.
+conversion on a busy CPU. "–": not in that version, or not measured with it yet (`--missing` goes on where a run stopped).
 """
 
 
@@ -70,7 +70,7 @@ def _lines(all_outcomes: dict[str, Outcomes]) -> list[str]:
     lines = HEAD.format(versions=", ".join(all_outcomes)).splitlines()
     lines += [
         "",
-        "| transformers | model types | exact | refused | no model | not right |",
+        "| transformers | model types measured | exact | refused | no model | not right |",
         "|---|---|---|---|---|---|",
     ]
     for version, outcomes in all_outcomes.items():
@@ -111,7 +111,7 @@ def _exact(all_outcomes: dict[str, Outcomes], wanted: Any) -> list[str]:
         cells = [name, first["sites"], first["found_as"], first["idiom"], first["rope"], f"{first['largest']:.2f}"]
         for o in rows:
             if o is None:
-                cells += ["not in it", ""]
+                cells += ["–", ""]
             elif o["status"] == "exact":
                 cells += [f"{o['difference']:.1e}", f"{o['seconds']:.1f}"]
             else:
