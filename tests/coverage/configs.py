@@ -139,7 +139,6 @@ VARIANTS |= {
     "gpt_neox, partial": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                            "partial_rotary_factor": 0.25}}),
     "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
-    "bert, relative keys": ("bert", {"position_embedding_type": "relative_key"}),
     "gpt_bigcode, multi-head": ("gpt_bigcode", {"multi_query": False}),
     "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}),
     "gemma4_text, experts and shared keys": (
