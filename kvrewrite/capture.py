@@ -188,7 +188,8 @@ class _InterfaceCalls:
             window,
             chunk,
         )
-        return out.transpose(1, 2), None
+        # Contiguous as transformers' own functions return it: models `view` it. Normalizing drops the copy.
+        return out.transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
@@ -278,13 +279,16 @@ def _fixed_rotary(
 class _LogitsOnly(nn.Module):
     """The model as a function of token ids and positions to logits."""
 
-    def __init__(self, model: nn.Module, takes_positions: bool, extra: dict[str, Any]):
+    def __init__(self, model: nn.Module, takes_positions: bool, first_position: int, extra: dict[str, Any]):
         super().__init__()
         self.model_under_capture = model
         self.takes_positions = takes_positions
+        self.first_position = first_position
         self.extra = extra
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if self.first_position:
+            position_ids = position_ids + self.first_position
         positions = {"position_ids": position_ids} if self.takes_positions else {}
         out = self.model_under_capture(input_ids, **positions, **self.extra)
         return _logits(out)
@@ -302,6 +306,30 @@ def _logits(out: Any) -> Tensor:
         f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple that "
         "begins with the logits. Wrap the model in a module whose forward(input_ids) returns its logits."
     )
+
+
+def _first_position(model: nn.Module) -> int:
+    """What a model calls the position of a text's first token when it is not told.
+
+    Models after fairseq number tokens from their padding index + 1, and take what they are given as it is. They say so in a
+    function that transformers knows by this name.
+    """
+    found = set()
+    for module in model.modules():
+        make = getattr(module, "create_position_ids_from_input_ids", None)
+        padding = getattr(module, "padding_idx", None)
+        if make is None or padding is None:
+            continue
+        count = 4
+        with torch.no_grad():
+            made = make(torch.full((1, count), int(padding) + 1), int(padding))
+        first = int(made.flatten()[0])
+        if made.flatten().tolist() != list(range(first, first + count)):
+            raise UnsupportedModelError(f"{type(module).__name__} numbers the first tokens of a text {made.tolist()}")
+        found.add(first)
+    if len(found) > 1:
+        raise UnsupportedModelError(f"parts of the model number the first token of a text differently: {sorted(found)}")
+    return found.pop() if found else 0
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -383,7 +411,8 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
     vocab = _vocab_size(model)
     ids = torch.arange(TRACE_BATCH * TRACE_LENGTH, device=first.device).reshape(TRACE_BATCH, TRACE_LENGTH) % vocab
     positions = torch.arange(TRACE_LENGTH, device=first.device).repeat(TRACE_BATCH, 1)
-    wrapper = _LogitsOnly(model, takes_positions, extra)
+    first_position = _first_position(model) if takes_positions else 0
+    wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     auto = torch.export.Dim.AUTO
     with _fixed_rotary(model, max_length) as tables:
         try:

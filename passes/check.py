@@ -20,7 +20,7 @@ from kvrewrite.graph import is_size, module_path, symbol, tensor_of
 from kvrewrite.site import AttentionSite
 
 aten = torch.ops.aten
-# Ops that reduce or scan one axis (second argument), on floating tensors.
+# Ops that reduce or scan one axis (second argument).
 ALONG = {
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumsum.default,
     aten.cumprod.default, aten.logcumsumexp.default, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default,
@@ -99,7 +99,7 @@ def _mixes(node: fx.Node, length: Any) -> str | None:
         return "loops"
     if value is None:
         return None
-    if node.target in ALONG and floating:
+    if node.target in ALONG:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
         for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
             if isinstance(dim, int) and dim % max(1, value.dim()) in axes:

@@ -676,6 +676,9 @@ def _values_after(captured: Captured, softmax: fx.Node) -> tuple[fx.Node, fx.Nod
     weights = [n for n in found[0].all_input_nodes if n in reached]
     if len(weights) != 1:
         raise NoAttention("both operands of the product with the values depend on the weights")
+    others = [n for n in found[0].all_input_nodes if n not in reached]
+    if not any(_is_length(captured, size) for n in others for size in shape_of(n)):
+        raise NoAttention("its weights are mixed between heads before the product with the values (talking heads)")
     return found[0], weights[0]
 
 

@@ -17,8 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` on machines without one."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` on machines without one, and leaves those marked `coverage` out unless they are asked for."""
+    if "coverage" not in (config.option.markexpr or ""):
+        # By marker: among an item's keywords are the names of its folders.
+        long = [item for item in items if item.get_closest_marker("coverage")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("coverage")]
     if torch.cuda.is_available():
         return
     for item in items:
