@@ -79,7 +79,7 @@ def test_package_data():
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert settings["kvrewrite.assets"] == ["small/*"]
+    assert settings["kvrewrite.assets"] == ["small/*", "small_policies/*"]
 
 
 def test_tokenizer(tokenizer):
@@ -201,3 +201,25 @@ def test_training_model_is_llama(tmp_path, data):
     )
     first = scores.softmax(-1)[:, :, [20, 49], 0]
     torch.testing.assert_close(lack, (script.SINK_SHARE / first).log().clamp_min(0).mean())
+
+
+def test_shipped_heads_keep_needles(model, tokenizer):
+    """At an eighth of the cache, compressed before the question is known: where random heads would lose them."""
+    from kvrewrite import transform
+    from kvrewrite.assets import small_policies
+
+    assert sum(p.stat().st_size for p in (small_model(), *small_model().parent.rglob("*")) if p.is_file()) <= 16_000_000
+    small = transform(
+        model, "locret", budget=0.125, chunk=64, stabilizers=32, local_tail=16, positions="original",
+        policy_weights=small_policies()["locret"],
+    )  # fmt: skip
+    right = 0
+    for seed in range(4):
+        sample = tasks.make("needle_multikey", tokens=1024, seed=seed, tokenizer=tokenizer)
+        context = tokenizer(sample.context, return_tensors="pt").input_ids
+        question = tokenizer(sample.question, return_tensors="pt", add_special_tokens=False).input_ids
+        cache = small.prefill(context)
+        ids = torch.cat([context, question], 1)
+        out = small.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=6)
+        right += tasks.score(sample, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert right >= 3
