@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvrewrite.cli_eval import AS_JSON, parse_budget
+from kvrewrite.errors import ArtifactError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,11 +38,20 @@ def register(group: click.Group) -> None:
 @click.option(
     "--graph", is_flag=True, help="Also print the whole graph: canonical, or the rewritten one of a converted model."
 )
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Also write a report: memory plan, cost model, code, passes, in one HTML file.",
+)  # fmt: skip
+@click.option(
+    "--context", type=click.IntRange(min=1), help="With --html: tokens of the memory plan; default the longest."
+)
+@click.option("--force", is_flag=True, help="Replace --html's file.")
 @click.option("--max-length", type=int, help="As in convert.")
 @AS_JSON
 def inspect(
     model: str, policy: str | None, options: tuple[str, ...], budget: str | None, chunk: int | None,
-    policy_weights: Path | None, site: int | None, no_code: bool, graph: bool, max_length: int | None, as_json: bool,
+    policy_weights: Path | None, site: int | None, no_code: bool, graph: bool, page: Path | None, context: int | None,
+    force: bool, max_length: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Shows every attention site that is found in MODEL, a checkpoint or a converted directory, without its weights.
 
@@ -63,6 +73,10 @@ def inspect(
 
     if policy is None and (options or budget or chunk is not None or policy_weights is not None):
         raise click.UsageError("--option, --budget, --chunk and --policy-weights need --policy")
+    if page is None and (context is not None or force):
+        raise click.UsageError("--context and --force need --html")
+    if page is not None and page.exists() and not force:
+        raise ArtifactError(f"{page} exists; replace it with --force")
     directory = _checkpoint_directory(model)
     chosen = None
     if policy is not None:
@@ -71,7 +85,7 @@ def inspect(
     converted = artifact.is_artifact(directory)
     # A module from elsewhere can't be compiled again; what was found is in the manifest.
     foreign = converted and chosen is None and not read_json(directory / "config.json").get("model_type")
-    stored = converted and chosen is None and (no_code or foreign)
+    stored = converted and chosen is None and page is None and (no_code or foreign)
     data: dict[str, Any] = {"model": model, "policy": None}
     found: Inspection | None = None
     if stored:
@@ -93,6 +107,11 @@ def inspect(
     if graph:
         text = str(artifact.read_artifact(directory)[0].graph.graph) if converted else found and str(found.graph)
     data["sites"] = [s.as_dict() for s in sites]
+    if page is not None and found is not None:
+        from kvrewrite.inspection.html import report
+
+        page.write_text(report(found, context), encoding="utf-8")
+        data["html"] = str(page)
     groups: list[Group] = []
     if found is not None and not no_code:
         groups = found.groups if site is None else [found.group_of(site)]
@@ -113,6 +132,8 @@ def inspect(
         console.print(f"\n{LEGEND}")
     elif foreign and not no_code:
         console.print("the code of a module that is not from transformers can't be shown again; --graph has its graph")
+    if page is not None:
+        console.print(f"written: {_column(str(page))}", soft_wrap=True)
     if text:
         click.echo(text)
 

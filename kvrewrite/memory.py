@@ -22,38 +22,73 @@ class MemoryPlan:
     peak: int
 
 
-def plan_memory(
-    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
-) -> MemoryPlan:
-    """Cache bytes for prompts of `context` tokens.
+@dataclass
+class LayerPlan:
+    """One layer that owns a cache, for one row. slots, most: live slots of a head after the prompt, and the most during
+    it; pages: of all heads, after the prompt; full, evicted, largest: bytes of an ordinary cache, after the prompt, and at
+    the most."""
 
-    The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs. Pages are counted
-    whole; an ordinary cache keeps every token in layers without a window and the window in the others. A quantized cache
-    has its newest slots in full precision besides the pages, and in the peak one layer's slots as attention reads them.
+    site: AttentionSite
+    slots: int
+    most: int
+    pages: int
+    full: int
+    evicted: int
+    largest: int
+
+
+def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int) -> list[LayerPlan]:
+    """What each layer's cache holds and takes for prompts of `context` tokens.
+
+    Pages are counted whole; an ordinary cache keeps every token in layers without a window and the window in the others.
+    A quantized cache has its newest slots in full precision besides the pages. Where heads share the budget of their layer
+    (head_budgets=adakv, gates), slots are those of a head on average.
     """
     owners = [site for site in sites if site.shares_kv_with is None]
-    full = evicted = chunk_bytes = longest = widest = 0
     kept, most = [0] * len(owners), [0] * len(owners)
     for segment in policy.plan(context):
-        longest = max(longest, segment.length)
         for i, keep in enumerate(policy.layer_keeps(segment, context, len(owners))):
             kept[i] = min(kept[i] + segment.length, keep)
             most[i] = max(most[i], kept[i])
+    plans = []
     for i, site in enumerate(owners):
-        token = site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
         span = site.window or site.chunk or UNLIMITED
-        full += min(context, span) * token
-        for slots, add in ((kept[i], True), (most[i], False)):
-            pages = -(-min(slots, span) // PAGE)
-            size = pages * _page_bytes(site, policy, itemsize) + _row_bytes(site, policy, itemsize)
-            if add:
-                evicted += size
-            else:
-                chunk_bytes += size
-                widest = max(widest, pages * PAGE * token)
-    layer = max((s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners), default=0)
-    peak = chunk_bytes + layer * longest + (widest if policy.quantize != "none" else 0)
+        slots, widest = min(kept[i], span), min(most[i], span)
+        page, row = _page_bytes(site, policy, itemsize), _row_bytes(site, policy, itemsize)
+        plans.append(
+            LayerPlan(
+                site=site,
+                slots=slots,
+                most=widest,
+                pages=-(-slots // PAGE) * site.kv_heads,
+                full=min(context, span) * _token_bytes(site, itemsize),
+                evicted=-(-slots // PAGE) * page + row,
+                largest=-(-widest // PAGE) * page + row,
+            )
+        )
+    return plans
+
+
+def plan_memory(
+    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
+) -> MemoryPlan:
+    """Cache bytes of `plan_layers` in all layers.
+
+    The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs, and of a quantized
+    cache one layer's slots as attention reads them.
+    """
+    layers = plan_layers(sites, policy, itemsize, context)
+    longest = max((segment.length for segment in policy.plan(context)), default=0)
+    token = max((_token_bytes(p.site, itemsize) for p in layers), default=0)
+    widest = max((-(-p.most // PAGE) * PAGE * _token_bytes(p.site, itemsize) for p in layers), default=0)
+    full, evicted = sum(p.full for p in layers), sum(p.evicted for p in layers)
+    peak = sum(p.largest for p in layers) + token * longest + (widest if policy.quantize != "none" else 0)
     return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch)
+
+
+def _token_bytes(site: AttentionSite, itemsize: int) -> int:
+    """Keys and values of a token in every kv head of a layer, in full precision."""
+    return site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
 
 
 def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:

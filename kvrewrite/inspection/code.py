@@ -129,6 +129,10 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
             for value, argument in zip(node.args, node.target._schema.arguments):  # type: ignore[union-attr]
                 if argument.name in UPDATE_SCORES:
                     ends.append((value, UPDATE_SCORES[argument.name]))
+            if node.args[0] is not attention.args[1]:
+                roles[node.args[0]] = "k_unrotated"
+        if node.target is ops.slot_rotary.default:
+            roles[node] = "slot_positions"
         if (view := _view_of(node)) is not None:
             roles[node] = view
     if attention.target is ops.cached_attention.default:
@@ -198,6 +202,7 @@ def _site_code(
         gm, region, _roles(region, attention, module), parameter, sizes=sizes, old=old, notes=NOTES, values=values
     )
     lines = renderer.run()
+    renderer.inputs.sort(key=lambda n: (n.op == "placeholder", renderer.order[n]))
     inputs = [
         {
             "name": renderer.names[n],
@@ -228,7 +233,9 @@ def _normal(text: str, module: str, layers: set[int]) -> str:
     if parent:
         text = text.replace(f"{parent}.", "·.")
     for layer in layers:
-        text = re.sub(rf"(?<=[A-Za-z]\.){layer}(?=\.)|(?<=\bstate_)(\w+_){layer}\b", r"\1·", text)
+        text = re.sub(
+            rf"(?<=\bpolicy_weights\.)([A-Za-z_.]*\.)?{layer}(?=\.)|(?<=\bstate_)(\w+_){layer}\b", r"\1\2·", text
+        )
     return text
 
 

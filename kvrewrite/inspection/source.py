@@ -192,7 +192,7 @@ class Renderer:
         value = self._value(node)
         if self._unpacked(node):
             items = {int(u.args[1]): u for u in node.users}  # type: ignore[call-overload, arg-type]
-            for i in range(max(items) + 1):
+            for i in range(max(max(items) + 1, len(node.target._schema.returns))):
                 used = i in items and (items[i] in self.roles or any(u in self.inside for u in items[i].users))
                 results.append(self._name(items[i]) if used else "_")
             value = self._value(items[0]) if 0 in items else None
@@ -327,11 +327,18 @@ class Renderer:
         if isinstance(node.target, torch._ops.OpOverload) and "." in name:
             written = self._named(node, args)
         written += [f"{k}={self.operand(v)}" for k, v in kwargs.items()]
-        if name in METHODS and args and isinstance(args[0], fx.Node):
-            return f"{self.operand(args[0], ATOM)}.{name}({', '.join(written[1:])})", ATOM
         if "." in name:
             return f"{name}({', '.join(written)})", ATOM
-        return f"{FUNCTIONS.get(name, f'torch.{name}')}({', '.join(written)})", ATOM
+        if name == "index" and isinstance(args[1], (list, tuple)):
+            return (
+                f"{self.operand(args[0], ATOM)}[{', '.join(':' if i is None else self.operand(i) for i in args[1])}]",
+                ATOM,
+            )
+        if name in FUNCTIONS or (hasattr(torch, name) and name not in METHODS):
+            return f"{FUNCTIONS.get(name, f'torch.{name}')}({', '.join(written)})", ATOM
+        if hasattr(torch.Tensor, name) and args and isinstance(args[0], fx.Node):
+            return f"{self.operand(args[0], ATOM)}.{name}({', '.join(written[1:])})", ATOM
+        return f"aten.{name}({', '.join(written)})", ATOM
 
     def _named(self, node: fx.Node, args: list[Any]) -> list[str]:
         """Arguments of an op of kvrewrite, the first three by place and the others by name, None left out."""
@@ -388,7 +395,7 @@ def layout(lines: list[Line], marks: bool = False, indent: str = "", width: int 
         sign = ("+ " if line.new else "  ") if marks else ""
         rows = wrapped(line.code, width)
         comment = line.comment
-        if comment and len(rows) == 1 and len(line.code) <= 68:
+        if comment and len(rows) == 1 and len(line.code) <= 68 and column + len(comment) <= 128:
             rows[0] = f"{line.code:<{column}}# {comment}"
         elif comment:
             out.append(f"{sign}{indent}# {comment}")
