@@ -169,9 +169,10 @@ def _memory(found: Inspection, context: int) -> str:
 
     bars = svg.bars([(str(p.site.layer), p.full, p.evicted, p.largest, says(p)) for p in layers])
     cells = []
+    largest = max((p.slots for p in layers), default=1) or 1
     for p in layers:
         text = f"layer {p.site.layer}, head %d: {p.slots:,} of {context:,} slots"
-        cells.append((str(p.site.layer), [(p.slots, p.slots / context, text % h) for h in range(p.site.kv_heads)]))
+        cells.append((str(p.site.layer), [(p.slots, p.slots / largest, text % h) for h in range(p.site.kv_heads)]))
     shared = (
         " Heads of a layer share its budget while the model runs, so what one head has can't be said ahead: cells are the mean."
         if policy.ragged
@@ -200,14 +201,17 @@ def _memory(found: Inspection, context: int) -> str:
             human(plan.full),
         ]
     )
+    more = any(p.largest > p.evicted for p in layers)
+    between = '<i class="k-most"></i>at the most ' if more else ""
     head = ["layer", "slots a head", "at the most", "pages", "after the prompt", "peak", "full cache"]
     return (
-        f"<p>One row with a prompt of <b>{context:,}</b> tokens, from shapes and options alone; pages are counted whole. The peak "
-        f"of all layers holds the keys and values of one segment besides.{shared}</p>"
+        f"<p>One row with a prompt of <b>{context:,}</b> tokens, from shapes and options alone; pages are counted whole. The "
+        f"peak of all layers holds the keys and values of one segment besides.{shared}</p>"
         '<div class="two"><figure><figcaption>Bytes by layer, as a part of a full cache '
-        '<span class="key"><i class="k-full"></i>full <i class="k-most"></i>at the most <i class="k-kept"></i>after the prompt'
+        f'<span class="key"><i class="k-full"></i>full {between}<i class="k-kept"></i>after the prompt'
         f"</span></figcaption>{bars}</figure>"
-        f"<figure><figcaption>Slots by layer (down) and kv head (across)</figcaption>{svg.heat(cells)}</figure></div>"
+        "<figure><figcaption>Slots by layer (down) and kv head (across), darkest: most</figcaption>"
+        f"{svg.heat(cells)}</figure></div>"
         f"<details><summary>Numbers</summary>{_table(head, rows, set(range(7)))}</details>"
     )
 
@@ -235,6 +239,7 @@ def _cost(found: Inspection, longest: int) -> str:
             note = (
                 f'<div class="at">at {contexts[-1]:,} tokens: <b>{ratio:.2f} x</b> less</div>' if ratio > 1.005 else ""
             )
+        caption = f"<figcaption>{escape(title)} {key}</figcaption>"
         plots.append(f"<figure>{caption}{svg.lines(title, unit, contexts, series)}{note}</figure>")
     head, body = ["context"], []
     for _, title, _ in kinds:
@@ -248,9 +253,9 @@ def _cost(found: Inspection, longest: int) -> str:
                 row.append(unit(r["policy"][field]))
         body.append(row)
     return (
-        '<p><span class="badge">a model, not a measurement</span> Batch 1. FLOPs of linear layers and attention; bytes of weights, '
-        "read once a segment of the prompt and once a decode step, and of keys and values. What a policy's scores, its own "
-        "weights and evictions cost is not in it. <code>kvrewrite bench</code> measures.</p>"
+        '<p><span class="badge">a model, not a measurement</span> Batch 1. FLOPs of linear layers and attention; bytes of '
+        "weights, read once a segment of the prompt and once a decode step, and of keys and values. What a policy's scores, "
+        "its own weights and evictions cost is not in it. <code>kvrewrite bench</code> measures.</p>"
         f'<div class="two">{"".join(plots)}</div><details><summary>Numbers</summary>{_table(head, body, set(range(9)))}</details>'
     )
 

@@ -51,7 +51,7 @@ figcaption{font-size:13.5px;font-weight:600;margin-bottom:8px;display:flex;flex-
 .plot text{fill:var(--dim)}
 .grid{stroke:var(--line)}
 .curve{fill:none;stroke-width:2.2;stroke-linejoin:round}
-.c-full{stroke:var(--full)}.c-policy{stroke:var(--accent)}
+.c-full{stroke:var(--full);stroke-width:4}.c-policy{stroke:var(--accent)}
 .dot{stroke:var(--card);stroke-width:1}
 .dot.c-full{fill:var(--full)}.dot.c-policy{fill:var(--accent)}
 .hit{fill:transparent}

@@ -18,12 +18,10 @@ def lines(
     series: Sequence[tuple[str, str, Sequence[float]]],
 ) -> str:
     """Curves over context length, both axes logarithmic. series: (label, CSS class, values), drawn in order."""
-    width, height, left, right, top, bottom = 460, 270, 62, 14, 12, 34
+    width, height, left, right, top, bottom = 460, 250, 82, 14, 12, 40
     values = [v for _, _, ys in series for v in ys if v > 0]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    if math.log10(max(values)) > high - 0.02:
-        high += 1
-    high = max(high, low + 1)
+    ticks = _ticks(min(values), max(values))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
     first, last = math.log2(contexts[0]), math.log2(contexts[-1])
 
     def x(context: float) -> float:
@@ -33,13 +31,13 @@ def lines(
         return height - bottom - (math.log10(value) - low) / (high - low) * (height - top - bottom)
 
     out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" class="plot">']
-    for power in range(low, high + 1):
-        at = y(10.0**power)
+    for tick in ticks:
+        at = y(tick)
         out.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
-        out.append(_text(left - 8, at + 4, unit(10.0**power), "end", "tick"))
+        out.append(_text(left - 8, at + 4, unit(tick), "end", "tick"))
     step = max(1, math.ceil(len(contexts) / 6))
     shown = [c for i, c in enumerate(contexts) if (len(contexts) - 1 - i) % step == 0]
-    out += [_text(x(c), height - bottom + 17, short_count(c), "middle", "tick") for c in shown]
+    out += [_text(x(c), height - bottom + 16, short_count(c), "middle", "tick") for c in shown]
     out.append(_text((left + width - right) / 2, height - 3, "context, tokens", "middle", "tick"))
     for label, kind, ys in series:
         points = [(x(c), y(v)) for c, v in zip(contexts, ys, strict=True)]
@@ -52,6 +50,18 @@ def lines(
             )
     out.append("</svg>")
     return "".join(out)
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """Round numbers around all values: powers of ten, with 2 and 5 between them where there are few."""
+    low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    steps = (1.0, 2.0, 5.0) if high - low <= 2 else (1.0,)
+    ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    below = [t for t in ticks if t <= least][-1:]
+    above = [t for t in ticks if t >= most][:1]
+    return [*below, *(t for t in ticks if least < t < most), *(t for t in above if t not in below)] + (
+        [2 * below[0]] if below == above else []
+    )
 
 
 def bars(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
