@@ -150,7 +150,7 @@ def test_different_sites_are_not_folded() -> None:
 class Page(HTMLParser):
     """What a page has: tags that are closed in order, what it links to, its text."""
 
-    EMPTY = {"meta", "br", "link", "img", "input"}
+    EMPTY = ("meta", "br", "link", "img", "input")
 
     def __init__(self, text: str):
         super().__init__()

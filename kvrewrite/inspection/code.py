@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,7 +19,13 @@ from kvrewrite.site import AttentionSite
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 MULTIPLIES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default)
 UPDATES = (ops.cache_update.default, ops.cache_update_quantized.default)
-VIEWS = ("table", "lens", "keep", "spare", "next_table")
+VIEWS = {
+    "table": "(B, Hkv, pages) pages of each head",
+    "lens": "(B, Hkv) live slots",
+    "keep": "(B, Hkv) slots that stay after this call",
+    "spare": "pages for heads that grow",
+    "next_table": "the table after this call",
+}
 UPDATE_SCORES = {"new_scores": "scores", "slot_scores": "slot_scores", "select": "select"}
 SCORES = set(UPDATE_SCORES.values())
 NOTES = {
@@ -129,8 +136,11 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
             for value, argument in zip(node.args, node.target._schema.arguments):  # type: ignore[union-attr]
                 if argument.name in UPDATE_SCORES:
                     ends.append((value, UPDATE_SCORES[argument.name]))
-            if node.args[0] is not attention.args[1]:
+            if isinstance(node.args[0], fx.Node) and node.args[0] is not attention.args[1]:
                 roles[node.args[0]] = "k_unrotated"
+        if node.target is operator.sub and len(sizes := [a for a in node.args if isinstance(a, fx.Node)]) == 2:
+            if sizes[1].target is aten.sym_size.int and sizes[1].args[0] is attention.args[1]:
+                roles[node] = "cached"  # how many of the scores are those of cached slots
         if node.target is ops.slot_rotary.default:
             roles[node] = "slot_positions"
         if (view := _view_of(node)) is not None:
@@ -159,7 +169,7 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
             roles[node] = "~out"
     for node in {i for n in region for i in n.all_input_nodes if i not in region}:
         if node.op not in ("placeholder", "get_attr") and not is_size(node):
-            roles[node] = _input_name(node)
+            roles.setdefault(node, _input_name(node))
     order = [n for n in attention.graph.nodes if n in region]
     for node in order:  # cos.unsqueeze(1) is still cos
         came = {roles.get(i, "").removeprefix("~") for i in node.all_input_nodes if not is_size(i)}
@@ -179,6 +189,8 @@ def _input_name(node: fx.Node) -> str:
         return "sin"
     if node.target is ops.cached_attention.default or "attn" in path.rsplit(".", 1)[-1]:
         return "shared"
+    if "head" in path.rsplit(".", 1)[-1]:
+        return "logits"
     value = node.meta.get("val")
     return "x" if isinstance(value, torch.Tensor) and value.dim() == 3 else op_name(node).split(".")[-1]
 
@@ -202,6 +214,9 @@ def _site_code(
         gm, region, _roles(region, attention, module), parameter, sizes=sizes, old=old, notes=NOTES, values=values
     )
     lines = renderer.run()
+    for line in lines:
+        if len(line.names) == 1 and line.names[0] in VIEWS and line.op == "select":
+            line.note = VIEWS[line.names[0]]
     renderer.inputs.sort(key=lambda n: (n.op == "placeholder", renderer.order[n]))
     inputs = [
         {

@@ -26,7 +26,7 @@ WIDTH = 104
 END = 2**63 - 1  # of a slice: to the end
 
 # How tightly an expression holds together, as in Python's grammar.
-SUM, PRODUCT, UNARY, POWER, ATOM = range(5)
+COMPARISON, SUM, PRODUCT, UNARY, POWER, ATOM = range(6)
 BINARY: dict[str, tuple[str, int]] = {
     "add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT), "matmul": ("@", PRODUCT),
     "mm": ("@", PRODUCT), "bmm": ("@", PRODUCT), "floordiv": ("//", PRODUCT), "floor_divide": ("//", PRODUCT),
@@ -192,7 +192,8 @@ class Renderer:
         value = self._value(node)
         if self._unpacked(node):
             items = {int(u.args[1]): u for u in node.users}  # type: ignore[call-overload, arg-type]
-            for i in range(max(max(items) + 1, len(node.target._schema.returns))):
+            returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+            for i in range(max(max(items) + 1, len(returns))):
                 used = i in items and (items[i] in self.roles or any(u in self.inside for u in items[i].users))
                 results.append(self._name(items[i]) if used else "_")
             value = self._value(items[0]) if 0 in items else None
@@ -225,7 +226,7 @@ class Renderer:
         """A name for a node's value: its role's, used again where the value before isn't needed any more."""
         if node in self.names:
             return self.names[node]
-        wanted = self.roles.get(node, "").removeprefix("~") or _plain(op_name(node).split(".")[-1])
+        wanted = self.roles.get(node, "").removeprefix("~") or _named_after(node)
         name, count = wanted, 1
         while name in self.taken and not self._free(name, node):
             count += 1
@@ -306,7 +307,7 @@ class Renderer:
             sign, level = BINARY[name]
             return f"{self.operand(args[0], level)} {sign} {self.operand(args[1], level + 1)}", level
         if name in COMPARE and len(args) == 2:
-            return f"({self.operand(args[0])} {COMPARE[name]} {self.operand(args[1])})", ATOM
+            return f"{self.operand(args[0])} {COMPARE[name]} {self.operand(args[1])}", COMPARISON
         if name == "neg":
             return f"-{self.operand(args[0], UNARY)}", UNARY
         if name == "pow" and len(args) == 2:
@@ -379,6 +380,19 @@ def _flat(node: fx.Node) -> list[Any]:
     return out
 
 
+NAMES = {
+    "getitem": "part", "slice": "part", "split_with_sizes": "parts", "split": "parts", "add": "total", "sub": "rest", "cat": "joined",
+    "where": "chosen", "observe": "observed", "lt": "below", "gt": "above", "reshape": "t", "view": "t", "transpose": "t",
+    "expand": "t", "unsqueeze": "t", "permute": "t", "mul": "product", "_to_copy": "cast", "to": "cast",
+}  # fmt: skip
+
+
+def _named_after(node: fx.Node) -> str:
+    """A name by what a node does, where nothing says what it is for."""
+    name = op_name(node).split(".")[-1]
+    return NAMES.get(name) or _plain(name)
+
+
 def _plain(text: str) -> str:
     """Text as a name."""
     name = re.sub(r"\W+", "_", text).strip("_").removesuffix("_default") or "x"
@@ -388,14 +402,14 @@ def _plain(text: str) -> str:
 def layout(lines: list[Line], marks: bool = False, indent: str = "", width: int = WIDTH) -> str:
     """Statements as text: comments in one column where they fit, long calls on several lines. marks: "+" in front of
     those that the compiler put there."""
-    short = [len(line.code) for line in lines if len(line.code) <= 68]
+    short = [len(line.code) for line in lines if len(line.code) <= 72]
     column = max(short, default=0) + 2
     out: list[str] = []
     for line in lines:
         sign = ("+ " if line.new else "  ") if marks else ""
         rows = wrapped(line.code, width)
         comment = line.comment
-        if comment and len(rows) == 1 and len(line.code) <= 68 and column + len(comment) <= 128:
+        if comment and len(rows) == 1 and len(line.code) <= 72 and column + len(comment) <= 128:
             rows[0] = f"{line.code:<{column}}# {comment}"
         elif comment:
             out.append(f"{sign}{indent}# {comment}")
