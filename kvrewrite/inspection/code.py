@@ -23,8 +23,8 @@ VIEWS = {
     "table": "(B, Hkv, pages) pages of each head",
     "lens": "(B, Hkv) live slots",
     "keep": "(B, Hkv) slots that stay after this call",
-    "spare": "pages for heads that grow",
-    "next_table": "the table after this call",
+    "spare": "pages that can be dealt to heads",
+    "next_table": "the table that holds after this call",
 }
 UPDATE_SCORES = {"new_scores": "scores", "slot_scores": "slot_scores", "select": "select"}
 SCORES = set(UPDATE_SCORES.values())
@@ -138,9 +138,9 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
                     ends.append((value, UPDATE_SCORES[argument.name]))
             if isinstance(node.args[0], fx.Node) and node.args[0] is not attention.args[1]:
                 roles[node.args[0]] = "k_unrotated"
-        if node.target is operator.sub and len(sizes := [a for a in node.args if isinstance(a, fx.Node)]) == 2:
-            if sizes[1].target is aten.sym_size.int and sizes[1].args[0] is attention.args[1]:
-                roles[node] = "cached"  # how many of the scores are those of cached slots
+        taken = node.args[1] if node.target is operator.sub else None
+        if isinstance(taken, fx.Node) and taken.target is aten.sym_size.int and taken.args[0] is attention.args[1]:
+            roles[node] = "cached"  # how many of the scores are those of cached slots
         if node.target is ops.slot_rotary.default:
             roles[node] = "slot_positions"
         if (view := _view_of(node)) is not None:

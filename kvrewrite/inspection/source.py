@@ -381,9 +381,9 @@ def _flat(node: fx.Node) -> list[Any]:
 
 
 NAMES = {
-    "getitem": "part", "slice": "part", "split_with_sizes": "parts", "split": "parts", "add": "total", "sub": "rest", "cat": "joined",
-    "where": "chosen", "observe": "observed", "lt": "below", "gt": "above", "reshape": "t", "view": "t", "transpose": "t",
-    "expand": "t", "unsqueeze": "t", "permute": "t", "mul": "product", "_to_copy": "cast", "to": "cast",
+    "getitem": "part", "slice": "part", "split_with_sizes": "parts", "split": "parts", "add": "total", "sub": "rest",
+    "cat": "joined", "where": "chosen", "observe": "observed", "lt": "below", "gt": "above", "reshape": "t", "view": "t",
+    "transpose": "t", "expand": "t", "unsqueeze": "t", "permute": "t", "mul": "product", "_to_copy": "cast", "to": "cast",
 }  # fmt: skip
 
 
