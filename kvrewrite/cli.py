@@ -324,45 +324,6 @@ def convert(
 
 
 @main.command()
-@click.argument("model")
-@click.option(
-    "--graph", is_flag=True, help="Also print the graph: canonical, or the rewritten one of a converted model."
-)
-@click.option("--max-length", type=int, help="As in convert.")
-@AS_JSON
-def inspect(model: str, graph: bool, max_length: int | None, as_json: bool) -> None:
-    """Shows every attention site that is found in MODEL, a checkpoint or a converted directory, without its weights."""
-    directory = _checkpoint_directory(model)
-    from kvrewrite import api, artifact
-    from kvrewrite.site import AttentionSite
-
-    last: list[str] = []
-    policy: dict[str, Any] | None = None
-    if artifact.is_artifact(directory):
-        manifest = artifact.read_manifest(directory)
-        sites, policy = [AttentionSite.from_dict(s) for s in manifest["sites"]], manifest["policy"]
-        if graph:
-            last = [str(artifact.read_artifact(directory)[0].graph.graph)]
-    else:
-
-        def observe(name: str, module: Any) -> None:
-            last[:] = [str(module.graph)]
-
-        with _err().status("capturing"):
-            sites = api.inspect(directory, max_length=max_length, observe=observe if graph else None)
-    if as_json:
-        data: dict[str, Any] = {"model": model, "policy": policy, "sites": [s.as_dict() for s in sites]}
-        _print_json({**data, "graph": last[0]} if last else data)
-        return
-    console = _out()
-    console.print(sites_table(sites))
-    if policy:
-        console.print(f"policy: {_column(_settings(policy))}", soft_wrap=True)
-    for text in last:
-        click.echo(text)
-
-
-@main.command()
 @click.argument("directory")
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.Path(allow_dash=True), help="A file with the prompt; - reads stdin.")
@@ -613,6 +574,10 @@ register_train(main)
 from kvrewrite.cli_serve import register as register_serve  # noqa: E402
 
 register_serve(main)
+
+from kvrewrite.cli_inspect import register as register_inspect  # noqa: E402
+
+register_inspect(main)
 
 if __name__ == "__main__":
     main()

@@ -22,44 +22,79 @@ class MemoryPlan:
     peak: int
 
 
-def plan_memory(
-    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
-) -> MemoryPlan:
-    """Cache bytes for prompts of `context` tokens.
+@dataclass
+class LayerPlan:
+    """One layer that owns a cache, for one row. slots: live slots of each head after the prompt; most: the most that a head
+    has during it; pages: of all heads, after the prompt; full, evicted, largest: bytes of an ordinary cache, after the
+    prompt, and at the most."""
 
-    The peak adds the keys and values of one chunk in one layer, which are alive while that layer runs. Pages are counted
-    whole; an ordinary cache keeps every token in layers without a window and the window in the others. A quantized cache
-    has its newest slots in full precision besides the pages, and in the peak one layer's slots as attention reads them.
+    site: AttentionSite
+    slots: list[int]
+    most: int
+    pages: int
+    full: int
+    evicted: int
+    largest: int
+
+
+def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int) -> list[LayerPlan]:
+    """What each layer's cache holds and takes for prompts of `context` tokens.
+
+    Pages are counted whole; an ordinary cache keeps every token in layers without a window and the window in the others.
+    A quantized cache has its newest slots in full precision besides the pages. Where heads share the budget of their layer
+    (head_budgets=adakv, gates), slots are those of a head on average.
     """
     owners = [site for site in sites if site.shares_kv_with is None]
-    full = evicted = chunk_bytes = longest = widest = 0
     # Heads that all have the same budget count as one.
     alike = [1 if policy.head_pattern else site.kv_heads for site in owners]
     kept = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
     most = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
     for segment in policy.plan(context):
-        longest = max(longest, segment.length)
         for i, keep in enumerate(policy.layer_keeps(segment, context, len(owners))):
             for h, limit in enumerate(policy.head_keeps(keep, i, len(kept[i]))):
                 kept[i][h] = min(kept[i][h] + segment.length, limit)
                 most[i][h] = max(most[i][h], kept[i][h])
+    plans = []
     for i, site in enumerate(owners):
-        token = site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
         span = site.window or site.chunk or UNLIMITED
-        full += min(context, span) * token
-        for slots, add in ((kept[i], True), (most[i], False)):
-            pages = [-(-min(n, span) // PAGE) for n in slots]
-            size = sum(pages) * alike[i] * (_page_bytes(site, policy, itemsize) // site.kv_heads)
-            size += _row_bytes(site, policy, itemsize)
-            if add:
-                evicted += size
-            else:
-                chunk_bytes += size
-                widest = max(widest, max(pages) * PAGE * token)
-    each = [s.kv_heads * (s.head_dim + s.v_head_dim) * itemsize for s in owners]
-    layer = sum(each) if policy.shares_layers else max(each, default=0)
-    peak = chunk_bytes + layer * longest + (widest if policy.quantize != "none" else 0)
+        slots, widest = ([min(n, span) for n in heads] for heads in (kept[i], most[i]))
+        pages, widest_pages = (sum(-(-n // PAGE) for n in heads) * alike[i] for heads in (slots, widest))
+        page, row = _page_bytes(site, policy, itemsize) // site.kv_heads, _row_bytes(site, policy, itemsize)
+        plans.append(
+            LayerPlan(
+                site=site,
+                slots=[n for n in slots for _ in range(alike[i])],
+                most=max(widest),
+                pages=pages,
+                full=min(context, span) * _token_bytes(site, itemsize),
+                evicted=pages * page + row,
+                largest=widest_pages * page + row,
+            )
+        )
+    return plans
+
+
+def plan_memory(
+    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
+) -> MemoryPlan:
+    """Cache bytes of `plan_layers` in all layers.
+
+    The peak adds the keys and values of one chunk in one layer (in all, where layers share a budget), which are alive while
+    that layer runs, and of a quantized cache one layer's slots as attention reads them.
+    """
+    layers = plan_layers(sites, policy, itemsize, context)
+    longest = max((segment.length for segment in policy.plan(context)), default=0)
+    each = [_token_bytes(p.site, itemsize) for p in layers]
+    token = sum(each) if policy.shares_layers else max(each, default=0)
+    widest = max((-(-p.most // PAGE) * PAGE * t for p, t in zip(layers, each)), default=0)
+    full, evicted = sum(p.full for p in layers), sum(p.evicted for p in layers)
+    peak = sum(p.largest for p in layers) + token * longest + (widest if policy.quantize != "none" else 0)
     return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch)
+
+
+def _token_bytes(site: AttentionSite, itemsize: int) -> int:
+    """Keys and values of a token in every kv head of a layer, in full precision."""
+    return site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
 
 
 def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:

@@ -101,18 +101,20 @@ def visible_pairs(tokens: int, cached: int, seen: int = 0, window: int = 0, chun
 @dataclass
 class Attention:
     """Attention of one row's prompt. flops: of each site; call: the (tokens, cached slots) of each site's dearest segment;
-    held: slots a head that each site has at the end."""
+    held: slots a head that each site has at the end; read: slots and new tokens a head that each site reads, segments
+    together."""
 
     flops: list[float]
     call: list[tuple[int, int]]
     held: list[int]
+    read: list[int]
 
 
 def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | None = None) -> Attention:
     """What the attention of a prompt of `context` tokens costs under a policy; None: a full cache, the prompt at once."""
     owners = [s.layer for s in sites if s.shares_kv_with is None]
     kept = dict.fromkeys((s.layer for s in sites), 0)
-    out = Attention([0.0] * len(sites), [(0, 0)] * len(sites), [0] * len(sites))
+    out = Attention([0.0] * len(sites), [(0, 0)] * len(sites), [0] * len(sites), [0] * len(sites))
     dearest = [0.0] * len(sites)
     seen = 0
     plan = [(context, [UNLIMITED] * len(owners))]
@@ -125,6 +127,7 @@ def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | 
             pairs = visible_pairs(length, cached, seen, site.window, site.chunk)
             flops = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs
             out.flops[i] += flops
+            out.read[i] += cached + length
             if flops > dearest[i]:
                 dearest[i], out.call[i] = flops, (length, cached)
         for site, keep in zip((s for s in sites if s.shares_kv_with is None), keeps, strict=True):
