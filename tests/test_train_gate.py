@@ -158,6 +158,16 @@ def test_loss_of_each_mode_is_what_the_original_model_gives_while_all_stays() ->
     assert found.kept.detach().tolist() == [1.0, 1.0] and float(found.eviction.detach()) == pytest.approx(0.6)
 
 
+def test_adapters_alone_are_trained_with_all_gates_open() -> None:
+    options = GateOptions(mode="finetune", gate_heads=2, gate_dim=8, gates=False, distill=1.0)
+    ids = text()
+    found = gate_loss(gated("llama"), options, ids, *example(ids, 5), 1.0)
+    out = logits(original("llama"), ids).float().log_softmax(-1)
+    expected = -out[:, -6:-1].gather(2, ids[:, -5:, None]).mean()
+    torch.testing.assert_close(found.total.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert found.kept.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("options", [{}, {"distill": 1.0, "gradient": "derivative"}, {"two_sided": False}], ids=str)
 def test_training_evicts_as_much_as_the_target_says(options: dict[str, Any]) -> None:
     for parameter in original("llama").parameters():
@@ -320,6 +330,7 @@ def test_eviction_is_what_caches_lack(tmp_path: Path) -> None:
         ({"gate_dim": 6}, "multiple of 4"),
         ({"gradient": "soft"}, "expected one of flip, derivative"),
         ({"start": -1}, "start is -1"),
+        ({"gates": False}, "nothing is left to train"),
     ],
     ids=str,
 )

@@ -45,8 +45,8 @@ class GateOptions:
 
     gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
     the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
-    commas between names. merge: `save` writes the merged model, too. plot: it draws a map of what is evicted. checkpoint:
-    see `GatedModel`. The rest as the policy's options.
+    commas between names. gates=False trains the adapters alone, as a baseline. merge: `save` writes the merged model, too.
+    plot: it draws a map of what is evicted. checkpoint: see `GatedModel`. The rest as the policy's options.
     """
 
     mode: str = "pretrain"
@@ -66,6 +66,7 @@ class GateOptions:
     lora_targets: str = ALL_LINEAR
     lr: float = 2e-3
     lora_lr: float = 5e-4
+    gates: bool = True
     merge: bool = False
     plot: bool = True
     checkpoint: bool = False
@@ -103,6 +104,10 @@ class GateOptions:
             raise OptionError(f"gate_dim is {self.gate_dim}, expected a multiple of 4")
         if self.mode == "pretrain" and self.lora_rank:
             object.__setattr__(self, "lora_rank", 0)
+        if not self.gates and not self.lora_rank:
+            raise OptionError(
+                "gates is false and there is no LoRA, so nothing is left to train; expected mode=finetune and a rank"
+            )
         self.policy()
 
     def policy(self) -> AttentionGate:
@@ -145,6 +150,8 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def gated_tokens(options: GateOptions, labels: Tensor, real: Tensor) -> Tensor:
     """The tokens (B, T) that gates decide on: all, but those of answers, which inference generates and keeps."""
+    if not options.gates:
+        return torch.zeros_like(real)
     return real & (labels == IGNORED) if options.mode == "finetune" else real
 
 
@@ -167,7 +174,7 @@ def gate_loss(
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
     task = distill = zero
-    if options.distill:
+    if options.distill and options.gates:
         logits, gates = model(input_ids, gated)
         with torch.no_grad():
             teacher, _ = model(input_ids, torch.zeros_like(gated))
@@ -178,8 +185,8 @@ def gate_loss(
         logits, gates = model(input_ids, gated, index)
     if options.mode == "finetune" or not options.distill:
         task = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    kept = kept_share(gates, gated)
-    eviction = eviction_loss(kept, options.target_at(progress), options.two_sided)
+    kept = kept_share(gates, gated if options.gates else real)
+    eviction = eviction_loss(kept, options.target_at(progress), options.two_sided) if options.gates else zero
     total = task + options.distill * distill + options.eviction * eviction
     return GateLoss(total, task, distill, eviction, kept)
 
@@ -226,7 +233,9 @@ class GateTraining:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For an optimizer: gates and adapters at their rates."""
-        groups = [{"params": list(self.model.gate_weights().values()), "lr": self.options.lr, "name": "gates"}]
+        groups: list[dict[str, Any]] = []
+        if self.options.gates:
+            groups.append({"params": list(self.model.gate_weights().values()), "lr": self.options.lr, "name": "gates"})
         if self.adapted is not None:
             groups.append({"params": lora_parameters(self.adapted), "lr": self.options.lora_lr, "name": "lora"})
         return groups
@@ -250,8 +259,10 @@ class GateTraining:
         was written.
         """
         said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
-        save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
-        written = [out]
+        written: list[Path] = []
+        if self.options.gates:
+            save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
+            written.append(out)
         if self.adapted is not None:
             written.append(out.with_name(f"{out.stem}-adapter"))
             save_adapter(self.adapted, written[-1])
@@ -307,7 +318,7 @@ class GateTask(Task):
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
         """What `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches' tokens."""
         drawn: list[Path] = []
-        if self._recent:
+        if self._recent and self.options.gates:
             ratios = eviction_ratios(self.gates.model, self._recent)
             shares = [[None if math.isnan(x) else round(x, 4) for x in row] for row in ratios.tolist()]
             metadata = {**metadata, "evicted": f"{float(ratios.nanmean()):.4f}", "evicted_per_head": json.dumps(shares)}
