@@ -66,9 +66,9 @@ class GateOptions:
     initial_spread: float = 2.0
     lora_rank: int = 8
     lora_targets: str = ALL_LINEAR
-    lr: float = 2e-4
+    lr: float = 3e-4
     bias_lr: float = 0.05
-    lora_lr: float = 5e-4
+    lora_lr: float = 2e-4
     gates: bool = True
     merge: bool = False
     plot: bool = True
