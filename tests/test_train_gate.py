@@ -123,9 +123,12 @@ def test_losses() -> None:
     gates = [torch.ones(2, 2, 4), torch.zeros(2, 1, 4)]
     gates[0][0, 0, :2] = 0
     kept = kept_share(gates, counted)
-    assert kept.tolist() == [0.75, 0.0]
-    assert float(eviction_loss(kept, 0.5, two_sided=True)) == pytest.approx((0.25 + 0.5) / 2)
-    assert float(eviction_loss(kept, 0.5, two_sided=False)) == pytest.approx(0.125)
+    assert [k.tolist() for k in kept] == [[0.5, 1.0], [0.0]]
+    assert float(eviction_loss(kept, 0.6, "layer", two_sided=True)) == pytest.approx((0.15 + 0.6) / 2)
+    assert float(eviction_loss(kept, 0.6, "layer", two_sided=False)) == pytest.approx(0.075)
+    assert float(eviction_loss(kept, 0.6, "head", two_sided=True)) == pytest.approx((0.1 + 0.4 + 0.6) / 3)
+    assert float(eviction_loss(kept, 0.6, "head", two_sided=False)) == pytest.approx(0.4 / 3)
+    assert float(eviction_loss(kept, 0.6, "model", two_sided=True)) == pytest.approx(0.225)
     index, targets = target_index(torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, -100]]))
     assert index[0].tolist() == [1, 2] and index[1, 0] == 0 and targets.tolist() == [[7, 8], [5, -100]]
     with pytest.raises(OptionError, match="no token of a batch is a target"):
@@ -154,11 +157,23 @@ def test_loss_of_each_mode_is_what_the_original_model_gives_while_all_stays() ->
     found = gate_loss(model, finetune, ids, labels, real, 1.0)
     torch.testing.assert_close(found.task, each[:, -5:].mean(), rtol=1e-5, atol=1e-6)
     assert float(found.distill.detach()) == pytest.approx(0.0, abs=1e-6)
-    torch.testing.assert_close(found.total, found.task + 3.0 * found.eviction, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.total, found.task + finetune.eviction * found.eviction, rtol=1e-5, atol=1e-5)
     assert found.kept.detach().tolist() == [1.0, 1.0] and float(found.eviction.detach()) == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("options", [{}, {"distill": 1.0, "gradient": "derivative"}, {"two_sided": False}], ids=str)
+def test_adapters_alone_are_trained_with_all_gates_open() -> None:
+    options = GateOptions(mode="finetune", gate_heads=2, gate_dim=8, gates=False, distill=1.0)
+    ids = text()
+    found = gate_loss(gated("llama"), options, ids, *example(ids, 5), 1.0)
+    out = logits(original("llama"), ids).float().log_softmax(-1)
+    expected = -out[:, -6:-1].gather(2, ids[:, -5:, None]).mean()
+    torch.testing.assert_close(found.total.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert found.kept.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"distill": 1.0, "gradient": "derivative", "level": "layer"}, {"two_sided": False}], ids=str
+)
 def test_training_evicts_as_much_as_the_target_says(options: dict[str, Any]) -> None:
     for parameter in original("llama").parameters():
         parameter.requires_grad_(False)
@@ -200,7 +215,8 @@ def test_lora_and_gates_as_adapted_and_as_merged(tmp_path: Path) -> None:
     parts = {name: float(x.detach()) for name, x in parts.items()}
     assert parts["loss"] == pytest.approx(parts["task"] + chosen.eviction * parts["eviction"], rel=1e-5)
     assert 0 < parts["kept_least"] <= parts["kept"] < 1 and task.needs == "answer"
-    gates, adapters = (group["params"] for group in training.parameter_groups())
+    groups = {str(group["name"]): group["params"] for group in training.parameter_groups()}
+    gates, adapters = groups["gates"] + groups["gate biases"], groups["lora"]
     assert len(gates) == 2 * 5 and len(adapters) == 2 * 2 * 7 and all(p.grad is not None for p in [*gates, *adapters])
     trained = {id(p) for p in [*gates, *adapters]}
     assert (
@@ -318,8 +334,10 @@ def test_eviction_is_what_caches_lack(tmp_path: Path) -> None:
         ({"ramp": 1.5}, "ramp is 1.5"),
         ({"eviction": float("nan")}, "eviction is nan"),
         ({"gate_dim": 6}, "multiple of 4"),
+        ({"level": "token"}, "expected one of head, layer, model"),
         ({"gradient": "soft"}, "expected one of flip, derivative"),
         ({"start": -1}, "start is -1"),
+        ({"gates": False}, "nothing is left to train"),
     ],
     ids=str,
 )

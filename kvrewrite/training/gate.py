@@ -28,6 +28,7 @@ from kvrewrite.training.lora import ALL_LINEAR, add_lora, lora_parameters, merge
 from kvrewrite.training.trainer import IGNORED, Task
 
 MODES = ("pretrain", "finetune")
+LEVELS = ("head", "layer", "model")
 GRADIENTS = ("flip", "derivative")
 MEASURED = 8  # batches that eviction is measured on at the end of training
 
@@ -38,15 +39,15 @@ class GateOptions:
 
     mode: "pretrain" (frozen backbone, every token is a target) or "finetune" (with LoRA; targets are the answers, and
     tokens of answers always stay, as generated tokens do in inference). keep_target: the share of gated tokens that each
-    layer should keep; the loss adds eviction * |mean(m) - target| per layer, or eviction * relu(mean(m) - target) with
-    two_sided off, averaged over layers. ramp: over this share of the steps the target comes down from 1, in a line. distill:
-    weight of KL(ungated || gated) at all tokens that are trained on, which replaces cross-entropy in "pretrain"; in
-    "finetune" it is added, over the prompt's tokens, too.
+    head, each layer or the model (level) should keep; the loss adds eviction * |mean(m) - target|, or eviction *
+    relu(mean(m) - target) with two_sided off, averaged over them. ramp: over this share of the steps the target comes down
+    from 1, in a line. distill: weight of KL(ungated || gated) at all tokens, which replaces cross-entropy in "pretrain"; in
+    "finetune" it is added.
 
     gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
     the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
-    commas between names. merge: `save` writes the merged model, too. plot: it draws a map of what is evicted. checkpoint:
-    see `GatedModel`. The rest as the policy's options.
+    commas between names. gates=False trains the adapters alone, as a baseline. merge: `save` writes the merged model, too.
+    plot: it draws a map of what is evicted. checkpoint: see `GatedModel`. The rest as the policy's options.
     """
 
     mode: str = "pretrain"
@@ -55,17 +56,20 @@ class GateOptions:
     start: int = 4
     threshold: float = 0.5
     keep_target: float = 0.4
-    eviction: float = 3.0
+    eviction: float = 5.0
+    level: str = "head"
     two_sided: bool = True
     ramp: float = 0.5
     distill: float = 0.0
     gradient: str = "flip"
-    initial_bias: float = 2.0
-    initial_spread: float = 0.4
+    initial_bias: float = 6.0
+    initial_spread: float = 2.0
     lora_rank: int = 8
     lora_targets: str = ALL_LINEAR
-    lr: float = 2e-3
-    lora_lr: float = 5e-4
+    lr: float = 3e-4
+    bias_lr: float = 0.05
+    lora_lr: float = 2e-4
+    gates: bool = True
     merge: bool = False
     plot: bool = True
     checkpoint: bool = False
@@ -74,6 +78,8 @@ class GateOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        if self.level not in LEVELS:
+            raise OptionError(f"level is {self.level!r}, expected one of {', '.join(LEVELS)}")
         if self.gradient not in GRADIENTS:
             raise OptionError(f"gradient is {self.gradient!r}, expected one of {', '.join(GRADIENTS)}")
         if not 0 < self.keep_target < 1:
@@ -86,6 +92,7 @@ class GateOptions:
             ("ramp", 0.0),
             ("lora_rank", 0),
             ("lr", 0.0),
+            ("bias_lr", 0.0),
             ("lora_lr", 0.0),
             ("initial_spread", 0.0),
         ):
@@ -103,6 +110,10 @@ class GateOptions:
             raise OptionError(f"gate_dim is {self.gate_dim}, expected a multiple of 4")
         if self.mode == "pretrain" and self.lora_rank:
             object.__setattr__(self, "lora_rank", 0)
+        if not self.gates and not self.lora_rank:
+            raise OptionError(
+                "gates is false and there is no LoRA, so nothing is left to train; expected mode=finetune and a rank"
+            )
         self.policy()
 
     def policy(self) -> AttentionGate:
@@ -118,15 +129,17 @@ class GateOptions:
 
 
 # ---------------------------------------------------------------------------------------------------------------- losses
-def kept_share(gates: Sequence[Tensor], counted: Tensor) -> Tensor:
-    """The share of counted (B, T) tokens that each layer keeps, over all heads: (L,), with gradients."""
+def kept_share(gates: Sequence[Tensor], counted: Tensor) -> list[Tensor]:
+    """The share of counted (B, T) tokens that each head keeps, (Hkv,) for each layer, with gradients."""
     total = counted.sum().clamp(min=1)
-    return torch.stack([(m * counted[:, None]).sum() / (total * m.shape[1]) for m in gates])
+    return [(m * counted[:, None]).sum(dim=(0, 2)) / total for m in gates]
 
 
-def eviction_loss(kept: Tensor, target: float, two_sided: bool) -> Tensor:
-    """The mean over layers of how far each is from the target (only above it, unless two_sided)."""
-    excess = kept - target
+def eviction_loss(kept: Sequence[Tensor], target: float, level: str, two_sided: bool) -> Tensor:
+    """How far heads, layers or the whole model are from the target (only above it, unless two_sided), the mean over them."""
+    shares = torch.cat(list(kept)) if level == "head" else torch.stack([k.mean() for k in kept])
+    shares = shares.mean() if level == "model" else shares
+    excess = shares - target
     return (excess.abs() if two_sided else torch.relu(excess)).mean()
 
 
@@ -145,6 +158,8 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def gated_tokens(options: GateOptions, labels: Tensor, real: Tensor) -> Tensor:
     """The tokens (B, T) that gates decide on: all, but those of answers, which inference generates and keeps."""
+    if not options.gates:
+        return torch.zeros_like(real)
     return real & (labels == IGNORED) if options.mode == "finetune" else real
 
 
@@ -167,7 +182,7 @@ def gate_loss(
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
     task = distill = zero
-    if options.distill:
+    if options.distill and options.gates:
         logits, gates = model(input_ids, gated)
         with torch.no_grad():
             teacher, _ = model(input_ids, torch.zeros_like(gated))
@@ -178,10 +193,12 @@ def gate_loss(
         logits, gates = model(input_ids, gated, index)
     if options.mode == "finetune" or not options.distill:
         task = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    kept = kept_share(gates, gated)
-    eviction = eviction_loss(kept, options.target_at(progress), options.two_sided)
+    kept = kept_share(gates, gated if options.gates else real)
+    eviction = zero
+    if options.gates:
+        eviction = eviction_loss(kept, options.target_at(progress), options.level, options.two_sided)
     total = task + options.distill * distill + options.eviction * eviction
-    return GateLoss(total, task, distill, eviction, kept)
+    return GateLoss(total, task, distill, eviction, torch.stack([k.mean() for k in kept]))
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -226,7 +243,12 @@ class GateTraining:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For an optimizer: gates and adapters at their rates."""
-        groups = [{"params": list(self.model.gate_weights().values()), "lr": self.options.lr, "name": "gates"}]
+        groups: list[dict[str, Any]] = []
+        if self.options.gates:
+            weights = self.model.gate_weights()
+            for name, lr, of_bias in (("gates", self.options.lr, False), ("gate biases", self.options.bias_lr, True)):
+                params = [p for n, p in weights.items() if n.endswith(".bias") is of_bias]
+                groups.append({"params": params, "lr": lr, "name": name})
         if self.adapted is not None:
             groups.append({"params": lora_parameters(self.adapted), "lr": self.options.lora_lr, "name": "lora"})
         return groups
@@ -250,8 +272,10 @@ class GateTraining:
         was written.
         """
         said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
-        save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
-        written = [out]
+        written: list[Path] = []
+        if self.options.gates:
+            save_gates(out, self.model, {**metadata, **said, "lora_rank": str(self.options.lora_rank)})
+            written.append(out)
         if self.adapted is not None:
             written.append(out.with_name(f"{out.stem}-adapter"))
             save_adapter(self.adapted, written[-1])
@@ -307,7 +331,7 @@ class GateTask(Task):
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
         """What `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches' tokens."""
         drawn: list[Path] = []
-        if self._recent:
+        if self._recent and self.options.gates:
             ratios = eviction_ratios(self.gates.model, self._recent)
             shares = [[None if math.isnan(x) else round(x, 4) for x in row] for row in ratios.tolist()]
             metadata = {**metadata, "evicted": f"{float(ratios.nanmean()):.4f}", "evicted_per_head": json.dumps(shares)}
