@@ -5,7 +5,8 @@
 
 A prompt is a task's context. An answer is one or several questions with their replies: every one of them may be asked later,
 so a retaining head has to keep what any of them needs. Seeds begin where those of `kvrewrite eval` (0 to a few thousand a
-task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the evaluation.
+task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the evaluation. Without a file, one short text
+of each task is printed.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def text(number: int, names: list[str], fillers: list[str], tokens: list[int], q
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--count", type=int, default=4000, help="texts")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="lengths, drawn for each text")
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
@@ -81,6 +82,10 @@ def main() -> None:
     make = partial(
         text, names=args.tasks, fillers=args.fillers, tokens=args.tokens, questions=args.questions, whole=args.whole
     )
+    if args.out is None:
+        for task in args.tasks:
+            print(text(args.first, [task], args.fillers, [256], args.questions, args.whole), end="\n\n")
+        return
     numbers = range(args.first, args.first + args.count)
     with multiprocessing.Pool(args.workers) as pool, args.out.open("w", encoding="utf-8") as file:
         for line in pool.imap(make, numbers, chunksize=16):

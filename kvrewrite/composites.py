@@ -2,7 +2,8 @@
 
 That method runs the whole model twice more, with symbolic shapes: three quarters of the time of a capture. Here each
 composite op is traced alone, once for all nodes with the same arguments (layers repeat), and put in the node's place. A
-graph that writes to tensors has to be functionalized as a whole, so it takes the long way.
+graph that writes to tensors has to be functionalized as a whole, so it takes the long way; and so does one whose sizes depend
+on which of two is larger (a table that is sliced to the text's length): only the second trace finds out how long texts may be.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,7 +25,7 @@ COMPOSITE = "CompositeImplicitAutograd"
 PLAIN = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
     operator.neg, operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_,
-    operator.or_, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_float, torch.sym_int, torch.sym_ite,
+    operator.or_, torch.sym_not, torch.sym_float, torch.sym_int,
 }  # fmt: skip
 # Ops that functionalization or export treat in ways of their own.
 SPECIAL = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.lift.default, aten.detach.default)
@@ -44,9 +46,23 @@ def _is_local(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
+    if _compares(node.meta.get("val")):
+        return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target in PLAIN
     return not node.target._schema.is_mutable and node.target not in SPECIAL
+
+
+def _compares(value: Any) -> bool:
+    """Whether a size in this value is the larger or the smaller of two."""
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    parts = (
+        part
+        for size in sizes
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_Atom
+        for part in sympy.preorder_traversal(size.node.expr)
+    )
+    return any(type(part).__name__ in ("Max", "Min") for part in parts)
 
 
 def _comes_apart(op: Any) -> bool:
