@@ -5,8 +5,8 @@
 
 A prompt is a task's context. An answer is one or several questions with their replies: every one of them may be asked later,
 so a retaining head has to keep what any of them needs. Seeds begin where those of `kvrewrite eval` (0 to a few thousand a
-task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the evaluation. Without a file, one short text
-of each task is printed.
+task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the evaluation. Without a
+file, one short text of each task is printed.
 """
 
 import argparse
