@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvrewrite.graph import symbol
 
@@ -34,7 +35,9 @@ SPECIAL = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.lift.defa
 def decompose(program: Any) -> Any:
     """A program (`torch.export.ExportedProgram`, fresh from export) in functional ops, without composite ops that may return
     their input or a view of it; those that never do (linear, scaled_dot_product_attention) stay."""
-    if all(_is_local(node) for node in program.graph.nodes):
+    # Weights that are more than one tensor (torchao's) come apart in the second trace.
+    wrapped = any(is_traceable_wrapper_subclass(value) for value in program.state_dict.values())
+    if not wrapped and all(_is_local(node) for node in program.graph.nodes):
         _decompose_nodes(program.graph_module)
         return program
     return program.run_decompositions({})
