@@ -12,7 +12,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +139,15 @@ def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, 
 
     policy = ALIASES.get(policy, policy)
     hints = {f.name: annotation(f) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
-    options = {k: v for k, v in given.items() if v is not None}
+    # An unknown option goes through as it is: the policy names it and its likely spelling.
+    return parse_pairs(policy, pairs, hints, {k: v for k, v in given.items() if v is not None})
+
+
+def parse_pairs(
+    policy: str, pairs: Iterable[str], hints: Mapping[str, str], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`key=value` pairs as values of the types in `hints`; a key without a hint keeps its text. given: what is set already."""
+    options = dict(given or {})
     for pair in pairs:
         key, sign, text = pair.partition("=")
         key = key.strip().replace("-", "_")
@@ -148,7 +156,6 @@ def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, 
         if key in options:
             raise click.BadParameter(f"{key} is given twice", param_hint="--option")
         try:
-            # An unknown option goes through as it is: the policy names it and its likely spelling.
             options[key] = parse_value(text.strip(), hints[key]) if key in hints else text
         except ValueError as error:
             raise OptionError(f"{policy}: {key} is {text!r}, expected {error}") from error

@@ -24,7 +24,7 @@ def register(group: click.Group) -> None:
 
 def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     """`key=value` pairs as the fields of the policy's training options want them."""
-    from kvrewrite.cli import parse_value
+    from kvrewrite.cli import parse_pairs
     from kvrewrite.policies.base import annotation
 
     if policy == "attention_gate":
@@ -32,18 +32,9 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     else:
         from kvrewrite.training.locret import LocretOptions as Options  # type: ignore[assignment]
     hints = {f.name: annotation(f) for f in dataclasses.fields(Options)}
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, sign, text = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not sign or not key:
-            raise click.BadParameter(f"{pair!r} is not of the form key=value", param_hint="--option")
-        if key not in hints:
-            raise OptionError(f"training {policy} has no option {key!r}; there are: {', '.join(sorted(hints))}")
-        try:
-            options[key] = parse_value(text.strip(), hints[key])
-        except ValueError as error:
-            raise OptionError(f"{policy}: {key} is {text!r}, expected {error}") from error
+    options = parse_pairs(policy, pairs, hints)
+    if unknown := [key for key in options if key not in hints]:
+        raise OptionError(f"training {policy} has no option {unknown[0]!r}; there are: {', '.join(sorted(hints))}")
     return options
 
 

@@ -273,3 +273,10 @@ def test_refusals() -> None:
         LocretOptions(label="max")
     with pytest.raises(OptionError, match="warmup is 2000 of 10"):
         FitOptions(steps=10)
+
+
+def test_heads_use_the_models_activation() -> None:
+    """What inference will use (`transform` asks the same way), under whatever name the configuration has it."""
+    model = build("gpt2")
+    made = LocretTask(model, OPTIONS)
+    assert made.policy.activation == model.config.activation_function == "gelu_new"  # type: ignore[union-attr]

@@ -24,6 +24,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.training.gate_graph import GatedModel, calibrate, initial_weights
+from kvrewrite.training.labels import answer_index
 from kvrewrite.training.lora import ALL_LINEAR, add_lora, lora_parameters, merge_lora, save_adapter
 from kvrewrite.training.trainer import IGNORED, Task
 
@@ -149,10 +150,9 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
     labels (B, T): the token at each place where it is a target; it is predicted by the token in front of it.
     """
     wanted = labels[:, 1:] != IGNORED
-    count = int(wanted.sum(dim=1).max()) if wanted.numel() else 0
-    if count == 0:
+    order, _ = answer_index(wanted)
+    if not order.shape[1]:
         raise OptionError("no token of a batch is a target; expected texts with answers that fit into the length")
-    order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
     return order, torch.gather(labels[:, 1:], 1, order)
 
 

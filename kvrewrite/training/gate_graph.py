@@ -26,6 +26,7 @@ from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.site import AttentionSite
 from kvrewrite.training import gated_attention  # noqa: F401  (registers the op)
+from kvrewrite.training.heads_graph import TrainingHook
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -49,14 +50,6 @@ def straight_through(p: Tensor, positions: Tensor, gated: Tensor, threshold: flo
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph
-class _TrainingHook(SiteHook):
-    """Weights are trained in fp32 and used in the dtype that inference has them in."""
-
-    def weight(self, name: str) -> fx.Node:
-        node = super().weight(name)
-        return node if self.dtype == torch.float32 else self.call(aten.to.dtype, node, self.dtype)
-
-
 def _no_observation(*_: Any) -> tuple[Any, ...]:
     raise TypeError("a gate looks at nothing behind attention")
 
@@ -86,7 +79,7 @@ def insert_gates(
         q, k, v, *rest = node.args
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in gates:
-            hook = _TrainingHook(gm, site, q, k, v, node, inputs, before=node)
+            hook = TrainingHook(gm, site, q, k, v, node, inputs, before=node)
 
             def attend(q: fx.Node, k: fx.Node, v: fx.Node, hook: SiteHook = hook) -> fx.Node:
                 return hook.call(attend_to_all, q, k, v, policy.gate_heads)

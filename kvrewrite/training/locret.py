@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvrewrite.api import _facts
 from kvrewrite.capture import capture
 from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.graph import set_attr
@@ -113,8 +114,8 @@ class LocretTask(Task):
         captured = capture(model)
         self.sites = canonical(captured)
         config: Any = getattr(model, "config", None)
-        facts = {"activation": getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)}
-        adapted = (policy or Locret()).adapt(self.sites, {**facts, "policy_hidden_size": options.hidden_size})
+        facts = {**_facts(config), "policy_hidden_size": options.hidden_size}
+        adapted = (policy or Locret()).adapt(self.sites, facts)
         assert isinstance(adapted, Locret)
         self.policy = adapted
         self.dtype, self.vocab_size = captured.dtype, captured.vocab_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from kvrewrite.errors import OptionError, TrainingError
 IGNORED = -100  # labels that are no targets
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """A policy's weights in training.
 
     Registered parameters are exactly what is trained, so that checkpoints hold nothing else. The captured graph, whose
@@ -39,24 +40,24 @@ class Task(nn.Module):
             self.__dict__["graph"]._apply(fn)
         return super()._apply(fn, recurse)
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What an optimizer takes: {"params", "lr", "name"}."""
-        raise NotImplementedError
 
     def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
         """Told the first batch of a run that starts afresh, before anything is trained."""
 
+    @abstractmethod
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
         """{"loss": ..., and its parts}, scalars.
 
         input_ids, labels: (B, T) int64, real: (B, T) bool; rows are left-aligned, labels are `IGNORED` where a token is no
         target.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
         """Writes what inference reads to `out` (.safetensors) and beside it; returns what was written."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
