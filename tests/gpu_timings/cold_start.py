@@ -1,14 +1,14 @@
-"""Cold start: from a new process to the second token of an answer, first with empty compile caches, then with what that run left.
+"""Cold start: from a new process to the second token of an answer, with empty compile caches and with filled ones.
 
-    python -m tests.gpu_timings.cold_start [--shape llama-3.1-8b] [--prompt 8192] [--folder DIR] [--policy locret] [-o KEY=VALUE ...]
+    python -m tests.gpu_timings.cold_start [--shape llama-3.1-8b] [--prompt 8192] [--folder DIR] [--policy locret] [-o K=V ...]
 
 Writes a checkpoint of random weights into DIR (a temporary folder unless given), converts it with the command line, and starts
 two processes, one after the other, that load the converted directory, compile it and answer a prompt. Both have the same,
 at first empty, folders for what Inductor and Triton compile. Prints one JSON line. On a CPU give `--shape tiny`.
 
 Seconds of each process: `import_s` (Python to the end of `import kvrewrite`), `load_s`, `compile_s` (the call, which only
-arranges things), `prompt_s` (compiles the parts of a chunk), `token_s` (the first two tokens: compiles the decode step's parts and
-captures it), `total_s` from the start of the process. `prompt_again_s` and `token_again_s` are a second request's, for comparison.
+arranges things), `prompt_s` (compiles the parts of a chunk), `token_s` (the first two tokens: compiles the decode step's parts
+and captures it), `total_s` from the start of the process. `prompt_again_s` and `token_again_s`: a second request's.
 """
 
 from __future__ import annotations
