@@ -14,6 +14,7 @@ import contextlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -36,6 +37,7 @@ SAFETENSORS_DTYPES = {
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
 _LFS = b"version https://git-lfs.github.com/spec"
+COPIERS = 4  # threads that copy tensors to a GPU
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -372,7 +374,7 @@ def load_parameters(
     device = torch.device(device)
     out: dict[str, Tensor] = {}
     made: dict[tuple[str, torch.dtype], Tensor] = {}
-    with checkpoint.reader() as reader:
+    with checkpoint.reader() as reader, _Copier(device) as copy:
         for name in recipes if names is None else names:
             if name not in recipes:
                 raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
@@ -385,13 +387,51 @@ def load_parameters(
             signature = (json.dumps(recipe, sort_keys=True), wanted)
             if signature not in made:
                 if "key" in recipe:
-                    made[signature] = reader(recipe["key"]).to(device=device, dtype=wanted)
+                    made[signature] = copy(reader(recipe["key"]), wanted)
                 else:
                     result = torch.empty(shape, dtype=wanted, device=device)
                     follow(name, recipe, reader, result)
                     made[signature] = result
             out[name] = made[signature]
     return out
+
+
+class _Copier:
+    """Copies tensors to a device. To a GPU, from several threads: one alone reads the file's pages and sends them by turns.
+
+    What a call returns for a GPU is filled when the context ends, which raises what went wrong.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = ThreadPoolExecutor(COPIERS) if device.type == "cuda" else None
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> _Copier:
+        return self
+
+    def __call__(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._pool is None:
+            return source.to(device=self._device, dtype=dtype)
+        target = torch.empty(source.shape, dtype=dtype, device=self._device)
+        self._pending.append(self._pool.submit(self._fill, target, source, torch.cuda.current_stream(self._device)))
+        return target
+
+    @staticmethod
+    def _fill(target: Tensor, source: Tensor, made_on: torch.cuda.Stream) -> None:
+        stream = torch.cuda.Stream(target.device)
+        stream.wait_stream(made_on)  # its memory may have been another tensor's, which kernels still read there
+        with torch.cuda.stream(stream):
+            target.copy_(source.to(target.dtype))  # waits, as the source is not pinned
+        stream.synchronize()
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=True, cancel_futures=error[0] is not None)
+        if error[0] is None:
+            for copied in self._pending:
+                copied.result()
 
 
 def put_tensors(gm: nn.Module, tensors: Mapping[str, Tensor]) -> None:

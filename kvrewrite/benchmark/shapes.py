@@ -161,7 +161,7 @@ class ShapeSource:
         from kvrewrite.passes.pipeline import canonical, expected_weights
 
         config = copy.deepcopy(self.hf_config)
-        config.num_hidden_layers, config.vocab_size = 1, 64
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 64, None
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
         dtype = getattr(torch, self.dtype)

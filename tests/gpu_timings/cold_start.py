@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 
-def prepare(folder: Path, shape: str, policy: str, options: list[str]) -> dict[str, float]:
+def prepare(folder: Path, shape: str, layers: int | None, policy: str, options: list[str]) -> dict[str, float]:
     """Writes the checkpoint and converts it; returns the seconds of both."""
     import torch
     from safetensors.torch import save_file
@@ -36,6 +36,7 @@ def prepare(folder: Path, shape: str, policy: str, options: list[str]) -> dict[s
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = ShapeSource(shape, device=device)
+    source.hf_config.num_hidden_layers = layers or source.hf_config.num_hidden_layers
     source.base.save_pretrained(folder / "model")
     convert = [sys.executable, "-m", "kvrewrite.cli", "convert", str(folder / "model"), "--out", str(folder / "out")]
     convert += ["--link", "--policy", policy, *(word for option in options for word in ("-o", option))]
@@ -86,10 +87,12 @@ def start(folder: str, prompt: int, began: float) -> dict[str, float]:
     return {**found, "total_s": round(total, 1)}
 
 
-def measure(folder: Path, shape: str, prompt: int, policy: str, options: list[str]) -> dict[str, Any]:
+def measure(
+    folder: Path, shape: str, layers: int | None, prompt: int, policy: str, options: list[str]
+) -> dict[str, Any]:
     """The whole measurement, as data."""
-    result: dict[str, Any] = {"shape": shape, "prompt": prompt, "policy": policy, "options": options}
-    result.update(prepare(folder, shape, policy, options))
+    result: dict[str, Any] = {"shape": shape, "layers": layers, "prompt": prompt, "policy": policy, "options": options}
+    result.update(prepare(folder, shape, layers, policy, options))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     for name in ("cold", "warmed"):
         command = [sys.executable, "-m", "tests.gpu_timings.cold_start", "--start", str(folder / "out")]
@@ -103,6 +106,7 @@ def main() -> None:
     """Parses the command line and prints one JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="other than the shape's own")
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--policy", default="locret")
@@ -114,7 +118,7 @@ def main() -> None:
         print(json.dumps(start(given.start, given.prompt, given.began)))
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        print(json.dumps(measure(Path(folder), given.shape, given.prompt, given.policy, given.option)))
+        print(json.dumps(measure(Path(folder), given.shape, given.layers, given.prompt, given.policy, given.option)))
 
 
 if __name__ == "__main__":
