@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvrewrite import __version__
-from kvrewrite.checkpoint import Checkpoint, Recipe, check_recipe, load_parameters, read_header, read_json
+from kvrewrite.checkpoint import Checkpoint, Copier, Recipe, check_recipe, load_parameters, read_header, read_json
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.graph_io import graph_from_dict, graph_to_dict
@@ -508,7 +508,8 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
     for name, entry in files.items():
         _check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
     try:
-        program = _read_program(directory, manifest, device)
+        with Copier(device) as copier:  # the graph is read while the weights are on their way
+            program = _read_program(directory, manifest, device, copier)
     except (KeyError, TypeError, AttributeError) as error:
         # The hash says that the manifest is whole, so another version wrote it differently.
         raise ArtifactError(
@@ -518,9 +519,9 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
     return program, manifest
 
 
-def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device) -> Program:
+def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:
     checkpoint = Checkpoint.open(directory)
-    base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device)
+    base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device, copier=copier)
     own = {CONSTANTS: manifest["constants"], POLICY: manifest["policy_weights"]}
     tensors: dict[str, Tensor] = dict(base)
     for file, names in own.items():

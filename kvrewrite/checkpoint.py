@@ -365,16 +365,19 @@ def load_parameters(
     names: Iterable[str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    copier: Copier | None = None,
 ) -> dict[str, Tensor]:
     """Builds parameters from a checkpoint, one checkpoint tensor at a time.
 
-    names: which; default: all that have a recipe. dtype: instead of the recipes' own, for floating parameters. Names
-    whose recipes are the same get the same tensor (tied weights).
+    names: which; default: all that have a recipe. dtype: instead of the recipes' own, for floating parameters. copier: of
+    the caller, for `device`; on a GPU, tensors may be filled only when it is left. Names whose recipes are the same get the
+    same tensor (tied weights).
     """
     device = torch.device(device)
     out: dict[str, Tensor] = {}
     made: dict[tuple[str, torch.dtype], Tensor] = {}
-    with checkpoint.reader() as reader, _Copier(device) as copy:
+    with checkpoint.reader() as reader, contextlib.ExitStack() as stack:
+        copy = copier or stack.enter_context(Copier(device))
         for name in recipes if names is None else names:
             if name not in recipes:
                 raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
@@ -396,7 +399,7 @@ def load_parameters(
     return out
 
 
-class _Copier:
+class Copier:
     """Copies tensors to a device. To a GPU, from several threads: one alone reads the file's pages and sends them by turns.
 
     What a call returns for a GPU is filled when the context ends, which raises what went wrong.
@@ -407,7 +410,7 @@ class _Copier:
         self._pool = ThreadPoolExecutor(COPIERS) if device.type == "cuda" else None
         self._pending: list[Future[None]] = []
 
-    def __enter__(self) -> _Copier:
+    def __enter__(self) -> Copier:
         return self
 
     def __call__(self, source: Tensor, dtype: torch.dtype) -> Tensor:
