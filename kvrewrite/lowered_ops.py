@@ -203,6 +203,11 @@ def settle_keys(
     Contiguous positions: once ranks are frozen, keys can lie rotated, so that decoding reads them as they are. cos, sin:
     (N, D) by position; N reaches beyond every stored position.
     """
+    if fused("settle_keys", k_pages):
+        from kvrewrite.kernels.gpu import settle as kernel
+
+        kernel.settle(k_pages, pos_pages, table, lens, cos.contiguous(), sin.contiguous(), partner, undo)
+        return
     settle(k_pages, pos_pages, table, lens, cos, sin, partner, undo)
 
 

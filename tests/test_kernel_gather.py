@@ -1,4 +1,4 @@
-"""The GPU kernels that read cached slots, rotate and rank them, against the references."""
+"""The GPU kernels that read cached slots, rotate and rank them, here or where they lie, against the references."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import gather, ranks
+from kvrewrite.kernels.gpu import gather, ranks, settle
 from kvrewrite.kernels.reference import evict, pages
+from kvrewrite.kernels.reference import settle as settle_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -215,6 +216,42 @@ def check_random(seed: int, scale: int, dtype: torch.dtype) -> None:
     live = torch.arange(c, device=DEVICE) < at["lens"][..., None]
     assert got is not None
     assert torch.equal(got, torch.where(live[..., None], rotate(dense(k, at), cos, sin, rotary, partner), 0))
+
+
+# ------------------------------------------------------------------------------------------------ keys where they lie
+@pytest.mark.parametrize(("dim", "half"), [(16, 8), (96, 48), (80, 16), (128, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["half", "pairs"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("undo", [False, True])
+def test_settle(dim: int, half: int, kind: str, dtype: torch.dtype, undo: bool) -> None:
+    at = layout(11, [[100, 0, 64], [1, 128, 65]], 3)
+    k = pool(at, dim, dtype)
+    cos, sin, partner = rotation(dim, half, kind, torch.float32)
+    rest = (k, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
+    mine, wanted = k.clone(), k.clone()
+    settle.settle(mine, *rest[1:])
+    settle_reference.settle(wanted, *rest[1:])
+    assert torch.equal(dense(mine, at), dense(wanted, at)) and not torch.equal(dense(mine, at), dense(k, at))
+    live = torch.zeros_like(k[..., 0], dtype=torch.bool)
+    pages.write(live, at["table"], torch.arange(3 * PAGE, device=DEVICE).expand(2, 3, -1), *_alive(at))
+    assert torch.equal(
+        torch.where(live[..., None], 0, mine)[1:].isnan(), torch.where(live[..., None], 0, k)[1:].isnan()
+    )
+
+
+def _alive(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    live = torch.arange(3 * PAGE, device=DEVICE) < at["lens"][..., None]
+    return live, live
+
+
+def test_settle_there_and_back() -> None:
+    at = layout(12, [[1000, 700]], 16)
+    k = pool(at, 64, torch.float32)
+    cos, sin, partner = rotation(64, 32, "half", torch.float32)
+    mine = k.clone()
+    for undo in (False, True):
+        settle.settle(mine, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
+    torch.testing.assert_close(dense(mine, at), dense(k, at), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
