@@ -76,11 +76,14 @@ def observe(
 def cache_update(
     k: Tensor, v: Tensor, new_scores: Tensor, slot_scores: Tensor | None, positions: Tensor, rotary: Tensor, valid: Tensor,
     keep: Tensor, recent: Tensor, k_pages: Tensor, v_pages: Tensor, score_pages: Tensor, pos_pages: Tensor, table: Tensor,
-    lens: Tensor, sinks: int, window: int, chunk: int, select: Tensor | None, drop: Tensor | None,
+    lens: Tensor, sinks: int, window: int, chunk: int, select: Tensor | None, drop: Tensor | None, floor: Tensor | None,
+    spare: Tensor | None, next_table: Tensor | None,
 ) -> None:  # fmt: skip
-    """Append, select and compact; for heads that neither share budgets nor merge slots."""
-    update = decode_update if k.shape[2] == 1 else chunk_update
-    update(
-        k.to(k_pages.dtype), v.to(v_pages.dtype), new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages,
-        v_pages, score_pages, pos_pages, table, lens, sinks=sinks, window=window, chunk=chunk, select=select, drop=drop,
-    )  # fmt: skip
+    """Append, select and compact; for heads that do not merge slots."""
+    rows = (k.to(k_pages.dtype), v.to(v_pages.dtype), new_scores, slot_scores, positions, rotary, valid, keep, recent)
+    pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    options: dict[str, Any] = {"sinks": sinks, "window": window, "chunk": chunk, "select": select, "drop": drop}
+    if floor is None and spare is None and k.shape[2] == 1:
+        decode_update(*rows, *pools, **options)
+    else:
+        chunk_update(*rows, *pools, **options, floor=floor, spare=spare, next_table=next_table)

@@ -371,13 +371,12 @@ def cache_update(
     row, -1 behind the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on.
     threshold (B,) fp32, renewed in place: what goes is merged into what stays (D2O; kernels/reference/merge.py).
     """
-    missing = "heads that share budgets" if spare is not None else "merging" if threshold is not None else ""
-    if fused("cache_update", k, missing):
+    if fused("cache_update", k, "merging" if threshold is not None else ""):
         from kvrewrite import fused as kernels
 
         kernels.cache_update(
             k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages,
-            table, lens, sinks, window, chunk, select, drop,
+            table, lens, sinks, window, chunk, select, drop, floor, spare, next_table,
         )  # fmt: skip
         return
     reference_evict.cache_update(

@@ -92,9 +92,37 @@ def setting(
 POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
 
 
+def dealt_pages(
+    args: dict[str, Any], dealt: list[bool], floor: list[float] | None, own: float = 0.5, seed: int = 0
+) -> dict[str, Any]:
+    """The same arguments for a ragged eviction. dealt: which rows are offered pages, of which a part `own` are their own;
+    floor: (B,), or None: no row shares budgets. What is offered is enough for everything."""
+    g = torch.Generator().manual_seed(seed)
+    b, hkv, width = args["table"].shape
+    most = width * PAGE + args["k"].shape[2]
+    need = hkv * -(-most // PAGE)
+    count = len(args["k_pages"])
+    pools = {}
+    for name in POOLS:
+        x = args[name]
+        fresh = torch.full((b * need, *x.shape[1:]), -5 if name == "pos_pages" else math.nan, dtype=x.dtype)
+        pools[name] = torch.cat([x, fresh.to(DEVICE)])
+    spare = torch.full((b, need + 2), -1, dtype=torch.int32)
+    for i in range(b):
+        if dealt[i]:
+            held = args["table"][i].flatten().cpu()
+            held = held[torch.rand(len(held), generator=g) < own]
+            fresh = count + i * need + torch.randperm(need, generator=g).to(torch.int32)
+            spare[i, :need] = torch.cat([held, fresh])[:need]
+    next_table = torch.full((-(-most // PAGE) + 1, b, hkv), -9, dtype=torch.int32).movedim(0, -1)
+    floors = None if floor is None else torch.tensor(floor, dtype=torch.float64)
+    ragged = {"floor": floors, "spare": spare, "next_table": next_table}
+    return args | pools | {n: x if x is None else x.to(DEVICE) for n, x in ragged.items()}
+
+
 def copies(args: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with pools and lengths of their own."""
-    mine = dict(args) | {name: args[name].clone() for name in POOLS}
+    mine = dict(args) | {name: args[name].clone() for name in (*POOLS, "next_table") if name in args}
     mine["lens"] = args["lens"]._base.clone()[..., 1] if args["lens"]._base is not None else args["lens"].clone()
     return mine
 
@@ -102,11 +130,12 @@ def copies(args: dict[str, Any]) -> dict[str, Any]:
 def contents(args: dict[str, Any]) -> list[Tensor]:
     """Of every head its live slots in order of position, as rows of bits: [position, rotary, score, key..., value...]."""
     found = []
-    b, hkv, _ = args["table"].shape
+    table = args.get("next_table", args["table"])
+    b, hkv, _ = table.shape
     for i in range(b):
         for h in range(hkv):
             slot = torch.arange(int(args["lens"][i, h]), device=DEVICE)
-            page, at = args["table"][i, h, slot // PAGE].long(), slot % PAGE
+            page, at = table[i, h, slot // PAGE].long(), slot % PAGE
             pos = args["pos_pages"][page, at]
             rows = [pos.long(), args["score_pages"][page, at][:, None].view(torch.int32).long()]
             for name in ("k_pages", "v_pages"):
@@ -125,7 +154,7 @@ def reference(args: dict[str, Any]) -> dict[str, Any]:
 
 def check(args: dict[str, Any], **options: Any) -> dict[str, Any]:
     mine, wanted = copies(args), reference(args)
-    rest = {n: x.clone() for n, x in mine.items() if isinstance(x, Tensor) and n not in (*POOLS, "lens")}
+    rest = {n: x.clone() for n, x in mine.items() if isinstance(x, Tensor) and n not in (*POOLS, "lens", "next_table")}
     select.cache_update(**mine, **options)
     assert torch.equal(mine["lens"].cpu(), wanted["lens"])
     expected = contents({n: x.to(DEVICE) if isinstance(x, Tensor) else x for n, x in wanted.items()})
@@ -137,6 +166,13 @@ def check(args: dict[str, Any], **options: Any) -> dict[str, Any]:
     assert others is None or bool((others[..., [0, 2]] == 10**6).all())
     own = torch.zeros(len(mine["k_pages"]), dtype=torch.bool, device=DEVICE)
     own[mine["table"].flatten().long()] = True
+    if "spare" in mine:
+        assert torch.equal(mine["next_table"].cpu(), wanted["next_table"])
+        for table, spare in zip(mine["table"], mine["spare"]):
+            if spare[0] >= 0:  # pages that are not offered may be another cache's, too
+                own[table.flatten().long()] = False
+        own[mine["spare"].clamp(min=0).flatten().long()] = True
+        own[0] = False
     for name in POOLS:
         foreign = (mine[name][~own], args[name][~own])
         assert torch.equal(*(x.contiguous().view(torch.uint8) for x in foreign)), f"{name}: a foreign page was written"
@@ -175,6 +211,42 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("valid", "tokens"), [([40, 9], 40), ([1, 1], 1), ([0, 3], 5)], ids=["chunk", "token", "idle"])
 def test_cases(case: dict[str, Any], valid: list[int], tokens: int) -> None:
     check(setting(3, LENS, valid, tokens, 3, **case))
+
+
+RAGGED: dict[str, dict[str, Any]] = {
+    "shared": {"keep": [[80, 50], [20, 100]], "recent": [9, 30], "sinks": 3},
+    "ties": {"keep": [[80, 50], [20, 100]], "scores": "ties", "recent": [3, 3]},
+    "all equal": {"keep": [[70, 70], [7, 100]], "scores": "equal"},
+    "hard to compare": {"keep": [[80, 50], [20, 100]], "scores": "special", "by": True},
+    "window": {"keep": [[60, 60], [40, 128]], "window": 75, "sinks": 4, "recent": [7, 8]},
+    "dropped, replaced scores": {"keep": [[999, 30], [20, 999]], "drop": True, "recent": [12, 12], "rescore": True},
+    "room for all": {"keep": [[999, 999], [999, 999]], "rescore": True},
+    "more protected than kept": {"keep": [[5, 4], [3, 8]], "sinks": 150, "recent": [9, 9]},
+}
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_ragged(case: str) -> None:
+    """Heads share budgets, and what stays moves to pages that may have been another head's."""
+    ways: list[tuple[list[bool], list[float] | None, float]] = [
+        ([True, True], [0.2, 0.0], 0.5), ([True, False], [0.35, -1.0], 1.0), ([True, True], None, 0.0)
+    ]  # fmt: skip
+    at = list(RAGGED).index(case)
+    for way in ways if DEVICE == "cuda" else [ways[at % 3]]:
+        check(dealt_pages(setting(3, LENS, [40, 9], 40, 3, **RAGGED[case]), *way))
+
+
+def test_ragged_rows_without_new_tokens_move() -> None:
+    args = setting(5, [[100, 0, 64]] * 2, [0, 2], 2, 2, keep=[[9, 9, 9], [60, 1, 64]], rescore=True)
+    check(dealt_pages(args, [True, True], [0.1, 0.1], 1.0))
+    check(dealt_pages(args, [False, True], [-1.0, 0.1], 1.0))
+
+
+def test_shares_are_rounded_to_even() -> None:
+    """Halves: with a floor of a half, heads that win an odd number keep half of it, and the floor of half their share."""
+    for seed in range(1, 3):
+        args = setting(seed, [[40] * 5], [30], 30, 2, keep=[[21, 30, 13, 22, 41]], recent=[2])
+        check(dealt_pages(args, [True], [0.5], 0.5))
 
 
 @pytest.mark.parametrize("scores", ["plain", "half", "ties", "mass", "special", "equal"])
@@ -254,12 +326,31 @@ def random_setting(seed: int, scale: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def random_ragged(seed: int, scale: int) -> dict[str, Any]:
+    args, g = random_setting(seed, scale), torch.Generator().manual_seed(seed)
+    rows = len(args["lens"])
+    dealt = [bool(x) for x in torch.rand(rows, generator=g) < 0.7]
+    floor = [float(x) if d else -1.0 for x, d in zip(torch.rand(rows, generator=g).double(), dealt)]
+    return dealt_pages(args, dealt, None if seed % 4 == 0 else floor, float(torch.rand((), generator=g)), seed)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random(seed: int) -> None:
     check(random_setting(seed, 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_ragged(seed: int) -> None:
+    check(random_ragged(100 + seed, 1))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(100))
 def test_random_on_gpu(seed: int) -> None:
     check(random_setting(seed, 1 + seed % 40))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(100))
+def test_random_ragged_on_gpu(seed: int) -> None:
+    check(random_ragged(seed, 1 + seed % 40))
