@@ -110,6 +110,7 @@ class EvictionCache(Cache):
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         self.keys_settled = False  # contiguous positions: keys lie rotated by those ranks (kvrewrite/decoding.py)
+        self.ranks_held = False  # contiguous positions: pages hold ranks as decoding keeps them (`Settling.hold_ranks`)
         self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many

@@ -53,7 +53,8 @@ def settles(program: Program, policy: Policy) -> bool:
 
 
 class Settling:
-    """Rotates the cached keys of all layers for decoding, and takes that back in front of the next prompt."""
+    """What is done to cached keys in front of the first single token: where ranks are frozen, they are rotated, which is taken
+    back in front of the next prompt; else ranks are written down as `token_update` keeps them."""
 
     def __init__(self, model: RewrittenModel):
         self.model = model
@@ -77,6 +78,18 @@ class Settling:
         span = torch.empty(0, max(1, *cache.seen), device=device)
         self._turn(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
         cache.keys_settled = True
+
+    def hold_ranks(self, cache: EvictionCache) -> None:
+        """Writes the ranks of all slots to their pages, counted from the newest token of the text."""
+        device = self.model.device
+        following, anew = to_device(cache.seen, device), to_device([True] * cache.batch_size, device)
+        span = torch.empty(0, max(1, *cache.seen), device=device)
+        for lease in cache.leases:
+            lease.unshare(np.zeros_like(lease.bound))
+        for c, layer in {(c, layer): None for c, layer, *_ in self.sites}:
+            lease = cache.leases[c]
+            ops.slot_rotary(lease.store.pos_pages, lease.table[layer], lease.lens[layer], following, anew, span)
+        cache.ranks_held = True
 
     def undo(self, cache: EvictionCache) -> None:
         """Keys are unrotated again."""
@@ -250,8 +263,9 @@ class DecodeRunner:
         capture: bool,
     ):
         self.model, self.capture, self.captures = model, capture, 0
-        self.settling = Settling(model) if settles(model.program, model.policy) else None
-        self.execution = Execution(lower_decode(gm, self.settling is not None), compiler, rows_move=False)
+        self.settles = settles(model.program, model.policy)
+        self.settling = Settling(model) if model.program.layout["contiguous"] else None
+        self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._seen_tables: list[Tensor | None] = []
@@ -260,8 +274,10 @@ class DecodeRunner:
 
     def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
-        if self.settling is not None and not cache.keys_settled:
+        if self.settling is not None and self.settles and not cache.keys_settled:
             self.settling.settle(cache)
+        if self.settling is not None and not self.settles and not cache.ranks_held:
+            self.settling.hold_ranks(cache)
         self._plan = None
         keeps = cache.begin_token(self.model.policy, segments)
         step = self._steps.get(cache.batch_size)
@@ -276,7 +292,7 @@ class DecodeRunner:
     def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
         contiguous = self.model.program.layout["contiguous"]
-        anew = contiguous and self.settling is None
+        anew = contiguous and not self.settles
         following = list(cache.length) if anew else cache.next_rotary
         values = {
             "positions": cache.seen,

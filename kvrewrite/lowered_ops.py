@@ -88,12 +88,19 @@ def decode_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     early: bool = False,
+    following: Tensor | None = None,
+    key_cos: Tensor | None = None,
+    key_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` of one new token a row (T = 1), with the attention mass of every slot from the same pass.
 
     Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
     (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `turn` first.
     early: what is launched just before writes none of pools, table, lens and valid; kernels then read them while it still runs.
+
+    following (B,) int64, key_cos and key_sin (N, D): cached keys come unrotated. A slot of rank r from the newest (0) has the
+    second position `positions - 1 - r` in pos_pages, as `token_update` keeps it, and its key is rotated by following - 1 - r; y =
+    cos * x + sin * x[partner] of channels whose partners are half a head away.
     """
     rest = (table, lens, positions, valid)
     if fused("decode_attention", q):
@@ -101,10 +108,17 @@ def decode_attention(
 
         out, lse, found = kernel(
             q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
-            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early,
+            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early, following=following, key_cos=key_cos,
+            key_sin=key_sin,
         )  # fmt: skip
         return out, lse, lse.new_empty(0) if found is None else found
     q, k = turn(q, cos, sin), turn(k, cos, sin)
+    if following is not None:
+        live = torch.arange(table.shape[2] * k_pages.shape[1], device=q.device) < lens[..., None]
+        back = positions[:, :, None] - pages.read(pos_pages, table)[..., 1]
+        at = torch.where(live, (following[:, None, None] - back).clamp(min=0), 0)
+        partner = torch.arange(q.shape[3], device=q.device).roll(q.shape[3] // 2)
+        k_dense = torch.ops.kvrewrite.rotate(pages.read(k_pages, table), key_cos, key_sin, at, partner)
     out, lse = torch.ops.kvrewrite.cached_attention(
         q, k, v, k_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, None, scale, softcap, window, chunk, v_dense
     )
@@ -120,7 +134,7 @@ def decode_attention(
 @decode_attention.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
-    chunk, mass, cos=None, sin=None, early=False
+    chunk, mass, cos=None, sin=None, early=False, following=None, key_cos=None, key_sin=None
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
@@ -156,12 +170,17 @@ def token_update(
     activation: str,
     cos: Tensor | None,
     sin: Tensor | None,
+    ranks: bool = False,
 ) -> None:
     """`cache_update` of one new token a row (T = 1), of heads that neither share budgets nor merge, and what stands before it.
 
     head: (Hkv, W), contiguous: then scores (B, 1, W) is the hidden layer of a retaining head, whose scores are
     act(scores) head^T; activation: one of linear_ops.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is cached
     rotated by `turn`.
+
+    ranks: the second position of a slot says how many live slots of its head are newer, counted from the newest token of the text:
+    `positions` minus that number. Newcomers come with rotary = positions, and when a slot goes (or a newcomer does not enter) those
+    that are older come one nearer.
     """
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rows = (positions, rotary, valid, keep, recent)
@@ -170,19 +189,22 @@ def token_update(
 
         decode_update(
             k.to(k_pages.dtype), v.to(v_pages.dtype), scores, slot_scores, *rows, *pools, sinks=sinks, window=window,
-            chunk=chunk, select=select, drop=drop, head=head, activation=activation, cos=cos, sin=sin,
+            chunk=chunk, select=select, drop=drop, head=head, activation=activation, cos=cos, sin=sin, ranks=ranks,
         )  # fmt: skip
         return
     if head is not None:
         scores = linear(ACTIVATIONS[activation](scores), head).transpose(1, 2).to(torch.float32)
     rest = (sinks, window, chunk, select, drop, None, None, None, None)
     torch.ops.kvrewrite.cache_update(turn(k, cos, sin), v, scores, slot_scores, *rows, *pools, *rest)
+    if ranks:
+        # Made anew for all slots: a head's newest one has the position of the newest token.
+        torch.ops.kvrewrite.slot_rotary(pos_pages, table, lens, positions[:, 0] + 1, valid > 0, None)
 
 
 @token_update.register_fake
 def _(  # type: ignore[no-untyped-def]
     k, v, scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
-    sinks, window, chunk, select, drop, head, activation, cos, sin
+    sinks, window, chunk, select, drop, head, activation, cos, sin, ranks=False
 ):  # fmt: skip
     return None
 

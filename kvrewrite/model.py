@@ -332,6 +332,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         else:
             if cache.keys_settled:
                 Settling(self).undo(cache)  # also where the model is not compiled any more
+            cache.ranks_held = False
             logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
         return self._output(logits, cache, width, use_cache, return_dict)
 

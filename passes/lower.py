@@ -3,7 +3,8 @@
 Requires a graph behind `insert_cache`; ensures the same results up to rounding. Retaining heads are folded where they can be.
 `lower_prefill` serves any number of tokens. `lower_decode` is for one token a row: attention with its mass comes from one op,
 linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their pages, so
-that nothing is rotated while decoding. The saved program stays as it is.
+that nothing is rotated while decoding. Where ranks change with every token, attention rotates keys as it reads them, and the
+update keeps ranks up to date. The saved program stays as it is.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
         _use_settled_keys(lowered)
     else:
         _fuse_reads(lowered)
+    _ignore_flags(lowered)
     _fuse_mass(lowered)
     _take_the_only_row(lowered)
     _keep_pages(lowered)
     _fuse_updates(lowered)
+    if not settled:
+        _turn_keys_in_attention(lowered)
     fuse_linears(lowered, singles=True)
     fuse_norms(lowered)
     return _finished(lowered)
@@ -71,8 +75,8 @@ def _finished(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _calls(gm: fx.GraphModule, target: Any) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if is_op(n, target)]
+def _calls(gm: fx.GraphModule, *targets: Any) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if is_op(n, *targets)]
 
 
 def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -152,6 +156,12 @@ def _use_settled_keys(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
+def _ignore_flags(gm: fx.GraphModule) -> None:
+    """A flag hides a token from others only, and the only query is that token's own."""
+    for node in _calls(gm, ops.cached_attention.default):
+        node.update_arg(13, None)
+
+
 def _fuse_mass(gm: fx.GraphModule) -> None:
     """One token's attention, and from the same pass the mass that `observe` would compute anew."""
     for node in _calls(gm, ops.cached_attention.default):
@@ -211,6 +221,40 @@ def _fuse_updates(gm: fx.GraphModule) -> None:
         for user in list(node.users):
             if is_op(user, aten.sym_size.int):
                 user.replace_input_with(node, x)
+
+
+def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
+    """Contiguous positions that change with every token: `decode_attention` rotates the keys, and `token_update` keeps ranks in
+    the pages, both as their docstrings say. Where something else wants the rotated keys, or channels have other partners than
+    those half a head away, they are made as before."""
+    for read in _calls(gm, ops.read_rotated.default):
+        k_pages, table, lens, cos, sin, ranks, partner, half = read.args
+        readers = list(read.users)
+        updates = [n for n in _calls(gm, ops.cache_update.default, ops.token_update.default) if n.args[13] is table]
+        head_dim = get_attr(gm, str(partner.target)).numel()  # type: ignore[union-attr]
+        if (
+            2 * half != head_dim  # type: ignore[operator]
+            or len(updates) != 1
+            or not is_op(ranks, ops.slot_rotary.default)
+            or list(ranks.users) != [read]  # type: ignore[union-attr]
+            or not all(is_op(n, ops.decode_attention.default) and n.args[3] is read for n in readers)
+            or any(a is not None for a in updates[0].args[20:] if is_op(updates[0], ops.cache_update.default))
+        ):
+            continue
+        following = ranks.args[3]  # type: ignore[union-attr]
+        for node in readers:
+            args = list(node.args)
+            args[3] = None
+            _replace(node, ops.decode_attention.default, (*args[:21], False, following, cos, sin))
+        gm.graph.erase_node(read)
+        gm.graph.erase_node(ranks)  # type: ignore[arg-type]
+        args = list(updates[0].args)
+        if is_op(updates[0], ops.cache_update.default):
+            args = [*args[:20], None, "silu", None, None]
+        args[5] = args[4]
+        _replace(updates[0], ops.token_update.default, (*args, True))
+    for node in _calls(gm, ops.decode_attention.default):
+        node.update_arg(21, _cache_of(node.args[9]) not in _written_before(node))
 
 
 def _cache_of(lens: Any) -> Any:

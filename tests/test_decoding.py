@@ -18,6 +18,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
     ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3, "decode_eviction": True}),
     ("llama", "streaming_llm", {"budget": 70, "chunk": 30}),
+    ("llama", "nacl", {"budget": 16, "interval": 3, "positions": "contiguous"}),
+    ("gemma2", "streaming_llm", {"budget": 20}),
     ("llama", "tova", {"budget": 16}),
     ("gemma2", "h2o", {"budget": 16}),
     ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
