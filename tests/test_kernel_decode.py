@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kvrewrite.ops  # noqa: F401
+from kvrewrite.kernel_choice import kernels
 from kvrewrite.kernels.gpu import decode, decode_update
 from kvrewrite.kernels.reference import pages
 from kvrewrite.linear_ops import ACTIVATIONS
@@ -222,6 +223,29 @@ def test_rotates_queries_and_keys(d: int, dv: int) -> None:
         decode.decode_attention(*given.values(), **case.options, cos=cos, sin=sin[..., :8])
 
 
+@pytest.mark.parametrize(("d", "dv", "page_step"), [(16, 16, 1), (96, 32, 2)])
+def test_rotates_cached_keys(d: int, dv: int, page_step: int) -> None:
+    """As if they had been rotated before, by the second positions of their slots, moved to where the queries are."""
+    case = Case(RAGGED, h=8, d=d, dv=dv, window=150)
+    g = torch.Generator().manual_seed(6)
+    given = case.on_device()
+    following = given["positions"][:, 0] - torch.tensor([30, 20], device=DEVICE)
+    ranks = torch.randint(30, int(given["positions"].min()), given["pos_pages"].shape[:2], generator=g).to(torch.int32)
+    given["pos_pages"] = torch.stack([given["pos_pages"][..., 0], ranks.to(DEVICE)], dim=-1)
+    tables = [torch.randn(int(given["positions"].max()), d, generator=g).to(DEVICE) for _ in range(2)]
+    launch = decode.Config(3, 4, 2, page_step)
+    turned = {"following": following, "key_cos": tables[0], "key_sin": tables[1]}
+    got = decode.decode_attention(*given.values(), **case.options, mass=True, launch=launch, **turned)
+    with kernels("reference"):
+        expected = torch.ops.kvrewrite.decode_attention(
+            *given.values(), *case.options.values(), True, None, None, False, *turned.values()
+        )
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected contiguous key_cos and key_sin"):
+        decode.decode_attention(*given.values(), **case.options, **(turned | {"key_sin": None}))
+
+
 def test_rows_without_a_new_token() -> None:
     Case(RAGGED, h=8, valid=[0, 1]).check()
     Case(RAGGED, h=8, valid=[1, 0], sinks=True).check(pages=2)
@@ -349,12 +373,15 @@ class Cache:
 def run_updates(
     lens: list[list[int]], *, steps: int, keep, recent=0, sinks: int = 0, window: int = 0, chunk: int = 0, width: int = 3,
     gap: int = 1, slots: bool = False, select: bool = False, drops: float = 0.0, idle: float = 0.0, coarse: bool = False,
-    nans: float = 0.0, seed: int = 0
+    nans: float = 0.0, ranks: bool = False, seed: int = 0
 ) -> list[int]:  # fmt: skip
     """Runs `steps` updates with the kernel and the reference; compares what is held after each. keep, recent: a number
-    or a function of the step; coarse: few different scores. Returns the lengths at the end."""
+    or a function of the step; coarse: few different scores; ranks: as `token_update` takes it. Returns the lengths at the end."""
     g = torch.Generator().manual_seed(1000 + seed)
     ref = Cache(lens, width, gap, seed)
+    if ranks:
+        now = torch.full((len(lens),), ref.next)
+        torch.ops.kvrewrite.slot_rotary(ref.pos_pages, ref.table, ref.lens, now, torch.ones(len(lens)) > 0, None)
     mine = ref.to(DEVICE)
     b, hkv = ref.lens.shape
     untouched = mine.k_pages[0].clone(), mine.k_pages[-1].clone()
@@ -375,7 +402,7 @@ def run_updates(
         valid = (torch.rand(b, generator=g) >= idle).to(torch.int32)
         drop = torch.rand(b, hkv, 1, generator=g) < drops if drops else None
         near = torch.full((b,), recent(step) if callable(recent) else recent, dtype=torch.int32)
-        shared = (positions, positions + 5, valid, budget.to(torch.int32), near)
+        shared = (positions, positions + (0 if ranks else 5), valid, budget.to(torch.int32), near)
 
         def arguments(cache: Cache) -> tuple:
             of_slots = cache.by_slot(table_of) if slots else None  # noqa: B023
@@ -386,10 +413,14 @@ def run_updates(
         torch.ops.kvrewrite.cache_update(
             k, v, new, of_slots, *shared, *ref.state(), sinks, window, chunk, by, drop, None, None, None, None
         )
+        if ranks:  # all anew
+            following = torch.where(valid > 0, positions[:, 0] + 1, 0)
+            torch.ops.kvrewrite.slot_rotary(ref.pos_pages, ref.table, ref.lens, following, valid > 0, None)
         of_slots, by = arguments(mine)
         decode_update.decode_update(
             k.to(DEVICE), v.to(DEVICE), new.to(DEVICE), of_slots, *(x.to(DEVICE) for x in shared), *mine.state(),
             sinks=sinks, window=window, chunk=chunk, select=by, drop=None if drop is None else drop.to(DEVICE),
+            ranks=ranks,
         )  # fmt: skip
         assert mine.lens.tolist() == ref.lens.tolist(), step
         for head, (found, expected) in enumerate(zip(mine.held(), ref.held())):
@@ -475,6 +506,13 @@ def test_makes_scores_and_rotates(width: int, activation: str) -> None:
         decode_update.decode_update(k, v, scores, None, *shared, *second, **options, head=head)
 
 
+def test_ranks_follow_what_goes() -> None:
+    """One goes, none does, the newcomer does, several do at once, and with a newcomer that is dropped."""
+    run_updates([[20, 66], [30, 64]], steps=7, keep=[[22, 66], [30, 64]], ranks=True, recent=3, sinks=2)
+    run_updates([[30, 20]], steps=6, keep=lambda step: 30 - 5 * (step % 3), ranks=True, drops=0.4, idle=0.2)
+    run_updates([[30, 10]], steps=4, keep=20, window=25, chunk=22, ranks=True, drops=0.3, slots=True)
+
+
 def test_idle_rows_keep_everything() -> None:
     run_updates([[30, 29], [30, 20]], steps=6, keep=30, idle=0.5, window=60, slots=True)
 
@@ -495,9 +533,9 @@ def random_updates(seed: int, most: int, steps: int) -> None:
     keep = torch.randint(1, most, (b, hkv), generator=g).tolist()
     run_updates(
         lens, steps=steps, keep=pick(keep, UNLIMITED), recent=pick(0, 3, most // 3, UNLIMITED), sinks=pick(0, 4),
-        window=pick(0, 0, most // 2), chunk=pick(0, 0, most // 3), width=-(-(most + steps) // PAGE), gap=pick(1, 1, 2),
+        window=pick(0, 0, most // 2), chunk=pick(0, 0, most // 3), width=-(-(most + steps) // PAGE), gap=(gap := pick(1, 1, 2)),
         slots=pick(True, False), select=pick(True, False), drops=pick(0.0, 0.4), idle=pick(0.0, 0.4),
-        coarse=pick(True, False), nans=pick(0.0, 0.2), seed=seed,
+        coarse=pick(True, False), nans=pick(0.0, 0.2), ranks=gap == 1 and seed % 3 == 0, seed=seed,
     )  # fmt: skip
 
 

@@ -138,6 +138,22 @@ def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
 
 
 @triton.jit
+def _turned_keys(low, high, at, low_d, high_d, mask, tables, D: tl.constexpr):
+    """Rows of keys whose first half of D channels is `low` and the second `high`, rotated by the rows `at` of the tables of cos and
+    sin, and rounded to the keys' dtype."""
+    cos, sin = tables
+    x, y = low.to(tl.float32), high.to(tl.float32)
+    of_low = at[:, None] * D + low_d[None, :]
+    of_high = at[:, None] * D + high_d[None, :]
+    c = tl.load(cos + of_low, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + of_low, mask=mask, other=0.0).to(tl.float32)
+    turned_low = (x * c + y * s).to(low.dtype)
+    c = tl.load(cos + of_high, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + of_high, mask=mask, other=0.0).to(tl.float32)
+    return turned_low, (y * c + x * s).to(low.dtype)
+
+
+@triton.jit
 def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     """Logits in units of log 2 of dot products x, before ALiBi."""
     if SOFTCAP:
@@ -163,16 +179,17 @@ def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     ]
 )
 def _attend_kernel(
-    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, cos, sin, logits, parts,
+    q, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, alibi, cos, sin, following, key_cos, key_sin,
+    logits, parts,
     scale, softcap, window, chunk, n_heads, width, logits_row, cos_b, sin_b,
     q_b, q_h, kd_b, kd_h, kd_s, vd_b, vd_h, vd_s, table_b, table_h, table_p, lens_b, lens_h, pos_b,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HEADS: tl.constexpr, PAGES: tl.constexpr,
     K_DENSE: tl.constexpr, V_DENSE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, MASS: tl.constexpr, OVERLAP: tl.constexpr, IEEE: tl.constexpr,
-    HALF: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    HALF: tl.constexpr, TURN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A worker's part of the list.
+    """A worker's part of the list. TURN: cached keys are rotated; D1 channels are then the first half, D2 the second.
 
     parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
     G2 sums, and G2 rows of weighted values.
@@ -217,7 +234,8 @@ def _attend_kernel(
     ok = row < G
     slot = tl.arange(0, PAGES * _PAGE)
     d1 = tl.arange(0, D1)
-    d2 = D1 + tl.arange(0, D2 if D2 > 0 else 1)
+    split: tl.constexpr = D // 2 if TURN else D1  # the first channel of the second part
+    d2 = split + tl.arange(0, D2 if D2 > 0 else 1)
     e1 = tl.arange(0, DV1)
     e2 = DV1 + tl.arange(0, DV2 if DV2 > 0 else 1)
     while lo < hi:
@@ -235,11 +253,13 @@ def _attend_kernel(
 
         at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h
         turn, turn_s = cos + b * cos_b, sin + b * sin_b
-        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < D)[None, :], HALF).to(q.dtype.element_ty)
+        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < (split if TURN else D))[None, :], HALF).to(q.dtype.element_ty)
         if D2 > 0:
             q2 = rotated(at, d2[None, :], turn, turn_s, ok[:, None] & (d2 < D)[None, :], HALF).to(q.dtype.element_ty)
-        if WINDOW or CHUNK or ALIBI:
+        if WINDOW or CHUNK or ALIBI or TURN:
             now = tl.load(positions + b * pos_b).to(tl.int32)
+        if TURN:  # what a slot's second position differs from what its key is rotated by
+            nearer = tl.load(following + b).to(tl.int32) - now
         if ALIBI:
             slope = tl.load(alibi + hk * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
 
@@ -264,10 +284,21 @@ def _attend_kernel(
                 k_at = k_at + slot[:, None] * kd_s
             else:
                 k_at = k_pages + held * (_PAGE * D) + inside[:, None] * D
-            k1 = tl.load(k_at + d1[None, :], mask=here[:, None] & (d1 < D)[None, :], other=0.0)
-            x = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=precision)
+            k1 = tl.load(k_at + d1[None, :], mask=here[:, None] & (d1 < (split if TURN else D))[None, :], other=0.0)
             if D2 > 0:
                 k2 = tl.load(k_at + d2[None, :], mask=here[:, None] & (d2 < D)[None, :], other=0.0)
+            if TURN:
+                if PAGES == 2:
+                    rank_at = pos_pages + tl.reshape(held, [2 * _PAGE]) * (2 * _PAGE)
+                else:
+                    rank_at = pos_pages + held * (2 * _PAGE)
+                rank = tl.load(rank_at + inside * 2 + 1, mask=here, other=0)
+                by = tl.maximum(tl.where(here, rank + nearer, 0), 0)
+                k1, k2 = _turned_keys(
+                    k1, k2, by, d1, d2, here[:, None] & (d1 < split)[None, :], (key_cos, key_sin), D
+                )
+            x = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=precision)
+            if D2 > 0:
                 x = tl.dot(q2, tl.trans(k2.to(q1.dtype)), x, input_precision=precision)
             x = _logit(x, softcap, scale, SOFTCAP)
             seen = here
@@ -458,6 +489,9 @@ def decode_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     early: bool = False,
+    following: Tensor | None = None,
+    key_cos: Tensor | None = None,
+    key_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
@@ -469,6 +503,9 @@ def decode_attention(
     cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
     a head away. early: the kernel in front writes none of pools, table, lens and valid, so that the first pages may come in
     while it runs.
+
+    following (B,) int64, key_cos and key_sin (N, D), contiguous: cached keys are rotated as they are read, by following -
+    positions + the second position of their slot, which must be below N; each channel's partner is half a head away.
 
     Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
@@ -488,6 +525,8 @@ def decode_attention(
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     check_rotation(q, cos, sin)
+    if following is not None:
+        _check_tables(d, k_dense, key_cos, key_sin)
     group = h // hkv
     width = table.shape[2]
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
@@ -497,6 +536,8 @@ def decode_attention(
         return out, lse, found
     c = config(q.dtype, d, dv, group, n_heads, capacity) if launch is None else launch
     (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
+    if following is not None:
+        d1 = d2 = max(16, triton.next_power_of_2(d // 2))
     workers = _worker_count(c.per_sm * _multiprocessors(q.device), n_heads, max(width, 1), c.pages)
     parts = torch.empty((workers + n_heads) * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
@@ -508,15 +549,16 @@ def decode_attention(
     pdl = options(q.device)
     turn, turn_s = (q, q) if cos is None or sin is None else (cos, sin)
     half = 0 if cos is None else d // 2
+    turned = (valid, q, q) if following is None else (following, key_cos, key_sin)
     _attend_kernel[(workers,)](
         q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s,
-        logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
+        *turned, logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
         K_DENSE=k_dense is not None, V_DENSE=v_dense is not None, SOFTCAP=softcap != 0, WINDOW=window > 0,
         CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass, OVERLAP=c.overlap, IEEE=q.dtype == torch.float32, HALF=half,
-        EARLY=early,
+        TURN=following is not None, EARLY=early,
         num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = _tile(workers, n_heads, group, dv)
@@ -536,6 +578,16 @@ def decode_attention(
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found
+
+
+def _check_tables(d: int, k_dense: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raises ValueError unless cached keys of d channels, in their pages, can be rotated by the tables."""
+    if k_dense is not None or d % 2:
+        raise ValueError(f"keys that are rotated come from pages and have an even number of channels, got {d}")
+    for x in (cos, sin):
+        if x is None or x.dim() != 2 or x.shape[1] != d or not x.is_contiguous():
+            got = "none" if x is None else f"{tuple(x.shape)}, strides {x.stride()}"
+            raise ValueError(f"expected contiguous key_cos and key_sin of shape (N, {d}), got {got}")
 
 
 def check_rotation(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:

@@ -114,6 +114,16 @@ def _copy_slots(
 
 
 @triton.jit
+def _come_nearer(n, gone_pos, newcomer_gone, pages, places, table_p, PAGES: tl.constexpr):
+    """Adds one to the second position of the slots older than `gone_pos`, and to that of all where no newcomer enters."""
+    for i in range(0, tl.cdiv(n, _PAGE), PAGES):
+        _, live, at = _pages_at(i, n, pages, table_p, PAGES)
+        place = tl.load(places + at, mask=live, other=0)
+        step = (place.to(tl.int32) < gone_pos).to(tl.int64) + newcomer_gone
+        tl.store(places + at, place + (step << 32), mask=live & (step > 0))
+
+
+@triton.jit
 def _pool_row(slot, pages, table_p):
     """Where a slot lies in a pool."""
     return tl.load(pages + (slot // _PAGE) * table_p).to(tl.int64) * _PAGE + slot % _PAGE
@@ -133,7 +143,8 @@ def _update_kernel(
     lens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
-    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
     head = tl.program_id(0)
@@ -223,9 +234,18 @@ def _update_kernel(
         if going == 1:
             if (lost == 0) & new_seen & (new_key <= least):
                 stays = n < 0
+                if RANKS:
+                    _come_nearer(n, -1, 1, pages, places, table_p, PAGES)
+                    tl.debug_barrier()
             else:
                 to = victim
                 count = n - 1
+                if RANKS:
+                    gone_pos = tl.load(places + _pool_row(victim, pages, table_p)).to(tl.int32)
+                    tl.debug_barrier()
+                    gone = 1 - stays.to(tl.int64)
+                    _come_nearer(n, gone_pos, gone, pages, places, table_p, PAGES)
+                    tl.debug_barrier()
                 if (stays == 0) & (victim < count):
                     # Nobody comes in: the last slot fills the gap.
                     one = tl.zeros([1], tl.int64)
@@ -250,6 +270,24 @@ def _update_kernel(
                         above += tl.sum(tl.sum((live & (key >= trial)).to(tl.int32), 1), 0)
                     cut = tl.where(above >= budget, trial, cut)
             stays = new_seen & (new_key >= cut)
+            if RANKS:
+                # Slots that go, one by one from the newest; there are few of them, as a rule.
+                gone = 1 - stays.to(tl.int64)
+                below = new_pos
+                while below >= 0:
+                    newest_gone = tl.full((), -1, tl.int32)
+                    for i in range(0, tl.cdiv(n, _PAGE), PAGES):
+                        live, _, _, pos, _, _, key = _slots_at(
+                            i, n, pages, places, score_pages, slot_scores, select, table_p, sinks, newest_from, following,
+                            window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
+                        )  # fmt: skip
+                        found_gone = tl.where(live & (key < cut) & (pos < below), pos, -1)
+                        newest_gone = tl.maximum(newest_gone, tl.max(tl.max(found_gone, 1), 0))
+                    below = tl.where(there > 0, newest_gone, -1)
+                    tl.debug_barrier()
+                    _come_nearer(n, below, gone, pages, places, table_p, PAGES)
+                    tl.debug_barrier()
+                    gone = gone * 0
             count = n - n
             if there > 0:
                 for i in range(tl.cdiv(n, _PAGE)):
@@ -269,6 +307,9 @@ def _update_kernel(
                     count += tl.sum(kept.to(tl.int32), 0)
                 tl.debug_barrier()
             to = count
+        if RANKS:
+            if (going <= 0) & (stays == 0):  # a newcomer that is dropped
+                _come_nearer(n, -1, 1, pages, places, table_p, PAGES)
         if stays:
             d, e = tl.arange(0, DP), tl.arange(0, DVP)
             row = _pool_row(to, pages, table_p)
@@ -277,7 +318,7 @@ def _update_kernel(
             tl.store(k_pages + row * D + d, key_row.to(k_pages.dtype.element_ty), mask=d < D)
             tl.store(v_pages + row * DV + e, value_row.to(v_pages.dtype.element_ty), mask=e < DV)
             tl.store(score_pages + row, new_score)
-            turned = tl.load(rotary + b * rot_b).to(tl.int32)
+            turned = tl.load(rotary + b * rot_b).to(tl.int32)  # with RANKS its position, too
             tl.store(places + row, (turned.to(tl.int64) << 32) | new_pos.to(tl.int64))
         tl.store(lens + b * lens_b + h * lens_h, count + stays.to(tl.int32))
 
@@ -308,6 +349,7 @@ def decode_update(
     activation: str = "silu",
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    ranks: bool = False,
 ) -> None:
     """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
 
@@ -365,5 +407,5 @@ def decode_update(
         HKV=hkv, D=d, DV=dv, DP=max(16, triton.next_power_of_2(d)), DVP=max(16, triton.next_power_of_2(dv)),
         PAGES=block // PAGE, WINDOW=window > 0, CHUNK=chunk > 0, SLOT_SCORES=slot_scores is not None,
         SELECT=select is not None, DROP=drop is not None, HIDDEN=width, HIDDEN_P=triton.next_power_of_2(max(1, width)),
-        ACTIVATION=activation, HALF=0 if cos is None else d // 2, num_warps=max(4, block // 256), **options(k.device),
+        ACTIVATION=activation, HALF=0 if cos is None else d // 2, RANKS=ranks, num_warps=max(4, block // 256), **options(k.device),
     )  # fmt: skip
