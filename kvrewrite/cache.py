@@ -61,6 +61,15 @@ class _State:
         grown[:, :have] = self.value
         self.value = grown
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether `hold` has nothing to do."""
+        return self.value.shape[1] >= tokens if self.per_token else bool(len(self.value))
+
+    def room(self, tokens: int) -> Tensor:
+        """Another tensor like the one that holds this, for so many tokens."""
+        lead = (self.batch, tokens) if self.per_token else (self.batch,)
+        return torch.zeros(*lead, *self.shape, dtype=self.dtype, device=self.value.device)
+
     def live(self, seen: Sequence[int]) -> int:
         """Bytes that mean something, but for slots, which are counted as such."""
         if self.slots:
@@ -313,6 +322,8 @@ class EvictionCache(Cache):
         arrays as before where nothing has changed."""
         keeps = self._token_keeps(policy, segments)
         self._loose |= policy.data_dependent
+        for state in self.states:
+            state.hold(max(self.seen) + 1)
         self._after_token: list[np.ndarray] = []
         for lease, keep in zip(self.leases, keeps):
             first, after = self._token_slots(lease, policy, keep)
@@ -334,6 +345,8 @@ class EvictionCache(Cache):
     def look_ahead(self, policy: Policy, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
         """What `begin_token` would return, and the slots held after the token, without leasing anything; None where pages have
         to be leased, returned or copied for it."""
+        if not all(state.has_room(max(self.seen) + 1) for state in self.states):
+            return None
         keeps, held = self._token_keeps(policy, segments), []
         for lease, keep in zip(self.leases, keeps):
             first, after = self._token_slots(lease, policy, keep)

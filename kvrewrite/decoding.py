@@ -1,8 +1,9 @@
 """Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay a token.
 
 A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and positions
-are buffers on the device that a request is bound to, so that a new request replays what another one captured. It is captured
-anew when a pool had to grow (its memory moved) or a table became wider.
+are buffers on the device that a request is bound to, so that a new request replays what another one captured. What a policy
+remembers besides lies in such buffers, too, while its request is bound. A step is captured anew when a pool had to grow (its
+memory moved), a table became wider, or the text longer than it has room for.
 """
 
 from __future__ import annotations
@@ -35,13 +36,10 @@ SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at 
 
 def reason_against(program: Program, policy: Policy) -> str:
     """Why single tokens of this program don't run from static buffers; "" where they do."""
-    if program.layout["states"]:
-        names = ", ".join(sorted({s["name"].rstrip("0123456789_") for s in program.layout["states"]}))
-        return f"{policy.name} carries state besides the cache ({names})"
-    if policy.ragged and policy.gates:
-        return f"{policy.name} flags tokens before attention"
-    if policy.after_logits:
-        return f"{policy.name} scores behind the logits"
+    if policy.merge:
+        return "merging asks the device how many slots go"
+    if program.layout["quantize"]:
+        return "quantized caches are read as a whole"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
     return ""
@@ -154,6 +152,7 @@ class _Step:
             self.lens.append([torch.zeros(shape[1:], dtype=torch.int32, device=device) for _ in lease.layers])
             self.keeps.append(torch.full(shape, UNLIMITED, dtype=torch.int32, device=device))
             self.pools.append({name: getattr(lease.store, name) for name in lease.store.shapes})
+        self.states = [state.room(span) for state in cache.states]
         self.fixed = {
             "logit_index": torch.zeros(batch, 1, dtype=torch.int64, device=device),
             "renew": torch.ones(batch, dtype=torch.bool, device=device),
@@ -195,6 +194,8 @@ class _Step:
         narrow = self.rows.device.to(torch.int32)  # one launch for all
         for name in ("recent", "valid", *self.runner.model.program.layout["row_inputs"]):
             inputs[name] = narrow[self.rows.names.index(name)]
+        for spec, state in zip(self.runner.model.program.layout["states"], self.states, strict=True):
+            inputs[f"state_{spec['name']}"] = state
         layers: dict[str, Any] = {}
         for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
             layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
@@ -269,6 +270,7 @@ class DecodeRunner:
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._seen_tables: list[Tensor | None] = []
+        self._seen_states: list[Tensor | None] = []  # what the bound cache's states are while they lie in the step's buffers
         self._seen_keeps: list[Any] = []
         self._plan: _Plan | None = None
 
@@ -368,6 +370,7 @@ class DecodeRunner:
                 lease.fetch_lens = self.release
             self._bound = weakref.ref(cache)
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
+            self._seen_states = [None] * len(cache.states)
         for c, lease in enumerate(cache.leases):
             if self._seen_tables[c] is not lease.table:
                 step.tables[c][..., : lease.table.shape[-1]].copy_(lease.table)
@@ -375,9 +378,14 @@ class DecodeRunner:
             if self._seen_keeps[c] is not keeps[c]:
                 step.keeps[c].copy_(to_device(np.minimum(keeps[c], UNLIMITED).astype(np.int32), cache.device))
                 self._seen_keeps[c] = keeps[c]
+        for i, (state, room) in enumerate(zip(cache.states, step.states)):
+            if self._seen_states[i] is not state.value:
+                mine = room[:, : state.value.shape[1]] if state.per_token else room
+                mine.copy_(state.value)
+                state.value = self._seen_states[i] = mine
 
     def release(self) -> None:
-        """Gives the bound cache its lengths back."""
+        """Gives the bound cache its lengths and states back."""
         cache = None if self._bound is None else self._bound()
         self._bound = None
         if cache is None:
@@ -386,3 +394,6 @@ class DecodeRunner:
         for lease, lens in zip(cache.leases, step.lens):
             lease.fetch_lens = None
             lease._lens.copy_(torch.stack(lens))
+        for state, seen in zip(cache.states, self._seen_states):
+            if state.value is seen:
+                state.value = state.value.clone()

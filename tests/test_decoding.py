@@ -34,6 +34,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "kvzap", {"threshold": 0.0, "window": 6}),
     ("llama", "trim_kv", {"budget": 16, "buffer_size": 3, "retention_gate": "rg"}),
     ("llama", "duo_attention", {"budget": 16, "start": 4, "heads": "10,01"}),
+    ("llama", "sirllm", {"budget": 16, "chunk": 10, "decay": 0.5}),
+    ("llama", "attention_gate", {"chunk": 20, "budget": 30, "decode_eviction": True}),
 ]
 
 
@@ -77,10 +79,18 @@ def test_same_as_plain(family: str, policy: str, options: dict[str, Any]) -> Non
     same(*caches)
 
 
-def test_requests_take_turns_and_fork() -> None:
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3, "decode_eviction": True}),
+        ("sirllm", {"budget": 16, "chunk": 10}),
+        ("attention_gate", {"chunk": 20}),
+    ],
+    ids=["locret", "sirllm", "attention_gate"],
+)
+def test_requests_take_turns_and_fork(policy: str, options: dict[str, Any]) -> None:
     """Two requests one token each in turn, and a fork of one of them: nobody disturbs the others."""
-    options = {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3, "decode_eviction": True}
-    plain, ours = rewritten("llama", "locret", **options), static("llama", "locret", **options)
+    plain, ours = rewritten("llama", policy, **options), static("llama", policy, **options)
     ids = tokens(3, 60)
     pairs = []
     for row in range(2):
@@ -144,11 +154,10 @@ def test_settled_keys_come_back() -> None:
 
 
 def test_what_is_not_captured_says_why() -> None:
-    """State besides the cache, and gates."""
+    """What asks the device, and what has no kernels for single tokens."""
     for policy, options, reason in (
-        ("sirllm", {"budget": 16, "chunk": 10}, "carries state"),
-        ("attention_gate", {"chunk": 20}, "carries state"),
-        ("h2o", {"budget": 16, "merge": True}, "carries state"),
+        ("h2o", {"budget": 16, "merge": True}, "merging asks the device"),
+        ("h2o", {"budget": 20, "quantize": "int8", "quantize_residual": 0}, "quantized caches"),
         ("fast_kvzip", {"budget": 16}, "layers of fast_kvzip share one budget"),
     ):
         model = rewrite(original("llama"), captured("llama"), policy, None, **options)
