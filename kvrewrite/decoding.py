@@ -270,7 +270,9 @@ class DecodeRunner:
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._seen_tables: list[Tensor | None] = []
-        self._seen_states: list[Tensor | None] = []  # what the bound cache's states are while they lie in the step's buffers
+        self._seen_states: list[
+            Tensor | None
+        ] = []  # what the bound cache's states are while they lie in the step's buffers
         self._seen_keeps: list[Any] = []
         self._plan: _Plan | None = None
 

@@ -178,9 +178,9 @@ def token_update(
     act(scores) head^T; activation: one of linear_ops.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is cached
     rotated by `turn`.
 
-    ranks: the second position of a slot says how many live slots of its head are newer, counted from the newest token of the text:
-    `positions` minus that number. Newcomers come with rotary = positions, and when a slot goes (or a newcomer does not enter) those
-    that are older come one nearer.
+    ranks: the second position of a slot says how many live slots of its head are newer: it is that of the newest token of the
+    text, `positions`, minus their number. Newcomers come with rotary = positions. When a slot goes, those that are older come one
+    nearer, and all do when a newcomer does not enter.
     """
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rows = (positions, rotary, valid, keep, recent)

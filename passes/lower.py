@@ -228,7 +228,7 @@ def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
     the pages, both as their docstrings say. Where something else wants the rotated keys, or channels have other partners than
     those half a head away, they are made as before."""
     for read in _calls(gm, ops.read_rotated.default):
-        k_pages, table, lens, cos, sin, ranks, partner, half = read.args
+        _, table, _, cos, sin, ranks, partner, half = read.args
         readers = list(read.users)
         updates = [n for n in _calls(gm, ops.cache_update.default, ops.token_update.default) if n.args[13] is table]
         head_dim = get_attr(gm, str(partner.target)).numel()  # type: ignore[union-attr]

@@ -139,7 +139,7 @@ def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _turned_keys(low, high, at, low_d, high_d, mask, tables, D: tl.constexpr):
-    """Rows of keys whose first half of D channels is `low` and the second `high`, rotated by the rows `at` of the tables of cos and
+    """Rows of keys whose first half of D channels is `low` and the second `high`, rotated by the rows `at` of the tables, cos and
     sin, and rounded to the keys' dtype."""
     cos, sin = tables
     x, y = low.to(tl.float32), high.to(tl.float32)
@@ -253,7 +253,9 @@ def _attend_kernel(
 
         at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h
         turn, turn_s = cos + b * cos_b, sin + b * sin_b
-        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < (split if TURN else D))[None, :], HALF).to(q.dtype.element_ty)
+        q1 = rotated(at, d1[None, :], turn, turn_s, ok[:, None] & (d1 < (split if TURN else D))[None, :], HALF).to(
+            q.dtype.element_ty
+        )
         if D2 > 0:
             q2 = rotated(at, d2[None, :], turn, turn_s, ok[:, None] & (d2 < D)[None, :], HALF).to(q.dtype.element_ty)
         if WINDOW or CHUNK or ALIBI or TURN:
@@ -294,9 +296,7 @@ def _attend_kernel(
                     rank_at = pos_pages + held * (2 * _PAGE)
                 rank = tl.load(rank_at + inside * 2 + 1, mask=here, other=0)
                 by = tl.maximum(tl.where(here, rank + nearer, 0), 0)
-                k1, k2 = _turned_keys(
-                    k1, k2, by, d1, d2, here[:, None] & (d1 < split)[None, :], (key_cos, key_sin), D
-                )
+                k1, k2 = _turned_keys(k1, k2, by, d1, d2, here[:, None] & (d1 < split)[None, :], (key_cos, key_sin), D)
             x = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=precision)
             if D2 > 0:
                 x = tl.dot(q2, tl.trans(k2.to(q1.dtype)), x, input_precision=precision)

@@ -307,7 +307,7 @@ def _update_kernel(
                     count += tl.sum(kept.to(tl.int32), 0)
                 tl.debug_barrier()
             to = count
-        if RANKS:
+        if RANKS:  # noqa: SIM102 (decided when compiling)
             if (going <= 0) & (stays == 0):  # a newcomer that is dropped
                 _come_nearer(n, -1, 1, pages, places, table_p, PAGES)
         if stays:
@@ -361,6 +361,7 @@ def decode_update(
     head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden layer of a
     retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores) head^T, rounded to that
     dtype behind both. cos, sin: (B, 1, D), as `decode_attention` takes them: then k is not rotated yet, and is cached rotated.
+    ranks: as `kvrewrite::token_update` has it; rotary is then positions.
 
     The set of slots that stay is exactly the reference's, their order is not: a newcomer takes its victim's place. Changes
     the pools and lens, and nothing else in them than what that needs. There must be a page for the newcomer where it
@@ -407,5 +408,6 @@ def decode_update(
         HKV=hkv, D=d, DV=dv, DP=max(16, triton.next_power_of_2(d)), DVP=max(16, triton.next_power_of_2(dv)),
         PAGES=block // PAGE, WINDOW=window > 0, CHUNK=chunk > 0, SLOT_SCORES=slot_scores is not None,
         SELECT=select is not None, DROP=drop is not None, HIDDEN=width, HIDDEN_P=triton.next_power_of_2(max(1, width)),
-        ACTIVATION=activation, HALF=0 if cos is None else d // 2, RANKS=ranks, num_warps=max(4, block // 256), **options(k.device),
+        ACTIVATION=activation, HALF=0 if cos is None else d // 2, RANKS=ranks, num_warps=max(4, block // 256),
+        **options(k.device),
     )  # fmt: skip

@@ -386,8 +386,8 @@ def _enumerate(out, total, keys, start, end, threshold, behind, dealt, listed, F
 @triton.jit
 def _lists(keys, facts, sources, targets, moves, stride, listed, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """The moves of a head from what `_plan` found out: slots below the new length without an entry that stays are filled, in
-    order, with the entries that stay and lie behind it; see `_plan` for the form. Of a head that is dealt new pages, all slots and
-    all entries that stay."""
+    order, with the entries that stay and lie behind it; see `_plan` for the form. Of a head that is dealt new pages, all slots
+    and all entries that stay."""
     row = tl.program_id(1)
     keys += row.to(tl.int64) * stride
     facts += row * 8
@@ -395,9 +395,7 @@ def _lists(keys, facts, sources, targets, moves, stride, listed, SPAN: tl.conste
     first, behind, n, dealt = tl.load(facts + 2), tl.load(facts + 3), tl.load(facts + 4), tl.load(facts + 5)
     base = row.to(tl.int64) * listed
     if tl.program_id(2) == 0:
-        _enumerate(
-            targets + base, moves + row * 2, keys, 0, slots, threshold, behind, dealt, listed, True, SPAN, BLOCK
-        )
+        _enumerate(targets + base, moves + row * 2, keys, 0, slots, threshold, behind, dealt, listed, True, SPAN, BLOCK)
     else:
         _enumerate(
             sources + base, moves + row * 2 + 1, keys, first, n, threshold, behind, dealt, listed, False, SPAN, BLOCK
@@ -588,7 +586,7 @@ def cache_update(
     per_turn, warps = move_config(k_dim, k_pages.element_size()) if move is None else move
     # Once the cache is full no more than T slots of a head move; only after budgets shrink does a program take several turns.
     programs = min(triton.cdiv(listed, per_turn), max(triton.cdiv(tokens, per_turn), 8))
-    copied: tuple[Tensor, ...] = (k_pages, v_pages, score_pages, pos_pages)
+    copied: tuple[Tensor, Tensor, Tensor, Tensor] = (k_pages, v_pages, score_pages, pos_pages)
     if spare is not None and next_table is not None:
         ragged.deal(spare, table, next_table, lens, page)
         copied = ragged.copy_out(*copied, slot_scores, table, spare, sources, moves, per_turn)
