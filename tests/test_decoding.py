@@ -167,13 +167,26 @@ def test_what_is_not_captured_says_why() -> None:
 
 
 @pytest.mark.gpu
-def test_new_requests_replay_what_was_captured() -> None:
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("h2o", {"budget": 16}),
+        ("adakv", {"budget": 16, "window": 6, "kernel": 3}),
+        ("kvzap", {"threshold": 0.0, "window": 6}),
+        ("streaming_llm", {"budget": 16, "chunk": 10}),
+        ("sirllm", {"budget": 16, "chunk": 10}),
+        ("attention_gate", {"chunk": 20}),
+    ],
+    ids=["h2o", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate"],
+)
+def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, Any]) -> None:
     """One capture for a batch size; a second request of it replays; another batch size has its own."""
-    model = rewrite(original("llama"), captured("llama"), "h2o", None, budget=16)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = rewrite(original("llama"), captured("llama"), policy, None, **options)
     # Its parameters are the original's own, which the other tests want where they are.
     model.graph_module = model.program.graph = copy.deepcopy(model.graph_module)
     model.to("cuda").compile()
-    plain = rewritten("llama", "h2o", budget=16)
+    plain = rewritten("llama", policy, **options)
     for batch, captures in ((1, 1), (1, 1), (2, 2), (1, 2)):
         ids = tokens(batch, 60)
         caches = [plain.new_cache(batch), model.new_cache(batch)]
