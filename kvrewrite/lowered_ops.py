@@ -108,8 +108,9 @@ def decode_attention(
 
         out, lse, found = kernel(
             q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, *rest, sinks, alibi, scale=scale, softcap=softcap,
-            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early, following=following, key_cos=key_cos,
-            key_sin=key_sin,
+            window=window, chunk=chunk, mass=mass, cos=cos, sin=sin, early=early, following=following,
+            key_cos=None if key_cos is None else key_cos.contiguous(),
+            key_sin=None if key_sin is None else key_sin.contiguous(),
         )  # fmt: skip
         return out, lse, lse.new_empty(0) if found is None else found
     q, k = turn(q, cos, sin), turn(k, cos, sin)
