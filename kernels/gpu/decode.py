@@ -73,6 +73,12 @@ def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capaci
     return Config(4, 4, 4)
 
 
+def _turning(c: Config, step_bytes: int) -> Config:
+    """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much shared memory
+    as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.3 times a step's bytes. Not tuned.)"""
+    return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 192 << 10 else c.num_stages)
+
+
 def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
     """How many workers, at most `limit`, for n_heads heads with up to `width` pages, in steps of `pages`.
 
@@ -535,6 +541,8 @@ def decode_attention(
     if not n_heads:
         return out, lse, found
     c = config(q.dtype, d, dv, group, n_heads, capacity) if launch is None else launch
+    if key_cos is not None and launch is None:
+        c = _turning(c, PAGE * ((d + dv) * q.element_size() + 2 * d * key_cos.element_size()) * c.pages)
     (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
     if following is not None:
         d1 = d2 = max(16, triton.next_power_of_2(d // 2))
