@@ -114,6 +114,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 f"the model was captured in {self.dtype} and can't become {sample.dtype}: casts are part of its graph. Load "
                 "the original in the dtype that you want and transform that"
             )
+        ready = self.__dict__["_execution"] is not None and self.__dict__["_compile_options"] is None
+        if ready and sample.device != self.device:
+            raise InputError(
+                f"the model runs steps that were compiled for {self.device} and can't move to {sample.device} with them; call "
+                "model.uncompile() first, or load it there"
+            )
         super()._apply(fn, recurse)
         for graph in self._rotary_graphs:
             graph._apply(fn)
@@ -152,7 +158,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
 
     def uncompile(self) -> None:
-        """Back to running op by op. Captured graphs and the model's pools are dropped with the last cache that uses them."""
+        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped with the last cache that uses them."""
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
@@ -547,8 +553,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return most
 
     # -- saving --------------------------------------------------------------------------------------------------
-    def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **kwargs: Any) -> None:
-        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact`."""
+    def save_pretrained(
+        self, save_directory: str | Path, *, force: bool = False, compile: str | None = None, compile_batch: int = 1,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact`, and `kvrewrite.ahead` for
+        compile="aot"."""
         from kvrewrite.api import save
 
-        save(self, save_directory, force=force)
+        save(self, save_directory, force=force, compile=compile, compile_batch=compile_batch)
