@@ -9,8 +9,8 @@
     README.md                 the model card; yours to edit, so nothing checks it
     kvrewrite.json            the manifest: policy, sites, layout, recipes of parameters, size and sha256 of each file
 
-Nothing in it is a pickle, and nothing but compiled/ is code, which is loaded only on trust. It is written to a staging folder beside its final place and renamed, so
-that a crash leaves either the old state or the new one.
+Nothing in it is a pickle, and nothing but compiled/ is code, which is loaded only on trust. It is written to a staging folder
+beside its final place and renamed, so that a crash leaves either the old state or the new one.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def write_artifact(
     base: the checkpoint whose files are copied (link: hard-linked), with `recipes` for every name in `program.base`; or
     the tensors themselves under these names, for a module that came from no checkpoint. policy_tensors, constants:
     default: those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
-    directory; writes files there and returns what the manifest says of them under "compiled". force: replaces an existing model directory, which is removed only when the
-    new one is complete. On any failure the staging folder is removed and `out` is untouched.
+    directory; writes files there and returns what the manifest says of them under "compiled". force: replaces an existing
+    model directory, which is removed only when the new one is complete. On any failure the staging folder is removed and `out` is untouched.
     """
     out = Path(out).resolve()
     check_destination(out, base, force)

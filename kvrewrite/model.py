@@ -158,7 +158,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
 
     def uncompile(self) -> None:
-        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped with the last cache that uses them."""
+        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
+        with the last cache that uses them."""
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
