@@ -24,6 +24,7 @@ from kvrewrite.passes.pipeline import Observer, canonical, insert
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
+from kvrewrite.stand_ins import capture_on_devices, devices_of
 from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def transform(
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
-    model: any causal LM of transformers (with adapters of peft, quantized by torchao, on one device), or any `nn.Module`
-    whose forward(input_ids) returns logits (B, T, vocabulary).
+    model: any causal LM of transformers (with adapters of peft, quantized by torchao, its layers on several devices), or any
+    `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
     policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
     policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
     on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
@@ -88,7 +89,8 @@ def transform(
 
     chosen = policies.make(policy, **options)
     model = unwrap(model)
-    captured = capture(model, max_length=max_length)
+    several = len(devices_of(model)) > 1
+    captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
     program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
     if is_transformers_model(model):
@@ -161,7 +163,8 @@ def convert(
     from kvrewrite.ahead import check_kind, compile_ahead
     from kvrewrite.artifact import check_destination, companion_files, write_artifact
     from kvrewrite.checkpoint import Checkpoint, read_json
-    from kvrewrite.conversion import build_on_meta, capture_on_meta, parameter_sources
+    from kvrewrite.conversion import build_on_meta, parameter_sources
+    from kvrewrite.stand_ins import capture_on_meta
 
     check_kind(compile)
     chosen = policies.make(policy, **options)
@@ -296,6 +299,11 @@ def save(
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
             compile_steps=compile_steps,
         )
+    if not model.on_one_device:
+        raise ArtifactError(
+            "the model lies on several devices, and transfers between them are part of its graph. Convert the original's "
+            "directory instead (kvrewrite convert), for which no weights are loaded"
+        )
     if not isinstance(source, nn.Module):
         raise ArtifactError("this model was made from a program alone; there is no original to save with it")
     if has_adapters(source):
@@ -342,8 +350,11 @@ def inspect(
     A checkpoint directory is read without its weights.
     """
     if isinstance(model, nn.Module):
-        return canonical(capture(unwrap(model), max_length=max_length), observe)
-    from kvrewrite.conversion import build_on_meta, capture_on_meta
+        model = unwrap(model)
+        several = len(devices_of(model)) > 1
+        return canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
+    from kvrewrite.conversion import build_on_meta
+    from kvrewrite.stand_ins import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
     return canonical(capture_on_meta(built, max_length=max_length), observe)

@@ -88,7 +88,8 @@ def write_artifact(
     the tensors themselves under these names, for a module that came from no checkpoint. policy_tensors, constants:
     default: those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
     directory; writes files there and returns what the manifest says of them under "compiled". force: replaces an existing
-    model directory, which is removed only when the new one is complete. On any failure the staging folder is removed and `out` is untouched.
+    model directory, which is removed only when the new one is complete. On any failure the staging folder is removed and
+    `out` is untouched.
     """
     out = Path(out).resolve()
     check_destination(out, base, force)

@@ -404,7 +404,7 @@ def generate(
     out = model.generate(
         ids.to(where),
         attention_mask=torch.ones_like(ids).to(where),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=max_new_tokens,
         do_sample=sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

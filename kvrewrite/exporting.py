@@ -162,6 +162,8 @@ def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    if not model.on_one_device:
+        raise InputError("a model on several devices can't be exported; load it on one")
     first = _record(model, batch_size, 0)
     second = _record(model, batch_size + (batch_size > 1), 1)
     programs: dict[str, Any] = {}
