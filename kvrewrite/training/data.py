@@ -224,6 +224,14 @@ class Texts(IterableDataset):  # type: ignore[type-arg]
         encode(first, 0)
         encode.counts.read.value = encode.counts.cut.value = 0
 
+    def once(self) -> Iterator[dict[str, list[int]]]:
+        """All rows once, in the files' order, without being counted."""
+        counts = self.encode.counts
+        before = counts.read.value, counts.cut.value
+        for number, row in enumerate(rows(self.kind, self.paths)):
+            yield self.encode(row, number)
+            counts.read.value, counts.cut.value = before
+
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         worker = get_worker_info()
         mine, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
