@@ -194,8 +194,7 @@ def test_memory_does_not_grow(parts: Any, server: Server) -> None:
 def test_memory_over_500_requests(parts: Any, server: Server) -> None:
     """From 8 clients at once with different prompts: each answer is the one that it gets alone, and from the 50th to the 500th
     request the process does not grow."""
-    import psutil
-
+    psutil = pytest.importorskip("psutil")
     process, sizes = psutil.Process(), []
     alone = [expected(parts, p, 4) for p in PROMPTS]
 
@@ -208,7 +207,7 @@ def test_memory_over_500_requests(parts: Any, server: Server) -> None:
             assert all(pool.map(ask, range(begin, end)))
             assert idle(server.engine) and server.engine.leased_after == 0
             sizes.append(process.memory_info().rss)
-    assert sizes[1] - sizes[0] < 8 << 20  # one cache more for every request would be 450 of at least 70 KB
+    assert sizes[1] - sizes[0] < 4 << 20  # what a cache of each request would come to: 450 times 4 pages of 5 KB
 
 
 def test_a_client_that_goes_away(server: Server) -> None:
