@@ -5,6 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
 import kvrewrite.backend  # only for a checkout that is not installed: registers the backend's name
+from kvrewrite.cache import CACHE_NAME
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -37,5 +38,7 @@ assert same
 # What a DynamicCache can't hold (heads that keep different numbers of slots, quantized slots, windows) an EvictionCache can.
 compiled = torch.compile(model, backend="kvrewrite", options={"policy": "adakv", "budget": 48, "inductor": False})
 cache = kvrewrite.new_cache(compiled, batch_size=2)
-compiled.generate(prompt, past_key_values=cache, **settings)
+compiled.generate(
+    prompt, **{CACHE_NAME: cache}, **settings
+)  # cache=cache, or before transformers 5.24 past_key_values=cache
 print(f"adakv: layer 0, row 0, slots a head: {cache.live_slots()[0][0].tolist()}; {cache.memory()}")

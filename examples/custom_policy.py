@@ -40,7 +40,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 small = kvrewrite.transform(model, policy="largest_keys", budget=48, window=16)
 cache = small.new_cache()
-small(torch.randint(0, 256, (1, 150)), past_key_values=cache)
+small(torch.randint(0, 256, (1, 150)), cache=cache)
 kept = cache.positions()[0][0][0]
 print(f"layer 0, head 0 keeps {len(kept)} of 150 tokens: {kept}")
 assert len(kept) == 48

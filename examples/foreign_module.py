@@ -51,8 +51,6 @@ print(f"{len(small.sites)} sites; within the budget the logits differ by at most
 assert difference < 1e-4
 
 cache = small.new_cache()
-tokens = small.generate(
-    prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=20, do_sample=False
-)
+tokens = small.generate(prompt, attention_mask=torch.ones_like(prompt), cache=cache, max_new_tokens=20, do_sample=False)
 print(f"{tokens.shape[1]} tokens, {int(cache.live_slots()[0].max())} live slots a head")
 assert tokens.shape[1] == 120

@@ -18,12 +18,12 @@ config = LlamaConfig(
 )  # fmt: skip
 small = kvrewrite.transform(LlamaForCausalLM(config).eval(), policy="streaming_llm", budget=64)
 cache = small.new_cache()
-logits = small(torch.randint(0, 256, (1, 100)), past_key_values=cache, logits_to_keep=1).logits
+logits = small(torch.randint(0, 256, (1, 100)), cache=cache, logits_to_keep=1).logits
 first = cache.memory()
 times: list[float] = []
 for step in range(1, steps + 1):
     start = time.perf_counter()
-    logits = small(logits[:, -1:].argmax(-1), past_key_values=cache, logits_to_keep=1).logits
+    logits = small(logits[:, -1:].argmax(-1), cache=cache, logits_to_keep=1).logits
     times.append(time.perf_counter() - start)
     if step % (steps // 5) == 0:
         median = statistics.median(times[-(steps // 5) :]) * 1e3

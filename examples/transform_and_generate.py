@@ -28,7 +28,7 @@ cache = small.new_cache(batch_size=2)
 tokens = small.generate(
     prompt,
     attention_mask=torch.ones_like(prompt),
-    past_key_values=cache,
+    cache=cache,
     max_new_tokens=16,
     do_sample=False,
     pad_token_id=0,

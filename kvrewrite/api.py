@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kvrewrite.passes.pipeline import Observer, canonical, insert
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
+from kvrewrite.stand_ins import capture_on_devices, devices_of
 from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
@@ -75,8 +77,8 @@ def transform(
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
-    model: any causal LM of transformers (with adapters of peft, quantized by torchao, on one device), or any `nn.Module`
-    whose forward(input_ids) returns logits (B, T, vocabulary).
+    model: any causal LM of transformers (with adapters of peft, quantized by torchao, its layers on several devices), or any
+    `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
     policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
     policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
     on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
@@ -87,7 +89,8 @@ def transform(
 
     chosen = policies.make(policy, **options)
     model = unwrap(model)
-    captured = capture(model, max_length=max_length)
+    several = len(devices_of(model)) > 1
+    captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
     program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
     if is_transformers_model(model):
@@ -145,17 +148,25 @@ def convert(
     force: bool = False,
     observe: Observer | None = None,
     progress: Progress = _quiet,
+    compile: str | None = None,
+    compile_device: str | torch.device = "cpu",
+    compile_batch: int = 1,
     **options: Any,
 ) -> Conversion:
     """Converts a checkpoint directory of transformers to a kvrewrite model directory, without loading its weights.
 
     out: where to; None does everything but writing (a dry run). contexts: context lengths for the memory estimate,
-    default the model's longest. link: hard-links the base weights instead of copying them. The rest as `transform`.
+    default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot" adds the steps as
+    AOTInductor compiles them for `compile_device`, which loads the weights there and takes minutes; compile_batch: 1, or 2 for
+    any number of rows from 2 on. The rest as `transform`.
     """
+    from kvrewrite.ahead import check_kind, compile_ahead
     from kvrewrite.artifact import check_destination, companion_files, write_artifact
     from kvrewrite.checkpoint import Checkpoint, read_json
-    from kvrewrite.conversion import build_on_meta, capture_on_meta, parameter_sources
+    from kvrewrite.conversion import build_on_meta, parameter_sources
+    from kvrewrite.stand_ins import capture_on_meta
 
+    check_kind(compile)
     chosen = policies.make(policy, **options)
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
@@ -175,7 +186,11 @@ def convert(
     size = sum((model_dir / name).stat().st_size for name in checkpoint.files)
     if out is None:
         return Conversion(program, None, size, plans)
-    progress("writing")
+    progress("writing" if compile is None else "writing and compiling")
+
+    def compile_steps(folder: Path) -> dict[str, Any]:
+        return compile_ahead(_load(folder, compile_device)[0], folder, compile_batch)
+
     path = write_artifact(
         out,
         program,
@@ -186,25 +201,52 @@ def convert(
         link=link,
         force=force,
         card=model_card(program, model_dir.name, plans),
+        compile_steps=None if compile is None else compile_steps,
     )
     return Conversion(program, path, size, plans)
 
 
-def load(directory: str | Path, *, device: str | torch.device = "cpu", verify_hashes: bool = False) -> RewrittenModel:
+def load(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    verify_hashes: bool = False,
+    trust_compiled: bool = False,
+) -> RewrittenModel:
     """Loads a model directory that kvrewrite wrote: offline, without the original model's code.
 
-    verify_hashes: also hashes the base weights (reads all of them). Raises ArtifactError.
+    verify_hashes: also hashes the base weights (reads all of them). trust_compiled: also loads the steps that the directory
+    has compiled (`convert(compile="aot")`), which is native code: only from whom you would run code. Without it they are left
+    alone, and a warning says so. Raises ArtifactError.
     """
+    from kvrewrite import artifact
+
+    directory = Path(directory)
+    if verify_hashes:
+        artifact.verify_hashes(directory)
+    model, manifest = _load(directory, device)
+    if trust_compiled:
+        from kvrewrite.ahead import load_ahead
+
+        model.__dict__["_execution"] = load_ahead(model, directory, manifest)
+    elif "compiled" in manifest:
+        warnings.warn(
+            f"{directory} has compiled steps, which were not loaded: they are native code. If you trust where they come from, "
+            "load them with trust_compiled=True (--trust-compiled)",
+            stacklevel=2,
+        )
+    return model
+
+
+def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
+    """The model of a directory, and its manifest."""
     from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
     from kvrewrite import artifact
     from kvrewrite.checkpoint import read_json
     from kvrewrite.model import RewrittenModel
 
-    directory = Path(directory)
-    if verify_hashes:
-        artifact.verify_hashes(directory)
-    program, _ = artifact.read_artifact(directory, device)
+    program, manifest = artifact.read_artifact(directory, device)
     data = read_json(directory / "config.json")
     config: Any
     if data.get("model_type"):
@@ -214,7 +256,7 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu", verify_ha
     generation_config = None
     if (directory / "generation_config.json").exists():
         generation_config = GenerationConfig.from_pretrained(directory)
-    return RewrittenModel(program, config, generation_config, source=directory)
+    return RewrittenModel(program, config, generation_config, source=directory), manifest
 
 
 @contextmanager
@@ -228,13 +270,21 @@ def _temporary_next_to(out: Path) -> Any:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path:
-    """Writes a rewritten model as a directory that `load` reads and that stock transformers reads as the original."""
+def save(
+    model: RewrittenModel, out: str | Path, *, force: bool = False, compile: str | None = None, compile_batch: int = 1
+) -> Path:
+    """Writes a rewritten model as a directory that `load` reads and that stock transformers reads as the original.
+
+    compile, compile_batch: as for `convert`, for the device that the model is on.
+    """
+    from kvrewrite.ahead import check_kind, compile_ahead
     from kvrewrite.artifact import check_destination, companion_files, read_manifest, write_artifact
     from kvrewrite.checkpoint import Checkpoint, read_json
     from kvrewrite.conversion import parameter_sources
 
     out, program, source = Path(out).resolve(), model.program, model.source
+    check_kind(compile)
+    compile_steps = None if compile is None else lambda folder: compile_ahead(model, folder, compile_batch)
     card = model_card(program, "", [])
     if isinstance(source, Path):
         checkpoint = Checkpoint.open(source)
@@ -247,6 +297,12 @@ def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path
             extra_files=companion_files(source),
             force=force,
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
+            compile_steps=compile_steps,
+        )
+    if not model.on_one_device:
+        raise ArtifactError(
+            "the model lies on several devices, and transfers between them are part of its graph. Convert the original's "
+            "directory instead (kvrewrite convert), for which no weights are loaded"
         )
     if not isinstance(source, nn.Module):
         raise ArtifactError("this model was made from a program alone; there is no original to save with it")
@@ -276,12 +332,14 @@ def save(model: RewrittenModel, out: str | Path, *, force: bool = False) -> Path
                 link=True,
                 force=force,
                 card=card,
+                compile_steps=compile_steps,
             )
     tensors: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
     tensors.update(source.named_buffers(remove_duplicate=False))
     return write_artifact(
-        out, program, base=tensors, config=json.loads(model.config.to_json_string()), force=force, card=card
-    )
+        out, program, base=tensors, config=json.loads(model.config.to_json_string()), force=force, card=card,
+        compile_steps=compile_steps,
+    )  # fmt: skip
 
 
 def inspect(
@@ -292,8 +350,11 @@ def inspect(
     A checkpoint directory is read without its weights.
     """
     if isinstance(model, nn.Module):
-        return canonical(capture(unwrap(model), max_length=max_length), observe)
-    from kvrewrite.conversion import build_on_meta, capture_on_meta
+        model = unwrap(model)
+        several = len(devices_of(model)) > 1
+        return canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
+    from kvrewrite.conversion import build_on_meta
+    from kvrewrite.stand_ins import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
     return canonical(capture_on_meta(built, max_length=max_length), observe)

@@ -5,11 +5,12 @@
     policy.safetensors        what the policy inserted, if it has weights
     constants.safetensors     tables that the model computes when it is built, so that loading needs no model code
     graph.json                the rewritten program as data (`graph_io.py`)
+    compiled/*.pt2            the steps as AOTInductor compiled them, on request only (`ahead.py`)
     README.md                 the model card; yours to edit, so nothing checks it
     kvrewrite.json            the manifest: policy, sites, layout, recipes of parameters, size and sha256 of each file
 
-Nothing in it is code and nothing is a pickle. It is written to a staging folder beside its final place and renamed, so
-that a crash leaves either the old state or the new one.
+Nothing in it is a pickle, and nothing but compiled/ is code, which is loaded only on trust. It is written to a staging folder
+beside its final place and renamed, so that a crash leaves either the old state or the new one.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ COMPANIONS = (
 _EXECUTABLE = {".bin", ".pt", ".pth", ".pt2", ".pkl", ".pickle", ".ckpt", ".py", ".so"}
 
 Progress = Callable[[str, int, int], None]
+Compile = Callable[[Path], Mapping[str, Any]]
 
 
 def companion_files(directory: str | Path) -> list[Path]:
@@ -78,13 +80,16 @@ def write_artifact(
     force: bool = False,
     link: bool = False,
     card: str = "",
+    compile_steps: Compile | None = None,
 ) -> Path:
     """Writes a model directory; returns its path.
 
     base: the checkpoint whose files are copied (link: hard-linked), with `recipes` for every name in `program.base`; or
     the tensors themselves under these names, for a module that came from no checkpoint. policy_tensors, constants:
-    default: those in the program's graph. force: replaces an existing model directory, which is removed only when the
-    new one is complete. On any failure the staging folder is removed and `out` is untouched.
+    default: those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
+    directory; writes files there and returns what the manifest says of them under "compiled". force: replaces an existing
+    model directory, which is removed only when the new one is complete. On any failure the staging folder is removed and
+    `out` is untouched.
     """
     out = Path(out).resolve()
     check_destination(out, base, force)
@@ -109,8 +114,14 @@ def write_artifact(
             # Not in the manifest: a model card is there to be edited.
             writer.text(CARD, card)
             del writer.files[CARD]
-            manifest = _manifest(program, recipes, writer.files)
-            writer.json(MANIFEST, manifest, indent=1)
+            writer.json(MANIFEST, _manifest(program, recipes, writer.files), indent=1)
+            if compile_steps is not None:
+                compiled = compile_steps(folder)
+                (folder / MANIFEST).unlink()
+                del writer.files[MANIFEST]
+                for name in compiled["files"]:
+                    writer.add(name)
+                writer.json(MANIFEST, _manifest(program, recipes, writer.files, compiled), indent=1)
             writer.seal()
             _publish(folder, out)
     except OSError as error:
@@ -177,7 +188,12 @@ def _config_section(program: Program) -> dict[str, Any]:
     return {**section, "budget": options["budget"]} if "budget" in options else section
 
 
-def _manifest(program: Program, recipes: Mapping[str, Recipe], files: dict[str, Any]) -> dict[str, Any]:
+def _manifest(
+    program: Program,
+    recipes: Mapping[str, Recipe],
+    files: dict[str, Any],
+    compiled: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     body: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kvrewrite": __version__,
@@ -203,6 +219,8 @@ def _manifest(program: Program, recipes: Mapping[str, Recipe], files: dict[str, 
         "recipes": dict(recipes),
         "files": files,
     }
+    if compiled is not None:
+        body["compiled"] = dict(compiled)
     return {**body, "manifest_sha256": _digest(body)}
 
 
@@ -321,6 +339,13 @@ class _Writer:
                 write.write(chunk)
             _sync(write.fileno())
         self.files[name] = {"size": size, "sha256": digest.hexdigest()}
+
+    def add(self, name: str) -> None:
+        """Takes in a file that something else put into the folder."""
+        path = self.folder / name
+        with path.open("rb") as file:
+            _sync(file.fileno())
+        self.files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
     def extra(self, path: Path) -> None:
         """Copies a file, or a folder of files."""

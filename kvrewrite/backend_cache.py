@@ -2,7 +2,7 @@
 
 `StockState` stands behind an ordinary `DynamicCache` of transformers: the tensors that its layers hold are views of the
 state's own memory, and the state hangs on those tensors, so that it comes and goes with the cache object. `BackendCache` is
-an `EvictionCache` that is handed to an ordinary model as `past_key_values`.
+an `EvictionCache` that is handed to an ordinary model as its `cache` (`past_key_values` before transformers 5.24).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.errors import CacheError
 from kvrewrite.pages import PAGE, Lease, PageStore
 from kvrewrite.policies.base import Policy
 from kvrewrite.program import Program
 
 HELD = "_kvrewrite_held"
-USE_NEW_CACHE = "pass an EvictionCache instead: past_key_values=kvrewrite.new_cache(model, batch_size)"
+USE_NEW_CACHE = f"pass an EvictionCache instead: {CACHE_NAME}=kvrewrite.new_cache(model, batch_size)"
 
 
 # ------------------------------------------------------------------------------------------------ stock caches

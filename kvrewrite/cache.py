@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.errors import CacheError
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore, to_device
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
+
+# transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 @dataclass
@@ -81,8 +85,8 @@ class _State:
 class EvictionCache(Cache):
     """A bounded cache for a rewritten model. Make one with `model.new_cache(batch_size)`.
 
-    Passed as `past_key_values`; transformers' `generate` makes one by itself. `max_length` (tokens of prompt and answer)
-    chooses between short and long rotary frequencies where a model has both.
+    Passed as `cache` (or `past_key_values`, its older name); transformers' `generate` makes one by itself. `max_length` (tokens
+    of prompt and answer) chooses between short and long rotary frequencies where a model has both.
     """
 
     is_compileable = False
@@ -132,11 +136,12 @@ class EvictionCache(Cache):
         for spec in self.layout["classes"]:
             at = len(self.leases)
             shared = self._stores[at] if self._stores is not None else None
-            store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme)
+            device = torch.device(spec.get("device", self.device))
+            store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, device, scheme)
             self.leases.append(self.lease_type(spec, batch, store))
         # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
         self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
-        self.states = [_State(spec, batch, self.device) for spec in self.layout["states"]]
+        self.states = [_State(s, batch, torch.device(s.get("device", self.device))) for s in self.layout["states"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
 
@@ -157,7 +162,7 @@ class EvictionCache(Cache):
         """An independent copy that shares this cache's pages until one of the two writes to them (copy on write).
 
         So a document is compressed once and asked many times: `cache = model.prefill(document)`, then
-        `model.generate(..., past_key_values=cache.fork())` for every question.
+        `model.generate(..., cache=cache.fork())` for every question.
         """
         twin: EvictionCache = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -268,12 +273,12 @@ class EvictionCache(Cache):
             out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
             self._dealt.append(dealt if deals.any() else None)
             floors = np.where(deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
-            out[f"floor_{c}"] = to_device(floors, self.device)
+            out[f"floor_{c}"] = to_device(floors, lease.store.device)
         self._after.append(after)
         out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
         if not policy.shares_layers:
             budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
-        out[f"keep_{c}"] = to_device(budget, self.device)
+        out[f"keep_{c}"] = to_device(budget, lease.store.device)
         assert out[f"keep_{c}"].shape == (len(lease.layers), batch, lease.kv_heads)
         return out
 

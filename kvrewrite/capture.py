@@ -57,7 +57,7 @@ class Captured:
 
     graph: flat GraphModule with placeholders `input_ids` and, where the model takes positions, `position_ids`, both
     (batch, length) int64; one output, logits (batch, length, vocabulary). aliases: parameter name -> other names of the
-    same parameter (tied weights).
+    same parameter (tied weights). devices: parameter -> device, where they are not all the same.
     """
 
     graph: fx.GraphModule
@@ -70,6 +70,7 @@ class Captured:
     aliases: dict[str, list[str]] = field(default_factory=dict)
     persistent: set[str] = field(default_factory=set)
     rotary_tables: list[RotaryTable] = field(default_factory=list)
+    devices: dict[str, str] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface

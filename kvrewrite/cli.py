@@ -260,6 +260,10 @@ def _settings(policy: dict[str, Any]) -> str:
 
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+TRUST = click.option(
+    "--trust-compiled", is_flag=True,
+    help="Load the steps that DIRECTORY has compiled (--compile aot): native code, so only from whom you trust.",
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -279,31 +283,44 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON documen
 @click.option("--link", is_flag=True, help="Hard-link the base weights instead of copying them.")
 @click.option("--force", is_flag=True, help="Replace an existing model directory.")
 @click.option("--dry-run", is_flag=True, help="Print the sites and the memory estimate; write nothing.")
+@click.option(
+    "--compile", "compiled", type=click.Choice(["aot"]),
+    help="Add the model compiled ahead of time by AOTInductor. Loads the weights and takes minutes.",
+)  # fmt: skip
+@click.option("--compile-device", default="cpu", show_default=True, help="With --compile: where it will run.")
+@click.option(
+    "--compile-batch", type=click.IntRange(1, 2), default=1, show_default=True,
+    help="With --compile: 1 row, or 2 for any number from 2 on.",
+)  # fmt: skip
 @AS_JSON
 def convert(
     model: str, policy: str, out: Path | None, policy_weights: Path | None, budget: str | None, chunk: int | None,
     options: tuple[str, ...], contexts: tuple[int, ...], batch: int, max_length: int | None, link: bool, force: bool,
-    dry_run: bool, as_json: bool,
+    dry_run: bool, compiled: str | None, compile_device: str, compile_batch: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Converts the checkpoint directory MODEL to a model directory whose cache evicts.
 
-    The weights are neither loaded nor changed: they are copied byte for byte (or linked).
+    The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are loaded.
     """
     from kvrewrite import policies
     from kvrewrite.cli_eval import parse_budget
 
     if out is None and not dry_run:
         raise click.UsageError("give --out DIR, or --dry-run to write nothing")
+    if compiled and dry_run:
+        raise click.UsageError("--compile writes to --out, so it does not go with --dry-run")
     directory = _checkpoint_directory(model)
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options are said before torch is loaded
     from kvrewrite import api
 
+    where = _device(compile_device) if compiled else compile_device
     started = time.perf_counter()
     with _steps(STAGES - dry_run) as progress:
         done = api.convert(
             directory, None if dry_run else out, policy, policy_weights=policy_weights, max_length=max_length,
-            contexts=list(contexts) or None, batch=batch, link=link, force=force, progress=progress, **given,
+            contexts=list(contexts) or None, batch=batch, link=link, force=force, progress=progress,
+            compile=compiled, compile_device=where, compile_batch=compile_batch, **given,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if as_json:
@@ -341,9 +358,10 @@ def convert(
 @click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@TRUST
 def generate(
     directory: str, prompt: str | None, prompt_file: str | None, max_new_tokens: int, sample: bool,
-    temperature: float | None, top_p: float | None, seed: int, device: str, chat: bool,
+    temperature: float | None, top_p: float | None, seed: int, device: str, chat: bool, trust_compiled: bool,
 ) -> None:  # fmt: skip
     """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr."""
     if (prompt is None) == (prompt_file is None):
@@ -377,7 +395,7 @@ def generate(
     ids = tokens["input_ids"]
     if ids.shape[1] == 0:
         raise OptionError("the prompt has no tokens")
-    model: Any = api.load(directory, device=where)
+    model: Any = api.load(directory, device=where, trust_compiled=trust_compiled)
     cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
     chosen = {"temperature": temperature, "top_p": top_p}
     settings = {k: v for k, v in chosen.items() if v is not None}
@@ -386,7 +404,7 @@ def generate(
     out = model.generate(
         ids.to(where),
         attention_mask=torch.ones_like(ids).to(where),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=max_new_tokens,
         do_sample=sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

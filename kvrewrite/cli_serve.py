@@ -24,6 +24,10 @@ def register(group: click.Group) -> None:
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model (slow first requests, fast later ones).")
 @click.option(
+    "--trust-compiled", is_flag=True,
+    help="Load the steps that DIRECTORY has compiled (convert --compile aot): native code, so only from whom you trust.",
+)  # fmt: skip
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
     help="The most tokens that an answer may have.",
 )  # fmt: skip
@@ -38,6 +42,7 @@ def serve(
     name: str | None,
     device: str,
     compiled: bool,
+    trust_compiled: bool,
     max_new_tokens: int,
     waiting: int,
 ) -> None:
@@ -47,6 +52,10 @@ def serve(
     """
     import importlib.util
 
+    if compiled and trust_compiled:
+        raise click.UsageError(
+            "--compile compiles here, --trust-compiled loads what was compiled before; give one of them"
+        )
     from kvrewrite import artifact
     from kvrewrite.cli import _device
     from kvrewrite.errors import OptionError
@@ -63,7 +72,7 @@ def serve(
 
     where = _device(device)
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = api.load(directory, device=where)
+    model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:
         model.compile()
     engine = serving.Engine(model, tokenizer, max_new_tokens=max_new_tokens, waiting=waiting)

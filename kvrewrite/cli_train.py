@@ -52,6 +52,10 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @click.option(
     "--question-tokens", type=click.IntRange(min=0), default=0, help="locret_q: in front; 0: the whole question."
 )
+@click.option(
+    "--labels", type=click.Path(path_type=Path, dir_okay=False),
+    help="locret: file of labels; made where there is none, read by later runs on the same model, data and options.",
+)  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a device and step.")
@@ -83,8 +87,8 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @AS_JSON
 def train(
     model: Path, policy: str, data: tuple[Path, ...], out: Path, pairs: tuple[str, ...], max_tokens: int | None,
-    question_tokens: int, steps: int, warmup: int | None, batch_size: int, accumulate: int, weight_decay: float,
-    clip_value: float, clip_norm: float, schedule: str, seed: int, dtype: str, device: str | None,
+    question_tokens: int, labels: Path | None, steps: int, warmup: int | None, batch_size: int, accumulate: int,
+    weight_decay: float, clip_value: float, clip_norm: float, schedule: str, seed: int, dtype: str, device: str | None,
     checkpoints: Path | None, save_every: int, resume: bool, log_every: int, report_to: tuple[str, ...], workers: int,
     plot: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -114,7 +118,7 @@ def train(
         trained = run(
             model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
             fitting=fitting, device=None if device is None else str(_device(device)), dtype=dtype, plot=plot,
-            force=force,
+            force=force, labels=labels,
         )  # fmt: skip
     if as_json:
         _print_json(trained.as_dict())

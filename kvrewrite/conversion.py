@@ -1,4 +1,4 @@
-"""Conversion of Hugging Face checkpoints, without their weights: model on meta, capture on meta, recipes of parameters.
+"""Conversion of Hugging Face checkpoints, without their weights: model on meta, recipes of parameters.
 
 The only place that runs transformers' modeling code. What it leaves, graph and recipes, needs none of it.
 """
@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from kvrewrite.checkpoint import Checkpoint, Reader, Recipe, follow, some
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr, set_attr
-
-if TYPE_CHECKING:
-    from kvrewrite.capture import Captured
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -145,48 +141,6 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
             stored = buffer is not None and leaf not in module._non_persistent_buffers_set
             if stored and pattern.search(f"{path}.{leaf}") and buffer.is_floating_point():  # type: ignore[union-attr]
                 module._buffers[leaf] = buffer.to(torch.float32)  # type: ignore[union-attr]
-
-
-def capture_on_meta(model: nn.Module, **options: Any) -> Captured:
-    """`capture` of a model from `build_on_meta`: parameters of the graph are on meta, buffers and literals are real.
-
-    The trace sees fake parameters on the CPU. Tracing on meta would do otherwise than the model does: transformers'
-    code asks for the device's type (routers count in integers elsewhere than on the CPU), and literals would lose their
-    values.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from kvrewrite.capture import capture
-
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    real: dict[int, nn.Parameter] = {}
-    stands_for: dict[int, nn.Parameter] = {}
-    undo: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for module in model.modules():
-            for leaf, parameter in module._parameters.items():
-                if parameter is None or not parameter.is_meta:
-                    continue
-                if id(parameter) not in stands_for:
-                    with fake:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                        stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                    stands_for[id(parameter)] = stand_in
-                    real[id(stand_in)] = parameter
-                undo.append((module, leaf, parameter))
-        for module, leaf, parameter in undo:
-            module._parameters[leaf] = stands_for[id(parameter)]
-        captured = capture(model, **options)
-    finally:
-        for module, leaf, parameter in undo:
-            module._parameters[leaf] = parameter
-    originals = dict(model.named_parameters(remove_duplicate=False))
-    for node in captured.graph.graph.nodes:
-        if node.op == "get_attr" and node.target in originals:
-            set_attr(captured.graph, node.target, originals[node.target])
-        elif node.op == "get_attr" and id(get_attr(captured.graph, node.target)) in real:
-            set_attr(captured.graph, node.target, real[id(get_attr(captured.graph, node.target))])
-    return captured
 
 
 class _Recorded(Tensor):

@@ -116,7 +116,7 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     full = original.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     cache = small.new_cache(1)
     dtype = small.dtype
-    evicted = small.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **settings)
+    evicted = small.generate(prompt, attention_mask=torch.ones_like(prompt), cache=cache, **settings)
     console.print(
         f"   {prompt.shape[1]} tokens, one of many needles asked for: {escape(repr(sample.question.strip()))}\n"
         f"   the answer is {', '.join(sample.answers)}", soft_wrap=True,
@@ -171,7 +171,7 @@ def _compare(original: Any, tokenizer: Any, questions: int, console: Console) ->
                 "do_sample": False,
                 "attention_mask": torch.ones_like(prompt),
             }
-            out: Any = small.generate(prompt, past_key_values=cache, **settings)
+            out: Any = small.generate(prompt, cache=cache, **settings)
             right += tasks.score(sample, tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
             kept = max(int(lens.max()) for lens in cache.live_slots().values())
         table.add_row(policy, f"{right:g} of {questions}", str(kept))

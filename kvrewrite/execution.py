@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from kvrewrite.graph import get_attr
+from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.passes.partition import Partition, partition
+from kvrewrite.passes.place import DEVICE
 
 WRITTEN = ("lens_", "next_table_")  # inputs with a part for each layer that the program writes to
 
@@ -84,6 +85,42 @@ class Execution:
         if not self._marks:
             return {source: inputs[source].unbind(0) for source in sources}
         return {source: [x.clone() for x in inputs[source].unbind(0)] for source in sources}
+
+
+class Staged(fx.Interpreter):
+    """Runs a program whose layers lie on several devices (`passes/place.py`), each node with its device as the current one:
+    Triton launches there.
+
+    devices: of the program's layout; attributes that it names (tables, policy weights) are moved there first.
+    """
+
+    def __init__(self, gm: fx.GraphModule, devices: Mapping[str, Any]):
+        for name, device in devices["attributes"].items():
+            value = get_attr(gm, name)
+            moved = value.to(device)
+            if isinstance(value, nn.Parameter):
+                moved = nn.Parameter(moved.detach(), requires_grad=False)
+            set_attr(gm, name, moved)
+        super().__init__(gm)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The logits; inputs in the graph's order."""
+        if not torch.cuda.is_available():
+            out: Tensor = self.run(*inputs)
+            return out
+        before = torch.cuda.current_device()
+        try:
+            out = self.run(*inputs)
+        finally:
+            torch.cuda.set_device(before)
+        return out
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node on its device."""
+        device = n.meta.get(DEVICE, "")
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        return super().run_node(n)
 
 
 def _mark(arguments: list[Any], moving: list[tuple[int, ...]]) -> None:

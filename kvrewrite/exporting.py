@@ -12,7 +12,7 @@ reads one only when it is told to trust it and its hash is that of the list besi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,19 +34,21 @@ NAMES = ("prefill", "decode")
 LISTING = "steps.json"
 
 
-@dataclass
-class ExportedSteps:
-    """A model's graph as two exported programs: `prefill` (B, T > 1) and `decode` (B, 1).
+@dataclass(kw_only=True)
+class Steps:
+    """A model's graph in two programs: `prefill` (B, T > 1) and `decode` (B, 1).
 
     inputs: what they take, in this order; "moving": the dimensions that may have other sizes than the example. Both return
     the logits (B, 1, vocabulary) of the column that `logit_index` names, and write to the cache's tensors.
     """
 
-    prefill: Any
-    decode: Any
     inputs: dict[str, list[dict[str, Any]]]
     batch_size: int  # 1, or the smallest of several
     policy: dict[str, Any]
+
+    def __call__(self, values: dict[str, Tensor]) -> Tensor:
+        """Runs one step, see `run`."""
+        return self.run(values)
 
     def run(self, values: dict[str, Tensor]) -> Tensor:
         """Runs one step; values: the program's inputs by name."""
@@ -56,11 +58,9 @@ class ExportedSteps:
         result: Tensor = self._module(name)(*(values[i["name"]] for i in self.inputs[name]))
         return result
 
-    def _module(self, name: str) -> Any:
-        made = self.__dict__.setdefault("_modules", {})
-        if name not in made:
-            made[name] = getattr(self, name).module()
-        return made[name]
+    def _module(self, name: str) -> Callable[..., Any]:
+        """What runs a step, "prefill" or "decode"."""
+        raise NotImplementedError
 
     def _wider(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Page tables of one column, which would be a case of their own, get another that no length reaches."""
@@ -82,8 +82,23 @@ class ExportedSteps:
                 raise InputError(
                     f"the exported {name} step can't take {expected['name']} of shape {shape}; it was exported for "
                     f"{tuple(expected['shape'])}, of which the dimensions {expected['moving']} may have other sizes from 2 on "
-                    "(logits of the last column only, and one row or several, as the example)"
+                    "(logits of the last column only, and one row or several, as the example). The model itself, without "
+                    "the steps, takes all: model.uncompile()"
                 )
+
+
+@dataclass(kw_only=True)
+class ExportedSteps(Steps):
+    """The steps as two programs of torch.export."""
+
+    prefill: Any
+    decode: Any
+
+    def _module(self, name: str) -> Callable[..., Any]:
+        made: dict[str, Callable[..., Any]] = self.__dict__.setdefault("_modules", {})
+        if name not in made:
+            made[name] = getattr(self, name).module()
+        return made[name]
 
     @contextmanager
     def attach(self, model: RewrittenModel) -> Iterator[RewrittenModel]:
@@ -92,11 +107,12 @@ class ExportedSteps:
             raise InputError(f"the steps are of {self.policy}, the model of {model.program.policy}")
         if model.__dict__["_compile_options"] is not None:
             raise InputError("the model is compiled; call model.uncompile() first")
-        model.__dict__["_execution"] = self.run
+        before = model.__dict__["_execution"]
+        model.__dict__["_execution"] = self
         try:
             yield model
         finally:
-            model.__dict__["_execution"] = None
+            model.__dict__["_execution"] = before
 
     def save(self, directory: str | Path) -> Path:
         """Writes prefill.pt2, decode.pt2 (weights included, in each) and steps.json, which lists inputs and hashes."""
@@ -146,6 +162,8 @@ def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    if not model.on_one_device:
+        raise InputError("a model on several devices can't be exported; load it on one")
     first = _record(model, batch_size, 0)
     second = _record(model, batch_size + (batch_size > 1), 1)
     programs: dict[str, Any] = {}

@@ -451,22 +451,25 @@ def retarget_device(gm: fx.GraphModule, device: torch.device | str) -> None:
 
     Ops that make tensors from nothing and say no device get one too: their default would be the CPU.
     """
-    device = torch.device(device)
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            put_on(node, torch.device(device))
+    gm.recompile()
+
+
+def put_on(node: fx.Node, device: torch.device) -> None:
+    """The same for one call; the graph has to be compiled again."""
 
     def leaf(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
-    for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        node.args = fx.node.map_aggregate(node.args, leaf)
-        kwargs = {k: device if k == "device" and isinstance(v, str) else v for k, v in node.kwargs.items()}
-        node.kwargs = fx.node.map_aggregate(kwargs, leaf)
-        if isinstance(node.target, torch._ops.OpOverload) and _makes_from_nothing(node.target):
-            at = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
-            if "device" not in node.kwargs and "device" not in at[: len(node.args)]:
-                node.kwargs = {**node.kwargs, "device": device}
-    gm.recompile()
+    node.args = fx.node.map_aggregate(node.args, leaf)
+    kwargs = {k: device if k == "device" and isinstance(v, str) else v for k, v in node.kwargs.items()}
+    node.kwargs = fx.node.map_aggregate(kwargs, leaf)
+    if isinstance(node.target, torch._ops.OpOverload) and _makes_from_nothing(node.target):
+        at = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
+        if "device" not in node.kwargs and "device" not in at[: len(node.args)]:
+            node.kwargs = {**node.kwargs, "device": device}
 
 
 def _makes_from_nothing(target: torch._ops.OpOverload) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 
 from torch import fx
 from torch._logging import trace_structured
@@ -33,10 +34,26 @@ class PassLog:
             log.info("%s: %s%d nodes%s", name, before, nodes, took)
             log.debug("graph after %s:\n%s", name, gm.graph)
             self._nodes = nodes
+        self._trace(name, lambda: str(gm.graph))
+
+    def parts(self, name: str, count: int, graphs: Sequence[fx.GraphModule]) -> None:
+        """Reports the pass `name`, which has cut a graph into `count` parts, of which these are the distinct ones."""
+
+        def text() -> str:
+            return "\n".join(f"# {i + 1} of {len(graphs)} distinct parts\n{gm.graph}" for i, gm in enumerate(graphs))
+
+        if log.isEnabledFor(logging.INFO):
+            milliseconds = (time.perf_counter() - self._started) * 1000
+            nodes = sum(len(gm.graph.nodes) for gm in graphs)
+            log.info("%s: %d parts, %d distinct of %d nodes, %.1f ms", name, count, len(graphs), nodes, milliseconds)
+            log.debug("graphs after %s:\n%s", name, text())
+        self._trace(name, text)
+
+    def _trace(self, name: str, text: Callable[[], str]) -> None:
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": f"kvrewrite_{name}", "encoding": "string"},
-            payload_fn=lambda: str(gm.graph),
+            payload_fn=text,
             expect_trace_id=False,  # a checkpoint is converted outside of any frame that dynamo compiles
         )
         self.restart()

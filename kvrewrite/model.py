@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
 from kvrewrite.errors import CacheError, InputError
-from kvrewrite.execution import Execution
+from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
 from kvrewrite.pages import PageStore, to_device
@@ -27,10 +26,9 @@ from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.program import Program
+from kvrewrite.prompts import join_question
 
 _program_ids = itertools.count()
-# transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
-CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 SPAN_STEP = 4096  # graph input `span` is a multiple of this
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -67,7 +65,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.__dict__["source"] = source
         # Not submodules: they are the same graph.
         self.__dict__.update(_execution=None, _decoder=None, _stores=None, _compile_options=None)
-        self.graph_module.to(self.device)  # tables that the compiler made lie on the CPU
+        # Tables that the compiler made lie on the CPU.
+        if self.on_one_device:
+            self.graph_module.to(self.device)
+        else:
+            self.__dict__["_staged"] = Staged(self.graph_module, program.layout["devices"])
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
             tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
@@ -77,8 +79,15 @@ class RewrittenModel(nn.Module, GenerationMixin):
     # -- what transformers asks a model --------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
+        """The device of the parameters; of a model on several, that of the inputs and the logits."""
+        if not self.on_one_device:
+            return torch.device(self.program.layout["devices"]["inputs"])
         return next(self.graph_module.parameters()).device
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether all layers and their caches lie on one device."""
+        return "devices" not in self.program.layout
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,10 +123,23 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 f"the model was captured in {self.dtype} and can't become {sample.dtype}: casts are part of its graph. Load "
                 "the original in the dtype that you want and transform that"
             )
+        ready = self.__dict__["_execution"] is not None and self.__dict__["_compile_options"] is None
+        if ready and sample.device != self.device:
+            raise InputError(
+                f"the model runs steps that were compiled for {self.device} and can't move to {sample.device} with them; call "
+                "model.uncompile() first, or load it there"
+            )
+        if not self.on_one_device:
+            places = {p.device for p in self.graph_module.parameters()}
+            if any(fn(torch.empty(0, dtype=self.dtype, device=p)).device != p for p in places):
+                raise InputError(
+                    f"the model lies on {', '.join(sorted(map(str, places)))} and can't be moved; transform the original where "
+                    "it should be"
+                )
         super()._apply(fn, recurse)
         for graph in self._rotary_graphs:
             graph._apply(fn)
-        for graph in (self.graph_module, *self._rotary_graphs):
+        for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
         if self.__dict__["_compile_options"] is not None:
             self.compile(**self.__dict__["_compile_options"])
@@ -133,6 +155,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         A policy for which that is not possible decodes through compiled parts instead, and a warning says why. Locret's heads
         are folded into one linear layer of the hidden states; compile again after a change of weights.
         """
+        if not self.on_one_device:
+            raise InputError(
+                "a model on several devices can't be compiled: parts that repeat are compiled once, for one device, and a CUDA "
+                "graph belongs to one. It runs op by op; load it on one device to compile it"
+            )
         self.uncompile()
         options = {"fullgraph": True, **kwargs}
 
@@ -152,7 +179,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
 
     def uncompile(self) -> None:
-        """Back to running op by op. Captured graphs and the model's pools are dropped with the last cache that uses them."""
+        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
+        with the last cache that uses them."""
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
@@ -199,11 +227,19 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def prompt_ids(self, context_ids: Tensor, question_ids: Tensor) -> Tensor:
-        """A prompt (B, T) from a context and a question about it, in the order that the policy wants: the question last,
-        and with locret_q in front, too."""
-        parts = [question_ids] if self.policy.question_first else []
-        return torch.cat([*parts, context_ids, question_ids], dim=1)
+    def prompt_ids(self, context_ids: Tensor, question_ids: Tensor, *, bos_token_id: int | None = None) -> Tensor:
+        """A prompt (B, T) from a context and a question about it (without special tokens), in the order that the policy
+        wants: the question last, and with locret_q in front, too, behind a BOS token that begins the context.
+
+        bos_token_id: default: the configuration's.
+        """
+        if bos_token_id is None:
+            bos_token_id = getattr(self.config, "bos_token_id", None)
+        rows = [
+            join_question(context, question, first=self.policy.question_first, bos=bos_token_id)
+            for context, question in zip(context_ids.tolist(), question_ids.tolist(), strict=True)
+        ]
+        return torch.tensor(rows, dtype=context_ids.dtype, device=context_ids.device)
 
     def length_tables(self, max_length: int | None) -> dict[str, Tensor]:
         """Rotary frequencies for requests of up to `max_length` tokens (None: as long as the model goes)."""
@@ -220,6 +256,16 @@ class RewrittenModel(nn.Module, GenerationMixin):
         for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
             made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
         return made
+
+    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with every
+        version of transformers, which renamed it."""
+        if cache is not None and past_key_values is not None:
+            raise InputError("got both cache and past_key_values, expected one of them: they are the same")
+        given = past_key_values if cache is None else cache
+        if given is not None:
+            kwargs[CACHE_NAME] = given
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
@@ -519,7 +565,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         inputs.update(cache.length_tables)
         names = self.program.layout["inputs"]
         execution: Execution | None = self.__dict__["_execution"]
-        if execution is None:
+        if execution is None and not self.on_one_device:
+            out = self.__dict__["_staged"](*(inputs[name] for name in names))
+        elif execution is None:
             out = self.graph_module(*(inputs[name] for name in names))
         else:
             out = execution({name: inputs[name] for name in names})
@@ -548,8 +596,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return most
 
     # -- saving --------------------------------------------------------------------------------------------------
-    def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **kwargs: Any) -> None:
-        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact`."""
+    def save_pretrained(
+        self, save_directory: str | Path, *, force: bool = False, compile: str | None = None, compile_batch: int = 1,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact`, and `kvrewrite.ahead` for
+        compile="aot"."""
         from kvrewrite.api import save
 
-        save(self, save_directory, force=force)
+        save(self, save_directory, force=force, compile=compile, compile_batch=compile_batch)

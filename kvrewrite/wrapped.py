@@ -78,7 +78,7 @@ def check_layers(model: nn.Module) -> None:
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise UnsupportedModelError(
-            f"the model's parameters lie on {', '.join(devices)}; a rewritten model lies on one device. Load it on one "
+            f"the model's parameters lie on {', '.join(devices)}, which only kvrewrite.transform takes. Load it on one device "
             "(device_map={'': 'cuda:0'}, or without device_map), or convert its directory, for which no weights are loaded "
             "(kvrewrite convert), and load the result with kvrewrite.load(directory, device=...)"
         )

@@ -22,6 +22,7 @@ from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, 
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.passes.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert_policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.passes.place import site_devices
 from kvrewrite.policies.base import Policy
 from kvrewrite.site import AttentionSite
 
@@ -40,6 +41,11 @@ class CacheClass:
     v_dim: int
     layers: list[int] = field(default_factory=list)  # sites that own keys and values
     windows: list[int] = field(default_factory=list)  # most slots that a layer can ever need, 0: no limit
+    device: str | None = None  # where the layers lie, if the model lies on several
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without a device where there is one only."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def site_nodes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -56,7 +62,8 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     nodes = site_nodes(gm)
     sites: list[AttentionSite] = [n.meta["kvrewrite_site"] for n in nodes]
     contiguous = policy.positions == "contiguous"
-    classes, where = _classes(nodes, sites)
+    devices = site_devices(gm, captured.devices) if captured.devices else {}
+    classes, where = _classes(nodes, sites, devices)
     policy.check_layers(len(where))
     scheme = _scheme(policy, sites)
     inputs = _control_inputs(gm, len(classes), contiguous, policy)
@@ -92,7 +99,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     gm.graph.lint()
     gm.recompile()
     return {
-        "classes": [vars(c) for c in classes],
+        "classes": [c.as_dict() for c in classes],
         "contiguous": contiguous,
         "rotary": rotary,
         "length_tables": lengths,
@@ -174,17 +181,19 @@ def _scheme(policy: Policy, sites: list[AttentionSite]) -> Scheme | None:
     return scheme
 
 
-def _classes(nodes: list[fx.Node], sites: list[AttentionSite]) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
-    """Groups the owning sites by the shape of their cache; also site -> (class, index in it)."""
+def _classes(
+    nodes: list[fx.Node], sites: list[AttentionSite], devices: dict[int, str]
+) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
+    """Groups the owning sites by the shape of their cache and its device; also site -> (class, index in it)."""
     classes: list[CacheClass] = []
     where: dict[int, tuple[int, int]] = {}
     for site in sites:
         if site.shares_kv_with is not None:
             continue
-        shape = (site.kv_heads, site.head_dim, site.v_head_dim)
-        found = next((c for c in classes if (c.kv_heads, c.k_dim, c.v_dim) == shape), None)
+        kind = (site.kv_heads, site.head_dim, site.v_head_dim, devices.get(site.layer))
+        found = next((c for c in classes if (c.kv_heads, c.k_dim, c.v_dim, c.device) == kind), None)
         if found is None:
-            found = CacheClass(*shape)
+            found = CacheClass(*kind[:3], device=kind[3])
             classes.append(found)
         where[site.layer] = (classes.index(found), len(found.layers))
         found.layers.append(site.layer)

@@ -10,6 +10,7 @@ update keeps ranks up to date. The saved program stays as it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from kvrewrite.graph import erase_dead, get_attr, is_op, mutates, same_size, tensor_of
+from kvrewrite.logs import PassLog
 from kvrewrite.passes.fold_heads import fold_heads
 from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
@@ -36,43 +38,36 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
 
 def fold(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with folded retaining heads, from which both others are made."""
-    folded = copy_of(gm)
-    fold_heads(folded)
-    return folded
+    return _lowered(gm, "", [fold_heads])
 
 
 def lower_prefill(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy for prompts."""
-    lowered = copy_of(gm)
-    _rank_all_layers(lowered)
-    _fuse_reads(lowered)
-    return _finished(lowered)
+    return _lowered(gm, "prefill_", [_rank_all_layers, _fuse_reads, erase_dead])
 
 
 def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
     """A copy for single tokens."""
-    lowered = copy_of(gm)
-    if settled:
-        _use_settled_keys(lowered)
-    else:
-        _fuse_reads(lowered)
-    _ignore_flags(lowered)
-    _fuse_mass(lowered)
-    _take_the_only_row(lowered)
-    _keep_pages(lowered)
-    _fuse_updates(lowered)
-    if not settled:
-        _turn_keys_in_attention(lowered)
-    fuse_linears(lowered, singles=True)
-    fuse_norms(lowered)
-    return _finished(lowered)
+    steps = [
+        _use_settled_keys if settled else _fuse_reads, _ignore_flags, _fuse_mass, _take_the_only_row, _keep_pages,
+        _fuse_updates, *([] if settled else [_turn_keys_in_attention]), _fuse_linears, fuse_norms, erase_dead,
+    ]  # fmt: skip
+    return _lowered(gm, "decode_settled_" if settled else "decode_", steps)
 
 
-def _finished(gm: fx.GraphModule) -> fx.GraphModule:
-    erase_dead(gm)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
+def _lowered(gm: fx.GraphModule, what: str, steps: Sequence[Callable[[fx.GraphModule], Any]]) -> fx.GraphModule:
+    """A copy behind these passes, each of which is logged by its name, with `what` in front."""
+    lowered, passes = copy_of(gm), PassLog()
+    for step in steps:
+        step(lowered)
+        passes.done(what + step.__name__.removeprefix("_"), lowered)
+    lowered.graph.lint()
+    lowered.recompile()
+    return lowered
+
+
+def _fuse_linears(gm: fx.GraphModule) -> None:
+    fuse_linears(gm, singles=True)
 
 
 def _calls(gm: fx.GraphModule, *targets: Any) -> list[fx.Node]:

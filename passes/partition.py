@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.graph import SIZE_OPS, fingerprint, is_op, is_size, output_node
+from kvrewrite.logs import PassLog
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
@@ -64,6 +65,7 @@ class Partition:
 def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
     """Cuts a copy of the graph; `gm` stays as it is and keeps the parameters. rows_move: whether the numbers of rows and
     tokens may differ from call to call; those of pages may."""
+    passes = PassLog()
     views: dict[str, tuple[str, int]] = {}
     homes: dict[fx.Node, int] = {}  # node -> its part
     part, attended = 0, True
@@ -95,6 +97,7 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
         parts.append(Part(made[text], [_name(n) for n in inputs], [n.name for n in outputs], moving))
     _note_last_uses(parts, result.name)
     attributes = sorted({str(n.target) for n in gm.graph.nodes if n.op == "get_attr"})
+    passes.parts("partition", len(parts), list(made.values()))
     return Partition(parts, views, attributes, result.name)
 
 

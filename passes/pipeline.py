@@ -1,6 +1,7 @@
 """The compiler's passes in their fixed order.
 
     capture -> normalize -> find_attention + canonicalize -> check -> lift_positions -> insert_policy + insert_cache
+    -> place, where parameters lie on several devices
 
 Each pass says in its module what it requires and ensures; none is skipped on error and none misses in silence.
 """
@@ -24,6 +25,7 @@ from kvrewrite.passes.insert_cache import insert_cache, site_nodes
 from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
 from kvrewrite.passes.lift_positions import lift_positions, limit_positions
 from kvrewrite.passes.normalize import normalize
+from kvrewrite.passes.place import place
 from kvrewrite.policies import Policy
 from kvrewrite.policy_weights import check_policy_weights
 from kvrewrite.program import Program
@@ -132,6 +134,12 @@ def insert(
     passes.done("insert_cache", captured.graph)
     if observe is not None:
         observe("insert_cache", captured.graph)
+        passes.restart()
+    if captured.devices:
+        place(captured.graph, captured.devices, layout)
+        passes.done("place", captured.graph)
+        if observe is not None:
+            observe("place", captured.graph)
     gm = captured.graph
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     extra = {n for n, _ in gm.named_buffers() if n.startswith(("rotary_tables.", "length_tables."))}

@@ -18,12 +18,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` on machines without one, and leaves those marked `coverage` out unless they are asked for."""
-    if "coverage" not in (config.option.markexpr or ""):
-        # By marker: among an item's keywords are the names of its folders.
-        long = [item for item in items if item.get_closest_marker("coverage")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("coverage")]
+    """Skips tests marked `gpu` on machines without one, and leaves those marked `coverage` or `slow` out unless they are asked
+    for."""
+    for marker in ("coverage", "slow"):
+        if marker not in (config.option.markexpr or ""):
+            # By marker: among an item's keywords are the names of its folders.
+            long = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=long)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -21,11 +21,12 @@ from torch import Tensor, fx, nn
 from kvrewrite import artifact
 from kvrewrite.artifact import companion_files, read_artifact, read_manifest, verify_hashes, write_artifact
 from kvrewrite.checkpoint import Checkpoint
-from kvrewrite.conversion import build_on_meta, capture_on_meta, parameter_sources
+from kvrewrite.conversion import build_on_meta, parameter_sources
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph_io import graph_to_dict
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
+from kvrewrite.stand_ins import capture_on_meta
 from tests.zoo import VOCAB, make
 
 aten = torch.ops.aten

@@ -20,6 +20,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import kvrewrite
 from kvrewrite import backend
 from kvrewrite.backend_cache import StockState
+from kvrewrite.cache import CACHE_NAME
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from tests.rewritten import build, original, rewritten
 from tests.zoo import VOCAB
@@ -70,6 +71,8 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 def run(model: Any, prompt: Tensor, steps: int, **rest: Any) -> tuple[Tensor, Any]:
     """Greedy tokens, and the cache that they leave."""
     rest.setdefault("attention_mask", torch.ones_like(prompt))
+    if "past_key_values" in rest:  # what transformers calls it from 5.24 on
+        rest[CACHE_NAME] = rest.pop("past_key_values")
     out = model.generate(prompt, max_new_tokens=steps, return_dict_in_generate=True, **GREEDY, **rest)
     return out.sequences, out.past_key_values
 

@@ -27,6 +27,7 @@ def test_example(path, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert "deprecated and will be removed" not in done.stderr  # by transformers; torch says so of its own use
     assert not list(tmp_path.iterdir())  # and leaves nothing behind
 
 

@@ -12,6 +12,7 @@ import torch
 
 from kvrewrite.cache import EvictionCache
 from kvrewrite.errors import CacheError
+from kvrewrite.training.data import Encoder
 from tests.rewritten import rewritten
 from tests.test_cache import GREEDY, check_pages, tokens
 
@@ -152,3 +153,24 @@ def test_prompt_order() -> None:
     first = rewritten("llama", "locret_q", budget=40, stabilizers=3, start=4)
     q, c = question[0].tolist(), context[0].tolist()
     assert first.prompt_ids(context, question).tolist() == [[*q, *c, *q]]
+
+    class Tokens:
+        eos_token_id = None
+
+        def __init__(self, bos: int):
+            self.bos_token_id = bos
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": {"c": c, "q": q, "a": [7]}[text]}
+
+    # Behind a BOS token, where evaluation and training put it.
+    for bos, expected in ((c[0], [c[0], *q, *c[1:], *q]), (c[1], [*q, *c, *q])):
+        assert first.prompt_ids(context, question, bos_token_id=bos).tolist() == [expected]
+        assert plain.prompt_ids(context, question, bos_token_id=bos).tolist() == [[*c, *q]]
+        row = Encoder(Tokens(bos), "answer", 100, question_first=True)(
+            {"context": "c", "question": "q", "answer": "a"}, 0
+        )
+        assert row["input_ids"] == [*expected, 7]
+    rows = torch.cat([context, context.flip(1)])  # each row by itself
+    found = first.prompt_ids(rows, question.expand(2, -1), bos_token_id=c[0]).tolist()
+    assert found == [[c[0], *q, *c[1:], *q], [*q, *c[::-1], *q]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_logits_processors_and_stopping_criteria(full: Any) -> None:
         **GREEDY,
     )
     assert out[0, 10:].tolist() == [42, 42, 42]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache(full: Any, name: str) -> None:
+    """Whatever this version of transformers calls it, and without its warning."""
+    cache = full.new_cache(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        out = full.generate(ids(1, 12), **{name: cache}, max_new_tokens=3, **GREEDY)
+        full(out[:, -1:], **{name: cache})
+    assert cache.seen == [15]
+    with pytest.raises(InputError, match="both cache and past_key_values"):
+        full.generate(ids(1, 12), cache=cache, past_key_values=cache, **GREEDY)
 
 
 def test_prompts_chunked_by_generate(full: Any) -> None:

@@ -12,21 +12,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = ["capture", "normalize", "canonicalize", "lift_positions", "insert_cache"]
+LOWERED = ["fold_heads", "prefill_rank_all_layers", "prefill_fuse_reads", "prefill_erase_dead"]
+DECODE = ["fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "fuse_linears", "fuse_norms", "erase_dead"]
 CODE = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, kvrewrite
 from transformers import LlamaConfig, LlamaForCausalLM
 config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-kvrewrite.transform(LlamaForCausalLM(config), policy="streaming_llm", budget=16)
+small = kvrewrite.transform(LlamaForCausalLM(config), policy="streaming_llm", budget=16)
 """
+# The passes behind `compile`, without a compiler.
+COMPILED = (
+    CODE
+    + """
+small.compile(static_decode=True, backend="eager")
+small.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=3, pad_token_id=0)
+"""
+)
 
 
-def logged(**settings: str) -> str:
+def logged(code: str = CODE, **settings: str) -> str:
     """stderr of a transformation under these environment variables."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     clean = {k: v for k, v in os.environ.items() if k not in ("TORCH_LOGS", "TORCH_TRACE")}
     env = {**clean, "PYTHONPATH": paths, **settings}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -49,11 +59,23 @@ def test_graphs_in_torch_logs() -> None:
 
 
 def test_trace(tmp_path: Path) -> None:
-    text = logged(TORCH_LOGS="kvrewrite", TORCH_TRACE=str(tmp_path))
-    check_counts(text)
+    """Lowering for `compile`, too: each pass by name, once for every program that is made."""
+    text = logged(COMPILED, TORCH_LOGS="kvrewrite", TORCH_TRACE=str(tmp_path))
+    first, second = text[: text.index("fold_heads:")], text[text.index("fold_heads:") :]
+    check_counts(first)
     assert "graph after" not in text
-    lines = "".join(p.read_text() for p in tmp_path.iterdir()).splitlines()
-    records = [json.loads(line[line.index("{") :]) for line in lines if line.startswith("V") and "{" in line]
+    lines = re.findall(
+        r"(\w+): (?:(\d+) -> )?(\d+) (?:nodes|parts, \d+ distinct of \d+ nodes), [\d.]+ ms$", second, re.MULTILINE
+    )
+    decode = [f"decode_{p}" for p in ["fuse_reads", *DECODE]]
+    lowered = [line[0] for line in lines]
+    assert lowered == [*LOWERED, "partition", *decode, "partition"]
+    for before, line in itertools.pairwise(lines):
+        assert not line[1] or line[1] == before[2]
+    written = "".join(p.read_text() for p in tmp_path.iterdir())
+    records = [
+        json.loads(line[line.index("{") :]) for line in written.splitlines() if line.startswith("V") and "{" in line
+    ]
     names = [r["artifact"]["name"] for r in records if r.get("artifact", {}).get("name", "").startswith("kvrewrite_")]
-    assert names == [f"kvrewrite_{p}" for p in PASSES]
-    assert "torch.ops.kvrewrite.cached_attention" in "\n".join(lines)
+    assert names == [f"kvrewrite_{p}" for p in [*PASSES, *lowered]]
+    assert "torch.ops.kvrewrite.cached_attention" in written and "torch.ops.kvrewrite.decode_attention" in written

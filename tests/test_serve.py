@@ -190,6 +190,26 @@ def test_memory_does_not_grow(parts: Any, server: Server) -> None:
     assert len(alive) <= 1  # that of a frame which has just ended
 
 
+@pytest.mark.slow
+def test_memory_over_500_requests(parts: Any, server: Server) -> None:
+    """From 8 clients at once with different prompts: each answer is the one that it gets alone, and from the 50th to the 500th
+    request the process does not grow."""
+    psutil = pytest.importorskip("psutil")
+    process, sizes = psutil.Process(), []
+    alone = [expected(parts, p, 4) for p in PROMPTS]
+
+    def ask(i: int) -> bool:
+        status, data = server.call("/v1/completions", {"prompt": PROMPTS[i % 8], "max_tokens": 4})
+        return status == 200 and data["choices"][0]["text"] == alone[i % 8]
+
+    with ThreadPoolExecutor(8) as pool:
+        for begin, end in ((0, 50), (50, 500)):
+            assert all(pool.map(ask, range(begin, end)))
+            assert idle(server.engine) and server.engine.leased_after == 0
+            sizes.append(process.memory_info().rss)
+    assert sizes[1] - sizes[0] < 4 << 20  # what a cache of each request would come to: 450 times 4 pages of 5 KB
+
+
 def test_a_client_that_goes_away(server: Server) -> None:
     """Its request ends, its cache is given back, and the next one is served."""
     before = server.engine.cancelled

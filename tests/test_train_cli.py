@@ -83,6 +83,36 @@ def test_stopped_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
     assert all((whole[name] == rest[name]).all() for name in whole)
 
 
+def test_labels_once(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by the first run, read by the next, and the same heads as with labels of its own; refused where they don't fit."""
+    common = ["train", model, "-p", "locret", "-d", data, *SHORT]
+    file = ["--labels", tmp_path / "labels.safetensors"]
+    for name, extra in (("own", []), ("first", file)):
+        assert run(*common, "--out", tmp_path / f"{name}.safetensors", *extra).exit_code == 0
+    monkeypatch.setattr(
+        "kvrewrite.training.locret.causal_importance", None
+    )  # from here on they are in the file or nowhere
+    assert run(*common, "--out", tmp_path / "second.safetensors", *file).exit_code == 0
+    own, first, second = (read_policy_weights(tmp_path / f"{n}.safetensors")[0] for n in ("own", "first", "second"))
+    assert all((first[name] == second[name]).all() and (own[name] == first[name]).all() for name in own)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("fox 3", "fox 4"))
+    no = ["--out", tmp_path / "no.safetensors"]
+    for arguments, words in (
+        ([*common, *file, "-o", "label=log_probability"], "label is logit, expected log_probability"),
+        ([*common, *file, "--max-tokens", 9], "max_tokens is 10240, expected 9"),
+        (["train", model, "-p", "locret", "-d", other, *SHORT, *file], "of another run: data is"),
+        ([*common, "--labels", tmp_path / "own.safetensors"], "no file of labels"),
+        (["train", model, "-p", "attention_gate", "-d", data, *file], "attention_gate is trained without labels"),
+    ):
+        made = run(*arguments, *no)
+        assert made.exit_code == 1 and words in made.stderr, made.output
+    content = (tmp_path / "labels.safetensors").read_bytes()
+    (tmp_path / "labels.safetensors").write_bytes(content[:-10])
+    made = run(*common, *file, *no)
+    assert made.exit_code == 1 and "labels.safetensors" in made.stderr and not no[1].exists()
+
+
 def test_wrong_usage(model: Path, data: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "x.safetensors"]
     for arguments, status, words in (

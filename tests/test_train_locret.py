@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,6 +90,25 @@ def test_labels_are_the_models_own_logits(family: str, lengths: tuple[int, int])
         for i, (prompt, end) in enumerate(((lengths[0], lengths[0] + 5), (lengths[1], lengths[1] + 3))):
             seen = layer[i, :, prompt:end, :prompt].reshape(kv_heads, -1, end - prompt, prompt)
             torch.testing.assert_close(label[i, :, :prompt].exp(), seen.amax(dim=(1, 2)), rtol=1e-4, atol=1e-7)
+
+
+def test_labels_from_a_file_are_those_of_the_batch(tmp_path: Path) -> None:
+    """Rows of different lengths, and a text that comes twice."""
+    made = task("llama")
+    batch = collate(ROWS)
+    _, expected = made.observe(**batch)
+    texts = SimpleNamespace(once=lambda: iter([*ROWS, ROWS[0]]))
+    made.use_labels(tmp_path / "l.safetensors", texts, {"model": "a"}, quiet=True)
+    _, found = made.observe(**batch)
+    assert len(load_file(tmp_path / "l.safetensors")) == len(ROWS)  # the format that everybody reads
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    with pytest.raises(TrainingError, match=r"model is a, expected b"):
+        made.use_labels(tmp_path / "l.safetensors", texts, {"model": "b"}, quiet=True)
+    stranger = SimpleNamespace(once=lambda: iter([row(9)]))
+    with pytest.raises(TrainingError, match=r"no labels for a text of 20 \+ 5 tokens.*another tokenizer"):
+        made.use_labels(tmp_path / "l.safetensors", stranger, {"model": "a"}, quiet=True)
 
 
 def test_tokens_outside_of_a_window_are_not_learned() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import kvrewrite
+from kvrewrite.capture import capture
 from kvrewrite.errors import ArtifactError, UnsupportedModelError
 from kvrewrite.wrapped import without_hooks
 from tests.tiny import make_checkpoint
@@ -106,13 +107,15 @@ class TestAccelerate:
             kvrewrite.transform(model, "full")
 
 
-def test_a_model_on_two_devices_is_refused(base: Any) -> None:
+def test_a_model_that_is_half_there_is_refused(base: Any) -> None:
     model = fresh(base)
-    model.model.layers[1].to("meta")  # the only other device that is everywhere
+    model.model.layers[1].to("meta")
     with pytest.raises(
-        UnsupportedModelError, match=r"lie on cpu, meta; a rewritten model lies on one.*kvrewrite\.load"
+        UnsupportedModelError, match=r"lie on cpu, meta, and model\.layers\.1.*no values.*kvrewrite convert"
     ):
         kvrewrite.transform(model, "full")
+    with pytest.raises(UnsupportedModelError, match=r"lie on cpu, meta, which only kvrewrite\.transform takes"):
+        capture(model)  # what training and the torch.compile backend call
 
 
 @pytest.mark.gpu

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from kvrewrite.prompts import join_question
+
 SLACK = 4  # tokens that an answer may have beyond the expected ones
 
 POINTS = ("context", "prompt")  # where the cache is measured: before and after the question
@@ -123,7 +125,7 @@ def generate(
     out = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        past_key_values=cache,
+        cache=cache,
         generation_config=settings,
         stopping_criteria=StoppingCriteriaList([watch]),
     )
@@ -143,15 +145,6 @@ def prefill(model: Any, ids: Tensor, mask: Tensor, max_length: int) -> Any:
         return model.prefill(ids.to(model.device), mask.to(model.device), max_length=max_length)
 
 
-def with_question(question: Question, first: bool, bos: int | None) -> list[int]:
-    """The prompt of one row. first: the question also goes in front of the context (behind a BOS token)."""
-    context = list(question.context)
-    if not first:
-        return [*context, *question.question]
-    lead, context = (context[:1], context[1:]) if context and context[0] == bos else ([], context)
-    return [*lead, *question.question, *context, *question.question]
-
-
 def ask_aware(
     model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int, *, question_first: bool = False
 ) -> Iterator[tuple[int, Answers]]:
@@ -160,7 +153,8 @@ def ask_aware(
     pad, _ = _special(tokenizer, model)
     for at in range(0, len(questions), batch_size):
         batch = questions[at : at + batch_size]
-        rows = [with_question(q, question_first, tokenizer.bos_token_id) for q in batch]
+        bos = tokenizer.bos_token_id
+        rows = [join_question(q.context, q.question, first=question_first, bos=bos) for q in batch]
         ids, mask = pad_left(rows, pad)
         limits = [q.limit for q in batch]
         cache = model.new_cache(len(batch), max_length=ids.shape[1] + max(limits))

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from kvrewrite import artifact, policies
 from kvrewrite.api import Weights, _facts, _read_weights
 from kvrewrite.checkpoint import read_json
-from kvrewrite.conversion import build_on_meta, capture_on_meta
+from kvrewrite.conversion import build_on_meta
 from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.inspection.code import Group, SiteCode, fold, sites_code
 from kvrewrite.passes.insert_policy import PREFIX
@@ -22,6 +22,7 @@ from kvrewrite.passes.pipeline import canonical, insert
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
+from kvrewrite.stand_ins import capture_on_meta
 
 PASSES = {
     "capture": "torch.export's graph of the model, on fake tensors",

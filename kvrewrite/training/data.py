@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kvrewrite.errors import TrainingError
+from kvrewrite.prompts import join_question
 from kvrewrite.training.trainer import IGNORED
 
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -161,11 +162,8 @@ class Encoder:
         if isinstance(row.get("context"), str) and isinstance(row.get("question"), str) and isinstance(answer, str):
             context, question = self._ids(row["context"]), self._ids(row["question"], special=False)
             if self.question_first:
-                # As `kvrewrite eval` asks: the first token, the question, the context, and the question again.
-                lead, context = (
-                    (context[:1], context[1:]) if context[:1] == [self.tokenizer.bos_token_id] else ([], context)
-                )
-                context = [*lead, *question[-self.question_tokens :], *context]
+                front = question[-self.question_tokens :]
+                context = join_question(context, [], first=True, bos=self.tokenizer.bos_token_id, front=front)
             room = self.max_tokens - len(question)
             if len(context) > room > 0:
                 Counts.add(self.counts.cut)
@@ -225,6 +223,14 @@ class Texts(IterableDataset):  # type: ignore[type-arg]
             raise TrainingError(f"{', '.join(map(str, self.paths))}: no rows; expected {WITH_ANSWER}; or text")
         encode(first, 0)
         encode.counts.read.value = encode.counts.cut.value = 0
+
+    def once(self) -> Iterator[dict[str, list[int]]]:
+        """All rows once, in the files' order, without being counted."""
+        counts = self.encode.counts
+        before = counts.read.value, counts.cut.value
+        for number, row in enumerate(rows(self.kind, self.paths)):
+            yield self.encode(row, number)
+            counts.read.value, counts.cut.value = before
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         worker = get_worker_info()

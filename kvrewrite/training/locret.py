@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from kvrewrite.api import _facts
 from kvrewrite.capture import capture
@@ -19,8 +21,9 @@ from kvrewrite.policies.locret import Locret
 from kvrewrite.policy_weights import BASE_MODEL, save_policy_weights
 from kvrewrite.site import AttentionSite
 from kvrewrite.training.heads_graph import arguments, insert_heads
+from kvrewrite.training.label_file import LabelFile, said_of, write_labels
 from kvrewrite.training.labels import LABELS, answer_index, causal_importance
-from kvrewrite.training.trainer import Task
+from kvrewrite.training.trainer import Task, collate
 
 TOP = 0.1  # of the positions: what the monitored overlap compares
 
@@ -109,6 +112,7 @@ class LocretTask(Task):
     def __init__(self, model: nn.Module, options: LocretOptions, policy: Locret | None = None):
         super().__init__()
         self.options = options
+        self.labels: LabelFile | None = None  # read from there instead of being computed
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         captured = capture(model)
@@ -154,6 +158,8 @@ class LocretTask(Task):
             set_attr(graph, table.attribute, chosen.to(input_ids.device))
         scores, queries, keys = graph(*arguments(graph, input_ids))
         answer = real & (labels >= 0)
+        if self.labels is not None:
+            return list(scores), self.labels.read(input_ids, answer, real)
         answers = answer_index(answer)
         importance = [
             causal_importance(
@@ -163,6 +169,36 @@ class LocretTask(Task):
             for site, q, k in zip(self.owners, queries, keys, strict=True)
         ]  # fmt: skip
         return list(scores), importance
+
+    @torch.no_grad()
+    def label(self, row: dict[str, list[int]]) -> Tensor:
+        """The labels of one text {"input_ids", "labels"}: (kv heads of all layers, tokens of the prompt) fp32."""
+        device = self.heads[0].device
+        batch = {name: value.to(device) for name, value in collate([row]).items()}
+        prompt = int((batch["labels"] < 0).sum())
+        return torch.cat([label[0, :, :prompt] for label in self.observe(**batch)[1]])
+
+    def use_labels(self, path: Path, texts: Any, run: dict[str, Any], quiet: bool = False) -> None:
+        """Takes labels from a file; where there is none it is made first, from all texts once. run: what labels depend on
+        besides this task. Raises TrainingError where the file is of another run."""
+        said = said_of(self.owners, label=self.options.label, dtype=str(self.dtype).removeprefix("torch."), **run)
+        heads = [site.kv_heads for site in self.owners]
+        if not path.exists():
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise OptionError(
+                    f"{path} does not exist, and several processes can't make it together; run once without accelerate launch "
+                    "(--steps 1 is enough), then train with it"
+                )
+            with tqdm(desc="labels", unit=" texts", disable=quiet) as bar:
+
+                def label(row: Any) -> Tensor:
+                    bar.update()
+                    return self.label(row)
+
+                write_labels(path, said, sum(heads), texts.once, label)
+        self.labels = LabelFile(path, said, heads)
+        first = next(iter(texts.once()))
+        self.labels.labels_of(first["input_ids"], sum(label < 0 for label in first["labels"]))
 
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
         """The loss of one batch and its parts; see `Task`."""

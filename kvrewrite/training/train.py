@@ -98,19 +98,24 @@ def train(
     dtype: str = "auto",
     plot: str | Path | None = None,
     force: bool = False,
+    labels: str | Path | None = None,
 ) -> Trained:
     """Trains a policy's weights and writes them as safetensors.
 
     model: a checkpoint directory of transformers, or a model; its parameters are frozen and shared, never copied. data: .jsonl
     or .parquet files (`kvrewrite.training.data`). max_tokens: the longest prompt or text, default 10240 (locret) or 4096.
     options: of the policy's training (`LocretOptions`, `GateOptions`). fitting: steps, batches, optimizer, checkpoints.
-    plot: a PNG of the loss. Raises TrainingError, OptionError and what `transform` raises for models that have no sites.
+    plot: a PNG of the loss. labels: a file of Locret's labels, which is made from all texts where there is none, and read where
+    there is; one of another model, data or options is refused. Raises TrainingError, OptionError and what `transform` raises for
+    models that have no sites.
     """
     require_training()
     out = Path(out)
     fitting = fitting or FitOptions()
     check_out(out, force)
     check_plot(plot)
+    if labels is not None and policy not in ("locret", "locret_q"):
+        raise OptionError(f"{policy} is trained without labels; leave --labels (labels) out")
     _, paths = check_files(data)
     limit = max_tokens or MAX_TOKENS.get(policy, 4096)
     if isinstance(model, (str, Path)):
@@ -141,8 +146,14 @@ def train(
         "data": fingerprint(paths),
         "max_tokens": limit,
         "question_tokens": question_tokens,
+        # Computed a text at a time they may differ in the last bit from those of a batch.
+        **({} if labels is None else {"labels": "from a file"}),
     }
     check_checkpoints(fitting, run)
+    if labels is not None:
+        assert isinstance(task, LocretTask)
+        depends = ("policy", "data", "max_tokens", "question_tokens")
+        task.use_labels(Path(labels), texts, {"model": base_hash, **{n: run[n] for n in depends}}, fitting.quiet)
     fitted = fit(task, texts, fitting)
     written: list[Path] = []
     if is_main_process():
