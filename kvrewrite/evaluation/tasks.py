@@ -465,7 +465,7 @@ def _few_shot_rare(room: _Room, forms: tuple[_Form, ...] = _FORMS, fillers: tupl
     """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
     has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
 
-    A third of the room is filler; one example in six is of a rare class, up to 64.
+    A third of the room is filler; about one example in four is of a rare class, up to 64.
     """
     rng = room.rng
     form = rng.choice(forms)
@@ -483,7 +483,7 @@ def _few_shot_rare(room: _Room, forms: tuple[_Form, ...] = _FORMS, fillers: tupl
     words = room.words(20 + 2 * 64)
     labels, members, once = words[:4], words[4:20], words[20:]
     size = room.cost(fact(members[0], labels[0])) + 1
-    count = max(1, min(64, room.tokens // (9 * size)))
+    count = max(1, min(64, room.tokens // (6 * size)))
     rare = list(zip(once[:count], once[64 : 64 + count], strict=True))
     questions = room.reserve([ask(*pair) for pair in rng.sample(rare, count)])
     facts = [fact(*pair) for pair in rare]
