@@ -110,7 +110,7 @@ def test_needles(model, tokenizer, task):
         assert reply(model, tokenizer, sample, sample.context + sample.question) == sample.target
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", [name for name in tasks.TASKS if name not in tasks.UNKNOWN_TO_SMALL])
 def test_every_task(model, tokenizer, task):
     """The mean score of four short samples; the lowest measured on 500 was 90%."""
     samples = [tasks.make(task, tokens=512, seed=seed, tokenizer=tokenizer) for seed in range(4)]

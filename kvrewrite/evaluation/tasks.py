@@ -482,7 +482,7 @@ def _few_shot_rare(room: _Room, forms: tuple[_Form, ...] = _FORMS, fillers: tupl
 
     words = room.words(20 + 2 * 64)
     labels, members, once = words[:4], words[4:20], words[20:]
-    size = room.cost(fact(members[0], labels[0])) + 1
+    size = room.cost(("\n", form.lead.lstrip(), " red", " big", " old", members[0], form.mark, labels[0]))
     count = max(1, min(64, room.tokens // (6 * size)))
     rare = list(zip(once[:count], once[64 : 64 + count], strict=True))
     questions = room.reserve([ask(*pair) for pair in rng.sample(rare, count)])

@@ -144,6 +144,7 @@ def train(
     }
     check_checkpoints(fitting, run)
     fitted = fit(task, texts, fitting)
+    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])  # adapters may be merged later
     written: list[Path] = []
     if is_main_process():
         said = {
@@ -162,7 +163,6 @@ def train(
 
             plot_loss(fitted.log, plot)
             written.append(Path(plot))
-    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     return Trained(policy, out, written, trained, total, fitted, encode.counts.read.value, encode.counts.cut.value)
 
 
