@@ -449,40 +449,38 @@ def _few_shot(room: _Room) -> Document:
     return Document([piece for fact in facts for piece in fact], questions)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How an example is written: what stands in front of an input, and between input and label."""
-
-    lead: str
-    mark: str
+_LEADS = (" Input:", " Text:", " Example:", " Case:", " Line:", " Sample:")
+_MARKS = (" ->", " =>", " =", " is", " :", " means", " <-", " ~")
 
 
-_FORMS = (_Form(" Input:", " ->"), _Form(" Text:", " =>"), _Form(" Example:", " ="))
-_HELD_OUT = _Form(" Item:", " |")
-
-
-def _few_shot_rare(room: _Room, forms: tuple[_Form, ...] = _FORMS, fillers: tuple[str, ...] = ("noise", "code")) -> Document:
+def _few_shot_rare(
+    room: _Room,
+    leads: tuple[str, ...] = _LEADS,
+    marks: tuple[str, ...] = _MARKS,
+    fillers: tuple[str, ...] = ("noise", "code"),
+) -> Document:
     """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
     has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
 
-    A third of the room is filler; about one example in four is of a rare class, up to 64.
+    What stands in front of an input, and between it and its label, is the same in a whole text and drawn for each. A third
+    of the room is filler; about one example in four is of a rare class, up to 64.
     """
     rng = room.rng
-    form = rng.choice(forms)
+    lead, mark = rng.choice(leads), rng.choice(marks)
     room.filler = room.filler if room.filler in fillers else rng.choice(fillers)
 
     def line(noun: str) -> tuple[str, ...]:
-        return (*(" " + rng.choice(ADJECTIVES) for _ in range(rng.randint(1, 4))), noun, form.mark)
+        return (*(" " + rng.choice(ADJECTIVES) for _ in range(rng.randint(1, 4))), noun, mark)
 
     def fact(noun: str, label: str) -> tuple[str, ...]:
-        return ("\n", form.lead.lstrip(), *line(noun), label)
+        return ("\n", lead.lstrip(), *line(noun), label)
 
     def ask(noun: str, label: str) -> Question:
-        return Question(("\nQ:", form.lead, *line(noun)), (label,), (label.strip(),))
+        return Question(("\nQ:", lead, *line(noun)), (label,), (label.strip(),))
 
     words = room.words(20 + 2 * 64)
     labels, members, once = words[:4], words[4:20], words[20:]
-    size = room.cost(("\n", form.lead.lstrip(), " red", " big", " old", members[0], form.mark, labels[0]))
+    size = room.cost(("\n", lead.lstrip(), " red", " big", " old", members[0], mark, labels[0]))
     count = max(1, min(64, room.tokens // (6 * size)))
     rare = list(zip(once[:count], once[64 : 64 + count], strict=True))
     questions = room.reserve([ask(*pair) for pair in rng.sample(rare, count)])
@@ -500,8 +498,8 @@ def _few_shot_rare(room: _Room, forms: tuple[_Form, ...] = _FORMS, fillers: tupl
 
 
 def _few_shot_held_out(room: _Room) -> Document:
-    """`_few_shot_rare` in a form and among filler (prose) that it never has: what is trained on it can be tested on this."""
-    return _few_shot_rare(room, (_HELD_OUT,), ("prose",))
+    """`_few_shot_rare` in words and among filler (prose) that it never has: what is trained on it can be tested on this."""
+    return _few_shot_rare(room, (" Item:",), (" |",), ("prose",))
 
 
 _RULER = "RULER, arXiv 2404.06654"
@@ -533,7 +531,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "few_shot_held_out",
-            "the same in another form and among other filler",
+            "the same in other words and among other filler",
             "in-context classification",
             _few_shot_held_out,
             max_new_tokens=4,
