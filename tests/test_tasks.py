@@ -189,7 +189,7 @@ def test_few_shot():
         assert len(set(labels.values())) == 4
 
 
-@pytest.mark.parametrize("task", ["few_shot_rare", "few_shot_held_out"])
+@pytest.mark.parametrize("task", ["few_shot_rare", "few_shot_varied", "few_shot_held_out"])
 def test_few_shot_of_rare_classes(task):
     held_out = task == "few_shot_held_out"
     lines = set(tasks.code() + tuple("\n" + line for line in tasks.NOISE))

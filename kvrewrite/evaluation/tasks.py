@@ -449,24 +449,24 @@ def _few_shot(room: _Room) -> Document:
     return Document([piece for fact in facts for piece in fact], questions)
 
 
+# What stands in front of an input, and between it and its label.
+_FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
 _LEADS = (" Input:", " Text:", " Example:", " Case:", " Line:", " Sample:")
 _MARKS = (" ->", " =>", " =", " is", " :", " means", " <-", " ~")
+_VARIED = tuple((lead, mark) for lead in _LEADS for mark in _MARKS)
+_HELD_OUT = ((" Item:", " |"),)
 
 
 def _few_shot_rare(
-    room: _Room,
-    leads: tuple[str, ...] = _LEADS,
-    marks: tuple[str, ...] = _MARKS,
-    fillers: tuple[str, ...] = ("noise", "code"),
+    room: _Room, forms: tuple[tuple[str, str], ...] = _FORMS, fillers: tuple[str, ...] = ("noise", "code")
 ) -> Document:
     """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
     has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
 
-    What stands in front of an input, and between it and its label, is the same in a whole text and drawn for each. A third
-    of the room is filler; about one example in four is of a rare class, up to 64.
+    A text writes all its examples in one form. A third of the room is filler; about one example in four is of a rare class, up to 64.
     """
     rng = room.rng
-    lead, mark = rng.choice(leads), rng.choice(marks)
+    lead, mark = rng.choice(forms)
     room.filler = room.filler if room.filler in fillers else rng.choice(fillers)
 
     def line(noun: str) -> tuple[str, ...]:
@@ -497,9 +497,15 @@ def _few_shot_rare(
     return Document(room.spread(facts), questions)
 
 
+def _few_shot_varied(room: _Room) -> Document:
+    """`_few_shot_rare` in 48 forms instead of three."""
+    return _few_shot_rare(room, _VARIED)
+
+
 def _few_shot_held_out(room: _Room) -> Document:
-    """`_few_shot_rare` in words and among filler (prose) that it never has: what is trained on it can be tested on this."""
-    return _few_shot_rare(room, (" Item:",), (" |",), ("prose",))
+    """`_few_shot_rare` in a form and among filler (prose) that neither it nor `_few_shot_varied` has: to test what was trained
+    on them."""
+    return _few_shot_rare(room, _HELD_OUT, ("prose",))
 
 
 _RULER = "RULER, arXiv 2404.06654"
@@ -530,8 +536,15 @@ TASKS: dict[str, Task] = {
             max_new_tokens=4,
         ),
         Task(
+            "few_shot_varied",
+            "the same, written in many forms",
+            "in-context classification",
+            _few_shot_varied,
+            max_new_tokens=4,
+        ),
+        Task(
             "few_shot_held_out",
-            "the same in other words and among other filler",
+            "the same in another form and among other filler",
             "in-context classification",
             _few_shot_held_out,
             max_new_tokens=4,
@@ -539,7 +552,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
-UNKNOWN_TO_SMALL = ("few_shot_rare", "few_shot_held_out")
+UNKNOWN_TO_SMALL = ("few_shot_rare", "few_shot_varied", "few_shot_held_out")
 """Tasks that the shipped model was not trained on: for fine-tuning (docs/training.md)."""
 
 
