@@ -1,5 +1,5 @@
-"""Writes training data for the policies of the small model: one JSON line a text, {"prompt", "answer", "task"}, {"context", "turns",
-"task"} or {"text"}.
+"""Writes training data for the policies of the small model: one JSON line a text, {"prompt", "answer", "task"},
+{"context", "turns", "task"} or {"text"}.
 
     python examples/policy_training_data.py locret.jsonl --count 8000 --tokens 2048
     python examples/policy_training_data.py few_shot.jsonl --count 20000 --tokens 512 --tasks few_shot_rare --form turns

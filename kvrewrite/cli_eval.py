@@ -295,7 +295,11 @@ def _run_harness(
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The PNG file to write.")
 @click.option(
-    "--task", "-t", "tasks", multiple=True, help="accuracy and eviction: only these tasks; repeatable. Default: their mean."
+    "--task",
+    "-t",
+    "tasks",
+    multiple=True,
+    help="accuracy and eviction: only these tasks; repeatable. Default: their mean.",
 )
 @click.option(
     "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
@@ -317,8 +321,8 @@ def plot(
 ) -> None:  # fmt: skip
     """Draws results as a PNG.
 
-    SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory (measured, or
-    estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
+    SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory
+    (measured, or estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
     """
     from kvrewrite.evaluation import plots
 

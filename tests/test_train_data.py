@@ -68,7 +68,7 @@ def test_turns(tokenizer: Any) -> None:
     assert made["labels"] == asked[0] + parts[1] + end + asked[1] + parts[3] + end
     turns = sum(map(len, parts))
     short = Encoder(tokenizer, "answer", turns + 2)
-    assert short(row, 0)["input_ids"] == context[:2] + sum(parts, [])  # the turns stay
+    assert short(row, 0)["input_ids"] == context[:2] + [token for part in parts for token in part]  # the turns stay
     assert short.counts.cut.value == 1
     with pytest.raises(TrainingError, match=f"turns of {turns} tokens, which leave no room for a context"):
         encode(tokenizer, row, max_tokens=turns)

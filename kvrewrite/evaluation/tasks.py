@@ -463,7 +463,8 @@ def _few_shot_rare(
     """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
     has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
 
-    A text writes all its examples in one form. A third of the room is filler; about one example in four is of a rare class, up to 64.
+    A text writes all its examples in one form. A third of the room is filler; about one example in four is of a rare class,
+    up to 64.
     """
     rng = room.rng
     lead, mark = rng.choice(forms)

@@ -144,7 +144,8 @@ def train(
     }
     check_checkpoints(fitting, run)
     fitted = fit(task, texts, fitting)
-    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])  # adapters may be merged later
+    # Before `save`, which may merge adapters.
+    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     written: list[Path] = []
     if is_main_process():
         said = {
