@@ -290,16 +290,20 @@ def _run_harness(
 # ------------------------------------------------------------------------------------------------------------ plot
 @click.argument("source", required=False)
 @click.option(
-    "--kind", type=click.Choice(["accuracy", "memory", "retention"]), default="accuracy", show_default=True,
-    help="accuracy against budget, memory against context, or which positions a prompt keeps.",
+    "--kind", type=click.Choice(["accuracy", "memory", "eviction", "retention"]), default="accuracy", show_default=True,
+    help="accuracy against budget, memory against context, what each head evicts, or which positions a prompt keeps.",
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The PNG file to write.")
 @click.option(
-    "--task", "-t", "tasks", multiple=True, help="accuracy: only these tasks; repeatable. Default: their mean."
+    "--task",
+    "-t",
+    "tasks",
+    multiple=True,
+    help="accuracy and eviction: only these tasks; repeatable. Default: their mean.",
 )
 @click.option(
     "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
-    help="memory and retention: a policy; repeatable. accuracy: only these.",
+    help="memory and retention: a policy; repeatable. accuracy and eviction: only these.",
 )  # fmt: skip
 @click.option("--budget", "-b", "budget_text", help="memory and retention: part of the cache (0.25) or slots (1024).")
 @click.option(
@@ -317,8 +321,8 @@ def plot(
 ) -> None:  # fmt: skip
     """Draws results as a PNG.
 
-    SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy; that or a model directory for --kind memory (measured, or
-    estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
+    SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory
+    (measured, or estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
     """
     from kvrewrite.evaluation import plots
 
@@ -330,7 +334,7 @@ def plot(
     if not out.resolve().parent.is_dir():
         raise ArtifactError(f"--out {out}: its directory does not exist")
     is_results = source is not None and Path(source).is_file()
-    if kind == "accuracy" or (kind == "memory" and is_results):
+    if kind in ("accuracy", "eviction") or (kind == "memory" and is_results):
         if not is_results:
             raise click.UsageError(f"--kind {kind} needs the JSON file that `kvrewrite eval --out` wrote")
         from kvrewrite.evaluation.run import read_results
@@ -339,6 +343,8 @@ def plot(
         names = list(policy_texts)
         if kind == "accuracy":
             plots.accuracy(results, out, tasks=list(tasks), labels=names)
+        elif kind == "eviction":
+            plots.eviction(results, out, tasks=list(tasks), labels=names)
         else:
             plots.measured_memory(results, out, labels=names)
         click.echo(str(out), err=True)

@@ -42,7 +42,8 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @click.option("--policy", "-p", required=True, type=POLICIES, help="Whose weights are trained.")
 @click.option(
     "--data", "-d", "data", multiple=True, required=True, type=click.Path(path_type=Path),
-    help="Texts, .jsonl or .parquet; repeatable. Rows have messages; prompt, answer; context, question, answer; or text.",
+    help="Texts, .jsonl or .parquet; repeatable. Rows have messages; prompt, answer; context, question, answer; context, turns; "
+    "or text.",
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
 @click.option(

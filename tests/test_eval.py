@@ -142,6 +142,7 @@ def test_memory_is_what_the_cache_holds(base, oracle, source):
     slot = 2 * 8 * 4 + 12  # k and v of 8 channels in fp32, score and positions
     for point in ("context", "prompt"):
         assert full[point]["slots"] == full[point]["tokens"] * 4  # 2 layers, 2 kv heads
+        assert full[point]["heads"] == {layer: [full[point]["tokens"]] * 2 for layer in "01"}
         assert full[point]["live"] == full[point]["slots"] * slot
     assert full["prompt"]["tokens"] > full["context"]["tokens"]
     aware = cells["streaming_llm:chunk=8", 16, "aware", "one"]

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvrewrite import cli
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.evaluation import intervals, plots, run
 from tests.tiny import TEXT, make_checkpoint
 
@@ -200,3 +200,22 @@ class TestDrawn:
     def test_each_line_looks_different(self):
         looks = plots._styles([str(i) for i in range(28)])
         assert len({(s["color"], s["linestyle"]) for s in looks.values()}) == 28
+
+
+def test_eviction_is_drawn_as_it_was_measured(tmp_path):
+    made = [cell("full", None, "full", [1.0]), cell("attention_gate", None, "blind", [1.0])]
+    made[1]["memory"] = {"context": {**made[1]["memory"]["context"], "heads": {"0": [16, 32], "3": [64, 48]}}}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results_of(*made)))
+    out = tmp_path / "eviction.png"
+    done = call(file, "--kind", "eviction", "--out", out)
+    assert done.exit_code == 0 and out.read_bytes().startswith(PNG)
+    figure = plots.eviction(results_of(*made), out)
+    (image,) = figure.axes[0].images
+    assert image.get_array().tolist() == [[75.0, 50.0], [0.0, 25.0]]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["0", "3"]
+    assert "37.5%" in figure.axes[0].get_title()
+    with pytest.raises(OptionError, match="is of one policy; the results have none"):
+        plots.eviction(results_of(made[0]), out)
+    with pytest.raises(ArtifactError, match="do not say what each head held"):
+        plots.eviction(results_of(made[0], cell("h2o", 0.5, "blind", [1.0])), out)

@@ -189,6 +189,26 @@ def test_few_shot():
         assert len(set(labels.values())) == 4
 
 
+@pytest.mark.parametrize("task", ["few_shot_rare", "few_shot_varied", "few_shot_held_out"])
+def test_few_shot_of_rare_classes(task):
+    held_out = task == "few_shot_held_out"
+    lines = set(tasks.code() + tuple("\n" + line for line in tasks.NOISE))
+    for seed in range(5):
+        sample = make(task, tokens=600, seed=seed, tokenizer=SPLITTER)
+        asked = re.fullmatch(r"\nQ: (\w+): (?:\w+ )+(\w+) (\S+)", sample.question)
+        lead, noun, mark = asked.groups()
+        assert (lead == "Item") == (mark == "|") == held_out
+        found = re.findall(rf"\n{lead}: (?:\w+ ){{1,4}}(\w+) {re.escape(mark)} (\w+)", sample.context)
+        assert [label for word, label in found if word == noun] == list(sample.answers)  # one example
+        classes = Counter(label for _, label in found)
+        assert classes[sample.answers[0]] == 1 and sorted(classes.values())[-3] > 1
+        assert len(dict(found)) == len(set(found))  # a noun has one label
+        rest = re.sub(rf"\n{lead}: (?:\w+ ){{1,4}}\w+ {re.escape(mark)} \w+", "", sample.context)
+        prose = rest.strip().split("\n")[0] in {line.strip() for line in tasks.prose()} - {x.strip() for x in lines}
+        assert prose == held_out
+        assert 0.15 < len(rest) / len(sample.context) < 0.6
+
+
 def test_score():
     sample = Sample("t", "", "", ("4821", "Fox"), "all")
     assert score(sample, " 4821, then a fox.") == 1.0

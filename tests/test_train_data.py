@@ -58,6 +58,25 @@ def test_context_and_question(tokenizer: Any) -> None:
         encode(tokenizer, {"prompt": "a", "answer": "b"}, question_first=True)
 
 
+def test_turns(tokenizer: Any) -> None:
+    row = {"context": "The quick brown fox", "turns": [[" jumps?", " over"], [" the", " lazy dog"]]}
+    context, *parts = (tokenizer(t).input_ids for t in (row["context"], " jumps?", " over", " the", " lazy dog"))
+    end, labels = [tokenizer.eos_token_id], [IGNORED]
+    made = encode(tokenizer, row, end=True)
+    assert made["input_ids"] == context + parts[0] + parts[1] + end + parts[2] + parts[3] + end
+    asked = [labels * len(part) for part in (context + parts[0], parts[2])]
+    assert made["labels"] == asked[0] + parts[1] + end + asked[1] + parts[3] + end
+    turns = sum(map(len, parts))
+    short = Encoder(tokenizer, "answer", turns + 2)
+    assert short(row, 0)["input_ids"] == context[:2] + [token for part in parts for token in part]  # the turns stay
+    assert short.counts.cut.value == 1
+    with pytest.raises(TrainingError, match=f"turns of {turns} tokens, which leave no room for a context"):
+        encode(tokenizer, row, max_tokens=turns)
+    for bad in ([], [["a"]], [["a", ""]], "text"):
+        with pytest.raises(TrainingError, match=r"row 0: expected context, a text, and turns"):
+            encode(tokenizer, {**row, "turns": bad})
+
+
 def test_chats(tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "The quick"}, {"role": "assistant", "content": "brown fox"}]
     with pytest.raises(TrainingError, match="no chat template"):

@@ -30,27 +30,36 @@ class Question:
 
 @dataclass
 class Held:
-    """Sums over rows of what caches held at one point: tokens seen, live slots, and bytes (live, leased)."""
+    """Sums over rows of what caches held at one point: tokens seen, live slots, and bytes (live, leased).
+
+    heads: the live slots of each kv head, by layer.
+    """
 
     rows: int = 0
     tokens: int = 0
     slots: int = 0
     live: int = 0
     leased: int = 0
+    heads: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, cache: Any) -> None:
         """Adds what a cache holds now."""
         memory = cache.memory()
         self.rows += cache.batch_size
         self.tokens += sum(cache.seen)
-        self.slots += sum(int(lens.sum()) for lens in cache.live_slots().values())
+        for layer, lens in cache.live_slots().items():
+            found = lens.sum(dim=0).tolist()
+            self.slots += sum(found)
+            before = self.heads.get(layer, [0] * len(found))
+            self.heads[layer] = [a + b for a, b in zip(before, found, strict=True)]
         self.live += memory.live
         self.leased += memory.leased
 
-    def means(self) -> dict[str, float]:
-        """Per row."""
+    def means(self) -> dict[str, Any]:
+        """Per row; heads: {layer: the live slots of each kv head}, with the layer's number as text."""
         rows = max(1, self.rows)
-        return {name: getattr(self, name) / rows for name in ("tokens", "slots", "live", "leased")}
+        found: dict[str, Any] = {name: getattr(self, name) / rows for name in ("tokens", "slots", "live", "leased")}
+        return {**found, "heads": {str(layer): [x / rows for x in sums] for layer, sums in self.heads.items()}}
 
 
 @dataclass

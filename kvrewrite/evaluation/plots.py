@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import tempfile
 import textwrap
@@ -293,6 +294,48 @@ def _itemsize(source: Source) -> int:
     if name == "auto":
         name = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
     return {"float32": 4, "bfloat16": 2, "float16": 2}.get(name, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- eviction
+def eviction(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = (), tasks: Sequence[str] = ()) -> Figure:
+    """The share of a context's tokens that each (layer, kv head) did not hold, as measured: the mean over the cells of one
+    policy, whose label is to be given where the results have several; tasks: only these."""
+    cells = [c for c in _only(results, labels) if c["mode"] != BASELINE and (not tasks or c["task"] in tasks)]
+    names = sorted({c["label"] for c in cells})
+    if len(names) != 1:
+        raise OptionError(f"a map of what is evicted is of one policy; the results have {', '.join(names) or 'none'}")
+    shares: dict[str, list[list[float]]] = {}
+    for cell in cells:
+        held = cell["memory"]["context" if "context" in cell["memory"] else "prompt"]
+        if "heads" not in held:
+            raise ArtifactError("the results do not say what each head held; run `kvrewrite eval` again")
+        for layer, heads in held["heads"].items():
+            shares.setdefault(layer, []).append([1 - slots / held["tokens"] for slots in heads])
+    rows = [[sum(head) / len(head) for head in zip(*found, strict=True)] for found in shares.values()]
+    return draw_eviction(rows, [int(layer) for layer in shares], out, names[0])
+
+
+def draw_eviction(rows: Sequence[Sequence[float]], layers: Sequence[int], out: Path, name: str = "") -> Figure:
+    """rows: the share that each kv head of a layer evicts, NaN where it has fewer heads; layers: the number of each."""
+    require_matplotlib()
+    import numpy
+
+    most = max(len(row) for row in rows)
+    ratios = 100 * numpy.array([[*row, *[math.nan] * (most - len(row))] for row in rows])
+    figure, (axes,) = _figure(1.8 + 0.35 * max(8, most), 1.4 + 0.24 * max(6, len(rows)))
+    image = axes.imshow(ratios, cmap=HEAT, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("kv head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(range(most))
+    axes.set_yticks(range(len(layers)), [str(n) for n in layers])
+    if ratios.size <= 200:
+        for (i, j), share in numpy.ndenumerate(ratios):
+            if not math.isnan(share):
+                axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share < 50 else "black")
+    figure.colorbar(image, ax=axes, label="tokens evicted, %")
+    axes.set_title(f"{name}{', ' if name else ''}evicted: {numpy.nanmean(ratios):.1f}%", fontsize=10)
+    _save(figure, out)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------ retention

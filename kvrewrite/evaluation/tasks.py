@@ -35,7 +35,7 @@ from typing import Any
 
 from kvrewrite.evaluation.words import ADJECTIVES, NOUNS
 
-__all__ = ["TASKS", "Document", "Question", "Sample", "Task", "draft", "make", "score"]
+__all__ = ["TASKS", "UNKNOWN_TO_SMALL", "Document", "Question", "Sample", "Task", "draft", "make", "score"]
 
 Length = Callable[[str], int]
 
@@ -449,6 +449,66 @@ def _few_shot(room: _Room) -> Document:
     return Document([piece for fact in facts for piece in fact], questions)
 
 
+# What stands in front of an input, and between it and its label.
+_FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
+_LEADS = (" Input:", " Text:", " Example:", " Case:", " Line:", " Sample:")
+_MARKS = (" ->", " =>", " =", " is", " :", " means", " <-", " ~")
+_VARIED = tuple((lead, mark) for lead in _LEADS for mark in _MARKS)
+_HELD_OUT = ((" Item:", " |"),)
+
+
+def _few_shot_rare(
+    room: _Room, forms: tuple[tuple[str, str], ...] = _FORMS, fillers: tuple[str, ...] = ("noise", "code")
+) -> Document:
+    """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
+    has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
+
+    A text writes all its examples in one form. A third of the room is filler; about one example in four is of a rare class,
+    up to 64.
+    """
+    rng = room.rng
+    lead, mark = rng.choice(forms)
+    room.filler = room.filler if room.filler in fillers else rng.choice(fillers)
+
+    def line(noun: str) -> tuple[str, ...]:
+        return (*(" " + rng.choice(ADJECTIVES) for _ in range(rng.randint(1, 4))), noun, mark)
+
+    def fact(noun: str, label: str) -> tuple[str, ...]:
+        return ("\n", lead.lstrip(), *line(noun), label)
+
+    def ask(noun: str, label: str) -> Question:
+        return Question(("\nQ:", lead, *line(noun)), (label,), (label.strip(),))
+
+    words = room.words(20 + 2 * 64)
+    labels, members, once = words[:4], words[4:20], words[20:]
+    size = room.cost(("\n", lead.lstrip(), " red", " big", " old", members[0], mark, labels[0]))
+    count = max(1, min(64, room.tokens // (6 * size)))
+    rare = list(zip(once[:count], once[64 : 64 + count], strict=True))
+    questions = room.reserve([ask(*pair) for pair in rng.sample(rare, count)])
+    facts = [fact(*pair) for pair in rare]
+    left = room.left * 2 // 3 - sum(map(room.cost, facts))
+    while True:
+        member = rng.randrange(16)
+        new = fact(members[member], labels[member // 4])
+        left -= room.cost(new)
+        if left < 0:
+            break
+        facts.append(new)
+    rng.shuffle(facts)
+    return Document(room.spread(facts), questions)
+
+
+def _few_shot_varied(room: _Room) -> Document:
+    """`_few_shot_rare` in 48 forms instead of three."""
+    return _few_shot_rare(room, _VARIED)
+
+
+def _few_shot_held_out(room: _Room) -> Document:
+    """`_few_shot_rare` in a form and among filler (prose) that neither it nor `_few_shot_varied` has: to test what was trained
+    on them."""
+    return _few_shot_rare(room, _HELD_OUT, ("prose",))
+
+
 _RULER = "RULER, arXiv 2404.06654"
 TASKS: dict[str, Task] = {
     task.name: task
@@ -469,8 +529,32 @@ TASKS: dict[str, Task] = {
         Task("common_words", "the four words that stand ten times as often", _RULER, _common_words, max_new_tokens=8),
         Task("frequent_words", "the three most frequent words", _RULER, _frequent_words, max_new_tokens=8),
         Task("few_shot", "the label of a new input", "in-context classification", _few_shot, max_new_tokens=4),
+        Task(
+            "few_shot_rare",
+            "the label of an input whose class has one example",
+            "in-context classification",
+            _few_shot_rare,
+            max_new_tokens=4,
+        ),
+        Task(
+            "few_shot_varied",
+            "the same, written in many forms",
+            "in-context classification",
+            _few_shot_varied,
+            max_new_tokens=4,
+        ),
+        Task(
+            "few_shot_held_out",
+            "the same in another form and among other filler",
+            "in-context classification",
+            _few_shot_held_out,
+            max_new_tokens=4,
+        ),
     )
 }
+
+UNKNOWN_TO_SMALL = ("few_shot_rare", "few_shot_varied", "few_shot_held_out")
+"""Tasks that the shipped model was not trained on: for fine-tuning (docs/training.md)."""
 
 
 # ------------------------------------------------------------------------------------------------------------- samples

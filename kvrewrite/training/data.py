@@ -1,7 +1,7 @@
 """Training texts: rows of JSON lines or parquet files, streamed by `datasets`, as token ids and labels.
 
 A row has one of: `messages` (a chat, whose last message is the assistant's answer), `prompt` and `answer`, `context`, `question`
-and `answer`, or `text`. Other columns are ignored.
+and `answer`, `context` and `turns` (several [question, answer], one after the other), or `text`. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvrewrite.prompts import join_question
 from kvrewrite.training.trainer import IGNORED
 
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-WITH_ANSWER = "messages; prompt and answer; or context, question and answer"
+WITH_ANSWER = "messages; prompt and answer; context, question and answer; or context and turns"
 BUFFER = 2000  # rows that are shuffled together
 
 
@@ -117,14 +117,14 @@ class Encoder:
         Counts.add(self.counts.read)
         if self.needs == "text":
             return self._text(row, number)
+        if "turns" in row and not self.question_first:
+            return self._turns(row, number)
         prompt, answer = self._parts(row, number)
         if not answer:
             raise TrainingError(f"row {number} has an empty answer; expected at least one token")
         if not prompt:
             raise TrainingError(f"row {number} has an empty prompt; expected at least one token")
-        end = self.tokenizer.eos_token_id
-        if self.end and end is not None and answer[-1] != end:
-            answer = [*answer, end]
+        answer = self._ended(answer)
         room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest - len(answer))
         if room < 1:
             raise TrainingError(
@@ -135,6 +135,38 @@ class Encoder:
             Counts.add(self.counts.cut)
             prompt = prompt[:room]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+    def _ended(self, answer: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return [*answer, end] if self.end and end is not None and answer[-1] != end else answer
+
+    def _turns(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        """Labels are the answers of all turns; the questions, after the first, too, belong to what is asked."""
+        context, turns = row.get("context"), row["turns"]
+        fine = isinstance(turns, list) and all(
+            isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) and x for x in t) for t in turns
+        )
+        if not isinstance(context, str) or not turns or not fine:
+            raise TrainingError(
+                f"row {number}: expected context, a text, and turns, a list of [question, answer], none of them empty"
+            )
+        ids, labels = [], []
+        for question, answer in turns:
+            asked = self._ids(question, special=False)
+            replied = self._ended(self._ids(answer, special=False))
+            ids += asked + replied
+            labels += [IGNORED] * len(asked) + replied
+        room = self.max_tokens if self.longest is None else min(self.max_tokens, self.longest)
+        room -= len(ids)
+        start = self._ids(context)
+        if room < 1:
+            raise TrainingError(
+                f"row {number} has turns of {len(ids)} tokens, which leave no room for a context: the limit is {room + len(ids)}"
+            )
+        if len(start) > room:
+            Counts.add(self.counts.cut)
+            start = start[:room]
+        return {"input_ids": start + ids, "labels": [IGNORED] * len(start) + labels}
 
     def _text(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
         text = row.get("text")

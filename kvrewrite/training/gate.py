@@ -367,23 +367,9 @@ def eviction_ratios(model: GatedModel, batches: Iterable[tuple[Tensor, Tensor]])
 
 def plot_eviction(ratios: Tensor, out: str | Path, layers: Sequence[int]) -> None:
     """Draws the share of tokens that each head drops (L, heads) as a PNG. layers: the layer of each row."""
-    from kvrewrite.evaluation.plots import HEAT, _figure, _save
+    from kvrewrite.evaluation.plots import draw_eviction
 
-    figure, (axes,) = _figure(1.8 + 0.35 * max(8, ratios.shape[1]), 1.4 + 0.24 * max(6, ratios.shape[0]))
-    image = axes.imshow(100 * ratios, cmap=HEAT, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("kv head")
-    axes.set_ylabel("layer")
-    axes.set_xticks(range(ratios.shape[1]))
-    axes.set_yticks(range(len(layers)), [str(n) for n in layers])
-    if ratios.numel() <= 200:
-        for i, row in enumerate(ratios.tolist()):
-            for j, share in enumerate(row):
-                if not math.isnan(share):
-                    colour = "white" if share < 0.5 else "black"
-                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axes, label="tokens evicted, %")
-    axes.set_title(f"evicted: {100 * float(ratios.nanmean()):.1f}%")
-    _save(figure, Path(out))
+    draw_eviction(ratios.tolist(), layers, Path(out))
 
 
 # ---------------------------------------------------------------------------------------------------------------- saving

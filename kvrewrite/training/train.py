@@ -155,6 +155,8 @@ def train(
         depends = ("policy", "data", "max_tokens", "question_tokens")
         task.use_labels(Path(labels), texts, {"model": base_hash, **{n: run[n] for n in depends}}, fitting.quiet)
     fitted = fit(task, texts, fitting)
+    # Before `save`, which may merge adapters.
+    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     written: list[Path] = []
     if is_main_process():
         said = {
@@ -173,7 +175,6 @@ def train(
 
             plot_loss(fitted.log, plot)
             written.append(Path(plot))
-    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     return Trained(policy, out, written, trained, total, fitted, encode.counts.read.value, encode.counts.cut.value)
 
 
