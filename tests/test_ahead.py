@@ -138,18 +138,18 @@ def changed(out: Path, tmp_path: Path, **compiled: Any) -> Path:
 @pytest.mark.parametrize(
     ("compiled", "message"),
     [
-        ({"torch": "2.12.0"}, r"made with torch 2\.12\.0, here 2\..*Load without.*--compile aot"),
-        ({"kvrewrite": "0.0.1"}, r"made with kvrewrite 0\.0\.1, here"),
+        (
+            {"torch": "2.12.0", "kvrewrite": "0.0.1"},
+            r"made with torch 2\.12\.0, here 2\..*; kvrewrite 0\.0\.1, here.*Load without.*--compile aot",
+        ),
         ({"device": {"type": "cuda", "cuda": "13.0", "capability": "9.0"}}, r"device cuda 13\.0 9\.0, here cpu"),
         ({"kind": "other"}, r"compiled steps of kind 'other' that this version can't load"),
         ({"files": ["graph.json", "config.json"]}, r"that this version can't load"),
     ],
 )
 def test_steps_of_another_place_are_refused(out: Path, tmp_path: Path, compiled: Any, message: str) -> None:
-    twin = changed(out, tmp_path, **compiled)
     with pytest.raises(ArtifactError, match=message):
-        kvrewrite.load(twin, trust_compiled=True)
-    assert generate(load_plain(twin), ids(1, 30)).shape == (1, 38)
+        kvrewrite.load(changed(out, tmp_path, **compiled), trust_compiled=True)
 
 
 def test_a_package_that_was_changed_is_refused(out: Path, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from kvrewrite.graph import get_attr, is_op
 from kvrewrite.model import RewrittenModel
 from kvrewrite.pages import pool_shapes
 from kvrewrite.passes.pipeline import expected_weights, insert
-from kvrewrite.passes.place import DEVICE
+from kvrewrite.passes.place import DEVICE, site_devices
 from kvrewrite.stand_ins import capture_on_devices
 from tests.rewritten import captured, fork, original, rewritten
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+pytestmark = pytest.mark.xdist_group("llama")
 POLICIES: dict[str, dict[str, Any]] = {
     "streaming_llm": {"budget": 24, "chunk": 8},  # contiguous positions: rotary tables
     "h2o": {"budget": 20, "chunk": 8, "recent_tokens": 4},
@@ -145,11 +145,11 @@ def test_transfers_stand_where_the_devices_change() -> None:
 
 
 def test_an_op_over_two_devices_is_refused() -> None:
-    source, sites = fork(captured("qwen2"))
-    source.devices = {n: "cuda:0" for n, _ in original("qwen2").named_parameters(remove_duplicate=False)}
-    source.devices["model.layers.1.self_attn.k_proj.bias"] = "cuda:1"
-    with pytest.raises(UnsupportedModelError, match=r"reads parameters of cuda:0 and cuda:1.*device_map"):
-        insert(source, sites, policies.make("full"))
+    graph, root = fx.Graph(), torch.nn.Linear(4, 4)
+    x, weight, bias = graph.placeholder("x"), graph.get_attr("weight"), graph.get_attr("bias")
+    graph.output(graph.call_function(torch.ops.aten.linear.default, (x, weight, bias)))
+    with pytest.raises(UnsupportedModelError, match=r"linear.*reads parameters of cuda:0 and cuda:1.*device_map"):
+        site_devices(fx.GraphModule(root, graph), {"weight": "cuda:0", "bias": "cuda:1"})
 
 
 def two_places(policy: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,6 +104,13 @@ def test_labels_from_a_file_are_those_of_the_batch(tmp_path: Path) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    save_file({"x": torch.ones(2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(TrainingError, match=r"heads\.safetensors is no file of labels"):
+        made.use_labels(tmp_path / "heads.safetensors", texts, {"model": "a"}, quiet=True)
+    content = (tmp_path / "l.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-10])
+    with pytest.raises(KVRewriteError, match=r"cut\.safetensors"):
+        made.use_labels(tmp_path / "cut.safetensors", texts, {"model": "a"}, quiet=True)
     with pytest.raises(TrainingError, match=r"model is a, expected b"):
         made.use_labels(tmp_path / "l.safetensors", texts, {"model": "b"}, quiet=True)
     stranger = SimpleNamespace(once=lambda: iter([row(9)]))
@@ -260,7 +267,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
         fit(made, Endless(), options)
     kept = last_checkpoint(tmp_path)
     assert kept is not None and kept.name == "checkpoint-4"
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     assert all(torch.isfinite(x).all() for x in load_file(kept / "model.safetensors").values())
     with pytest.raises(TrainingError, match="no checkpoint in"):
