@@ -13,7 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = ["capture", "normalize", "canonicalize", "lift_positions", "insert_cache"]
 LOWERED = ["fold_heads", "prefill_rank_all_layers", "prefill_fuse_reads", "prefill_erase_dead"]
-DECODE = ["fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "fuse_linears", "fuse_norms", "erase_dead"]
+DECODE = [
+    "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "turn_keys_in_attention",
+    "fuse_linears", "fuse_norms", "erase_dead",
+]  # fmt: skip
 CODE = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, kvrewrite
@@ -67,7 +70,7 @@ def test_trace(tmp_path: Path) -> None:
     lines = re.findall(
         r"(\w+): (?:(\d+) -> )?(\d+) (?:nodes|parts, \d+ distinct of \d+ nodes), [\d.]+ ms$", second, re.MULTILINE
     )
-    decode = [f"decode_{p}" for p in ["fuse_reads", *DECODE]]
+    decode = [f"decode_{p}" for p in DECODE]
     lowered = [line[0] for line in lines]
     assert lowered == [*LOWERED, "partition", *decode, "partition"]
     for before, line in itertools.pairwise(lines):
