@@ -211,7 +211,9 @@ class _Step:
         return inputs, layers
 
     def _run(self) -> Tensor:
-        return self.runner.execution(*self._inputs())
+        logits = self.runner.execution(*self._inputs())
+        assert logits is not None
+        return logits
 
     def _capture(self) -> None:
         """Warm-up and capture with nothing live and no row at work, so that no cache is touched."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.graph import get_attr, set_attr
-from kvrewrite.passes.partition import Partition, partition
+from kvrewrite.passes.partition import Partition, partition, without_result
 from kvrewrite.passes.place import DEVICE
 
 WRITTEN = ("lens_", "next_table_")  # inputs with a part for each layer that the program writes to
@@ -42,28 +43,45 @@ class Execution:
         rows_move: bool = True,
     ):
         self.partition: Partition = partition(gm, rows_move)
-        self._gm = gm
-        made = {g: g if compiler is None else compiler(g) for g in self.partition.distinct}
-        self._calls = [made[part.graph] for part in self.partition.parts]
+        self._gm, self._compiler = gm, compiler
+        self._calls = {graph: self._compiled(graph) for graph in self.partition.distinct}
         self._marks = compiler is not None
 
-    def __call__(self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None) -> Tensor:
+    def _compiled(self, graph: fx.GraphModule) -> Callable[..., Any]:
+        return graph if self._compiler is None else self._compiler(graph)
+
+    @functools.cached_property
+    def _attributes(self) -> dict[str, Tensor]:
+        """Parameters and buffers that parts read. Looked up once: it takes longer than one would think."""
+        return {name: get_attr(self._gm, name) for name in self.partition.attributes}
+
+    @functools.cached_property
+    def silent(self) -> Partition:
+        """The same program without logits."""
+        found = without_result(self.partition)
+        last = found.parts[-1].graph
+        self._calls[last] = self._compiled(last)
+        return found
+
+    def __call__(
+        self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None, logits: bool = True
+    ) -> Tensor | None:
         """inputs: what `layout["inputs"]` of the program names. layers: what each layer has of inputs that all share, where
-        that is there already."""
-        values: dict[str, Any] = dict(inputs)
-        for name in self.partition.attributes:
-            values[name] = get_attr(self._gm, name)
+        that is there already. logits: whether they are wanted; without them the result is None, and nothing is computed that
+        only they need."""
+        program = self.partition if logits else self.silent
+        values: dict[str, Any] = {**inputs, **self._attributes}
         copies = {} if layers is not None else self._views(inputs)
         layers = copies if layers is None else layers
-        for name, (source, layer) in self.partition.views.items():
+        for name, (source, layer) in program.views.items():
             values[name] = layers[source][layer]
         context = dynamic_sizes() if self._marks else contextlib.nullcontext()
         with context:
-            for part, call in zip(self.partition.parts, self._calls):
+            for part in program.parts:
                 arguments = [values[name] for name in part.inputs]
                 if self._marks:
                     _mark(arguments, part.moving)
-                made = call(*arguments)
+                made = self._calls[part.graph](*arguments)
                 values.update(zip(part.outputs, made))
                 del arguments, made
                 for name in part.last_use:
@@ -72,8 +90,7 @@ class Execution:
             for source, written in copies.items():
                 if source.startswith(WRITTEN):
                     inputs[source].copy_(torch.stack(list(written)))
-        result: Tensor = values[self.partition.result]
-        return result
+        return None if program.result is None else values[program.result]
 
     def _views(self, inputs: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
         """Each layer's part of the inputs that all layers share.
@@ -84,7 +101,13 @@ class Execution:
         sources = dict.fromkeys(source for source, _ in self.partition.views.values())
         if not self._marks:
             return {source: inputs[source].unbind(0) for source in sources}
-        return {source: [x.clone() for x in inputs[source].unbind(0)] for source in sources}
+        copies: dict[str, Sequence[Tensor]] = {}
+        for source in sources:
+            views = inputs[source].unbind(0)
+            own = [torch.empty_like(x) for x in views]
+            torch._foreach_copy_(own, views)  # one launch on a GPU, not one a layer
+            copies[source] = own
+        return copies
 
 
 class Staged(fx.Interpreter):

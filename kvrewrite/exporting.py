@@ -46,8 +46,8 @@ class Steps:
     batch_size: int  # 1, or the smallest of several
     policy: dict[str, Any]
 
-    def __call__(self, values: dict[str, Tensor]) -> Tensor:
-        """Runs one step, see `run`."""
+    def __call__(self, values: dict[str, Tensor], logits: bool = True) -> Tensor:
+        """Runs one step, see `run`. logits: whether they are wanted; they come in any case."""
         return self.run(values)
 
     def run(self, values: dict[str, Tensor]) -> Tensor:
@@ -182,7 +182,7 @@ def _record(model: RewrittenModel, rows: int, which: int) -> dict[str, dict[str,
     names = model.program.layout["inputs"]
     found: list[dict[str, Tensor]] = []
 
-    def record(values: dict[str, Tensor]) -> Tensor:
+    def record(values: dict[str, Tensor], logits: bool = True) -> Tensor:
         found.append({name: values[name].clone() for name in names})
         out: Tensor = model.graph_module(*(values[name] for name in names))
         return out

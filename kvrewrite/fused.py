@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvrewrite.kernels.gpu.chunk_attention import chunk_attention
@@ -87,3 +89,37 @@ def cache_update(
         decode_update(*rows, *pools, **options)
     else:
         chunk_update(*rows, *pools, **options, floor=floor, spare=spare, next_table=next_table)
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """A stream whose kernels go first where two could begin."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def attend_and_update(attended: tuple[Any, ...], updated: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """`cached_attention` and `cache_update` with their arguments. On CUDA the update, which keeps few multiprocessors busy, runs
+    beside attention: that reads copies of the cache and of its lengths, made before."""
+    q, _, _, k_dense, k_pages, v_pages, _, table, lens = attended[:9]
+    alibi, window, chunk, v_dense = attended[12], *attended[16:]
+    placed = window or chunk or alibi is not None  # attention reads the positions of slots from their pages
+    if q.device.type != "cuda" or q.shape[2] == 1 or placed:
+        out = cached_attention(*attended)
+        cache_update(*updated, None, None, None)
+        return out
+    k_read, v_read = gather(k_pages if k_dense is None else None, v_pages if v_dense is None else None, table, lens)
+    k_cache, v_cache = k_dense if k_read is None else k_read, v_dense if v_read is None else v_read
+    copied: tuple[Any, ...] = (*attended[:3], k_cache, *attended[4:8], lens.clone(), *attended[9:18], v_cache)
+    with torch.cuda.device_of(q):
+        here, beside = torch.cuda.current_stream(), _beside(q.device)
+        beside.wait_stream(here)
+        torch.cuda.set_stream(beside)  # scratch memory of the update comes from this stream's own and goes back to it
+        try:
+            cache_update(*updated, None, None, None)
+        finally:
+            torch.cuda.set_stream(here)
+        updated_by_now = beside.record_event()
+        try:
+            return cached_attention(*copied)
+        finally:  # whoever frees or writes what the update reads does so behind it
+            here.wait_event(updated_by_now)

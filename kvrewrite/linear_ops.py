@@ -1,7 +1,8 @@
 """The operators that the linear layers of a decode step are fused into (passes/fuse_linears.py). See `ops.py`.
 
 The reference is `torch.nn.functional.linear` layer by layer, and RMS norms as transformers has them: on the CPU the same bits
-as the graph that was fused. The kernels (kernels/gpu/small_linear.py) serve up to KERNEL_TOKENS tokens.
+as the graph that was fused. The kernels (kernels/gpu/small_linear.py) serve up to KERNEL_TOKENS tokens; for more there is one
+of gated_linear on Hopper (kernels/gpu/gated_linear_hopper.py).
 """
 
 from __future__ import annotations
@@ -48,10 +49,25 @@ def _(x, weights, biases):  # type: ignore[no-untyped-def]
     return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights]
 
 
+def chunk_kernel_suits(weight: Tensor, activation: str) -> bool:
+    """Whether a kernel of this device computes gated_linear of many tokens by weights (N, K) like this one. Elsewhere Inductor
+    makes more of two linears."""
+    if not weight.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(weight.device)[0] != 9:
+        return False
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # not one that stands for several
+    aligned = plain and not any(n % 8 for n in weight.shape) and weight.data_ptr() % 16 == 0  # as TMA reads
+    return activation == "silu" and weight.dtype in (torch.bfloat16, torch.float16) and aligned
+
+
 @torch.library.custom_op("kvrewrite::gated_linear", mutates_args=())
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(x gate^T) * (x up^T): x (..., K), gate and up (N, K), contiguous; activation: one of ACTIVATIONS. Returns (..., N)."""
-    if _fused("gated_linear", x):
+    if x.shape[:-1].numel() > KERNEL_TOKENS.get(x.dtype, 0) and chunk_kernel_suits(gate, activation):
+        if fused("gated_linear of a chunk", x):
+            from kvrewrite.kernels.gpu.gated_linear_hopper import launch
+
+            return launch(x.reshape(-1, x.shape[-1]), gate, up).view(*x.shape[:-1], -1)
+    elif _fused("gated_linear", x):
         from kvrewrite.kernels.gpu.small_linear import small_gated_linear
 
         return small_gated_linear(x, gate, up, activation)

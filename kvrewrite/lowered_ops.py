@@ -57,7 +57,7 @@ def _(pos_pages, tables, lens, layers, following, renew, span):  # type: ignore[
 
 
 def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """RoPE of tokens x (B, H, 1, D) whose channels' partners are half a head away; cos, sin: (B, 1, D), or None: x itself."""
+    """RoPE of tokens x (B, H, T, D) whose channels' partners are half a head away; cos, sin: (B, T, D), or None: x itself."""
     if cos is None or sin is None:
         return x
     low, high = x.chunk(2, dim=-1)
@@ -208,6 +208,105 @@ def _(  # type: ignore[no-untyped-def]
     sinks, window, chunk, select, drop, head, activation, cos, sin, ranks=False
 ):  # fmt: skip
     return None
+
+
+@torch.library.custom_op(
+    "kvrewrite::attend_and_update", mutates_args=("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
+)
+def attend_and_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_dense: Tensor | None,
+    v_dense: Tensor | None,
+    attention_sinks: Tensor | None,
+    alibi: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float,
+    visible_window: int,
+    visible_chunk: int,
+    new_k: Tensor,
+    new_v: Tensor,
+    new_scores: Tensor,
+    slot_scores: Tensor | None,
+    positions: Tensor,
+    rotary: Tensor,
+    valid: Tensor,
+    keep: Tensor,
+    recent: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    score_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    chunk: int,
+    select: Tensor | None,
+    drop: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`cached_attention` of the first twelve arguments, and then `cache_update` of the others, for heads that neither share
+    budgets nor merge, and an update that needs nothing of the attention. On a GPU both run at the same time.
+
+    visible_window, visible_chunk and window, chunk: as the two ops have them under the same name.
+    """
+    attended = (
+        q,
+        k,
+        v,
+        k_dense,
+        k_pages,
+        v_pages,
+        pos_pages,
+        table,
+        lens,
+        positions,
+        valid,
+        attention_sinks,
+        alibi,
+        hidden,
+    )
+    shape = (scale, softcap, visible_window, visible_chunk)
+    added = (new_k, new_v, new_scores, slot_scores, positions, rotary, valid, keep, recent)
+    pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    if fused("attend_and_update", q):
+        from kvrewrite import fused as kernels
+
+        return kernels.attend_and_update(
+            (*attended, *shape, v_dense), (*added, *pools, sinks, window, chunk, select, drop)
+        )
+    result = torch.ops.kvrewrite.cached_attention(*attended, *shape, v_dense)
+    torch.ops.kvrewrite.cache_update(*added, *pools, sinks, window, chunk, select, drop, None, None, None, None)
+    return result
+
+
+@attend_and_update.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, k_dense, v_dense, attention_sinks, alibi, hidden, scale, softcap, visible_window, visible_chunk, new_k, new_v,
+    new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, pos_pages, table, lens,
+    sinks, window, chunk, select, drop
+):  # fmt: skip
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::turn_both", mutates_args=())
+def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`turn` of queries (B, H, T, D) and keys (B, Hkv, T, D) of any number of tokens; cos, sin: (B or 1, T, D). In memory both
+    results are (B, T, heads, D)."""
+    if fused("turn_both", q):
+        from kvrewrite.kernels.gpu.turn import turn_both as kernel
+
+        return kernel(q, k, cos, sin)
+    turned_q, turned_k = [turn(x, cos, sin).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    return turned_q, turned_k
+
+
+@turn_both.register_fake
+def _(q, k, cos, sin):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
 
 
 @torch.library.custom_op("kvrewrite::settle_keys", mutates_args=("k_pages",))

@@ -513,12 +513,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 wanted.append(list(range(lowest, valid[b])))
             picks = max(1, max(len(w) for w in wanted))
             out = self._run_segment(ids, starts, valid, row_segments, totals, wanted, picks, cache, decoding, reserve)
-            if logits is None:
-                logits = out.new_zeros(batch, columns, out.shape[-1])
-            for b in range(batch):
-                if wanted[b]:
-                    at = starts[b] + wanted[b][0] - (width - columns)
-                    logits[b, at : at + len(wanted[b])] = out[b, : len(wanted[b])]
+            if out is not None:
+                if logits is None:
+                    logits = out.new_zeros(batch, columns, out.shape[-1])
+                for b in range(batch):
+                    if wanted[b]:
+                        at = starts[b] + wanted[b][0] - (width - columns)
+                        logits[b, at : at + len(wanted[b])] = out[b, : len(wanted[b])]
             done = [d + n for d, n in zip(done, valid)]
         if logits is None:
             return torch.zeros(batch, columns, self.program.vocab_size, device=self.device, dtype=self.dtype)
@@ -527,8 +528,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def _run_segment(
         self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], totals: list[int],
         wanted: list[list[int]], picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
-    ) -> Tensor:  # fmt: skip
-        """One pass through the graph: the same segment number of every row, left-aligned."""
+    ) -> Tensor | None:  # fmt: skip
+        """One pass through the graph: the same segment number of every row, left-aligned. None where no logits are wanted, and
+        what runs the graph can do without them."""
         device = self.device
         longest = max(valid)
         column = torch.arange(longest)
@@ -570,7 +572,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         elif execution is None:
             out = self.graph_module(*(inputs[name] for name in names))
         else:
-            out = execution({name: inputs[name] for name in names})
+            out = execution({name: inputs[name] for name in names}, logits=any(wanted))
         cache.commit()
         return out
 

@@ -15,6 +15,7 @@ a view of, is itself written to, the linear stays.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def fuse_linears(gm: fx.GraphModule, *, singles: bool = False) -> int:
     singles: the ones that are left (lm_head, a fused qkv projection) become `kvrewrite.linears` of one weight, too, so that the
     kernels serve them.
     """
-    fused = _fuse_gates(gm) + _fuse_groups(gm) + _fuse_adds(gm)
+    fused = fuse_gates(gm) + _fuse_groups(gm) + _fuse_adds(gm)
     if singles:
         for node in _linears(gm):
             _emit_group(gm, [node])
@@ -109,7 +110,8 @@ def _uses(node: fx.Node, target: fx.Node) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- gate * up
-def _fuse_gates(gm: fx.GraphModule) -> int:
+def fuse_gates(gm: fx.GraphModule, suits: Callable[[Tensor, str], bool] = lambda weight, activation: True) -> int:
+    """Fuses gate and up in place where `suits` says so of gate's weight and the activation; returns how many linears went."""
     linears = {n for n in _linears(gm) if len(n.args) == 2 or n.args[2] is None}
     fused = 0
     for gate in [n for n in gm.graph.nodes if n in linears]:
@@ -125,7 +127,7 @@ def _fuse_gates(gm: fx.GraphModule) -> int:
             continue
         (x, w_gate, _), (other, w_up, _) = _operands(gate), _operands(up)
         first, second = _attribute(gm, w_gate), _attribute(gm, w_up)
-        if x is not other or first.shape != second.shape or first.dtype != second.dtype:
+        if x is not other or first.shape != second.shape or first.dtype != second.dtype or not suits(first, name):
             continue
         with gm.graph.inserting_before(product):
             node = gm.graph.call_function(ops.gated_linear.default, (x, w_gate, w_up, name))

@@ -1,7 +1,8 @@
 """Lowering: puts fused ops in the place of several, on a copy of the program that a device runs.
 
 Requires a graph behind `insert_cache`; ensures the same results up to rounding. Retaining heads are folded where they can be.
-`lower_prefill` serves any number of tokens. `lower_decode` is for one token a row: attention with its mass comes from one op,
+`lower_prefill` serves any number of tokens, and `without_logits` of it those of a prompt that nobody wants logits of.
+`lower_decode` is for one token a row: attention with its mass comes from one op,
 linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their pages, so
 that nothing is rotated while decoding. Where ranks change with every token, attention rotates keys as it reads them, and the
 update keeps ranks up to date. The saved program stays as it is.
@@ -17,10 +18,11 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from kvrewrite.graph import erase_dead, get_attr, is_op, mutates, same_size, tensor_of
+from kvrewrite.graph import ancestors, erase_dead, get_attr, is_op, is_size, mutates, output_node, same_size, tensor_of
+from kvrewrite.linear_ops import chunk_kernel_suits
 from kvrewrite.logs import PassLog
 from kvrewrite.passes.fold_heads import fold_heads
-from kvrewrite.passes.fuse_linears import activation_of, fuse_linears
+from kvrewrite.passes.fuse_linears import activation_of, fuse_gates, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
 
 ops = torch.ops.kvrewrite
@@ -43,7 +45,23 @@ def fold(gm: fx.GraphModule) -> fx.GraphModule:
 
 def lower_prefill(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy for prompts."""
-    return _lowered(gm, "prefill_", [_rank_all_layers, _fuse_reads, erase_dead])
+    steps = [_rank_all_layers, _fuse_reads, _turn_both, _overlap, _fuse_gates, erase_dead]
+    return _lowered(gm, "prefill_", steps)
+
+
+def without_logits(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a program, or of its last part, that writes to the caches and returns nothing. What only the logits need is gone:
+    most often all of the last layer but its keys, values and their scores."""
+    lowered = copy_of(gm)
+    output_node(lowered).args = ((),)
+    erase_dead(lowered)
+    for node in reversed(_calls(lowered, ops.attend_and_update.default)):
+        if not node.users:
+            _replace(node, ops.cache_update.default, (*node.args[12:], None, None, None, None))
+            erase_dead(lowered)
+    lowered.graph.lint()
+    lowered.recompile()
+    return lowered
 
 
 def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
@@ -64,6 +82,10 @@ def _lowered(gm: fx.GraphModule, what: str, steps: Sequence[Callable[[fx.GraphMo
     lowered.graph.lint()
     lowered.recompile()
     return lowered
+
+
+def _fuse_gates(gm: fx.GraphModule) -> None:
+    fuse_gates(gm, chunk_kernel_suits)
 
 
 def _fuse_linears(gm: fx.GraphModule) -> None:
@@ -132,6 +154,79 @@ def _rank_all_layers(gm: fx.GraphModule) -> None:
         for node, pick in zip(nodes, picked):
             node.replace_all_uses_with(pick)
             gm.graph.erase_node(node)
+
+
+def _turn_both(gm: fx.GraphModule) -> None:
+    """RoPE of the new tokens' queries and keys in one pass."""
+    order: dict[fx.Node, float] = {node: i for i, node in enumerate(gm.graph.nodes)}
+    done: set[fx.Node] = set()
+    for node in _calls(gm, ops.cached_attention.default):
+        q, k = node.args[:2]
+        found_q, found_k = _rotation(q), _rotation(k)
+        if found_q is None or found_k is None or found_q[1:] != found_k[1:] or {q, k} & done:
+            continue
+        tokens = [tensor_of(x).shape[axis] for x, axis in ((found_q[0], 2), (found_q[1], 1), (found_q[2], 1))]  # type: ignore[union-attr]
+        for old, x in ((q, found_q[0]), (k, found_k[0])):
+            for user in list(old.users):  # type: ignore[union-attr]
+                if is_op(user, aten.sym_size.int):
+                    user.replace_input_with(old, x)  # type: ignore[arg-type]
+        first = min([*q.users, *k.users], key=lambda n: order[n])  # type: ignore[union-attr]
+        if not all(same_size(tokens[0], n) for n in tokens) or order[first] < max(order[q], order[k]):  # type: ignore[index]
+            continue
+        done |= {q, k}  # type: ignore[arg-type]
+        with gm.graph.inserting_before(first):
+            both = gm.graph.call_function(ops.turn_both.default, (found_q[0], found_k[0], *found_q[1:]))
+            picked = [gm.graph.call_function(operator.getitem, (both, i)) for i in range(2)]
+        for old, new in zip((q, k), picked):
+            order[new] = order[first] - 0.5
+            new.meta.update(old.meta)  # type: ignore[union-attr]
+            old.replace_all_uses_with(new)  # type: ignore[union-attr]
+
+
+def _overlap(gm: fx.GraphModule) -> None:
+    """Attention and the update behind it in one op that runs both at the same time, where the update needs nothing of what
+    attention computes and nobody else reads the cache between them. What makes its scores moves in front."""
+    by_cache: dict[Any, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        for lens in {n for n in node.all_input_nodes if _is_lens(n)}:
+            if not is_op(node, aten.sym_size.int):
+                by_cache.setdefault(_cache_of(lens), []).append(node)
+    for users in by_cache.values():
+        if len(users) < 2:
+            continue
+        attend, update = users[-2:]
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        if not is_op(attend, ops.cached_attention.default) or not is_op(update, ops.cache_update.default):
+            continue
+        q, k, v, k_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, *options = attend.args
+        v_dense = options[7] if len(options) > 7 else None
+        own = update.args
+        shared = (own[4], own[6], *own[9:11], *own[12:15])
+        if shared != (positions, valid, k_pages, v_pages, pos_pages, table, lens) or any(
+            a is not None for a in own[20:]
+        ):
+            continue
+        late = [n for n in ancestors(update.all_input_nodes) if order[n] > order[attend]]
+        pure = all(n.op == "get_attr" or is_size(n) or _is_aten(n) for n in late)
+        between = [n for n in table.users if order[attend] < order[n] < order[update]]  # type: ignore[union-attr]
+        if attend in ancestors(late) or not pure or not all(map(is_size, between)):
+            continue
+        for node in sorted(late, key=lambda n: order[n]):
+            attend.prepend(node)
+        args = (q, k, v, k_dense, v_dense, *options[:7], *own[:20])
+        _replace(attend, ops.attend_and_update.default, args)
+        gm.graph.erase_node(update)
+
+
+def _is_aten(node: fx.Node) -> bool:
+    """Whether a node calls an op of torch's own that writes to nothing. None of them reads a cache."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten" and not mutates(node)
+
+
+def _is_lens(node: fx.Node) -> bool:
+    """Whether a node is the live lengths of one layer's cache."""
+    source = node.args[0] if is_op(node, aten.select.int) else node
+    return isinstance(source, fx.Node) and source.op == "placeholder" and str(source.target).startswith("lens_")
 
 
 def _use_settled_keys(gm: fx.GraphModule) -> None:

@@ -9,13 +9,14 @@ layers that compute the same have graphs with the same fingerprint and share one
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from kvrewrite.graph import SIZE_OPS, fingerprint, is_op, is_size, output_node
 from kvrewrite.logs import PassLog
+from kvrewrite.passes.lower import without_logits
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
@@ -43,12 +44,12 @@ class Part:
 @dataclass
 class Partition:
     """A program in parts. views: name of a view -> (graph input, layer), `input[layer]`. attributes: names of parameters and
-    buffers that parts read. result: the name of the logits."""
+    buffers that parts read. result: the name of the logits, or None where nobody wants them."""
 
     parts: list[Part]
     views: dict[str, tuple[str, int]]
     attributes: list[str]
-    result: str
+    result: str | None
 
     @property
     def distinct(self) -> list[fx.GraphModule]:
@@ -78,7 +79,9 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
         if attended and _reads_cache(node):
             part, attended = part + 1, False
         homes[node] = part
-        attended |= is_op(node, ops.cached_attention.default, ops.decode_attention.default)
+        attended |= is_op(
+            node, ops.cached_attention.default, ops.attend_and_update.default, ops.decode_attention.default
+        )
     result = output_node(gm).args[0]
     assert isinstance(result, fx.Node) and result in homes
     members: list[list[fx.Node]] = [[] for _ in range(part + 1)]
@@ -101,6 +104,24 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
     return Partition(parts, views, attributes, result.name)
 
 
+def without_result(whole: Partition) -> Partition:
+    """The same program, but for what its last part computes for the logits alone: most often all but the update of the last
+    cache. Other parts are the same graphs, so that there is little more to compile."""
+    last = whole.parts[-1]
+    graph = fx.GraphModule({}, without_logits(last.graph).graph)
+    inputs, moving = [], []
+    for node, name, dims in zip(graph.graph.find_nodes(op="placeholder"), last.inputs, last.moving):
+        if node.users:
+            inputs.append(name)
+            moving.append(dims)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    parts = [replace(part, last_use=[]) for part in whole.parts[:-1]] + [Part(graph, inputs, [], moving)]
+    _note_last_uses(parts, None)
+    return replace(whole, parts=parts, result=None)
+
+
 def _is_size_node(node: fx.Node) -> bool:
     """Sizes are computed anew in each part that needs them, from tensors: an int between parts would be a constant to it."""
     return node.op == "call_function" and (node.target in SIZE_OPS or is_size(node))
@@ -121,7 +142,7 @@ def _reads_cache(node: fx.Node) -> bool:
         return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
     return is_op(
         node, ops.slot_rotary.default, ops.read_quantized.default, ops.cached_attention.default,
-        ops.decode_attention.default, ops.read_rotated.default,
+        ops.attend_and_update.default, ops.decode_attention.default, ops.read_rotated.default,
     )  # fmt: skip
 
 
@@ -212,7 +233,7 @@ def _moving(node: fx.Node, views: dict[str, tuple[str, int]], rows_move: bool) -
     return tuple(d - 1 for d in dims) if node.name in views else dims
 
 
-def _note_last_uses(parts: list[Part], result: str) -> None:
+def _note_last_uses(parts: list[Part], result: str | None) -> None:
     """Says behind which part each value can be freed."""
     seen = {result}
     for part in reversed(parts):

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvrewrite
 from kvrewrite.errors import OptionError
 from kvrewrite.execution import Execution
+from kvrewrite.graph import is_op
 from kvrewrite.kernel_choice import fused, kernels
-from kvrewrite.passes.lower import _half_split
+from kvrewrite.passes.lower import _half_split, fold, lower_prefill, without_logits
 from kvrewrite.passes.partition import partition
 from tests.rewritten import captured, original, rewrite, rewritten
 
@@ -62,16 +63,40 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("family", "policy", "options"), CASES)
 def test_parts_are_the_whole(family: str, policy: str, options: dict[str, Any]) -> None:
-    """The same bits, prompt and tokens."""
+    """The same bits, prompt and tokens; also where only the last logits are wanted, and chunks before them run without any."""
     whole = rewritten(family, policy, **options)
     parts = rewrite(original(family), captured(family), policy, None, **options)
     parts.__dict__["_execution"] = Execution(parts.graph_module, None)
     ids = torch.randint(1, 96, (2, 36), generator=torch.Generator().manual_seed(0))
-    caches = [m.new_cache(2) for m in (whole, parts)]
-    for at, width in ((0, 30), *((t, 1) for t in range(30, 36))):
-        expected, got = [m(ids[:, at : at + width], past_key_values=c).logits for m, c in zip((whole, parts), caches)]
-        assert torch.equal(got, expected)
-    assert caches[0].positions() == caches[1].positions()
+    for keep in (0, 1):
+        caches = [m.new_cache(2) for m in (whole, parts)]
+        for at, width in ((0, 30), *((t, 1) for t in range(30, 36))):
+            new = ids[:, at : at + width]
+            expected, got = [
+                m(new, past_key_values=c, logits_to_keep=keep).logits for m, c in zip((whole, parts), caches)
+            ]
+            assert torch.equal(got, expected)
+        assert caches[0].positions() == caches[1].positions()
+
+
+def test_without_logits() -> None:
+    """The last layer is its keys, values and scores alone; the others are the same graphs. Where scores come from attention or
+    from the logits, both stay."""
+    model = kvrewrite.transform(five_layers(), policy="streaming_llm", budget=16, chunk=8)
+    execution = Execution(model.graph_module, None)
+    attention = torch.ops.kvrewrite.cached_attention.default
+
+    def count(program: Any) -> int:
+        return sum(is_op(n, attention) for part in program.parts for n in part.graph.graph.nodes)
+
+    silent = execution.silent
+    assert silent.result is None and (count(execution.partition), count(silent)) == (5, 4)
+    assert "lm_head.weight" in execution.partition.parts[-1].inputs and "lm_head.weight" not in silent.parts[-1].inputs
+    assert [part.graph for part in silent.parts[:-1]] == [part.graph for part in execution.partition.parts[:-1]]
+    attended = Execution(rewritten("llama", "h2o", budget=16).graph_module, None)
+    assert count(attended.silent) == count(attended.partition)
+    spoken = Execution(rewritten("llama", "sirllm", budget=16).graph_module, None)
+    assert any("lm_head" in name for name in spoken.silent.parts[-1].inputs)
 
 
 def test_half_split() -> None:
@@ -111,13 +136,43 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
     ],
 )
 def test_kernels_together(family: str, policy: str, options: dict[str, Any]) -> None:
-    """A prompt and tokens through the kernels (Triton's interpreter) keep what the reference keeps."""
+    """A prompt and tokens through the lowered program and the kernels (Triton's interpreter) keep what the reference keeps."""
     plain = rewritten(family, policy, **options)
+    lowered = rewrite(original(family), captured(family), policy, None, **options)
+    lowered.__dict__["_execution"] = Execution(lower_prefill(fold(lowered.graph_module)), None)
     ids = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(s))[:40] + 1 for s in range(2)])
-    caches = [plain.new_cache(2), plain.new_cache(2)]
+    caches = [plain.new_cache(2), lowered.new_cache(2)]
     for at, width in ((0, 22), (22, 1), (23, 1), (24, 5), (29, 1)):
-        expected = plain(ids[:, at : at + width], past_key_values=caches[0]).logits
+        new = ids[:, at : at + width]
+        expected = plain(new, past_key_values=caches[0], logits_to_keep=1).logits
         with kernels("auto" if torch.cuda.is_available() else "fused"):
-            got = plain(ids[:, at : at + width], past_key_values=caches[1]).logits
+            got = lowered(new, past_key_values=caches[1], logits_to_keep=1).logits
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
         assert caches[0].positions() == caches[1].positions()
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "together"),
+    [
+        ("locret", {"chunk": 8, "stabilizers": 4}, 2),
+        ("keydiff", {"chunk": 8}, 0),
+        ("h2o", {}, 0),
+        ("streaming_llm", {}, 2),
+    ],
+)
+def test_updates_beside_attention(policy: str, options: dict[str, Any], together: int) -> None:
+    """Only updates that need nothing of attention, nor of the cache behind it, run beside it; and without logits the last layer's
+    runs alone."""
+    graph = fold(rewritten("llama", policy, budget=16, **options).graph_module)
+    lowered = lower_prefill(graph)
+
+    def count(gm: Any, target: Any) -> int:
+        return sum(is_op(n, target) for n in gm.graph.nodes)
+
+    ops = torch.ops.kvrewrite
+    both, update, attention = [op.default for op in (ops.attend_and_update, ops.cache_update, ops.cached_attention)]
+    assert [count(lowered, op) for op in (both, update, attention)] == [together, 2 - together, 2 - together]
+    if together:
+        silent = without_logits(lowered)
+        assert [count(silent, op) for op in (both, update, attention)] == [1, 1, 0]
+        assert count(lowered, ops.turn_both.default) == 2 and count(silent, ops.turn_both.default) == 1

@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = ["capture", "normalize", "canonicalize", "lift_positions", "insert_cache"]
-LOWERED = ["fold_heads", "prefill_rank_all_layers", "prefill_fuse_reads", "prefill_erase_dead"]
+LOWERED = ["fold_heads"] + [
+    f"prefill_{p}" for p in ("rank_all_layers", "fuse_reads", "turn_both", "overlap", "fuse_gates", "erase_dead")
+]
 DECODE = [
     "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "turn_keys_in_attention",
     "fuse_linears", "fuse_norms", "erase_dead",

@@ -547,6 +547,14 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 *shape({}), True,
             ),
         ),
+        "turn_both": (ops.turn_both, (fresh.q, fresh.k, torch.randn(B, 3, D), torch.randn(1, 3, D))),
+        "attend_and_update": (
+            ops.attend_and_update,
+            (
+                fresh.q, fresh.k, fresh.v, None, None, sinks, slopes, None, *shape({}), fresh.k, fresh.v, *scores, *arrive,
+                *cache.pools(), cache.table, cache.lens, 1, 0, 0, None, None,
+            ),
+        ),
         "linears": (ops.linears, (torch.randn(B, 1, 8), [torch.randn(4, 8), torch.randn(6, 8)], [torch.randn(4), None])),
         "gated_linear": (ops.gated_linear, (torch.randn(B, 1, 8), torch.randn(4, 8), torch.randn(4, 8), "silu")),
         "norm_linears": (

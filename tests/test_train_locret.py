@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
         fit(made, Endless(), options)
     kept = last_checkpoint(tmp_path)
     assert kept is not None and kept.name == "checkpoint-4"
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     assert all(torch.isfinite(x).all() for x in load_file(kept / "model.safetensors").values())
     with pytest.raises(TrainingError, match="no checkpoint in"):
