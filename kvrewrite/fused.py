@@ -105,7 +105,7 @@ def attend_and_update(attended: tuple[Any, ...], updated: tuple[Any, ...]) -> tu
     placed = window or chunk or alibi is not None  # attention reads the positions of slots from their pages
     if q.device.type != "cuda" or q.shape[2] == 1 or placed:
         out = cached_attention(*attended)
-        cache_update(*updated, None, None, None)
+        cache_update(*updated)
         return out
     k_read, v_read = gather(k_pages if k_dense is None else None, v_pages if v_dense is None else None, table, lens)
     k_cache, v_cache = k_dense if k_read is None else k_read, v_dense if v_read is None else v_read
@@ -115,7 +115,7 @@ def attend_and_update(attended: tuple[Any, ...], updated: tuple[Any, ...]) -> tu
         beside.wait_stream(here)
         torch.cuda.set_stream(beside)  # scratch memory of the update comes from this stream's own and goes back to it
         try:
-            cache_update(*updated, None, None, None)
+            cache_update(*updated)
         finally:
             torch.cuda.set_stream(here)
         updated_by_now = beside.record_event()

@@ -271,14 +271,13 @@ def attend_and_update(
     shape = (scale, softcap, visible_window, visible_chunk)
     added = (new_k, new_v, new_scores, slot_scores, positions, rotary, valid, keep, recent)
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
+    rest = (sinks, window, chunk, select, drop, None, None, None)
     if fused("attend_and_update", q):
         from kvrewrite import fused as kernels
 
-        return kernels.attend_and_update(
-            (*attended, *shape, v_dense), (*added, *pools, sinks, window, chunk, select, drop)
-        )
+        return kernels.attend_and_update((*attended, *shape, v_dense), (*added, *pools, *rest))
     result = torch.ops.kvrewrite.cached_attention(*attended, *shape, v_dense)
-    torch.ops.kvrewrite.cache_update(*added, *pools, sinks, window, chunk, select, drop, None, None, None, None)
+    torch.ops.kvrewrite.cache_update(*added, *pools, *rest, None)
     return result
 
 
