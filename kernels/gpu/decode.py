@@ -74,7 +74,7 @@ def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capaci
 
 
 def _turning(c: Config, step_bytes: int) -> Config:
-    """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much shared memory
+    """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much memory
     as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.3 times a step's bytes. Not tuned.)"""
     return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 192 << 10 else c.num_stages)
 
