@@ -91,7 +91,12 @@ def test_the_reference_has_the_softcap():
     report = verify(small, model, tokens=24)
     assert report.ok, report.checks
     assert model.config._attn_implementation == "sdpa"
-    assert (model(ids, use_cache=False).logits - eager).abs().max() > 1e-3
+    try:
+        alone = model(ids, use_cache=False).logits
+    except ValueError as error:  # newer versions say it
+        assert "softcap" in str(error)
+    else:
+        assert (alone - eager).abs().max() > 1e-3
 
 
 def test_a_foreign_module():
