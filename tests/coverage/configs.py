@@ -74,7 +74,8 @@ _LAYERED_ROPE = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_config": {"hidden_size_global": 64},
+            "decoder_config": {"hidden_size_global": 64}, "global_config": {"encoder_cross_output_size": 128}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": _LAYERED_ROPE,
@@ -88,6 +89,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_input_layers": 1, "n_output_layers": 1,
     },
     "dots1": {**_DENSE_EXPERTS, "first_k_dense_replace": 1, "max_window_layers": 1},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+                   "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
     "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
                         "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8,
                         "swa_v_head_dim": 16, "swa_head_dim": 24, "head_dim": 24, "n_group": 1},
@@ -112,6 +115,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+
+# What such models need besides the ids of a text, where the error that they raise does not say it.
+NOT_A_TEXT = {
+    "musicgen": "it makes audio: each token is a row of codes, after a text that another model encodes",
+    "musicgen_melody": "it makes audio: each token is a row of codes, after a text that another model encodes",
+    "gemma4_assistant": "it drafts for another model, and reads that model's keys and values",
+    "gemma4_unified_assistant": "it drafts for another model, and reads that model's keys and values",
+}
 
 # Rows of their own for what no type has by default: name -> (model type, changes).
 Variants = dict[str, tuple[str, dict[str, Any]]]

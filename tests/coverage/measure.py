@@ -113,7 +113,8 @@ def measure(name: str) -> Outcome:
         if tuple(reference.shape[:2]) != (2, LENGTH) or not bool(torch.isfinite(reference).all()):
             raise ValueError(f"its logits have shape {tuple(reference.shape)} or are not finite")
     except Exception as error:  # whatever keeps transformers from running it
-        outcome.reason = _line(error)
+        note = configs.NOT_A_TEXT.get(name)
+        outcome.reason = f"{note} ({_line(error)})" if note else _line(error)
         return outcome
     return _compared(outcome, model, ids, reference)
 
