@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"], KV_HEADS),
     **dict.fromkeys(["head_dim", "swa_head_dim", "kv_channels", "d_head", "dim_head", "attention_head_dim",
                      "attention_head_size"], HEAD_DIM),
-    "query_pre_attn_scalar": 16, "rotary_dim": 8, "d_rel": 8, "rel_extent": 16,
+    "query_pre_attn_scalar": 16, "rotary_dim": 8, "floor_scale": 8, "d_rel": 8, "rel_extent": 16,
     # latent attention
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "o_lora_rank": 16,
     "qk_head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4, "o_groups": 2,
@@ -108,6 +108,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    # Its queries grow at every multiple of the trained length.
+    "ministral3": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0,
+                                       "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+                                       "llama_4_scaling_beta": 0.1}},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                        "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
