@@ -22,11 +22,14 @@ from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
 from kvrewrite.composites import decompose
-from kvrewrite.errors import CaptureError, UnsupportedModelError
-from kvrewrite.graph import clean_path, set_attr
+from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
+from kvrewrite.graph import clean_path, set_attr, symbol
+from kvrewrite.trace_failure import causes, explain
 from kvrewrite.wrapped import check_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
+
+TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")  # of transformers' `experts_implementation`
 
 # What an attention function of transformers may be given besides q, k, v, mask, scaling and dropout. Anything else that
 # is not None would change the result in silence.
@@ -74,15 +77,8 @@ class Captured:
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
-class _MaskTag:
-    """What our mask function leaves on the tensor that stands for the mask."""
-
-    def __init__(self, window: int, chunk: int):
-        self.window, self.chunk = window, chunk
-
-
-def _classify_mask_function(mask_function: Any) -> _MaskTag:
-    """Evaluates an index-based mask function of transformers and compares it with what we know."""
+def _classify_mask_function(mask_function: Any) -> tuple[int, int]:
+    """(window, chunk) of an index-based mask function of transformers, which is evaluated and compared with what we know."""
     with torch.utils._python_dispatch._disable_current_modes():
         sizes = [c for c in _integers_in(mask_function) if 1 < c <= 1 << 24]
         length = min(max([16, *(2 * s + 3 for s in sizes)]), 4 * 8192)
@@ -102,7 +98,7 @@ def _classify_mask_function(mask_function: Any) -> _MaskTag:
             if chunk:
                 expected = expected & (q // chunk == kv // chunk)
             if torch.equal(mask, expected.expand_as(mask)):
-                return _MaskTag(window, chunk)
+                return window, chunk
     raise UnsupportedModelError(
         "the mask is neither causal nor a sliding window nor chunked (prefix, bidirectional or content-dependent masks "
         "can't be kept with an evicted cache)"
@@ -123,28 +119,43 @@ def _integers_in(function: Any, depth: int = 0) -> list[int]:
     return sorted(set(found))
 
 
-def _interface_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    device: Any = None,
-    **_: Any,
-) -> Tensor:
-    if attention_mask is not None:
-        raise UnsupportedModelError("the model makes its own padding mask, which capture does not expect")
-    tag = torch.empty((batch_size, 1, 1, 1), dtype=torch.bool, device=device)
-    tag._kvrewrite_tag = _classify_mask_function(mask_function)  # type: ignore[attr-defined]
-    return tag
-
-
 class _InterfaceCalls:
-    """Counts the calls of our attention function during one capture, by module path."""
+    """Our attention and mask function for one capture.
+
+    modules: paths of the modules that called the attention function, in order. masks: what stands for each mask, an empty
+    tensor of its shape, and the window and chunk of that mask. Models may slice a mask to its whole size, so it is known by
+    its storage.
+    """
 
     def __init__(self, model: nn.Module):
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.modules: list[str] = []
+        self.masks: list[tuple[Tensor, tuple[int, int]]] = []
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Any = None,
+        attention_mask: Tensor | None = None,
+        device: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise UnsupportedModelError("the model makes its own padding mask, which capture does not expect")
+        found = _classify_mask_function(mask_function)
+        stand_in = torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool, device=device)
+        self.masks.append((stand_in, found))
+        return stand_in
+
+    def _window_and_chunk(self, mask: Tensor) -> tuple[int, int] | None:
+        """What `mask` stands for; None where it is not ours as it was, from its first to its last row and column."""
+        for ours, found in self.masks:
+            if mask.untyped_storage()._cdata == ours.untyped_storage()._cdata:
+                same = mask.shape == ours.shape and mask.stride() == ours.stride() and mask._version == 0
+                return found if same and mask.storage_offset() == 0 else None
+        return None
 
     def attention(
         self,
@@ -165,12 +176,12 @@ class _InterfaceCalls:
                     f"{where}: its attention is given {name}={type(given).__name__}, which changes what it computes in a "
                     "way that kvrewrite does not know (content-dependent or sparse attention, or a learned bias)"
                 )
-        tag = getattr(attention_mask, "_kvrewrite_tag", None)
         window = chunk = 0
-        if tag is not None:
-            window, chunk = tag.window, tag.chunk
-        elif attention_mask is not None:
-            raise UnsupportedModelError(f"{where}: the model edits its attention mask on the way to the attention")
+        if attention_mask is not None:
+            found = self._window_and_chunk(attention_mask)
+            if found is None:
+                raise UnsupportedModelError(f"{where}: the model edits its attention mask on the way to the attention")
+            window, chunk = found
         else:
             causal = kwargs.get("is_causal")
             if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -211,9 +222,21 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _transformers_tracing(model: nn.Module, attention: str, experts: bool) -> Iterator[None]:
+def attention_implementation(model: nn.Module, name: str, instead_of: str | None = None) -> Iterator[None]:
+    """Runs a transformers model with another attention for a while. instead_of: only where a part has this one now."""
+    with contextlib.ExitStack() as stack:
+        for config in _configs(model):
+            if instead_of in (None, config._attn_implementation_internal):
+                stack.enter_context(_replaced(config, "_attn_implementation_internal", name))
+        yield
+
+
+@contextlib.contextmanager
+def _transformers_tracing(model: nn.Module, attention: str) -> Iterator[None]:
     """Sets the attention implementation of a transformers model for the trace, and puts everything back afterwards.
 
+    Experts keep the implementation that the model was loaded with where that can be traced. transformers' own loop over
+    experts can't (it looks at what was routed), nor can kernels that a graph does not show; grouped_mm computes the same.
     Packed-sequence detection is switched off: while tracing, transformers can't look at the positions, so it would put
     their differences into every mask.
     """
@@ -222,9 +245,9 @@ def _transformers_tracing(model: nn.Module, attention: str, experts: bool) -> It
     with contextlib.ExitStack() as stack:
         if hasattr(masking_utils, "find_packed_sequence_indices"):
             stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(attention_implementation(model, attention))
         for config in _configs(model):
-            stack.enter_context(_replaced(config, "_attn_implementation_internal", attention))
-            if experts and getattr(config, "_experts_implementation_internal", None) is not None:
+            if getattr(config, "_experts_implementation_internal", None) not in (None, *TRACEABLE_EXPERTS):
                 stack.enter_context(_replaced(config, "_experts_implementation_internal", "grouped_mm"))
         yield
 
@@ -370,7 +393,7 @@ def _capture(model: nn.Module, max_length: int | None) -> Captured:
         return captured
     # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
     own = getattr(model.config, "_attn_implementation", None)
-    with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa", experts=True):
+    with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa"):
         return _export(model, "trace", max_length)
 
 
@@ -381,9 +404,9 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     calls = _InterfaceCalls(model)
     name = "kvrewrite"
     AttentionInterface.register(name, calls.attention)
-    AttentionMaskInterface.register(name, _interface_mask)
+    AttentionMaskInterface.register(name, calls.mask)
     try:
-        with _transformers_tracing(model, name, experts=True):
+        with _transformers_tracing(model, name):
             captured = _export(model, "interface", max_length)
     except (CaptureError, UnsupportedModelError):
         if calls.modules:
@@ -429,19 +452,13 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
                     strict=False,
                 )
                 program = decompose(program)
-        except UnsupportedModelError:
+        except KVRewriteError:
             raise
         except Exception as error:  # torch.export raises many types; all mean that there is no graph
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, UnsupportedModelError):
+            for cause in causes(error):
+                if isinstance(cause, KVRewriteError):
                     raise cause from error
-                cause = cause.__cause__ or cause.__context__
-            summary = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-            raise CaptureError(
-                f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {summary}. Data-dependent "
-                "control flow (loops over experts, lengths read on the host) is the usual cause."
-            ) from error
+            raise CaptureError(f"torch.export could not trace {type(model).__name__}: {explain(error)}") from error
     captured = _flatten(program, model, frontend, takes_positions)
     captured.vocab_size = vocab
     names = {id(m): n for n, m in model.named_modules()}
@@ -515,10 +532,16 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
     inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
     ids = inputs["input_ids"].meta["val"]
     for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise CaptureError(
                 f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label}"
             )
+    logits = next(n for n in gm.graph.nodes if n.op == "output").args[0].meta["val"]
+    if logits.dim() != 3 or [symbol(s) for s in logits.shape[:2]] != [symbol(s) for s in ids.shape]:
+        raise CaptureError(
+            f"the logits have the shape {tuple(map(str, logits.shape))} for token ids of shape {tuple(map(str, ids.shape))}; "
+            "expected (batch, length, vocabulary), the logits of every token"
+        )
     if not takes_positions:
         unused = inputs["position_ids"]
         if unused.users:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvrewrite.capture import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.policies import Policy
 from kvrewrite.policies.full import Full
@@ -114,7 +116,8 @@ def _directory(
         say("running the original", 0, 1)
         original = _open_original(directory, manifest["dtype"], device)
     if original is not None:
-        reference, layers = _original_logits(original, ids), _layers(original)
+        capped = any(s.get("softcap") and s["source"] == "interface" for s in manifest["sites"])
+        reference, layers = _original_logits(original, ids, capped), _layers(original)
     del original
     say("loading the rewritten model", 0, 1)
     _logits(report, load(directory, device=device), reference, layers, ids, say)
@@ -133,7 +136,8 @@ def _in_memory(
     ids = _random_ids(model.program.vocab_size, 2, length, seed).to(model.device)
     reference, layers = None, None
     if original is not None:
-        reference, layers = _original_logits(original, ids), _layers(original)
+        capped = any(s.softcap and s.source == "interface" for s in model.program.sites)
+        reference, layers = _original_logits(original, ids, capped), _layers(original)
     _logits(report, model, reference, layers, ids, say)
 
 
@@ -163,13 +167,19 @@ def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Modu
 
 
 @torch.no_grad()
-def _original_logits(original: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of the whole text in one call without a cache, from the model in eval mode."""
+def _original_logits(original: nn.Module, ids: Tensor, capped: bool) -> Tensor:
+    """Logits of the whole text in one call without a cache, from the model in eval mode.
+
+    capped: transformers' attention interface is given a softcap. sdpa has none, and some versions of transformers (5.17) then
+    leave it out without a word, so that what runs is not the model; there the "eager" implementation is the original.
+    """
     training = original.training
     original.eval()
+    known = capped and hasattr(original, "config")
     try:
         cacheless = {"use_cache": False} if hasattr(original, "config") else {}
-        out = original(ids, **cacheless)
+        with attention_implementation(original, "eager", instead_of="sdpa") if known else contextlib.nullcontext():
+            out = original(ids, **cacheless)
     finally:
         original.train(training)
     if isinstance(out, Tensor):

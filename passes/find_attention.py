@@ -657,7 +657,10 @@ def _scores_before(captured: Captured, source: fx.Node) -> fx.Node:
     found = [n for n in ancestors([source], stop=stop) if _is_scores(captured, n)]
     dependent = [n for n in found if depends_on_data(n)]
     if not dependent:
-        raise NoAttention("no product of queries and keys was found before a softmax over the sequence")
+        raise NoAttention(
+            "a softmax over the sequence whose scores are no product of queries and keys: tokens are pooled or gated by it "
+            "(compressed keys and values)"
+        )
     if len(dependent) > 1:
         raise NoAttention("its scores are the sum of several products (disentangled or relative-position attention)")
     return dependent[0]

@@ -118,7 +118,7 @@ def test_walker_agrees_with_the_interface(name: str) -> None:
     """The walker, on the softmax of the model's own eager code, finds what the interface says."""
     model = make(name)
     _, told = canonical(model)
-    with capture_module._transformers_tracing(model, "eager", experts=True):
+    with capture_module._transformers_tracing(model, "eager"):
         captured = capture_module._export(model, "trace", None)
     normalize(captured)
     found = canonicalize(captured)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
+from kvrewrite.capture import _InterfaceCalls
 from kvrewrite.errors import CaptureError, UnsupportedModelError
 from tests.zoo import REFUSED, make
 
 REASONS = {
-    "dbrx": (CaptureError, "Data-dependent control flow"),
+    "dbrx": (CaptureError, r"data-dependent control flow.*modeling_dbrx, line \d+, in forward"),
     "doge": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
     "deepseek_v32": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
     "lfm2": (UnsupportedModelError, r"layer 0 \(model.layers.0\): no attention"),
@@ -120,3 +121,65 @@ def test_not_logits() -> None:
 
     with pytest.raises(CaptureError, match="expected a logits tensor"):
         kvrewrite.inspect(Nothing())
+
+
+class Branches(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class WrongShape(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x @ torch.ones(5, 5)
+
+
+class NeedsAPackage(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        import a_package_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
+
+        return x
+
+
+class NeedsAnImage(Decoder):
+    def forward(self, input_ids: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids) + image
+
+
+class OneLength(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x + torch.tensor(list(range(x.shape[1])))[:, None]
+
+
+class SomeRows(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x[x[:, 0, 0] > 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Branches, r"decides by the values in a tensor.*in mix: `return x if x.sum\(\) > 0 else -x`"),
+        (WrongShape, r"raised RuntimeError: .*in mix: `return x @ torch.ones\(5, 5\)`.*model\(input_ids\)"),
+        (NeedsAPackage, "package that is not installed.*a_package_that_is_not_there"),
+        (NeedsAnImage, "calling its forward with token ids raised TypeError.*missing 1 required.*'image'"),
+        (OneLength, "the length size became the constant 17"),
+        (SomeRows, "the logits have the shape"),
+    ],
+)
+def test_the_error_says_what_kept_it_from_being_traced(model: type[Decoder], reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason) as caught:
+        kvrewrite.inspect(model())
+    assert model is Branches or "data-dependent" not in str(caught.value)
+
+
+def test_masks_may_be_sliced_to_their_whole_size_only() -> None:
+    """Models slice the mask of our tracing; what is still all of it counts, and anything else is refused."""
+    calls = _InterfaceCalls(nn.Module())
+    mask = calls.mask(2, 9, 9, mask_function=lambda b, h, q, kv: kv <= q)
+    calls.mask(2, 9, 9, mask_function=lambda b, h, q, kv: kv <= q)
+    for whole in (mask, mask[:, :, slice(0, None), :], mask[:, :, :, : mask.shape[-1]]):
+        assert calls._window_and_chunk(whole) == (0, 0)
+    for edited in (mask[:, :, -1:], mask[..., 1:], mask.mT, mask.clone(), ~mask, mask.expand(2, 4, 9, 9), mask[1:]):
+        assert calls._window_and_chunk(edited) is None
+    mask[0] = True
+    assert calls._window_and_chunk(mask) is None

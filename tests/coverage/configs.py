@@ -7,6 +7,7 @@ default has. What that can't know about one type is in `SPECIAL`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 VOCAB = 97
@@ -32,7 +33,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"], KV_HEADS),
     **dict.fromkeys(["head_dim", "swa_head_dim", "kv_channels", "d_head", "dim_head", "attention_head_dim",
                      "attention_head_size"], HEAD_DIM),
-    "query_pre_attn_scalar": 16, "rotary_dim": 8, "d_rel": 8, "rel_extent": 16,
+    "query_pre_attn_scalar": 16, "rotary_dim": 8, "floor_scale": 8, "d_rel": 8, "rel_extent": 16,
     # latent attention
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "o_lora_rank": 16,
     "qk_head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4, "o_groups": 2,
@@ -73,7 +74,8 @@ _LAYERED_ROPE = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_config": {"hidden_size_global": 64},
+            "decoder_config": {"hidden_size_global": 64}, "global_config": {"encoder_cross_output_size": 128}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": _LAYERED_ROPE,
@@ -87,6 +89,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_input_layers": 1, "n_output_layers": 1,
     },
     "dots1": {**_DENSE_EXPERTS, "first_k_dense_replace": 1, "max_window_layers": 1},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+                   "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
     "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
                         "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8,
                         "swa_v_head_dim": 16, "swa_head_dim": 24, "head_dim": 24, "n_group": 1},
@@ -104,6 +108,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    # Its queries grow at every multiple of the trained length.
+    "ministral3": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0,
+                                       "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+                                       "llama_4_scaling_beta": 0.1}},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                        "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
@@ -112,35 +120,109 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# What such models need besides the ids of a text, where the error that they raise does not say it.
+NOT_A_TEXT = {
+    "musicgen": "it makes audio: each token is a row of codes, after a text that another model encodes",
+    "musicgen_melody": "it makes audio: each token is a row of codes, after a text that another model encodes",
+    "gemma4_assistant": "it drafts for another model, and reads that model's keys and values",
+    "gemma4_unified_assistant": "it drafts for another model, and reads that model's keys and values",
+}
+
 # Rows of their own for what no type has by default: name -> (model type, changes).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"llama, {kind}": ("llama", {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}})
-    for kind, more in {
-        "linear": {"factor": 2.0},
-        "dynamic": {"factor": 2.0, "original_max_position_embeddings": 32},
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
-        "longrope": {
+Variants = dict[str, tuple[str, dict[str, Any]]]
+
+_SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # RoPE type -> its parameters, and other changes
+    "linear": ({"factor": 2.0}, {}),
+    # From max_position_embeddings on, so a text of measure.LENGTH tokens must be longer.
+    "dynamic": ({"factor": 2.0}, {"max_position_embeddings": 32}),
+    "yarn": ({"factor": 4.0, "original_max_position_embeddings": 64}, {}),
+    "yarn, not truncated": ({"factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
+                             "attention_factor": 1.25}, {}),
+    "longrope": (
+        {
             "factor": 8.0,
             "original_max_position_embeddings": 32,
             "short_factor": [1.0 + 0.01 * i for i in range(8)],
             "long_factor": [1.5 + 0.05 * i for i in range(8)],
         },
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+        {},
+    ),
+    "longrope, short": (
+        {
+            "factor": 4.0,
             "original_max_position_embeddings": 64,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [1.5 + 0.05 * i for i in range(8)],
         },
-    }.items()
+        {},
+    ),
+    "llama3": (
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        {},
+    ),
+    "proportional": ({"partial_rotary_factor": 0.5, "factor": 2.0}, {}),
+}  # fmt: skip
+ROPES: Variants = {
+    f"llama, {kind}": (
+        "llama",
+        {"rope_parameters": {"rope_type": kind.split(",")[0], "rope_theta": 10000.0, **more}, **changes},
+    )
+    for kind, (more, changes) in _SCALED.items()
 }
-VARIANTS |= {
+ROPES |= {
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0,
+                             "original_max_position_embeddings": 64}},
+    ),
+}  # fmt: skip
+# Text through models of images and text. Their sections get the same positions then, which is the plain rotation.
+_NO_IMAGES = {"image_token_id": 0, "video_token_id": 0, "vision_start_token_id": 1, "vision_end_token_id": 2}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+SECTIONED: Variants = {
+    "qwen2_5_vl, text": ("qwen2_5_vl", {**_NO_IMAGES, "text_config": {"rope_parameters": _SECTIONS}}),
+    "qwen3_vl, text": (
+        "qwen3_vl",
+        {**_NO_IMAGES, "text_config": {"rope_parameters": {**_SECTIONS, "mrope_interleaved": True}}},
+    ),
+}
+# The table of RoPE types: what a row shows -> the architecture or variant that has it.
+ROPE_ROWS = {
+    "default": "llama",
+    "default, a part of the dims": "gpt_neox",
+    "default, interleaved pairs": "cohere",
+    "default, interleaved pairs and a part of the dims": "glm",
+    "default, complex numbers": "llama4_text",
+    "default, k rotated in part and shared by all heads (MLA)": "deepseek_v3",
+    "default, another base for windows": "gemma3_text",
+    "default, in some layers only": "smollm3",
+    "linear": "llama, linear",
+    "dynamic (NTK), beyond the trained length": "llama, dynamic",
+    "yarn": "llama, yarn",
+    "yarn, not truncated, own attention factor": "llama, yarn, not truncated",
+    "yarn, mscale": "deepseek_v3, yarn",
+    "longrope, long factors": "llama, longrope",
+    "longrope, short factors": "llama, longrope, short",
+    "llama3": "llama, llama3",
+    "proportional": "llama, proportional",
+    "proportional, in full layers only": "gemma4_text",
+    "mrope, sections, text alone": "qwen2_5_vl, text",
+    "mrope, interleaved sections, text alone": "qwen3_vl, text",
+}
+
+# Mixtures of experts, loaded with each implementation of transformers that does not need a package of its own.
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+EXPERTS: Variants = {
+    f"{name}, {experts}": (name, {}) for name in ("mixtral", "gpt_oss", "deepseek_v3") for experts in IMPLEMENTATIONS
+}
+
+OTHERS: Variants = {
     "falcon, rotary": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, ALiBi": ("falcon", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}),
-    "gpt_neox, partial": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                           "partial_rotary_factor": 0.25}}),
     "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     "gpt_bigcode, multi-head": ("gpt_bigcode", {"multi_query": False}),
-    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1,
+                                  "layer_types": None}),
     "gemma4_text, experts and shared keys": (
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
@@ -148,6 +230,7 @@ VARIANTS |= {
     ),
     "gemma4_text, values are keys": ("gemma4_text", {"attention_k_eq_v": True}),
 }  # fmt: skip
+VARIANTS: Variants = ROPES | SECTIONED | EXPERTS | OTHERS
 
 
 def model_types() -> list[str]:
@@ -161,9 +244,14 @@ def order(name: str) -> tuple[bool, str]:
     """Sorts names so that models with recurrent layers, which take longest to trace, come last."""
     from transformers import CONFIG_MAPPING
 
+    def fields(config: Any) -> Iterator[str]:
+        yield from (name for name, value in vars(config).items() if not callable(value))
+        for nested in getattr(config, "sub_configs", {}).values():
+            yield from fields(nested)
+
     defaults = CONFIG_MAPPING[VARIANTS.get(name, (name, {}))[0]]
     marks = ("mamba", "conv", "linear_attention", "linear_key", "lru", "recurrent", "xlstm", "rwkv")
-    return any(mark in field for field in vars(defaults) for mark in marks), name
+    return any(mark in field for field in fields(defaults) for mark in marks), name
 
 
 def tiny(name: str) -> Any:

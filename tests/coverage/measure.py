@@ -36,7 +36,7 @@ class Outcome:
 
     status: "exact"; "refused" with the compiler's reason; "wrong"; "crash"; "timeout"; "no model" where the unmodified
     model itself does not run on token ids alone. difference: largest |logit difference|; largest: largest |logit|.
-    seconds: for the conversion.
+    experts: for mixtures of experts, how their products were traced. seconds: for the conversion.
     """
 
     name: str
@@ -47,10 +47,20 @@ class Outcome:
     found_as: str = ""
     idiom: str = ""
     rope: str = ""
+    experts: str = ""
     difference: float = 0.0
     largest: float = 0.0
     seconds: float = 0.0
     checks: dict[str, float] = field(default_factory=dict)
+
+
+def _from_config(name: str) -> nn.Module:
+    """The model of an architecture or variant, as transformers makes it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if name in configs.SECTIONED else AutoModelForCausalLM
+    loaded = {"experts_implementation": name.split(", ")[1]} if name in configs.EXPERTS else {}
+    return auto.from_config(configs.tiny(name), **loaded).eval()
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
@@ -59,12 +69,10 @@ def make(name: str, seed: int = 0) -> nn.Module:
     Fresh weights of most types are so small that attention is uniform, and biases, sinks and gates are zero: a wrong mask
     or scale would not show. So matrices get unit gain, and vectors some noise.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
     if name in ALL_MODULES:
         return ALL_MODULES[name]().eval()
-    model = AutoModelForCausalLM.from_config(configs.tiny(name)).eval()
+    model = _from_config(name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,10 +93,8 @@ def _reference(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _check_size(name: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(configs.tiny(name)).parameters())
+        size = sum(p.numel() for p in _from_config(name).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"{size} parameters, so the configuration is not tiny")
 
@@ -107,7 +113,8 @@ def measure(name: str) -> Outcome:
         if tuple(reference.shape[:2]) != (2, LENGTH) or not bool(torch.isfinite(reference).all()):
             raise ValueError(f"its logits have shape {tuple(reference.shape)} or are not finite")
     except Exception as error:  # whatever keeps transformers from running it
-        outcome.reason = _line(error)
+        note = configs.NOT_A_TEXT.get(name)
+        outcome.reason = f"{note} ({_line(error)})" if note else _line(error)
         return outcome
     return _compared(outcome, model, ids, reference)
 
@@ -137,6 +144,11 @@ def _compared(outcome: Outcome, model: nn.Module, ids: Tensor, reference: Tensor
         # sdpa has no softcap: some versions of transformers leave it out in silence, so only "eager" is the model.
         model.set_attn_implementation("eager")
         reference = _reference(model, ids)
+    if outcome.name in configs.EXPERTS:
+        # Whatever it was loaded with, transformers' loop over the experts is what it must compute.
+        outcome.experts = experts(small)
+        model.set_experts_implementation("eager")
+        reference = _reference(model, ids)
     largest = float(reference.abs().max())
     outcome.largest = largest
     try:
@@ -158,6 +170,10 @@ def _compared(outcome: Outcome, model: nn.Module, ids: Tensor, reference: Tensor
     other[:, -4] = (other[:, -4] + 1) % configs.VOCAB
     if float((_reference(model, other)[:, -1] - reference[:, -1]).abs().max()) < 10 * TOLERANCE * largest:
         failed.append("its tokens hardly look at each other, so that nothing was checked")
+    if outcome.name in configs.ROPES:
+        plain = _reference(make(configs.ROPES[outcome.name][0]), ids)
+        if float((plain - reference).abs().max()) < 10 * TOLERANCE * largest:
+            failed.append("its logits are those of the default RoPE, so that nothing was checked")
     outcome.status = "wrong" if failed or wrong else "exact"
     outcome.reason = "; ".join([*failed, *wrong])
     return outcome
@@ -199,6 +215,12 @@ def _evicted(model: Any, ids: Tensor) -> list[str]:
                 if not visible <= set(kept):
                     wrong.append(f"layer {layer} lacks {sorted(visible - set(kept))} at token {seen}")
     return sorted(set(wrong))[:3]
+
+
+def experts(model: Any) -> str:
+    """How the graph of a mixture of experts multiplies by its experts' weights."""
+    grouped = any("grouped_mm" in str(n.target) for n in model.graph_module.graph.nodes)
+    return "grouped_mm" if grouped else "bmm"
 
 
 def idiom(sites: list[Any]) -> str:

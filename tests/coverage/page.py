@@ -38,6 +38,15 @@ graph. "difference" is the largest absolute difference of two logits, "largest" 
 conversion on a busy CPU. "–": not in that version, or not measured with it yet (`--missing` goes on where a run stopped).
 """
 
+ROPES = """Each by the same criterion; where a row is a variant of its own, its logits also differ from those of the default RoPE
+with the same weights, so that the row says something. transformers chooses the frequencies of dynamic and longrope by the
+length of each call; here they are fixed for a request by its greatest length (`max_length`), and compared with the unmodified
+model's on the whole text. mrope is traced with text alone: the positions of images can't be given to a converted model."""
+
+EXPERTS = """`experts_implementation` grouped_mm (transformers' default) and batched_mm are traced as they are; eager, a loop
+over the experts that were hit, can't be traced, so it becomes grouped_mm. The comparison is with the eager loop each time.
+Mixtures that have a loop of their own instead are refused (data-dependent control flow)."""
+
 
 def versions() -> list[str]:
     """The versions of transformers that were measured, newest first."""
@@ -80,10 +89,12 @@ def _lines(all_outcomes: dict[str, Outcomes]) -> list[str]:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for title, wanted in (
         ("Architectures", is_architecture),
-        ("Variants", lambda n: n in configs.VARIANTS),
+        ("Variants", lambda n: n in configs.OTHERS),
         ("Not from transformers", lambda n: n in ALL_MODULES),
     ):
         lines += ["", f"## {title}", "", *_exact(all_outcomes, wanted)]
+        if title == "Architectures":
+            lines += [*_ropes(all_outcomes), *_experts(all_outcomes)]
     for status, title, text in (
         ("refused", "Refused", "With an error that says why, before anything runs."),
         (
@@ -118,6 +129,33 @@ def _exact(all_outcomes: dict[str, Outcomes], wanted: Any) -> list[str]:
                 cells += [o["status"], ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def _ropes(all_outcomes: dict[str, Outcomes]) -> list[str]:
+    lines = ["", "## RoPE types", "", *ROPES.splitlines(), ""]
+    lines += [f"| RoPE | as in | {' | '.join(f'difference {v}' for v in all_outcomes)} |"]
+    lines += ["|---" * (2 + len(all_outcomes)) + "|"]
+    for kind, name in configs.ROPE_ROWS.items():
+        rows = [outcomes.get(name) for outcomes in all_outcomes.values()]
+        lines.append(f"| {kind} | {name} | {' | '.join(map(_difference, rows))} |")
+    return lines
+
+
+def _experts(all_outcomes: dict[str, Outcomes]) -> list[str]:
+    lines = ["", "## Experts", "", *EXPERTS.splitlines(), ""]
+    lines += [f"| model, loaded with | traced as | {' | '.join(f'difference {v}' for v in all_outcomes)} |"]
+    lines += ["|---" * (2 + len(all_outcomes)) + "|"]
+    for name in configs.EXPERTS:
+        rows = [outcomes.get(name) for outcomes in all_outcomes.values()]
+        traced = next((o["experts"] for o in rows if o and o.get("experts")), "–")
+        lines.append(f"| {name} | {traced} | {' | '.join(map(_difference, rows))} |")
+    return lines
+
+
+def _difference(outcome: dict[str, Any] | None) -> str:
+    if outcome is None:
+        return "–"
+    return f"{outcome['difference']:.1e}" if outcome["status"] == "exact" else outcome["status"]
 
 
 def _reasons(all_outcomes: dict[str, Outcomes], status: str, title: str, text: str) -> list[str]:

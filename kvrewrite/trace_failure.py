@@ -1,0 +1,96 @@
+"""What kept `torch.export` from tracing a model, in words: what happened, where in the model's code, and what to do."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+# torch's exceptions for code that needs the values of a tensor, of which a trace has none.
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+NO_RULE = (UnsupportedOperatorException, UnsupportedFakeTensorException)
+PACKAGE, TORCH, STANDARD = (Path(f).parent for f in (__file__, torch.__file__, os.__file__))
+LONGEST = 200  # characters of an error's own text
+
+
+def explain(error: BaseException) -> str:
+    """Why tracing failed with `error`, as the end of a sentence that begins with "torch.export could not trace it:"."""
+    chain = causes(error)
+    known = next((e for e in chain if isinstance(e, DATA_DEPENDENT)), None)
+    if known is not None:
+        return (
+            "its forward decides by the values in a tensor (data-dependent control flow: a loop over experts, a length read "
+            f"on the host), and a graph holds for all values{_place(known)} ({_said(known)})"
+        )
+    known = next((e for e in chain if isinstance(e, NO_RULE)), None)
+    if known is not None:
+        return (
+            f"it uses an op that has no rule for shapes without data, so it can't be traced{_place(known)} ({_said(known)}). "
+            "Register one with torch.library.register_fake, or use another implementation in the model"
+        )
+    known = next((e for e in chain if isinstance(e, ImportError)), None)
+    if known is not None:
+        return f"its forward needs a package that is not installed{_place(known)} ({_said(known)}). Install it"
+    root = _raised(error)
+    place = _place(root)
+    if place:
+        return (
+            f"its forward raised {_said(root)}{place}. Where model(input_ids) fails, too, it needs more than token ids; where "
+            "that runs, this line does what a trace can't"
+        )
+    return f"calling its forward with token ids raised {_said(root)}, outside of the model's own code"
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """`error` and all that it came from, outermost first."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def _raised(error: BaseException) -> BaseException:
+    """The exception that was raised first: what was caught and handled on the way to another is not it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    name = type(error).__name__
+    return f"{name}: {text[0].strip()[:LONGEST]}" if text else name
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the model's own code that `error` came through; empty where it came through none."""
+    here = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if _is_models(frame):
+            here = frame, line
+    if here is None:
+        return ""
+    frame, line = here
+    code = traceback.StackSummary.extract([(frame, line)])[0].line or ""
+    where = f"{frame.f_globals['__name__']}, line {line}, in {frame.f_code.co_name}"
+    return f", in {where}" + (f": `{code[:120]}`" if code else "")
+
+
+def _is_models(frame: FrameType) -> bool:
+    """Whether a frame is of a model's code: not of torch, of this package, of Python's own library, or generated."""
+    path = Path(frame.f_code.co_filename)
+    installed = bool({"site-packages", "dist-packages"} & set(path.parts))
+    others = [TORCH, PACKAGE] if installed else [TORCH, PACKAGE, STANDARD]
+    return "__name__" in frame.f_globals and not any(path.is_relative_to(p) for p in others)
