@@ -32,15 +32,15 @@ def explain(error: BaseException) -> str:
             "its forward decides by the values in a tensor (data-dependent control flow: a loop over experts, a length read "
             f"on the host), and a graph holds for all values{_place(known)} ({_said(known)})"
         )
-    known = next((e for e in chain if isinstance(e, NO_RULE)), None)
-    if known is not None:
+    unruled = next((e for e in chain if isinstance(e, NO_RULE)), None)
+    if unruled is not None:
         return (
-            f"it uses an op that has no rule for shapes without data, so it can't be traced{_place(known)} ({_said(known)}). "
+            f"it uses an op that has no rule for shapes without data, so it can't be traced{_place(unruled)} ({_said(unruled)}). "
             "Register one with torch.library.register_fake, or use another implementation in the model"
         )
-    known = next((e for e in chain if isinstance(e, ImportError)), None)
-    if known is not None:
-        return f"its forward needs a package that is not installed{_place(known)} ({_said(known)}). Install it"
+    absent = next((e for e in chain if isinstance(e, ImportError)), None)
+    if absent is not None:
+        return f"its forward needs a package that is not installed{_place(absent)} ({_said(absent)}). Install it"
     root = _raised(error)
     place = _place(root)
     if place:
