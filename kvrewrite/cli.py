@@ -217,6 +217,7 @@ def sites_table(sites: list[AttentionSite], brief: bool = False) -> Table:
                 "heads": str(s.heads),
                 "kv heads": str(s.kv_heads),
                 "head dim": str(s.head_dim) if s.head_dim == s.v_head_dim else f"{s.head_dim}, v {s.v_head_dim}",
+                "latent": f"{s.latent} + {s.latent_rotary}{' cached' * s.latent_cached}" if s.latent else "-",
                 "mask": f"{s.mask} {s.window or s.chunk}" if s.window or s.chunk else s.mask,
                 "scale": f"{s.scale:.5g}",
                 "softcap": f"{s.softcap:g}" if s.softcap else "-",
@@ -228,7 +229,7 @@ def sites_table(sites: list[AttentionSite], brief: bool = False) -> Table:
                 "inserted": ", ".join(s.inserted) or "-",
             }
         )
-    optional = {"shares k, v with", "inserted"} | ({"softcap", "sinks", "ALiBi"} if brief else set())
+    optional = {"latent", "shares k, v with", "inserted"} | ({"softcap", "sinks", "ALiBi"} if brief else set())
     hidden = {name for name in optional if all(row[name] == "-" for row in rows)} | ({"inserted"} if brief else set())
     table = Table(title=f"{len(sites)} attention sites", title_justify="left")
     names = [name for name in (rows[0] if rows else {}) if name not in hidden]

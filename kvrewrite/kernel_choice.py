@@ -43,6 +43,11 @@ def kernels(mode: str) -> Iterator[None]:
         _mode = before
 
 
+def latent_values(v_pages: Tensor) -> str:
+    """Why there is no kernel for a cache whose values are a part of its keys (mla=latent: v_pages of width 0); "" for others."""
+    return "" if v_pages.shape[-1] else "a cache of latents, whose values are a part of the keys (mla=latent)"
+
+
 def fused(op: str, x: Tensor, missing: str = "") -> bool:
     """Whether `op` runs its fused kernel on tensors like x. missing: why there is no kernel for this case, if there is none."""
     chosen = _mode != "reference"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kvrewrite.kernel_choice import fused
+from kvrewrite.kernel_choice import fused, latent_values
 from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference.settle import settle
 from kvrewrite.linear_ops import ACTIVATIONS
@@ -103,7 +103,7 @@ def decode_attention(
     cos * x + sin * x[partner] of channels whose partners are half a head away.
     """
     rest = (table, lens, positions, valid)
-    if fused("decode_attention", q):
+    if fused("decode_attention", q, latent_values(v_pages)):
         from kvrewrite.kernels.gpu.decode import decode_attention as kernel
 
         out, lse, found = kernel(
@@ -185,7 +185,7 @@ def token_update(
     """
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rows = (positions, rotary, valid, keep, recent)
-    if fused("token_update", k):
+    if fused("token_update", k, latent_values(v_pages)):
         from kvrewrite.kernels.gpu.decode_update import decode_update
 
         decode_update(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvrewrite.kernels.reference.latent import heads_at_once
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.pages import PAGE, SLOT_EXTRA
 from kvrewrite.policies import UNLIMITED, Policy
@@ -80,7 +81,8 @@ def plan_memory(
     """Cache bytes of `plan_layers` in all layers.
 
     The peak adds the keys and values of one chunk in one layer (in all, where layers share a budget), which are alive while
-    that layer runs, and of a quantized cache one layer's slots as attention reads them.
+    that layer runs, and of a quantized cache one layer's slots as attention reads them. Where caches hold latents, full is a
+    full cache of latents, and the peak adds what is expanded of one layer's at a time.
     """
     layers = plan_layers(sites, policy, itemsize, context)
     longest = max((segment.length for segment in policy.plan(context)), default=0)
@@ -89,18 +91,28 @@ def plan_memory(
     widest = max((-(-p.most // PAGE) * PAGE * t for p, t in zip(layers, each)), default=0)
     full, evicted = sum(p.full for p in layers), sum(p.evicted for p in layers)
     peak = sum(p.largest for p in layers) + token * longest + (widest if policy.quantize != "none" else 0)
-    return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch)
+    again = max((_expanded_bytes(p, itemsize, longest, batch) for p in layers), default=0)
+    return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch + again)
+
+
+def _expanded_bytes(plan: LayerPlan, itemsize: int, longest: int, batch: int) -> int:
+    """What a chunk at most expands at a time of a layer whose cache holds latents: some heads' keys and values."""
+    if plan.site.expanded is None:
+        return 0
+    heads, k, v = plan.site.expanded
+    slots = -(-plan.most // PAGE) * PAGE + longest
+    return heads_at_once(heads, batch, slots, k + v, itemsize) * batch * slots * (k + v) * itemsize
 
 
 def _token_bytes(site: AttentionSite, itemsize: int) -> int:
     """Keys and values of a token in every kv head of a layer, in full precision."""
-    return site.kv_heads * (site.head_dim + site.v_head_dim) * itemsize
+    return site.kv_heads * site.cached_channels * itemsize
 
 
 def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
     """A page of every kv head of a layer."""
     if policy.quantize == "none":
-        return PAGE * site.kv_heads * ((site.head_dim + site.v_head_dim) * itemsize + SLOT_EXTRA)
+        return PAGE * site.kv_heads * (site.cached_channels * itemsize + SLOT_EXTRA)
     scheme = Scheme(policy.quantize, policy.quantize_group)
     slot = scheme.key_bytes(site.head_dim, itemsize) + scheme.value_bytes(site.v_head_dim, itemsize) + SLOT_EXTRA
     return site.kv_heads * round(PAGE * slot)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvrewrite.kernel_choice import fused
+from kvrewrite.kernel_choice import fused, latent_values
 from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
 from kvrewrite.kernels.reference import pages, quantized_cache
@@ -207,11 +207,11 @@ def cached_attention(
     real. Pools: k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv), pos_pages (pages, PAGE, 2) int32
     (original and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots; positions (B, T) int64.
     k_dense (B, Hkv, C, D) stands for the cached keys when they had to be rotated or dequantized first, v_dense (B, Hkv, C, Dv)
-    for the values. hidden (B, Hkv, T) bool: new
-    tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv) and the
-    natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the projection behind it reads it.
+    for the values. A width of 0 of v_pages says that a value is the first Dv channels of its key (a latent cache). hidden
+    (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv)
+    and the natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the projection behind it reads it.
     """
-    if fused("cached_attention", q):
+    if fused("cached_attention", q, latent_values(v_pages) if v_dense is None else ""):
         from kvrewrite import fused as kernels
 
         return kernels.cached_attention(
@@ -220,7 +220,9 @@ def cached_attention(
         )  # fmt: skip
     cached_k = pages.read(k_pages, table) if k_dense is None else k_dense
     keys, pos, live = _cached_keys(k, cached_k, pos_pages, table, lens, positions, valid)
-    cached_v = pages.read(v_pages, table) if v_dense is None else v_dense
+    cached_v = v_dense
+    if cached_v is None:
+        cached_v = pages.read(v_pages, table) if v_pages.shape[2] else cached_k[..., : v.shape[3]]
     values = torch.cat([cached_v.to(v.dtype), v], dim=2)
     out, lse = reference_attention.attend(
         q,
@@ -283,7 +285,7 @@ def observe(
     above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only the
     last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work.
     """
-    if fused("observe", q):
+    if fused("observe", q, "keys of more than 256 channels" if q.shape[3] > 256 else ""):
         from kvrewrite import fused as kernels
 
         return kernels.observe(
@@ -369,9 +371,11 @@ def cache_update(
     that never enter. floor (B,) float64: in rows where it is not negative the heads of a layer share their budgets by
     their scores, but for this part (Ada-KV). Ragged evictions: spare (B, W) int32 are pages to be dealt to the heads of a
     row, -1 behind the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on.
+    A latent cache has no values beside its keys: v (B, 1, T, 0), v_pages (pages, PAGE, 0).
     threshold (B,) fp32, renewed in place: what goes is merged into what stays (D2O; kernels/reference/merge.py).
     """
-    if fused("cache_update", k, "merging" if threshold is not None else ""):
+    missing = "merging" if threshold is not None else latent_values(v_pages)
+    if fused("cache_update", k, missing):
         from kvrewrite import fused as kernels
 
         kernels.cache_update(
@@ -474,6 +478,7 @@ def _(  # type: ignore[no-untyped-def]
     return None
 
 
-import kvrewrite.linear_ops  # noqa: E402  (whoever has these ops has those, too)
+import kvrewrite.latent_ops  # noqa: E402  (whoever has these ops has those, too)
+import kvrewrite.linear_ops  # noqa: E402
 import kvrewrite.lowered_ops  # noqa: E402
 import kvrewrite.score_ops  # noqa: E402, F401

@@ -13,6 +13,11 @@ class AttentionSite:
     `layer` counts sites in execution order; `module` is the path of the `nn.Module` that made the call. `window` and
     `chunk` are in tokens, 0 where the mask has none: a query at position p sees keys at positions in (p - window, p],
     or in [chunk * (p // chunk), p].
+
+    latent: channels of the compressed latent that the keys and values of all heads are made of (MLA), 0 where there is none;
+    latent_rotary: channels of the rotated part of the keys that all heads share. latent_cached: the cache holds those two
+    instead; then kv_heads, head_dim and v_head_dim are 1, latent + latent_rotary and latent, and a token's value is the first
+    channels of its key. expanded: [kv_heads, head_dim, v_head_dim] as they are in the model then.
     """
 
     layer: int
@@ -29,6 +34,10 @@ class AttentionSite:
     sinks: bool = False
     alibi: bool = False
     rope: bool = False
+    latent: int = 0
+    latent_rotary: int = 0
+    latent_cached: bool = False
+    expanded: list[int] | None = None
     shares_kv_with: int | None = None
     inserted: list[str] = field(default_factory=list)
 
@@ -36,6 +45,16 @@ class AttentionSite:
     def mask(self) -> str:
         """The kind of mask: "causal", "sliding" or "chunked"."""
         return "sliding" if self.window else "chunked" if self.chunk else "causal"
+
+    @property
+    def cached_v_dim(self) -> int:
+        """Channels of a value that the cache holds beside the key."""
+        return 0 if self.latent_cached else self.v_head_dim
+
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that the cache holds of one token in one kv head."""
+        return self.head_dim + self.cached_v_dim
 
     def as_dict(self) -> dict[str, Any]:
         """The site as plain data, for reports and for the artifact."""

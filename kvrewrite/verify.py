@@ -257,7 +257,9 @@ def _logits(
 
 def _sites(model: RewrittenModel, layers: int | None) -> Check:
     """Every site reads a cache, and there are as many as the original has layers."""
-    reading = sum(n.target is torch.ops.kvrewrite.cached_attention.default for n in model.graph_module.graph.nodes)
+    ops = torch.ops.kvrewrite
+    readers = (ops.cached_attention.default, ops.latent_attention.default)
+    reading = sum(n.target in readers for n in model.graph_module.graph.nodes)
     sites = len(model.program.sites)
     ok = sites > 0 and reading == sites and (layers is None or sites % layers == 0)
     known = "" if layers is None else f", the original has {layers} layers"

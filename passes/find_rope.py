@@ -70,7 +70,7 @@ def projections(node: fx.Node) -> list[fx.Node]:
     return sorted(n for n in region if is_weight_op(n) and n.op == "call_function")
 
 
-def _depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
+def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
     """Nodes of `region` whose values (not sizes) depend on `roots`."""
     found = set(roots)
     for node in sorted(region):
@@ -86,9 +86,9 @@ def find_rope(
     region = ancestors([key], stop=is_weight_op)
     if position_ids is None or position_ids not in region:
         return NoRope("its keys do not depend on positions", rotated=False)
-    rotated = _depends(region, {position_ids})
+    rotated = depends(region, {position_ids})
     leaves = {n for n in region if is_weight_op(n) and n.op == "call_function"}
-    data = _depends(region - leaves, leaves)
+    data = depends(region - leaves, leaves)
     rotation = (rotated & data) - leaves
     if not rotation:
         return NoRope("its keys do not depend on positions", rotated=False)

@@ -1,9 +1,9 @@
 """Turns attention over a whole sequence into attention over a bounded, paged cache that is an input of the graph.
 
 Requires the canonical graph with positions lifted, each attention node carrying its `AttentionSite`. Ensures that every
-site reads its cache with `cached_attention`, that every owner of keys and values updates it once, behind its last reader
-(so that at most one layer's new keys and values are alive), and that the logits are computed only where they are asked
-for. Runs last: graph matchers refuse to cross mutating ops.
+site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it once,
+behind its last reader (so that at most one layer's new keys and values are alive), and that the logits are computed only
+where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvrewrite.capture import Captured, RotaryTable
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, placeholder, set_attr, shape_of
 from kvrewrite.kernels.reference.quantize import Scheme
+from kvrewrite.passes.cache_latent import Absorbed
 from kvrewrite.passes.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert_policy import SiteHook, SiteInputs, insert_policy
 from kvrewrite.passes.place import site_devices
@@ -190,7 +191,7 @@ def _classes(
     for site in sites:
         if site.shares_kv_with is not None:
             continue
-        kind = (site.kv_heads, site.head_dim, site.v_head_dim, devices.get(site.layer))
+        kind = (site.kv_heads, site.head_dim, site.cached_v_dim, devices.get(site.layer))
         found = next((c for c in classes if (c.kv_heads, c.k_dim, c.v_dim, c.device) == kind), None)
         if found is None:
             found = CacheClass(*kind[:3], device=kind[3])
@@ -310,6 +311,8 @@ def _open_cache(
             if f"{name}_{cache_class}" in inputs
         }
         cache: dict[str, Any] = {**pools, **views, **tails, "k": node.args[1], "v": node.args[2], "readers": []}
+        if site.latent_cached:  # a value is the first channels of its key
+            cache["v"] = gm.graph.call_function(aten.slice.Tensor, (node.args[1], 3, 0, 0))
         cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
         if shared.scheme is not None:
             scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
@@ -353,19 +356,29 @@ def _read_cache(
     before = (cache["k_pages"], cache["v_pages"], cache["pos_pages"], cache["table"], cache["lens"])
     where = (inputs["positions"], inputs["valid"])
     shape = (scale, softcap, window, chunk)
+    replaced = node
+    absorbed: Absorbed | None = node.meta.get("kvrewrite_latent")
+    target: Any = ops.cached_attention.default
+    args: tuple[Any, ...] = (
+        q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape, cache["v_dense"],
+    )  # fmt: skip
+    if absorbed is not None:
+        replaced, target = absorbed.out, ops.latent_attention.default
+        args = (
+            absorbed.q, k, absorbed.up_k, absorbed.up_v, *before, *where, sinks, alibi, *shape, absorbed.rows
+        )  # fmt: skip
     with gm.graph.inserting_before(node):
-        pair = gm.graph.call_function(
-            ops.cached_attention.default,
-            (q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape, cache["v_dense"]),
-        )
+        pair = gm.graph.call_function(target, args)
         out = gm.graph.call_function(operator.getitem, (pair, 0))
         lse = gm.graph.call_function(operator.getitem, (pair, 1))
     pair.meta.update(kvrewrite_site=site, nn_module_stack=node.meta.get("nn_module_stack"))
-    out.meta["val"] = node.meta.get("val")
-    node.replace_all_uses_with(out)
-    site.inserted.insert(0, "cached_attention")
+    out.meta["val"] = replaced.meta.get("val")
+    replaced.replace_all_uses_with(out)
+    site.inserted.insert(0, "cached_attention" if absorbed is None else "latent_attention")
     cache["readers"].append((q, k, v, lse, sinks, alibi, shape))
     cache["last"] = lse
+    if replaced is not node:
+        gm.graph.erase_node(replaced)
     gm.graph.erase_node(node)
 
 

@@ -21,6 +21,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from kvrewrite.graph import ancestors, erase_dead, get_attr, is_op, is_size, mutates, output_node, same_size, tensor_of
 from kvrewrite.linear_ops import chunk_kernel_suits
 from kvrewrite.logs import PassLog
+from kvrewrite.passes.cache_latent import ABSORB, PROJECT
 from kvrewrite.passes.fold_heads import fold_heads
 from kvrewrite.passes.fuse_linears import activation_of, fuse_gates, fuse_linears
 from kvrewrite.passes.fuse_norms import fuse_norms
@@ -66,8 +67,9 @@ def without_logits(gm: fx.GraphModule) -> fx.GraphModule:
 
 def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
     """A copy for single tokens."""
+    latents = [_absorb_latents] if _calls(gm, ops.latent_attention.default) else []
     steps = [
-        _use_settled_keys if settled else _fuse_reads, _ignore_flags, _fuse_mass, _take_the_only_row, _keep_pages,
+        _use_settled_keys if settled else _fuse_reads, *latents, _ignore_flags, _fuse_mass, _take_the_only_row, _keep_pages,
         _fuse_updates, *([] if settled else [_turn_keys_in_attention]), _fuse_linears, fuse_norms, erase_dead,
     ]  # fmt: skip
     return _lowered(gm, "decode_settled_" if settled else "decode_", steps)
@@ -250,6 +252,47 @@ def _ignore_flags(gm: fx.GraphModule) -> None:
     """A flag hides a token from others only, and the only query is that token's own."""
     for node in _calls(gm, ops.cached_attention.default):
         node.update_arg(13, None)
+
+
+def _absorb_latents(gm: fx.GraphModule) -> None:
+    """One token's attention on latents as the ops that it consists of: it is always absorbed, and `observe` looks with the same
+    queries."""
+    for node in _calls(gm, ops.latent_attention.default):
+        args: Any = node.args
+        q, k, up_k, up_v, *cache, sinks, alibi, scale, softcap, window, chunk, rows = args
+        heads, rank, *keys, start, stride, dv = rows
+        users: dict[Any, fx.Node] = {n.args[1]: n for n in node.users}
+        watchers = [n for n in users[1].users if is_op(n, ops.observe.default)] if 1 in users else []
+        with gm.graph.inserting_before(node):
+            if watchers:
+                absorbed = watchers[0].args[0]
+            else:
+                nope, turned = (_call(gm, aten.slice.Tensor, q, 3, *e) for e in ((0, keys[2]), (keys[2], _END)))
+                w_k = _head_rows(gm, up_k, heads, *keys)
+                absorbed = _call(gm, aten.einsum.default, ABSORB, [nope, w_k])
+                absorbed = _call(gm, aten.cat.default, [absorbed, turned], -1)
+            value = _call(gm, aten.slice.Tensor, k, 3, 0, rank)
+            rest = (*cache, sinks, alibi, None, scale, softcap, window, chunk)
+            pair = _call(gm, ops.cached_attention.default, absorbed, k, value, None, *rest)
+            pair.meta.update(node.meta)
+            found = _call(gm, operator.getitem, pair, 0)
+            w_v = _head_rows(gm, up_v, heads, start, stride, dv)
+            out = _call(gm, aten.einsum.default, PROJECT, [found, w_v])
+            results = {0: out, 1: _call(gm, operator.getitem, pair, 1)}
+        for index, user in users.items():
+            user.replace_all_uses_with(results[index])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
+    return gm.graph.call_function(target, args)
+
+
+def _head_rows(gm: fx.GraphModule, weight: Any, heads: int, start: int, stride: int, width: int) -> fx.Node:
+    """The rows of every head (heads, width, R), as `cache_latent.head_rows`."""
+    node = _call(gm, aten.slice.Tensor, weight, 0, start, start + (heads - 1) * stride + width)
+    return _call(gm, aten.transpose.int, _call(gm, aten.unfold.default, node, 0, width, stride), 1, 2)
 
 
 def _fuse_mass(gm: fx.GraphModule) -> None:

@@ -80,8 +80,9 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
             part, attended = part + 1, False
         homes[node] = part
         attended |= is_op(
-            node, ops.cached_attention.default, ops.attend_and_update.default, ops.decode_attention.default
-        )
+            node, ops.cached_attention.default, ops.latent_attention.default, ops.attend_and_update.default,
+            ops.decode_attention.default,
+        )  # fmt: skip
     result = output_node(gm).args[0]
     assert isinstance(result, fx.Node) and result in homes
     members: list[list[fx.Node]] = [[] for _ in range(part + 1)]
@@ -142,7 +143,8 @@ def _reads_cache(node: fx.Node) -> bool:
         return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
     return is_op(
         node, ops.slot_rotary.default, ops.read_quantized.default, ops.cached_attention.default,
-        ops.attend_and_update.default, ops.decode_attention.default, ops.read_rotated.default,
+        ops.latent_attention.default, ops.attend_and_update.default, ops.decode_attention.default,
+        ops.read_rotated.default,
     )  # fmt: skip
 
 

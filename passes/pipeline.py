@@ -1,7 +1,9 @@
 """The compiler's passes in their fixed order.
 
-    capture -> normalize -> find_attention + canonicalize -> check -> lift_positions -> insert_policy + insert_cache
-    -> place, where parameters lie on several devices
+    capture -> normalize -> find_attention + canonicalize -> check -> lift_positions -> (cache_latent) -> insert_policy
+    + insert_cache -> place, where parameters lie on several devices
+
+cache_latent is there where a policy asks for it (mla=latent).
 
 Each pass says in its module what it requires and ensures; none is skipped on error and none misses in silence.
 """
@@ -18,8 +20,10 @@ from kvrewrite.capture import Captured
 from kvrewrite.errors import OptionError
 from kvrewrite.graph import placeholder
 from kvrewrite.logs import PassLog
+from kvrewrite.passes.cache_latent import cache_latent
 from kvrewrite.passes.canonicalize import canonicalize
 from kvrewrite.passes.check import check
+from kvrewrite.passes.find_latent import Latent, find_latent
 from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
 from kvrewrite.passes.insert_cache import insert_cache, site_nodes
 from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
@@ -56,9 +60,12 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     limit_positions(captured)
     step("lift_positions")
     ropes = find_ropes(captured)
-    for site in sites:
+    for site, node in zip(sites, site_nodes(captured.graph), strict=True):
         found = ropes[site.layer]
         site.rope = isinstance(found, Rope) or found.rotated
+        latent = find_latent(captured, node)
+        if isinstance(latent, Latent):
+            site.latent, site.latent_rotary = latent.rank, latent.rotary_dim
     return sites
 
 
@@ -121,6 +128,11 @@ def insert(
                 f"{policy.name}: positions=contiguous needs rotary embeddings, and this model has none (learned or no "
                 "positions, ALiBi); use positions=original"
             )
+    if policy.mla == "latent":
+        cache_latent(captured, policy.name)
+        passes.done("cache_latent", captured.graph)
+        if observe is not None:
+            observe("cache_latent", captured.graph)
     expected = expected_weights(captured, sites, policy)
     policy_names: list[str] = []
     if expected or weights is not None:

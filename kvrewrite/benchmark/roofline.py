@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvrewrite.kernels.reference.latent import expanding_is_cheaper
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.pages import PAGE
 from kvrewrite.policies import UNLIMITED, Policy, RowState
@@ -125,7 +126,7 @@ def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | 
         for i, site in enumerate(sites):
             cached = kept[site.layer if site.shares_kv_with is None else site.shares_kv_with]
             pairs = visible_pairs(length, cached, seen, site.window, site.chunk)
-            flops = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs
+            flops = _attention_flops(site, length, cached, pairs)
             out.flops[i] += flops
             out.read[i] += cached + length
             if flops > dearest[i]:
@@ -136,6 +137,19 @@ def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | 
         seen += length
     out.held = [kept[s.layer if s.shares_kv_with is None else s.shares_kv_with] for s in sites]
     return out
+
+
+def _attention_flops(site: AttentionSite, tokens: int, cached: int, pairs: int) -> float:
+    """Of `pairs` (query, key) pairs. Where a cache holds latents they run absorbed or expanded, as `latent_attention` chooses;
+    the projection of the latent, or what takes its place, counts as the linear layer that it is."""
+    absorbed = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs
+    if site.expanded is None:
+        return absorbed
+    heads, k, v = site.expanded
+    rank, rotary = site.latent, site.latent_rotary
+    if not expanding_is_cheaper(tokens, cached, k - rotary, v, rank, rotary):
+        return absorbed
+    return 2.0 * (k + v) * site.heads * pairs + 2.0 * heads * cached * rank * (k - rotary + v)
 
 
 def decode_slots(
@@ -159,7 +173,7 @@ def kv_bytes(
     total = 0.0
     quantized = policy is not None and policy.quantize != "none"
     for site, held in zip(sites, slots, strict=True):
-        dense = (site.head_dim + site.v_head_dim) * itemsize
+        dense = site.cached_channels * itemsize
         if quantized:
             assert policy is not None
             scheme = Scheme(policy.quantize, policy.quantize_group)

@@ -18,6 +18,7 @@ from kvrewrite.site import AttentionSite
 
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 MULTIPLIES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default)
+READS = (ops.cached_attention.default, ops.latent_attention.default)
 UPDATES = (ops.cache_update.default, ops.cache_update_quantized.default)
 VIEWS = {
     "table": "(B, Hkv, pages) pages of each head",
@@ -31,6 +32,7 @@ SCORES = set(UPDATE_SCORES.values())
 NOTES = {
     "kvrewrite.attention": "causal attention of the whole sequence on itself",
     "kvrewrite.cached_attention": "on the cached slots and the new tokens; lse: log-sum-exp of each query",
+    "kvrewrite.latent_attention": "on the cached latents and the new tokens; lse: log-sum-exp of each query",
     "kvrewrite.cache_update": "appends the new tokens and evicts down to keep, in place",
     "kvrewrite.cache_update_quantized": "appends the new tokens and evicts down to keep, in place",
     "kvrewrite.observe": "attention that each slot and new token gets from the queries",
@@ -69,7 +71,7 @@ def sites_code(gm: fx.GraphModule, old: set[fx.Node] | None = None) -> list[Site
     old: the nodes that were there before, so that others are marked as new.
     """
     sizes = Sizes(gm)
-    found = [n for n in gm.graph.nodes if n.target in (ops.attention.default, ops.cached_attention.default)]
+    found = [n for n in gm.graph.nodes if n.target in (ops.attention.default, *READS)]
     return [_site_code(gm, n, n.meta["kvrewrite_site"], sizes, old) for n in found]
 
 
@@ -103,12 +105,12 @@ def _region(gm: fx.GraphModule, attention: fx.Node, module: str) -> set[fx.Node]
     while todo:  # forward
         node = todo.pop()
         for user in node.users:
-            if user in ends or outside(user) or user.target is ops.cached_attention.default:
+            if user in ends or outside(user) or user.target in READS:
                 continue
             ends.add(user)
             if user.target not in MULTIPLIES or not _has_module(user):
                 todo.append(user)
-    if attention.target is ops.cached_attention.default and attention.meta["kvrewrite_site"].shares_kv_with is None:
+    if attention.target in READS and attention.meta["kvrewrite_site"].shares_kv_with is None:
         table = next(a for a in attention.all_input_nodes if _view_of(a) == "table")
         ends |= {u for u in table.users if u.target in UPDATES}
     back = ancestors([*roots, *ends], enters)
@@ -141,11 +143,13 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
         taken = node.args[1] if node.target is operator.sub else None
         if isinstance(taken, fx.Node) and taken.target is aten.sym_size.int and taken.args[0] is attention.args[1]:
             roles[node] = "cached"  # how many of the scores are those of cached slots
+        if node.target is ops.observe.default and attention.target is ops.latent_attention.default:
+            ends.append((node.args[0], "q_absorbed"))
         if node.target is ops.slot_rotary.default:
             roles[node] = "slot_positions"
         if (view := _view_of(node)) is not None:
             roles[node] = view
-    if attention.target is ops.cached_attention.default:
+    if attention.target in READS:
         for user in attention.users:
             roles[user] = "out" if user.args[1] == 0 else "lse"
     else:
@@ -187,7 +191,7 @@ def _input_name(node: fx.Node) -> str:
         return "cos"
     if "sin" in kinds and "cos" not in kinds:
         return "sin"
-    if node.target is ops.cached_attention.default or "attn" in path.rsplit(".", 1)[-1]:
+    if node.target in READS or "attn" in path.rsplit(".", 1)[-1]:
         return "shared"
     if "head" in path.rsplit(".", 1)[-1]:
         return "logits"

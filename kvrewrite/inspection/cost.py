@@ -34,7 +34,7 @@ def cost_of(model: nn.Module, sites: list[AttentionSite], policy: Policy | None,
     work, attention = work_of(model), attention_of(sites, context, policy)
     segments = 1 if policy is None else len(policy.plan(context))
     owners = [s for s in sites if s.shares_kv_with is None]
-    written = context * sum(s.kv_heads * (s.head_dim + s.v_head_dim) for s in owners) * itemsize
+    written = context * sum(s.kv_heads * s.cached_channels for s in owners) * itemsize
     slots = decode_slots(attention, sites, 0, context, policy)
     attended = sum(2.0 * (s.head_dim + s.v_head_dim) * s.heads * n for s, n in zip(sites, slots, strict=True))
     return Cost(

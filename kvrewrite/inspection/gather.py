@@ -29,6 +29,7 @@ PASSES = {
     "normalize": "views and casts in one form, training leftovers gone",
     "canonicalize": "every attention call found, proved, and put as one op; masks gone",
     "lift_positions": "positions are an input of the graph",
+    "cache_latent": "one kv head, of the compressed latent; queries absorb the up-projections (mla=latent)",
     "insert_cache": "cache, policy and eviction at every site; logits only where asked for",
 }
 

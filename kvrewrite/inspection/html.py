@@ -126,6 +126,8 @@ def _sites(found: Inspection) -> str:
         more = (
             [f"softcap {s.softcap:g}"] * bool(s.softcap) + ["sinks"] * s.sinks + ["ALiBi"] * s.alibi + ["RoPE"] * s.rope
         )
+        if s.latent:
+            more.append(f"latent {s.latent} + {s.latent_rotary}{' cached' * s.latent_cached}")
         if s.shares_kv_with is not None:
             more.append(f"k, v of layer {s.shares_kv_with}")
         chips = "".join(f'<span class="chip">{escape(name)}</span>' for name in s.inserted)

@@ -31,6 +31,7 @@ def annotation(option: dataclasses.Field[Any]) -> str:
 
 
 QUANTIZE = ("none", "int8", "int4", "fp8")
+MLA = ("expanded", "latent")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Policy:
     quantize: "none", "int8", "int4" or "fp8": how cached keys and values are stored (KIVI, arXiv 2402.02750: keys per
     channel in groups of quantize_group slots, values per token in groups of channels), but for the quantize_residual
     newest slots. merge: evicted slots are merged into their nearest kept slot (D2O, arXiv 2406.13035).
+
+    mla: what the cache holds where a layer's keys and values are made of one compressed latent (multi-head latent attention,
+    DeepSeek-V2, arXiv 2405.04434). "expanded": the keys and values of every head, each of which keeps tokens of its own, as
+    policies are defined. "latent": one kv head, of the latent and the rotated key part that all heads share, so that a layer
+    keeps the same tokens for all heads; only for policies with `latent_scores`, and not with quantize, merge or head_budgets.
     """
 
     name: ClassVar[str]
@@ -108,6 +114,7 @@ class Policy:
     head_pattern: ClassVar[bool] = False  # `head_keeps` gives the heads of a layer different budgets
     weights_are_options: ClassVar[bool] = False  # `adapt` turns given weights into options; the graph reads none
     rotary_ahead: ClassVar[int] = 0  # with needs_rotary: positions beyond the text that cos and sin must have
+    latent_scores: ClassVar[bool] = False  # scores mean the same where all heads of a layer keep one latent a token
     inputs: ClassVar[tuple[str, ...]] = ()  # graph inputs (B,) int32 that `Segment.values` sets row by row
 
     budget: int | float | None = None
@@ -121,6 +128,7 @@ class Policy:
     quantize_group: int = 32
     quantize_residual: int = 128
     merge: bool = False
+    mla: str = "expanded"
 
     @property
     def sinks(self) -> int:
@@ -205,6 +213,10 @@ class Policy:
             raise OptionError(
                 f"{self.name}: merge=True needs a policy that scores slots by their content, and {self.name} does not"
             )
+        if self.mla not in MLA:
+            raise OptionError(f"{self.name}: mla is {self.mla!r}, expected one of {', '.join(MLA)}")
+        if self.mla == "latent":
+            self._check_latent()
         if self.layer_budgets != "equal" and self.budget is None:
             raise OptionError(f"{self.name}: layer_budgets={self.layer_budgets} needs a budget, and budget is None")
         if self.quantize_group < 1 or 64 % self.quantize_group:
@@ -214,6 +226,25 @@ class Policy:
                 f"{self.name}: quantize_residual is {self.quantize_residual}, expected a multiple of quantize_group "
                 f"({self.quantize_group})"
             )
+
+    def _check_latent(self) -> None:
+        """What a cache of latents can't have."""
+        reasons = {
+            "its scores are defined by the keys, values or budgets of single heads, and a latent is none of them": (
+                not self.latent_scores
+            ),
+            "its gates hide tokens from single heads": self.gates,
+            f"quantize={self.quantize} codes keys by channel and values by token, and a latent is both": (
+                self.quantize != "none"
+            ),
+            "merge=True looks for the nearest key of a head, and a latent is none": self.merge,
+            f"head_budgets={self.head_budgets} shares a budget between heads, and there is one": (
+                self.head_budgets != "equal"
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise OptionError(f"{self.name}: mla=latent is not possible: {reason}; use mla=expanded")
 
     def _layer_list(self) -> list[int]:
         """layer_budgets as numbers."""

@@ -20,6 +20,7 @@ class Full(Policy):
     summary = "keeps everything, up to its capacity"
     source = "-"
     has_scores = False
+    latent_scores = True
 
     chunk: int | None = 2048
     decode_eviction: bool = False

@@ -25,6 +25,7 @@ class H2O(Policy):
     name = "h2o"
     summary = "accumulated attention + recent window"
     source = "arXiv 2306.14048"
+    latent_scores = True
 
     budget: int | float | None = 1024
     recent_tokens: int | None = None

@@ -40,6 +40,7 @@ class NACL(Policy):
     needs_question = True
     scores_per_head = False  # part of what stays is drawn by lot
     inputs = ("proxies", "first_tokens", "evicts")
+    latent_scores = True
 
     budget: int | float | None = 0.2
     preset: str = "paper"

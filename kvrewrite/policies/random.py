@@ -19,6 +19,7 @@ class Random(Policy):
     name = "random"
     summary = "a random set in every head"
     source = "-"
+    latent_scores = True
 
     budget: int | float | None = 1024
     seed: int = 0

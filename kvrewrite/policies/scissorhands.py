@@ -30,6 +30,7 @@ class Scissorhands(Policy):
     summary = "what received more than its share, lately"
     source = "arXiv 2305.17118"
     inputs = ("first_query", "compresses")
+    latent_scores = True
 
     budget: int | float | None = 1024
     drop: float = 0.5

@@ -35,6 +35,7 @@ class SirLLM(Policy):
     after_logits = True
     scores_per_head = False
     inputs = ("turn",)
+    latent_scores = True
 
     budget: int | float | None = 1024
     start: int = 4

@@ -27,6 +27,7 @@ class SnapKV(Policy):
     source = "arXiv 2404.14469"
     whole_prompt = True
     needs_question = True
+    latent_scores = True
 
     budget: int | float | None = 2048
     window: int = 32
@@ -102,6 +103,7 @@ class AdaKV(SnapKV):
     name = "adakv"
     summary = "SnapKV with budgets that heads compete for"
     source = "arXiv 2407.11550"
+    latent_scores = False  # heads compete
 
     kernel: int = 7
     pooling: str = "max"

@@ -36,6 +36,7 @@ class StreamingLLM(Policy):
     summary = "attention sinks + recent window"
     source = "arXiv 2309.17453"
     has_scores = False
+    latent_scores = True
 
     budget: int | float | None = 1024
     start: int = 4

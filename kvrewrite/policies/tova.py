@@ -26,6 +26,7 @@ class TOVA(Policy):
     source = "arXiv 2401.06104"
     needs_question = True
     scores_per_head = False
+    latent_scores = True
 
     budget: int | float | None = 1024
 

@@ -158,6 +158,9 @@ def _compared(outcome: Outcome, model: nn.Module, ids: Tensor, reference: Tensor
         checks = {"chunks": _distance(got, reference), "padded row": _padded(whole, ids, reference)}
         if all(0 < (s.window or s.chunk) <= BUDGET - START for s in sites):
             checks["windows under eviction"] = _distance(run_in_pieces(small, ids, cuts, LENGTH), reference)
+        if all(s.latent for s in sites):
+            latent = kvrewrite.transform(model, "full", mla="latent", max_length=LENGTH)
+            checks["latent cache"] = _distance(run_in_pieces(latent, ids, cuts, LENGTH), reference)
         wrong = _evicted(small, ids)
     except Exception as error:
         outcome.status, outcome.reason = "crash", _line(error)

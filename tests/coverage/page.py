@@ -27,7 +27,8 @@ An architecture is **exact** when its logits are the unmodified model's, to 1e-4
 of 7, 5, 1, 1, 10 and 9 tokens through one cache and then token by token, and a row with padding on its left, nothing
 evicted; and when with StreamingLLM (budget 12, 2 sinks, chunks of 7) every layer and head keeps exactly the sinks and the
 newest tokens, or in layers with a window or chunk at least what that still sees, never more than the budget. Where all
-layers have windows within the budget, the logits under eviction are the original's, too. The sizes are shrunk
+layers have windows within the budget, the logits under eviction are the original's, too. Where keys and values are made of a
+compressed latent (MLA), the chunks and single tokens with nothing evicted run with `mla=latent`, too. The sizes are shrunk
 (tests/coverage/configs.py): windows and chunks become 8, GQA stays where a type has it. All weights are random with unit
 gain, so that attention is not uniform and no bias, sink or gate is zero. Where scores are capped, the unmodified model runs
 with `attn_implementation="eager"`: sdpa has no cap, and transformers 5.17 leaves it out without a word. Nothing here was
