@@ -508,8 +508,8 @@ def test_makes_scores_and_rotates(width: int, activation: str) -> None:
 
 def test_ranks_follow_what_goes() -> None:
     """One goes, none does, the newcomer does, several do at once, and with a newcomer that is dropped."""
-    run_updates([[20, 66]], steps=5, keep=[[22, 66]], ranks=True, recent=3, sinks=2)
-    run_updates([[30, 20]], steps=4, keep=lambda step: 30 - 5 * (step % 3), ranks=True, drops=0.4)
+    run_updates([[20, 66]], steps=3, keep=[[22, 66]], ranks=True, recent=3, sinks=2)
+    run_updates([[30, 20]], steps=3, keep=lambda step: 30 - 5 * (step % 3), ranks=True, drops=0.4)
     run_updates([[30], [10]], steps=4, keep=20, window=25, chunk=22, ranks=True, drops=0.3, slots=True, idle=0.2)
 
 
