@@ -20,8 +20,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.errors import CacheError
-from kvrewrite.kernels.reference.quantize import Scheme
-from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore, to_device
+from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
@@ -130,7 +129,7 @@ class EvictionCache(Cache):
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
-        scheme = Scheme(quantize["kind"], quantize["group"]) if quantize else None
+        scheme = scheme_of(self.layout)
         # Quantized caches: slots from the end of a head that the next token may write to.
         self._rewritten_slots = quantize["residual"] + 2 * quantize["group"] if quantize else 0
         for spec in self.layout["classes"]:
@@ -345,7 +344,7 @@ class EvictionCache(Cache):
         rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
         rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
         rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
-        return np.where(rewrites, 0, lease.bound), after
+        return np.where(rewrites, 0, np.maximum(lease.bound - self._rewritten_slots, 0)), after
 
     def look_ahead(self, policy: Policy, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
         """What `begin_token` would return, and the slots held after the token, without leasing anything; None where pages have

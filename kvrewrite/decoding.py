@@ -19,7 +19,9 @@ from torch import Tensor, fx
 
 from kvrewrite.execution import Execution
 from kvrewrite.graph import is_op
-from kvrewrite.pages import PAGE, to_device
+from kvrewrite.kernel_choice import fused
+from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
+from kvrewrite.pages import PAGE, Lease, scheme_of, to_device
 from kvrewrite.passes.lower import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
 from kvrewrite.program import Program
@@ -34,12 +36,21 @@ ROOM = 4096  # slots a head that a captured step has room for beyond those at it
 SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
 
 
-def reason_against(program: Program, policy: Policy) -> str:
-    """Why single tokens of this program don't run from static buffers; "" where they do."""
+def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
+    """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
     if policy.merge:
         return "merging asks the device how many slots go"
-    if program.layout["quantize"]:
-        return "quantized caches are read as a whole"
+    scheme = scheme_of(program.layout)
+    if scheme is not None and program.layout["contiguous"]:
+        return f"{policy.name} rotates cached keys by their rank, and their codes can't be rotated"
+    if scheme is not None and device.type == "cuda":
+        # What the reference writes depends on what it reads, which a captured graph can't do.
+        sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
+        for spec in program.layout["classes"]:
+            why = missing_quantized(scheme, spec["k_dim"], spec["v_dim"])
+            if not fused("cache_update_quantized", sample, why):
+                why = why or f"not in {program.dtype}, or kernels are off"
+                return f"there is no kernel for the update of this quantized cache ({why})"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
     return ""
@@ -271,6 +282,9 @@ class DecodeRunner:
         self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
+        self._lease: weakref.ref[Lease] | None = (
+            None  # its first lease, which another takes the place of when it is reset
+        )
         self._seen_tables: list[Tensor | None] = []
         self._seen_states: list[
             Tensor | None
@@ -366,13 +380,13 @@ class DecodeRunner:
 
     def _bind(self, step: _Step, cache: EvictionCache, keeps: list[np.ndarray]) -> None:
         """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
-        if self._bound is None or self._bound() is not cache:
+        if self._bound is None or self._bound() is not cache or not self._is_bound(cache):
             self.release()
             for c, lease in enumerate(cache.leases):
                 for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
                     target.copy_(lens)
                 lease.fetch_lens = self.release
-            self._bound = weakref.ref(cache)
+            self._bound, self._lease = weakref.ref(cache), weakref.ref(cache.leases[0])
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
             self._seen_states = [None] * len(cache.states)
         for c, lease in enumerate(cache.leases):
@@ -388,11 +402,15 @@ class DecodeRunner:
                 mine.copy_(state.value)
                 state.value = self._seen_states[i] = mine
 
+    def _is_bound(self, cache: EvictionCache) -> bool:
+        """Whether the cache that is bound still has what was bound."""
+        return self._lease is not None and self._lease() is cache.leases[0]
+
     def release(self) -> None:
         """Gives the bound cache its lengths and states back."""
         cache = None if self._bound is None else self._bound()
         self._bound = None
-        if cache is None:
+        if cache is None or not self._is_bound(cache):  # gone, or reset
             return
         step = self._steps[cache.batch_size]
         for lease, lens in zip(cache.leases, step.lens):

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvrewrite.kernel_choice import fused, latent_values
+from kvrewrite.kernels.gpu.quantized_split import missing
 from kvrewrite.kernels.reference import pages
+from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.kernels.reference.settle import settle
 from kvrewrite.linear_ops import ACTIVATIONS
 
@@ -136,6 +138,65 @@ def decode_attention(
 def _(  # type: ignore[no-untyped-def]
     q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window,
     chunk, mass, cos=None, sin=None, early=False, following=None, key_cos=None, key_sin=None
+):  # fmt: skip
+    out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
+    width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)
+    found = q.new_empty(width if mass else (0,), dtype=torch.float32)
+    return out, q.new_empty(q.shape[0], q.shape[1], 1, dtype=torch.float32), found
+
+
+@torch.library.custom_op("kvrewrite::decode_attention_quantized", mutates_args=())
+def decode_attention_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_params: Tensor,
+    v_params: Tensor,
+    k_tail: Tensor,
+    v_tail: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    qlens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    kind: str,
+    group: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+    mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_attention` on a quantized cache (pools, parameters, tails and qlens as `read_quantized` has them), whose keys and
+    values the kernel reads as they are stored. Returns the same."""
+    scheme = Scheme(kind, group)
+    dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
+    if fused("decode_attention_quantized", q, missing(scheme, *dims)):
+        from kvrewrite.kernels.gpu.quantized_decode import decode_attention_quantized as kernel
+
+        out, lse, found = kernel(
+            q, k, v, k_pages, v_pages, k_params, v_params, k_tail, v_tail, pos_pages, table, lens, qlens, positions, valid,
+            sinks, alibi, scheme, scale=scale, softcap=softcap, window=window, chunk=chunk, mass=mass,
+        )  # fmt: skip
+        return out, lse, lse.new_empty(0) if found is None else found
+    read = (table, qlens, kind, group)
+    k_dense = torch.ops.kvrewrite.read_quantized(k_pages, k_params, k_tail, *read, False)
+    v_dense = torch.ops.kvrewrite.read_quantized(v_pages, v_params, v_tail, *read, True)
+    return torch.ops.kvrewrite.decode_attention(
+        q, k, v, k_dense, v_dense, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap,
+        window, chunk, mass,
+    )  # fmt: skip
+
+
+@decode_attention_quantized.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, k_pages, v_pages, k_params, v_params, k_tail, v_tail, pos_pages, table, lens, qlens, positions, valid, sinks,
+    alibi, kind, group, scale, softcap, window, chunk, mass
 ):  # fmt: skip
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
     width = (*table.shape[:2], table.shape[2] * k_pages.shape[1] + 1)

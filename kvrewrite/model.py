@@ -21,7 +21,7 @@ from kvrewrite.errors import CacheError, InputError
 from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
-from kvrewrite.pages import PageStore, to_device
+from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
@@ -172,7 +172,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         on_cuda = self.device.type == "cuda"
         if static_decode is False or (static_decode is None and not on_cuda):
             return
-        reason = reason_against(self.program, self.policy)
+        reason = reason_against(self.program, self.policy, self.device)
         if reason:
             warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=2)
             return
@@ -197,9 +197,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if self.decoder is None:
             return None
         if self.__dict__["_stores"] is None:
-            classes = self.program.layout["classes"]
+            layout = self.program.layout
+            scheme = scheme_of(layout)
             self.__dict__["_stores"] = [
-                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device) for spec in classes
+                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme) for spec in layout["classes"]
             ]
         stores: list[PageStore] = self.__dict__["_stores"]
         return stores

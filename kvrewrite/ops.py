@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernel_choice import fused, latent_values
+from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
 from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
 from kvrewrite.kernels.reference import pages, quantized_cache
@@ -461,10 +462,26 @@ def cache_update_quantized(
 
     k_cached, v_cached (B, Hkv, C, ...): what `read_quantized` gave in this step, not rotated; None: it is read once more.
     """
+    scheme = Scheme(kind, group)
+    if k.shape[2] != 1:
+        why = f"it takes one token a row, not {k.shape[2]}"
+    elif any(x is not None for x in (floor, spare, next_table, threshold)):
+        why = "heads that share budgets, or merging"
+    else:
+        why = missing_quantized(scheme, k.shape[3], v.shape[3])
+    if fused("cache_update_quantized", k, why):
+        from kvrewrite.kernels.gpu.quantized_update import decode_update_quantized
+
+        decode_update_quantized(
+            k.to(k_tail.dtype), v.to(v_tail.dtype), new_scores, slot_scores, positions, rotary, valid, keep, recent, k_pages,
+            v_pages, k_params, v_params, score_pages, pos_pages, k_tail, v_tail, table, lens, qlens, scheme, sinks=sinks,
+            window=window, chunk=chunk, select=select, drop=drop,
+        )  # fmt: skip
+        return
     quantized_cache.cache_update(
         k, v, new_scores, slot_scores, positions, rotary, valid, keep, recent,
         quantized_cache.Pools(k_pages, k_params, k_tail), quantized_cache.Pools(v_pages, v_params, v_tail), score_pages,
-        pos_pages, table, lens, qlens, k_cached, v_cached, sinks, window, chunk, Scheme(kind, group), select, drop, floor,
+        pos_pages, table, lens, qlens, k_cached, v_cached, sinks, window, chunk, scheme, select, drop, floor,
         spare, next_table, threshold,
     )  # fmt: skip
 

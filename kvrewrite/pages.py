@@ -41,6 +41,12 @@ def pool_shapes(
     return shapes
 
 
+def scheme_of(layout: dict[str, Any]) -> Scheme | None:
+    """How a program with this layout quantizes keys and values, if it does."""
+    quantize = layout.get("quantize")
+    return Scheme(quantize["kind"], quantize["group"]) if quantize else None
+
+
 def to_device(values: Any, device: torch.device) -> Tensor:
     """Numbers of the host (array, list or CPU tensor) on a device, without waiting for what a GPU has still to do."""
     host = torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else torch.as_tensor(values)

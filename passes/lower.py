@@ -304,11 +304,31 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
         if hidden is not None:
             continue
         v_dense = shape[4] if len(shape) > 4 else None
+        read = _quantized(k_dense, v_dense)
         logs = [n for n in node.users if is_op(n, operator.getitem) and n.args[1] == 1]
         watchers = [n for lse in logs for n in lse.users if _same_rows(n, q, lse)]
         pools = (k_pages, v_pages, pos_pages)
         rest = (table, lens, positions, valid, sinks, alibi, *shape[:4])
-        new = _replace(node, ops.decode_attention.default, (q, k, v, k_dense, v_dense, *pools, *rest, bool(watchers)))
+        if read is None:
+            arguments = (q, k, v, k_dense, v_dense, *pools, *rest, bool(watchers))
+            new = _replace(node, ops.decode_attention.default, arguments)
+        else:
+            stored, qlens, scheme = read
+            arguments = (
+                q,
+                k,
+                v,
+                *stored,
+                pos_pages,
+                table,
+                lens,
+                qlens,
+                *rest[2:6],
+                *scheme,
+                *shape[:4],
+                bool(watchers),
+            )
+            new = _replace(node, ops.decode_attention_quantized.default, arguments)
         for watcher in watchers:
             with gm.graph.inserting_before(watcher):
                 mass = gm.graph.call_function(operator.getitem, (new, 2))
@@ -318,10 +338,23 @@ def _fuse_mass(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(watcher)
 
 
+def _quantized(k_dense: Any, v_dense: Any) -> tuple[tuple[Any, ...], Any, tuple[str, int]] | None:
+    """Where keys and values are what quantized slots stand for: their pools, parameters and tails, qlens, and kind and group."""
+    if not is_op(k_dense, ops.read_quantized.default) or not is_op(v_dense, ops.read_quantized.default):
+        return None
+    k_pages, k_params, k_tail, _, qlens, kind, group, _ = k_dense.args
+    v_pages, v_params, v_tail = v_dense.args[:3]
+    return (k_pages, v_pages, k_params, v_params, k_tail, v_tail), qlens, (kind, group)
+
+
 def _keep_pages(gm: fx.GraphModule) -> None:
-    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1)."""
+    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1). What
+    quantized slots stand for is not needed: attention and update read codes."""
     for node in _calls(gm, ops.cache_update.default):
         for i in (20, 21, 22):  # floor, spare, next_table
+            node.update_arg(i, None)
+    for node in _calls(gm, ops.cache_update_quantized.default):
+        for i in (9, 10, 29, 30, 31):  # k_cached, v_cached; floor, spare, next_table
             node.update_arg(i, None)
 
 

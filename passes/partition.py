@@ -79,10 +79,7 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
         if attended and _reads_cache(node):
             part, attended = part + 1, False
         homes[node] = part
-        attended |= is_op(
-            node, ops.cached_attention.default, ops.latent_attention.default, ops.attend_and_update.default,
-            ops.decode_attention.default,
-        )  # fmt: skip
+        attended |= _attends(node)
     result = output_node(gm).args[0]
     assert isinstance(result, fx.Node) and result in homes
     members: list[list[fx.Node]] = [[] for _ in range(part + 1)]
@@ -141,10 +138,15 @@ def _reads_cache(node: fx.Node) -> bool:
     if is_op(node, ops.read_pages.default):
         pool = node.args[0]
         return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
+    reads = is_op(node, ops.slot_rotary.default, ops.read_quantized.default, ops.read_rotated.default)
+    return reads or _attends(node)
+
+
+def _attends(node: fx.Node) -> bool:
+    """Whether this is a site's attention."""
     return is_op(
-        node, ops.slot_rotary.default, ops.read_quantized.default, ops.cached_attention.default,
-        ops.latent_attention.default, ops.attend_and_update.default, ops.decode_attention.default,
-        ops.read_rotated.default,
+        node, ops.cached_attention.default, ops.latent_attention.default, ops.attend_and_update.default,
+        ops.decode_attention.default, ops.decode_attention_quantized.default,
     )  # fmt: skip
 
 

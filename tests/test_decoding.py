@@ -35,6 +35,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "trim_kv", {"budget": 16, "buffer_size": 3, "retention_gate": "rg"}),
     ("llama", "duo_attention", {"budget": 16, "start": 4, "heads": "10,01"}),
     ("llama", "sirllm", {"budget": 16, "chunk": 10, "decay": 0.5}),
+    ("llama", "h2o", {"budget": 30, "quantize": "int8", "quantize_group": 4, "quantize_residual": 8}),
+    ("gemma2", "knorm", {"budget": 40, "quantize": "int4", "quantize_group": 16, "quantize_residual": 16}),
     ("llama", "attention_gate", {"chunk": 20, "budget": 30, "decode_eviction": True}),
 ]
 
@@ -109,6 +111,35 @@ def test_requests_take_turns_and_fork(policy: str, options: dict[str, Any]) -> N
         same(*pair)
 
 
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_states_and_lengths_follow_the_request(quantize: str) -> None:
+    """Another request takes its turn, one is forked while it is bound, and one begins anew."""
+    options = {"budget": 24, "quantize": quantize, "quantize_group": 4, "quantize_residual": 8}
+    plain, ours = rewritten("llama", "h2o", **options), static("llama", "h2o", **options)
+    ids = tokens(2, 60)
+
+    def check(pair: tuple[Any, Any], row: int, at: int, width: int) -> None:
+        token = ids[row : row + 1, at : at + width]
+        expected, got = [m(token, past_key_values=c).logits for m, c in zip((plain, ours), pair)]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+    first, second = [(plain.new_cache(1), ours.new_cache(1)) for _ in range(2)]
+    check(first, 0, 0, 30)
+    check(second, 1, 0, 21)
+    for t in (30, 31):
+        check(first, 0, t, 1)
+        check(second, 1, t, 1)
+    forks = (second[0].fork(), second[1].fork())
+    check(second, 1, 32, 1)
+    check(forks, 1, 40, 1)
+    for cache in forks:
+        cache.reset()
+    check(forks, 0, 0, 12)
+    check(forks, 0, 12, 1)
+    for pair in (first, second, forks):
+        same(*pair)
+
+
 def test_a_cache_that_is_gone_is_not_held() -> None:
     """Pools belong to the model, pages to the caches that live."""
     model = static("llama", "h2o", budget=16)
@@ -157,7 +188,7 @@ def test_what_is_not_captured_says_why() -> None:
     """What asks the device, and what has no kernels for single tokens."""
     for policy, options, reason in (
         ("h2o", {"budget": 16, "merge": True}, "merging asks the device"),
-        ("h2o", {"budget": 20, "quantize": "int8", "quantize_residual": 0}, "quantized caches"),
+        ("streaming_llm", {"budget": 40, "quantize": "int8", "quantize_residual": 0}, "codes can't be rotated"),
         ("fast_kvzip", {"budget": 16}, "layers of fast_kvzip share one budget"),
     ):
         model = rewrite(original("llama"), captured("llama"), policy, None, **options)
@@ -176,8 +207,9 @@ def test_what_is_not_captured_says_why() -> None:
         ("streaming_llm", {"budget": 16, "chunk": 10}),
         ("sirllm", {"budget": 16, "chunk": 10}),
         ("attention_gate", {"chunk": 20}),
+        ("h2o", {"budget": 50, "quantize": "int8", "quantize_group": 16, "quantize_residual": 16}),
     ],
-    ids=["h2o", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate"],
+    ids=["h2o", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate", "int8"],
 )
 def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, Any]) -> None:
     """One capture for a batch size; a second request of it replays; another batch size has its own."""
@@ -187,13 +219,15 @@ def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, A
     model.graph_module = model.program.graph = copy.deepcopy(model.graph_module)
     model.to("cuda").compile()
     plain = rewritten("llama", policy, **options)
+    # What is rounded differently before may get another code: one step of a channel then.
+    limit = 2e-3 if "quantize" in options else 1e-4
     for batch, captures in ((1, 1), (1, 1), (2, 2), (1, 2)):
         ids = tokens(batch, 60)
         caches = [plain.new_cache(batch), model.new_cache(batch)]
         for at, width in ((0, 40), *((t, 1) for t in range(40, 60))):
             expected = plain(ids[:, at : at + width], past_key_values=caches[0], logits_to_keep=1).logits
             got = model(ids[:, at : at + width].to("cuda"), past_key_values=caches[1], logits_to_keep=1).logits
-            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got.cpu(), expected, rtol=limit, atol=limit)
         assert caches[0].positions() == caches[1].positions()
         del caches
         assert model.decoder.captures == captures

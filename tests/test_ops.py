@@ -555,6 +555,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 *cache.pools(), cache.table, cache.lens, 1, 0, 0, None, None,
             ),
         ),
+        "decode_attention_quantized": (
+            ops.decode_attention_quantized,
+            (
+                fresh.q[:, :, :1], fresh.k[:, :, :1], fresh.v[:, :, :1], *pools[:4], *tails[:2], cache.pos_pages, *tails[2:],
+                fresh.positions[:, :1], torch.ones(B, dtype=torch.int32), None, None, "int8", 2, *shape({}), True,
+            ),
+        ),
         "linears": (ops.linears, (torch.randn(B, 1, 8), [torch.randn(4, 8), torch.randn(6, 8)], [torch.randn(4), None])),
         "gated_linear": (ops.gated_linear, (torch.randn(B, 1, 8), torch.randn(4, 8), torch.randn(4, 8), "silu")),
         "norm_linears": (

@@ -129,52 +129,16 @@ def _pool_row(slot, pages, table_p):
     return tl.load(pages + (slot // _PAGE) * table_p).to(tl.int64) * _PAGE + slot % _PAGE
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sinks", "window", "chunk", "k_b", "k_h", "v_b", "v_h", "new_b", "new_h", "slots_b", "slots_h", "pos_b", "rot_b",
-        "keep_b", "keep_h", "table_b", "table_h", "lens_b", "lens_h", "select_b", "select_h", "drop_b", "drop_h",
-        "cos_b", "sin_b",
-    ]
-)  # fmt: skip
-def _update_kernel(
-    k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places,
-    table, lens, select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
-    k_b, k_h, v_b, v_h, new_b, new_h, slots_b, slots_h, pos_b, rot_b, keep_b, keep_h, table_b, table_h, table_p, lens_b,
-    lens_h, select_b, select_h, drop_b, drop_h,
-    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
-    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def _least_slot(
+    n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks, window,
+    chunk, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
-    head = tl.program_id(0)
-    b = (head // HKV).to(tl.int64)
-    h = head % HKV
-    if HIDDEN > 0:
-        unit = tl.arange(0, HIDDEN_P)
-        row_of_head = tl.load(head_weight + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
-    begin(PDL)
-    pages = table + b * table_b + h * table_h
-    slot_scores += b * slots_b + h * slots_h
-    select += b * select_b + h * select_h
-    n = tl.load(lens + b * lens_b + h * lens_h)
-    real = tl.load(valid + b) > 0
-    budget = tl.load(keep + b * keep_b + h * keep_h).to(tl.int64)
-    protect = tl.load(recent + b).to(tl.int64)
-    new_pos = tl.load(positions + b * pos_b).to(tl.int32)
-    if HIDDEN > 0:
-        hidden = tl.load(new_scores + b * new_b + unit, mask=unit < HIDDEN, other=0.0)
-        active = activate(hidden.to(tl.float32), ACTIVATION).to(hidden.dtype)
-        new_score = tl.sum(active.to(tl.float32) * row_of_head.to(tl.float32), 0).to(hidden.dtype).to(tl.float32)
-    else:
-        new_score = tl.load(new_scores + b * new_b + h * new_h).to(tl.float32)
-    arrives = real
-    if DROP:
-        arrives = real & (tl.load(drop + b * drop_b + h * drop_h) == 0)
-    total = n + arrives.to(tl.int32)
+    """Looks at all slots, as far as that is needed, and stores slot_scores: the least key and its slot; how many cached slots
+    no later query sees, how many one does, how many of these and the newcomer the budget has no room for; and the position from
+    which on slots are protected."""
     following = new_pos + 1
-    new_seen = arrives & _visible(new_pos, following, window, chunk, WINDOW, CHUNK)
-
+    total = n + arrives.to(tl.int32)
     # The newest slots are protected, but no more of them than there is room for beside the first ones. As a rule their
     # positions have no gaps, and then the first of these positions is known beforehand.
     guess = tl.minimum(protect, tl.maximum(budget - sinks, 0))
@@ -220,6 +184,82 @@ def _update_kernel(
             newest_from = new_pos + tl.full((), 1, tl.int64)
             if safe > 0:
                 newest_from = _newest_bound(safe, n, new_pos, arrives, pages, places, table_p, PAGES)
+    return least, victim, lost, there, over, newest_from
+
+
+@triton.jit
+def _cut(
+    n, new_seen, new_key, budget, over, newest_from, new_pos, pages, places, score_pages, slot_scores, select, table_p, sinks,
+    window, chunk, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr,
+    SELECT: tl.constexpr,
+):  # fmt: skip
+    """What stays has keys of at least this: with too many, the budget-th highest, found bit by bit."""
+    following = new_pos + 1
+    cut = tl.full((), _GONE + 1, tl.int64)
+    if over > 0:
+        cut = tl.full((), _GONE, tl.int64)
+        for bit in range(64):
+            trial = cut ^ (tl.full((), 1, tl.int64) << (63 - bit))
+            above = (new_seen & (new_key >= trial)).to(tl.int32)
+            for i in range(0, tl.cdiv(n, _PAGE), PAGES):
+                live, _, _, _, _, _, key = _slots_at(
+                    i, n, pages, places, score_pages, slot_scores, select, table_p, sinks, newest_from, following, window,
+                    chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
+                )  # fmt: skip
+                above += tl.sum(tl.sum((live & (key >= trial)).to(tl.int32), 1), 0)
+            cut = tl.where(above >= budget, trial, cut)
+    return cut
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sinks", "window", "chunk", "k_b", "k_h", "v_b", "v_h", "new_b", "new_h", "slots_b", "slots_h", "pos_b", "rot_b",
+        "keep_b", "keep_h", "table_b", "table_h", "lens_b", "lens_h", "select_b", "select_h", "drop_b", "drop_h",
+        "cos_b", "sin_b",
+    ]
+)  # fmt: skip
+def _update_kernel(
+    k, v, new_scores, head_weight, slot_scores, positions, rotary, valid, keep, recent, k_pages, v_pages, score_pages, places,
+    table, lens, select, drop, cos, sin, sinks, window, chunk, capacity, cos_b, sin_b,
+    k_b, k_h, v_b, v_h, new_b, new_h, slots_b, slots_h, pos_b, rot_b, keep_b, keep_h, table_b, table_h, table_p, lens_b,
+    lens_h, select_b, select_h, drop_b, drop_h,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PAGES: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
+    head = tl.program_id(0)
+    b = (head // HKV).to(tl.int64)
+    h = head % HKV
+    if HIDDEN > 0:
+        unit = tl.arange(0, HIDDEN_P)
+        row_of_head = tl.load(head_weight + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+    begin(PDL)
+    pages = table + b * table_b + h * table_h
+    slot_scores += b * slots_b + h * slots_h
+    select += b * select_b + h * select_h
+    n = tl.load(lens + b * lens_b + h * lens_h)
+    real = tl.load(valid + b) > 0
+    budget = tl.load(keep + b * keep_b + h * keep_h).to(tl.int64)
+    protect = tl.load(recent + b).to(tl.int64)
+    new_pos = tl.load(positions + b * pos_b).to(tl.int32)
+    if HIDDEN > 0:
+        hidden = tl.load(new_scores + b * new_b + unit, mask=unit < HIDDEN, other=0.0)
+        active = activate(hidden.to(tl.float32), ACTIVATION).to(hidden.dtype)
+        new_score = tl.sum(active.to(tl.float32) * row_of_head.to(tl.float32), 0).to(hidden.dtype).to(tl.float32)
+    else:
+        new_score = tl.load(new_scores + b * new_b + h * new_h).to(tl.float32)
+    arrives = real
+    if DROP:
+        arrives = real & (tl.load(drop + b * drop_b + h * drop_h) == 0)
+    following = new_pos + 1
+    new_seen = arrives & _visible(new_pos, following, window, chunk, WINDOW, CHUNK)
+
+    least, victim, lost, there, over, newest_from = _least_slot(
+        n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks,
+        window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
+    )  # fmt: skip
 
     if real:
         by = new_score
@@ -255,20 +295,10 @@ def _update_kernel(
                     tl.store(places + target, tl.load(places + source))
                     tl.store(score_pages + target, tl.load(score_pages + source))
         elif going > 1:
-            # What stays has keys of at least `cut`: with too many, the budget-th highest, found bit by bit.
-            cut = tl.full((), _GONE + 1, tl.int64)
-            if over > 0:
-                cut = tl.full((), _GONE, tl.int64)
-                for bit in range(64):
-                    trial = cut ^ (tl.full((), 1, tl.int64) << (63 - bit))
-                    above = (new_seen & (new_key >= trial)).to(tl.int32)
-                    for i in range(0, tl.cdiv(n, _PAGE), PAGES):
-                        live, _, _, _, _, _, key = _slots_at(
-                            i, n, pages, places, score_pages, slot_scores, select, table_p, sinks, newest_from, following,
-                            window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
-                        )  # fmt: skip
-                        above += tl.sum(tl.sum((live & (key >= trial)).to(tl.int32), 1), 0)
-                    cut = tl.where(above >= budget, trial, cut)
+            cut = _cut(
+                n, new_seen, new_key, budget, over, newest_from, new_pos, pages, places, score_pages, slot_scores, select,
+                table_p, sinks, window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
+            )  # fmt: skip
             stays = new_seen & (new_key >= cut)
             if RANKS:
                 # Slots that go, one by one from the newest; there are few of them, as a rule.
