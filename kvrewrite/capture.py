@@ -9,8 +9,10 @@ as it is, and `passes/find_attention.py` finds the attention in what comes out.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from kvrewrite.wrapped import check_layers, without_hooks
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")  # of transformers' `experts_implementation`
+MAX_CHUNK = 2048  # tokens of a chunk, where layers cut the sequence into such
 
 # What an attention function of transformers may be given besides q, k, v, mask, scaling and dropout. Anything else that
 # is not None would change the result in silence.
@@ -74,6 +77,9 @@ class Captured:
     persistent: set[str] = field(default_factory=set)
     rotary_tables: list[RotaryTable] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)
+    # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
+    trace_length: int = TRACE_LENGTH
+    unrolled: bool = False
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
@@ -238,7 +244,8 @@ def _transformers_tracing(model: nn.Module, attention: str) -> Iterator[None]:
     Experts keep the implementation that the model was loaded with where that can be traced. transformers' own loop over
     experts can't (it looks at what was routed), nor can kernels that a graph does not show; grouped_mm computes the same.
     Packed-sequence detection is switched off: while tracing, transformers can't look at the positions, so it would put
-    their differences into every mask.
+    their differences into every mask. Recurrent layers are traced in the form that torch.compile gets, whose scans are few ops;
+    for other export targets they are spelled out token by token.
     """
     from transformers import masking_utils
 
@@ -246,10 +253,39 @@ def _transformers_tracing(model: nn.Module, attention: str) -> Iterator[None]:
         if hasattr(masking_utils, "find_packed_sequence_indices"):
             stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
         stack.enter_context(attention_implementation(model, attention))
+        for source in {sys.modules[type(module).__module__] for module in model.modules()}:
+            if source.__name__.startswith("transformers.models.") and hasattr(source, "is_torchdynamo_exporting"):
+                stack.enter_context(_replaced(source, "is_torchdynamo_exporting", lambda: False))
         for config in _configs(model):
             if getattr(config, "_experts_implementation_internal", None) not in (None, *TRACEABLE_EXPERTS):
                 stack.enter_context(_replaced(config, "_experts_implementation_internal", "grouped_mm"))
         yield
+
+
+# ------------------------------------------------------------------------------------- associative scans
+@contextlib.contextmanager
+def _scans_as_ops() -> Iterator[None]:
+    """Makes torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), one op of ours for the trace."""
+    # Not an attribute of its package, where the function has its name.
+    module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
+    original = module.associative_scan
+
+    def scan(combine_fn: Any, xs: Any, dim: int, reverse: bool = False, combine_mode: str = "pointwise") -> Any:
+        if reverse or not isinstance(xs, (tuple, list)) or len(xs) != 2 or not _is_linear(combine_fn):
+            return original(combine_fn, xs, dim, reverse, combine_mode)
+        decay, x = xs
+        return decay.cumprod(dim), torch.ops.kvrewrite.decayed_sum(decay, x, dim % x.dim())
+
+    with _replaced(module, "associative_scan", scan):
+        yield
+
+
+def _is_linear(combine_fn: Any) -> bool:
+    """Whether a function of two pairs is that of a linear recurrence, by evaluating it."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        a, x, b, y = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        product, total = combine_fn((a, x), (b, y))
+        return torch.allclose(product, a * b) and torch.allclose(total, b * x + y)
 
 
 # ------------------------------------------------------------------------------------- rotary embeddings by length
@@ -387,14 +423,20 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
 
 def _capture(model: nn.Module, max_length: int | None) -> Captured:
     if not is_transformers_model(model):
-        return _export(model, "trace", max_length)
+        return _export_again(model, "trace", max_length)
     captured = _capture_interface(model, max_length)
     if captured is not None:
         return captured
     # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
     own = getattr(model.config, "_attn_implementation", None)
     with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa"):
-        return _export(model, "trace", max_length)
+        return _export_again(model, "trace", max_length)
+
+
+def _export_again(model: nn.Module, frontend: str, max_length: int | None) -> Captured:
+    """`_export`, and once more on a longer text where a loop over chunks asks for it."""
+    captured = _export(model, frontend, max_length)
+    return _export(model, frontend, max_length, captured.trace_length) if captured.unrolled else captured
 
 
 def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | None:
@@ -408,6 +450,9 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     try:
         with _transformers_tracing(model, name):
             captured = _export(model, "interface", max_length)
+            if captured.unrolled:
+                calls.modules.clear()
+                captured = _export(model, "interface", max_length, captured.trace_length)
     except (CaptureError, UnsupportedModelError):
         if calls.modules:
             raise
@@ -425,7 +470,12 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     return captured
 
 
-def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured:
+def _export(model: nn.Module, frontend: str, max_length: int | None, trace_length: int = TRACE_LENGTH) -> Captured:
+    """Traces the model on `trace_length` tokens.
+
+    Where that unrolled a loop over chunks, of which there were few, `unrolled` is set, and `trace_length` is one at which
+    there is a first, a middle and a last one.
+    """
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
     extra = {"use_cache": False} if "use_cache" in parameters else {}
@@ -433,12 +483,12 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
     if first is None:
         raise CaptureError(f"{type(model).__name__} has no parameters; expected a decoder with weights")
     vocab = _vocab_size(model)
-    ids = torch.arange(TRACE_BATCH * TRACE_LENGTH, device=first.device).reshape(TRACE_BATCH, TRACE_LENGTH) % vocab
-    positions = torch.arange(TRACE_LENGTH, device=first.device).repeat(TRACE_BATCH, 1)
+    ids = torch.arange(TRACE_BATCH * trace_length, device=first.device).reshape(TRACE_BATCH, trace_length) % vocab
+    positions = torch.arange(trace_length, device=first.device).repeat(TRACE_BATCH, 1)
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     auto = torch.export.Dim.AUTO
-    with _fixed_rotary(model, max_length) as tables:
+    with _fixed_rotary(model, max_length) as tables, _scans_as_ops():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
             # fails torch prints the whole graph to stderr; our error says what failed.
@@ -461,6 +511,8 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
             raise CaptureError(f"torch.export could not trace {type(model).__name__}: {explain(error)}") from error
     captured = _flatten(program, model, frontend, takes_positions)
     captured.vocab_size = vocab
+    chunk = _unrolled_chunk(captured)
+    captured.unrolled, captured.trace_length = chunk > 0, max(trace_length, 2 * chunk + 3)
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:
@@ -468,6 +520,25 @@ def _export(model: nn.Module, frontend: str, max_length: int | None) -> Captured
         if attribute in attributes:
             captured.rotary_tables.append(RotaryTable(attribute, threshold, short, long))
     return captured
+
+
+def _unrolled_chunk(captured: Captured) -> int:
+    """The size of the chunks that a loop of the trace was unrolled over, 0 where there is none.
+
+    While it traces, torch notes what it assumed of sizes; that a number made of the length is a constant is such a loop.
+    """
+    ids = next(n for n in captured.graph.graph.nodes if n.op == "placeholder").meta["val"]
+    found = 0
+    for guard in ids.shape[1].node.shape_env.guards:
+        assumed = guard.expr
+        if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {captured.length_symbol}:
+            continue
+        chunk = max((int(n) for n in assumed.atoms(sympy.Integer)), default=0)
+        if 1 < chunk <= MAX_CHUNK and not all(
+            assumed.subs({captured.length_symbol: n * chunk + 3}) for n in range(1, 5)
+        ):
+            found = max(found, chunk)
+    return found
 
 
 def _vocab_size(model: nn.Module) -> int:
@@ -534,7 +605,8 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
     for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise CaptureError(
-                f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label}"
+                f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label} "
+                "(a loop over tokens in Python, as in recurrent layers without a scan, makes it a constant)"
             )
     logits = next(n for n in gm.graph.nodes if n.op == "output").args[0].meta["val"]
     if logits.dim() != 3 or [symbol(s) for s in logits.shape[:2]] != [symbol(s) for s in ids.shape]:

@@ -498,4 +498,5 @@ def _(  # type: ignore[no-untyped-def]
 import kvrewrite.latent_ops  # noqa: E402  (whoever has these ops has those, too)
 import kvrewrite.linear_ops  # noqa: E402
 import kvrewrite.lowered_ops  # noqa: E402
-import kvrewrite.score_ops  # noqa: E402, F401
+import kvrewrite.score_ops  # noqa: E402
+import kvrewrite.state_ops  # noqa: E402, F401

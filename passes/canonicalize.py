@@ -88,7 +88,6 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
-    _check_no_scores(captured)
     return sites
 
 
@@ -216,7 +215,7 @@ def _like_replaced(gm: fx.GraphModule, node: fx.Node, replaced: fx.Node, order: 
     return result
 
 
-def _check_no_scores(captured: Captured) -> None:
+def check_no_scores(captured: Captured) -> None:
     """Refuses graphs in which something of the size length x length is still computed."""
     for node in captured.graph.graph.nodes:
         value = tensor_of(node)

@@ -1,8 +1,8 @@
-"""Checks that the canonical graph can carry a cache: nothing but the sites mixes tokens, and no layer lacks its site.
+"""Checks that the canonical graph can carry a cache: nothing but attention sites and what `carry_state` understood mixes tokens.
 
-A model whose layers also convolve, scan, shift or pool over the sequence keeps state that an evicted cache does not
-carry: it would run, and be wrong in chunks. Shapes say where the sequence is (symbolic sizes), so the check is by what ops
-do to that axis, not by names of models.
+A model whose layers also convolve, scan, shift or pool over the sequence in another way keeps state that nothing carries: it
+would run, and be wrong in chunks. Shapes say where the sequence is (symbolic sizes), so the check is by what ops do to that
+axis, not by names of models.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ ALONG = {
 }  # fmt: skip
 WHOLE = {aten.sum.default, aten.mean.default, aten.max.default}
 CONVOLUTIONS = {aten.convolution.default, aten.conv1d.default, aten.conv1d.padding, aten.unfold.default}
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
+PICKS = {aten.select.int, aten.slice.Tensor, aten.index_select.default}
+SOURCES = {
+    torch.ops.kvrewrite.attention.default, torch.ops.kvrewrite.linear_scan.default, torch.ops.kvrewrite.decayed_sum.default,
+}  # fmt: skip
+# In the meta of a node: that it mixes tokens is accounted for (""), or why it could not be.
+CARRIED = "kvrewrite_carried"
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
 
 
@@ -37,19 +44,20 @@ def check(captured: Captured, sites: list[AttentionSite]) -> None:
     gm = captured.graph
     if not sites:
         raise UnsupportedModelError("no attention was found in the graph; nothing to rewrite")
-    _check_layers(gm, sites)
-    data = _data_nodes(gm)
+    data = data_nodes(gm)
     for node in gm.graph.nodes:
-        if node in data and not is_size(node):
-            reason = _mixes(node, captured.length_symbol)
+        if node in data and not is_size(node) and node.meta.get(CARRIED) != "":
+            reason = mixes(node, captured.length_symbol)
             if reason:
+                why = f" ({node.meta[CARRIED]})" if CARRIED in node.meta else ""
                 raise UnsupportedModelError(
                     f"{_layer_of(node)}: {node.name} ({node.target}) {reason}, so the layer keeps state besides its keys and "
-                    "values that an evicted cache does not carry (recurrent, convolutional or linear attention)"
+                    f"values that an evicted cache does not carry (recurrent, convolutional or linear attention){why}"
                 )
+    _check_layers(gm, sites)
 
 
-def _data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+def data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose values depend on the token ids."""
     found = {n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
     for node in gm.graph.nodes:
@@ -64,7 +72,7 @@ def _layer_of(node: fx.Node) -> str:
     return f"layer {index.group(1)} ({path})" if index else f"module {path or '?'}"
 
 
-def _axes(node: Any, length: Any) -> list[int]:
+def sequence_axes(node: Any, length: Any) -> list[int]:
     """Axes of a tensor that are the sequence: of that size, or of a size that grows with it without the batch."""
     value = tensor_of(node)
     if value is None:
@@ -77,28 +85,38 @@ def _is_length(expr: Any, length: Any) -> bool:
     return hasattr(expr, "free_symbols") and expr.free_symbols == {length}
 
 
-def _mixes(node: fx.Node, length: Any) -> str | None:
+def mixes(node: fx.Node, length: Any) -> str | None:
     """Why `node` mixes tokens, or None."""
     if node.op != "call_function":
         return None
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     value = tensor_of(first) if first is not None else None
-    axes = _axes(first, length) if first is not None else []
+    axes = sequence_axes(first, length) if first is not None else []
     floating = value is not None and (value.is_floating_point() or value.is_complex())
     out = tensor_of(node)
-    if out is not None and node.target is not torch.ops.kvrewrite.attention.default:
-        if len(_axes(node, length)) > 1:
+    if node.target in SOURCES:
+        return None
+    if out is not None:
+        if len(sequence_axes(node, length)) > 1:
             return "has two sequence axes"
-        for axis in _axes(node, length):
+        for axis in sequence_axes(node, length):
             expr = symbol(out.shape[axis])
             if expr != length and out.is_floating_point():
                 return f"makes a sequence of {expr} instead of {length} tokens"
+    if node.target in PADS and axes and value is not None and _pads(node, value.dim(), axes):
+        return "shifts the sequence"
     if node.target in CONVOLUTIONS and axes:
         return "convolves over the sequence"
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return "loops"
+    if node.target is aten.einsum.default and _einsum_sums(node, length):
+        return "sums over the sequence"
     if value is None:
         return None
+    if node.target in PICKS and floating and not sequence_axes(node, length):
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if isinstance(dim, int) and dim % max(1, value.dim()) in axes:
+            return "picks tokens of the sequence"
     if node.target in ALONG:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
         for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
@@ -108,13 +126,40 @@ def _mixes(node: fx.Node, length: Any) -> str | None:
         return "reduces the sequence"
     if node.target in PRODUCTS:
         other = next((a for a in node.args[1:] if isinstance(a, fx.Node)), None)
-        if value.dim() - 1 in axes and other is not None and len(_axes(other, length)):
+        if value.dim() - 1 in axes and other is not None and len(sequence_axes(other, length)):
             return "sums over the sequence"
     return None
 
 
+def _einsum_sums(node: fx.Node, length: Any) -> bool:
+    """Whether a letter of an einsum that is not in its result is a sequence axis."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    if "..." in equation:
+        return any(sequence_axes(x, length) for x in operands) and not sequence_axes(node, length)
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    summed = {
+        letters[axis]
+        for letters, x in zip(inputs.split(","), operands, strict=True)
+        for axis in sequence_axes(x, length)
+    } - set(result)
+    return bool(summed)
+
+
+def _pads(node: fx.Node, rank: int, axes: list[int]) -> bool:
+    """Whether a padding (left, right of the last dim, of the one before, ...) adds to or cuts one of `axes`."""
+    widths = node.args[1]
+    assert isinstance(widths, (list, tuple))
+    return any(rank - 1 - i // 2 in axes and width != 0 for i, width in enumerate(widths))
+
+
 def _check_layers(gm: fx.GraphModule, sites: list[AttentionSite]) -> None:
-    """Every layer of the repeated stack that holds sites must hold the same number of them."""
+    """Every layer of the repeated stack that holds sites must hold the same number of them.
+
+    In a model some of whose layers carry a state, others may hold neither: that they mix nothing was checked before.
+    """
+    if any(node.meta.get(CARRIED) == "" for node in gm.graph.nodes):
+        return
     pattern = re.compile(r"^(.*?\.)?(\d+)(?:\.|$)")
     per_stack: dict[str, Counter[int]] = {}
     for site in sites:

@@ -18,7 +18,16 @@ from torch import fx
 
 from kvrewrite.capture import Captured, RotaryTable
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.graph import add_placeholder, erase_dead, get_attr, output_node, placeholder, set_attr, shape_of
+from kvrewrite.graph import (
+    add_placeholder,
+    erase_dead,
+    get_attr,
+    output_node,
+    placeholder,
+    set_attr,
+    shape_of,
+    tensor_of,
+)
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.passes.cache_latent import Absorbed
 from kvrewrite.passes.find_rope import Rope, canonical_layout
@@ -86,6 +95,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         _read_cache(gm, node, site, inputs, owners[owner])
     for cache in owners.values():
         cache["span"] = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
+    _carry(gm, shared)
     logits: fx.Node | None = None
     if policy.after_logits:
         logits = output_node(gm).args[0]  # type: ignore[assignment]
@@ -380,6 +390,44 @@ def _read_cache(
     if replaced is not node:
         gm.graph.erase_node(replaced)
     gm.graph.erase_node(node)
+
+
+def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
+    """What layers carry besides keys and values becomes state beside the cache."""
+    valid, counts = shared.nodes["valid"], {"past": 0, "scan": 0, "sum": 0}
+    for node in list(gm.graph.nodes):
+        if node.target is ops.with_past.default:
+            x, count, dim = node.args
+            shape = list(shape_of(x))
+            shape[dim] = count
+            value = tensor_of(x)
+            assert value is not None
+            kind, dtype = "past", value.dtype
+        elif node.target is ops.linear_scan.default:
+            heads, width = shape_of(node.args[0])[2:]
+            value = tensor_of(node.args[2])
+            assert value is not None
+            kind, dtype = "scan", torch.promote_types(value.dtype, torch.float32)
+            shape = [0, heads, width, value.shape[3]]
+        elif node.target is ops.decayed_sum.default:
+            value = tensor_of(node.args[1])
+            assert value is not None
+            kind, dtype = "sum", torch.promote_types(value.dtype, torch.float32)
+            shape = [s for i, s in enumerate(value.shape) if i != node.args[2]]
+        else:
+            continue
+        name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
+        state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
+        with gm.graph.inserting_before(node):
+            if kind == "past":
+                new = gm.graph.call_function(ops.cached_past.default, (x, state, valid, dim))
+            elif kind == "sum":
+                new = gm.graph.call_function(ops.cached_sum.default, (*node.args[:2], state, valid, node.args[2]))
+            else:
+                new = gm.graph.call_function(ops.cached_scan.default, (*node.args, state, valid))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
 
 
 def _rate(

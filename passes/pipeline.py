@@ -1,7 +1,7 @@
 """The compiler's passes in their fixed order.
 
-    capture -> normalize -> find_attention + canonicalize -> check -> lift_positions -> (cache_latent) -> insert_policy
-    + insert_cache -> place, where parameters lie on several devices
+    capture -> normalize -> find_attention + canonicalize -> carry_state -> check -> lift_positions -> (cache_latent)
+    -> insert_policy + insert_cache -> place, where parameters lie on several devices
 
 cache_latent is there where a policy asks for it (mla=latent).
 
@@ -21,7 +21,8 @@ from kvrewrite.errors import OptionError
 from kvrewrite.graph import placeholder
 from kvrewrite.logs import PassLog
 from kvrewrite.passes.cache_latent import cache_latent
-from kvrewrite.passes.canonicalize import canonicalize
+from kvrewrite.passes.canonicalize import canonicalize, check_no_scores
+from kvrewrite.passes.carry_state import carry_state
 from kvrewrite.passes.check import check
 from kvrewrite.passes.find_latent import Latent, find_latent
 from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
@@ -55,7 +56,10 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     step("normalize")
     sites = canonicalize(captured)
     step("canonicalize")
+    carry_state(captured)
+    step("carry_state")
     check(captured, sites)
+    check_no_scores(captured)
     lift_positions(captured)
     limit_positions(captured)
     step("lift_positions")

@@ -16,8 +16,6 @@ REASONS = {
     "dbrx": (CaptureError, r"data-dependent control flow.*modeling_dbrx, line \d+, in forward"),
     "doge": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
     "deepseek_v32": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
-    "lfm2": (UnsupportedModelError, r"layer 0 \(model.layers.0\): no attention"),
-    "bamba": (UnsupportedModelError, r"layer 0 \(model.layers.0\): no attention"),
 }
 
 
@@ -54,8 +52,10 @@ class Decoder(nn.Module):
 
 
 class Convolution(Decoder):
+    """It looks at the two tokens that follow."""
+
     def mix(self, x: Tensor) -> Tensor:
-        return x + self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        return x + self.conv(x.transpose(1, 2))[..., 2:].transpose(1, 2)
 
 
 class RunningSum(Decoder):
@@ -63,9 +63,19 @@ class RunningSum(Decoder):
         return x + x.cumsum(1)
 
 
-class TokenShift(Decoder):
+class ShiftedBack(Decoder):
     def mix(self, x: Tensor) -> Tensor:
-        return x + F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return x + F.pad(x, (0, 0, -1, 1))
+
+
+class FirstToken(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x + x[:, :1]
+
+
+class EinsumAttention(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return x + torch.einsum("btc,bcd->btd", x, torch.einsum("bsc,bsd->bcd", x, x))
 
 
 class LinearAttention(Decoder):
@@ -92,7 +102,12 @@ def test_attention_alone_is_accepted() -> None:
     assert len(kvrewrite.inspect(Decoder())) == 1
 
 
-@pytest.mark.parametrize("model", [Convolution, RunningSum, TokenShift, LinearAttention, Pooled, Rolled, LogSumExp])
+OTHERS = [
+    Convolution, RunningSum, ShiftedBack, FirstToken, EinsumAttention, LinearAttention, Pooled, Rolled, LogSumExp,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", OTHERS)
 def test_state_besides_the_cache(model: type[Decoder]) -> None:
     with pytest.raises(UnsupportedModelError, match="keeps state besides its keys and values"):
         kvrewrite.inspect(model())

@@ -103,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": True},
     "falcon_rope": {"model_type": "falcon", "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 
 
@@ -123,8 +124,7 @@ WALKED: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, **TOKENS},
 }
 
-# Models that no honest rewrite exists for, or none yet. The first three can't be captured or have masks that depend on
-# the text; the others have layers with a state besides attention, which is for the check after these passes to see.
+# Models that no honest rewrite exists for, or none yet: they can't be captured or have masks that depend on the text.
 REFUSED: dict[str, dict[str, Any]] = {
     "dbrx": {
         "d_model": 64,
@@ -140,15 +140,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "index_topk": 4,
         "index_head_dim": 16,
         "index_n_heads": 2,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"], **TOKENS},
-    "bamba": {
-        "attn_layer_indices": [1],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 16,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 16,
-        **TOKENS,
     },
 }
 CONTENT_DEPENDENT = ("doge", "deepseek_v32")

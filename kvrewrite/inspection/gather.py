@@ -28,6 +28,7 @@ PASSES = {
     "capture": "torch.export's graph of the model, on fake tensors",
     "normalize": "views and casts in one form, training leftovers gone",
     "canonicalize": "every attention call found, proved, and put as one op; masks gone",
+    "carry_state": "what else mixes tokens (short convolutions, linear recurrences) found, proved, and put as an op with a state",
     "lift_positions": "positions are an input of the graph",
     "cache_latent": "one kv head, of the compressed latent; queries absorb the up-projections (mla=latent)",
     "insert_cache": "cache, policy and eviction at every site; logits only where asked for",

@@ -106,6 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": None, "L_cycles": 2},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     # Its queries grow at every multiple of the trained length.
@@ -117,6 +118,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
     "reformer": {"axial_pos_shape": [8, 32], "axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "attention_hidden_size": 128,
+              "attention_head_dim": 32, "n_mamba_heads": 2},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
