@@ -27,7 +27,9 @@ LENGTHS = (1, 5, 23)
 def canonical(model: nn.Module) -> tuple[Captured, list[AttentionSite]]:
     captured = capture(model)
     normalize(captured)
-    return captured, canonicalize(captured)
+    sites = canonicalize(captured)
+    check_no_scores(captured)
+    return captured, sites
 
 
 def run(captured: Captured, ids: Tensor) -> Tensor:
