@@ -14,7 +14,7 @@ from kvrewrite import capture as capture_module
 from kvrewrite.capture import Captured, capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.graph import ancestors, tensor_of
-from kvrewrite.passes.canonicalize import SOURCE, canonicalize
+from kvrewrite.passes.canonicalize import SOURCE, canonicalize, check_no_scores
 from kvrewrite.passes.find_attention import NoAttention, classify, fit
 from kvrewrite.passes.normalize import normalize
 from kvrewrite.site import AttentionSite
