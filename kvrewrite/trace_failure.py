@@ -26,11 +26,11 @@ LONGEST = 200  # characters of an error's own text
 def explain(error: BaseException) -> str:
     """Why tracing failed with `error`, as the end of a sentence that begins with "torch.export could not trace it:"."""
     chain = causes(error)
-    known = next((e for e in chain if isinstance(e, DATA_DEPENDENT)), None)
+    known: BaseException | None = next((e for e in chain if isinstance(e, DATA_DEPENDENT)), None)
     if known is not None:
         return (
-            "its forward decides by the values in a tensor (data-dependent control flow: a loop over experts, a length read "
-            f"on the host), and a graph holds for all values{_place(known)} ({_said(known)})"
+            "its forward decides by the values in a tensor (data-dependent control flow), and a graph holds for all values"
+            f"{_place(known)} ({_said(known)})"
         )
     unruled = next((e for e in chain if isinstance(e, NO_RULE)), None)
     if unruled is not None:

@@ -160,6 +160,16 @@ class NeedsAnImage(Decoder):
         return super().forward(input_ids) + image
 
 
+LIBRARY = torch.library.Library("kvrewrite_test_refusals", "DEF")
+LIBRARY.define("opaque(Tensor x) -> Tensor")
+LIBRARY.impl("opaque", torch.clone, "CPU")
+
+
+class OpaqueOp(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.ops.kvrewrite_test_refusals.opaque(x)
+
+
 class OneLength(Decoder):
     def mix(self, x: Tensor) -> Tensor:
         return x + torch.tensor(list(range(x.shape[1])))[:, None]
@@ -177,6 +187,7 @@ class SomeRows(Decoder):
         (WrongShape, r"raised RuntimeError: .*in mix: `return x @ torch.ones\(5, 5\)`.*model\(input_ids\)"),
         (NeedsAPackage, "package that is not installed.*a_package_that_is_not_there"),
         (NeedsAnImage, "calling its forward with token ids raised TypeError.*missing 1 required.*'image'"),
+        (OpaqueOp, "no rule for shapes without data.*in mix.*opaque.*register_fake"),
         (OneLength, "the length size became the constant 17"),
         (SomeRows, "the logits have the shape"),
     ],
