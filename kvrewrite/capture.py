@@ -525,13 +525,16 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, trace_lengt
 def _unrolled_chunk(captured: Captured) -> int:
     """The size of the chunks that a loop of the trace was unrolled over, 0 where there is none.
 
-    While it traces, torch notes what it assumed of sizes; that a number made of the length is a constant is such a loop.
+    While it traces, torch notes what it assumed of sizes; that a number made of the length by dividing it is a constant is such
+    a loop. (That a length is within a table's reads alike, but for the division.)
     """
     ids = next(n for n in captured.graph.graph.nodes if n.op == "placeholder").meta["val"]
     found = 0
     for guard in ids.shape[1].node.shape_env.guards:
         assumed = guard.expr
         if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {captured.length_symbol}:
+            continue
+        if not assumed.has(sympy.Function):  # torch's quotients and remainders are functions; Max and Min are not
             continue
         chunk = max((int(n) for n in assumed.atoms(sympy.Integer)), default=0)
         if 1 < chunk <= MAX_CHUNK and not all(
