@@ -16,9 +16,10 @@ from kvrewrite import cli
 from kvrewrite.cli_eval import parse_budget, parse_policies, split_policy
 from kvrewrite.errors import OptionError
 from kvrewrite.evaluation import intervals, run
-from kvrewrite.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left, with_question
+from kvrewrite.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
 from kvrewrite.evaluation.run import Arm, PolicySpec, Settings, Source, arms
 from kvrewrite.policies import POLICIES
+from kvrewrite.prompts import join_question
 from tests.tiny import TEXT, make_checkpoint
 
 NEW = 4
@@ -223,9 +224,9 @@ def test_padding_is_on_the_left():
 
 def test_a_question_in_front():
     question = Question(None, (2, 10, 11), (20, 21), 4)
-    assert with_question(question, False, None) == [2, 10, 11, 20, 21]
-    assert with_question(question, True, None) == [20, 21, 2, 10, 11, 20, 21]
-    assert with_question(question, True, 2) == [2, 20, 21, 10, 11, 20, 21]
+    assert join_question(question.context, question.question, first=False, bos=None) == [2, 10, 11, 20, 21]
+    assert join_question(question.context, question.question, first=True, bos=None) == [20, 21, 2, 10, 11, 20, 21]
+    assert join_question(question.context, question.question, first=True, bos=2) == [2, 20, 21, 10, 11, 20, 21]
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
