@@ -272,7 +272,7 @@ class _Window:
             return (left, False) if isinstance(left, int) and left > 0 and not any(other) and zero else None
         if is_op(node, aten.cat.default):
             parts: Any = node.args[0]
-            at = node.args[1] if len(node.args) > 1 else 0
+            at = node.args[1] if len(node.args) > 1 else 0  # type: ignore[assignment]
             if len(parts) != 2 or parts[1] is not x or at % rank != dim:
                 return None
             zeros, count = parts[0], shape_of(parts[0])[dim]
@@ -407,7 +407,7 @@ class _Recurrence:
                         yield Roles(q, k, v, None, few[0])
                     continue
                 if self.rests[other[0]] == (heads, channels):
-                    yield Roles(q, k, v, *few, skip=other[0])  # type: ignore[arg-type]
+                    yield Roles(q, k, v, *few, skip=other[0])  # type: ignore[arg-type, misc]
                     if len(few) == 1:
                         yield Roles(q, k, v, None, few[0], other[0])
                 if self.rests[other[0]] == self.rests[k] and len(few) < 2:

@@ -128,6 +128,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.cached_past.default, (x, torch.zeros(2, 4, 2), valid, 2), test_utils=some)
     torch.library.opcheck(ops.cached_sum.default, (x.sigmoid(), x, torch.zeros(2, 3), valid, 1), test_utils=some)
     torch.library.opcheck(ops.decayed_sum.default, (x.sigmoid(), x, 1), test_utils=some)
+    torch.library.opcheck(ops.with_past.default, (x, 2, 1), test_utils=some)
 
 
 def test_gradients() -> None:
