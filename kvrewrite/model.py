@@ -25,6 +25,8 @@ from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
+from kvrewrite.prefilling import PrefillRunner
+from kvrewrite.prefilling import reason_against as reason_against_chunks
 from kvrewrite.program import Program
 from kvrewrite.prompts import join_question
 
@@ -64,7 +66,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
         # Not submodules: they are the same graph.
-        self.__dict__.update(_execution=None, _decoder=None, _stores=None, _compile_options=None)
+        self.__dict__.update(_execution=None, _decoder=None, _prefill=None, _stores=None, _compile_options=None)
         # Tables that the compiler made lie on the CPU.
         if self.on_one_device:
             self.graph_module.to(self.device)
@@ -151,7 +153,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         stay in Python.
 
         static_decode: single tokens run from static buffers, on CUDA as one captured graph a step; default: on CUDA. Caches
-        made from then on lease pages from pools that belong to the model, so that new requests replay what was captured.
+        made from then on lease pages from pools that belong to the model, so that new requests replay what was captured, also
+        the chunks of a prompt without logits that have the same shape (`kvrewrite/prefilling.py`).
         A policy for which that is not possible decodes through compiled parts instead, and a warning says why. Locret's heads
         are folded into one linear layer of the hidden states; compile again after a change of weights.
         """
@@ -177,6 +180,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=2)
             return
         self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
+        if not reason_against_chunks(self.program, self.policy, self.device):
+            self.__dict__["_prefill"] = PrefillRunner(self.__dict__["_execution"], capture=on_cuda)
 
     def uncompile(self) -> None:
         """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
@@ -184,12 +189,18 @@ class RewrittenModel(nn.Module, GenerationMixin):
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
-        self.__dict__.update(_execution=None, _decoder=None, _stores=None, _compile_options=None)
+        self.__dict__.update(_execution=None, _decoder=None, _prefill=None, _stores=None, _compile_options=None)
 
     @property
     def decoder(self) -> DecodeRunner | None:
         """What runs single tokens from static buffers, if anything does."""
         found: DecodeRunner | None = self.__dict__["_decoder"]
+        return found
+
+    @property
+    def prefill_runner(self) -> PrefillRunner | None:
+        """What runs chunks of prompts from static buffers, if anything does."""
+        found: PrefillRunner | None = self.__dict__["_prefill"]
         return found
 
     def shared_stores(self) -> list[PageStore] | None:
@@ -568,12 +579,18 @@ class RewrittenModel(nn.Module, GenerationMixin):
         inputs.update(cache.length_tables)
         names = self.program.layout["inputs"]
         execution: Execution | None = self.__dict__["_execution"]
+        prefill = self.prefill_runner
+        out: Tensor | None = None
         if execution is None and not self.on_one_device:
             out = self.__dict__["_staged"](*(inputs[name] for name in names))
         elif execution is None:
             out = self.graph_module(*(inputs[name] for name in names))
-        else:
+        elif prefill is None or any(wanted):
             out = execution({name: inputs[name] for name in names}, logits=any(wanted))
+        else:
+            pools = {f"{name}_{c}" for c, lease in enumerate(cache.leases) for name in lease.store.shapes}
+            tables = {name for name in names if name.startswith("rotary_")} | cache.length_tables.keys()
+            prefill({name: inputs[name] for name in names}, pools, tables)
         cache.commit()
         return out
 

@@ -1,4 +1,5 @@
-"""Single tokens from static buffers: the same kept sets, logits and memory as the plain path, whatever happens in between."""
+"""Single tokens and chunks from static buffers: the same kept sets, logits and memory as the plain path, whatever happens in
+between."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from kvrewrite.decoding import DecodeRunner
 from kvrewrite.execution import Execution
 from kvrewrite.passes.lower import fold, lower_prefill
+from kvrewrite.prefilling import PrefillRunner
+from kvrewrite.prefilling import reason_against as reason_against_chunks
 from tests.rewritten import captured, original, rewrite, rewritten
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -42,11 +45,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def static(family: str, policy: str, **options: Any) -> Any:
-    """A model that decodes from static buffers, lowered as for a GPU, without torch.compile."""
+    """A model that decodes and runs chunks from static buffers, lowered as for a GPU, without torch.compile."""
     model = rewrite(original(family), captured(family), policy, None, **options)
     folded = fold(model.graph_module)
     model.__dict__["_execution"] = Execution(lower_prefill(folded), None)
     model.__dict__["_decoder"] = DecodeRunner(model, folded, None, capture=False)
+    if not reason_against_chunks(model.program, model.policy, model.device):
+        model.__dict__["_prefill"] = PrefillRunner(model.__dict__["_execution"], capture=False)
     return model
 
 
@@ -73,12 +78,15 @@ def test_same_as_plain(family: str, policy: str, options: dict[str, Any]) -> Non
     mask[1, :5] = 0
     for width in (40, *[1] * 27, 9, *[1] * 5):
         part = {"input_ids": ids[:, at : at + width], "attention_mask": mask[:, at : at + width]}
-        expected, got = [m(**part, past_key_values=c).logits for m, c in zip(models, caches)]
+        keep = 1 if width == 40 else 0  # chunks without logits are run by what captures them
+        expected, got = [m(**part, past_key_values=c, logits_to_keep=keep).logits for m, c in zip(models, caches)]
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
         at += width
         if at % 6 == 0 or width > 1:
             same(*caches)
     same(*caches)
+    runner = models[1].prefill_runner
+    assert runner is None or "chunk" not in options or runner._chunks  # chunks did run from buffers
 
 
 @pytest.mark.parametrize(
@@ -214,7 +222,8 @@ def test_what_is_not_captured_says_why() -> None:
     ids=["h2o", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate", "int8"],
 )
 def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, Any]) -> None:
-    """One capture for a batch size; a second request of it replays; another batch size has its own."""
+    """One capture for a batch size; a second request of it replays; another batch size has its own. (The larger one comes first:
+    a pool that has to grow for it moves, and all is captured anew.)"""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = rewrite(original("llama"), captured("llama"), policy, None, **options)
     # Its parameters are the original's own, which the other tests want where they are.
@@ -223,7 +232,7 @@ def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, A
     plain = rewritten("llama", policy, **options)
     # What is rounded differently before may get another code: one step of a channel then.
     limit = 2e-3 if "quantize" in options else 1e-4
-    for batch, captures in ((1, 1), (1, 1), (2, 2), (1, 2)):
+    for batch, captures in ((2, 1), (2, 1), (1, 2), (2, 2)):
         ids = tokens(batch, 60)
         caches = [plain.new_cache(batch), model.new_cache(batch)]
         for at, width in ((0, 40), *((t, 1) for t in range(40, 60))):
@@ -233,6 +242,49 @@ def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, A
         assert caches[0].positions() == caches[1].positions()
         del caches
         assert model.decoder.captures == captures
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
+        ("streaming_llm", {"budget": 16, "chunk": 8, "positions": "original"}),
+        ("streaming_llm", {"budget": 16, "chunk": 8}),
+        ("h2o", {"budget": 16, "chunk": 8}),
+        ("adakv", {"budget": 16, "window": 6, "kernel": 3, "chunk": 8}),
+        ("sirllm", {"budget": 16, "chunk": 8}),
+        ("attention_gate", {"budget": 16, "chunk": 8}),
+    ],
+    ids=["locret", "streaming_llm", "contiguous", "h2o", "adakv", "sirllm", "attention_gate"],
+)
+def test_chunks_are_captured(policy: str, options: dict[str, Any]) -> None:
+    """Chunks of a shape are captured when it comes again, a second prompt replays them; cache and answer are those of the plain
+    path. Rows are padded, and between the prompts another cache makes the pools grow."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = rewrite(original("llama"), captured("llama"), policy, None, **options)
+    model.graph_module = model.program.graph = copy.deepcopy(model.graph_module)
+    model.to("cuda").compile()
+    plain = rewritten("llama", policy, **options)
+    ids, mask = tokens(2, 80), torch.ones(2, 70, dtype=torch.long)
+    mask[1, :5] = 0
+    captures = []
+    for request in range(3):
+        caches = [plain.new_cache(2), model.new_cache(2)]
+        outs = []
+        for m, cache in zip((plain, model), caches):
+            given = [x.to(m.device) for x in (ids, mask)]
+            out = [m(given[0][:, :70], attention_mask=given[1], past_key_values=cache, logits_to_keep=1).logits]
+            out += [m(given[0][:, t : t + 1], past_key_values=cache).logits for t in range(70, 73)]
+            outs.append(torch.cat(out, 1).cpu())
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+        assert caches[0].positions() == caches[1].positions()
+        captures.append(model.prefill_runner.captures)
+        if request == 1:
+            lease = caches[1].leases[0]
+            del caches, cache
+            lease.store._grow(lease.store.total + 7)
+    assert 0 < captures[0] <= captures[1] < captures[2]
 
 
 def test_a_cache_outlives_compile() -> None:

@@ -349,7 +349,7 @@ def run_updates(
     budget = torch.randint(max(4, room // 3), room, (b, hkv), generator=g).to(torch.int32)
     ours.update(ours.tokens(first), budget, 3, {}, False)
     slow, fast = ours, ours.to(device)
-    options: dict[str, Any] = {"window": pick(0, 0, 0, room // 2), "chunk": pick(0, 0, 0, 50)}
+    options: dict[str, Any] = {"window": pick(0, 0, 0, room // 2), "chunk": pick(0, 0, 0, room // 2)}
     quantized = 0
     by_slots, selects = pick(False, True), pick(False, False, True)
     for step in range(steps):

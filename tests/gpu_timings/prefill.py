@@ -1,12 +1,12 @@
 """Where a chunked prefill of Llama-3.1-8B's shape with Locret spends its time, bf16, batch 1. Needs a GPU.
 
     python -m tests.gpu_timings.prefill [--layers 8] [--tokens 131072] [--budget 16384 6000] [--chunk 3072] [--repeat 3]
-        [--without overlap gated turn]
+        [--without overlap gated turn capture]
 
 For each budget: seconds of a prefill (from a synchronized device to a synchronized device) and how long the host needs to queue
 it; then, from a profile of one more, each kernel's time a layer and chunk in the chunks with a full cache, and the share of the
 time in which the GPU runs nothing. The profiler slows the host, so that share is an upper bound. --without: seconds also without
-each of these lowerings, in turns. With fewer than 32 layers what is done once a chunk (embedding, logits, planning) weighs more
+each of these lowerings, or without CUDA graphs of chunks (capture), in turns. With fewer than 32 layers what is done once a chunk (embedding, logits, planning) weighs more
 than in the whole model.
 """
 
@@ -28,6 +28,7 @@ from kvrewrite.benchmark.shapes import ShapeSource
 from kvrewrite.evaluation.run import Arm, PolicySpec
 from kvrewrite.passes import lower
 
+CAPTURE = "capture"
 LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "turn": "_turn_both"}  # in kvrewrite/passes/lower.py
 
 
@@ -36,12 +37,14 @@ def _nothing(gm: Any) -> None:
 
 
 def build(source: ShapeSource, arm: Arm, without: str | None) -> Any:
-    """The compiled model, but for one lowering."""
+    """The compiled model, but for one lowering, or without graphs of chunks."""
     model = source.rewritten(arm)
     with contextlib.ExitStack() as stack:
-        if without:
+        if without in LOWERINGS:
             stack.enter_context(unittest.mock.patch.object(lower, LOWERINGS[without], _nothing))
         model.compile()
+    if without == CAPTURE:
+        model.__dict__["_prefill"] = None
     return model
 
 
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=3072)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
-        "--without", nargs="*", default=[], choices=list(LOWERINGS), help="lowerings to leave out, each alone"
+        "--without", nargs="*", default=[], choices=[*LOWERINGS, CAPTURE], help="what to leave out, each alone"
     )
     given = parser.parse_args()
     source = ShapeSource("llama-3.1-8b", device="cuda")
@@ -125,7 +128,7 @@ def main() -> None:
                 runs[without].append(prefill(model, ids))
         print(f"  peak {(torch.cuda.max_memory_allocated() - base) / 2**30:.2f} GiB over weights and pools")
         for without, found in runs.items():
-            same = all(torch.equal(run[2], found[0][2]) for run in found)
+            same = all(torch.equal(run[2], runs[None][0][2]) for run in found)
             print(
                 f"  {f'without {without}' if without else 'all'}: {', '.join(f'{r[0]:.4f}' for r in found)} s, queued after "
                 f"{', '.join(f'{r[1]:.4f}' for r in found)} s; same bits: {same}",

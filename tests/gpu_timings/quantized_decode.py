@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kvrewrite.lowered_ops  # noqa: F401  (registers the reference op)
+import kvrewrite.ops  # noqa: F401  (registers the reference ops)
 from kvrewrite.kernels.gpu.decode import PAGE, Config
 from kvrewrite.kernels.gpu.quantized_decode import config, decode_attention_quantized
 from kvrewrite.kernels.gpu.quantized_update import decode_update_quantized
