@@ -297,8 +297,10 @@ class EvictionCache(Cache):
                 if self._adapts:
                     self._head_keep[c] = np.where(self._chosen[c], lease.bound, self._head_keep[c])
             lease.resize(after, 0)
-            if dealt is not None:
-                lease.store.compact(lease.leased)  # as much again: pages for decoding and for forks
+            if dealt is not None and self._stores is None:
+                # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because the next
+                # request needs as much, and what is captured is bound to its place.
+                lease.store.compact(lease.leased)
             free = lease.windows == 0
             for b in range(self.batch_size):
                 longest[b] = max(longest[b], int(after[free, b].max(initial=-1)))

@@ -79,7 +79,7 @@ class PrefillRunner:
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0
         self._chunks: OrderedDict[Any, _Chunk] = OrderedDict()
-        self._memory: Any = None  # chunks run one at a time and leave nothing in it, so that they can share it
+        self._memory: torch.cuda.MemPool | None = None  # chunks run one at a time and leave nothing there: they share it
 
     @cached_property
     def _sources(self) -> Set[str]:
@@ -114,8 +114,8 @@ class PrefillRunner:
     def _captured(self, inputs: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._memory = torch.cuda.MemPool()
+        with torch.cuda.graph(graph, pool=self._memory.id, capture_error_mode="thread_local"):
             self.execution(inputs, logits=False)
         self.captures += 1
         return graph

@@ -252,11 +252,11 @@ def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, A
         ("streaming_llm", {"budget": 16, "chunk": 8, "positions": "original"}),
         ("streaming_llm", {"budget": 16, "chunk": 8}),
         ("h2o", {"budget": 16, "chunk": 8}),
-        ("adakv", {"budget": 16, "window": 6, "kernel": 3, "chunk": 8}),
+        ("h2o", {"budget": 16, "head_budgets": "adakv", "chunk": 8}),
         ("sirllm", {"budget": 16, "chunk": 8}),
         ("attention_gate", {"budget": 16, "chunk": 8}),
     ],
-    ids=["locret", "streaming_llm", "contiguous", "h2o", "adakv", "sirllm", "attention_gate"],
+    ids=["locret", "streaming_llm", "contiguous", "h2o", "ragged", "sirllm", "attention_gate"],
 )
 def test_chunks_are_captured(policy: str, options: dict[str, Any]) -> None:
     """Chunks of a shape are captured when it comes again, a second prompt replays them; cache and answer are those of the plain
