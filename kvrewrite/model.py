@@ -31,7 +31,7 @@ from kvrewrite.program import Program
 from kvrewrite.prompts import join_question
 
 _program_ids = itertools.count()
-SPAN_STEP = 4096  # graph input `span` is a multiple of this
+SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 
@@ -66,7 +66,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
         # Not submodules: they are the same graph.
-        self.__dict__.update(_execution=None, _decoder=None, _prefill=None, _stores=None, _compile_options=None)
+        self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
         # Tables that the compiler made lie on the CPU.
         if self.on_one_device:
             self.graph_module.to(self.device)
@@ -181,7 +181,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return
         self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
         if not reason_against_chunks(self.program, self.policy, self.device):
-            self.__dict__["_prefill"] = PrefillRunner(self.__dict__["_execution"], capture=on_cuda)
+            self.__dict__["_prefill_runner"] = PrefillRunner(self.__dict__["_execution"], capture=on_cuda)
 
     def uncompile(self) -> None:
         """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
@@ -189,7 +189,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
-        self.__dict__.update(_execution=None, _decoder=None, _prefill=None, _stores=None, _compile_options=None)
+        self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -200,7 +200,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     @property
     def prefill_runner(self) -> PrefillRunner | None:
         """What runs chunks of prompts from static buffers, if anything does."""
-        found: PrefillRunner | None = self.__dict__["_prefill"]
+        found: PrefillRunner | None = self.__dict__["_prefill_runner"]
         return found
 
     def shared_stores(self) -> list[PageStore] | None:
@@ -569,7 +569,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
             cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
             inputs["following"] = to_device(torch.tensor(cache.next_rotary), device)
             inputs["renew"] = to_device(torch.tensor(renew), device)
-            inputs["span"] = torch.empty(0, -(-(max(cache.seen) + longest) // SPAN_STEP) * SPAN_STEP, device=device)
+            # The same for all chunks of a prompt, and for prompts that are about as long: captured chunks ask for one shape.
+            reach = max(max(totals), max(cache.seen) + longest)
+            step = max(SPAN_STEP, (1 << (reach.bit_length() - 1)) // 8)
+            inputs["span"] = torch.empty(0, -(-reach // step) * step, device=device)
             inputs["position_ids"] = to_device(torch.tensor(cache.next_rotary)[:, None] + column, device)
         for i, (cos, sin) in enumerate(cache.rotary(self._rotary_reach(cache, longest))):
             inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin

@@ -79,7 +79,9 @@ class PrefillRunner:
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0
         self._chunks: OrderedDict[Any, _Chunk] = OrderedDict()
-        self._memory: torch.cuda.MemPool | None = None  # chunks run one at a time and leave nothing there: they share it
+        self._memory: torch.cuda.MemPool | None = (
+            None  # chunks run one at a time and leave nothing there: they share it
+        )
 
     @cached_property
     def _sources(self) -> Set[str]:

@@ -51,7 +51,7 @@ def static(family: str, policy: str, **options: Any) -> Any:
     model.__dict__["_execution"] = Execution(lower_prefill(folded), None)
     model.__dict__["_decoder"] = DecodeRunner(model, folded, None, capture=False)
     if not reason_against_chunks(model.program, model.policy, model.device):
-        model.__dict__["_prefill"] = PrefillRunner(model.__dict__["_execution"], capture=False)
+        model.__dict__["_prefill_runner"] = PrefillRunner(model.__dict__["_execution"], capture=False)
     return model
 
 

@@ -44,7 +44,7 @@ def build(source: ShapeSource, arm: Arm, without: str | None) -> Any:
             stack.enter_context(unittest.mock.patch.object(lower, LOWERINGS[without], _nothing))
         model.compile()
     if without == CAPTURE:
-        model.__dict__["_prefill"] = None
+        model.__dict__["_prefill_runner"] = None
     return model
 
 
