@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -47,6 +48,11 @@ def test_greedy_with_left_padding_is_the_originals(full: Any) -> None:
     mask = padded(prompt, 1, 7)
     expected = original("llama").generate(prompt, attention_mask=mask, max_new_tokens=12, **GREEDY)  # type: ignore[operator]
     assert torch.equal(full.generate(prompt, attention_mask=mask, max_new_tokens=12, **GREEDY), expected)
+
+
+def test_nothing_stands_in_the_way_of_generate(full: Any) -> None:
+    """What a model keeps has no name of a method of transformers' (5.17 has a `_prefill`)."""
+    assert [n for n in vars(full) if hasattr(GenerationMixin, n) or n == "_prefill"] == []
 
 
 def test_beam_search_is_the_originals(full: Any) -> None:
