@@ -19,7 +19,7 @@ from kvrewrite import policies
 from kvrewrite.capture import Captured, capture, is_transformers_model
 from kvrewrite.card import model_card
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.memory import MemoryPlan, plan_memory
+from kvrewrite.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.passes.pipeline import Observer, canonical, insert
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
@@ -182,7 +182,8 @@ def convert(
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
     final = policies.make(program.policy["name"], **program.policy["options"])
-    plans = [plan_memory(program.sites, final, itemsize, n, batch) for n in contexts or [longest]]
+    carried = carried_bytes(program.layout)
+    plans = [plan_memory(program.sites, final, itemsize, n, batch, carried) for n in contexts or [longest]]
     size = sum((model_dir / name).stat().st_size for name in checkpoint.files)
     if out is None:
         return Conversion(program, None, size, plans)

@@ -29,6 +29,13 @@ Policy: `{policy}` with {options}.
 """
 
 
+def _carried(plan: MemoryPlan) -> list[str]:
+    """Says what a hybrid's other layers hold."""
+    if not plan.carried:
+        return []
+    return [f"Of each, {human(plan.carried)} are what layers without attention carry, at any length.", ""]
+
+
 def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
     """The model card: how to load it, what was rewritten, what it saves."""
     sites = []
@@ -49,6 +56,7 @@ def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
                 "|---|---|---|---|",
                 *rows,
                 "",
+                *_carried(plans[0]),
                 "",
             ]
         )

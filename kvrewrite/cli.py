@@ -253,6 +253,9 @@ def memory_table(plans: list[MemoryPlan]) -> Table:
     for p in plans:
         saved = f"{1 - p.evicted / p.full:.1%}" if p.full > p.evicted else "-"
         table.add_row(f"{p.context:,}", human(p.full), human(p.evicted), human(p.peak), saved)
+    if plans[0].carried:
+        table.caption = f"of each {human(plans[0].carried)} for what layers without attention carry, at any length"
+        table.caption_justify = "left"
     return table
 
 
@@ -431,11 +434,11 @@ def _device(name: str) -> Any:
 
 def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:
     """What a generation's cache held, beside what a full cache would have."""
-    from kvrewrite.memory import human, plan_memory
+    from kvrewrite.memory import carried_bytes, human, plan_memory
 
     memory = cache.memory()
-    seen = max(cache.seen)
-    full = plan_memory(model.sites, model.policy, model.dtype.itemsize, seen, cache.batch_size).full
+    seen, carried = max(cache.seen), carried_bytes(model.program.layout)
+    full = plan_memory(model.sites, model.policy, model.dtype.itemsize, seen, cache.batch_size, carried).full
     return (
         f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache: {human(memory.live)} live, "
         f"{human(memory.leased)} leased; a full cache of {seen} tokens: {human(full)}"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.execution import Execution
+from kvrewrite.execution import Execution, capture_stream
 from kvrewrite.graph import is_op
 from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
@@ -237,7 +237,7 @@ class _Step:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=capture_stream(), capture_error_mode="thread_local"):
             self.logits = self._run()
         self.runner.captures += 1
 

@@ -28,6 +28,17 @@ def dynamic_sizes() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream of the current GPU that graphs are captured on. torch's own default belongs to the GPU that was current at the
+    first capture of the process, and capturing there makes that one current."""
+    return _capture_stream(torch.cuda.current_device())
+
+
 class Execution:
     """A program in parts. Called with the program's inputs by name; returns the logits.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from kvrewrite.kernels.reference.latent import heads_at_once
 from kvrewrite.kernels.reference.quantize import Scheme
@@ -14,13 +18,15 @@ from kvrewrite.site import AttentionSite
 
 @dataclass
 class MemoryPlan:
-    """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt."""
+    """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt; carried: the
+    part of each that recurrent layers carry, at any length."""
 
     context: int
     batch: int
     full: int
     evicted: int
     peak: int
+    carried: int = 0
 
 
 @dataclass
@@ -75,10 +81,17 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
     return plans
 
 
+def carried_bytes(layout: Mapping[str, Any]) -> int:
+    """Bytes a row that the layers of a program without attention carry, whatever the length of the text: windows of inputs and
+    the states of recurrences. layout: the program's."""
+    carried = [state for state in layout["states"] if state.get("carried")]
+    return sum(math.prod(state["shape"]) * getattr(torch, state["dtype"]).itemsize for state in carried)
+
+
 def plan_memory(
-    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1
+    sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1, carried: int = 0
 ) -> MemoryPlan:
-    """Cache bytes of `plan_layers` in all layers.
+    """Cache bytes of `plan_layers` in all layers, and of what other layers carry (`carried_bytes`, for one row).
 
     The peak adds the keys and values of one chunk in one layer (in all, where layers share a budget), which are alive while
     that layer runs, and of a quantized cache one layer's slots as attention reads them. Where caches hold latents, full is a
@@ -92,7 +105,8 @@ def plan_memory(
     full, evicted = sum(p.full for p in layers), sum(p.evicted for p in layers)
     peak = sum(p.largest for p in layers) + token * longest + (widest if policy.quantize != "none" else 0)
     again = max((_expanded_bytes(p, itemsize, longest, batch) for p in layers), default=0)
-    return MemoryPlan(context, batch, full * batch, evicted * batch, peak * batch + again)
+    full, evicted, peak = ((n + carried) * batch for n in (full, evicted, peak))
+    return MemoryPlan(context, batch, full, evicted, peak + again, carried * batch)
 
 
 def _expanded_bytes(plan: LayerPlan, itemsize: int, longest: int, batch: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,20 @@ _program_ids = itertools.count()
 SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
+
+
+def _on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward with the model's GPU as the current one: Triton launches, streams and graphs belong to that."""
+
+    @functools.wraps(forward)
+    def guarded(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
+        index = self.__dict__["_gpu"]
+        if index is None or index == torch.cuda.current_device():
+            return forward(self, *args, **kwargs)
+        with torch.cuda.device(index):
+            return forward(self, *args, **kwargs)
+
+    return guarded
 
 
 class RewrittenModel(nn.Module, GenerationMixin):
@@ -72,6 +87,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             self.graph_module.to(self.device)
         else:
             self.__dict__["_staged"] = Staged(self.graph_module, program.layout["devices"])
+        self._note_gpu()
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
             tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
@@ -85,6 +101,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if not self.on_one_device:
             return torch.device(self.program.layout["devices"]["inputs"])
         return next(self.graph_module.parameters()).device
+
+    def _note_gpu(self) -> None:
+        """Remembers the number of the model's GPU, if it has one: looking the device up takes microseconds at every token."""
+        device = self.device
+        self.__dict__["_gpu"] = device.index if device.type == "cuda" else None
 
     @property
     def on_one_device(self) -> bool:
@@ -143,6 +164,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             graph._apply(fn)
         for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
+        self._note_gpu()
         if self.__dict__["_compile_options"] is not None:
             self.compile(**self.__dict__["_compile_options"])
         return self
@@ -334,6 +356,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     # -- forward -------------------------------------------------------------------------------------------------
     @torch.no_grad()
+    @_on_its_device
     def forward(
         self,
         input_ids: Tensor | None = None,

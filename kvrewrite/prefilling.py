@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.execution import WRITTEN, Execution
+from kvrewrite.execution import WRITTEN, Execution, capture_stream
 from kvrewrite.kernel_choice import fused
 from kvrewrite.pages import scheme_of
 from kvrewrite.policies import Policy
@@ -117,7 +117,8 @@ class PrefillRunner:
         graph = torch.cuda.CUDAGraph()
         if self._memory is None:
             self._memory = torch.cuda.MemPool()
-        with torch.cuda.graph(graph, pool=self._memory.id, capture_error_mode="thread_local"):
+        memory, stream = self._memory.id, capture_stream()
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             self.execution(inputs, logits=False)
         self.captures += 1
         return graph

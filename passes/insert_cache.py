@@ -418,6 +418,7 @@ def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
             continue
         name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
         state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
+        shared.states[name]["carried"] = True
         with gm.graph.inserting_before(node):
             if kind == "past":
                 new = gm.graph.call_function(ops.cached_past.default, (x, state, valid, dim))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import kvrewrite
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.kernels.reference import recurrence
+from kvrewrite.memory import carried_bytes, plan_memory
 from tests.rewritten import captured, logits, original, rewrite, rewritten
 from tests.test_refusals import Decoder
 from tests.zoo import VOCAB
@@ -283,6 +284,11 @@ def test_state_of_a_cache() -> None:
     assert tuple(state.value.shape) == (2, 64, 2) and state.value.dtype == torch.float32
     pages = sum(lease.leased * lease.store.page_bytes for lease in cache.leases)
     assert cache.memory().leased == pages + 2 * 64 * 2 * 4
+    carried = carried_bytes(small.program.layout)
+    plan = plan_memory(small.sites, small.policy, 4, 9, 2, carried)
+    assert plan.evicted == cache.memory().leased and plan.carried == 2 * 64 * 2 * 4
+    bare = plan_memory(small.sites, small.policy, 4, 9, 2)
+    assert all(getattr(plan, n) - getattr(bare, n) == plan.carried for n in ("full", "evicted", "peak"))
     twin = cache.fork()
     expected = logits(plain, text)
     for one in (cache, twin):

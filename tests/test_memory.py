@@ -7,7 +7,9 @@ import torch
 
 import kvrewrite
 from kvrewrite import memory
-from kvrewrite.memory import human, plan_memory
+from kvrewrite.card import model_card
+from kvrewrite.cli import memory_table
+from kvrewrite.memory import MemoryPlan, human, plan_memory
 from kvrewrite.pages import PAGE, SLOT_EXTRA
 from tests.zoo import make
 
@@ -51,6 +53,15 @@ def test_eviction_bounds_the_plan():
     plans = [plan_memory(small.sites, small.policy, 4, n) for n in (64, 1000, 100000)]
     assert len({p.evicted for p in plans}) == 1
     assert plans[2].full == 100 * plans[1].full
+
+
+def test_what_is_carried_is_said():
+    """In the table of the command line and on the model card; models without such layers say nothing of it."""
+    program = kvrewrite.transform(make("llama"), policy="streaming_llm", budget=16).program
+    for carried, said in ((3 << 20, True), (0, False)):
+        plans = [MemoryPlan(4096, 1, 9 << 20, 5 << 20, 6 << 20, carried)]
+        assert ("3.0 MiB" in str(memory_table(plans).caption)) == said
+        assert ("3.0 MiB are what layers without attention carry" in model_card(program, "x", plans)) == said
 
 
 def test_human():

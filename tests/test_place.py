@@ -203,19 +203,95 @@ def test_capture_of_parameters_that_are_not_where_they_are_traced() -> None:
         torch.testing.assert_close(found.graph(text, torch.arange(9).repeat(2, 1)), model(text).logits)
 
 
+def test_a_models_own_gpu_is_the_current_one_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, so a model on another one makes that current and puts it back."""
+    model, current, seen = rewritten("llama", "streaming_llm", **POLICIES["streaming_llm"]), [0], []
+
+    class Device:
+        def __init__(self, index: int):
+            self.index = index
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error: object) -> None:
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(model, "_check_ids", lambda *_: seen.append(current[0]))
+    for gpu, expected in ((None, 0), (0, 0), (1, 1)):
+        monkeypatch.setitem(model.__dict__, "_gpu", gpu)
+        model(ids(1, 4))
+        assert seen.pop() == expected and current == [0]
+    with pytest.raises(InputError):
+        model(ids(1, 4), labels=ids(1, 4))
+    assert current == [0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.filterwarnings("ignore:.*keeps what the end of the prompt asks for")
+class TestTheSecondGpu:
+    """A model on a GPU that is not the current one: kernels, streams and graphs are there, and what it gives is the same."""
+
+    @pytest.mark.parametrize("how", ["eager", "captured"])
+    @pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "adakv", "tova"])
+    def test_the_same(self, policy: str, how: str) -> None:
+        models = []
+        for device in ("cuda:0", "cuda:1"):  # the first one captures first: torch's stream for that would be there
+            model: Any = copy.deepcopy(original("llama")).to(device)
+            models.append(kvrewrite.transform(model, policy, **POLICIES[policy]))
+            if how == "captured":
+                models[-1].compile(backend="eager", static_decode=True)
+        prompt, mask = ids(2, 61), torch.ones(2, 61, dtype=torch.int64)
+        mask[0, :7] = 0
+        found = []
+        for model in models:
+            cache = model.new_cache(2)
+            steps = [model(prompt.to(model.device), attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits]
+            for token in ids(2, 6).to(model.device).split(1, dim=1):
+                steps.append(model(token, past_key_values=cache).logits)
+                assert torch.cuda.current_device() == 0
+            assert {x.device for x in steps} == {model.device} == {cache.leases[0].store.k_pages.device}
+            if how == "captured" and policy != "tova":
+                assert model.decoder.captures == 1
+            found.append((torch.cat(steps, 1).cpu(), cache.positions()))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+        assert found[1][1] == found[0][1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 class TestTwoGpus:
     """The real thing: a model that accelerate has dispatched over two GPUs."""
 
     @staticmethod
-    def dispatched() -> Any:
+    def dispatched(name: str = "llama") -> Any:
+        """The first layer on one, the second on the other; the output layer where its weights are."""
         pytest.importorskip("accelerate")
         from accelerate import dispatch_model
 
-        model: Any = copy.deepcopy(original("llama"))
-        places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
-        return dispatch_model(model, {**places, "model.layers.1": 1, "model.norm": 1, "lm_head": 1})
+        model: Any = copy.deepcopy(original(name))
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        places = {n: 0 for n, _ in model.named_modules() if n.count(".") == 1 and not n.endswith(("layers", "norm"))}
+        places |= {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0 if tied else 1}
+        return dispatch_model(model, {**places, **{f"model.{n}": 1 for n in ("norm", "embedding_norm") if hasattr(model.model, n)}})
+
+    def test_a_hybrid(self) -> None:
+        """A convolution on one, attention on the other: what it carries lies with its layer, and moves with forks."""
+        model = self.dispatched("lfm2")
+        small = kvrewrite.transform(model, "streaming_llm", budget=64, start=2, chunk=7, positions="original")
+        text = ids(2, 30).to("cuda:0")
+        expected, cache = model(text, use_cache=False).logits, small.new_cache(2)
+        got = [small(text[:, :20], past_key_values=cache).logits]
+        twin = cache.fork()
+        for t in range(20, 30):
+            got.append(small(text[:, t : t + 1], past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(small(text[:, 20:], past_key_values=twin).logits, expected[:, 20:], rtol=0, atol=1e-4)
+        assert {s.value.device.index for s in cache.states} == {0}
+        assert [lease.store.k_pages.device.index for lease in cache.leases] == [1]
 
     def test_nothing_evicted_is_the_model(self) -> None:
         model = self.dispatched()

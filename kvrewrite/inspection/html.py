@@ -11,7 +11,7 @@ from kvrewrite.inspection.code import Group, SiteCode
 from kvrewrite.inspection.cost import cost_table
 from kvrewrite.inspection.gather import Inspection
 from kvrewrite.inspection.style import STYLE
-from kvrewrite.memory import LayerPlan, human, plan_layers, plan_memory
+from kvrewrite.memory import LayerPlan, MemoryPlan, carried_bytes, human, plan_layers, plan_memory
 from kvrewrite.policies import Policy
 
 BREAK = "\n"
@@ -70,7 +70,7 @@ def _head(found: Inspection, context: int) -> str:
     ]
     policy = "no policy: the graph as it was found"
     if found.policy is not None:
-        plan = plan_memory(found.sites, found.policy, found.dtype.itemsize, context)
+        plan = _plan(found, found.policy, context)
         ratio = f"{plan.full / plan.evicted:.1f} x smaller" if plan.full > plan.evicted else "no smaller"
         note = f"of {human(plan.full)} for {context:,} tokens: {ratio}"
         tiles.append(_tile(human(plan.evicted), "cache after the prompt, planned", note))
@@ -156,6 +156,13 @@ def _policy(policy: Policy | None) -> str:
     return f'{about}<div class="two">{_table(head, rows[:half])}{_table(head, rows[half:])}</div>'
 
 
+def _plan(found: Inspection, policy: Policy, context: int) -> MemoryPlan:
+    """The plan of one row, what layers without attention carry included."""
+    assert found.program is not None
+    carried = carried_bytes(found.program.layout)
+    return plan_memory(found.sites, policy, found.dtype.itemsize, context, carried=carried)
+
+
 def _slots(plan: LayerPlan) -> str:
     """Slots of a head, or from the least to the most of them."""
     low, high = min(plan.slots), max(plan.slots)
@@ -167,7 +174,7 @@ def _memory(found: Inspection, context: int) -> str:
     assert policy is not None
     size = found.dtype.itemsize
     layers = plan_layers(found.sites, policy, size, context)
-    plan = plan_memory(found.sites, policy, size, context)
+    plan = _plan(found, policy, context)
 
     def says(p: LayerPlan) -> str:
         return (
@@ -199,6 +206,8 @@ def _memory(found: Inspection, context: int) -> str:
         ]
         for p in layers
     ]
+    if plan.carried:
+        rows.append(["carried by other layers", "", "", "", *[human(plan.carried)] * 3])
     rows.append(
         [
             "<b>all</b>",
