@@ -249,7 +249,9 @@ class TestTheSecondGpu:
         found = []
         for model in models:
             cache = model.new_cache(2)
-            steps = [model(prompt.to(model.device), attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits]
+            steps = [
+                model(prompt.to(model.device), attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits
+            ]
             for token in ids(2, 6).to(model.device).split(1, dim=1):
                 steps.append(model(token, past_key_values=cache).logits)
                 assert torch.cuda.current_device() == 0
@@ -274,9 +276,9 @@ class TestTwoGpus:
 
         model: Any = copy.deepcopy(original(name))
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        places = {n: 0 for n, _ in model.named_modules() if n.count(".") == 1 and not n.endswith(("layers", "norm"))}
-        places |= {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0 if tied else 1}
-        return dispatch_model(model, {**places, **{f"model.{n}": 1 for n in ("norm", "embedding_norm") if hasattr(model.model, n)}})
+        parts = {f"model.{n}": 1 if "norm" in n else 0 for n, _ in model.model.named_children() if n != "layers"}
+        layers = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0 if tied else 1}
+        return dispatch_model(model, parts | layers)
 
     def test_a_hybrid(self) -> None:
         """A convolution on one, attention on the other: what it carries lies with its layer, and moves with forks."""
@@ -289,7 +291,9 @@ class TestTwoGpus:
         for t in range(20, 30):
             got.append(small(text[:, t : t + 1], past_key_values=cache).logits)
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(small(text[:, 20:], past_key_values=twin).logits, expected[:, 20:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            small(text[:, 20:], past_key_values=twin).logits, expected[:, 20:], rtol=0, atol=1e-4
+        )
         assert {s.value.device.index for s in cache.states} == {0}
         assert [lease.store.k_pages.device.index for lease in cache.leases] == [1]
 
