@@ -79,9 +79,8 @@ class PrefillRunner:
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0
         self._chunks: OrderedDict[Any, _Chunk] = OrderedDict()
-        self._memory: torch.cuda.MemPool | None = (
-            None  # chunks run one at a time and leave nothing there: they share it
-        )
+        # Chunks run one at a time and leave nothing in their memory: they share it.
+        self._memory: torch.cuda.MemPool | None = None
 
     @cached_property
     def _sources(self) -> Set[str]:
@@ -117,7 +116,8 @@ class PrefillRunner:
         graph = torch.cuda.CUDAGraph()
         if self._memory is None:
             self._memory = torch.cuda.MemPool()
-        memory, stream = self._memory.id, capture_stream()
+        memory: Any = self._memory.id  # torch has a type of its own for handles
+        stream = capture_stream()
         with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             self.execution(inputs, logits=False)
         self.captures += 1

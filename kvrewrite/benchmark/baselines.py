@@ -52,6 +52,7 @@ class Transformers:
 
     no_prefill: str | None = None
     no_generate: str | None = None
+    captures_prompts = False
 
     def __init__(self, model: Any):
         self.model = model

@@ -36,10 +36,12 @@ class Options:
 
 
 class Subject(Protocol):
-    """What can be measured. no_prefill, no_generate: why it has none."""
+    """What can be measured. no_prefill, no_generate: why it has none. captures_prompts: whether a second prompt captures what
+    the first one compiled, so that both are cold."""
 
     no_prefill: str | None
     no_generate: str | None
+    captures_prompts: bool
 
     def begin(self, batch: int, length: int) -> Any:
         """An empty cache for so many tokens a row."""
@@ -214,10 +216,14 @@ def _part(cell: dict[str, Any], name: str) -> Iterator[None]:
 def _cold(
     subject: Subject, cell: dict[str, Any], fresh: Callable[[], Any], ids: Tensor, device: Device
 ) -> tuple[Any, Tensor]:
-    """The first prompt and the first steps, which compile and capture."""
+    """The first prompts and the first steps, which compile and capture."""
     cache, token = fresh(), ids[:, -1:].clone()
     if subject.no_prefill is None:
         cell["cold"]["first_prefill_seconds"], token = device.seconds(lambda: subject.prefill(cache, ids))
+        if subject.captures_prompts:
+            cache = None
+            cache = fresh()
+            cell["cold"]["second_prefill_seconds"], token = device.seconds(lambda: subject.prefill(cache, ids))
     for i in range(COLD_STEPS):
         seconds, token = device.seconds(lambda i=i, token=token: subject.step(cache, token, ids.shape[1] + i))  # type: ignore[misc]
         cell["cold"]["first_steps_seconds"].append(seconds)
@@ -339,6 +345,11 @@ class Rewritten:
 
     def __init__(self, model: Any):
         self.model = model
+
+    @property
+    def captures_prompts(self) -> bool:  # type: ignore[override]
+        """Where prompts run from static buffers."""
+        return self.model.prefill_runner is not None
 
     def begin(self, batch: int, length: int) -> Any:
         """An empty cache."""

@@ -290,10 +290,10 @@ def share(layers: int) -> list[dict[str, Any]]:
 
     found = []
     cases: list[tuple[str, dict[str, Any], int, int]] = [
-        ("snapkv", {"budget": 16384}, 0, 131072),
-        ("nacl", {"budget": 16384, "preset": "code"}, 0, 131072),
-        ("adakv", {"budget": 16384}, 0, 131072),
         ("locret", {"budget": 16384, "chunk": 3072}, 18432, 3072),
+        ("nacl", {"budget": 16384, "preset": "code"}, 0, 131072),
+        ("snapkv", {"budget": 16384}, 0, 131072),
+        ("adakv", {"budget": 16384}, 0, 131072),
     ]
     for policy, options, before, length in cases:
         source = ShapeSource("llama-3.1-8b", device="cuda")
