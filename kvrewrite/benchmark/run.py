@@ -288,7 +288,7 @@ def bench(
         "kind": KIND,
         "format": FORMAT,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": ["kvrewrite", *sys.argv[1:]],
         "machine": here,
         "settings": described,
         "complete": False,
