@@ -6,8 +6,8 @@
 For each budget: seconds of a prefill (from a synchronized device to a synchronized device) and how long the host needs to queue
 it; then, from a profile of one more, each kernel's time a layer and chunk in the chunks with a full cache, and the share of the
 time in which the GPU runs nothing. The profiler slows the host, so that share is an upper bound. --without: seconds also without
-each of these lowerings, or without CUDA graphs of chunks (capture), in turns. With fewer than 32 layers what is done once a chunk (embedding, logits, planning) weighs more
-than in the whole model.
+each of these lowerings, or without CUDA graphs of chunks (capture), in turns. With fewer than 32 layers what
+is done once a chunk weighs more than in the whole model.
 """
 
 from __future__ import annotations
