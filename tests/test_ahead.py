@@ -204,3 +204,24 @@ def test_usage(base: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "--compile writes to --out" in done.stderr
     done = CliRunner().invoke(cli.main, ["serve", str(base), "--compile", "--trust-compiled"])
     assert done.exit_code == 2 and "give one of them" in done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
+    """Compiled there, loaded there: the answers of the model op by op, with kernels in the package's steps; not on a CPU."""
+    kvrewrite.convert(base, tmp_path / "out", compile="aot", compile_device="cuda", **STREAMING)
+    compiled = artifact.read_manifest(tmp_path / "out")["compiled"]
+    assert compiled["device"]["type"] == "cuda"
+    with pytest.warns(UserWarning, match="compiled steps, which were not loaded"):
+        plain = kvrewrite.load(tmp_path / "out", device="cuda")
+    fast = kvrewrite.load(tmp_path / "out", device="cuda", trust_compiled=True)
+    assert isinstance(fast.__dict__["_execution"], ahead.CompiledSteps)
+    prompt = ids(1, 150).cuda()
+    caches = [m.prefill(prompt) for m in (plain, fast)]
+    for token in ids(1, 9).cuda().split(1, dim=1):
+        expected, found = (m(token, past_key_values=c).logits for m, c in zip((plain, fast), caches))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert caches[0].positions() == caches[1].positions()
+    assert torch.equal(generate(fast, prompt), generate(plain, prompt))
+    with pytest.raises(ArtifactError, match=r"device cuda .*, here cpu"):
+        kvrewrite.load(tmp_path / "out", trust_compiled=True)

@@ -370,3 +370,40 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(text).logits, small(text).logits, rtol=0, atol=0)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(loaded.generate(text, **settings), original("lfm2").generate(text, **settings))  # type: ignore[operator]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "jamba", "qwen3_next"])
+def test_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short convolutions, Mamba 2, Mamba and gated delta rules, captured there: op by op, and through Inductor with CUDA graphs
+    of decode steps and of chunks, in uneven calls and with padding on the left, against the unmodified model."""
+    from tests.coverage import configs, measure
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain: Any = measure.make(name).to(device)
+    small = kvrewrite.transform(plain, "streaming_llm", budget=96, start=2, chunk=7, positions="original")
+    text = torch.randint(3, configs.VOCAB, (2, 61), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(text)
+    mask[1, :9] = 0
+    expected, alone = logits(plain, text), logits(plain, text[1:, 9:])
+    near: dict[str, Any] = {"rtol": 0, "atol": 1e-4 * float(expected.abs().max())}
+    for compiled in (False, True):
+        if compiled:
+            small.compile(**({} if device == "cuda" else {"backend": "eager", "static_decode": True}))
+        caches = []
+        for _ in range(2):  # the second request replays what the first one captured
+            cache, at, out = small.new_cache(2), 0, []
+            for width in (44, 1, 1, 5, 1, 9):
+                out.append(small(text[:, at : at + width], past_key_values=cache).logits)
+                at += width
+            torch.testing.assert_close(torch.cat(out, 1), expected, **near)
+            caches.append(cache)
+        cache = small.new_cache(2)
+        last = small(text[:, :57], attention_mask=mask[:, :57], past_key_values=cache, logits_to_keep=1).logits
+        torch.testing.assert_close(last, torch.stack([expected[0, 56:57], alone[0, 47:48]]), **near)
+        for t in range(57, 61):
+            got = small(text[:, t : t + 1], past_key_values=cache).logits
+            torch.testing.assert_close(got, torch.stack([expected[0, t : t + 1], alone[0, t - 9 : t - 8]]), **near)
+        if compiled and device == "cuda":
+            assert small.decoder.captures == 1 and small.prefill_runner.captures >= 1

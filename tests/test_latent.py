@@ -399,3 +399,29 @@ def test_kernels_say_what_they_can() -> None:
         torch.testing.assert_close(ops.latent_attention(*given)[0][0], expected[0], rtol=1e-4, atol=1e-4)
         with pytest.raises(OptionError, match="cached_attention has no kernel here: a cache of latents"):
             ops.latent_attention(*single)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("policy", "options"), [("full", {"chunk": 9}), ("h2o", {"budget": 24, "chunk": 9})])
+def test_on_a_gpu(policy: str, options: dict[str, Any]) -> None:
+    """Caches of latents, op by op and through Inductor with CUDA graphs: the unmodified model where nothing is evicted, and else
+    what a CPU keeps and computes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cpu = rewritten.rewritten("deepseek_v3", policy, mla="latent", **options)
+    plain: Any = copy.deepcopy(rewritten.original("deepseek_v3")).to(device)
+    small = kvrewrite.transform(plain, policy, mla="latent", **options)
+    text = tokens(2, 53)
+    expected = rewritten.logits(plain, text.to(device)).cpu()
+    for compiled in (False, True):
+        if compiled:
+            small.compile(**({} if device == "cuda" else {"backend": "eager", "static_decode": True}))
+        both = [m.new_cache(2) for m in (cpu, small)]
+        for begin, end in ((0, 45), *((t, t + 1) for t in range(45, 53))):
+            want = cpu(text[:, begin:end], past_key_values=both[0], logits_to_keep=1).logits
+            got = small(text[:, begin:end].to(device), past_key_values=both[1], logits_to_keep=1).logits.cpu()
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+            if policy == "full":
+                torch.testing.assert_close(got, expected[:, end - 1 : end], rtol=0, atol=1e-4)
+        assert both[1].positions() == both[0].positions()
+    if device == "cuda":
+        assert small.decoder.captures == 1 and small.prefill_runner.captures >= 1
