@@ -26,7 +26,7 @@ import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
 from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, set_attr, symbol
-from kvrewrite.trace_failure import causes, explain
+from kvrewrite.trace_failure import causes, explain, noted_place
 from kvrewrite.wrapped import check_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
@@ -609,8 +609,9 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
     for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise CaptureError(
-                f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label} "
-                "(a loop over tokens in Python, as in recurrent layers without a scan, makes it a constant)"
+                f"the {label} size became the constant {size} while tracing{_place_of_constant(ids, int(size))}; the model's "
+                f"forward must work for any {label} (a loop over tokens in Python, as in recurrent layers without a scan, makes "
+                "it a constant)"
             )
     logits = next(n for n in gm.graph.nodes if n.op == "output").args[0].meta["val"]
     if logits.dim() != 3 or [symbol(s) for s in logits.shape[:2]] != [symbol(s) for s in ids.shape]:
@@ -637,6 +638,16 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
         aliases=_aliases(model),
         persistent=set(model.state_dict().keys()),
     )
+
+
+def _place_of_constant(ids: Tensor, number: int) -> str:
+    """Where the trace assumed that a size of the token ids is `number`, as it noted that; empty where it did not."""
+    shape_env = getattr(getattr(ids, "fake_mode", None), "shape_env", None)
+    for guard in getattr(shape_env, "guards", ()):
+        assumed = guard.expr
+        if isinstance(assumed, sympy.Eq) and number in assumed.args and any(a.is_Symbol for a in assumed.args):
+            return noted_place(guard.sloc.framework_loc)
+    return ""
 
 
 def _upper_bound(size: torch.SymInt) -> int | None:

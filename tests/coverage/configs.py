@@ -122,6 +122,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
     "reformer": {"axial_pos_shape": [8, 32], "axial_pos_embds_dim": [32, 32]},
+    "xlstm": {"chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "attention_hidden_size": 128,
               "attention_head_dim": 32, "n_mamba_heads": 2},
