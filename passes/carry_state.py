@@ -377,9 +377,8 @@ class _Recurrence:
         if len(self.region.inputs) > MOST_INPUTS:
             raise NotCarried(f"it has {len(self.region.inputs)} inputs")
         text = self._text()
-        known = self.known.get(text)
-        if known is None or known.scale != 1.0:  # which another layer may have as a parameter of its own
-            self.known[text] = self._find([] if known is None else [replace(known, scale=1.0)])
+        if text not in self.known:
+            self.known[text] = self._find()
         self._replace(self.known[text])
 
     def _text(self) -> str:
@@ -393,13 +392,13 @@ class _Recurrence:
         return "\n".join(lines)
 
     # -- recognition
-    def _find(self, likely: list[Roles]) -> Roles:
-        """The roles with which a linear recurrence gives what the region gives; `likely` ones are tried first."""
+    def _find(self) -> Roles:
+        """The roles with which a linear recurrence gives what the region gives."""
         lengths = [SHORT, self._several_chunks()]
         if self.captured.unrolled:  # it holds for as many chunks as the trace had
             lengths = [self.captured.trace_length, self.captured.trace_length - 2]
         short = self._evaluated(lengths[0], 2, None)
-        for roles in itertools.chain(likely, self._assignments()):
+        for roles in self._assignments():
             complete = self._agrees(roles, *short)
             if complete is None:
                 continue
@@ -470,8 +469,10 @@ class _Recurrence:
         beta = None if roles.beta is None else given[roles.beta]
         out, _ = linear_scan(q, k, v, decay, beta, q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3]))
         if roles.skip is None:
-            scale = roles.scale if at_gain else float((out * expected).sum() / (out * out).sum())
-            roles = roles if abs(scale - 1) < TOLERANCE else replace(roles, scale=scale)
+            # A scale that may be a weight is none: the graph must hold for other values of it.
+            if not at_gain and not any(tensor_of(n).is_floating_point() for n in self.constants):  # type: ignore[union-attr]
+                scale = float((out * expected).sum() / (out * out).sum())
+                roles = roles if abs(scale - 1) < TOLERANCE else replace(roles, scale=scale)
             return roles if _close(out * roles.scale, expected) else None
         gains = [roles.gain] if at_gain else range(len(self.constants))
         for i in gains:
