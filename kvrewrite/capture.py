@@ -14,7 +14,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
 from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, set_attr, symbol
-from kvrewrite.trace_failure import causes, explain
+from kvrewrite.trace_failure import causes, explain, noted_place
 from kvrewrite.wrapped import check_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
@@ -423,20 +423,14 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
 
 def _capture(model: nn.Module, max_length: int | None) -> Captured:
     if not is_transformers_model(model):
-        return _export_again(model, "trace", max_length)
+        return _export(model, "trace", max_length)
     captured = _capture_interface(model, max_length)
     if captured is not None:
         return captured
     # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
     own = getattr(model.config, "_attn_implementation", None)
     with _transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa"):
-        return _export_again(model, "trace", max_length)
-
-
-def _export_again(model: nn.Module, frontend: str, max_length: int | None) -> Captured:
-    """`_export`, and once more on a longer text where a loop over chunks asks for it."""
-    captured = _export(model, frontend, max_length)
-    return _export(model, frontend, max_length, captured.trace_length) if captured.unrolled else captured
+        return _export(model, "trace", max_length)
 
 
 def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | None:
@@ -449,10 +443,7 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     AttentionMaskInterface.register(name, calls.mask)
     try:
         with _transformers_tracing(model, name):
-            captured = _export(model, "interface", max_length)
-            if captured.unrolled:
-                calls.modules.clear()
-                captured = _export(model, "interface", max_length, captured.trace_length)
+            captured = _export(model, "interface", max_length, calls.modules.clear)
     except (CaptureError, UnsupportedModelError):
         if calls.modules:
             raise
@@ -470,11 +461,13 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     return captured
 
 
-def _export(model: nn.Module, frontend: str, max_length: int | None, trace_length: int = TRACE_LENGTH) -> Captured:
-    """Traces the model on `trace_length` tokens.
+def _export(
+    model: nn.Module, frontend: str, max_length: int | None, before_again: Callable[[], None] = lambda: None
+) -> Captured:
+    """Traces the model on `TRACE_LENGTH` tokens.
 
-    Where that unrolled a loop over chunks, of which there were few, `unrolled` is set, and `trace_length` is one at which
-    there is a first, a middle and a last one.
+    Where that unrolls a loop over chunks, of which there are few, the model is traced once more at a length at which there is a
+    first, a middle and a last one; `before_again` is called in between.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
@@ -483,11 +476,9 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, trace_lengt
     if first is None:
         raise CaptureError(f"{type(model).__name__} has no parameters; expected a decoder with weights")
     vocab = _vocab_size(model)
-    ids = torch.arange(TRACE_BATCH * trace_length, device=first.device).reshape(TRACE_BATCH, trace_length) % vocab
-    positions = torch.arange(trace_length, device=first.device).repeat(TRACE_BATCH, 1)
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
-    auto = torch.export.Dim.AUTO
+    trace_length, chunk = TRACE_LENGTH, 0
     with _fixed_rotary(model, max_length) as tables, _scans_as_ops():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
@@ -495,12 +486,12 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, trace_lengt
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 # torch's own use of what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-                program = torch.export.export(
-                    wrapper,
-                    (ids, positions),
-                    dynamic_shapes=({0: auto, 1: auto}, {0: auto, 1: auto} if takes_positions else None),
-                    strict=False,
-                )
+                program = _trace(wrapper, trace_length, vocab, first.device)
+                chunk = _unrolled_chunk(program)
+                if chunk:
+                    trace_length = 2 * chunk + 3
+                    before_again()
+                    program = _trace(wrapper, trace_length, vocab, first.device)
                 program = decompose(program)
         except KVRewriteError:
             raise
@@ -510,9 +501,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, trace_lengt
                     raise cause from error
             raise CaptureError(f"torch.export could not trace {type(model).__name__}: {explain(error)}") from error
     captured = _flatten(program, model, frontend, takes_positions)
-    captured.vocab_size = vocab
-    chunk = _unrolled_chunk(captured)
-    captured.unrolled, captured.trace_length = chunk > 0, max(trace_length, 2 * chunk + 3)
+    captured.vocab_size, captured.unrolled, captured.trace_length = vocab, chunk > 0, trace_length
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:
@@ -522,24 +511,36 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, trace_lengt
     return captured
 
 
-def _unrolled_chunk(captured: Captured) -> int:
+def _trace(wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device) -> Any:
+    """The wrapped model as torch.export.export gives it, traced on `length` tokens."""
+    ids = torch.arange(TRACE_BATCH * length, device=device).reshape(TRACE_BATCH, length) % vocab
+    positions = torch.arange(length, device=device).repeat(TRACE_BATCH, 1)
+    auto = torch.export.Dim.AUTO
+    sizes = {0: auto, 1: auto}
+    shapes = (sizes, sizes if wrapper.takes_positions else None)
+    return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
+
+
+def _unrolled_chunk(program: Any) -> int:
     """The size of the chunks that a loop of the trace was unrolled over, 0 where there is none.
 
     While it traces, torch notes what it assumed of sizes; that a number made of the length by dividing it is a constant is such
     a loop. (That a length is within a table's reads alike, but for the division.)
     """
-    ids = next(n for n in captured.graph.graph.nodes if n.op == "placeholder").meta["val"]
+    names = program.graph_signature.user_inputs
+    ids = next(n for n in program.graph.nodes if n.name == names[0]).meta["val"]
+    length = symbol(ids.shape[1])
+    if not hasattr(length, "free_symbols"):
+        return 0
     found = 0
     for guard in ids.shape[1].node.shape_env.guards:
         assumed = guard.expr
-        if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {captured.length_symbol}:
+        if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {length}:
             continue
         if not assumed.has(sympy.Function):  # torch's quotients and remainders are functions; Max and Min are not
             continue
         chunk = max((int(n) for n in assumed.atoms(sympy.Integer)), default=0)
-        if 1 < chunk <= MAX_CHUNK and not all(
-            assumed.subs({captured.length_symbol: n * chunk + 3}) for n in range(1, 5)
-        ):
+        if 1 < chunk <= MAX_CHUNK and not all(assumed.subs({length: n * chunk + 3}) for n in range(1, 5)):
             found = max(found, chunk)
     return found
 
@@ -608,8 +609,9 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
     for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise CaptureError(
-                f"the {label} size became the constant {size} while tracing; the model's forward must work for any {label} "
-                "(a loop over tokens in Python, as in recurrent layers without a scan, makes it a constant)"
+                f"the {label} size became the constant {size} while tracing{_place_of_constant(ids, int(size))}; the model's "
+                f"forward must work for any {label} (a loop over tokens in Python, as in recurrent layers without a scan, makes "
+                "it a constant)"
             )
     logits = next(n for n in gm.graph.nodes if n.op == "output").args[0].meta["val"]
     if logits.dim() != 3 or [symbol(s) for s in logits.shape[:2]] != [symbol(s) for s in ids.shape]:
@@ -636,6 +638,16 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
         aliases=_aliases(model),
         persistent=set(model.state_dict().keys()),
     )
+
+
+def _place_of_constant(ids: Tensor, number: int) -> str:
+    """Where the trace assumed that a size of the token ids is `number`, as it noted that; empty where it did not."""
+    shape_env = getattr(getattr(ids, "fake_mode", None), "shape_env", None)
+    for guard in getattr(shape_env, "guards", ()):
+        assumed = guard.expr
+        if isinstance(assumed, sympy.Eq) and number in assumed.args and any(a.is_Symbol for a in assumed.args):
+            return noted_place(guard.sloc.framework_loc)
+    return ""
 
 
 def _upper_bound(size: torch.SymInt) -> int | None:

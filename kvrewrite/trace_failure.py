@@ -6,6 +6,7 @@ import os
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -88,9 +89,22 @@ def _place(error: BaseException) -> str:
     return f", in {where}" + (f": `{code[:120]}`" if code else "")
 
 
+def noted_place(frame: Any) -> str:
+    """The line of a model's own code that torch noted for something that it assumed; empty where it noted another or none."""
+    if not isinstance(frame, traceback.FrameSummary) or not _is_own(Path(frame.filename)):
+        return ""
+    code = frame.line or ""
+    where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    return f", in {where}" + (f": `{code[:120]}`" if code else "")
+
+
 def _is_models(frame: FrameType) -> bool:
     """Whether a frame is of a model's code: not of torch, of this package, of Python's own library, or generated."""
-    path = Path(frame.f_code.co_filename)
+    return "__name__" in frame.f_globals and _is_own(Path(frame.f_code.co_filename))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is of a model's code."""
     installed = bool({"site-packages", "dist-packages"} & set(path.parts))
     others = [TORCH, PACKAGE] if installed else [TORCH, PACKAGE, STANDARD]
-    return "__name__" in frame.f_globals and not any(path.is_relative_to(p) for p in others)
+    return not any(path.is_relative_to(p) for p in others)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from kvrewrite.graph import ancestors, erase_dead, is_op, is_size, shape_of, sym
 from kvrewrite.kernels.reference.recurrence import linear_scan
 from kvrewrite.passes.canonicalize import add_call
 from kvrewrite.passes.check import CARRIED, PADS, data_nodes, mixes
-from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, integers_in, only_shape
+from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, integers_in, only_shape, value_inputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -45,8 +45,8 @@ class NotCarried(Exception):
 
 @dataclass
 class Roles:
-    """Which of a region's inputs is what in a linear recurrence, by their number; skip: an input that is added to the result
-    times `gain`, the number of a constant."""
+    """Which of a region's inputs is what in a linear recurrence, by their number; scale: of the result; skip: an input that is
+    added to it times `gain`, the number of a constant."""
 
     q: int
     k: int
@@ -55,16 +55,30 @@ class Roles:
     beta: int | None = None
     skip: int | None = None
     gain: int | None = None
+    scale: float = 1.0
 
 
 @dataclass
 class Region:
     """A part of the graph that mixes tokens. nodes: in the graph's order, without the exits; inputs: data that it reads; exits:
-    nodes with one entry a token that read it."""
+    nodes with one entry a token that read it; shapes: other data, of which it reads the shape alone."""
 
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     exits: list[fx.Node]
+    shapes: list[fx.Node]
+
+
+@dataclass
+class Padding:
+    """What stands in front of the sequence: `count` zeros, put there by `node`. reader: what takes the sequence up for that.
+    convolves: `node` is a convolution that pads. shifts: as many tokens are cut off at the end."""
+
+    node: fx.Node
+    count: int
+    reader: fx.Node
+    convolves: bool = False
+    shifts: bool = False
 
 
 def carry_state(captured: Captured) -> None:
@@ -90,6 +104,7 @@ def carry_state(captured: Captured) -> None:
         replaced = dict(zip(before, region.exits))
         for later in regions[i + 1 :]:
             later.inputs = [replaced.get(n, n) for n in later.inputs]
+            later.shapes = [replaced.get(n, n) for n in later.shapes]
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
@@ -128,11 +143,20 @@ def _regions(captured: Captured) -> list[Region]:
         taken |= members | exits
         nodes = sorted(members - exits, key=place.__getitem__)
         last = sorted(exits, key=place.__getitem__)
-        inputs = (
-            {i for n in members | exits for i in n.all_input_nodes if i in data and not is_size(i)} - members - exits
+        read = [(n, i) for n in members | exits for i in n.all_input_nodes if i in data and not is_size(i)]
+        inputs = {i for n, i in read if not only_shape(n)} - members - exits
+        shapes = {i for _, i in read} - inputs - members - exits
+        found.append(
+            Region(nodes, sorted(inputs, key=place.__getitem__), last, sorted(shapes, key=place.__getitem__))
         )
-        found.append(Region(nodes, sorted(inputs, key=place.__getitem__), last))
     return found
+
+
+def _probe(captured: Captured, region: Region, batch: int, length: int, seed: int = 0) -> Probe:
+    """A probe that does not compute what the region knows the shape of alone."""
+    probe = Probe(captured, batch, length, seed=seed)
+    probe.values.update({node: torch.zeros(probe.shape(node), dtype=torch.float64) for node in region.shapes})
+    return probe
 
 
 def _grow(seed: fx.Node, data: set[fx.Node], length: Any) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -207,16 +231,16 @@ class _Window:
         assert layout is not None
         if layout[0] != 0:
             raise NotCarried("the batch is not its first axis")
-        found = [(node, pad) for node in self.body if (pad := self._padding(node, x, layout[1])) is not None]
+        found = [pad for node in self.body if (pad := self._padding(node, x, layout[1])) is not None]
         readers = [n for n in self.body if x in n.all_input_nodes and not only_shape(n)]
-        if len(found) != 1 or readers != [found[0][0]]:
+        if len(found) != 1 or readers != [found[0].reader]:
             raise NotCarried(f"{len(found)} ops put zeros in front of the sequence, expected one that all others read")
-        node, (count, convolves) = found[0]
+        pad, node, count = found[0], found[0].node, found[0].count
         limit = self.captured.max_positions or LONGEST
         length = min(2 * count + 5, limit)
         if length <= count:
             raise NotCarried(f"it looks back {count} tokens, more than the model has positions")
-        before = Probe(self.captured, 2, length)
+        before = _probe(self.captured, self.region, 2, length)
         given = before.random(x)
         before.values[x] = given
         expected = {out: before(out) for out in self.region.exits}
@@ -224,33 +248,41 @@ class _Window:
         graph = self.captured.graph.graph
         with graph.inserting_before(node):
             past = add_call(self.captured.graph, ops.with_past.default, x, count, layout[1])
-        past.meta.update(nn_module_stack=node.meta.get("nn_module_stack"), **{CARRIED: ""})
+            taken = past
+            if pad.shifts:
+                taken = add_call(self.captured.graph, aten.slice.Tensor, past, layout[1], 0, -count)
+        for new in {past, taken}:
+            new.meta.update(nn_module_stack=node.meta.get("nn_module_stack"), **{CARRIED: ""})
         undo = node.args
-        if convolves:
+        if pad.convolves:
             node.args = (past, *node.args[1:4], [0], *node.args[5:])
             self._refresh()
         padded = torch.cat([given.new_zeros(given.shape).narrow(layout[1], 0, count), given], layout[1])
         try:
             for start in (0, 1, count, length - 1):
-                probe = Probe(self.captured, 2, length - start)
+                probe = _probe(self.captured, self.region, 2, length - start)
                 probe.values.update({n: v for n, v in before.values.items() if n.op == "get_attr"})
                 window = padded.narrow(layout[1], start, count + length - start)
-                probe.values[past if convolves else node] = window
+                probe.values[past] = window
+                if not pad.convolves:
+                    probe.values[node] = probe(taken)
                 for out, whole in expected.items():
                     order = _layout(self.captured, out)
                     if order is None or not _close(probe(out), whole.narrow(order[1], start, length - start)):
                         raise NotCarried(f"its results depend on more than the {count} tokens before")
         except (NotCarried, ProbeError) as error:
             node.args = undo
-            graph.erase_node(past)
+            for new in [past] if taken is past else [taken, past]:
+                graph.erase_node(new)
             self._refresh()
             raise NotCarried(str(error)) from error
-        if not convolves:
-            node.replace_all_uses_with(past)
-        self.region.nodes.append(past)
+        if not pad.convolves:
+            node.replace_all_uses_with(taken)
+            self.region.exits[:] = [taken if out is node else out for out in self.region.exits]
+        self.region.nodes += [past] if taken in self.region.exits else [past, taken]
 
-    def _padding(self, node: fx.Node, x: fx.Node, dim: int) -> tuple[int, bool] | None:
-        """(zeros in front of the sequence, whether a convolution puts them there itself) of what `node` makes of x."""
+    def _padding(self, node: fx.Node, x: fx.Node, dim: int) -> Padding | None:
+        """The zeros that `node` puts in front of the sequence x, if it does."""
         rank = len(shape_of(x))
         if is_op(node, *CONV1D) and node.args[0] is x:
             stride, padding, dilation = (
@@ -260,7 +292,9 @@ class _Window:
             weight = tensor_of(node.args[1])
             if stride != 1 or not padding or flipped or weight is None or rank != 3:
                 return None
-            return (padding, True) if padding == (int(weight.shape[2]) - 1) * dilation else None
+            if padding != (int(weight.shape[2]) - 1) * dilation:
+                return None
+            return Padding(node, padding, node, convolves=True)
         if is_op(node, *PADS) and node.args[0] is x:
             widths: Any = node.args[1]
             mode = node.args[2] if len(node.args) > 2 else "constant"
@@ -269,19 +303,32 @@ class _Window:
             other = [w for i, w in enumerate(widths) if i != at]
             zero = value in (None, 0, 0.0, "constant")
             left = widths[at] if at < len(widths) else 0
-            return (left, False) if isinstance(left, int) and left > 0 and not any(other) and zero else None
+            return Padding(node, left, node) if isinstance(left, int) and left > 0 and not any(other) and zero else None
         if is_op(node, aten.cat.default):
             parts: Any = node.args[0]
             at = node.args[1] if len(node.args) > 1 else 0  # type: ignore[assignment]
-            if len(parts) != 2 or parts[1] is not x or at % rank != dim:
+            if len(parts) != 2 or at % rank != dim:
                 return None
             zeros, count = parts[0], shape_of(parts[0])[dim]
-            if not isinstance(count, int) or depends_on_data(zeros):
+            if not isinstance(count, int) or any(n in self.region.inputs for n in value_inputs([zeros])):
                 return None
-            probe = Probe(self.captured, 2, count + 3)
+            shifts = parts[1] is not x
+            if shifts and not self._cuts(parts[1], x, dim, count):
+                return None
+            probe = _probe(self.captured, self.region, 2, count + 3)
             probe.values[x] = probe.random(x)
-            return (count, False) if not bool(probe(zeros).any()) else None
+            if depends_on_data(zeros) or bool(probe(zeros).any()):
+                return None
+            return Padding(node, count, parts[1] if shifts else node, shifts=shifts)
         return None
+
+    @staticmethod
+    def _cuts(node: fx.Node, x: fx.Node, dim: int, count: int) -> bool:
+        """Whether `node` is x without its last `count` tokens."""
+        if not is_op(node, aten.slice.Tensor) or node.args[0] is not x:
+            return False
+        at, start, end, step = (node.args[i] if len(node.args) > i else d for i, d in ((1, 0), (2, None), (3, None), (4, 1)))
+        return at == dim and start in (None, 0) and end == -count and step == 1
 
     def _refresh(self) -> None:
         """Shapes of the region's nodes after a change."""
@@ -378,7 +425,7 @@ class _Recurrence:
 
     def _evaluated(self, length: int, batch: int, roles: Roles | None) -> tuple[Probe, list[Tensor], Tensor]:
         """The region on random inputs: they, as (batch, tokens, ...), and its results."""
-        probe = Probe(self.captured, batch, length, seed=length)
+        probe = _probe(self.captured, self.region, batch, length, seed=length)
         given = []
         for i, (node, order) in enumerate(zip(self.region.inputs, self.layouts)):
             x = probe.random(node)
@@ -422,7 +469,11 @@ class _Recurrence:
         beta = None if roles.beta is None else given[roles.beta]
         out, _ = linear_scan(q, k, v, decay, beta, q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3]))
         if roles.skip is None:
-            return roles if _close(out, expected) else None
+            # A scale that may be a weight is none: the graph must hold for other values of it.
+            if not at_gain and not any(tensor_of(n).is_floating_point() for n in self.constants):  # type: ignore[union-attr]
+                scale = float((out * expected).sum() / (out * out).sum())
+                roles = roles if abs(scale - 1) < TOLERANCE else replace(roles, scale=scale)
+            return roles if _close(out * roles.scale, expected) else None
         gains = [roles.gain] if at_gain else range(len(self.constants))
         for i in gains:
             assert i is not None
@@ -453,6 +504,8 @@ class _Recurrence:
                 decay = add_call(gm, aten.zeros_like.default, add_call(gm, aten.select.int, q, 3, 0))
             beta = None if roles.beta is None else self._ordered(roles.beta)
             result = add_call(gm, ops.linear_scan.default, q, k, v, decay, beta)
+            if roles.scale != 1.0:
+                result = add_call(gm, aten.mul.Scalar, result, roles.scale)
             if roles.skip is not None:
                 assert roles.gain is not None
                 gain = self.constants[roles.gain]

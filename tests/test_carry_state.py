@@ -147,7 +147,7 @@ def test_gradients() -> None:
 class Carrying(Decoder):
     """Convolved queries, keys and values, and behind attention everything that is carried, in several spellings."""
 
-    WINDOWS = ("depthwise", "dense", "padded_left", "zeros_in_front", "token_shift", "shifted_sum", "unfolded")
+    WINDOWS = ("depthwise", "dense", "padded_left", "zeros_in_front", "delayed", "token_shift", "shifted_sum", "unfolded")
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +179,11 @@ class Carrying(Decoder):
     def zeros_in_front(self, x: Tensor) -> Tensor:
         return torch.cat([x.new_zeros(x.shape[0], 1, x.shape[2]), x], 1)[:, :-1] * 0.5
 
+    def delayed(self, x: Tensor) -> Tensor:
+        """What stands in front is a projection of zeros, and of x only the shape counts there."""
+        first = F.linear(x.new_zeros(x.shape[0], 1, 32), self.qkv.weight[:32])
+        return torch.cat([first, F.linear(x, self.qkv.weight[:32])[:, :-1]], 1)
+
     def token_shift(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
@@ -190,13 +195,14 @@ class Carrying(Decoder):
         return (F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1) * self.taps.T).sum(-1)
 
     def retention(self, x: Tensor) -> Tensor:
-        """Linear attention with decays as a matrix over the sequence, padded on the right as those that work in chunks are."""
+        """Linear attention with decays as a matrix over the sequence, padded on the right as those that work in chunks are, and
+        scaled behind that."""
         length = x.shape[1]
         q, k, v = (F.pad(t.unflatten(-1, (4, 8)), (0, 0, 0, 0, 0, 1)) for t in self.qkv(x).chunk(3, -1))
         since = F.pad(-F.softplus(x[..., :4]), (0, 0, 0, 1)).cumsum(1).transpose(1, 2)
         later = torch.ones(length + 1, length + 1, dtype=torch.bool, device=x.device).triu(1)
         decay = (since[..., None] - since[:, :, None]).masked_fill(later, float("-inf")).exp()
-        scores = torch.einsum("bihn,bjhn->bhij", q, k) * decay
+        scores = torch.einsum("bihn,bjhn->bhij", q * 8**-0.5, k) * decay
         return torch.einsum("bhij,bjhp->bihp", scores, v)[:, :length].flatten(2)
 
     def scan(self, x: Tensor) -> Tensor:
@@ -222,7 +228,7 @@ def test_what_is_carried() -> None:
     small = kvrewrite.transform(plain, "streaming_llm", budget=64, start=2, chunk=5, positions="original")
     plain.slow = True
     states = {s["name"]: tuple(s["shape"]) for s in small.program.layout["states"]}
-    windows = [(96, 3), (32, 3), (32, 2), (32, 4), (1, 32), (1, 32), (2, 32), (2, 32)]
+    windows = [(96, 3), (32, 3), (32, 2), (32, 4), (1, 32), (1, 32), (1, 32), (2, 32), (2, 32)]
     expected_states = {f"past_{i}": shape for i, shape in enumerate(windows)}
     assert states == {**expected_states, "scan_0": (4, 8, 8), "sum_0": (32,)}
     text = ids(2, 23)
@@ -259,9 +265,20 @@ class ConvolvesAhead(Decoder):
         return x + padded[:, : x.shape[1]] + torch.cat([padded[:, 3:], padded[:, :1]], 1)
 
 
+class BeginsWithOnes(Decoder):
+    """Tokens shifted within the sequence, and no zeros in front: a row that goes on would begin with others."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + torch.cat([x.new_ones(x.shape[0], 1, 32), x[:, :-1]], 1)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(LooksAhead, "no roles of its inputs"), (ConvolvesAhead, "depend on more than the 2 tokens before")],
+    [
+        (LooksAhead, "no roles of its inputs"),
+        (ConvolvesAhead, "depend on more than the 2 tokens before"),
+        (BeginsWithOnes, "0 ops put zeros in front of the sequence"),
+    ],
 )
 def test_what_only_looks_like_it(model: type[Decoder], reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):

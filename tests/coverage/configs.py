@@ -72,7 +72,11 @@ _DENSE_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per
 _LAYERED_ROPE = {
     kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
 }
+# One layer of a kind whose loops are long: each takes half a minute to trace.
+_TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+               "mlp_layer_types": ["dense", "sparse"]}  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _TWO_LAYERS,
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_config": {"hidden_size_global": 64},
             "decoder_config": {"hidden_size_global": 64}, "global_config": {"encoder_cross_output_size": 128}},
@@ -106,6 +110,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": None, "L_cycles": 2},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "kimi_linear": _TWO_LAYERS,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
@@ -117,6 +122,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "indexer_compress_ratio": 4, "ngram_vocab_size_base": 50, "split_ngram_parts": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "head_dim": 16},
     "reformer": {"axial_pos_shape": [8, 32], "axial_pos_embds_dim": [32, 32]},
+    "xlstm": {"chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "attention_hidden_size": 128,
               "attention_head_dim": 32, "n_mamba_heads": 2},
