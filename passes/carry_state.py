@@ -146,9 +146,7 @@ def _regions(captured: Captured) -> list[Region]:
         read = [(n, i) for n in members | exits for i in n.all_input_nodes if i in data and not is_size(i)]
         inputs = {i for n, i in read if not only_shape(n)} - members - exits
         shapes = {i for _, i in read} - inputs - members - exits
-        found.append(
-            Region(nodes, sorted(inputs, key=place.__getitem__), last, sorted(shapes, key=place.__getitem__))
-        )
+        found.append(Region(nodes, sorted(inputs, key=place.__getitem__), last, sorted(shapes, key=place.__getitem__)))
     return found
 
 
@@ -327,8 +325,10 @@ class _Window:
         """Whether `node` is x without its last `count` tokens."""
         if not is_op(node, aten.slice.Tensor) or node.args[0] is not x:
             return False
-        at, start, end, step = (node.args[i] if len(node.args) > i else d for i, d in ((1, 0), (2, None), (3, None), (4, 1)))
-        return at == dim and start in (None, 0) and end == -count and step == 1
+        at, start, end, step = (
+            node.args[i] if len(node.args) > i else d for i, d in ((1, 0), (2, None), (3, None), (4, 1))
+        )
+        return bool(at == dim and start in (None, 0) and end == -count and step == 1)
 
     def _refresh(self) -> None:
         """Shapes of the region's nodes after a change."""

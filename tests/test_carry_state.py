@@ -147,7 +147,16 @@ def test_gradients() -> None:
 class Carrying(Decoder):
     """Convolved queries, keys and values, and behind attention everything that is carried, in several spellings."""
 
-    WINDOWS = ("depthwise", "dense", "padded_left", "zeros_in_front", "delayed", "token_shift", "shifted_sum", "unfolded")
+    WINDOWS = (
+        "depthwise",
+        "dense",
+        "padded_left",
+        "zeros_in_front",
+        "delayed",
+        "token_shift",
+        "shifted_sum",
+        "unfolded",
+    )
 
     def __init__(self) -> None:
         super().__init__()

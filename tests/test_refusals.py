@@ -188,7 +188,10 @@ class SomeRows(Decoder):
         (NeedsAPackage, "package that is not installed.*a_package_that_is_not_there"),
         (NeedsAnImage, "calling its forward with token ids raised TypeError.*missing 1 required.*'image'"),
         (OpaqueOp, "no rule for shapes without data.*in mix.*opaque.*register_fake"),
-        (OneLength, r"the length size became the constant 17 .*test_refusals.py.*in mix: `return x \+ torch.tensor\(list"),
+        (
+            OneLength,
+            r"the length size became the constant 17 .*test_refusals.py.*in mix: `return x \+ torch.tensor\(list",
+        ),
         (SomeRows, "the logits have the shape"),
     ],
 )
