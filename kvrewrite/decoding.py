@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.execution import Execution, capture_stream
+from kvrewrite.execution import Execution, capture_stream, reason_against_graphs
 from kvrewrite.graph import is_op
 from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
@@ -53,7 +53,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
                 return f"there is no kernel for the update of this quantized cache ({why})"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
-    return ""
+    return reason_against_graphs(program.graph) if device.type == "cuda" else ""
 
 
 def settles(program: Program, policy: Policy) -> bool:

@@ -28,6 +28,20 @@ def dynamic_sizes() -> Iterator[None]:
         yield
 
 
+# What brings a number to the host while it runs; the last are experts in other dtypes than bf16.
+HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "transformers.grouped_mm_fallback.default")
+
+
+def reason_against_graphs(gm: fx.GraphModule) -> str:
+    """Why a graph can't be captured as a CUDA graph, as far as its ops tell; "" where nothing speaks against it."""
+    found = {str(n.target) for n in gm.graph.nodes if n.op == "call_function"} & set(HOST_READS)
+    if not found:
+        return ""
+    name = min(found)
+    why = " (experts multiply so in other dtypes than bfloat16)" if "grouped_mm" in name else ""
+    return f"{name.removesuffix('.default')} looks at results on the host{why}"
+
+
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.execution import WRITTEN, Execution, capture_stream
+from kvrewrite.execution import WRITTEN, Execution, capture_stream, reason_against_graphs
 from kvrewrite.kernel_choice import fused
 from kvrewrite.pages import scheme_of
 from kvrewrite.policies import Policy
@@ -34,6 +34,8 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
         return "what is coded anew in a quantized cache is looked up on the host"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
+    if device.type == "cuda" and (reason := reason_against_graphs(program.graph)):
+        return reason
     sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
     if device.type == "cuda" and not fused("cache_update", sample):
         return f"there are no kernels for {program.dtype}, or they are off; the reference looks at results on the host"
