@@ -42,10 +42,21 @@ class CompiledSteps(Steps):
         return found
 
 
-def check_kind(kind: str | None) -> None:
-    """OptionError for what can't be asked for; None: nothing is compiled."""
-    if kind is not None and kind not in KINDS:
+def check_kind(kind: str | None, device: str | torch.device) -> None:
+    """OptionError for what can't be asked for on a device; None: nothing is compiled."""
+    if kind is None:
+        return
+    if kind not in KINDS:
         raise OptionError(f"compile is {kind!r}, expected {' or '.join(map(repr, KINDS))} or nothing")
+    if reason := reason_against(torch.device(device)):
+        raise OptionError(f"compile={kind!r}: {reason}. Leave it out, and call compile() where the model runs")
+
+
+def reason_against(device: torch.device) -> str:
+    """Why no steps are compiled ahead for a device with this version of torch; "" where they are."""
+    if device.type == "cuda" and torch.__version__ < "2.12":
+        return f"torch {torch.__version__} crashes when it loads such packages on a GPU (seen with 2.11 on an H100)"
+    return ""
 
 
 def compile_ahead(model: RewrittenModel, folder: Path, batch_size: int = 1) -> dict[str, Any]:
@@ -125,6 +136,8 @@ def load_ahead(model: RewrittenModel, directory: Path, manifest: Mapping[str, An
             f"the compiled steps in {directory} do not fit: they were made with {'; '.join(differ)}. Load without "
             "trust_compiled, or compile them again here (kvrewrite convert --compile aot)"
         )
+    if reason := reason_against(model.device):
+        raise ArtifactError(f"{directory}: {reason}. Load without trust_compiled")
     named = (model.graph_module.named_parameters, model.graph_module.named_buffers)
     tensors = {name: tensor.detach() for which in named for name, tensor in which(remove_duplicate=False)}
     index = -1

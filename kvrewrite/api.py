@@ -166,7 +166,7 @@ def convert(
     from kvrewrite.conversion import build_on_meta, parameter_sources
     from kvrewrite.stand_ins import capture_on_meta
 
-    check_kind(compile)
+    check_kind(compile, compile_device)
     chosen = policies.make(policy, **options)
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
@@ -284,7 +284,7 @@ def save(
     from kvrewrite.conversion import parameter_sources
 
     out, program, source = Path(out).resolve(), model.program, model.source
-    check_kind(compile)
+    check_kind(compile, model.device)
     compile_steps = None if compile is None else lambda folder: compile_ahead(model, folder, compile_batch)
     card = model_card(program, "", [])
     if isinstance(source, Path):

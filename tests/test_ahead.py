@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
 import kvrewrite
@@ -197,9 +198,15 @@ def test_what_inductor_can_not_do_leaves_nothing_behind(
     assert made[0] == "2" and made[1].endswith("compiled/prefill.pt2") and list(tmp_path.iterdir()) == []
 
 
-def test_usage(base: Path, tmp_path: Path) -> None:
+def test_usage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="compile is 'jit', expected 'aot'"):
         kvrewrite.convert(base, tmp_path / "no", compile="jit")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+        with pytest.raises(OptionError, match=r"torch 2\.11\.0\+cu130 crashes.*on a GPU.*call compile\(\)"):
+            kvrewrite.convert(base, tmp_path / "no", compile="aot", compile_device="cuda")
+        ahead.check_kind("aot", "cpu")
+    assert not (tmp_path / "no").exists()
     done = CliRunner().invoke(cli.main, ["convert", str(base), "--dry-run", "--compile", "aot"])
     assert done.exit_code == 2 and "--compile writes to --out" in done.stderr
     done = CliRunner().invoke(cli.main, ["serve", str(base), "--compile", "--trust-compiled"])
@@ -207,6 +214,7 @@ def test_usage(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(bool(ahead.reason_against(torch.device("cuda"))), reason="refused with this torch")
 def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
     """Compiled there, loaded there: the answers of the model op by op, with kernels in the package's steps; not on a CPU."""
     kvrewrite.convert(base, tmp_path / "out", compile="aot", compile_device="cuda", **STREAMING)
