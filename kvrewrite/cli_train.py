@@ -106,6 +106,7 @@ def train(
     from kvrewrite.cli_eval import _quiet_transformers
     from kvrewrite.training import FitOptions
     from kvrewrite.training import train as run
+    from kvrewrite.training.trainer import is_main_process
 
     _quiet_transformers()
     options = {"seed": seed, **parse_training_options(policy, pairs)}
@@ -121,6 +122,8 @@ def train(
             fitting=fitting, device=None if device is None else str(_device(device)), dtype=dtype, plot=plot,
             force=force, labels=labels,
         )  # fmt: skip
+    if not is_main_process():
+        return
     if as_json:
         _print_json(trained.as_dict())
         return

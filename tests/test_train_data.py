@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvrewrite.errors import TrainingError
 from kvrewrite.training.data import Encoder, Texts, check_files, fingerprint, rows
-from kvrewrite.training.trainer import IGNORED
+from kvrewrite.training.trainer import IGNORED, batch_of_all, collate
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs kvrewrite[train]")
@@ -188,3 +189,22 @@ def test_workers_share_the_rows(tmp_path: Path, tokenizer: Any) -> None:
     found = [tokenizer.decode(ids) for ids in itertools.islice(loader, 8)]
     assert sorted(found) == [f"The quick {i}" for i in range(8)]
     assert texts.encode.counts.read.value >= 8
+
+
+def test_first_batch_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh gates are fitted to the first batch, so every process has to see all of it, and in one order."""
+    texts = [{"input_ids": list(range(1, n + 1)), "labels": [IGNORED] * (n - 1) + [n]} for n in (3, 5, 2, 7)]
+    halves = [collate(texts[:2]), collate(texts[2:])]
+
+    def gather(found: list[Any], mine: dict[str, torch.Tensor]) -> None:
+        assert any(all(torch.equal(mine[n], half[n]) for n in half) for half in halves if half["real"].shape == mine["real"].shape)
+        found[:] = halves
+
+    assert batch_of_all(halves[0]).keys() == halves[0].keys()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    whole = collate(texts)
+    for half in halves:
+        made = batch_of_all(half)
+        assert made.keys() == whole.keys() and all(torch.equal(made[n], whole[n]) for n in whole)

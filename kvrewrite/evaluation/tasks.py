@@ -451,8 +451,16 @@ def _few_shot(room: _Room) -> Document:
 
 # What stands in front of an input, and between it and its label.
 _FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
-_LEADS = (" Input:", " Text:", " Example:", " Case:", " Line:", " Sample:")
-_MARKS = (" ->", " =>", " =", " is", " :", " means", " <-", " ~")
+_LEADS = tuple(
+    f" {word}:"
+    for word in """Input Text Example Case Line Sample Entry Record Row Data Word Thing Name Object Key Note Task Test Type
+    Value Point Pair Shot Turn Show Read Given Here Left Side""".split()
+)
+_MARKS = tuple(
+    f" {mark}"
+    for mark in """-> => = is : means <- ~ # @ & * + / % ^ $ ! ? ; == >> :: -- ... gives to as was has goes makes into under
+    label class answer""".split()
+)
 _VARIED = tuple((lead, mark) for lead in _LEADS for mark in _MARKS)
 _HELD_OUT = ((" Item:", " |"),)
 
@@ -499,7 +507,7 @@ def _few_shot_rare(
 
 
 def _few_shot_varied(room: _Room) -> Document:
-    """`_few_shot_rare` in 48 forms instead of three."""
+    """`_few_shot_rare` in a thousand forms instead of three: 30 words in front, 38 marks between input and label."""
     return _few_shot_rare(room, _VARIED)
 
 

@@ -45,7 +45,7 @@ class Task(nn.Module, ABC):
         """What an optimizer takes: {"params", "lr", "name"}."""
 
     def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
-        """Told the first batch of a run that starts afresh, before anything is trained."""
+        """Told the first batch (of all processes) of a run that starts afresh, before anything is trained."""
 
     @abstractmethod
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
@@ -133,6 +133,33 @@ def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
         labels[i, :count] = torch.tensor(row["labels"], dtype=torch.int64)
         real[i, :count] = True
     return {"input_ids": ids, "labels": labels, "real": real}
+
+
+def batch_of_all(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batches of all processes as one, in the order of the processes: what one process with all their texts would have.
+
+    inputs: input_ids, labels and real, each (B, T), as `collate` makes them; T may differ between processes.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return dict(inputs)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, {name: x.cpu() for name, x in inputs.items()})
+    width = max(batch["real"].shape[1] for batch in found)
+    fill = {"input_ids": 0, "labels": IGNORED, "real": 0}
+    return {
+        name: torch.cat(
+            [nn.functional.pad(b[name], (0, width - b[name].shape[1]), value=fill[name]) for b in found]
+        ).to(x.device)
+        for name, x in inputs.items()
+    }
+
+
+def share_parameters(task: nn.Module) -> None:
+    """Gives all processes the first one's parameters: what changes them outside of the optimizer has to end with this, for
+    processes exchange gradients alone."""
+    if torch.distributed.is_initialized():
+        for parameter in task.parameters():
+            torch.distributed.broadcast(parameter.data, 0)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -238,7 +265,8 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
             if self.fresh:
                 self.fresh = False
                 with torch.no_grad():
-                    task.prepare(**inputs)
+                    task.prepare(**batch_of_all(inputs))
+                    share_parameters(task)
             found = model(**inputs)
             loss = found["loss"]
             broken = ~torch.isfinite(loss.detach())
