@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._sympy.functions import Max, Min
 
 from kvrewrite.capture import Captured
-from kvrewrite.graph import ancestors, erase_dead, is_op, is_size, shape_of, symbol, tensor_of
+from kvrewrite.graph import ancestors, erase_dead, get_attr, is_op, is_size, placeholder, shape_of, symbol, tensor_of
 from kvrewrite.kernels.reference.recurrence import linear_scan
 from kvrewrite.passes.canonicalize import add_call
 from kvrewrite.passes.check import CARRIED, PADS, data_nodes, mixes
@@ -34,9 +36,11 @@ aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 CONV1D = (aten.conv1d.default, aten.convolution.default)
 TOLERANCE = 1e-9  # of the largest number; everything is evaluated in fp64
+ROUNDED = 1e-6  # the same where the model has tables of powers of a rate, which it rounded to fp32
 SHORT = 5  # tokens that assignments of roles are tried on
 MOST_INPUTS = 6  # of a recurrence
 LONGEST = 4096  # tokens that a region is evaluated on
+FAR = 1 << 20  # tokens of a text that no table of a model is meant for
 
 
 class NotCarried(Exception):
@@ -46,7 +50,8 @@ class NotCarried(Exception):
 @dataclass
 class Roles:
     """Which of a region's inputs is what in a linear recurrence, by their number; scale: of the result; skip: an input that is
-    added to it times `gain`, the number of a constant."""
+    added to it times `gain`, the number of a constant; rate: the number of a buffer that each head decays by, where no input
+    says so."""
 
     q: int
     k: int
@@ -56,6 +61,7 @@ class Roles:
     skip: int | None = None
     gain: int | None = None
     scale: float = 1.0
+    rate: int | None = None
 
 
 @dataclass
@@ -88,6 +94,8 @@ def carry_state(captured: Captured) -> None:
     have "" under `CARRIED` in their meta; nodes of the others have the reason there.
     """
     gm = captured.graph
+    if captured.unrolled:
+        _settle_lengths(captured)
     for node in gm.graph.nodes:
         if is_op(node, ops.decayed_sum.default):
             node.meta[CARRIED] = ""
@@ -106,8 +114,55 @@ def carry_state(captured: Captured) -> None:
             later.inputs = [replaced.get(n, n) for n in later.inputs]
             later.shapes = [replaced.get(n, n) for n in later.shapes]
     erase_dead(gm)
+    if captured.unrolled and captured.max_positions is not None and _works_at(captured, FAR):
+        captured.max_positions = None  # what was left of the loop over chunks
     gm.graph.lint()
     gm.recompile()
+
+
+def _settle_lengths(captured: Captured) -> None:
+    """Writes the length for sizes that are it: a loop over chunks ends where a chunk or the text does, and its results have the
+    sum of all such differences as their length."""
+    length, tokens = captured.length_symbol, captured.trace_length
+    ids = placeholder(captured.graph, "input_ids")
+    assert ids is not None
+
+    def settled(size: Any) -> Any:
+        expr = symbol(size)
+        if getattr(expr, "free_symbols", None) != {length}:
+            return size
+        ends = {
+            e: (min if isinstance(e, Min) else max)(e.args, key=lambda a: int(a.subs(length, tokens)))
+            for e in expr.atoms(Min, Max)
+        }
+        return shape_of(ids)[1] if ends and expr.xreplace(ends) == length else size
+
+    for node in captured.graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and hasattr(value, "fake_mode"):
+            sizes = [settled(s) for s in value.shape]
+            if any(a is not b for a, b in zip(sizes, value.shape)):
+                with value.fake_mode:
+                    node.meta["val"] = value.new_empty(sizes)
+
+
+def _works_at(captured: Captured, length: int) -> bool:
+    """Whether all shapes of the graph fit for a text of `length` tokens."""
+    values: dict[fx.Node, Any] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for node in captured.graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = torch.zeros(2, length, dtype=torch.long)
+            elif node.op == "get_attr":
+                value = get_attr(captured.graph, str(node.target))
+                values[node] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+                try:
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                except (RuntimeError, ValueError, IndexError):
+                    return False
+    return True
 
 
 def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str:
@@ -363,6 +418,10 @@ class _Recurrence:
         place = {node: i for i, node in enumerate(captured.graph.graph.nodes)}
         behind = ancestors(self.constants)
         self.all = sorted({*body, *behind}, key=place.__getitem__)
+        self.weights = [
+            n for n in self.all if n.op == "get_attr" and (x := tensor_of(n)) is not None and x.is_floating_point()
+        ]
+        self.rates = [n for n in self.weights if self.heads and tensor_of(n).numel() == self.heads[0]]  # type: ignore[union-attr]
 
     @staticmethod
     def _rest(node: fx.Node, order: list[int]) -> tuple[int, ...]:
@@ -450,6 +509,8 @@ class _Recurrence:
             for few in itertools.permutations(narrow):
                 if not other:
                     yield Roles(q, k, v, *few)
+                    if not few:
+                        yield from (Roles(q, k, v, rate=i) for i in range(len(self.rates)))
                     if len(few) == 1:
                         yield Roles(q, k, v, None, few[0])
                     continue
@@ -466,14 +527,17 @@ class _Recurrence:
         """The roles, with the gain of `skip`, where the recurrence with them gives the region's results; else None."""
         q, k, v = given[roles.q], given[roles.k], given[roles.v]
         decay = q.new_zeros(q.shape[:3]) if roles.decay is None else given[roles.decay]
+        if roles.rate is not None:
+            decay = decay - probe(self.rates[roles.rate]).reshape(-1).abs()
         beta = None if roles.beta is None else given[roles.beta]
         out, _ = linear_scan(q, k, v, decay, beta, q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3]))
         if roles.skip is None:
             # A scale that may be a weight is none: the graph must hold for other values of it.
-            if not at_gain and not any(tensor_of(n).is_floating_point() for n in self.constants):  # type: ignore[union-attr]
+            if not at_gain and not self.weights:
                 scale = float((out * expected).sum() / (out * out).sum())
                 roles = roles if abs(scale - 1) < TOLERANCE else replace(roles, scale=scale)
-            return roles if _close(out * roles.scale, expected) else None
+            tolerance = TOLERANCE if roles.rate is None else ROUNDED
+            return roles if _close(out * roles.scale, expected, tolerance) else None
         gains = [roles.gain] if at_gain else range(len(self.constants))
         for i in gains:
             assert i is not None
@@ -502,6 +566,9 @@ class _Recurrence:
                 decay = self._ordered(roles.decay)
             else:
                 decay = add_call(gm, aten.zeros_like.default, add_call(gm, aten.select.int, q, 3, 0))
+            if roles.rate is not None:
+                rate = add_call(gm, aten.reshape.default, self.rates[roles.rate], [self.heads[0]])
+                decay = add_call(gm, aten.sub.Tensor, decay, add_call(gm, aten.abs.default, rate))
             beta = None if roles.beta is None else self._ordered(roles.beta)
             result = add_call(gm, ops.linear_scan.default, q, k, v, decay, beta)
             if roles.scale != 1.0:
