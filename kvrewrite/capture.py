@@ -14,7 +14,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -443,7 +443,7 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     AttentionMaskInterface.register(name, calls.mask)
     try:
         with _transformers_tracing(model, name):
-            captured = _export(model, "interface", max_length, calls.modules.clear)
+            captured = _export(model, "interface", max_length, calls)
     except (CaptureError, UnsupportedModelError):
         if calls.modules:
             raise
@@ -451,8 +451,6 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     finally:
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
-    if not calls.modules:
-        return None
     nodes = [n for n in captured.graph.graph.nodes if n.target is torch.ops.kvrewrite.attention.default]
     if len(nodes) != len(calls.modules):
         raise CaptureError(f"{len(calls.modules)} attention calls were traced, but {len(nodes)} are in the graph")
@@ -461,13 +459,11 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     return captured
 
 
-def _export(
-    model: nn.Module, frontend: str, max_length: int | None, before_again: Callable[[], None] = lambda: None
-) -> Captured:
+def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _InterfaceCalls | None = None) -> Captured:
     """Traces the model on `TRACE_LENGTH` tokens.
 
     Where that unrolls a loop over chunks, of which there are few, the model is traced once more at a length at which there is a
-    first, a middle and a last one; `before_again` is called in between.
+    first, a middle and a last one. calls: what the trace has to come to; CaptureError as soon as it is seen that it did not.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
@@ -487,10 +483,13 @@ def _export(
                 # torch's own use of what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
                 program = _trace(wrapper, trace_length, vocab, first.device)
+                if calls is not None and not calls.modules:
+                    raise CaptureError(f"{type(model).__name__} does not use transformers' attention interface")
                 chunk = _unrolled_chunk(program)
                 if chunk:
                     trace_length = 2 * chunk + 3
-                    before_again()
+                    if calls is not None:
+                        calls.modules.clear()
                     program = _trace(wrapper, trace_length, vocab, first.device)
                 program = decompose(program)
         except KVRewriteError:

@@ -17,9 +17,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 torch.set_num_threads(1)
 
 
+def family_of(item: pytest.Item) -> str | None:
+    """The model family that a test takes its captured model of (tests/rewritten.py)."""
+    from tests import rewritten, zoo
+
+    if not {rewritten.traced, rewritten.captured, rewritten.rewritten} & {
+        value for name in ("traced", "captured", "rewritten") if callable(value := getattr(item.module, name, None))
+    }:
+        return None
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    value = parameters.get("family", parameters.get("name"))
+    known = isinstance(value, str) and value in {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
+    return value if known else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` on machines without one, and leaves those marked `coverage` or `slow` out unless they are asked
-    for."""
+    """Groups tests by the family whose capture they share, skips tests marked `gpu` on machines without one, and leaves those
+    marked `coverage` or `slow` out unless they are asked for."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group") and (family := family_of(item)):
+            item.add_marker(pytest.mark.xdist_group(family))
     for marker in ("coverage", "slow"):
         if marker not in (config.option.markexpr or ""):
             # By marker: among an item's keywords are the names of its folders.

@@ -23,6 +23,8 @@ from kvrewrite.errors import ArtifactError, CaptureError, InputError, OptionErro
 from kvrewrite.graph import get_attr
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("ahead")  # whose fixtures are made once
+
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 STREAMING = {"policy": "streaming_llm", "budget": 24, "chunk": 64, "positions": "original"}
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -18,14 +18,16 @@ from kvrewrite.passes.canonicalize import SOURCE, canonicalize, check_no_scores
 from kvrewrite.passes.find_attention import NoAttention, classify, fit
 from kvrewrite.passes.normalize import normalize
 from kvrewrite.site import AttentionSite
-from tests.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections, make_foreign
+from tests.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
+from tests.rewritten import original, traced
 from tests.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
 
 LENGTHS = (1, 5, 23)
 
 
-def canonical(model: nn.Module) -> tuple[Captured, list[AttentionSite]]:
-    captured = capture(model)
+def canonical(model: nn.Module | str) -> tuple[Captured, list[AttentionSite]]:
+    """The sites of a model, or of a family."""
+    captured = traced(model) if isinstance(model, str) else capture(model)
     normalize(captured)
     sites = canonicalize(captured)
     check_no_scores(captured)
@@ -82,8 +84,8 @@ WINDOWS = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
-    model = make(name)
-    captured, sites = canonical(model)
+    model = original(name)
+    captured, sites = canonical(name)
     layers, *shape = SHAPES.get(name, (2, 4, 2, 16, 16))
     assert [[s.heads, s.kv_heads, s.head_dim, s.v_head_dim] for s in sites] == [shape] * layers
     assert [s.layer for s in sites] == list(range(layers))
@@ -101,8 +103,8 @@ def hasattr_path(model: nn.Module, path: str) -> bool:
 
 @pytest.mark.parametrize("name", WALKED)
 def test_families_without_the_interface(name: str) -> None:
-    model = make(name)
-    captured, sites = canonical(model)
+    model = original(name)
+    captured, sites = canonical(name)
     # GPT-J has it from transformers 5.24 on.
     source = "interface" if "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(model).__module__]) else "softmax"
     assert [(s.source, s.heads, s.kv_heads, s.head_dim) for s in sites] == [(source, 4, 4, 16)] * 2
@@ -111,8 +113,9 @@ def test_families_without_the_interface(name: str) -> None:
     check_same(model, captured)
 
 
+@pytest.mark.xdist_group("gemma3n_text")
 def test_shared_kv() -> None:
-    _, sites = canonical(make("gemma3n_text"))
+    _, sites = canonical("gemma3n_text")
     assert [s.shares_kv_with for s in sites] == [None, None, None, 1, 2]
 
 
@@ -120,7 +123,7 @@ def test_shared_kv() -> None:
 def test_walker_agrees_with_the_interface(name: str) -> None:
     """The walker, on the softmax of the model's own eager code, finds what the interface says."""
     model = make(name)
-    _, told = canonical(model)
+    _, told = canonical(name)
     with capture_module._transformers_tracing(model, "eager"):
         captured = capture_module._export(model, "trace", None)
     normalize(captured)
@@ -142,8 +145,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign(name: str) -> None:
-    model = make_foreign(name)
-    captured, sites = canonical(model)
+    model = original(name)
+    captured, sites = canonical(name)
     assert [(s.heads, s.kv_heads, s.head_dim, s.mask) for s in sites] == [(HEADS, HEADS, HEAD_DIM, "causal")] * 2
     assert {s.source for s in sites} == {SOURCES.get(name, "sdpa")}
     check_same(model, captured)
@@ -401,8 +404,9 @@ def test_fit_checks_the_whole_curve() -> None:
             fit(change, shape, 7)
 
 
+@pytest.mark.xdist_group("mixtral")
 def test_routers_are_not_attention() -> None:
-    captured, sites = canonical(make("mixtral"))
+    captured, sites = canonical("mixtral")
     softmaxes = [n for n in captured.graph.graph.nodes if "softmax" in str(n.target)]
     assert len(sites) == 2 and len(softmaxes) == 2
 

@@ -18,6 +18,8 @@ from kvrewrite import cli
 from kvrewrite.errors import OptionError
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
+
 ROOT = Path(__file__).parent.parent
 CONVERT = ("--policy", "streaming_llm", "--budget", "16", "--chunk", "8")
 

@@ -22,6 +22,8 @@ from kvrewrite.policies import POLICIES
 from kvrewrite.prompts import join_question
 from tests.tiny import TEXT, make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("eval")  # whose fixtures are made once
+
 NEW = 4
 
 

@@ -13,6 +13,8 @@ from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.exporting import export_steps, load_steps
 from tests.rewritten import rewritten
 
+pytestmark = pytest.mark.xdist_group("exporting")  # whose fixtures are made once
+
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture import capture
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
-from tests.zoo import make
+from tests.rewritten import traced
 
 aten = torch.ops.aten
 
@@ -68,7 +67,7 @@ def test_round_trip_of_every_kind_of_argument() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "falcon"])
 def test_round_trip_of_captured_models(name: str) -> None:
-    captured = capture(make(name))
+    captured = traced(name)
     d = graph_to_dict(captured.graph)
     again = graph_from_dict(json.loads(json.dumps(d, allow_nan=False)), tensors_of(captured.graph))
     assert json.dumps(graph_to_dict(again)) == json.dumps(d)

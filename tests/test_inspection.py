@@ -17,14 +17,13 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvrewrite import cli, policies
-from kvrewrite.capture import capture
 from kvrewrite.graph import get_attr
 from kvrewrite.inspection.code import SiteCode, fold, ranges, sites_code
 from kvrewrite.inspection.cost import cost_of
 from kvrewrite.memory import plan_layers, plan_memory
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.site import AttentionSite
-from tests import zoo
+from tests.rewritten import traced
 from tests.tiny import make_checkpoint
 
 
@@ -92,7 +91,7 @@ def test_the_code_computes_what_the_graph_computes(name: str) -> None:
             graphs.append(gm)
             shown.extend((site, {}) for site in sites_code(gm))
 
-    canonical(capture(zoo.make(name)), observe)
+    canonical(traced(name), observe)
     gm = graphs[0]
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9)}
@@ -141,7 +140,7 @@ def test_different_sites_are_not_folded() -> None:
         if step == "lift_positions":
             codes.extend(sites_code(gm))
 
-    sites = canonical(capture(zoo.make("gemma2")), observe)
+    sites = canonical(traced("gemma2"), observe)
     assert len({s.window for s in sites}) == 2
     groups = fold(codes, None)
     assert [{sites[i].window for i in g.layers} for g in groups] == [{sites[g.layers[0]].window} for g in groups]

@@ -15,6 +15,8 @@ from kvrewrite.evaluation import harness
 from kvrewrite.evaluation.run import PolicySpec, Settings
 from tests.tiny import TEXT, make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("lm_eval")  # whose fixtures are made once
+
 
 @pytest.mark.parametrize(
     ("name", "options", "length", "within", "in_prompt"),

@@ -13,6 +13,8 @@ import kvrewrite
 from kvrewrite.errors import CacheError
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("pipelines")  # whose fixtures are made once
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

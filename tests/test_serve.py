@@ -26,6 +26,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from kvrewrite import serving  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("serve")  # whose fixtures are made once
+
 PROMPTS = [TEXT[3 * i : 3 * i + 40 + 17 * i] for i in range(8)]
 CHAT = [{"role": "user", "content": "The quick brown fox"}]
 

@@ -14,6 +14,8 @@ from kvrewrite.evaluation import tasks
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.locret import Locret
 
+pytestmark = pytest.mark.xdist_group("small_model")  # whose fixtures are made once
+
 ROOT = Path(__file__).parent.parent
 
 

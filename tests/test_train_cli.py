@@ -14,9 +14,12 @@ from kvrewrite.cli import main
 from kvrewrite.policy_weights import read_policy_weights
 from tests.tiny import make_checkpoint
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(n) is None for n in ("accelerate", "datasets")), reason="needs kvrewrite[train]"
-)
+pytestmark = [
+    pytest.mark.xdist_group("train_cli"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(n) is None for n in ("accelerate", "datasets")), reason="needs kvrewrite[train]"
+    ),
+]
 SHORT = ["--steps", "4", "--warmup", "1", "-o", "hidden_size=8", "-o", "lr=0.01", "--device", "cpu"]
 
 

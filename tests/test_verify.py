@@ -16,6 +16,8 @@ from tests.rewritten import original, rewritten
 from tests.tiny import make_checkpoint
 from tests.zoo import make
 
+pytestmark = pytest.mark.xdist_group("verify")  # whose fixtures are made once
+
 
 def results(report):
     return {check.name: check.ok for check in report.checks}

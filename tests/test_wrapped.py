@@ -16,6 +16,8 @@ from kvrewrite.errors import ArtifactError, UnsupportedModelError
 from kvrewrite.wrapped import without_hooks
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.xdist_group("wrapped")  # whose fixtures are made once
+
 IDS = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(0))
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 TOLERANCE = 1e-6  # fp32, logits below 1
