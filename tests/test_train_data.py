@@ -197,7 +197,11 @@ def test_first_batch_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = [collate(texts[:2]), collate(texts[2:])]
 
     def gather(found: list[Any], mine: dict[str, torch.Tensor]) -> None:
-        assert any(all(torch.equal(mine[n], half[n]) for n in half) for half in halves if half["real"].shape == mine["real"].shape)
+        assert any(
+            all(torch.equal(mine[n], half[n]) for n in half)
+            for half in halves
+            if half["real"].shape == mine["real"].shape
+        )
         found[:] = halves
 
     assert batch_of_all(halves[0]).keys() == halves[0].keys()

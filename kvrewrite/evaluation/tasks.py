@@ -453,13 +453,80 @@ def _few_shot(room: _Room) -> Document:
 _FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
 _LEADS = tuple(
     f" {word}:"
-    for word in """Input Text Example Case Line Sample Entry Record Row Data Word Thing Name Object Key Note Task Test Type
-    Value Point Pair Shot Turn Show Read Given Here Left Side""".split()
+    for word in [
+        "Input",
+        "Text",
+        "Example",
+        "Case",
+        "Line",
+        "Sample",
+        "Entry",
+        "Record",
+        "Row",
+        "Data",
+        "Word",
+        "Thing",
+        "Name",
+        "Object",
+        "Key",
+        "Note",
+        "Task",
+        "Test",
+        "Type",
+        "Value",
+        "Point",
+        "Pair",
+        "Shot",
+        "Turn",
+        "Show",
+        "Read",
+        "Given",
+        "Here",
+        "Left",
+        "Side",
+    ]
 )
 _MARKS = tuple(
     f" {mark}"
-    for mark in """-> => = is : means <- ~ # @ & * + / % ^ $ ! ? ; == >> :: -- ... gives to as was has goes makes into under
-    label class answer""".split()
+    for mark in [
+        "->",
+        "=>",
+        "=",
+        "is",
+        ":",
+        "means",
+        "<-",
+        "~",
+        "#",
+        "@",
+        "&",
+        "*",
+        "+",
+        "/",
+        "%",
+        "^",
+        "$",
+        "!",
+        "?",
+        ";",
+        "==",
+        ">>",
+        "::",
+        "--",
+        "...",
+        "gives",
+        "to",
+        "as",
+        "was",
+        "has",
+        "goes",
+        "makes",
+        "into",
+        "under",
+        "label",
+        "class",
+        "answer",
+    ]
 )
 _VARIED = tuple((lead, mark) for lead in _LEADS for mark in _MARKS)
 _HELD_OUT = ((" Item:", " |"),)
