@@ -451,83 +451,12 @@ def _few_shot(room: _Room) -> Document:
 
 # What stands in front of an input, and between it and its label.
 _FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
-_LEADS = tuple(
-    f" {word}:"
-    for word in [
-        "Input",
-        "Text",
-        "Example",
-        "Case",
-        "Line",
-        "Sample",
-        "Entry",
-        "Record",
-        "Row",
-        "Data",
-        "Word",
-        "Thing",
-        "Name",
-        "Object",
-        "Key",
-        "Note",
-        "Task",
-        "Test",
-        "Type",
-        "Value",
-        "Point",
-        "Pair",
-        "Shot",
-        "Turn",
-        "Show",
-        "Read",
-        "Given",
-        "Here",
-        "Left",
-        "Side",
-    ]
-)
-_MARKS = tuple(
-    f" {mark}"
-    for mark in [
-        "->",
-        "=>",
-        "=",
-        "is",
-        ":",
-        "means",
-        "<-",
-        "~",
-        "#",
-        "@",
-        "&",
-        "*",
-        "+",
-        "/",
-        "%",
-        "^",
-        "$",
-        "!",
-        "?",
-        ";",
-        "==",
-        ">>",
-        "::",
-        "--",
-        "...",
-        "gives",
-        "to",
-        "as",
-        "was",
-        "has",
-        "goes",
-        "makes",
-        "into",
-        "under",
-        "label",
-        "class",
-        "answer",
-    ]
-)
+_WORDS = """Input Text Example Case Line Sample Entry Record Row Data Word Thing Name Object Key Note Task Test Type Value Point
+Pair Shot Turn Show Read Given Here Left Side"""
+_SIGNS = """-> => = is : means <- ~ # @ & * + / % ^ $ ! ? ; == >> :: -- ... gives to as was has goes makes into under label class
+answer"""
+_LEADS = tuple(f" {word}:" for word in _WORDS.split())
+_MARKS = tuple(f" {sign}" for sign in _SIGNS.split())
 _VARIED = tuple((lead, mark) for lead in _LEADS for mark in _MARKS)
 _HELD_OUT = ((" Item:", " |"),)
 
