@@ -28,7 +28,7 @@ from torch.utils._sympy.functions import Max, Min
 from kvrewrite.capture import Captured
 from kvrewrite.graph import ancestors, erase_dead, get_attr, is_op, is_size, placeholder, shape_of, symbol, tensor_of
 from kvrewrite.kernels.reference.recurrence import linear_scan
-from kvrewrite.passes.canonicalize import add_call
+from kvrewrite.passes.canonicalize import add_call, size_node
 from kvrewrite.passes.check import CARRIED, PADS, data_nodes, mixes
 from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, integers_in, only_shape, value_inputs
 
@@ -137,9 +137,12 @@ def _settle_lengths(captured: Captured) -> None:
         }
         return shape_of(ids)[1] if ends and expr.xreplace(ends) == length else size
 
-    for node in captured.graph.graph.nodes:
+    known = size_node(captured, 1)
+    for node in list(captured.graph.graph.nodes):
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and hasattr(value, "fake_mode"):
+        if is_size(node) and settled(value) is not value:
+            node.replace_all_uses_with(known)
+        elif isinstance(value, Tensor) and hasattr(value, "fake_mode"):
             sizes = [settled(s) for s in value.shape]
             if any(a is not b for a, b in zip(sizes, value.shape)):
                 with value.fake_mode:

@@ -138,9 +138,11 @@ class Probe:
             return torch.zeros(self.shape(node), dtype=widen(node.meta["val"].dtype))
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
         try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            out = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise ProbeError(f"{node.name} could not be evaluated: {str(error).splitlines()[0]}") from error
+        # What has torch's default dtype for want of another.
+        return out.to(widen(out.dtype)) if isinstance(out, Tensor) else out
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

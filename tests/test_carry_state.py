@@ -256,6 +256,42 @@ def test_what_is_carried() -> None:
     torch.testing.assert_close(got[1:, 6:], logits(plain, text[1:, 6:]), rtol=0, atol=tolerance)
 
 
+class Lightning(Decoder):
+    """Linear attention whose heads decay by numbers of their own, as a loop over blocks of 8 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor([0.05, 0.1, 0.4, 0.8]))
+
+    def mix(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        rate, length = self.rate[:, None], x.shape[1]  # type: ignore[index]
+        state, out = x.new_zeros(x.shape[0], 4, 8, 8), []
+        for first in (8 * i for i in range((length + 7) // 8)):
+            last = min(first + 8, length)
+            qs, ks, vs = (t[:, :, first:last] for t in (q, k, v))
+            at = torch.arange(1, 9, device=x.device)[: last - first]
+            back = at[:, None] - at
+            within = torch.where(back >= 0, torch.exp(-rate[..., None] * back), 0) * (qs @ ks.transpose(2, 3))
+            out.append(within @ vs + (qs * torch.exp(-rate * at)[..., None]) @ state)
+            left = torch.exp(-rate * (last - first - at))[..., None]
+            state = state * torch.exp(-rate * (last - first))[..., None] + (ks * left).transpose(2, 3) @ vs
+        return x + torch.cat(out, 2).transpose(1, 2).flatten(2)
+
+
+def test_a_loop_over_blocks_is_carried_for_any_number_of_them() -> None:
+    """The trace has three blocks; the text has six, and is longer than those."""
+    plain = Lightning().eval()
+    small = kvrewrite.transform(plain, "streaming_llm", budget=64, start=2, chunk=5, positions="original")
+    assert small.program.max_positions is None
+    assert [s["name"] for s in small.program.layout["states"]] == ["scan_0"]
+    text = ids(2, 43)
+    expected = logits(plain, text)
+    cache = small.new_cache(2)
+    out = [small(text[:, a:b], past_key_values=cache).logits for a, b in ((0, 21), (21, 22), (22, 43))]
+    torch.testing.assert_close(torch.cat(out, 1), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 class LooksAhead(Decoder):
     """Linear attention in which tokens see the one that follows."""
 
