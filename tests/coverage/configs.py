@@ -245,9 +245,11 @@ VARIANTS: Variants = ROPES | SECTIONED | EXPERTS | OTHERS
 
 def model_types() -> list[str]:
     """Every model type with a causal language model in the installed transformers."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    # Importing kvrewrite adds its own to the second.
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING_NAMES))
 
 
 def order(name: str) -> tuple[bool, str]:
