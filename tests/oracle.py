@@ -243,19 +243,16 @@ class Oracle:
             self.places[layer.index, h] = following + count
             keys = rotate(torch.stack([e.key for e in entries]), [e.place for e in entries], self.theta)
             values = torch.stack([e.value for e in entries])
-            positions = torch.tensor([e.position for e in entries])
-            flagged = torch.tensor([e.flagged for e in entries])
-            own = self.seen + torch.arange(count)[:, None]
-            visible = torch.where(flagged, positions == own, positions <= own)  # (queries, entries)
             for g in layer.group(h):
                 queries = rotate(layer.queries[g], [following + t for t in range(count)], self.theta)
-                scores = (queries @ keys.T * scaling).masked_fill(~visible, float("-inf"))
-                weights = torch.softmax(scores, dim=1)
-                out[:, g] = weights @ values
-                for t, (row, seen) in enumerate(zip(weights.tolist(), visible.tolist())):
-                    layer.attention[g][self.seen + t] = {
-                        e.position: weight for e, weight, sees in zip(entries, row, seen) if sees
-                    }
+                for t in range(count):
+                    i = self.seen + t
+                    visible = [
+                        n for n, e in enumerate(entries) if e.position <= i and (not e.flagged or e.position == i)
+                    ]
+                    weights = torch.softmax(keys[visible] @ queries[t] * scaling, dim=0)
+                    out[t, g] = weights @ values[visible]
+                    layer.attention[g][i] = {entries[n].position: w for n, w in zip(visible, weights.tolist())}
         self.rule.arrive(layer, count)
         return out.to(query.dtype)[None], None
 
