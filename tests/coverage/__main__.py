@@ -31,6 +31,8 @@ def main() -> None:
         names = []
     elif arguments == ["--missing"]:
         names = [n for n in known if n not in outcomes]
+    elif unknown := sorted(set(names) - set(known)):
+        raise SystemExit(f"unknown: {', '.join(unknown)}; expected names out of docs/coverage.md, --missing or --page")
     start, measure = time.perf_counter(), Worker()
     for i, name in enumerate(names, 1):
         outcome = measure(name)
