@@ -131,8 +131,12 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
         ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
         ("gemma2", "h2o", {"budget": 16, "chunk": 9}),
         ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
-        ("llama", "duo_attention", {"budget": 16, "start": 4, "chunk": 9, "heads": "10,01"}),
-        ("llama", "trim_kv", {"budget": 12, "buffer_size": 2, "retention_gate": "rg"}),
+        pytest.param(
+            "llama", "duo_attention", {"budget": 16, "start": 4, "chunk": 9, "heads": "10,01"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "llama", "trim_kv", {"budget": 12, "buffer_size": 2, "retention_gate": "rg"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_kernels_together(family: str, policy: str, options: dict[str, Any]) -> None:

@@ -168,11 +168,11 @@ def same(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize(("policy", "positions"), POLICIES)
 @pytest.mark.parametrize("name", families(ALL))
 def test_exact_without_eviction(name: str, policy: str, positions: str) -> None:
-    """Budget >= length: the original's logits, for the whole prompt, in uneven calls, and token by token."""
+    """Budget >= length: the original's logits, for the whole prompt, in uneven calls, and token by token at both ends."""
     model = get(name, policy, positions, **({} if policy == "full" else {"budget": 64}))
     ids = tokens(2, 26)
     expected = logits(reference(name), ids)
-    for widths in ((26,), (5, 1, 11, 2, 7), (1,)):
+    for widths in ((26,), (5, 1, 11, 2, 7), (1, 1, 1, 17, 1)):
         cache = model.new_cache(2)
         same(feed(model, cache, ids, widths), expected, 1e-4)
         assert cache.seen == [26, 26] and cache.get_seq_length() == 26

@@ -484,7 +484,11 @@ def test_small_budgets_are_warned_of() -> None:
 
 # ------------------------------------------------------------------------------------------------ models, files, compilers
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("family", ["gemma3_text", "gemma3n_text", "deepseek_v3", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    # Where the family's other tests are, which have its capture.
+    [pytest.param(f, marks=pytest.mark.xdist_group(f)) for f in ("gemma3_text", "gemma3n_text", "deepseek_v3", "gpt2")],
+)
 def test_other_models(family: str) -> None:
     """Windows, layers that share their cache, values of another width than keys, learned positions."""
     options: dict[str, Any] = {"budget": 14, "chunk": 9}

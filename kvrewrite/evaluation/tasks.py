@@ -503,7 +503,7 @@ def _few_shot_rare(
 
 
 def _few_shot_varied(room: _Room) -> Document:
-    """`_few_shot_rare` in a thousand forms instead of three: 30 words in front, 38 marks between input and label."""
+    """`_few_shot_rare` in a thousand forms instead of three: 30 words in front, 37 marks between input and label."""
     return _few_shot_rare(room, _VARIED)
 
 
