@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.execution import Execution, capture_stream, reason_against_graphs
+from kvrewrite.execution import Execution, reason_against_graphs, record_graph
 from kvrewrite.graph import is_op
 from kvrewrite.kernel_choice import fused
 from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
@@ -236,9 +236,7 @@ class _Step:
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=capture_stream(), capture_error_mode="thread_local"):
-            self.logits = self._run()
+        self.graph, self.logits = record_graph(self._run)
         self.runner.captures += 1
 
     def __call__(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,7 @@ from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.passes.partition import Partition, partition, without_result
 from kvrewrite.passes.place import DEVICE
 
+T = TypeVar("T")
 WRITTEN = ("lens_", "next_table_")  # inputs with a part for each layer that the program writes to
 
 
@@ -47,10 +48,16 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture_stream() -> torch.cuda.Stream:
-    """The stream of the current GPU that graphs are captured on. torch's own default belongs to the GPU that was current at the
-    first capture of the process, and capturing there makes that one current."""
-    return _capture_stream(torch.cuda.current_device())
+def record_graph(run: Callable[[], T], memory: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """What `run` launches on the current GPU as a CUDA graph, and what it returned. memory: the id of a pool to take memory from.
+
+    On a stream of that GPU: torch's own default belongs to the GPU that was current at the first capture of the process, and
+    capturing there makes that one current.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+        result = run()
+    return graph, result
 
 
 class Execution:

@@ -12,6 +12,7 @@ reads one only when it is told to trust it and its hash is that of the list besi
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ LISTING = "steps.json"
 
 
 @dataclass(kw_only=True)
-class Steps:
+class Steps(ABC):
     """A model's graph in two programs: `prefill` (B, T > 1) and `decode` (B, 1).
 
     inputs: what they take, in this order; "moving": the dimensions that may have other sizes than the example. Both return
@@ -58,9 +59,9 @@ class Steps:
         result: Tensor = self._module(name)(*(values[i["name"]] for i in self.inputs[name]))
         return result
 
+    @abstractmethod
     def _module(self, name: str) -> Callable[..., Any]:
         """What runs a step, "prefill" or "decode"."""
-        raise NotImplementedError
 
     def _wider(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Page tables of one column, which would be a case of their own, get another that no length reaches."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.execution import WRITTEN, Execution, capture_stream, reason_against_graphs
+from kvrewrite import decoding
+from kvrewrite.execution import WRITTEN, Execution, record_graph
 from kvrewrite.kernel_choice import fused
 from kvrewrite.pages import scheme_of
 from kvrewrite.policies import Policy
@@ -27,15 +28,11 @@ KEPT = 8  # shapes whose buffers and graphs are kept; the one that was not used 
 
 
 def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """Why chunks of this program are not captured; "" where they are."""
-    if policy.merge:
-        return "merging asks the device how many slots go"
+    """Why chunks of this program are not captured; "" where they are. What speaks against captured tokens does here, too."""
+    if reason := decoding.reason_against(program, policy, device):
+        return reason
     if scheme_of(program.layout) is not None:
         return "what is coded anew in a quantized cache is looked up on the host"
-    if policy.shares_layers:
-        return f"the layers of {policy.name} share one budget"
-    if device.type == "cuda" and (reason := reason_against_graphs(program.graph)):
-        return reason
     sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
     if device.type == "cuda" and not fused("cache_update", sample):
         return f"there are no kernels for {program.dtype}, or they are off; the reference looks at results on the host"
@@ -97,15 +94,15 @@ class PrefillRunner:
         fixed = {name: inputs[name] for name in sorted(needed & pools)}
         first = {id(x): name for name, x in reversed(given.items())}
         shape = tuple((name, first[id(x)], x.shape, x.stride(), x.dtype) for name, x in given.items())
-        chunk = self._chunks.pop(shape, None)
-        seen_before = chunk is not None and chunk.belongs_to(fixed)
-        if chunk is None or not seen_before:
-            chunk = _Chunk(given, fixed)
+        known = self._chunks.pop(shape, None)
+        if known is not None and not known.belongs_to(fixed):
+            known = None
+        chunk = known or _Chunk(given, fixed)
         self._chunks[shape] = chunk
         if len(self._chunks) > KEPT:
             self._chunks.popitem(last=False)
         chunk.fill(given, tables)
-        if self.capture and seen_before:
+        if self.capture and known is not None:
             if chunk.graph is None:
                 chunk.graph = self._captured({**fixed, **chunk.buffers})
             chunk.graph.replay()
@@ -115,12 +112,8 @@ class PrefillRunner:
         chunk.give_back(given)
 
     def _captured(self, inputs: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
         if self._memory is None:
             self._memory = torch.cuda.MemPool()
-        memory: Any = self._memory.id  # torch has a type of its own for handles
-        stream = capture_stream()
-        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-            self.execution(inputs, logits=False)
+        graph, _ = record_graph(lambda: self.execution(inputs, logits=False), self._memory.id)
         self.captures += 1
         return graph
