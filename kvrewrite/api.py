@@ -241,13 +241,15 @@ def load(
 
 def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
     """The model of a directory, and its manifest."""
-    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-
     from kvrewrite import artifact
     from kvrewrite.checkpoint import read_json
-    from kvrewrite.model import RewrittenModel
 
     program, manifest = artifact.read_artifact(directory, device)
+    # Behind it: these take seconds to import, which pass while weights are on their way to a GPU.
+    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+    from kvrewrite.model import RewrittenModel
+
     data = read_json(directory / "config.json")
     config: Any
     if data.get("model_type"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import secrets
@@ -535,6 +536,7 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
     try:
         with Copier(device) as copier:  # the graph is read while the weights are on their way
             program = _read_program(directory, manifest, device, copier)
+            _import_ahead(device)
     except (KeyError, TypeError, AttributeError) as error:
         # The hash says that the manifest is whole, so another version wrote it differently.
         raise ArtifactError(
@@ -542,6 +544,13 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
             f"kvrewrite {manifest.get('kvrewrite')!s:.20}, this is {__version__}. Convert the model again"
         ) from error
     return program, manifest
+
+
+def _import_ahead(device: torch.device) -> None:
+    """What a model on a GPU needs next and what takes seconds to import, while its weights are on their way."""
+    if device.type == "cuda":
+        for name in ("kvrewrite.model", "torch._inductor.compile_fx"):
+            importlib.import_module(name)
 
 
 def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:

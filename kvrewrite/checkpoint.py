@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,16 +39,18 @@ _MAX_HEADER = 100_000_000  # safetensors' own limit
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
 _LFS = b"version https://git-lfs.github.com/spec"
 COPIERS = 4  # threads that copy tensors to a GPU
+STAGED = 16 << 20  # bytes of each of a thread's two buffers for that
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor of a checkpoint is, and what it is."""
+    """Where a tensor of a checkpoint is, and what it is. start: its first byte in the file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
 
 
 def read_json(path: Path, *, limit: int = 1 << 30) -> Any:
@@ -109,10 +112,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a safetensors file: its header is not JSON. Copy it again") from error
-    return _parse_header(path, header, size - 8 - length)
+    return _parse_header(path, header, size - 8 - length, 8 + length)
 
 
-def _parse_header(path: Path, header: Any, data: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(path: Path, header: Any, data: int, behind: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     damaged = f"{path} has a damaged header"
     if not isinstance(header, dict):
         raise ArtifactError(f"{damaged}: it is not an object. Copy it again")
@@ -138,7 +141,7 @@ def _parse_header(path: Path, header: Any, data: int) -> tuple[dict[str, TensorI
                 "Copy it again"
             )
         end = max(end, offsets[1])
-        tensors[name] = TensorInfo(path.name, tuple(shape), dtype)
+        tensors[name] = TensorInfo(path.name, tuple(shape), dtype, behind + offsets[0])
     if end != data:
         raise ArtifactError(f"{path} has {data} bytes of data where its header speaks of {end}. Copy it again")
     return tensors, metadata
@@ -390,7 +393,7 @@ def load_parameters(
             signature = (json.dumps(recipe, sort_keys=True), wanted)
             if signature not in made:
                 if "key" in recipe:
-                    made[signature] = copy(reader(recipe["key"]), wanted)
+                    made[signature] = copy(reader, recipe["key"], wanted)
                 else:
                     result = torch.empty(shape, dtype=wanted, device=device)
                     follow(name, recipe, reader, result)
@@ -400,7 +403,8 @@ def load_parameters(
 
 
 class Copier:
-    """Copies tensors to a device. To a GPU, from several threads: one alone reads the file's pages and sends them by turns.
+    """Copies tensors of a checkpoint to a device. To a GPU, from several threads that read the file into pinned buffers: one
+    alone reads and sends by turns, and mapped files are read page by page.
 
     What a call returns for a GPU is filled when the context ends, which raises what went wrong.
     """
@@ -409,24 +413,60 @@ class Copier:
         self._device = device
         self._pool = ThreadPoolExecutor(COPIERS) if device.type == "cuda" else None
         self._pending: list[Future[None]] = []
+        self._threads = threading.local()
 
     def __enter__(self) -> Copier:
         return self
 
-    def __call__(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, reader: Reader, key: str, dtype: torch.dtype) -> Tensor:
+        """The tensor `key` in `dtype`."""
         if self._pool is None:
-            return source.to(device=self._device, dtype=dtype)
-        target = torch.empty(source.shape, dtype=dtype, device=self._device)
-        self._pending.append(self._pool.submit(self._fill, target, source, torch.cuda.current_stream(self._device)))
+            return reader(key).to(device=self._device, dtype=dtype)
+        info = reader.checkpoint.tensors[key]
+        target = torch.empty(info.shape, dtype=dtype, device=self._device)
+        stream = torch.cuda.current_stream(self._device)
+        if info.dtype == dtype and target.nbytes >= STAGED:
+            path = reader.checkpoint.directory / info.file
+            self._pending.append(self._pool.submit(self._fill, target, path, info.start, stream))
+        else:
+            self._pending.append(self._pool.submit(self._fill, target, reader(key), 0, stream))
         return target
 
-    @staticmethod
-    def _fill(target: Tensor, source: Tensor, made_on: torch.cuda.Stream) -> None:
+    def _fill(self, target: Tensor, source: Tensor | Path, start: int, made_on: torch.cuda.Stream) -> None:
         stream = torch.cuda.Stream(target.device)
         stream.wait_stream(made_on)  # its memory may have been another tensor's, which kernels still read there
         with torch.cuda.stream(stream):
-            target.copy_(source.to(target.dtype))  # waits, as the source is not pinned
+            if isinstance(source, Tensor):
+                target.copy_(source.to(target.dtype))  # waits, as the source is not pinned
+            else:
+                self._stage(target.view(-1).view(torch.uint8), source, start, stream)
         stream.synchronize()
+
+    def _stage(self, target: Tensor, path: Path, start: int, stream: torch.cuda.Stream) -> None:
+        """The bytes behind `start` by turns through this thread's two buffers: one is filled while the other is sent."""
+        if not hasattr(self._threads, "buffers"):
+            self._threads.buffers = [torch.empty(STAGED, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        sent: list[torch.cuda.Event | None] = [None, None]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                for turn, at in enumerate(range(0, target.numel(), STAGED)):
+                    piece, before = target[at : at + STAGED], sent[turn % 2]
+                    if before is not None:
+                        before.synchronize()
+                    buffer = self._threads.buffers[turn % 2][: piece.numel()]
+                    left = memoryview(buffer.numpy())
+                    while left:
+                        count = file.readinto(left)
+                        if not count:
+                            raise ArtifactError(
+                                f"{path} ended {len(left)} bytes early while it was read; copy it again"
+                            )
+                        left = left[count:]
+                    piece.copy_(buffer, non_blocking=True)
+                    sent[turn % 2] = stream.record_event()
+        except OSError as error:
+            raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
 
     def __exit__(self, *error: object) -> None:
         if self._pool is None:

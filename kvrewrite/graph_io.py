@@ -28,8 +28,9 @@ from torch import Tensor, fx, nn
 import kvrewrite.ops  # noqa: F401  (registers the ops that graphs are made of)
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph import set_attr
+from kvrewrite.graph_facts import DTYPES, FactReader, FactWriter
 
-GRAPH_FORMAT = 1
+GRAPH_FORMAT = 2
 MAX_NODES = 1_000_000
 MAX_DEPTH = 12  # of nested lists in one argument; real graphs need 2
 MAX_ITEMS = 65_536  # in one argument list
@@ -91,7 +92,6 @@ _ONE_ARGUMENT = {
     "torch._sym_sqrt", "torch.sym_float", "torch.sym_int", "torch.sym_not", "torch.sym_sum",
 }  # fmt: skip
 
-DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 LAYOUTS = {"strided": torch.strided}
 MEMORY_FORMATS = {
     name: getattr(torch, name) for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
@@ -170,11 +170,12 @@ def resolve_op(name: Any) -> Callable[..., Any]:
 
 # ------------------------------------------------------------------------------------------------------------- writing
 def graph_to_dict(gm: fx.GraphModule) -> dict[str, Any]:
-    """The graph of `gm` as plain JSON data, without its tensors.
+    """The graph of `gm` as plain JSON data, without its tensors, with what is known about its values.
 
     Raises ArtifactError that names the node for an op or an argument that a saved graph may not have.
     """
     nodes = []
+    facts = FactWriter()
     for node in gm.graph.nodes:
         where = f"node {node.name!r}"
         if node.op == "call_function":
@@ -199,6 +200,9 @@ def graph_to_dict(gm: fx.GraphModule) -> dict[str, Any]:
         }
         if meta:
             entry["meta"] = meta
+        fact = facts(node.meta.get("val"))
+        if fact is not None:
+            entry["val"] = fact
         nodes.append(entry)
     return {"format": GRAPH_FORMAT, "nodes": nodes}
 
@@ -268,10 +272,13 @@ def graph_from_dict(
     env: dict[str, fx.Node] = {}
     seen_attributes: set[str] = set()
     finished = False
+    facts = FactReader(device)
     for index, entry in enumerate(entries):
         if finished:
             raise ArtifactError(f"node {index} comes after the output; expected the output last")
         node = _read_node(entry, index, graph, env, device)
+        if entry.get("val") is not None:
+            node.meta["val"] = facts(entry["val"], f"node {node.name!r}")
         if node.op == "get_attr":
             _attach(root, str(node.target), node.name, tensors, seen_attributes)
         finished = node.op == "output"
@@ -292,7 +299,7 @@ def _read_node(entry: Any, index: int, graph: fx.Graph, env: dict[str, fx.Node],
     where = f"node {name!r}"
     if name in env:
         raise ArtifactError(f"{where} is defined twice")
-    if unknown := sorted(map(str, entry.keys() - {"name", "op", "target", "args", "kwargs", "meta"})):
+    if unknown := sorted(map(str, entry.keys() - {"name", "op", "target", "args", "kwargs", "meta", "val"})):
         raise ArtifactError(f"{where} has unknown keys {', '.join(unknown)[:200]}")
     raw_args, raw_kwargs = entry.get("args", []), entry.get("kwargs", {})
     if not isinstance(raw_args, list) or not isinstance(raw_kwargs, dict):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import kvrewrite
+from kvrewrite.checkpoint import STAGED, Checkpoint, Copier
 from tests.rewritten import captured, original, rewrite, rewritten
 from tests.zoo import make
 
@@ -211,3 +214,17 @@ def test_compiled_is_eager() -> None:
     kept_compiled, logits_compiled = trace(small, prompt, answer)
     assert kept_compiled == kept
     torch.testing.assert_close(logits_compiled, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_arrive_through_pinned_buffers(tmp_path: Path) -> None:
+    """A tensor that needs both buffers more than once, a small one behind it, and what is cast."""
+    whole = torch.randn(5 * STAGED // 8 + 3)
+    save_file({"a": whole, "b": whole[:7].clone(), "c": whole.double()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    wanted = {"a": torch.float32, "b": torch.float32, "c": torch.bfloat16}
+    with Copier(torch.device("cuda")) as copy, checkpoint.reader() as reader:
+        copied = {name: copy(reader, name, dtype) for name, dtype in wanted.items()}
+    for name, target in copied.items():
+        source = whole[: target.numel()]
+        assert torch.equal((source.double() if name == "c" else source).to(wanted[name]), target.cpu())

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr
+from kvrewrite.graph import fingerprint, get_attr
+from kvrewrite.graph_facts import FactReader
 from kvrewrite.graph_io import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
-from tests.rewritten import traced
+from kvrewrite.passes.lower import fold, lower_decode, lower_prefill
+from kvrewrite.passes.partition import partition
+from tests.rewritten import rewritten, traced
 
 aten = torch.ops.aten
 
@@ -42,6 +45,9 @@ def small() -> tuple[fx.GraphModule, dict[str, Tensor]]:
     c = graph.call_function(aten.clone.default, (z,), {"memory_format": torch.contiguous_format})
     graph.output((c, [ones, None], graph.call_function(math.floor, (2.5,))))
     gm = fx.GraphModule(root, graph)
+    facts = FactReader(torch.device("cpu"))
+    for value, fact in ((x, {"dtype": "float32", "shape": ["d0", 3]}), (size, "d0"), (twice, "d1")):
+        value.meta["val"] = facts(fact, "")
     return gm, tensors_of(gm)
 
 
@@ -75,6 +81,22 @@ def test_round_trip_of_captured_models(name: str) -> None:
     inputs = (ids, torch.arange(9).expand(3, 9))[: sum(n.op == "placeholder" for n in again.graph.nodes)]
     with torch.no_grad():
         assert torch.equal(captured.graph(*inputs), again(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("llama", "locret"), ("gemma2", "streaming_llm"), ("mixtral", "h2o"), ("deepseek_v3", "snapkv")],
+)
+def test_what_was_read_is_compiled_like_what_was_written(name: str, policy: str) -> None:
+    """Kernels are fused by shapes, and parts are compiled by the sizes that move: a file must not lose either."""
+    options = {"locret": {"stabilizers": 2}, "snapkv": {"window": 6}}.get(policy, {})
+    gm = rewritten(name, policy, budget=16, **options).graph_module
+    again = graph_from_dict(json.loads(json.dumps(graph_to_dict(gm), allow_nan=False)), tensors_of(gm))
+    for lower in (lower_prefill, lambda graph: lower_decode(graph, False)):
+        wanted, found = (partition(lower(fold(graph))) for graph in (gm, again))
+        assert any(len(dims) > 1 for part in wanted.parts for dims in part.moving)
+        assert [p.moving for p in found.parts] == [p.moving for p in wanted.parts]
+        assert [fingerprint(p.graph.graph) for p in found.parts] == [fingerprint(p.graph.graph) for p in wanted.parts]
 
 
 def test_devices_become_the_given_one() -> None:
@@ -173,6 +195,9 @@ def broken(change: str) -> dict[str, Any]:
         "unknown key": lambda: linear.update(type="int"),
         "not an object": lambda: d["nodes"].insert(1, "x"),
         "meta": lambda: linear.update(meta={"val": 1}),
+        "facts": lambda: linear.update(val={"dtype": "float32", "strides": [1]}),
+        "size": lambda: linear.update(val={"dtype": "float32", "shape": ["d0*2", 3]}),
+        "huge shape": lambda: linear.update(val={"dtype": "float32", "shape": [1 << 40, 1 << 40]}),
     }
     edits[change]()
     return d
@@ -193,6 +218,8 @@ def broken(change: str) -> dict[str, Any]:
         ("device", "'full_default'.*can't be read"), ("dtype", "'full_default'.*can't be read"),
         ("twice", "'linear_default'.*twice"), ("call_module", "'linear_default'.*call_module"),
         ("unknown key", "'linear_default'.*type"), ("not an object", "node 1"), ("meta", "'linear_default'.*meta"),
+        ("facts", "'linear_default'.*dtype and its shape"), ("size", "'linear_default'.*name like 'd0'"),
+        ("huge shape", "'linear_default'.*no tensor has the shape"),
     ],
 )  # fmt: skip
 def test_broken_files_name_the_node_and_the_reason(change: str, says: str) -> None:

@@ -263,14 +263,15 @@ def decode(layers: int) -> list[dict[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------------------- share
-def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a run, and on the GPU of each of our ops in another one."""
+# Kernels of an update: inside `attend_and_update` only their names tell them from attention.
+UPDATE_KERNELS = ("_plan", "_move", "_enumerate", "_lists", "_copy_out", "_settle")
+
+
+def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Milliseconds that a GPU computes in a run (of all kernels, one behind the other), those of each of our ops, and those of
+    the kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     run()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -280,7 +281,12 @@ def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float]]:
         for e in profile.key_averages()
         if e.key.startswith("kvrewrite::")
     }
-    return begin.elapsed_time(end), ops
+    kernels = {
+        e.key: e.self_device_time_total / 1e3
+        for e in profile.key_averages()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    }
+    return sum(kernels.values()), ops, kernels
 
 
 def share(layers: int) -> list[dict[str, Any]]:
@@ -310,8 +316,12 @@ def share(layers: int) -> list[dict[str, Any]]:
             """Whole prompts begin anew; a chunk is one more of a cache that stays full."""
             model(ids[:, before:], past_key_values=cache if before else model.new_cache(1), logits_to_keep=1)
 
-        whole, ops = profiled(run)
+        whole, ops, launched = profiled(run)
         took = {n: ms for n, ms in ops.items() if n in EVICTION}
+        if "attend_and_update" in ops:
+            took.pop("cache_update", None)
+            took |= {n: ms for n, ms in launched.items() if n.startswith(UPDATE_KERNELS)}
+            print({n[:60]: round(ms, 3) for n, ms in sorted(launched.items(), key=lambda e: -e[1])[:30]}, flush=True)
         parts = ", ".join(f"{n} {ms:.2f}" for n, ms in sorted(took.items(), key=lambda e: -e[1]))
         others = ", ".join(f"{n} {ms:.1f}" for n, ms in sorted(ops.items(), key=lambda e: -e[1]) if n not in EVICTION)
         shape = f"{before + length} tokens" if not before else f"a chunk of {length}, cache of {options['budget']}"
