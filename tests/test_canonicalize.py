@@ -340,7 +340,7 @@ def test_refusals_name_layer_module_and_reason(attention: type[Custom], reason: 
 
 @pytest.mark.parametrize("name", CONTENT_DEPENDENT)
 def test_content_dependent_families(name: str) -> None:
-    model = make(name)
+    model = make(name, num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match=r"layer 0 \(model.layers.0.self_attn\).*(content|indices)"):
         canonical(model)
 
