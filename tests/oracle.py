@@ -6,6 +6,7 @@ policy keeps is in tests/oracle_rules.py, read from the papers' texts and not fr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,16 +244,19 @@ class Oracle:
             self.places[layer.index, h] = following + count
             keys = rotate(torch.stack([e.key for e in entries]), [e.place for e in entries], self.theta)
             values = torch.stack([e.value for e in entries])
+            visible = [
+                [n for n, e in enumerate(entries) if e.position <= i and (not e.flagged or e.position == i)]
+                for i in range(self.seen, self.seen + count)
+            ]
+            seen = torch.zeros(count, len(entries), dtype=torch.bool)
+            for t, mine in enumerate(visible):
+                seen[t, mine] = True
             for g in layer.group(h):
                 queries = rotate(layer.queries[g], [following + t for t in range(count)], self.theta)
-                for t in range(count):
-                    i = self.seen + t
-                    visible = [
-                        n for n, e in enumerate(entries) if e.position <= i and (not e.flagged or e.position == i)
-                    ]
-                    weights = torch.softmax(keys[visible] @ queries[t] * scaling, dim=0)
-                    out[t, g] = weights @ values[visible]
-                    layer.attention[g][i] = {entries[n].position: w for n, w in zip(visible, weights.tolist())}
+                weights = torch.softmax((queries @ keys.T * scaling).masked_fill(~seen, -math.inf), dim=1)
+                out[:, g] = weights @ values
+                for t, row in enumerate(weights.tolist()):
+                    layer.attention[g][self.seen + t] = {entries[n].position: row[n] for n in visible[t]}
         self.rule.arrive(layer, count)
         return out.to(query.dtype)[None], None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -230,6 +231,14 @@ def custom(attention: type[Custom]) -> Decoder:
     return Model().eval()
 
 
+@functools.cache
+def written(attention: type[Custom]) -> tuple[Decoder, Captured, list[AttentionSite]]:
+    """A model with this attention and its canonical graph, which tests leave as they are."""
+    model = custom(attention)
+    return model, *canonical(model)
+
+
+@pytest.mark.xdist_group("custom attention")
 @pytest.mark.parametrize(
     "attention, expected",
     [
@@ -241,25 +250,26 @@ def custom(attention: type[Custom]) -> Decoder:
     ],
 )
 def test_other_ways_to_write_it(attention: type[Custom], expected: dict[str, object]) -> None:
-    model = custom(attention)
-    captured, sites = canonical(model)
+    model, captured, sites = written(attention)
     known = {"kv_heads": HEADS, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": False, "alibi": False, **expected}
     for site in sites:
         assert {k: site.as_dict()[k] for k in known} == pytest.approx(known)
     check_same(model, captured)
 
 
+@pytest.mark.xdist_group("custom attention")
 def test_slopes_and_sinks_stay_parameters() -> None:
     for attention, argument in ((Sink, 3), (LearnedSlopes, 4)):
-        captured, _ = canonical(custom(attention))
+        _, captured, _ = written(attention)
         nodes = [n for n in captured.graph.graph.nodes if n.target is SOURCE]
         for layer, node in enumerate(nodes):
             read = [n.target for n in ancestors([node.args[argument]]) if n.op == "get_attr"]
             assert read == [f"blocks.{layer}.attention.sink"]
 
 
+@pytest.mark.xdist_group("custom attention")
 def test_repeat_is_not_computed() -> None:
-    captured, _ = canonical(custom(Repeated))
+    _, captured, _ = written(Repeated)
     assert not [n for n in captured.graph.graph.nodes if "repeat" in str(n.target) or "index_select" in str(n.target)]
 
 
@@ -340,7 +350,7 @@ def test_refusals_name_layer_module_and_reason(attention: type[Custom], reason: 
 
 @pytest.mark.parametrize("name", CONTENT_DEPENDENT)
 def test_content_dependent_families(name: str) -> None:
-    model = make(name)
+    model = make(name, num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match=r"layer 0 \(model.layers.0.self_attn\).*(content|indices)"):
         canonical(model)
 
