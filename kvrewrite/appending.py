@@ -59,8 +59,7 @@ class AppendRunner:
         self._names = [str(n.target) for n in lowered.graph.nodes if n.op == "placeholder" and n.users]
         for node in [n for n in lowered.graph.nodes if n.op == "placeholder" and not n.users]:
             lowered.graph.erase_node(node)
-        lowered.recompile()
-        self._run = compiler(lowered)
+        self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
         self._gpu = model.__dict__["_gpu"]  # for `on_its_device`
 
