@@ -52,7 +52,9 @@ def _mark(name: str, argument: Tensor) -> None:
 class AppendRunner:
     """Steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its options)."""
 
-    def __init__(self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]):
+    def __init__(
+        self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
+    ):
         self.model = model
         classes = [len(c["layers"]) for c in model.program.layout["classes"]]
         lowered = lower_append(gm, classes, dense=model.device.type != "cuda")
@@ -90,7 +92,12 @@ class AppendRunner:
         if batch not in self._ones:
             self._ones[batch] = torch.ones(batch, dtype=torch.int32, device=device)
         positions = cache.next_positions()
-        inputs = {"input_ids": ids.long(), "positions": positions, "position_ids": positions, "valid": self._ones[batch]}
+        inputs = {
+            "input_ids": ids.long(),
+            "positions": positions,
+            "position_ids": positions,
+            "valid": self._ones[batch],
+        }
         for c, lease in enumerate(cache.leases):
             inputs[f"table_{c}"], inputs[f"lens_{c}"] = lease.table, lease.lens
             for name in lease.store.shapes:

@@ -301,7 +301,9 @@ class _Adapter:
 
     def __init__(self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any]):
         self.settings = settings
-        self.served: tuple[weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = None  # a parameter, and its model's rewrite
+        self.served: tuple[weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = (
+            None  # a parameter, and its model's rewrite
+        )
         self.key: tuple[Any, ...] = ()
         self.checked = False
         call = _traced_call()
@@ -472,7 +474,12 @@ class _Adapter:
         else changes the model's structure, dtype or device, and then there is another adapter."""
         if self.served is not None:
             known, rewrite = self.served[0](), self.served[1]()
-            if known is parameter and rewrite is not None and self.module() is not None and self.settings.key() == self.key:
+            if (
+                known is parameter
+                and rewrite is not None
+                and self.module() is not None
+                and self.settings.key() == self.key
+            ):
                 rewrite.follow()
                 return rewrite
         module = self.module()
@@ -555,7 +562,11 @@ class _Rewrite:
         if not reason_against(self.model.program, self.model.policy):
 
             def compiler(graph: fx.GraphModule) -> Callable[..., Any]:
-                return torch.compile(graph, backend="inductor", fullgraph=True, **more) if self.settings.inductor else graph
+                return (
+                    torch.compile(graph, backend="inductor", fullgraph=True, **more)
+                    if self.settings.inductor
+                    else graph
+                )
 
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
