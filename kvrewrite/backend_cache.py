@@ -262,8 +262,8 @@ class BackendCache(EvictionCache):
         raise CacheError(
             "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
             'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph. generate('
-            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece), and on a "
-            "CPU nothing, unless compile_config._compile_all_devices = True"
+            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece), and on "
+            "a CPU nothing, unless compile_config._compile_all_devices = True"
         )
 
     def __repr__(self) -> str:
