@@ -98,7 +98,7 @@ class AppendRunner:
             "position_ids": positions,
             "valid": self._ones[batch],
         }
-        for c, lease in enumerate(cache.leases):
+        for c, lease in enumerate(cache.stock_leases):
             inputs[f"table_{c}"], inputs[f"lens_{c}"] = lease.table, lease.lens
             for name in lease.store.shapes:
                 inputs[f"{name}_{c}"] = getattr(lease.store, name)

@@ -41,7 +41,8 @@ def _return_newcomers(gm: fx.GraphModule, classes: list[int]) -> None:
     """Updates make way for results."""
     found: dict[tuple[int, int], tuple[Any, Any]] = {}
     for node in _calls(gm, ops.cache_update.default):
-        found[_place(node.args[13])] = node.args[:2]
+        k, v = node.args[:2]
+        found[_place(node.args[13])] = (k, v)
         gm.graph.erase_node(node)
     output = output_node(gm)
     results: list[Any] = [output.args[0]]
