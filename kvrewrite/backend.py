@@ -28,7 +28,9 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from kvrewrite import policies
 from kvrewrite.api import _compile, _foreign_config, _quiet
+from kvrewrite.appending import AppendRunner, reason_against
 from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of
+from kvrewrite.cache import EvictionCache
 from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.model import RewrittenModel
@@ -299,6 +301,11 @@ class _Adapter:
 
     def __init__(self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any]):
         self.settings = settings
+        self.served: tuple[weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = (
+            None  # a parameter, and its model's rewrite
+        )
+        self.key: tuple[Any, ...] = ()
+        self.checked = False
         call = _traced_call()
         self.module = weakref.ref(call.module)
         self.transformers = is_transformers_model(call.module)
@@ -420,10 +427,8 @@ class _Adapter:
 
     # -- a call --------------------------------------------------------------------------------------------------
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        module = self.module()
-        if module is None or not any(inputs[self.parameter] is p for p in module.parameters()):
-            raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
-        model = rewritten(module, self.settings)
+        rewrite = self._rewrite_of(inputs[self.parameter])
+        model = rewrite.model
         ids: Tensor = inputs[self.ids]
         cache: Any = None
         if self.handle is not None:
@@ -440,22 +445,50 @@ class _Adapter:
                 "and evicts within its own text (said once)",
                 stacklevel=2,
             )
-        if self.to_cache:
+        if self.to_cache and not self.checked:
             self._check_shapes(model)
-        out = model(
-            ids,
-            attention_mask=self._real_columns(inputs, ids),
-            position_ids=None if self.positions is None else inputs[self.positions],
-            past_key_values=cache,
-            logits_to_keep=int(self.keep if self.keep_input is None else inputs[self.keep_input]),
-        )
+            self.checked = True
+        mask = self._real_columns(inputs, ids)
+        if rewrite.appends is not None and self.cached and _is_one_token(ids, mask, cache):
+            model._check_cache(cache, ids.shape[0])
+            model._check_ids(ids, True)
+            logits = rewrite.appends.step(ids, cache)
+        else:
+            logits = model(
+                ids,
+                attention_mask=mask,
+                position_ids=None if self.positions is None else inputs[self.positions],
+                past_key_values=cache,
+                logits_to_keep=int(self.keep if self.keep_input is None else inputs[self.keep_input]),
+            ).logits
         outputs: list[Any] = [None] * self.count
-        outputs[self.logits] = out.logits
+        outputs[self.logits] = logits
         if self.to_cache:
             for at, tensor in zip(self.to_cache, cache.tensors(), strict=True):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
                 outputs[at] = tensor
         return tuple(outputs)
+
+    def _rewrite_of(self, parameter: Tensor) -> _Rewrite:
+        """The rewrite of the model whose parameter came in. Looked for once for each parameter: Dynamo's guards see whatever
+        else changes the model's structure, dtype or device, and then there is another adapter."""
+        if self.served is not None:
+            known, rewrite = self.served[0](), self.served[1]()
+            if (
+                known is parameter
+                and rewrite is not None
+                and self.module() is not None
+                and self.settings.key() == self.key
+            ):
+                rewrite.follow()
+                return rewrite
+        module = self.module()
+        if module is None or not any(parameter is p for p in module.parameters()):
+            raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
+        self.key = self.settings.key()
+        rewrite = rewritten(module, self.settings)
+        self.served = weakref.ref(parameter), weakref.ref(rewrite)
+        return rewrite
 
     def _check_shapes(self, model: RewrittenModel) -> None:
         """What the layers of the DynamicCache hold must be what we cache, layer by layer."""
@@ -489,6 +522,15 @@ class _Adapter:
         return None if folded is None else folded.expand(ids.shape[0], -1).long()
 
 
+def _is_one_token(ids: Tensor, mask: Tensor | None, cache: EvictionCache) -> bool:
+    """Whether every row has tokens and gets one more."""
+    if ids.shape[1] != 1 or not all(cache.seen):
+        return False
+    if mask is None:
+        return True
+    return mask.shape == (ids.shape[0], cache.columns + 1) and bool(mask[:, -1].all())
+
+
 def _dims(node: fx.Node) -> int:
     value = node.meta.get("example_value")
     return value.dim() if isinstance(value, Tensor) and value.is_floating_point() else -1
@@ -509,13 +551,24 @@ class _Rewrite:
         self.pairs = list(_shared(module, program.graph))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
+        self.appends: AppendRunner | None = None
         self._compile()
 
     def _compile(self) -> None:
         """Through Inductor. A stock cache has pools of its own, so single tokens don't run from the model's buffers."""
+        more: dict[str, Any] = {} if self.settings.mode is None else {"mode": self.settings.mode}
         if self.settings.inductor:
-            more = {} if self.settings.mode is None else {"mode": self.settings.mode}
             self.model.compile(static_decode=False, backend="inductor", **more)
+        if not reason_against(self.model.program, self.model.policy):
+
+            def compiler(graph: fx.GraphModule) -> Callable[..., Any]:
+                return (
+                    torch.compile(graph, backend="inductor", fullgraph=True, **more)
+                    if self.settings.inductor
+                    else graph
+                )
+
+            self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def follow(self) -> None:
         """Parameters that were put in the place of others in the original."""
@@ -547,7 +600,7 @@ def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any
 _rewrites: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Rewrite]] = weakref.WeakKeyDictionary()
 
 
-def rewritten(module: nn.Module, settings: Settings) -> RewrittenModel:
+def rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
     """The rewrite of a model, made when it is needed first. Requests leave nothing in it."""
     first = next(module.parameters(), None)
     where = (None, None) if first is None else (first.device, first.dtype)
@@ -557,7 +610,7 @@ def rewritten(module: nn.Module, settings: Settings) -> RewrittenModel:
     if key not in made:
         made[key] = _Rewrite(module, settings)
     made[key].follow()
-    return made[key].model
+    return made[key]
 
 
 # ------------------------------------------------------------------------------------------------ for callers

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.errors import CacheError
-from kvrewrite.pages import PAGE, Lease, PageStore
+from kvrewrite.pages import PAGE, Lease, PageStore, to_device
 from kvrewrite.policies.base import Policy
 from kvrewrite.program import Program
 
@@ -30,6 +30,10 @@ USE_NEW_CACHE = f"pass an EvictionCache instead: {CACHE_NAME}=kvrewrite.new_cach
 class IdentityLease(Lease):
     """A lease that owns its whole store: every head has equally many pages, in the order layer, row, head. So the slots of a
     layer are one strided view."""
+
+    def __init__(self, spec: dict[str, Any], batch: int, store: PageStore):
+        super().__init__(spec, batch, store)
+        self._dense: dict[str, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}  # pool, its slots, those of each layer
 
     def resize(self, bound: np.ndarray, reserve: int) -> None:
         """Lays the store out anew where the longest head needs another number of pages."""
@@ -61,21 +65,31 @@ class IdentityLease(Lease):
         for name in store.shapes:
             setattr(store, name, getattr(self.store, name).clone())
         self.store.leases.discard(twin)
-        twin.store = store
+        twin.store, twin._dense = store, {}
         store.references[:] = self.store.references[:] = 1  # nothing is shared
         return twin
 
     def close(self) -> None:
         """The store goes with its only lease."""
 
-    def views(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, (B, Hkv, slots, D): the live slots, rows that have fewer filled up behind."""
-        slots = int(self.bound[layer].max(initial=0))
-        shape = (*self.pages.shape[:3], self.pages.shape[-1] * PAGE)
-        keys, values = (
-            getattr(self.store, f"{x}_pages")[1:].flatten(0, 1).unflatten(0, shape)[layer, :, :, :slots] for x in "kv"
-        )
-        return keys, values
+    def dense(self, pool: str) -> Tensor:
+        """A pool as slots in order: (layers, B, Hkv, room, ...), a view."""
+        whole = getattr(self.store, pool)
+        found = self._dense.get(pool)
+        if found is None or found[0] is not whole:
+            shape = (*self.pages.shape[:3], self.pages.shape[-1] * PAGE)
+            slots = whole[1:].flatten(0, 1).unflatten(0, shape)
+            found = self._dense[pool] = (whole, slots, slots.unbind(0))
+        return found[1]
+
+    def views(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, (B, Hkv, slots, D): the live slots, rows that have fewer filled up behind."""
+        both = []
+        for pool in ("k_pages", "v_pages"):
+            self.dense(pool)
+            both.append(self._dense[pool][2])
+        most = self.bound.max(axis=(1, 2), initial=0).tolist()
+        return [(k.narrow(2, 0, n), v.narrow(2, 0, n)) for k, v, n in zip(*both, most)]
 
 
 @dataclass
@@ -100,14 +114,39 @@ class StockState(EvictionCache):
     def tensors(self) -> list[Tensor]:
         """Keys and values of each layer in turn, for the layers of a DynamicCache to hold."""
         self.step += 1
-        where = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
-        found: list[Tensor] = []
-        for _, c, i in where:
-            lease: Any = self.leases[c]
-            found.extend(lease.views(i))
+        layers = {n: pair for lease in self.stock_leases for n, pair in zip(lease.layers, lease.views())}
+        found = [tensor for _, pair in sorted(layers.items(), key=lambda entry: entry[0]) for tensor in pair]
         for place, tensor in enumerate(found):
             setattr(tensor, HELD, Held(self, place, self.step))
         return found
+
+    @property
+    def stock_leases(self) -> list[IdentityLease]:
+        """The leases, by their own type."""
+        return self.leases  # type: ignore[return-value]
+
+    # -- a token of every row that joins what is held (kvrewrite/appending.py) --------------------------------------
+    def next_positions(self) -> Tensor:
+        """The position of each row's next token, (B, 1) int64."""
+        return to_device([[n] for n in self.seen], self.device)
+
+    def live(self, c: int) -> Tensor:
+        """Which slots of a class hold a token, the same in all of its layers and heads: (B, 1, 1, room) bool."""
+        lease = self.stock_leases[c]
+        slot = torch.arange(lease.pages.shape[-1] * PAGE, device=self.device)
+        return slot < lease.lens[0, :, :1, None, None]
+
+    def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Writes one token of every row behind its last slot, in all layers at once; there is room for it. keys, values: of each
+        class, (layers, B, Hkv, 1, D)."""
+        place = self.next_positions().expand(-1, 2).to(torch.int32)
+        for lease, k, v in zip(self.stock_leases, keys, values, strict=True):
+            at = lease.lens[:, :, :, None].long()
+            for pool, new in (("k_pages", k), ("v_pages", v), ("pos_pages", place[None, :, None, None])):
+                target = lease.dense(pool)
+                new = new.to(target.dtype).expand(*at.shape, target.shape[-1])
+                target.scatter_(3, at[..., None].expand_as(new), new)
+            lease.lens.add_(1)
 
 
 def state_of(tensors: list[Tensor]) -> StockState:
@@ -223,7 +262,8 @@ class BackendCache(EvictionCache):
         raise CacheError(
             "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
             'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph. generate('
-            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece)"
+            "compile_config=...) compiles prompts only if it is given a prefill_chunk_size (a large one, for one piece), and on "
+            "a CPU nothing, unless compile_config._compile_all_devices = True"
         )
 
     def __repr__(self) -> str:

@@ -37,11 +37,11 @@ SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth o
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 
 
-def _on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward with the model's GPU as the current one: Triton launches, streams and graphs belong to that."""
 
     @functools.wraps(forward)
-    def guarded(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         index = self.__dict__["_gpu"]
         if index is None or index == torch.cuda.current_device():
             return forward(self, *args, **kwargs)
@@ -356,7 +356,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     # -- forward -------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    @_on_its_device
+    @on_its_device
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import kvrewrite
-from kvrewrite import backend
+from kvrewrite import appending, backend
 from kvrewrite.backend_cache import StockState
 from kvrewrite.cache import CACHE_NAME
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
@@ -122,6 +122,41 @@ def test_stock_cache_under_generate(fresh_dynamo: None, model: Any, how: str, op
     assert torch.equal(found, expected)
     assert type(cache) is DynamicCache and lengths(cache) == {options["budget"]}
     assert graphs() <= (5 if how == "forward" else 2)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_single_tokens_only_join(model: Any, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    """Where prompts alone are evicted from, every single token takes the short way, in both of its forms, also across pages and
+    between prompts: the tokens and positions of `transform`."""
+    options: dict[str, Any] = {"budget": 44, "window": 4 + dense}  # another rewrite for each form
+    lower, steps = appending.lower_append, []
+    monkeypatch.setattr(appending, "lower_append", lambda gm, classes, **_: lower(gm, classes, dense=dense))
+    short = appending.AppendRunner.step
+    monkeypatch.setattr(appending.AppendRunner, "step", lambda *a: (steps.append(1), short(*a))[1])
+    prompt, turn = ids(2, 51), ids(2, 7, seed=3)
+    mask = torch.ones_like(prompt)
+    mask[1, :5] = 0
+    user, small = compiled(model, policy="snapkv", **options), rewritten("llama", "snapkv", **options)
+    expected, theirs = run(small, prompt, 30, attention_mask=mask)
+    found, ours = run(user, prompt, 30, attention_mask=mask)
+    state = backend.state_of([t for layer in ours.layers for t in (layer.keys, layer.values)])
+    assert torch.equal(found, expected) and state.positions() == theirs.positions() and len(steps) == 29
+    with torch.no_grad():
+        for new in (turn, turn[:, :1]):
+            after = small(new, past_key_values=theirs).logits
+            torch.testing.assert_close(user(new, past_key_values=ours).logits, after, rtol=0, atol=1e-5)
+    assert len(steps) == 30 and state.positions() == theirs.positions()
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "only"),
+    [
+        ("snapkv", {}, True), ("pyramidkv", {}, True), ("expected_attention", {}, True), ("full", {}, True),
+        ("nacl", {}, False), ("nacl", {"interval": 0}, True), ("h2o", {"decode_eviction": False}, False),
+    ],
+)  # fmt: skip
+def test_which_policies_rate_prompts_only(policy: str, options: dict[str, Any], only: bool) -> None:
+    assert kvrewrite.policies.make(policy, **options).rates_prompts_only is only
 
 
 def test_original_is_left_alone(model: Any) -> None:
@@ -284,20 +319,27 @@ def test_compile_config(model: Any) -> None:
     found, _ = run(model, prompt, 12, past_key_values=cache, prefill_chunk_size=1 << 20, **settings)
     assert torch.equal(found, expected)
     assert int(cache.live_slots()[0].max()) == 24
-    with pytest.raises(CacheError, match=r"not compiled.*prefill_chunk_size"):
+    with pytest.raises(CacheError, match=r"not compiled.*prefill_chunk_size.*_compile_all_devices"):
         run(model, prompt, 2, past_key_values=kvrewrite.new_cache(model, 2), **settings)
     for name in ("_compiled_call", "_last_compile_config"):
         model.__dict__.pop(name, None)
 
 
 # ------------------------------------------------------------------------------------------------ compiling
-def test_with_inductor_and_one_graph() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "streaming_llm", "budget": 24, "positions": "original"},
+        {"policy": "snapkv", "budget": 24, "window": 4},
+    ],
+    ids=["evicts", "only adds"],
+)
+def test_with_inductor_and_one_graph(options: dict[str, Any]) -> None:
     model: Any = build("llama")
-    options = {"policy": "streaming_llm", "budget": 24, "positions": "original"}
     user: Any = torch.compile(model, backend="kvrewrite", options=options, fullgraph=True)
     expected, _ = run(rewritten("llama", **options), ids(1, 27), 8)
     found, cache = run(user, ids(1, 27), 8)
-    assert torch.equal(found, expected) and lengths(cache) == {24}
+    assert torch.equal(found, expected) and lengths(cache) == {24 if options["policy"] == "streaming_llm" else 31}
 
 
 def test_recompiles_are_few(fresh_dynamo: None, model: Any) -> None:

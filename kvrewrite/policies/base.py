@@ -151,6 +151,12 @@ class Policy:
         A layer's budget is then its part of the sum, and no bound for a head. Implies `data_dependent`."""
         return False
 
+    @property
+    def rates_prompts_only(self) -> bool:
+        """Whether nothing goes once a row's first prompt is through, so that single tokens are only added and need no score."""
+        own = type(self)
+        return self.whole_prompt and own.plan is Policy.plan and own.decode_segment is Policy.decode_segment
+
     def recent_of(self, keep: int) -> int:
         """How many of the newest slots are protected when `keep` stay."""
         return self.recent

@@ -25,6 +25,11 @@ class Full(Policy):
     chunk: int | None = 2048
     decode_eviction: bool = False
 
+    @property
+    def rates_prompts_only(self) -> bool:
+        """Nothing ever goes."""
+        return True
+
     def validate(self) -> None:
         """A capacity is a number of slots, the same in all layers."""
         if isinstance(self.budget, float):

@@ -47,6 +47,11 @@ class NACL(Policy):
     seed: int = 0
     interval: int = 128
 
+    @property
+    def rates_prompts_only(self) -> bool:
+        """With interval=0."""
+        return not self.interval or not self.decode_eviction
+
     def validate(self) -> None:
         """A known preset."""
         self.require_budget()
