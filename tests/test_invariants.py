@@ -100,8 +100,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "trim_kv": {"buffer_size": 3, "retention_gate": "rg"},
 }
 BUDGET = 12
-# Evict at some steps of decoding only, so they need more of them; the others do at each one, or at none.
-AT_TIMES = {"fast_kvzip", "nacl", "scissorhands", "sirllm", "trim_kv"}
 # What these need beyond the others (the layer's input, windows without gates, shared keys and values) is in these families.
 LEARNED = {"duo_attention", "fast_kvzip", "kvzap", "trim_kv"}
 LEARNED_FAMILIES = {"llama", "gemma3_text", "gemma3n_text", "bloom"}
@@ -170,11 +168,11 @@ def same(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize(("policy", "positions"), POLICIES)
 @pytest.mark.parametrize("name", families(ALL))
 def test_exact_without_eviction(name: str, policy: str, positions: str) -> None:
-    """Budget >= length: the original's logits, for a prompt and a step, and in uneven calls with single tokens at both ends."""
+    """Budget >= length: the original's logits, for the whole prompt, in uneven calls, and token by token at both ends."""
     model = get(name, policy, positions, **({} if policy == "full" else {"budget": 64}))
     ids = tokens(2, 26)
     expected = logits(reference(name), ids)
-    for widths in ((25, 1), (1, 1, 5, 1, 11, 2, 4, 1)):
+    for widths in ((26,), (5, 1, 11, 2, 7), (1, 1, 1, 17, 1)):
         cache = model.new_cache(2)
         same(feed(model, cache, ids, widths), expected, 1e-4)
         assert cache.seen == [26, 26] and cache.get_seq_length() == 26
@@ -283,9 +281,7 @@ def test_padded_rows_are_the_rows_alone(name: str, policy: str, positions: str) 
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (26, 17, 20)]
     prompt = [(prompts[0], "left"), (prompts[1], "left"), (prompts[2], "right")]
     # Some head may keep everything that passes its gate.
-    check_rows_alone(
-        model, [prompt, *decoding(prompts, 6 if policy in AT_TIMES else 4)], must_evict=policy != "attention_gate"
-    )
+    check_rows_alone(model, [prompt, *decoding(prompts, 6)], must_evict=policy != "attention_gate")
 
 
 @pytest.mark.parametrize("decode_eviction", [True, False])
@@ -333,8 +329,7 @@ def test_a_row_without_any_token(name: str, policy: str) -> None:
 def test_reset_and_interleaved_requests(name: str, policy: str, positions: str) -> None:
     """A cache that was reset is as good as new, and two requests on two caches do not know of each other."""
     model = evicting(name, policy, positions)
-    steps = 7 if policy in AT_TIMES else 4
-    first, second = tokens(2, 23 + steps, seed=1), tokens(2, 23 + steps, seed=2)
+    first, second = tokens(2, 30, seed=1), tokens(2, 30, seed=2)
     alone, used = [], model.new_cache(2)
     for ids in (first, second):
         cache = model.new_cache(2)
@@ -344,7 +339,7 @@ def test_reset_and_interleaved_requests(name: str, policy: str, positions: str) 
         got = feed(model, used, ids, (19, 4, 1))
         assert torch.equal(got, alone[-1][0]) and used.positions() == alone[-1][1]
     caches, outs, at = [model.new_cache(2), model.new_cache(2)], ([], []), 0  # type: ignore[var-annotated]
-    for width in (19, 4, *[1] * steps):
+    for width in (19, 4, *[1] * 7):
         for ids, cache, out in zip((first, second), caches, outs):
             out.append(model(ids[:, at : at + width], past_key_values=cache).logits)
         at += width
