@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.backend_cache import StockState
-from kvrewrite.execution import dynamic_sizes
+from kvrewrite.execution import dynamic_sizes, mark_moving
 from kvrewrite.model import RewrittenModel, on_its_device
 from kvrewrite.passes.lower_append import lower_append
 from kvrewrite.policies import Policy
@@ -42,13 +42,6 @@ _MOVING = {"k_pages": (0,), "v_pages": (0,), "pos_pages": (0,), "table": (1, 3),
 _MOVING |= {"k_slots": (1, 3), "v_slots": (1, 3)}
 
 
-def _mark(name: str, argument: Tensor) -> None:
-    """Tells torch.compile which sizes will differ in other calls. Size 1 is a case of its own to it."""
-    for dim in _MOVING.get(name.rstrip("0123456789").rstrip("_"), (0,)):
-        if argument.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(argument, dim)
-
-
 class AppendRunner:
     """Steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its options)."""
 
@@ -61,6 +54,7 @@ class AppendRunner:
         self._names = [str(n.target) for n in lowered.graph.nodes if n.op == "placeholder" and n.users]
         for node in [n for n in lowered.graph.nodes if n.op == "placeholder" and not n.users]:
             lowered.graph.erase_node(node)
+        self._moving = [_MOVING.get(name.rstrip("0123456789").rstrip("_"), (0,)) for name in self._names]
         self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
         self._gpu = model.__dict__["_gpu"]  # for `on_its_device`
@@ -78,8 +72,7 @@ class AppendRunner:
         cache.begin_token(model.policy, segments)
         inputs = self._inputs(ids, cache)
         arguments = [inputs[name] for name in self._names]
-        for name, argument in zip(self._names, arguments):
-            _mark(name, argument)
+        mark_moving(arguments, self._moving)
         with dynamic_sizes():
             logits, *new = self._run(*arguments)
         cache.append(new[: len(new) // 2], new[len(new) // 2 :])

@@ -112,7 +112,7 @@ class Execution:
             for part in program.parts:
                 arguments = [values[name] for name in part.inputs]
                 if self._marks:
-                    _mark(arguments, part.moving)
+                    mark_moving(arguments, part.moving)
                 made = self._calls[part.graph](*arguments)
                 values.update(zip(part.outputs, made))
                 del arguments, made
@@ -178,7 +178,7 @@ class Staged(fx.Interpreter):
         return super().run_node(n)
 
 
-def _mark(arguments: list[Any], moving: list[tuple[int, ...]]) -> None:
+def mark_moving(arguments: Sequence[Any], moving: Sequence[tuple[int, ...]]) -> None:
     """Tells torch.compile which sizes will differ in other calls. Size 1 is a case of its own to it."""
     for argument, dims in zip(arguments, moving):
         for dim in dims:

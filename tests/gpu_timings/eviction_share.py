@@ -321,7 +321,6 @@ def share(layers: int) -> list[dict[str, Any]]:
         if "attend_and_update" in ops:
             took.pop("cache_update", None)
             took |= {n: ms for n, ms in launched.items() if n.startswith(UPDATE_KERNELS)}
-            print({n[:60]: round(ms, 3) for n, ms in sorted(launched.items(), key=lambda e: -e[1])[:30]}, flush=True)
         parts = ", ".join(f"{n} {ms:.2f}" for n, ms in sorted(took.items(), key=lambda e: -e[1]))
         others = ", ".join(f"{n} {ms:.1f}" for n, ms in sorted(ops.items(), key=lambda e: -e[1]) if n not in EVICTION)
         shape = f"{before + length} tokens" if not before else f"a chunk of {length}, cache of {options['budget']}"

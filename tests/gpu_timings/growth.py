@@ -38,7 +38,6 @@ def measure(model: Any, length: int, base: int) -> dict[str, Any]:
     """One length."""
     ids = torch.randint(1, 128000, (1, length), device="cuda")
     prompts: list[float] = []
-    cache = None
     for _ in range(4):
         cache = None  # its pages are free for the next one, so that pools need not grow
         cache = model.new_cache(1, max_length=length + 64)
