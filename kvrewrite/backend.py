@@ -479,6 +479,7 @@ class _Adapter:
                 and rewrite is not None
                 and self.module() is not None
                 and self.settings.key() == self.key
+                and not rewrite.replaced()
             ):
                 rewrite.follow()
                 return rewrite
@@ -549,6 +550,8 @@ class _Rewrite:
         if not is_transformers_model(module):
             config = _foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))
+        # Where each submodule hangs, and its parameters' dict, which tells it from another one without holding it.
+        self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
         self.appends: AppendRunner | None = None
@@ -569,6 +572,11 @@ class _Rewrite:
                 )
 
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
+
+    def replaced(self) -> bool:
+        """Whether a submodule of the original is no longer the one that was captured. Dynamo makes a graph of its own for another
+        type, but not for another module of the same type."""
+        return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
     def follow(self) -> None:
         """Parameters that were put in the place of others in the original."""
@@ -607,7 +615,7 @@ def rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
     shape = hash(tuple((n, type(m)) for n, m in module.named_modules()))
     key = (settings.key(), where, shape)
     made = _rewrites.setdefault(module, {})
-    if key not in made:
+    if key not in made or made[key].replaced():
         made[key] = _Rewrite(module, settings)
     made[key].follow()
     return made[key]

@@ -228,8 +228,8 @@ def test_copies_go_on_by_themselves(model: Any) -> None:
 
 
 def test_other_parameters_and_no_leaks(model: Any) -> None:
-    """Another model of the same class is not taken for the first one, new parameters are followed, and the rewrite goes with
-    its model."""
+    """Another model of the same class is not taken for the first one, new parameters and submodules are followed, and the
+    rewrite goes with its model."""
     first, model = model, build("llama")
     user = compiled(model, **STREAMING)
     with torch.no_grad():
@@ -238,8 +238,13 @@ def test_other_parameters_and_no_leaks(model: Any) -> None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
         twice = user(ids(1, 20)).logits
         torch.testing.assert_close(twice, original("llama")(ids(1, 20)).logits * 2, rtol=0, atol=1e-4)
+        other = copy.deepcopy(model.model.layers[0].mlp)  # the same type and shapes: Dynamo goes on with the graph that it has
+        other.down_proj.weight.mul_(-3)
+        model.model.layers[0].mlp = other
+        torch.testing.assert_close(user(ids(1, 20)).logits, model(ids(1, 20)).logits, rtol=0, atol=1e-4)
+        assert not torch.allclose(user(ids(1, 20)).logits, twice, atol=1e-2)
     gone = weakref.ref(model)
-    del model, user, twice
+    del model, user, twice, other
     gc.collect()
     assert gone() is None
 
