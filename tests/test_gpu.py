@@ -216,6 +216,33 @@ def test_compiled_is_eager() -> None:
     torch.testing.assert_close(logits_compiled, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("policy", "options"), [("snapkv", {"budget": 44, "window": 5}), ("streaming_llm", {"budget": 24, "chunk": 8})]
+)
+def test_backend_is_transform(policy: str, options: dict[str, Any]) -> None:
+    """torch.compile with an ordinary DynamicCache, through Inductor: 200 tokens. One policy only adds single tokens, in a graph
+    of their own, the other one evicts at every token."""
+    torch._dynamo.reset()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = make("llama").to("cuda")
+    prompt = ids(2, 51).to("cuda")
+    mask = torch.ones_like(prompt)
+    mask[1, :9] = 0
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 200,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    expected = kvrewrite.transform(model, policy, **options).generate(prompt, **settings)
+    user: Any = torch.compile(model, backend="kvrewrite", options={"policy": policy, **options})
+    found = user.generate(prompt, return_dict_in_generate=True, **settings)
+    assert torch.equal(found.sequences, expected)
+    kept = 44 + 199 if policy == "snapkv" else 24
+    assert {layer.keys.shape[-2] for layer in found.past_key_values.layers} == {kept}
+
+
 def test_weights_arrive_through_pinned_buffers(tmp_path: Path) -> None:
     """A tensor that needs both buffers more than once, a small one behind it, and what is cast."""
     whole = torch.randn(5 * STAGED // 8 + 3)
