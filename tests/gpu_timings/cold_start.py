@@ -4,7 +4,9 @@
 
 Writes a checkpoint of random weights into DIR (a temporary folder unless given), converts it with the command line, and starts
 two processes, one after the other, that load the converted directory, compile it and answer a prompt. Both have the same,
-at first empty, folders for what Inductor and Triton compile. Prints one JSON line. On a CPU give `--shape tiny`.
+at first empty, folders for what Inductor, Triton and Python compile (Python's bytecode, which pip makes where it installs a
+package, may be missing on a machine; there every process would compile thousands of files). Prints one JSON line. On a CPU
+give `--shape tiny`.
 
 Seconds of each process: `import_s` (Python to the end of `import kvrewrite`), `load_s`, `compile_s` (the call, which only
 arranges things), `prompt_s` (compiles the parts of a chunk), `token_s` (the first two tokens: compiles the decode step's parts
@@ -94,6 +96,7 @@ def measure(
     result: dict[str, Any] = {"shape": shape, "layers": layers, "prompt": prompt, "policy": policy, "options": options}
     result.update(prepare(folder, shape, layers, policy, options))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    caches |= {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     for name in ("cold", "warmed"):
         command = [sys.executable, "-m", "tests.gpu_timings.cold_start", "--start", str(folder / "out")]
         command += ["--prompt", str(prompt), "--began", str(time.time())]

@@ -1,6 +1,6 @@
 """What eviction costs at Llama-3.1-8B's shapes (32 query heads, 8 kv heads, head dim 128, bf16), batch 1. Needs a GPU.
 
-    python -m tests.gpu_timings.eviction_share [mass] [gated] [ragged] [decode] [share] [--layers 2] [--json FILE]
+    python -m tests.gpu_timings.eviction_share [mass] [gated] [ragged] [decode] [share] [--layers 2] [--policy NAME] [--json FILE]
 
 mass: column mass of H2O (all rows), SnapKV and NACL. gated: attention with 60% of the tokens evicted, beside dense chunk
 attention. ragged: an Ada-KV eviction, beside the torch reference and the same with equal heads. decode: steps of ragged policies,
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str,
     return sum(kernels.values()), ops, kernels
 
 
-def share(layers: int) -> list[dict[str, Any]]:
+def share(layers: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Prompts of 131072 tokens through compiled layers (no logits but the last); Locret: its last chunk at a full cache."""
     from kvrewrite.benchmark.shapes import ShapeSource
     from kvrewrite.evaluation.run import Arm, PolicySpec
@@ -302,6 +302,8 @@ def share(layers: int) -> list[dict[str, Any]]:
         ("adakv", {"budget": 16384}, 0, 131072),
     ]
     for policy, options, before, length in cases:
+        if only and policy not in only:
+            continue
         source = ShapeSource("llama-3.1-8b", device="cuda")
         source.hf_config.num_hidden_layers = layers
         model = source.rewritten(Arm(PolicySpec(policy, options)))
@@ -358,11 +360,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parts: dict[str, Callable[[int], list[dict[str, Any]]]] = {
-        "mass": lambda _: mass(), "gated": lambda _: gated(), "ragged": lambda _: ragged(), "decode": decode, "share": share,
+        "mass": lambda _: mass(), "gated": lambda _: gated(), "ragged": lambda _: ragged(), "decode": decode,
+        "share": lambda layers: share(layers, given.policy),
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("parts", nargs="*", default=[], help=f"any of {', '.join(parts)}; default: all")
     parser.add_argument("--layers", type=int, default=2, help="of the model, in decode and share")
+    parser.add_argument("--policy", action="append", default=[], help="of share; repeatable, default: all")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     given = parser.parse_args()
     unknown = set(given.parts) - set(parts)
