@@ -238,7 +238,9 @@ def test_other_parameters_and_no_leaks(model: Any) -> None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
         twice = user(ids(1, 20)).logits
         torch.testing.assert_close(twice, original("llama")(ids(1, 20)).logits * 2, rtol=0, atol=1e-4)
-        other = copy.deepcopy(model.model.layers[0].mlp)  # the same type and shapes: Dynamo goes on with the graph that it has
+        other = copy.deepcopy(
+            model.model.layers[0].mlp
+        )  # the same type and shapes: Dynamo goes on with the graph that it has
         other.down_proj.weight.mul_(-3)
         model.model.layers[0].mlp = other
         torch.testing.assert_close(user(ids(1, 20)).logits, model(ids(1, 20)).logits, rtol=0, atol=1e-4)

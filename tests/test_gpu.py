@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kvrewrite
+import kvrewrite.backend  # where the package is not installed, torch.compile does not know its name
 from kvrewrite.checkpoint import STAGED, Checkpoint, Copier
 from tests.rewritten import captured, original, rewrite, rewritten
 from tests.zoo import make
