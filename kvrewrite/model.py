@@ -90,7 +90,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self._note_gpu()
         self._rotary_graphs: list[Any] = []
         for entry in program.layout["rotary"]:
-            tensors = {n: get_attr(self.graph_module, n) for n in entry["constants"]}
+            tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
             self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
         self.eval()
 
@@ -280,7 +280,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         tables = {}
         for table in self.program.layout["length_tables"]:
             kind = "short" if max_length is not None and max_length <= table["threshold"] else "long"
-            tables[table["input"]] = get_attr(self.graph_module, f"length_tables.{table['index']}.{kind}")
+            found = get_attr(self.graph_module, f"length_tables.{table['index']}.{kind}")
+            tables[table["input"]] = found.to(self.device)  # those of a model on several devices lie on the CPU
         return tables
 
     def make_rotary(self, length: int, tables: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

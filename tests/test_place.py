@@ -175,6 +175,17 @@ def test_the_same_logits_over_two_places(policy: str) -> None:
     assert fork_of.memory().live == expected.memory().live
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_rotary_tables_lie_where_the_inputs_do(family: str) -> None:
+    """Those of contiguous positions, and of longrope. The compiler makes them on the CPU."""
+    program = placed("meta", "cpu", "streaming_llm", family, **POLICIES["streaming_llm"])
+    model = RewrittenModel(program, original(family).config)
+    tables = model.length_tables(None)
+    assert bool(tables) == (family == "phi3")
+    made = [*tables.values(), *(x for pair in model.make_rotary(8, tables) for x in pair)]
+    assert {x.device.type for x in made} == {"meta"}
+
+
 def test_what_needs_one_device_is_refused(tmp_path: Any) -> None:
     model = two_places("streaming_llm")
     for call, error, message in (
