@@ -199,9 +199,12 @@ class TestPeft:
             model = peft.get_peft_model(fresh(base), config).eval()
         check(model, kvrewrite.transform(model, "full"))
 
-    def test_prompt_learning_is_refused(self, base: Any) -> None:
-        from peft import PromptTuningConfig, get_peft_model
+    def test_adapters_that_are_more_than_their_layers_are_refused(self, base: Any) -> None:
+        from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+        activated = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+        with pytest.raises(UnsupportedModelError, match=r"activated LoRA .*a part of the text only"):
+            kvrewrite.transform(get_peft_model(fresh(base), activated), "full")
         model = get_peft_model(fresh(base), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
         with pytest.raises(UnsupportedModelError, match="type PROMPT_TUNING, which changes the model's input"):
             kvrewrite.transform(model, "full")
