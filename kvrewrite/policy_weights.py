@@ -163,8 +163,8 @@ def check_policy_weights(
     """
     if expected and not tensors:
         raise PolicyWeightsError(
-            f"got no policy weights, but {policy or 'the policy'} needs {len(expected)} tensors ({next(iter(expected))}, ...); give "
-            "the file as policy_weights (--policy-weights): one that kvrewrite train or kvrewrite import-weights wrote"
+            f"got no policy weights, but {policy or 'the policy'} needs {len(expected)} tensors ({next(iter(expected))}, ...); "
+            "give the file as policy_weights (--policy-weights): one that kvrewrite train or kvrewrite import-weights wrote"
         )
     problems: list[str] = []
     named = dict(metadata or {})

@@ -44,13 +44,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         kind = getattr(config.peft_type, "value", str(config.peft_type))
         if getattr(config, "alora_invocation_tokens", None) is not None:
             raise UnsupportedModelError(
-                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which acts on a part of the text only, and "
-                "a rewritten model has no such part; switch it off or use an adapter that acts on the whole text"
+                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which acts on a part of the text only, "
+                "and a rewritten model has no such part; switch it off or use an adapter that acts on the whole text"
             )
         if kind not in ADAPTERS_IN_LAYERS:
             raise UnsupportedModelError(
-                f"the adapter {name!r} is of type {kind}, which changes the model's input or is not known to kvrewrite; known are "
-                f"{', '.join(sorted(ADAPTERS_IN_LAYERS))}. If it can be merged, transform model.merge_and_unload()"
+                f"the adapter {name!r} is of type {kind}, which changes the model's input or is not known to kvrewrite; known "
+                f"are {', '.join(sorted(ADAPTERS_IN_LAYERS))}. If it can be merged, transform model.merge_and_unload()"
             )
     inner: nn.Module = wrapped.get_base_model()
     return inner
