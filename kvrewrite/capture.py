@@ -27,7 +27,7 @@ from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, set_attr, symbol
 from kvrewrite.trace_failure import causes, explain, noted_place
-from kvrewrite.wrapped import check_layers, without_hooks
+from kvrewrite.wrapped import check_layers, plain_4bit_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
 
@@ -414,7 +414,7 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
     training = model.training
     model.eval()
     try:
-        with without_hooks(model):
+        with without_hooks(model), plain_4bit_layers(model):
             check_layers(model)
             return _capture(model, max_length)
     finally:

@@ -313,12 +313,14 @@ def convert(
         raise click.UsageError("give --out DIR, or --dry-run to write nothing")
     if compiled and dry_run:
         raise click.UsageError("--compile writes to --out, so it does not go with --dry-run")
+    if not compiled and (compile_device != "cpu" or compile_batch != 1):
+        raise click.UsageError("--compile-device and --compile-batch need --compile aot")
     directory = _checkpoint_directory(model)
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options are said before torch is loaded
     from kvrewrite import api
 
-    where = _device(compile_device) if compiled else compile_device
+    where = _device(compile_device, "--compile-device") if compiled else compile_device
     started = time.perf_counter()
     with _steps(STAGES - dry_run) as progress:
         done = api.convert(
@@ -420,15 +422,15 @@ def generate(
     click.echo(memory_line(model, cache, int(ids.shape[1]), int(made), seconds), err=True)
 
 
-def _device(name: str) -> Any:
-    """The device called `name`, if it is here."""
+def _device(name: str, option: str = "--device") -> Any:
+    """The device called `name`, if it is here; option: what it was given by."""
     import torch
 
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise OptionError(f"{option} {name}: {str(error).splitlines()[0]}") from error
     return device
 
 

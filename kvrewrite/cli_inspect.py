@@ -77,6 +77,8 @@ def inspect(
         raise click.UsageError("--context and --force need --html")
     if page is not None and page.exists() and not force:
         raise ArtifactError(f"{page} exists; replace it with --force")
+    if page is not None and not page.parent.is_dir():
+        raise ArtifactError(f"--html {page}: {page.parent} is not a directory; make it first")
     directory = _checkpoint_directory(model)
     chosen = None
     if policy is not None:

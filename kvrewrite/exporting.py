@@ -135,6 +135,8 @@ class ExportedSteps(Steps):
 def load_steps(directory: str | Path, *, trust_compiled: bool = False) -> ExportedSteps:
     """Reads what `ExportedSteps.save` wrote. trust_compiled: the files come from someone whose code you would run."""
     directory = Path(directory)
+    if not (directory / LISTING).is_file():
+        raise ArtifactError(f"{directory} has no {LISTING}; expected a directory that export_steps(...).save wrote")
     data = read_json(directory / LISTING)
     if not trust_compiled:
         raise ArtifactError(
@@ -161,8 +163,12 @@ def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps
     batch_size: 1, or at least 2 for any number of rows from 2 on (one row is a case of its own to torch.export). Prompts of
     any length, caches of any size. Raises CaptureError where torch.export can't.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    if not hasattr(model, "program"):
+        raise InputError(
+            f"model is a {type(model).__name__}, expected a rewritten model (kvrewrite.transform or kvrewrite.load)"
+        )
+    if type(batch_size) is not int or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}, expected a whole number from 1 on")
     if not model.on_one_device:
         raise InputError("a model on several devices can't be exported; load it on one")
     first = _record(model, batch_size, 0)

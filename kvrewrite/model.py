@@ -59,6 +59,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     """
 
     main_input_name = "input_ids"
+    input_modalities = "text"  # pipelines print it
     _is_stateful = True
     _supports_cache_class = True
     base_model_prefix = ""
@@ -117,9 +118,23 @@ class RewrittenModel(nn.Module, GenerationMixin):
         """The dtype that the model was captured in."""
         return getattr(torch, self.program.dtype)
 
+    @property
+    def name_or_path(self) -> str:
+        """Where the tokenizer is: the model's directory, or where the original came from (lm-eval looks there)."""
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return str(getattr(self.config, "_name_or_path", ""))
+
     def can_generate(self) -> bool:
         """Yes."""
         return True
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `generate_batch` and its manager keep pages of their own, in which nothing would be evicted."""
+        raise CacheError(
+            "continuous batching (generate_batch) has a paged cache of its own, and a rewritten model an EvictionCache; call "
+            "generate with a padded batch"
+        )
 
     @classmethod
     def is_remote_code(cls) -> bool:
@@ -381,6 +396,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         (B, T or logits_to_keep, vocabulary), zero at padding, and the cache.
         """
         self._refuse(kwargs)
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "torch.export got a rewritten model, whose forward plans evictions in Python; export its steps: "
+                "kvrewrite.exporting.export_steps(model)"
+            )
         if input_ids is None or input_ids.dim() != 2:
             got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
             raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")

@@ -161,6 +161,11 @@ def check_policy_weights(
     fingerprint of shapes). dtype: converts to it; default: as they are. PolicyWeightsError lists all that
     is wrong at once.
     """
+    if expected and not tensors:
+        raise PolicyWeightsError(
+            f"got no policy weights, but {policy or 'the policy'} needs {len(expected)} tensors ({next(iter(expected))}, ...); "
+            "give the file as policy_weights (--policy-weights): one that kvrewrite train or kvrewrite import-weights wrote"
+        )
     problems: list[str] = []
     named = dict(metadata or {})
     if policy is not None and named.get("policy", policy) != policy:

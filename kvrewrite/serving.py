@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import queue
 import threading
@@ -91,8 +92,8 @@ def _number(body: dict[str, Any], name: str, low: float, high: float, kind: type
         return None
     valid = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not valid or not low <= value <= high:
-        what = "an integer" if kind is int else "a number"
-        raise RequestError(f"{name} is {value!r:.40}, expected {what} from {low:g} to {high:g}", param=name)
+        expected = f"an integer from {low} to {high}" if kind is int else f"a number from {low:g} to {high:g}"
+        raise RequestError(f"{name} is {value!r:.40}, expected {expected}", param=name)
     return kind(value)
 
 
@@ -358,6 +359,15 @@ class Engine:
         from jinja2 import TemplateError
 
         chat = request.prompt[0]
+        # Variables of the template are the client's; the template itself, and how it is applied, are not: a template can keep
+        # the only thread busy for ever.
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        if taken := sorted(n for n in chat["kwargs"] if n in own):
+            raise RequestError(
+                f"chat_template_kwargs: {', '.join(taken)} can't be set by a request; expected variables of the model's chat "
+                "template, such as enable_thinking",
+                param="chat_template_kwargs",
+            )
         try:
             found = self.tokenizer.apply_chat_template(
                 chat["messages"], add_generation_prompt=True, return_dict=True, **chat["kwargs"]

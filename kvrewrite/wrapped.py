@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvrewrite.errors import UnsupportedModelError
@@ -19,9 +20,13 @@ from kvrewrite.errors import UnsupportedModelError
 ADAPTERS_IN_LAYERS = {"LORA", "IA3", "LOHA", "LOKR"}
 # Hooks of accelerate that only move tensors.
 _MOVING_HOOKS = {"ModelHook", "AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook"}
-# Modules whose weights torch.export can't see, by the module that defines them.
+# Modules that a graph can't show, by how their full name begins.
 _OPAQUE = {
-    "bitsandbytes.": "bitsandbytes keeps the state of a quantized weight outside of tensors",
+    "bitsandbytes.nn.modules.Linear8bitLt": "which columns it multiplies in 16 bits is chosen by all tokens of a call, so a "
+    "token would depend on its chunk",
+    # Where it can, Linear4bit has a stand-in: plain_4bit_layers.
+    "bitsandbytes.": "of bitsandbytes only Linear4bit is known, and this one is no such layer, is not quantized yet, or is "
+    "packed for a CPU",
     "torch.ao.nn.quantized.": "torch.ao packs its weights into an object that is no tensor",
     "auto_gptq.": "its kernels are not ops of torch",
     "gptqmodel.": "its kernels are not ops of torch",
@@ -42,11 +47,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     for name in wrapped.active_adapters:
         config = wrapped.peft_config[name]
         kind = getattr(config.peft_type, "value", str(config.peft_type))
-        if kind not in ADAPTERS_IN_LAYERS or getattr(config, "alora_invocation_tokens", None) is not None:
-            acts = "changes the model's input or acts on parts of a text only"
+        if getattr(config, "alora_invocation_tokens", None) is not None:
             raise UnsupportedModelError(
-                f"the adapter {name!r} is of type {kind}, which {acts} or is not known to kvrewrite; known are "
-                f"{', '.join(sorted(ADAPTERS_IN_LAYERS))}. If it can be merged, transform model.merge_and_unload()"
+                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which acts on a part of the text only, "
+                "and a rewritten model has no such part; switch it off or use an adapter that acts on the whole text"
+            )
+        if kind not in ADAPTERS_IN_LAYERS:
+            raise UnsupportedModelError(
+                f"the adapter {name!r} is of type {kind}, which changes the model's input or is not known to kvrewrite; known "
+                f"are {', '.join(sorted(ADAPTERS_IN_LAYERS))}. If it can be merged, transform model.merge_and_unload()"
             )
     inner: nn.Module = wrapped.get_base_model()
     return inner
@@ -58,21 +67,77 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def quantized_weights(model: nn.Module) -> str | None:
-    """The name of a weight that is quantized by torchao, or the method of transformers' quantizer; None where there is none."""
+    """The name of a weight that is quantized by torchao or bitsandbytes, or the method of transformers' quantizer; None where
+    there is none."""
     method = getattr(model, "quantization_method", None)
     if method is not None:
         return str(getattr(method, "value", method))
-    return next((n for n, p in model.named_parameters() if is_traceable_wrapper_subclass(p)), None)
+    return next((n for n, p in model.named_parameters() if _is_quantized(p)), None)
+
+
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    return is_traceable_wrapper_subclass(parameter) or _is(parameter, "bitsandbytes.", "Params4bit")
+
+
+class _Linear4bit(nn.Module):
+    """What a `Linear4bit` of bitsandbytes computes, from tensors alone: its weight (codes, two a byte), the largest magnitude
+    of each block, and, where these are quantized, too (double quantization), what they are made from."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        state = layer.weight.quant_state
+        # An alias: on some CPUs bitsandbytes gives the layer's own parameter other data later.
+        self.weight = nn.Parameter(layer.weight.detach().as_subclass(Tensor), requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("absmax", state.absmax)
+        self.form = (state.blocksize, state.quant_type, list(state.shape), state.dtype)
+        self.compute_dtype: torch.dtype | None = layer.compute_dtype  # None: that of the input
+        self.inner: tuple[int, torch.dtype] | None = None
+        if state.nested:
+            self.inner = (state.state2.blocksize, state.state2.dtype)
+            self.register_buffer("inner_absmax", state.state2.absmax)
+            self.register_buffer("code", state.state2.code)
+            self.register_buffer("offset", state.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., out), computed in the layer's dtype."""
+        ops, absmax = torch.ops.bitsandbytes, self.absmax
+        if self.inner is not None:
+            absmax = (ops.dequantize_blockwise(absmax, self.inner_absmax, self.code, *self.inner) + self.offset).float()
+        given = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        weight = ops.dequantize_4bit(self.weight.view(-1, 1), absmax, *self.form).to(given.dtype)
+        bias = None if self.bias is None else self.bias.to(given.dtype)
+        return nn.functional.linear(given, weight, bias).to(x.dtype)
+
+
+@contextlib.contextmanager
+def plain_4bit_layers(model: nn.Module) -> Iterator[None]:
+    """Puts modules that a graph can show, with the same weights, in the place of bitsandbytes' 4-bit layers, and puts these
+    back. Layers that are not quantized yet, or whose weight is packed for a CPU, are left for `check_layers` to refuse."""
+    undo: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent in list(model.modules()):
+            for name, layer in list(parent.named_children()):
+                state = getattr(getattr(layer, "weight", None), "quant_state", None)
+                ready = state is not None and not getattr(state, "packing_format_for_cpu", False)
+                if ready and _is(layer, "bitsandbytes.", "Linear4bit"):
+                    undo.append((parent, name, layer))
+                    setattr(parent, name, _Linear4bit(layer))
+        yield
+    finally:
+        for parent, name, layer in undo:
+            setattr(parent, name, layer)
 
 
 def check_layers(model: nn.Module) -> None:
     """Refuses modules that a graph can't show, and models that lie on several devices."""
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
-            reason = next((r for prefix, r in _OPAQUE.items() if cls.__module__.startswith(prefix)), None)
+            full = f"{cls.__module__}.{cls.__name__}"
+            reason = next((r for prefix, r in _OPAQUE.items() if full.startswith(prefix)), None)
             if reason is not None:
                 raise UnsupportedModelError(
-                    f"{name} is a {cls.__module__}.{cls.__name__}, which can't be captured: {reason}. Quantize the weights "
+                    f"{name} is a {full}, which can't be captured: {reason}. Quantize the weights "
                     "with torchao (quantize_), or transform model.dequantize()"
                 )
     devices = sorted({str(p.device) for p in model.parameters()})

@@ -166,6 +166,7 @@ def test_options_that_make_no_sense(base, tmp_path, args, message):
     [
         (["convert", "."], "--out"),
         (["convert", ".", "--dry-run", "-o", "start"], "key=value"),
+        (["convert", ".", "--out", "out", "--compile-device", "cuda"], "need --compile aot"),
         (["convert", ".", "--dry-run", "--budget", "9", "-o", "budget=8"], "given twice"),
         (["generate", "."], "--prompt"),
         (["generate", ".", "--prompt", "x", "--top-p", "0.5"], "--sample"),

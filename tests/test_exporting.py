@@ -63,10 +63,18 @@ def test_what_was_not_exported_is_an_error(streaming: Any) -> None:
     assert model(ids(1, 40)).logits.shape == (1, 40, 97)
     with pytest.raises(InputError, match="the steps are of"), steps.attach(rewritten("llama", "full")):
         pass
+    with pytest.raises(InputError, match="export its steps"):
+        torch.export.export(model, (ids(1, 40),))
+    with pytest.raises(InputError, match="batch_size is '2', expected a whole number"):
+        export_steps(model, batch_size="2")
+    with pytest.raises(InputError, match="model is a Linear, expected a rewritten model"):
+        export_steps(torch.nn.Linear(1, 1))
 
 
 def test_saved_programs_need_trust_and_their_hashes(streaming: Any, tmp_path: Path) -> None:
     model, steps = streaming
+    with pytest.raises(ArtifactError, match=r"has no steps\.json"):
+        load_steps(tmp_path, trust_compiled=True)
     steps.save(tmp_path)
     with pytest.raises(ArtifactError, match="trust_compiled=True"):
         load_steps(tmp_path)

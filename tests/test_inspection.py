@@ -228,6 +228,7 @@ def test_html(base, tmp_path) -> None:
     assert call("inspect", base, "--html", page, "--force").exit_code == 0
     assert "Memory plan" not in page.read_text()  # there is no policy to plan for
     assert call("inspect", base, "--force").exit_code == 2
+    assert "is not a directory" in call("inspect", base, "--html", tmp_path / "nowhere" / "page.html").stderr
 
 
 def test_layers_of_the_plan_add_up() -> None:

@@ -164,7 +164,8 @@ def test_a_converted_directory_and_a_model_that_lm_eval_is_given(base, task_file
     assert cells["full", "shells"]["metrics"]["exact_match"]["value"] == 1.0
     small = cells["converted", "shells"]
     assert (small["requests"], small["evicted"]) == (3, 3)
-    given = HFLM(pretrained=kvrewrite.load(out), tokenizer=harness_tokenizer(out), batch_size=2)
+    given = HFLM(pretrained=kvrewrite.load(out), batch_size=2)  # which finds the tokenizer by the model's name
+    assert given.tokenizer.get_vocab() == harness_tokenizer(out).get_vocab()
     found = simple_evaluate(given, tasks=["shells"], task_manager=TaskManager(include_path=str(task_files)))
     assert found["results"]["shells"]["exact_match,none"] == small["metrics"]["exact_match"]["value"] < 1.0
 

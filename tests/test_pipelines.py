@@ -43,7 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_pipeline(models: Any, which: int, prompt: Any) -> None:
     tokenizer = models[3]
     expected = pipeline("text-generation", model=models[0], tokenizer=tokenizer)(prompt, **SETTINGS)
-    assert pipeline("text-generation", model=models[which], tokenizer=tokenizer)(prompt, **SETTINGS) == expected
+    found = pipeline("text-generation", model=models[which], tokenizer=tokenizer)
+    assert found(prompt, **SETTINGS) == expected
+    assert "'model': 'RewrittenModel'" in repr(found)  # what a notebook shows
 
 
 def test_chat_template_comes_with_the_converted_directory(models: Any) -> None:
@@ -77,3 +79,9 @@ def test_assisted_decoding_is_refused(models: Any) -> None:
             small.generate(**tokens, **SETTINGS, **wrong)
     with pytest.raises(CacheError, match="assisted decoding"):
         original.generate(**tokens, **SETTINGS, assistant_model=small)
+
+
+def test_continuous_batching_is_refused(models: Any) -> None:
+    """It would run transformers' paged cache, in which nothing is evicted."""
+    with pytest.raises(CacheError, match="generate with a padded batch"):
+        models[1].generate_batch(inputs=[[1, 2, 3]])

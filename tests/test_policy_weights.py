@@ -155,6 +155,8 @@ def test_check_passes_and_converts() -> None:
 
 
 def test_check_lists_everything_that_is_wrong() -> None:
+    with pytest.raises(PolicyWeightsError, match=r"got no policy weights, but q needs 2 tensors.*--policy-weights"):
+        check_policy_weights({}, shapes(), policy="q")
     tensors = {
         "extra": torch.zeros(1), "heads.0.weight": torch.zeros(4, 3), "n": torch.zeros(2, dtype=torch.int64),
         "flag": torch.zeros(2, dtype=torch.bool), "nan": torch.full((2,), float("nan")),

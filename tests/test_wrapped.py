@@ -199,9 +199,12 @@ class TestPeft:
             model = peft.get_peft_model(fresh(base), config).eval()
         check(model, kvrewrite.transform(model, "full"))
 
-    def test_prompt_learning_is_refused(self, base: Any) -> None:
-        from peft import PromptTuningConfig, get_peft_model
+    def test_adapters_that_are_more_than_their_layers_are_refused(self, base: Any) -> None:
+        from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+        activated = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+        with pytest.raises(UnsupportedModelError, match=r"activated LoRA .*a part of the text only"):
+            kvrewrite.transform(get_peft_model(fresh(base), activated), "full")
         model = get_peft_model(fresh(base), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
         with pytest.raises(UnsupportedModelError, match="type PROMPT_TUNING, which changes the model's input"):
             kvrewrite.transform(model, "full")
@@ -244,12 +247,41 @@ class TestQuantized:
         assert cache_a.positions() == cache_b.positions()
         assert torch.equal(tokens(a), tokens(b))
 
-    def test_bitsandbytes_is_refused(self, base: Any) -> None:
+    @pytest.mark.parametrize("double", [False, True])
+    def test_4_bit_layers_of_bitsandbytes(self, base: Any, double: bool, tmp_path: Any) -> None:
+        bnb = pytest.importorskip("bitsandbytes")
+        model = fresh(base)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                new = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, bias=False, quant_type="nf4", compress_statistics=double
+                )
+                new.weight = bnb.nn.Params4bit(
+                    layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double, module=new
+                )
+                model.set_submodule(name, new.to("cpu"))
+        if model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu:
+            pytest.skip("bitsandbytes packs weights for this CPU at the first call")
+        assert (logits(model) - logits(base)).abs().max() > 1e-5
+        before = list(model.modules())
+        small = kvrewrite.transform(model, "full")
+        assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+        check(model, small)
+        assert any(p.dtype == torch.uint8 for p in small.parameters())
+        with pytest.raises(ArtifactError, match="weights are quantized"):
+            small.save_pretrained(tmp_path / "out")
+
+    def test_other_layers_of_bitsandbytes_are_refused(self, base: Any) -> None:
         bnb = pytest.importorskip("bitsandbytes")
         model = fresh(base)
         weight = model.lm_head.weight.data
         model.lm_head = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False)
-        with pytest.raises(UnsupportedModelError, match=r"lm_head is a bitsandbytes.*torchao"):
+        with pytest.raises(UnsupportedModelError, match=r"lm_head is a bitsandbytes.*not quantized yet.*torchao"):
+            kvrewrite.transform(model, "full")
+        model.lm_head = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False)
+        with pytest.raises(
+            UnsupportedModelError, match=r"lm_head is a bitsandbytes.*Linear8bitLt.*by all tokens of a call"
+        ):
             kvrewrite.transform(model, "full")
 
     @pytest.mark.filterwarnings("ignore")
