@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -120,6 +121,22 @@ def set_attr(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 def symbol(size: Any) -> Any:
     """The sympy expression behind a symbolic size, or the int itself."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What a call gives for the fake values (`meta["val"]`) of its arguments.
+
+    The sizes of the trace stay symbols: torch may otherwise take one for the number that it was traced with, in all values, and
+    then nothing finds the sequence any more.
+    """
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+    modes = {v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def same_size(a: Any, b: Any) -> bool:

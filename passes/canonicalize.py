@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import erase_dead, is_op, placeholder, set_attr, shape_of, symbol, tensor_of
+from kvrewrite.graph import erase_dead, fake_value, is_op, placeholder, set_attr, shape_of, symbol, tensor_of
 from kvrewrite.passes.find_attention import Attention, Operand, find_attention, forget_probes
 from kvrewrite.passes.probe import refuse
 from kvrewrite.site import AttentionSite, NoSite
@@ -22,13 +22,7 @@ SOURCE = torch.ops.kvrewrite.attention.default
 def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A call at the graph's insertion point, with `meta["val"]` from running `target` on the arguments' own."""
     node = gm.graph.call_function(target, args, kwargs)
-    given = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    modes = {v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
-    if not modes:
-        node.meta["val"] = target(*given[0], **given[1])
-        return node
-    with modes.pop():
-        node.meta["val"] = target(*given[0], **given[1])
+    node.meta["val"] = fake_value(node)
     return node
 
 

@@ -26,7 +26,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.functions import Max, Min
 
 from kvrewrite.capture import Captured
-from kvrewrite.graph import ancestors, erase_dead, get_attr, is_op, is_size, placeholder, shape_of, symbol, tensor_of
+from kvrewrite.graph import (
+    ancestors,
+    erase_dead,
+    fake_value,
+    get_attr,
+    is_op,
+    is_size,
+    placeholder,
+    shape_of,
+    symbol,
+    tensor_of,
+)  # fmt: skip
 from kvrewrite.kernels.reference.recurrence import linear_scan
 from kvrewrite.passes.canonicalize import add_call, size_node
 from kvrewrite.passes.check import CARRIED, PADS, data_nodes, mixes
@@ -391,12 +402,7 @@ class _Window:
     def _refresh(self) -> None:
         """Shapes of the region's nodes after a change."""
         for node in self.body:
-            values = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-            modes = {
-                v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")
-            }
-            with modes.pop():
-                node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator, index]
+            node.meta["val"] = fake_value(node)
 
 
 def _single(value: Any) -> int:

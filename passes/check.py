@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from kvrewrite.capture import Captured
-from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import is_size, module_path, symbol, tensor_of
+from kvrewrite.errors import CaptureError, UnsupportedModelError
+from kvrewrite.graph import is_size, module_path, placeholder, shape_of, symbol, tensor_of
 from kvrewrite.site import AttentionSite
 
 aten = torch.ops.aten
@@ -44,6 +44,13 @@ def check(captured: Captured, sites: list[AttentionSite]) -> None:
     gm = captured.graph
     if not sites:
         raise UnsupportedModelError("no attention was found in the graph; nothing to rewrite")
+    ids = placeholder(gm, "input_ids")
+    if ids is None or symbol(shape_of(ids)[1]) != captured.length_symbol:
+        # Without it nothing below would find a sequence, and all would seem well.
+        raise CaptureError(
+            f"the length of the text, {captured.length_symbol}, became {ids and shape_of(ids)[1]} while the graph was looked at, "
+            "so that can't be checked; please report the model"
+        )
     data = data_nodes(gm)
     for node in gm.graph.nodes:
         if node in data and not is_size(node) and node.meta.get(CARRIED) != "":

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
-from kvrewrite.capture import _InterfaceCalls
+from kvrewrite.capture import _InterfaceCalls, capture
 from kvrewrite.errors import CaptureError, UnsupportedModelError
+from kvrewrite.graph import placeholder, shape_of
+from kvrewrite.passes.canonicalize import canonicalize
+from kvrewrite.passes.check import check
+from kvrewrite.passes.normalize import normalize
 from tests.zoo import REFUSED, make
 
 REASONS = {
@@ -111,6 +115,19 @@ OTHERS = [
 def test_state_besides_the_cache(model: type[Decoder]) -> None:
     with pytest.raises(UnsupportedModelError, match="keeps state besides its keys and values"):
         kvrewrite.inspect(model())
+
+
+def test_a_length_that_became_a_number() -> None:
+    """Sequences are found by their symbolic size: without one the check would find nothing wrong with anything."""
+    captured = capture(RunningSum())
+    normalize(captured)
+    sites = canonicalize(captured)
+    with pytest.raises(UnsupportedModelError, match="keeps state besides its keys and values"):
+        check(captured, sites)
+    ids = placeholder(captured.graph, "input_ids")
+    assert ids is not None and int(shape_of(ids)[1]) == 17  # torch takes that for all such sizes
+    with pytest.raises(CaptureError, match=r"the length of the text, s.*, became 17"):
+        check(captured, sites)
 
 
 def test_no_attention() -> None:
