@@ -35,6 +35,7 @@ from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.model import RewrittenModel
 from kvrewrite.policies import Policy
+from kvrewrite.wrapped import unwrap
 
 NAME = "kvrewrite"
 OWN_OPTIONS = ("policy", "policy_weights", "inductor")
@@ -649,13 +650,27 @@ def _generate(module: OptimizedModule) -> Callable[..., Any]:
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         original = module._orig_mod
-        before = {n: v for n, v in vars(original).items() if n == "_compiled_call_impl"}
-        original._compiled_call_impl = module.dynamo_ctx(original._call_impl)
+        inner = unwrap(original)  # peft's generate calls the model inside of the adapters
+        compiled, ran = module.dynamo_ctx(inner._call_impl), False
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ran
+            ran = True
+            return compiled(*args, **kwargs)
+
+        before = {n: v for n, v in vars(inner).items() if n == "_compiled_call_impl"}
+        inner._compiled_call_impl = call
         try:
-            return original.generate(*args, **kwargs)  # type: ignore[operator]
+            out = original.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
-            del original._compiled_call_impl
-            vars(original).update(before)
+            del inner._compiled_call_impl
+            vars(inner).update(before)
+        if not ran:
+            raise UnsupportedModelError(
+                f"generate of {type(original).__name__} ran a model inside of it that is not compiled, so nothing was evicted; "
+                "compile that one: model.compile(backend='kvrewrite', options=...)"
+            )
+        return out
 
     return generate
 

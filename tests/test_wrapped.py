@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import kvrewrite
+from kvrewrite.cache import CACHE_NAME
 from kvrewrite.capture import capture
 from kvrewrite.errors import ArtifactError, UnsupportedModelError
 from kvrewrite.wrapped import without_hooks
@@ -182,6 +183,35 @@ class TestPeft:
         found = tokens(kvrewrite.transform(model, "h2o", budget=8, recent_tokens=2))
         merged = kvrewrite.transform(model.merge_and_unload(), "h2o", budget=8, recent_tokens=2)
         assert torch.equal(found, tokens(merged))
+
+    def test_compiled_by_torch(self, base: Any) -> None:
+        """peft's generate calls the model inside of the adapters, which then has to be the compiled one; a wrapper whose inner
+        model nobody compiled is an error, and not run unmodified."""
+
+        class Wrapper(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = base
+
+            def generate(self, **kwargs: Any) -> Tensor:
+                return self.inner.generate(**kwargs)
+
+        options = {"policy": "streaming_llm", "budget": 8, "chunk": 12, "inductor": False}
+        settings = {
+            **GREEDY,
+            "max_new_tokens": 1,
+            "input_ids": IDS,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
+        model = self.adapted(base)
+        out = torch.compile(model, backend="kvrewrite", options=options).generate(**settings)
+        assert out[CACHE_NAME].layers[0].keys.shape[2] == 8
+        assert (
+            out.logits[0] - logits(model)[:, -1]
+        ).abs().max() <= TOLERANCE  # one chunk, evicted from behind its logits
+        with pytest.raises(UnsupportedModelError, match="ran a model inside of it that is not compiled"):
+            torch.compile(Wrapper(), backend="kvrewrite", options=options).generate(**settings)
 
     @pytest.mark.parametrize("kind", ["DoRA", "IA3", "LoHa", "LoKr"])
     def test_other_adapters(self, base: Any, kind: str) -> None:
