@@ -475,7 +475,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     trace_length, chunk = TRACE_LENGTH, 0
-    with _fixed_rotary(model, max_length) as tables, _scans_as_ops():
+    with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
             # fails torch prints the whole graph to stderr; our error says what failed.
@@ -517,8 +517,7 @@ def _trace(wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device) 
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
     shapes = (sizes, sizes if wrapper.takes_positions else None)
-    with _quick_tracing():
-        return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
+    return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
