@@ -475,7 +475,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     trace_length, chunk = TRACE_LENGTH, 0
-    with _fixed_rotary(model, max_length) as tables, _scans_as_ops():
+    with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _without_stacks():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
             # fails torch prints the whole graph to stderr; our error says what failed.
@@ -518,6 +518,18 @@ def _trace(wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device) 
     sizes = {0: auto, 1: auto}
     shapes = (sizes, sizes if wrapper.takes_positions else None)
     return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _without_stacks() -> Iterator[None]:
+    """Nodes do not note the stack that they were made on, which nothing reads; in versions of torch that can leave that out."""
+    from torch.fx import config
+
+    if not hasattr(config, "do_not_emit_stack_traces"):
+        yield
+        return
+    with _replaced(config, "do_not_emit_stack_traces", True):
+        yield
 
 
 def _unrolled_chunk(program: Any) -> int:

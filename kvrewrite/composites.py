@@ -1,9 +1,10 @@
 """Takes composite ops apart, node by node: what `ExportedProgram.run_decompositions({})` does, without tracing anew.
 
 That method runs the whole model twice more, with symbolic shapes: three quarters of the time of a capture. Here each
-composite op is traced alone, once for all nodes with the same arguments (layers repeat), and put in the node's place. A
-graph that writes to tensors has to be functionalized as a whole, so it takes the long way; and so does one whose sizes depend
-on which of two is larger (a table that is sliced to the text's length): only the second trace finds out how long texts may be.
+composite op is traced alone, once for all nodes with the same arguments (layers repeat), and put in the node's place. In-place
+ops are made functional before (`in_place.py`). A graph with writes that are not known there takes the long way; and so does one
+whose sizes depend on which of two is larger (a table that is sliced to the text's length): only the second trace finds out how
+long texts may be.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvrewrite.graph import symbol
+from kvrewrite.in_place import functionalize
 
 aten = torch.ops.aten
 COMPOSITE = "CompositeImplicitAutograd"
@@ -29,7 +31,7 @@ PLAIN = {
     operator.or_, torch.sym_not, torch.sym_float, torch.sym_int,
 }  # fmt: skip
 # Ops that functionalization or export treat in ways of their own.
-SPECIAL = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.lift.default, aten.detach.default)
+SPECIAL = (aten.lift_fresh.default, aten.lift.default)
 
 
 def decompose(program: Any) -> Any:
@@ -37,7 +39,7 @@ def decompose(program: Any) -> Any:
     their input or a view of it; those that never do (linear, scaled_dot_product_attention) stay."""
     # Weights that are more than one tensor (torchao's) come apart in the second trace.
     wrapped = any(is_traceable_wrapper_subclass(value) for value in program.state_dict.values())
-    if not wrapped and all(_is_local(node) for node in program.graph.nodes):
+    if not wrapped and all(_is_local(node) for node in program.graph.nodes) and functionalize(program.graph_module):
         _decompose_nodes(program.graph_module)
         return program
     return program.run_decompositions({})
@@ -53,7 +55,7 @@ def _is_local(node: fx.Node) -> bool:
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target in PLAIN
-    return not node.target._schema.is_mutable and node.target not in SPECIAL
+    return node.target not in SPECIAL
 
 
 def _compares(value: Any) -> bool:

@@ -12,6 +12,7 @@ from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference.quantize import Scheme
 from kvrewrite.kernels.reference.settle import settle
 from kvrewrite.linear_ops import ACTIVATIONS
+from kvrewrite.unversioned import unversioned
 
 
 @torch.library.custom_op("kvrewrite::read_rotated", mutates_args=())
@@ -396,3 +397,6 @@ def settle_keys(
 @settle_keys.register_fake
 def _(k_pages, pos_pages, table, lens, cos, sin, partner, undo):  # type: ignore[no-untyped-def]
     return None
+
+
+unversioned("slot_rotary_layers", "token_update", "attend_and_update", "settle_keys")

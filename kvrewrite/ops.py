@@ -18,6 +18,7 @@ from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
 from kvrewrite.kernels.reference import pages, quantized_cache
 from kvrewrite.kernels.reference.quantize import Scheme
+from kvrewrite.unversioned import unversioned
 
 NAMESPACE = "kvrewrite"
 
@@ -494,6 +495,8 @@ def _(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     return None
 
+
+unversioned("slot_rotary", "cache_update", "cache_update_quantized")
 
 import kvrewrite.latent_ops  # noqa: E402  (whoever has these ops has those, too)
 import kvrewrite.linear_ops  # noqa: E402

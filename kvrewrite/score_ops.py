@@ -8,6 +8,7 @@ from torch import Tensor
 from kvrewrite.kernels.reference import evict as reference_evict
 from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference import scores as reference
+from kvrewrite.unversioned import unversioned
 
 
 @torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
@@ -184,3 +185,6 @@ def share_layers(
 @share_layers.register_fake
 def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
     return [torch.empty_like(k) for k in keep]
+
+
+unversioned("surprisal", "gate")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels.reference import recurrence
+from kvrewrite.unversioned import unversioned
 
 _library = torch.library.Library("kvrewrite", "FRAGMENT")
 _library.define("with_past(Tensor x, int count, int dim) -> Tensor")
@@ -152,3 +153,6 @@ def cached_sum(decay: Tensor, x: Tensor, state: Tensor, valid: Tensor, dim: int)
 @cached_sum.register_fake
 def _(decay, x, state, valid, dim):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
+
+
+unversioned("cached_past", "cached_scan", "cached_sum")

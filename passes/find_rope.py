@@ -8,11 +8,12 @@ pair channels, so y = cos(p) * x + sin(p) * x[partner]. Anything else is reporte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from kvrewrite.graph import ancestors, fingerprint, get_attr, is_size, same_size, set_attr, shape_of, tensor_of
 
@@ -80,9 +81,13 @@ def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
 
 
 def find_rope(
-    gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None, limit: int | None = None
-) -> Rope | NoRope:
-    """The rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have."""
+    gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None, limit: int | None = None,
+    known: dict[Any, Rope] | None = None,
+) -> Rope | NoRope:  # fmt: skip
+    """The rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have.
+
+    known: filled with the rotations found in `gm` so far; a layer that rotates as another does has that one's table.
+    """
     region = ancestors([key], stop=is_weight_op)
     if position_ids is None or position_ids not in region:
         return NoRope("its keys do not depend on positions", rotated=False)
@@ -121,14 +126,21 @@ def find_rope(
             return NoRope(f"the rotation depends on {node.name}", rotated=True)
         if node in leaves:
             return NoRope("the rotation mixes in another projection", rotated=True)
-    replay = _replay_graph(gm, inside, pre, layout, key, position_ids)
+    root, graph = _replay_graph(gm, inside, pre, layout, key, position_ids)
+    dim = int(shape_of(key)[3])
+    rotates = fingerprint(graph), kv_heads, dim, limit
+    if known is not None and rotates in known:
+        return replace(known[rotates], pre=pre, layout=layout)
+    replay = fx.GraphModule(root, graph, class_name="Rotation")
     try:
-        partner = _pairing(replay, kv_heads, int(shape_of(key)[3]), limit)
+        partner = _pairing(replay, kv_heads, dim, limit)
     except _NotPairs as error:
         return NoRope(str(error), rotated=True)
     table = _table_graph(replay, kv_heads, partner)
-    signature = f"{fingerprint(replay.graph)}{partner.tolist()}{kv_heads}"
-    return Rope(pre, layout, table, partner, signature)
+    found = Rope(pre, layout, table, partner, f"{rotates[0]}{partner.tolist()}{kv_heads}")
+    if known is not None:
+        known[rotates] = found
+    return found
 
 
 def _layout(pre: fx.Node, key: fx.Node, kv_heads: int) -> tuple[int, int, int, int] | None:
@@ -148,8 +160,8 @@ def _layout(pre: fx.Node, key: fx.Node, kv_heads: int) -> tuple[int, int, int, i
 
 def _replay_graph(
     gm: fx.GraphModule, nodes: list[fx.Node], pre: fx.Node, layout: tuple[int, ...], key: fx.Node, position_ids: fx.Node
-) -> fx.GraphModule:
-    """The rotation on its own: (x (B, Hkv, T, D), positions (B, T)) -> rotated x, same shape."""
+) -> tuple[torch.nn.Module, fx.Graph]:
+    """The rotation on its own: (x (B, Hkv, T, D), positions (B, T)) -> rotated x, same shape. Its attributes, its graph."""
     graph = fx.Graph()
     x, positions = graph.placeholder("x"), graph.placeholder("positions")
     batch = graph.call_function(aten.sym_size.int, (positions, 0))
@@ -177,7 +189,7 @@ def _replay_graph(
         env[node].meta = {}
     graph.output(env[key])
     graph.lint()
-    return fx.GraphModule(root, graph, class_name="Rotation")
+    return root, graph
 
 
 class _NotPairs(Exception):
@@ -290,7 +302,7 @@ def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.G
     sin = graph.call_function(aten.mul.Tensor, (mix(b, a), graph.get_attr("rotary_paired")))
     graph.output((mix(a, b), sin))
     graph.lint()
-    return fx.GraphModule(root, graph, class_name="RotaryTable")
+    return _LazyGraphModule(root, graph, class_name="RotaryTable")  # data for a program; it is not run
 
 
 def _bind(replay: fx.GraphModule, x: fx.Node, rows: fx.Node) -> dict[fx.Node, fx.Node]:

@@ -77,10 +77,11 @@ def find_ropes(captured: Captured) -> dict[int, Rope | NoRope]:
     """The rotation of each site's keys, or why there is none that can be used."""
     position_ids = placeholder(captured.graph, "position_ids")
     found: dict[int, Rope | NoRope] = {}
-    limit = captured.max_positions
+    known: dict[Any, Rope] = {}
     for node in site_nodes(captured.graph):
         site: AttentionSite = node.meta["kvrewrite_site"]
-        found[site.layer] = find_rope(captured.graph, node.args[1], site.kv_heads, position_ids, limit)  # type: ignore[arg-type]
+        key: fx.Node = node.args[1]  # type: ignore[assignment]
+        found[site.layer] = find_rope(captured.graph, key, site.kv_heads, position_ids, captured.max_positions, known)
     return found
 
 

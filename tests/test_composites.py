@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import kvrewrite.capture
 from kvrewrite.capture import Captured, capture
 from kvrewrite.composites import decompose
-from kvrewrite.graph import fingerprint
+from kvrewrite.graph import fingerprint, mutates
+from kvrewrite.in_place import functionalize
 from kvrewrite.passes.pipeline import canonical
 from tests.rewritten import build
 
@@ -67,8 +68,8 @@ def test_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(made.module()(x), Composite()(x))
 
 
-class Writes(nn.Module):
-    """An op that writes to its input."""
+class WritesInput(nn.Module):
+    """An op that writes to its input, through a view."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.reshape(x.shape[0], -1)
@@ -76,10 +77,66 @@ class Writes(nn.Module):
         return y
 
 
-def test_writes_take_the_long_way() -> None:
-    """Graphs that write to tensors are made functional by torch.export."""
-    made = decompose(exported(Writes(), torch.randn(2, 6, 8)))
-    written = [
-        str(n.target) for n in made.graph.nodes if getattr(n.target, "_schema", None) and n.target._schema.is_mutable
-    ]
-    assert set(written) <= {"aten.copy_.default"}  # what it says about its input
+class WritesViews(nn.Module):
+    """Writes to fresh memory, and what was made of it before is read behind them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        first, turned, same = y[:, 0], y.transpose(1, 2), y.detach()
+        first.add_(x[:, 1])  # y, turned and same change with it
+        turned[:, 1:].mul_(same.transpose(1, 2)[:, 1:] + 1)
+        y.select(2, 0).unsqueeze(1).copy_(x[:, None, :, 3])
+        z = torch.zeros_like(y).permute(2, 0, 1)
+        z[x[0, :, 0].argsort() % 8] = turned.permute(1, 0, 2)[:1]
+        y += z.permute(1, 2, 0)  # first is another value now
+        halves = y.chunk(2, -1)
+        y.div_(1 + first.abs().sum())
+        return torch.cat([*halves, y, same, turned.transpose(1, 2), first[:, None].expand_as(y)], -1)
+
+
+class WritesDiagonal(nn.Module):
+    """A write through a view of a kind that is not known, behind one that is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 1:].add_(1)
+        y.diagonal(0, 1, 2).mul_(3)
+        return y + x
+
+
+class WritesRounded(nn.Module):
+    """A write that rounds: the functional op has another dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y.mul_(torch.full_like(x, 1 / 3, dtype=torch.float64))
+        return y
+
+
+def writes(program: Any) -> set[str]:
+    return {str(n.target) for n in program.graph.nodes if mutates(n)}
+
+
+def test_writes_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In-place ops on fresh memory become functional without the long way; views made before a write see it."""
+    long = exported(WritesViews(), torch.randn(2, 6, 8)).run_decompositions({})
+    program = exported(WritesViews(), torch.randn(2, 6, 8))
+    assert len(writes(program)) > 4
+    monkeypatch.setattr(type(program), "run_decompositions", None)
+    made = decompose(program)
+    assert not writes(made) and not any("detach" in str(n.target) for n in made.graph.nodes)
+    x = torch.randn(3, 5, 8)
+    assert torch.equal(made.module()(x), WritesViews()(x)) and torch.equal(made.module()(x), long.module()(x))
+
+
+@pytest.mark.parametrize("module", [WritesInput, WritesDiagonal, WritesRounded])
+def test_other_writes_take_the_long_way(module: type[nn.Module]) -> None:
+    """Where a write is not known the graph stays as it was, and torch.export makes it functional."""
+    program = exported(module(), torch.randn(2, 6, 8))
+    before, names = fingerprint(program.graph), [n.name for n in program.graph.nodes]
+    assert not functionalize(program.graph_module)
+    assert fingerprint(program.graph) == before and [n.name for n in program.graph.nodes] == names
+    made = decompose(program)
+    assert writes(made) <= {"aten.copy_.default"}  # what it says about its input
+    x = torch.randn(3, 5, 8)
+    assert torch.equal(made.module()(x.clone()), module()(x.clone()))

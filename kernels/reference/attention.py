@@ -31,7 +31,8 @@ def _logits(
     A key is visible when it is live, not after the query, within the window or chunk by original position, and not
     hidden by a gate (a token always sees itself).
     """
-    logits = torch.einsum("bhgtd,bhnd->bhgtn", q, k) * scale
+    b, hkv, group, t, d = q.shape
+    logits = (q.reshape(b, hkv, group * t, d) @ k.mT).view(b, hkv, group, t, k.shape[2]) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     distance = q_pos[:, None, :, None] - k_pos[:, :, None, :]  # (B, Hkv, T, N)
@@ -90,8 +91,9 @@ def attend(
     grouped = q.reshape(b, hkv, h // hkv, t, d).to(dtype)
     kf = k.to(dtype)
     # A dead slot may hold anything (NaN too), and 0 * NaN is NaN.
-    vf = torch.where(live[..., None], v.to(dtype), 0.0)
-    kf = torch.where(live[..., None], kf, 0.0)
+    dead = ~live[..., None]
+    vf = v.to(dtype).masked_fill(dead, 0.0)
+    kf = kf.masked_fill(dead, 0.0)
     outs, lses = [], []
     for lo, hi in _blocks(q, k.shape[2]):
         end = k.shape[2] - t + hi if own else k.shape[2]
@@ -105,7 +107,8 @@ def attend(
         else:
             lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse)[..., None])
-        outs.append(torch.einsum("bhgtn,bhnd->bhgtd", weights, vf[:, :, :end]))
+        rows = weights.reshape(b, hkv, h // hkv * (hi - lo), end) @ vf[:, :, :end]
+        outs.append(rows.view(b, hkv, h // hkv, hi - lo, v.shape[-1]))
         lses.append(lse)
     if not outs:
         return q.new_zeros(b, h, 0, v.shape[-1]), torch.zeros(b, h, 0, device=q.device)

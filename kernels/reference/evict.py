@@ -154,20 +154,25 @@ def choose(
     live = torch.cat([cached, arriving], dim=-1)
     last = (valid.long() - 1).clamp(min=0)[:, None]
     newest = torch.gather(positions.long(), 1, last)[:, 0]
-    by = scores if select_by is None else select_by
-    # The newest that are protected may not push each other out: beside the first ones there is room for so many.
-    first = (visible_later(pos, live, newest, window, chunk) & (pos < sinks)).sum(-1)
-    safe = torch.minimum(recent[:, None].long(), (keep.long() - first).clamp(min=0))
-    worth = priorities(by, pos, live, newest, safe, sinks, window, chunk)
-    # Rows without new tokens keep what they have.
     busy = valid > 0
-    keep_now = torch.where(busy[:, None], keep, capacity + t)
-    worth = torch.where(busy[:, None, None] | ~live, worth, 0.0)
-    if floor is not None:
-        shared = head_budgets(worth, pos, keep, floor.clamp(min=0))
-        keep_now = torch.where((busy & (floor >= 0))[:, None], shared, keep_now)
-    kept = select(worth, pos, keep_now)
-    victims = live & ~kept & busy[:, None, None] & visible_later(pos, live, newest, window, chunk)
+    seen = visible_later(pos, live, newest, window, chunk)
+    # A device can't be asked without waiting for it.
+    if not table.is_cuda and bool(((seen.sum(-1) <= keep) | ~busy[:, None]).all()):
+        # Nothing is over its budget: scores do not matter. Rows without new tokens keep what they have.
+        kept, victims = torch.where(busy[:, None, None], seen, live), torch.zeros_like(live)
+    else:
+        by = scores if select_by is None else select_by
+        # The newest that are protected may not push each other out: beside the first ones there is room for so many.
+        first = (seen & (pos < sinks)).sum(-1)
+        safe = torch.minimum(recent[:, None].long(), (keep.long() - first).clamp(min=0))
+        worth = priorities(by, pos, live, newest, safe, sinks, window, chunk)
+        keep_now = torch.where(busy[:, None], keep, capacity + t)
+        worth = torch.where(busy[:, None, None] | ~live, worth, 0.0)
+        if floor is not None:
+            shared = head_budgets(worth, pos, keep, floor.clamp(min=0))
+            keep_now = torch.where((busy & (floor >= 0))[:, None], shared, keep_now)
+        kept = select(worth, pos, keep_now)
+        victims = seen & ~kept & busy[:, None, None]
 
     n_kept = kept.sum(-1)
     dealt = None
@@ -250,8 +255,9 @@ def cache_update(
     if in_place and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
         # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
         place = torch.where(victims.any(-1), torch.argmax(victims.to(torch.int8), dim=-1), lens.long())[..., None]
+        where = pages.address(table, place, kept[..., capacity:], page)
         for pool, new in news:
-            pages.write(pool, table, place, new, kept[..., capacity:])
+            pages.put(pool, where, new)
         if dense is not None and changed is not None:
             slot = torch.arange(capacity, device=k.device).expand(b, hkv, -1)
             for pool, merged in zip((k_pages, v_pages), dense):
@@ -285,6 +291,7 @@ def cache_update(
         return torch.where(chosen, torch.gather(old, 2, index_cached), torch.gather(new, 2, index_new))
 
     olds = (None, None, choice.scores[..., :capacity], choice.places[:, :, :capacity])
+    where = pages.address(written, target, moved, page)
     for (pool, new), old in zip(news, olds if dense is None else (*dense, *olds[2:])):
-        pages.write(pool, written, target, pick(pages.read(pool, table) if old is None else old, new), moved)
+        pages.put(pool, where, pick(pages.read(pool, table) if old is None else old, new))
     lens.copy_((n_kept if next_table is not None else n_kept.clamp(max=capacity)).to(lens.dtype))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 def read(pool: Tensor, table: Tensor) -> Tensor:
     """The slots of every head in order: (B, Hkv, P * PAGE, ...), a copy."""
-    dense = pool[table.long()]
-    return dense.reshape(*table.shape[:2], table.shape[2] * pool.shape[1], *pool.shape[2:])
+    b, hkv, count = table.shape
+    return pool.index_select(0, table.flatten()).view(b, hkv, count * pool.shape[1], *pool.shape[2:])
 
 
 def write(pool: Tensor, table: Tensor, slots: Tensor, values: Tensor, mask: Tensor) -> None:
@@ -22,8 +22,17 @@ def write(pool: Tensor, table: Tensor, slots: Tensor, values: Tensor, mask: Tens
 
     Values that are masked out go to page 0, which nothing reads. The caller guarantees that slots lie in leased pages.
     """
-    page = pool.shape[1]
-    slots = torch.where(mask, slots, 0).long()
-    pages = torch.gather(table.long(), 2, (slots // page).clamp(max=table.shape[2] - 1))
-    pages = torch.where(mask, pages, 0)
-    pool[pages, slots % page] = values.to(pool.dtype)
+    put(pool, address(table, slots, mask, pool.shape[1]), values)
+
+
+def address(table: Tensor, slots: Tensor, mask: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """Where slots (B, Hkv, N) lie in pools with pages of `page` slots, for `put`: the page, and the place in it."""
+    slots = slots.long().masked_fill(~mask, 0)
+    number = slots // page
+    pages = torch.gather(table.long(), 2, number.clamp(max=table.shape[2] - 1)).masked_fill(~mask, 0)
+    return pages, slots - number * page
+
+
+def put(pool: Tensor, where: tuple[Tensor, Tensor], values: Tensor) -> None:
+    """Writes values (B, Hkv, N, ...) to an `address`, in place."""
+    pool[where] = values.to(pool.dtype)
