@@ -37,7 +37,7 @@ from kvrewrite.graph import (
     shape_of,
     symbol,
     tensor_of,
-)  # fmt: skip
+)
 from kvrewrite.kernels.reference.recurrence import linear_scan
 from kvrewrite.passes.canonicalize import add_call, size_node
 from kvrewrite.passes.check import CARRIED, PADS, data_nodes, mixes
