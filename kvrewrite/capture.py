@@ -475,7 +475,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     trace_length, chunk = TRACE_LENGTH, 0
-    with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _without_stacks():
+    with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
             # fails torch prints the whole graph to stderr; our error says what failed.
@@ -521,14 +521,19 @@ def _trace(wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device) 
 
 
 @contextlib.contextmanager
-def _without_stacks() -> Iterator[None]:
-    """Nodes do not note the stack that they were made on, which nothing reads; in versions of torch that can leave that out."""
-    from torch.fx import config
+def _quick_tracing() -> Iterator[None]:
+    """Spares the trace what nothing here reads: a third of its time.
 
-    if not hasattr(config, "do_not_emit_stack_traces"):
-        yield
-        return
-    with _replaced(config, "do_not_emit_stack_traces", True):
+    Fake tensors are computed instead of kept for equal calls: with symbolic sizes what is kept costs more than it saves. And
+    nodes do not note the stack that they were made on, in versions of torch that can leave that out.
+    """
+    from torch._dynamo import config as dynamo_config
+    from torch.fx import config as fx_config
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(dynamo_config, "fake_tensor_cache_enabled", False))
+        if hasattr(fx_config, "do_not_emit_stack_traces"):
+            stack.enter_context(_replaced(fx_config, "do_not_emit_stack_traces", True))
         yield
 
 
