@@ -316,8 +316,8 @@ def save(
         )
     if (what := quantized_weights(source)) is not None:
         raise ArtifactError(
-            f"the model's weights are quantized ({what}), which a model directory can't hold. Convert the checkpoint that "
-            "was quantized, or transform the quantized model where it is used"
+            f"the model's weights are quantized ({what}), which a model directory can't hold. Convert the checkpoint "
+            "as it was before it was quantized, or transform the quantized model where it is used"
         )
     if is_transformers_model(source):
         check_destination(out, {}, force)

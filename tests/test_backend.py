@@ -383,6 +383,12 @@ def test_graph_without_attention(model: Any) -> None:
     assert len([w for w in said if "a graph without attention runs as it is" in str(w.message)]) == 1
 
 
+def test_rewritten_models_need_no_backend(model: Any) -> None:
+    small = rewritten("llama", "streaming_llm", budget=24, chunk=8)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="rewritten already: compile it with model.compile"):
+        compiled(small, **STREAMING)(ids(1, 9))
+
+
 def test_foreign_module() -> None:
     model = build("NanoGPT")
     with torch.no_grad():
