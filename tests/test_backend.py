@@ -385,7 +385,7 @@ def test_graph_without_attention(model: Any) -> None:
 
 def test_rewritten_models_need_no_backend(model: Any) -> None:
     small = rewritten("llama", "streaming_llm", budget=24, chunk=8)
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="rewritten already: compile it with model.compile"):
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="rewritten already: compile it"):
         compiled(small, **STREAMING)(ids(1, 9))
 
 
