@@ -188,7 +188,9 @@ def _traced_call() -> Call:
     code: types.CodeType = root.f_code
     _keep_compiling(code)
     if any(isinstance(value, RewrittenModel) for value in root.f_locals.values()):
-        raise UnsupportedModelError("the model is rewritten already: compile it with model.compile(), without this backend")
+        raise UnsupportedModelError(
+            "the model is rewritten already: compile it with model.compile(), without this backend"
+        )
     if code.co_name.startswith("torch_dynamo_resume_in"):
         where = code.co_name.removeprefix("torch_dynamo_resume_in_").rpartition("_at_")[0]
         raise UnsupportedModelError(
