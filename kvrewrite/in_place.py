@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.graph import mutates, symbol
+from kvrewrite.graph import fake_value, mutates, symbol
 
 aten = torch.ops.aten
 IDENTITIES = (aten.detach.default, aten.detach_.default)  # under no_grad
@@ -175,9 +175,8 @@ class _Writes:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         self.inserted.append(node)
-        values = fx.node.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])
         with torch.no_grad():
-            node.meta = {**like.meta, "val": target(*values[0], **values[1])}  # type: ignore[index, misc]
+            node.meta = {**like.meta, "val": fake_value(node)}
         return node
 
     def undo(self) -> None:

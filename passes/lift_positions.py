@@ -141,18 +141,11 @@ class _Lifter:
         """All rows' positions one after another (batch * length,), and how many they are."""
         self.batch, self.length = sizes_first(self.captured)
         with self.gm.graph.inserting_after(self.length):
-            flat = self.gm.graph.call_function(aten.reshape.default, (self.positions, [-1]))
-        flat.meta["val"] = self._fake(aten.reshape.default, self.positions, [-1])
+            flat = add_call(self.gm, aten.reshape.default, self.positions, [-1])
         with self.gm.graph.inserting_after(flat):
             count = self.gm.graph.call_function(aten.sym_size.int, (flat, 0))
         count.meta["val"] = shape_of(flat)[0]
         return flat, count
-
-    @staticmethod
-    def _fake(target: Any, source: fx.Node, *args: Any) -> Tensor:
-        value = source.meta["val"]
-        with value.fake_mode:
-            return target(value, *args)
 
     def _lift_source(self, node: fx.Node) -> fx.Node:
         gm = self.gm

@@ -139,7 +139,7 @@ class Probe:
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
         try:
             out = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ProbeError(f"{node.name} could not be evaluated: {str(error).splitlines()[0]}") from error
         # What has torch's default dtype for want of another.
         return out.to(widen(out.dtype)) if isinstance(out, Tensor) else out
