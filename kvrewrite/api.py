@@ -58,12 +58,27 @@ def _read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, 
 
 
 def _compile(
-    captured: Captured, policy: Policy, weights: Weights, config: Any, observe: Observer | None, progress: Progress
+    captured: Captured,
+    policy: Policy,
+    weights: Weights,
+    config: Any,
+    observe: Observer | None,
+    progress: Progress,
+    check: str = "full",
 ) -> Program:
-    progress("finding attention")
-    sites = canonical(captured, observe)
+    from kvrewrite.translation import prove_whole, reference_logits
+
+    progress("finding attention and proving it" if check != "off" else "finding attention")
+    sites = canonical(captured, observe, check)
+    reference = reference_logits(captured) if check == "full" else None
     progress(f"inserting {policy.name}")
-    return insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+    program = insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+    if reference is not None:
+        progress("proving the whole")
+        captured.proof.whole = prove_whole(program, captured, reference)
+    program.proof = captured.proof.as_dict() if captured.proof is not None else None
+    captured.before = captured.stand_ins = None
+    return program
 
 
 def transform(
@@ -72,6 +87,7 @@ def transform(
     *,
     policy_weights: Weights = None,
     max_length: int | None = None,
+    check: str = "full",
     observe: Observer | None = None,
     **options: Any,
 ) -> RewrittenModel:
@@ -82,6 +98,8 @@ def transform(
     policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
     policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
     on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
+    check: what is proved by running the rewritten graph beside the captured one, on the CPU in float64 with stand-ins for large
+    weights: "full", "sites" (each attention alone) or "off".
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError, each with the layer and the reason.
     """
@@ -92,7 +110,7 @@ def transform(
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
-    program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
+    program = _compile(captured, chosen, policy_weights, config, observe, _quiet, check)
     if is_transformers_model(model):
         generation_config = getattr(model, "generation_config", None)
     else:
@@ -151,6 +169,7 @@ def convert(
     compile: str | None = None,
     compile_device: str | torch.device = "cpu",
     compile_batch: int = 1,
+    check: str = "full",
     **options: Any,
 ) -> Conversion:
     """Converts a checkpoint directory of transformers to a kvrewrite model directory, without loading its weights.
@@ -178,7 +197,7 @@ def convert(
     sources = parameter_sources(model, config, checkpoint)
     progress("capturing")
     captured = capture_on_meta(model, max_length=max_length)
-    program = _compile(captured, chosen, policy_weights, config, observe, progress)
+    program = _compile(captured, chosen, policy_weights, config, observe, progress, check)
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
     final = policies.make(program.policy["name"], **program.policy["options"])

@@ -80,6 +80,10 @@ class Captured:
     # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
     trace_length: int = TRACE_LENGTH
     unrolled: bool = False
+    # What `passes/validate.py` compared the canonical graph with, and what it proved; None where that was switched off.
+    before: Any = None
+    stand_ins: Any = None
+    proof: Any = None
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface

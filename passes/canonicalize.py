@@ -17,6 +17,8 @@ from kvrewrite.site import AttentionSite, NoSite
 
 aten = torch.ops.aten
 SOURCE = torch.ops.kvrewrite.attention.default
+# In the meta of a source node: the name of the node that it replaced, and the node that took its place. None: it was there.
+REPLACED, RESULT = "kvrewrite_replaced", "kvrewrite_result"
 
 
 def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -133,6 +135,7 @@ def _source_node(
         for made in gm.graph.nodes:
             if made not in before:
                 made.meta.setdefault("nn_module_stack", replaced.meta.get("nn_module_stack"))
+    node.meta[REPLACED], node.meta[RESULT] = replaced.name, result
     replaced.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result and user is not node)
     return node
 

@@ -181,7 +181,7 @@ def _works_at(captured: Captured, length: int) -> bool:
 
 def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str:
     """Rewrites one region; "" or why it could not be."""
-    if any(_layout(captured, n) is None for n in [*region.inputs, *region.exits]):
+    if any(layout_of(captured, n) is None for n in [*region.inputs, *region.exits]):
         return "the batch or the sequence is no axis of its own in what goes in or comes out"
     try:
         _Window(captured, region).rewrite()
@@ -261,7 +261,7 @@ def _is_sequence(value: Any, length: Any) -> bool:
     return sizes.count(length) == 1 and sum(length in getattr(s, "free_symbols", ()) for s in sizes) == 1
 
 
-def _layout(captured: Captured, node: fx.Node) -> list[int] | None:
+def layout_of(captured: Captured, node: fx.Node) -> list[int] | None:
     """The order of dims that makes a tensor (batch, sequence, ...), or None."""
     value = tensor_of(node)
     if value is None:
@@ -294,7 +294,7 @@ class _Window:
         if len(self.region.inputs) != 1:
             raise NotCarried(f"it has {len(self.region.inputs)} inputs")
         x = self.region.inputs[0]
-        layout = _layout(self.captured, x)
+        layout = layout_of(self.captured, x)
         assert layout is not None
         if layout[0] != 0:
             raise NotCarried("the batch is not its first axis")
@@ -334,7 +334,7 @@ class _Window:
                 if not pad.convolves:
                     probe.values[node] = probe(taken)
                 for out, whole in expected.items():
-                    order = _layout(self.captured, out)
+                    order = layout_of(self.captured, out)
                     if order is None or not _close(probe(out), whole.narrow(order[1], start, length - start)):
                         raise NotCarried(f"its results depend on more than the {count} tokens before")
         except (NotCarried, ProbeError) as error:
@@ -418,9 +418,9 @@ class _Recurrence:
         self.captured, self.region, self.known, self.exit = captured, region, known, region.exits[0]
         body = [*region.nodes, *region.exits]
         data = data_nodes(captured.graph)
-        self.layouts = [_layout(captured, n) or [] for n in region.inputs]
+        self.layouts = [layout_of(captured, n) or [] for n in region.inputs]
         self.rests = [self._rest(n, order) for n, order in zip(region.inputs, self.layouts)]
-        self.out = _layout(captured, self.exit) or []
+        self.out = layout_of(captured, self.exit) or []
         self.heads = self._rest(self.exit, self.out)
         constants = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in data and not is_size(i))
         self.constants = [n for n in constants if tensor_of(n) is not None]

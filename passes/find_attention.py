@@ -46,6 +46,8 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, ate
 
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 MIN_LENGTH, MAX_LENGTH = 24, 8192
+USUAL_LENGTH = 2048  # of a mask's probe: what reaches no farther than half of that shows, however it is written
+USUAL_SCORES = 1 << 24  # elements that such a probe may have
 SMALL_BATCH, SMALL_LENGTH = 2, 7
 MAX_SCORES = 1 << 29  # elements of a score tensor that a probe may make
 TOLERANCE = 1e-6
@@ -253,24 +255,26 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     reason = "what happens to the scores between q·k and the softmax is not a scale and a softcap"
     x, y = answers(1e-4, only_sign=True)
     scale = float((y / x).median())
-    if not math.isfinite(scale) or scale <= 0 or float((y / x / scale - 1).abs().max()) > 1e-5:
+    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # NaN is not
         raise NoAttention(f"{reason} (they differ between heads, tokens or rows)")
     x, y = answers(1e4 / scale, only_sign=True)
     softcap = 0.0 if float((y / x / scale - 1).abs().max()) < 1e-5 else float(y.abs().median())
     for size in (1.0, softcap or 30.0):
         x, y = answers(size / scale, only_sign=False)
         expected = softcap * torch.tanh(x * scale / softcap) if softcap else x * scale
-        if float((y - expected).abs().max()) > 1e-5 * max(1.0, size):
+        if not float((y - expected).abs().max()) <= 1e-5 * max(1.0, size):
             raise NoAttention(reason)
     # Numbers that the model holds in single precision are exact to about seven digits.
     return Fit(float(f"{scale:.9g}"), float(f"{softcap:.7g}"))
 
 
-def probe_length(captured: Captured, nodes: set[fx.Node]) -> int:
-    """A length that shows every window or chunk that `nodes`, the ops behind a mask, can hold."""
+def probe_length(captured: Captured, nodes: set[fx.Node], planes: int = 1) -> int:
+    """A length that shows every window or chunk that `nodes`, the ops before a mask, can hold; planes: how many matrices
+    (length, length) the mask has."""
     graph = captured.graph
     largest = max((i for i in integers_in(captured, nodes) if i < 1 << 40), default=0)
-    length = max(MIN_LENGTH, 2 * largest + 3)
+    usual = max(MIN_LENGTH, min(USUAL_LENGTH, math.isqrt(USUAL_SCORES // planes)))
+    length = max(usual, 2 * largest + 3)
     for node in nodes:
         # A mask that is kept as a table has its window in its values.
         value = get_attr(graph, str(node.target)) if node.op == "get_attr" else None
@@ -573,11 +577,11 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     summed = [c for c in a if c in b and c not in out]
     free = [c for c in out if c not in a]
     own = [c for c in out if c not in b]
-    # The query's dim is the last of its own: (kv head, group, query) are all dims that k does not have.
     only_summed = set(a) - set(out) == set(b) - set(out) == set(summed)
     if len(summed) != 1 or len(free) != 1 or not own or not only_summed:
         raise NoAttention(f"the einsum {equation!r} is not a product of batched matrices")
-    m = out[-2] if left is None else own[-1]
+    # Of weights (..., query, key) the last dim but one is the query, wherever the result has it.
+    m = out[-2] if left is None else a[-2]
     if m not in own:
         raise NoAttention(f"the einsum {equation!r} mixes queries and keys")
     lead = [c for c in out if c not in (m, free[0])]
@@ -588,6 +592,40 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     order_b = tuple(b.find(c) for c in (*lead, free[0], summed[0]))
     canonical = [*lead, m, free[0]]
     return Contraction(node, Operand(first, order_a), Operand(second, order_b), tuple(canonical.index(c) for c in out))
+
+
+def _groups_last(captured: Captured, qk: Contraction, av: Contraction) -> tuple[Contraction, Contraction]:
+    """Both products of an attention with their lead dims in one order, in which those that the keys and values are broadcast
+    over come last: the query heads of one kv head stand side by side then, as the canonical op has them.
+    """
+    rank = len(av.left.order)
+    if len(qk.left.order) != rank or sorted(av.left.order) != list(range(rank)):
+        return qk, av  # the weights have other dims than the scores
+    # Lead dims of both in the order of the weights.
+    qk = _reordered(qk, sorted(range(rank - 2), key=lambda i: qk.out_order.index(i)))
+    av = _reordered(av, sorted(range(rank - 2), key=lambda i: av.left.order[i]))
+
+    def broadcast(operand: Operand, i: int) -> bool:
+        dim = operand.order[i]
+        return dim < 0 or symbol(shape_of(operand.node)[dim]) == 1
+
+    queries = shape_of(qk.left.node)
+    missing = [
+        i
+        for i in range(rank - 2)
+        if broadcast(qk.right, i) and broadcast(av.right, i) and symbol(queries[qk.left.order[i]]) != 1
+    ]
+    order = [*(i for i in range(rank - 2) if i not in missing), *missing]
+    return _reordered(qk, order), _reordered(av, order)
+
+
+def _reordered(product: Contraction, lead: list[int]) -> Contraction:
+    """A contraction with its lead dims in another order."""
+    order = [*lead, len(lead), len(lead) + 1]
+    left, right = (
+        Operand(operand.node, tuple(operand.order[i] for i in order)) for operand in (product.left, product.right)
+    )
+    return Contraction(product.node, left, right, tuple(order.index(i) for i in product.out_order))
 
 
 def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
@@ -604,7 +642,7 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
     scores = _scores_before(captured, source)
     qk = contraction(scores)
     av_node, weights = _values_after(captured, node)
-    av = contraction(av_node, left=weights)
+    qk, av = _groups_last(captured, qk, contraction(av_node, left=weights))
     # From here on every use of the scores must end in the product with the values.
     if output_node(captured.graph) in dependents([scores], stop=lambda n: n is av_node):
         raise NoAttention("its scores or weights are used for something else too, so they can't be replaced")
