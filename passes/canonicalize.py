@@ -127,6 +127,8 @@ def _source_node(
             else _operand(gm, operand, attention.kv_heads * attention.groups, sizes, operands, attention.groups)
             for operand, ready in zip((attention.k, attention.v), attention.unrepeated, strict=True)
         ]
+        for factor, divides in attention.factors:
+            q = _scaled(gm, q, factor, divides)
         sinks = _per_head(gm, attention.sinks, attention.heads)
         alibi = _slopes(gm, attention, layer, q)
         scale, softcap = attention.scale, attention.softcap
@@ -169,6 +171,17 @@ def _per_head(gm: fx.GraphModule, node: fx.Node | None, heads: int) -> fx.Node |
     if node is None or len(shape_of(node)) == 1:
         return node
     return add_call(gm, aten.reshape.default, node, [heads])
+
+
+def _scaled(gm: fx.GraphModule, q: fx.Node, factor: fx.Node, divides: bool) -> fx.Node:
+    """The queries (B, H, S, D) times, or divided by, a factor of the scores: one number, or one a head."""
+    by_head = add_call(gm, aten.reshape.default, factor, [-1, 1, 1])
+    scaled = add_call(gm, aten.div.Tensor if divides else aten.mul.Tensor, q, by_head)
+    wanted = tensor_of(q)
+    assert wanted is not None
+    if tensor_of(scaled).dtype != wanted.dtype:  # type: ignore[union-attr]
+        scaled = add_call(gm, aten._to_copy.default, scaled, dtype=wanted.dtype)
+    return scaled
 
 
 def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) -> fx.Node | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from kvrewrite.graph import (
     symbol,
     tensor_of,
 )
+from kvrewrite.passes.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.probe import (
     Probe,
     ProbeError,
@@ -79,7 +80,8 @@ class Attention:
     features).
     groups: how many times every kv head stands next to itself in k and v (1: not repeated); unrepeated: k and v from
     before that, where the graph has them. sinks: node holding one extra logit a head. slopes: ALiBi's, fp32;
-    slopes_node: where they are learned, the node that holds them and whether it has them negated.
+    slopes_node: where they are learned, the node that holds them and whether it has them negated. factors: learned numbers, one
+    or one a head, that the scores are multiplied (divided, where the flag is set) by besides `scale`.
     """
 
     anchor: fx.Node
@@ -99,6 +101,7 @@ class Attention:
     sinks: fx.Node | None = None
     slopes: Tensor | None = None
     slopes_node: tuple[fx.Node, bool] | None = None
+    factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
     unrepeated: Unrepeated = (None, None)
     out_order: tuple[int, ...] = ()
 
@@ -346,10 +349,9 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
     if mask is not None:
         behind = value_inputs([mask])
         _check_known(captured, behind)
-        results = []
-        for batch, length in ((1, probe_length(captured, behind)), (SMALL_BATCH, SMALL_LENGTH)):
-            probe = _shared_probe(captured, batch, length)
-            added = probe(mask)
+
+        def added_at(batch: int, length: int, values: Values | None = None) -> Tensor:
+            added: Tensor = _shared_probe(captured, batch, length, values)(mask)
             if added.dtype == torch.bool:
                 added = torch.zeros(added.shape, dtype=torch.float64).masked_fill(~added, -math.inf)
             if given.get("is_causal"):
@@ -358,12 +360,13 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
                 added = added.reshape(batch, heads, *added.shape[1:])
             while added.dim() < 4:
                 added = added[None]
-            results.append(classify(added.expand(added.shape[0], added.shape[1], length, length)))
-        bias = results[0]
-        window, chunk = bias.window, bias.chunk
-        if bias.slopes is not None:
-            slopes = bias.slopes.expand(heads).clone()
-            slopes_node = _slopes_node(captured, behind, slopes)
+            return added.expand(added.shape[0], added.shape[1], length, length)
+
+        live = find_live(captured, behind, None, lambda b, s, values: lambda x: x + added_at(b, s, values), heads)
+        sizes = ((1, probe_length(captured, behind)), (SMALL_BATCH, SMALL_LENGTH))
+        bias, _ = (classify(added_at(batch, length)) for batch, length in sizes)
+        window, chunk, slopes_node = bias.window, bias.chunk, live.slopes
+        slopes = _with_learned(bias.slopes, live, heads)
     scale = given.get("scale")
     groups = 1
     unrepeated: Unrepeated = (None, None)
@@ -392,14 +395,14 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
     )
 
 
-def _shared_probe(captured: Captured, batch: int, length: int) -> Probe:
-    """A probe without overrides; layers share their mask, so the last one is kept for the next layer."""
-    key = (batch, length, id(captured.graph))
+def _shared_probe(captured: Captured, batch: int, length: int, given: Values | None = None) -> Probe:
+    """A probe with no values but these given; layers share their mask, so the last one is kept for the next layer."""
+    key = (batch, length, id(captured.graph), *((n.name, id(v)) for n, v in (given or {}).items()))
     kept: dict[Any, Probe] = captured.graph.meta.setdefault("kvrewrite_probes", {})
     if key not in kept:
         if len(kept) > 2:
             kept.clear()
-        kept[key] = Probe(captured, batch, length)
+        kept[key] = Probe(captured, batch, length, given)  # holds what is given, so that no other has its id
     return kept[key]
 
 
@@ -460,21 +463,24 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
     graphs = [get_attr(captured.graph, str(g.target)) for g in (score_mod, mask_mod)]
     inner = {n for g in graphs for n in g.graph.nodes}
 
-    def chain_at(batch: int, length: int) -> Callable[[Tensor], Tensor]:
-        probe = _shared_probe(captured, batch, length)
+    live = Live()
+
+    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
+        probe = _shared_probe(captured, batch, length, live.given if given is None else given)
         index = [
             torch.arange(n).reshape([-1 if i == d else 1 for i in range(4)])
             for d, n in enumerate((batch, heads, length, length))
         ]
-        given = [[probe(b) if isinstance(b, fx.Node) else b for b in bs] for bs in (score_buffers, mask_buffers)]
+        read = [[probe(b) if isinstance(b, fx.Node) else b for b in bs] for bs in (score_buffers, mask_buffers)]
 
         def chain(scores: Tensor) -> Tensor:
-            logits = _run_subgraph(graphs[0], [scores * scale, *index, *given[0]])
-            keep = _run_subgraph(graphs[1], [*index, *given[1]])
+            logits = _run_subgraph(graphs[0], [scores * scale, *index, *read[0]])
+            keep = _run_subgraph(graphs[1], [*index, *read[1]])
             return torch.where(keep, logits.expand(batch, heads, length, length), -math.inf)
 
         return chain
 
+    live = find_live(captured, behind, None, chain_at, heads)
     length = probe_length(captured, behind | inner)
     bias = classify(chain_at(1, length)(torch.zeros(1, heads, length, length, dtype=torch.float64)))
     small = (SMALL_BATCH, heads, SMALL_LENGTH, SMALL_LENGTH)
@@ -496,8 +502,9 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
         window=bias.window,
         chunk=bias.chunk,
         groups=groups,
-        slopes=bias.slopes,
-        slopes_node=_slopes_node(captured, behind, bias.slopes) if bias.slopes is not None else None,
+        slopes=_with_learned(bias.slopes, live, heads),
+        slopes_node=live.slopes,
+        factors=live.factors,
         unrepeated=unrepeated,
         out_order=(0, 1, 2, 3),
     )
@@ -649,7 +656,7 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
     lead = _scores_lead(captured, scores, qk)
     heads = _ratio(captured, lead)
     _check_weights(captured, node, weights, heads)
-    bias, found, sinks, behind = _fold_chain(captured, source, scores, heads)
+    bias, found, sinks, live = _fold_chain(captured, source, scores, heads)
     *before, features, keys = av.right.order
     kv = qk.right, Operand(av.right.node, (*before, keys, features))
     kv_heads = _operand_heads(captured, kv[0])
@@ -675,8 +682,9 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
         chunk=bias.chunk,
         groups=groups,
         sinks=sinks,
-        slopes=bias.slopes,
-        slopes_node=_slopes_node(captured, behind, bias.slopes) if bias.slopes is not None else None,
+        slopes=_with_learned(bias.slopes, live, heads),
+        slopes_node=live.slopes,
+        factors=live.factors,
         unrepeated=unrepeated,
         out_order=av.out_order,
     )
@@ -743,16 +751,18 @@ def _check_weights(captured: Captured, softmax: fx.Node, weights: fx.Node, heads
     """Refuses models that change the weights between the softmax and the product with the values."""
     probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH)
     given = probe.random(softmax)
-    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, {softmax: given})
-    got = probe(weights)
     expected = given[..., :SMALL_LENGTH]
-    if got.numel() != expected.numel() or not torch.equal(got.reshape(expected.shape), expected):
-        raise NoAttention("its weights are changed between the softmax and the product with the values")
+    behind = ancestors([weights], stop=lambda n: n is softmax or only_shape(n))
+    others = other_values(captured, behind, 1)
+    for values in ({}, others) if others else ({},):  # as they are, and with other parameters
+        got = Probe(captured, SMALL_BATCH, SMALL_LENGTH, {softmax: given, **values})(weights)
+        if got.numel() != expected.numel() or not torch.equal(got.reshape(expected.shape), expected):
+            raise NoAttention("its weights are changed between the softmax and the product with the values")
 
 
 def _fold_chain(
     captured: Captured, source: fx.Node, scores: fx.Node, heads: int
-) -> tuple[Bias, Fit, fx.Node | None, set[fx.Node]]:
+) -> tuple[Bias, Fit, fx.Node | None, Live]:
     """What becomes of the scores on the way to `source`, the softmax's input."""
     behind = ancestors([source], stop=lambda n: n is scores or only_shape(n)) - {scores}
     baddbmm = is_op(scores, aten.baddbmm.default)
@@ -761,8 +771,10 @@ def _fold_chain(
         behind |= value_inputs([added])
     _check_known(captured, behind)
 
-    def chain_at(batch: int, length: int) -> Callable[[Tensor], Tensor]:
-        shared = _shared_probe(captured, batch, length)
+    live = Live()
+
+    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
+        shared = _shared_probe(captured, batch, length, live.given if given is None else given)
         outer = {n for n in behind if n not in dependents([scores])}
         known = {n: shared(n) for n in outer if any(u not in outer for u in n.users)}
 
@@ -776,6 +788,7 @@ def _fold_chain(
 
         return chain
 
+    live = find_live(captured, {n for n in behind if n not in dependents([scores])}, scores, chain_at, heads)
     length = probe_length(captured, behind)
     if heads * length * length > MAX_SCORES:
         raise NoAttention(f"telling its mask needs {heads} heads of {length} x {length} scores, which is too much")
@@ -786,10 +799,10 @@ def _fold_chain(
     found = fit(small, shapes[SMALL_BATCH], SMALL_LENGTH)
     sinks = None
     if few.sinks is not None:
-        sinks = _holder(_shared_probe(captured, SMALL_BATCH, SMALL_LENGTH), behind, few.sinks)
+        sinks = _holder(_shared_probe(captured, SMALL_BATCH, SMALL_LENGTH, live.given), behind, few.sinks)
         if sinks is None:
             raise NoAttention("the scores have an extra column that does not come from one parameter a head")
-    return bias, found, sinks, behind
+    return bias, found, sinks, live
 
 
 def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None:
@@ -805,21 +818,11 @@ def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None
     return None
 
 
-def _slopes_node(captured: Captured, behind: set[fx.Node], slopes: Tensor) -> tuple[fx.Node, bool] | None:
-    """The node that holds learned slopes, and whether it has them negated; None where they are constants."""
-    learned = [
-        n
-        for n in behind
-        if n.op == "get_attr" and isinstance(get_attr(captured.graph, str(n.target)), torch.nn.Parameter)
-    ]
-    if not learned:
-        return None
-    probe = _shared_probe(captured, SMALL_BATCH, SMALL_LENGTH)
-    for negated in (False, True):
-        node = _holder(probe, behind, -slopes.double() if negated else slopes.double())
-        if node is not None:
-            return node, negated
-    raise NoAttention("its position bias is made of parameters in a way that is not one slope a head")
+def _with_learned(slopes: Tensor | None, live: Live, heads: int) -> Tensor | None:
+    """The slopes of all heads; where they are learned there are some, whatever they are now."""
+    if slopes is None:
+        return torch.zeros(heads) if live.slopes is not None else None
+    return slopes.expand(heads).clone()
 
 
 # ------------------------------------------------------------------------------------------------ repeated kv heads
@@ -831,7 +834,8 @@ def _as_heads(value: Tensor, operand: Operand, batch: int) -> Tensor:
 
 def _repeats(captured: Captured, k: Operand, v: Operand, heads: int) -> tuple[int, Unrepeated]:
     """How often every kv head stands next to itself in k and v, and nodes (B, Hkv, S, D) from before the repeat."""
-    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, cut=is_projection)
+    learned = other_values(captured, ancestors([k.node, v.node], stop=is_projection), 1)
+    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, learned, cut=is_projection)
     values = [_as_heads(probe(o.node), o, SMALL_BATCH) for o in (k, v)]
     for groups in (g for g in range(heads, 1, -1) if heads % g == 0):
         kept = [x[:, ::groups] for x in values]
