@@ -35,6 +35,7 @@ from kvrewrite.passes.probe import (
     integers_in,
     is_projection,
     only_shape,
+    subgraph_text,
     symbols,
     value_inputs,
 )
@@ -48,6 +49,7 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, ate
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 MIN_LENGTH, MAX_LENGTH = 24, 8192
 USUAL_LENGTH = 2048  # of a mask's probe: what reaches no farther than half of that shows, however it is written
+MOST_SHARED = 64  # tokens of a probe that layers share
 USUAL_SCORES = 1 << 24  # elements that such a probe may have
 SMALL_BATCH, SMALL_LENGTH = 2, 7
 MAX_SCORES = 1 << 29  # elements of a score tensor that a probe may make
@@ -363,8 +365,14 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
             return added.expand(added.shape[0], added.shape[1], length, length)
 
         live = find_live(captured, behind, None, lambda b, s, values: lambda x: x + added_at(b, s, values), heads)
-        sizes = ((1, probe_length(captured, behind)), (SMALL_BATCH, SMALL_LENGTH))
-        bias, _ = (classify(added_at(batch, length)) for batch, length in sizes)
+        heads_of_mask = shape_of(mask)[-3] if len(shape_of(mask)) > 2 else 1
+        planes = heads_of_mask if isinstance(heads_of_mask, int) else heads
+        sizes = ((1, probe_length(captured, behind, planes)), (SMALL_BATCH, SMALL_LENGTH))
+        bias, _ = _once(
+            captured,
+            f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}",
+            lambda: [classify(added_at(batch, length)) for batch, length in sizes],
+        )
         window, chunk, slopes_node = bias.window, bias.chunk, live.slopes
         slopes = _with_learned(bias.slopes, live, heads)
     scale = given.get("scale")
@@ -397,6 +405,8 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
 
 def _shared_probe(captured: Captured, batch: int, length: int, given: Values | None = None) -> Probe:
     """A probe with no values but these given; layers share their mask, so the last one is kept for the next layer."""
+    if length > MOST_SHARED:  # its values are too large to be kept
+        return Probe(captured, batch, length, given)
     key = (batch, length, id(captured.graph), *((n.name, id(v)) for n, v in (given or {}).items()))
     kept: dict[Any, Probe] = captured.graph.meta.setdefault("kvrewrite_probes", {})
     if key not in kept:
@@ -406,9 +416,18 @@ def _shared_probe(captured: Captured, batch: int, length: int, given: Values | N
     return kept[key]
 
 
+def _once(captured: Captured, what: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, computed once for all layers in which it is the same, as the text `what` says."""
+    known: dict[str, Any] = captured.graph.meta.setdefault("kvrewrite_known", {})
+    if what not in known:
+        known[what] = compute()
+    return known[what]
+
+
 def forget_probes(captured: Captured) -> None:
     """Frees what the analysis remembers between anchors."""
-    captured.graph.meta.pop("kvrewrite_probes", None)
+    for name in ("kvrewrite_probes", "kvrewrite_known"):
+        captured.graph.meta.pop(name, None)
 
 
 def _check_operands(captured: Captured, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[int, int]:
@@ -481,7 +500,7 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
         return chain
 
     live = find_live(captured, behind, None, chain_at, heads)
-    length = probe_length(captured, behind | inner)
+    length = probe_length(captured, behind | inner, heads)
     bias = classify(chain_at(1, length)(torch.zeros(1, heads, length, length, dtype=torch.float64)))
     small = (SMALL_BATCH, heads, SMALL_LENGTH, SMALL_LENGTH)
     classify(chain_at(SMALL_BATCH, SMALL_LENGTH)(torch.zeros(small, dtype=torch.float64)))
@@ -789,14 +808,23 @@ def _fold_chain(
         return chain
 
     live = find_live(captured, {n for n in behind if n not in dependents([scores])}, scores, chain_at, heads)
-    length = probe_length(captured, behind)
+    length = probe_length(captured, behind, heads)
     if heads * length * length > MAX_SCORES:
         raise NoAttention(f"telling its mask needs {heads} heads of {length} x {length} scores, which is too much")
-    shapes = {b: Probe(captured, b, n).shape(scores) for b, n in ((1, length), (SMALL_BATCH, SMALL_LENGTH))}
-    bias = classify(chain_at(1, length)(torch.zeros(shapes[1], dtype=torch.float64)))
-    small = chain_at(SMALL_BATCH, SMALL_LENGTH)
-    few = classify(small(torch.zeros(shapes[SMALL_BATCH], dtype=torch.float64)))
-    found = fit(small, shapes[SMALL_BATCH], SMALL_LENGTH)
+
+    def classified() -> tuple[Bias, Bias, Fit]:
+        shapes = {b: Probe(captured, b, n).shape(scores) for b, n in ((1, length), (SMALL_BATCH, SMALL_LENGTH))}
+        bias = classify(chain_at(1, length)(torch.zeros(shapes[1], dtype=torch.float64)))
+        small = chain_at(SMALL_BATCH, SMALL_LENGTH)
+        few = classify(small(torch.zeros(shapes[SMALL_BATCH], dtype=torch.float64)))
+        return bias, few, fit(small, shapes[SMALL_BATCH], SMALL_LENGTH)
+
+    roots = [source, added] if isinstance(added, fx.Node) else [source]
+    # Layers of which a factor is learned have it set to one in the chain, so it is no part of what is the same.
+    factors = [f"{n.name} {value.tolist()}" for n, value in live.given.items()]
+    scaling = dict(scores.kwargs) if baddbmm else ""
+    what = f"{heads} {factors} {scaling} {subgraph_text(captured, roots, [scores.name])}"
+    bias, few, found = _once(captured, what, classified)
     sinks = None
     if few.sinks is not None:
         sinks = _holder(_shared_probe(captured, SMALL_BATCH, SMALL_LENGTH, live.given), behind, few.sinks)
