@@ -19,7 +19,7 @@ from kvrewrite.errors import KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.passes.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct
 from kvrewrite.passes.probe import widen
-from kvrewrite.passes.validate import TOLERANCE
+from kvrewrite.passes.validate import FARTHEST, TOLERANCE
 from kvrewrite.program import Program
 
 TOKENS = 24
@@ -38,7 +38,7 @@ class Reference:
 
 def reference_logits(captured: Captured) -> Reference:
     """Requires a canonical graph that was validated. Call it before anything is inserted: that drops what only masks read."""
-    length = captured.trace_length if captured.unrolled else min(TOKENS, captured.max_positions or TOKENS)
+    length = min(captured.trace_length if captured.unrolled else TOKENS, captured.max_positions or FARTHEST)
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(captured.vocab_size, (2, length), generator=generator)
     run = Evaluator(captured.before.graph, captured.graph, captured.stand_ins)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class Attention:
     groups: how many times every kv head stands next to itself in k and v (1: not repeated); unrepeated: k and v from
     before that, where the graph has them. sinks: node holding one extra logit a head. slopes: ALiBi's, fp32;
     slopes_node: where they are learned, the node that holds them and whether it has them negated. factors: learned numbers, one
-    or one a head, that the scores are multiplied (divided, where the flag is set) by besides `scale`.
+    or one a head, that the scores are multiplied (divided, where the flag is set) by besides `scale`. by_head: (window, chunk) of
+    each head, where they differ.
     """
 
     anchor: fx.Node
@@ -104,6 +106,7 @@ class Attention:
     slopes: Tensor | None = None
     slopes_node: tuple[fx.Node, bool] | None = None
     factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    by_head: list[tuple[int, int]] | None = None
     unrepeated: Unrepeated = (None, None)
     out_order: tuple[int, ...] = ()
 
@@ -159,12 +162,16 @@ def _module(node: fx.Node) -> str:
 # ------------------------------------------------------------------------------------------------ masks and biases
 @dataclass
 class Bias:
-    """What is added to the scores: a mask, and ALiBi slopes or None; sinks are values of extra columns or None."""
+    """What is added to the scores: a mask, and ALiBi slopes or None; sinks are values of extra columns or None.
+
+    by_head: (window, chunk) of each head, where they differ; window and chunk are 0 then.
+    """
 
     window: int
     chunk: int
     slopes: Tensor | None
     sinks: Tensor | None
+    by_head: list[tuple[int, int]] | None = None
 
 
 def classify(added: Tensor) -> Bias:
@@ -183,17 +190,18 @@ def classify(added: Tensor) -> Bias:
         raise NoAttention("the mask or bias differs between the rows of a batch (heads and batch mixed, or padding)")
     bias = added[0]
     seen = bias > MASKED
+    by_head = None
     if not torch.equal(seen, seen[:1].expand_as(seen)):
-        raise NoAttention("the mask differs between heads")
-    window, chunk = _classify_mask(seen[0])
-    slopes = _classify_bias(bias, seen[0])
+        by_head = [_classify_mask(of_head) for of_head in seen]
+    window, chunk = (0, 0) if by_head else _classify_mask(seen[0])
+    slopes = _classify_bias(bias, seen)
     sinks = None
     if extra.shape[-1]:
         relative = (extra - own)[..., 0]
         if extra.shape[-1] != 1 or float((relative - relative[:1, :, :1]).abs().max()) > TOLERANCE:
             raise NoAttention("the scores have extra columns that are not one constant logit a head")
         sinks = relative[0, :, 0]
-    return Bias(window, chunk, slopes, sinks)
+    return Bias(window, chunk, slopes, sinks, by_head)
 
 
 def _classify_mask(seen: Tensor) -> tuple[int, int]:
@@ -214,14 +222,14 @@ def _classify_mask(seen: Tensor) -> tuple[int, int]:
 
 
 def _classify_bias(bias: Tensor, seen: Tensor) -> Tensor | None:
-    """ALiBi slopes (H,) of a bias (H, S, S) that is 0 on the diagonal, None when there is no bias."""
+    """ALiBi slopes (H,) of a bias (H, S, S) that is 0 on the diagonal and counts where `seen` (H, S, S); None: there is none."""
     visible = torch.where(seen, bias, 0.0)
     size = float(visible.abs().max())
     if size <= TOLERANCE:
         return None
     length = seen.shape[0]
     distance = (torch.arange(length)[:, None] - torch.arange(length)).to(bias.dtype)
-    slopes = -bias[:, 1, 0]
+    slopes = -visible[:, 1, 0]
     expected = torch.where(seen, -slopes[:, None, None] * distance, 0.0)
     # Slopes and positions may have been rounded in the model's dtype.
     if float((visible - expected).abs().max()) > 5e-3 * max(size, 1.0):
@@ -347,7 +355,7 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         raise NoAttention("the attention is not causal (no mask and is_causal=False)")
     heads, kv_heads = _check_operands(captured, q, k, v)
     window = chunk = 0
-    slopes = slopes_node = None
+    slopes = slopes_node = by_head = None
     if mask is not None:
         behind = value_inputs([mask])
         _check_known(captured, behind)
@@ -371,9 +379,9 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         bias, _ = _once(
             captured,
             f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}",
-            lambda: [classify(added_at(batch, length)) for batch, length in sizes],
+            lambda: [classify(_as_long_as_it_runs(captured, length, partial(added_at, batch))) for batch, length in sizes],
         )
-        window, chunk, slopes_node = bias.window, bias.chunk, live.slopes
+        window, chunk, by_head, slopes_node = bias.window, bias.chunk, bias.by_head, live.slopes
         slopes = _with_learned(bias.slopes, live, heads)
     scale = given.get("scale")
     groups = 1
@@ -395,6 +403,7 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         scale=float(scale) if scale is not None else float(int(shape_of(q)[-1]) ** -0.5),
         window=window,
         chunk=chunk,
+        by_head=by_head,
         groups=groups,
         slopes=slopes,
         slopes_node=slopes_node,
@@ -414,6 +423,28 @@ def _shared_probe(captured: Captured, batch: int, length: int, given: Values | N
             kept.clear()
         kept[key] = Probe(captured, batch, length, given)  # holds what is given, so that no other has its id
     return kept[key]
+
+
+def _as_long_as_it_runs(captured: Captured, length: int, run: Callable[[int], Tensor]) -> Tensor:
+    """What `run` gives for `length` tokens, or for the most below that for which a table that it reads has entries.
+
+    The model can't be run on longer texts either, which `captured.max_positions` then says.
+    """
+    try:
+        return run(length)
+    except ProbeError:
+        if length <= MIN_LENGTH:
+            raise
+    low, high = MIN_LENGTH, length  # low: runs, or the error is raised again; high: does not
+    best = run(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            best, low = run(middle), middle
+        except ProbeError:
+            high = middle
+    captured.max_positions = low if captured.max_positions is None else min(low, captured.max_positions)
+    return best
 
 
 def _once(captured: Captured, what: str, compute: Callable[[], Any]) -> Any:
@@ -501,7 +532,11 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
 
     live = find_live(captured, behind, None, chain_at, heads)
     length = probe_length(captured, behind | inner, heads)
-    bias = classify(chain_at(1, length)(torch.zeros(1, heads, length, length, dtype=torch.float64)))
+    bias = classify(
+        _as_long_as_it_runs(
+            captured, length, lambda n: chain_at(1, n)(torch.zeros(1, heads, n, n, dtype=torch.float64))
+        )
+    )
     small = (SMALL_BATCH, heads, SMALL_LENGTH, SMALL_LENGTH)
     classify(chain_at(SMALL_BATCH, SMALL_LENGTH)(torch.zeros(small, dtype=torch.float64)))
     found = fit(chain_at(SMALL_BATCH, SMALL_LENGTH), small, SMALL_LENGTH)
@@ -520,6 +555,7 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
         softcap=found.softcap,
         window=bias.window,
         chunk=bias.chunk,
+        by_head=bias.by_head,
         groups=groups,
         slopes=_with_learned(bias.slopes, live, heads),
         slopes_node=live.slopes,
@@ -699,6 +735,7 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
         softcap=found.softcap,
         window=bias.window,
         chunk=bias.chunk,
+        by_head=bias.by_head,
         groups=groups,
         sinks=sinks,
         slopes=_with_learned(bias.slopes, live, heads),
@@ -812,12 +849,16 @@ def _fold_chain(
     if heads * length * length > MAX_SCORES:
         raise NoAttention(f"telling its mask needs {heads} heads of {length} x {length} scores, which is too much")
 
+    def at_length(length: int) -> Tensor:
+        shape = Probe(captured, 1, length).shape(scores)
+        return chain_at(1, length)(torch.zeros(shape, dtype=torch.float64))
+
     def classified() -> tuple[Bias, Bias, Fit]:
-        shapes = {b: Probe(captured, b, n).shape(scores) for b, n in ((1, length), (SMALL_BATCH, SMALL_LENGTH))}
-        bias = classify(chain_at(1, length)(torch.zeros(shapes[1], dtype=torch.float64)))
+        shape = Probe(captured, SMALL_BATCH, SMALL_LENGTH).shape(scores)
+        bias = classify(_as_long_as_it_runs(captured, length, at_length))
         small = chain_at(SMALL_BATCH, SMALL_LENGTH)
-        few = classify(small(torch.zeros(shapes[SMALL_BATCH], dtype=torch.float64)))
-        return bias, few, fit(small, shapes[SMALL_BATCH], SMALL_LENGTH)
+        few = classify(small(torch.zeros(shape, dtype=torch.float64)))
+        return bias, few, fit(small, shape, SMALL_LENGTH)
 
     roots = [source, added] if isinstance(added, fx.Node) else [source]
     # Layers of which a factor is learned have it set to one in the chain, so it is no part of what is the same.

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
-from kvrewrite.graph import ancestors, get_attr, shape_of, tensor_of
+from kvrewrite.graph import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
 from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, only_shape
 
+aten = torch.ops.aten
 Values = Mapping[fx.Node, Tensor]
 # (batch, length, values given to nodes) -> what becomes of scores: logits (B, H, S, S or S + 1).
 ChainAt = Callable[[int, int, Values], Callable[[Tensor], Tensor]]
@@ -39,7 +40,7 @@ class LearnedConstant(ProbeError):
 @dataclass
 class Live:
     """What of an attention's chain is no constant. given: values for the chain with which its factors do nothing; factors: nodes
-    that the scores are multiplied by, or divided by where the flag is set, one number or one a head; slopes: the node of learned
+    that the scores are multiplied by, or divided by where the flag is set, one number, one a head or one a query; slopes: the node of learned
     ALiBi slopes, and whether it has them negated."""
 
     given: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -90,18 +91,42 @@ def find_live(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, c
     nodes: all that the chain reads besides the data; scores: the node of the scores where it is in the graph, whose shape the
     chain takes, else it takes (B, H, S, S). Raises LearnedConstant, with the parameter, where anything else in it is learned.
     """
-    if not learned_leaves(captured, nodes):
+    learned = bool(learned_leaves(captured, nodes))
+    by_query = _by_query(captured, nodes, scores)
+    if not learned and not by_query:
         return Live()
     chain = _Chain(captured, nodes, scores, chain_at, heads)
     live = Live()
-    for node in chain.candidates():
+    for node in [*by_query, *chain.candidates()]:
         for divides in (False, True):
-            if chain.is_factor(node, divides, live.given):
+            if chain.is_factor(node, divides, live.given, node in by_query):
                 live.factors.append((node, divides))
-                live.given[node] = torch.ones(chain.probe.shape(node), dtype=torch.float64)
+                # Of any length: the chain is evaluated at several.
+                live.given[node] = torch.ones([1] * len(shape_of(node)) if node in by_query else chain.probe.shape(node),
+                                              dtype=torch.float64)  # fmt: skip
                 break
+    if not learned:
+        return live
     live.slopes = chain.slopes(live.given)
     return live
+
+
+def _by_query(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None) -> list[fx.Node]:
+    """Nodes (..., S, 1) that the scores, or what becomes of them, are multiplied or divided by: one number for each query."""
+    if scores is None:
+        return []
+    after = dependents([scores])
+    found = []
+    for node in sorted(nodes):
+        value = tensor_of(node)
+        if node in after or value is None or not value.is_floating_point() or value.dim() < 2 or depends_on_data(node):
+            continue
+        *lead, length, last = (symbol(s) for s in value.shape)
+        if length != captured.length_symbol or last != 1 or any(s != 1 for s in lead):
+            continue
+        if any(is_op(u, aten.mul.Tensor, aten.div.Tensor) and u in after for u in node.users):
+            found.append(node)
+    return found
 
 
 class _Chain:
@@ -142,11 +167,11 @@ class _Chain:
                 found.append(node)
         return found
 
-    def is_factor(self, node: fx.Node, divides: bool, given: Values) -> bool:
+    def is_factor(self, node: fx.Node, divides: bool, given: Values, by_query: bool = False) -> bool:
         """Whether the scores are multiplied (divided) by `node`, and nothing else is."""
         shape = self.probe.shape(node)
         factor = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-        by_head = factor.reshape(1, -1, 1, 1)
+        by_head = factor.reshape((1, 1, -1, 1) if by_query else (1, -1, 1, 1))
         by_head = 1 / by_head if divides else by_head
         x = self.x.reshape(BATCH, self.heads, LENGTH, LENGTH)
         for values in self.others:

@@ -142,20 +142,21 @@ class _Validation:
     def sites(self, proof: Proof) -> None:
         """Each site beside what it replaced; sites with the same subgraph once."""
         known: set[str] = set()
+        together: dict[str, list[fx.Node]] = {}
         for source in self.sources:
-            name = source.meta.get(REPLACED)
-            if name is None:
-                continue  # the trace of transformers' attention interface is the canonical op itself
+            if REPLACED in source.meta:  # the trace of transformers' attention interface is the canonical op itself
+                together.setdefault(source.meta[REPLACED], []).append(source)
+        for name, sources in together.items():
+            source = sources[0]
             replaced, result = self.snapshot.nodes[name], source.meta[RESULT]
-            starts = self._starts(source)
-            proof.sites += 1
+            starts = list(dict.fromkeys(n for s in sources for n in self._starts(s)))
+            proof.sites += len(sources)
             names = [n.name for n in starts]
             key = "\n".join(subgraph_text(self.captured, [n], names, parameters=False) for n in (replaced, result))
             if key in known:
                 continue
             known.add(key)
-            site: AttentionSite = source.meta["kvrewrite_site"]
-            for length in self._site_lengths(site):
+            for length in self._site_lengths([s.meta["kvrewrite_site"] for s in sources]):
                 self._run_site(source, replaced, result, starts, length)
                 if length not in proof.lengths:
                     proof.lengths.append(length)
@@ -188,9 +189,10 @@ class _Validation:
                 found[node] = None
         return list(found)
 
-    def _site_lengths(self, site: AttentionSite) -> list[int]:
-        most = min(self.limit, LONGEST, math.isqrt(MOST_SCORES // site.heads))
-        around = [k * size + d for size in (site.window, site.chunk) if size for k in (1, 2) for d in (-1, 0, 1)]
+    def _site_lengths(self, sites: list[AttentionSite]) -> list[int]:
+        most = min(self.limit, LONGEST, math.isqrt(MOST_SCORES // sum(s.heads for s in sites)))
+        sizes = {size for s in sites for size in (s.window, s.chunk) if size}
+        around = [k * size + d for size in sizes for k in (1, 2) for d in (-1, 0, 1)]
         wanted = {*LENGTHS, *around, most}
         return sorted(n for n in wanted if 1 <= n <= most)
 
@@ -262,7 +264,7 @@ class _Validation:
             proof.rest.append(length)
 
     def _rest_lengths(self) -> list[int]:
-        if self.captured.unrolled:
+        if self.captured.unrolled and self.captured.trace_length <= self.limit:
             # A loop over chunks that the trace unrolled holds for texts of as many chunks only.
             return [self.captured.trace_length]
         widest = max((self._width(n) for n in self.after.nodes), default=1)
