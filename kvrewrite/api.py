@@ -21,6 +21,7 @@ from kvrewrite.card import model_card
 from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.passes.pipeline import Observer, canonical, insert
+from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
@@ -177,7 +178,8 @@ def convert(
     out: where to; None does everything but writing (a dry run). contexts: context lengths for the memory estimate,
     default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot" adds the steps as
     AOTInductor compiles them for `compile_device`, which loads the weights there and takes minutes; compile_batch: 1, or 2 for
-    any number of rows from 2 on. The rest as `transform`.
+    any number of rows from 2 on. check: as for `transform`; weights have no data here, so random ones stand in for all of them.
+    The rest as `transform`.
     """
     from kvrewrite.ahead import check_kind, compile_ahead
     from kvrewrite.artifact import check_destination, companion_files, write_artifact
@@ -186,6 +188,7 @@ def convert(
     from kvrewrite.stand_ins import capture_on_meta
 
     check_kind(compile, compile_device)
+    require_check(check)
     chosen = policies.make(policy, **options)
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)

@@ -34,11 +34,12 @@ from kvrewrite.cache import EvictionCache
 from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.model import RewrittenModel
+from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
 from kvrewrite.wrapped import unwrap
 
 NAME = "kvrewrite"
-OWN_OPTIONS = ("policy", "policy_weights", "inductor")
+OWN_OPTIONS = ("policy", "policy_weights", "inductor", "check")
 WHOLE = (
     "the backend takes whole calls of a causal language model: compile the model (or its forward), and pass fullgraph=True to "
     "see what breaks its graph"
@@ -56,13 +57,15 @@ class Settings:
     weights: str | None
     inductor: bool
     mode: str | None
+    check: str = "full"
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
         """The options as torch.compile got them; raises OptionError."""
         given = dict(options or {})
         name, weights = given.pop("policy", "streaming_llm"), given.pop("policy_weights", None)
-        inductor = given.pop("inductor", True)
+        inductor, check = given.pop("inductor", True), given.pop("check", "full")
+        require_check(check)
         if not isinstance(name, (str, Policy)):
             raise OptionError(f"the option policy is {name!r}, expected a name (kvrewrite policies lists them)")
         if weights is not None and not isinstance(weights, (str, Path)):
@@ -75,12 +78,12 @@ class Settings:
             known = {f.name for f in dataclasses.fields(policies.POLICIES.get(str(name), Policy))}
             more = f". The backend itself has: {', '.join(OWN_OPTIONS)}" if set(given) - known else ""
             raise OptionError(f"{error}{more}") from None
-        return Settings(policy, None if weights is None else str(weights), inductor, mode)
+        return Settings(policy, None if weights is None else str(weights), inductor, mode, check)
 
     def key(self) -> tuple[Any, ...]:
         """What tells rewrites of one model apart."""
         changed = Path(self.weights).stat().st_mtime_ns if self.weights and Path(self.weights).exists() else 0
-        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode
+        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode, self.check
 
 
 # ------------------------------------------------------------------------------------------------ entry point
@@ -92,7 +95,7 @@ def kvrewrite_backend(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
-    eagerly, for debugging) and the policy's own, such as budget."""
+    eagerly, for debugging), check (as for `kvrewrite.transform`) and the policy's own, such as budget."""
     try:
         settings = Settings.read(options, mode)
         if not has_attention(gm.graph):
@@ -551,7 +554,7 @@ class _Rewrite:
         with torch.compiler.set_stance("force_eager"):
             captured = capture(module)
         config = getattr(module, "config", None)
-        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet)
+        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet, settings.check)
         if not is_transformers_model(module):
             config = _foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))

@@ -98,8 +98,7 @@ def _padded(model: Any, ids: Tensor, want: Tensor) -> None:
     row, mask = ids.clone(), torch.ones_like(ids)
     row[1, :PADDING], row[1, PADDING:], mask[1, :PADDING] = 0, ids[1, :-PADDING], 0
     cache, out = model.new_cache(2, max_length=length), []
-    cuts = [0, length - 1, length]
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in ((0, length - 1), (length - 1, length)):
         out.append(model(row[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
     got = torch.cat(out, 1)
     _compare(got[0], want[0], "beside a padded row")
@@ -161,9 +160,7 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
             set_attr(root, name, nn.Parameter(made, requires_grad=False) if made.is_floating_point() else made)
     root.register_parameter("kvrewrite_device", nn.Parameter(torch.empty(0, dtype=torch.float64), requires_grad=False))
     layout = {k: v for k, v in program.layout.items() if k != "devices"}
-    copied = dataclasses.replace(
-        program, graph=root, layout=layout, dtype="float64", proof=None
-    )
+    copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
     model = RewrittenModel(copied, _foreign_config(program, "rehearsal"))
     model.__dict__["_execution"] = _Run(Evaluator(program.graph.graph, program.graph, stand_ins))
     model._rotary_graphs = [_RunRotary(gm) for gm in model._rotary_graphs]

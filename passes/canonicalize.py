@@ -177,7 +177,12 @@ def _by_head(
     for kind in kinds:
         own = heads[kind]
         kv_heads = sorted({h // group for h in own})
-        given = [picked(q, own, 1), *(picked(x, kv_heads, 1) for x in (k, v)), picked(sinks, own, 0), picked(alibi, own, 0)]
+        given = [
+            picked(q, own, 1),
+            *(picked(x, kv_heads, 1) for x in (k, v)),
+            picked(sinks, own, 0),
+            picked(alibi, own, 0),
+        ]
         nodes.append(add_call(gm, SOURCE, *given, *numbers, *kind))
     whole = add_call(gm, aten.cat.default, nodes, 1)
     order = [h for kind in kinds for h in heads[kind]]

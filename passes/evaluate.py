@@ -34,7 +34,7 @@ class EvaluationError(Exception):
 
 
 class ThinProduct:
-    """A weight (..., a, b) as left (..., a, RANK) @ right (..., RANK, b), which is multiplied out only where nothing else works."""
+    """A weight (..., a, b) as left (..., a, RANK) @ right (..., RANK, b), multiplied out only where nothing else works."""
 
     def __init__(self, left: Tensor, right: Tensor):
         self.left, self.right = left, right

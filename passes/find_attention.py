@@ -227,7 +227,7 @@ def _classify_bias(bias: Tensor, seen: Tensor) -> Tensor | None:
     size = float(visible.abs().max())
     if size <= TOLERANCE:
         return None
-    length = seen.shape[0]
+    length = seen.shape[-1]
     distance = (torch.arange(length)[:, None] - torch.arange(length)).to(bias.dtype)
     slopes = -visible[:, 1, 0]
     expected = torch.where(seen, -slopes[:, None, None] * distance, 0.0)
@@ -379,7 +379,9 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         bias, _ = _once(
             captured,
             f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}",
-            lambda: [classify(_as_long_as_it_runs(captured, length, partial(added_at, batch))) for batch, length in sizes],
+            lambda: [
+                classify(_as_long_as_it_runs(captured, length, partial(added_at, batch))) for batch, length in sizes
+            ],
         )
         window, chunk, by_head, slopes_node = bias.window, bias.chunk, bias.by_head, live.slopes
         slopes = _with_learned(bias.slopes, live, heads)

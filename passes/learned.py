@@ -40,8 +40,8 @@ class LearnedConstant(ProbeError):
 @dataclass
 class Live:
     """What of an attention's chain is no constant. given: values for the chain with which its factors do nothing; factors: nodes
-    that the scores are multiplied by, or divided by where the flag is set, one number, one a head or one a query; slopes: the node of learned
-    ALiBi slopes, and whether it has them negated."""
+    that the scores are multiplied by, or divided by where the flag is set, one number, one per head or one per query; slopes: the
+    node of learned ALiBi slopes, and whether it has them negated."""
 
     given: dict[fx.Node, Tensor] = field(default_factory=dict)
     factors: list[tuple[fx.Node, bool]] = field(default_factory=list)

@@ -26,7 +26,17 @@ from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.graph import ancestors, concretize, get_attr, is_op, is_size, module_path, placeholder, shape_of, tensor_of
+from kvrewrite.graph import (
+    ancestors,
+    concretize,
+    get_attr,
+    is_op,
+    is_size,
+    module_path,
+    placeholder,
+    shape_of,
+    tensor_of,
+)
 from kvrewrite.passes.canonicalize import REPLACED, RESULT, SOURCE
 from kvrewrite.passes.carry_state import layout_of
 from kvrewrite.passes.check import CARRIED, data_nodes
@@ -242,7 +252,10 @@ class _Validation:
         layers = {n: _layer(source) for source in reversed(self.sources) for n in self._starts(source)}
         for length in self._rest_lengths():
             inputs = self._inputs(self._ids(2, length))
-            cut = {source: _token_value(source, (0, 2, 1, 3), inputs, self._shape(source, inputs)) for source in self.sources}
+            cut = {
+                source: _token_value(source, (0, 2, 1, 3), inputs, self._shape(source, inputs))
+                for source in self.sources
+            }
             try:
                 results = {s: s.meta[RESULT] for s in self.sources if s.meta.get(REPLACED) is not None}
                 made = self.after(inputs, [*pairs, *results.values()], cut)
@@ -372,7 +385,7 @@ class _Locality:
             return _difference(found[node].flatten(0, 1)[places], alone[node][:, 0][chosen])
 
         together = self._evaluate(ids, positions)
-        for node, (what, _) in self.watched.items():
+        for node in self.watched:
             if problem := differs(together, self.alone, node):
                 break
         else:
@@ -386,10 +399,11 @@ class _Locality:
             for given in ((self.tokens[:, None], self.positions[:, None]), (ids, positions))
         )
         first = next((n for n in orders if differs(together, alone, n)), node)
+        where = _at(first) or f"{self.watched[node][0]}: "
         raise UnsupportedModelError(
-            f"{_at(first) or f'{what}: '}{first.name} ({first.target}) must depend on one token and its position alone, but it "
-            f"mixes tokens or rows, or depends on how many there are: beside other tokens, in a text of {length} tokens and "
-            f"{rows} row{'s' if rows > 1 else ''}, {problem}. An evicted cache carries keys and values, nothing else"
+            f"{where}{first.name} ({first.target}) must depend on one token and its position alone, but it mixes tokens or rows, "
+            f"or depends on how many there are: beside other tokens, in a text of {length} tokens and {rows} "
+            f"row{'s' if rows > 1 else ''}, {problem}. An evicted cache carries keys and values, nothing else"
         )
 
 
