@@ -92,18 +92,19 @@ def find_live(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, c
     chain takes, else it takes (B, H, S, S). Raises LearnedConstant, with the parameter, where anything else in it is learned.
     """
     learned = bool(learned_leaves(captured, nodes))
-    by_query = _by_query(captured, nodes, scores)
-    if not learned and not by_query:
+    constant = _constant_factors(captured, nodes, scores, heads)
+    if not learned and not constant:
         return Live()
     chain = _Chain(captured, nodes, scores, chain_at, heads)
     live = Live()
-    for node in [*by_query, *chain.candidates()]:
+    for node in dict.fromkeys([*constant, *chain.candidates()]):
+        by_query = any(symbol(s) == captured.length_symbol for s in shape_of(node))
         for divides in (False, True):
-            if chain.is_factor(node, divides, live.given, node in by_query):
+            if chain.is_factor(node, divides, live.given, by_query):
                 live.factors.append((node, divides))
                 # Of any length: the chain is evaluated at several.
-                live.given[node] = torch.ones([1] * len(shape_of(node)) if node in by_query else chain.probe.shape(node),
-                                              dtype=torch.float64)  # fmt: skip
+                shape = [1] * len(shape_of(node)) if by_query else chain.probe.shape(node)
+                live.given[node] = torch.ones(shape, dtype=torch.float64)
                 break
     if not learned:
         return live
@@ -111,8 +112,9 @@ def find_live(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, c
     return live
 
 
-def _by_query(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None) -> list[fx.Node]:
-    """Nodes (..., S, 1) that the scores, or what becomes of them, are multiplied or divided by: one number for each query."""
+def _constant_factors(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, heads: int) -> list[fx.Node]:
+    """Nodes that the scores, or what becomes of them, are multiplied or divided by: (..., S, 1), one number for each query, or
+    (..., heads, 1, 1)."""
     if scores is None:
         return []
     after = dependents([scores])
@@ -121,11 +123,12 @@ def _by_query(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None) -
         value = tensor_of(node)
         if node in after or value is None or not value.is_floating_point() or value.dim() < 2 or depends_on_data(node):
             continue
-        *lead, length, last = (symbol(s) for s in value.shape)
-        if length != captured.length_symbol or last != 1 or any(s != 1 for s in lead):
-            continue
         if any(is_op(u, aten.mul.Tensor, aten.div.Tensor) and u in after for u in node.users):
-            found.append(node)
+            sizes = [symbol(s) for s in value.shape]
+            by_query = sizes[-2] == captured.length_symbol and all(s == 1 for s in (*sizes[:-2], sizes[-1]))
+            by_head = heads > 1 and sizes[-3:] == [heads, 1, 1] and all(s == 1 for s in sizes[:-3])
+            if by_query or by_head:
+                found.append(node)
     return found
 
 

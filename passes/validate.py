@@ -399,6 +399,8 @@ class _Locality:
             for given in ((self.tokens[:, None], self.positions[:, None]), (ids, positions))
         )
         first = next((n for n in orders if differs(together, alone, n)), node)
+        while getattr(first.target, "__name__", "") == "getitem":  # one of several results
+            first = first.all_input_nodes[0]
         where = _at(first) or f"{self.watched[node][0]}: "
         raise UnsupportedModelError(
             f"{where}{first.name} ({first.target}) must depend on one token and its position alone, but it mixes tokens or rows, "
