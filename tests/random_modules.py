@@ -2,7 +2,8 @@
 
 What a module is made of is drawn independently: how positions come in, how the heads are laid out (views, permutes, einsums
 with their letters in any order, kv heads shared or repeated in several ways), which mask there is and by which arithmetic, what
-happens to the scores and to the weights, and up to three ops on the hidden states or token ids, over random axes, at random places.
+happens to the scores and to the weights, and up to three ops on the hidden states or token ids, over random axes and at random
+places.
 Many of these are attention over a cache, many are not; the module does not know. `outcome` says what kvrewrite made of it:
 "exact", "refused" or what is wrong.
 """
