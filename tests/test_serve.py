@@ -6,27 +6,23 @@ import json
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoTokenizer
 
 import kvrewrite
 from kvrewrite import cli
-from tests.test_pipelines import TEMPLATE
-from tests.tiny import TEXT, make_checkpoint
+from tests.tiny import TEXT
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("pydantic")
 
-from kvrewrite import serving  # noqa: E402
+from kvrewrite import serving
+from tests.serving_tools import Server, head, idle, make_parts, until
 
 pytestmark = pytest.mark.xdist_group("serve")  # whose fixtures are made once
 
@@ -34,70 +30,9 @@ PROMPTS = [TEXT[3 * i : 3 * i + 40 + 17 * i] for i in range(8)]
 CHAT = [{"role": "user", "content": "The quick brown fox"}]
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> bool:
-    """Waits for something to be so, for a bounded time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-class Server:
-    """A server on a free port of the loopback interface, in this process, so that its engine can be looked into."""
-
-    def __init__(self, engine: serving.Engine, limits: serving.Limits | None = None):
-        self.engine = engine
-        self.server = serving.make_server(engine, "tiny", port=0, log_level="critical", limits=limits)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        assert until(lambda: self.server.started), "the server did not start"
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive() and not self.engine.alive
-
-    def call(self, path: str, body: Any = None, raw: bytes | None = None, **headers: str) -> tuple[int, Any]:
-        data = raw if raw is not None else (None if body is None else json.dumps(body).encode())
-        headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
-        data = json.dumps({**body, "stream": True}).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            assert response.headers["Content-Type"].startswith("text/event-stream")
-            lines = [line.decode().strip() for line in response]
-        data = [line.removeprefix("data: ") for line in lines if line]
-        return [d if d == "[DONE]" else json.loads(d) for d in data]
-
-
-def head(length: int, path: str = "/v1/completions") -> bytes:
-    """A request's head, for a body of so many bytes."""
-    lines = (f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}")
-    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = make_checkpoint(tmp_path_factory.mktemp("serve") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    kvrewrite.convert(path, path.parent / "out", "streaming_llm", budget=16, chunk=32)
-    return kvrewrite.load(path.parent / "out"), tokenizer
+    return make_parts(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +48,6 @@ def expected(parts: Any, prompt: Any, new: int, **settings: Any) -> str:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if isinstance(prompt, str) else torch.tensor([prompt])
     out = model.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=new, pad_token_id=0, **settings)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def idle(engine: serving.Engine) -> bool:
-    """Waits until nothing runs or waits."""
-    return until(lambda: not engine.running and not engine.waiting)
 
 
 def test_completions(parts: Any, server: Server) -> None:
@@ -250,10 +180,25 @@ def test_a_client_that_goes_away(server: Server) -> None:
         ("/v1/completions", {"prompt": "a", "n": 2}, 400, "n is not supported"),
         ("/v1/completions", {"prompt": "a", "logprobs": 3}, 400, "logprobs is not supported"),
         ("/v1/completions", {"prompt": "a", "temprature": 0.3}, 400, "'temprature' is not a parameter"),
-        ("/v1/completions", {"prompt": "a", "temperature": 9}, 400, "temperature is 9: input should be less than or equal to 2"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "temperature": 9},
+            400,
+            "temperature is 9: input should be less than or equal to 2",
+        ),
         ("/v1/completions", {"prompt": "a", "max_tokens": 65}, 400, "at most 64"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": "3"}, 400, "max_tokens is '3': input should be a valid integer"),
-        ("/v1/completions", {"prompt": "a", "stop": [""]}, 400, "stop[0] is '': string should have at least 1 character"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "max_tokens": "3"},
+            400,
+            "max_tokens is '3': input should be a valid integer",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "a", "stop": [""]},
+            400,
+            "stop[0] is '': string should have at least 1 character",
+        ),
         ("/v1/completions", {"prompt": [1, 5000]}, 400, "token ids reach from 1 to 5000"),
         ("/v1/completions", {"prompt": [1, 5000], "stream": True}, 400, "token ids reach from 1 to 5000"),
         ("/v1/completions", {"prompt": "a", "model": "gpt"}, 404, "has the model 'tiny', not 'gpt'"),
