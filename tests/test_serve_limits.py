@@ -464,7 +464,9 @@ def test_clients_that_take_nothing_of_their_answers_are_dropped(parts: Any) -> N
             with contextlib.suppress(ConnectionError):
                 for _ in range(40):
                     client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 25)
-            assert until(lambda: not server.server.server_state.connections)
+            connections = server.server.server_state.connections
+            assert until(lambda: [c.stage() for c in connections] == ["stalled"])
+            assert until(lambda: not connections, 5)  # uvicorn's own limit, between requests, is 10 s
 
 
 def test_unfinished_bodies_give_way(parts: Any) -> None:
@@ -529,6 +531,13 @@ def test_an_engine_that_ends_answers_and_ends_the_server(parts: Any, monkeypatch
     ended: list[serving.Event] = []
     request = serving.read_request({"prompt": "a"}, chat=False)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    engine.submit(serving.Job(request, ended.append))
+    engine.submit(serving.Job(request, ended.append))
+    go.set()
+    assert until(lambda: not engine.alive)
+    assert len(ended) == 1 and isinstance(ended[0].error, serving.RequestError) and ended[0].error.status == 503
+    with pytest.raises(serving.RequestError, match="shutting down"):
+        engine.submit(serving.Job(request, ended.append))
     raised: list[BaseException] = []
 
     def serve() -> None:
@@ -539,12 +548,5 @@ def test_an_engine_that_ends_answers_and_ends_the_server(parts: Any, monkeypatch
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    engine.submit(serving.Job(request, ended.append))
-    engine.submit(serving.Job(request, ended.append))
-    go.set()
     thread.join(20)
     assert not thread.is_alive() and "has ended" in str(raised[0])
-    assert len(ended) == 1 and isinstance(ended[0].error, serving.RequestError) and ended[0].error.status == 503
-    assert not engine.alive
-    with pytest.raises(serving.RequestError, match="shutting down"):
-        engine.submit(serving.Job(request, ended.append))

@@ -1,4 +1,4 @@
-"""The ASGI application: OpenAI's API in front of an engine."""
+"""The ASGI application: OpenAI's API for an engine."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class StopFinder:
         return max(self._matched, default=0)
 
     def feed(self, text: str) -> tuple[int, int] | None:
-        """Takes text. Where a stop string ends in it, returns the place (in `text`) behind it and its length: the first that
+        """Takes text. Where a stop string ends in it, returns the place (in `text`) after it and its length: the first that
         ends, and of several that end there the longest."""
         if not self._stops:
             return None
