@@ -88,11 +88,12 @@ class EvictionCache(Cache):
     of prompt and answer) chooses between short and long rotary frequencies where a model has both.
     """
 
+    # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
+    before_chunk: Callable[[], None] | None = None
+
     is_compileable = False
     is_croppable = False
     lease_type = Lease
-    # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
-    before_chunk: Callable[[], None] | None = None
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
         super().__init__(layers=[])
