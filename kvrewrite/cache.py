@@ -88,6 +88,9 @@ class EvictionCache(Cache):
     of prompt and answer) chooses between short and long rotary frequencies where a model has both.
     """
 
+    # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
+    before_chunk: Callable[[], None] | None = None
+
     is_compileable = False
     is_croppable = False
     lease_type = Lease

@@ -35,6 +35,18 @@ def register(group: click.Group) -> None:
     "--waiting", type=click.IntRange(min=1), default=64, show_default=True,
     help="Requests that may wait; one more gets an error (429).",
 )  # fmt: skip
+@click.option(
+    "--max-prompt-tokens", type=click.IntRange(min=1), default=32768, show_default=True,
+    help="The most tokens that a prompt may have; it limits the size of requests, too.",
+)  # fmt: skip
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), default=256, show_default=True,
+    help="Open connections; beyond that the one that has idled longest is closed.",
+)  # fmt: skip
+@click.option(
+    "--grace-seconds", type=click.FloatRange(min=0), default=8, show_default=True,
+    help="What SIGTERM leaves to the requests that are there; the rest get an error (503). A second one ends at once.",
+)  # fmt: skip
 def serve(
     directory: str,
     host: str,
@@ -45,6 +57,9 @@ def serve(
     trust_compiled: bool,
     max_new_tokens: int,
     waiting: int,
+    max_prompt_tokens: int,
+    max_connections: int,
+    grace_seconds: float,
 ) -> None:
     """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
 
@@ -60,7 +75,7 @@ def serve(
     from kvrewrite.cli import _device
     from kvrewrite.errors import OptionError
 
-    missing = [m for m in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(m) is None]
+    missing = [m for m in ("starlette", "uvicorn", "pydantic", "jinja2") if importlib.util.find_spec(m) is None]
     if missing:
         raise OptionError(f"kvrewrite serve needs {', '.join(missing)}: pip install 'kvrewrite[serve]'")
     artifact.read_manifest(directory)
@@ -75,5 +90,9 @@ def serve(
     model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:
         model.compile()
-    engine = serving.Engine(model, tokenizer, max_new_tokens=max_new_tokens, waiting=waiting)
-    serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port)
+    limits = serving.Limits(connections=max_connections, grace_seconds=grace_seconds)
+    limits.check(waiting)
+    engine = serving.Engine(
+        model, tokenizer, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, waiting=waiting
+    )
+    serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port, limits=limits)

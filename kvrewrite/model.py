@@ -559,6 +559,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         totals = [seen + n for seen, n in zip(cache.seen, counts)]
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
+            if cache.before_chunk is not None:
+                cache.before_chunk()
             row_segments = [p[step] if step < len(p) else None for p in plans]
             valid = [s.length if s else 0 for s in row_segments]
             starts = [f + d for f, d in zip(first, done)]
