@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvrewrite.kernels.gpu.limits import missing_attention
+
 ROUTES = ("auto", "hopper", "triton", "cudnn")
 HOPPER_DIMS = (64, 128, 256)  # head dimensions of the warp-specialized kernel, equal for keys and values
 
@@ -523,6 +525,8 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} for q of shape {tuple(q.shape)}")
     if h % hkv:
         raise ValueError(f"{h} query heads are not a multiple of {hkv} kv heads")
+    if why := missing_attention(d, dv, h // hkv, 2, False):
+        raise ValueError(f"chunk_attention: {why}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {q.dtype}; these kernels have bfloat16, float16 and float32")
     for name in ("k", "v", "k_cache", "v_cache"):
