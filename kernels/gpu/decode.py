@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvrewrite.kernels.gpu.launch import begin, fetch, options
+from kvrewrite.kernels.gpu.limits import missing_attention
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -524,10 +525,8 @@ def decode_attention(
         raise ValueError(f"decode_attention takes bf16, fp16 or fp32, got {q.dtype}")
     if q.shape[2] != 1 or h % hkv:
         raise ValueError(f"decode_attention takes one token a row and whole groups of heads, got q {tuple(q.shape)}")
-    if max(d, dv) > 256 or h // hkv > 128:
-        raise ValueError(
-            f"decode_attention takes head dims up to 256 and groups up to 128, got {d}, {dv} and groups of {h // hkv}"
-        )
+    if why := missing_attention(d, dv, h // hkv, 1, False):
+        raise ValueError(f"decode_attention: {why}")
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     check_rotation(q, cos, sin)
