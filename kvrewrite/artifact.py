@@ -15,16 +15,14 @@ beside its final place and renamed, so that a crash leaves either the old state 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import importlib
 import json
 import os
-import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +32,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvrewrite import __version__
-from kvrewrite.checkpoint import Checkpoint, Copier, Recipe, check_recipe, load_parameters, read_header, read_json
+from kvrewrite.checkpoint import (
+    Checkpoint,
+    Copier,
+    Recipe,
+    check_recipe,
+    load_parameters,
+    read_header,
+    read_json,
+    some,
+)
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph import get_attr, set_attr
 from kvrewrite.graph_io import graph_from_dict, graph_to_dict
+from kvrewrite.memory import human
 from kvrewrite.program import Program
+from kvrewrite.publishing import leftovers, publish, recover, staging
 from kvrewrite.site import AttentionSite
 
 FORMAT_VERSION = 3
@@ -100,7 +109,8 @@ def write_artifact(
     graph = graph_to_dict(program.graph)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(out) as folder:
+        recover(out, base.directory if isinstance(base, Checkpoint) else None)
+        with staging(out) as folder:
             _check_space(folder, base, link)
             writer = _Writer(folder)
             writer.json(CONFIG, {**config, "kvrewrite": _config_section(program)}, indent=2)
@@ -124,7 +134,8 @@ def write_artifact(
                     writer.add(name)
                 writer.json(MANIFEST, _manifest(program, recipes, writer.files, compiled), indent=1)
             writer.seal()
-            _publish(folder, out)
+            publish(folder, out, (lambda: check_destination(out, base, force)) if force else None)
+            _sync_folder(out.parent)
     except OSError as error:
         hint = "free some space, or use link=True (--link) if the base model is on the same file system"
         reason = f"{error.strerror or error}; {hint}" if error.errno == errno.ENOSPC else str(error)
@@ -256,6 +267,7 @@ def _write_base(
             check_recipe(name, recipes[name], base.tensors)
         for name in base.files:
             writer.copy(base.directory / name, name, link=link)
+            base.check_unchanged(name)
         return {n: recipes[n] for n in program.base}
     tensors: dict[str, Tensor] = {}
     made: dict[str, Recipe] = {}
@@ -414,18 +426,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, gone afterwards unless it was renamed."""
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        folder.mkdir()
-        yield folder
-    finally:  # whatever happened, Ctrl-C included
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_space(folder: Path, base: Checkpoint | Mapping[str, Tensor], link: bool) -> None:
     if isinstance(base, Checkpoint):
         needed = 0 if link else sum((base.directory / f).stat().st_size for f in base.files)
@@ -433,27 +433,8 @@ def _check_space(folder: Path, base: Checkpoint | Mapping[str, Tensor], link: bo
         needed = sum(t.numel() * t.element_size() for t in base.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        message = f"the weights need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        message = f"the weights need {human(needed)}, {human(free)} are free"
         raise OSError(errno.ENOSPC, message)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Renames the finished folder to `out`; an old directory is moved aside first and removed last."""
-    old = None
-    if out.exists() and any(out.iterdir()):
-        old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
-    try:
-        if old is not None:
-            os.replace(out, old)
-        os.replace(folder, out)
-        _sync_folder(out.parent)
-    except BaseException:
-        if old is not None and old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    finally:
-        if old is not None and out.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -466,7 +447,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a model directory, checked against its own hash and our version."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ArtifactError(f"{directory} is not a directory; expected a model directory that kvrewrite wrote")
+        old = leftovers(directory)[1]
+        aside = f". A run that replaced it was killed: {some(old)} is the former one, rename it" if old else ""
+        raise ArtifactError(f"{directory} is not a directory; expected a model directory that kvrewrite wrote{aside}")
     if not is_artifact(directory):
         raise ArtifactError(
             f"{directory} has no {MANIFEST}, so kvrewrite did not write it, or it is incomplete. To convert a model: "
@@ -506,7 +489,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: bool) -> None:
+def check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: bool) -> None:
     path = directory / name
     if not path.is_file():
         raise ArtifactError(f"{directory} lacks {name}, which its manifest lists; copy the directory again")
@@ -532,7 +515,7 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
         raise ArtifactError(f"the manifest of {directory} does not list {', '.join(lacking)}; convert the model again")
     own = {POLICY, CONSTANTS}
     for name, entry in files.items():
-        _check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
+        check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
     try:
         with Copier(device) as copier:  # the graph is read while the weights are on their way
             program = _read_program(directory, manifest, device, copier)
@@ -554,7 +537,7 @@ def _import_ahead(device: torch.device) -> None:
 
 
 def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, manifest["files"])
     base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device, copier=copier)
     own = {CONSTANTS: manifest["constants"], POLICY: manifest["policy_weights"]}
     tensors: dict[str, Tensor] = dict(base)
@@ -610,7 +593,7 @@ def verify_hashes(directory: str | Path, progress: Progress | None = None) -> di
     done, problems = 0, []
     for name, entry in manifest["files"].items():
         try:
-            _check_file(directory, name, entry, hashed=False)
+            check_file(directory, name, entry, hashed=False)
             start = done
             report = None if progress is None else lambda n, f=name, s=start: progress(f, s + n, total)
             if sha256_of(directory / name, report) != entry["sha256"]:

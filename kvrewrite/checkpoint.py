@@ -14,7 +14,7 @@ import contextlib
 import json
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
+INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec"
 COPIERS = 4  # threads that copy tensors to a GPU
 STAGED = 16 << 20  # bytes of each of a thread's two buffers for that
@@ -156,17 +157,22 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 class Checkpoint:
     """A directory with safetensors files, of which the headers were read and checked.
 
-    files: names of the weight files and of the index, if there is one, in the order to copy them in.
+    files: names of the weight files and of the index, if there is one, in the order to copy them in. stamps: what the file
+    system said of each of them when it was read (`stamp`).
     """
 
     directory: Path
     tensors: dict[str, TensorInfo]
     files: list[str]
     config: dict[str, Any] = field(default_factory=dict)
+    stamps: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, directory: str | Path) -> Checkpoint:
-        """Reads the headers of a Hugging Face checkpoint directory. ArtifactError says what is wrong with it."""
+    def open(cls, directory: str | Path, listed: Collection[str] | None = None) -> Checkpoint:
+        """Reads the headers of a Hugging Face checkpoint directory. ArtifactError says what is wrong with it.
+
+        listed: files that may be opened (those of a manifest); weight files besides them are refused. Default: any.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise ArtifactError(
@@ -180,7 +186,11 @@ class Checkpoint:
         config = read_json(directory / "config.json")
         if not isinstance(config, dict):
             raise ArtifactError(f"{directory / 'config.json'} is not a JSON object; it is damaged, copy it again")
+        if listed is not None:
+            _refuse_unlisted(directory, listed)
         names, index = _weight_files(directory)
+        files = names if index is None else [*names, INDEX]
+        stamps = {name: stamp(directory / name) for name in files}
         tensors: dict[str, TensorInfo] = {}
         for name in names:
             found, _ = read_header(directory / name)
@@ -194,8 +204,12 @@ class Checkpoint:
                     "the shards are of different versions, copy them all again"
                 )
             tensors.update({key: found[key] for key in sorted(listed)})
-        files = names if index is None else [*names, "model.safetensors.index.json"]
-        return cls(directory, tensors, files, config)
+        return cls(directory, tensors, files, config, stamps)
+
+    def check_unchanged(self, name: str) -> None:
+        """ArtifactError where a file is not the one whose header was read."""
+        if name in self.stamps and stamp(self.directory / name) != self.stamps[name]:
+            raise ArtifactError(f"{self.directory / name} changed while it was read; nothing was written. Try again")
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -207,9 +221,28 @@ class Checkpoint:
             reader.close()
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Which file a path names and when it was last written to; ArtifactError where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _refuse_unlisted(directory: Path, listed: Collection[str]) -> None:
+    """Weight files that a manifest does not list would be taken for the model's own."""
+    found = sorted({p.name for p in (*directory.glob("*.safetensors"), directory / INDEX) if p.exists()} - set(listed))
+    if found:
+        raise ArtifactError(
+            f"{directory} has weight files that its manifest does not list: {some(found)}. Take them away; they are not a "
+            "part of this model"
+        )
+
+
 def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the safetensors files of a directory, and the index (tensor -> file) when they are shards."""
-    single, index_path = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index_path = directory / "model.safetensors", directory / INDEX
     if single.is_file():
         return [single.name], None
     if not index_path.is_file():
@@ -230,8 +263,10 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     names = sorted(set(weight_map.values()))
     for name in names:
         # The names come from a file; they must stay in its directory.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ArtifactError(f"{index_path} names the file {name!r}; expected *.safetensors in the same directory")
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 255 or "\0" in name:
+            raise ArtifactError(
+                f"{index_path} names the file {name!r:.120}; expected *.safetensors in the same directory"
+            )
         if not (directory / name).is_file():
             raise ArtifactError(
                 f"{directory} lacks the shard {name}, one of {len(names)} in its index; the download is incomplete"
