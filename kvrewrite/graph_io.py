@@ -10,7 +10,7 @@ means: its result depends on its arguments only, and nothing else changes. So no
 an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared), reads or writes files
 (`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), makes views by strides
 (`as_strided`, `_reshape_alias`, which does not even look at the end of the memory) or leaves memory as it was
-(`empty_strided`; plain `empty` is read as zeros), and every higher-order op, because those carry subgraphs.
+(`empty_strided`; `empty` is read as zeros), and every higher-order op, because those carry subgraphs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 import kvrewrite.ops  # noqa: F401  (registers the ops that graphs are made of)
 from kvrewrite import schema
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import set_attr
+from kvrewrite.graph import ZEROED, clear_memory, set_attr
 from kvrewrite.graph_facts import DTYPES, FactReader, FactWriter
 
 GRAPH_FORMAT = 2
@@ -322,7 +322,7 @@ def _read_node(entry: schema.Node, graph: fx.Graph, env: dict[str, fx.Node], dev
     function: Any = target
     if op == "call_function":
         try:
-            function, args = _as_read(target, args)
+            function = resolve_op(target)
         except ArtifactError as error:
             raise ArtifactError(f"{where}: {error}") from None
         _check_call(where, target, function, args, kwargs)
@@ -339,24 +339,19 @@ def _read_node(entry: schema.Node, graph: fx.Graph, env: dict[str, fx.Node], dev
     node = graph.create_node(op, function, args, kwargs, name=name)
     if node.name != name:
         raise ArtifactError(f"{where}: the name is reserved by Python; the file was not written by kvrewrite")
+    if node.target in ZEROED:
+        clear_memory(node)
+    node.target = _CHECKED.get(node.target, node.target)  # type: ignore[arg-type]
     node.meta.update(entry.meta)
     env[name] = node
     return node
 
 
-# What is read as another op, with the same arguments: memory that nobody wrote to could be anybody's, and unchecked indices
-# are for code that made them itself.
-_AS_READ = {
-    "aten.empty.memory_format": "aten.zeros.default",
-    "aten.empty_like.default": "aten.zeros_like.default",
-    "aten.new_empty.default": "aten.new_zeros.default",
-    "aten._unsafe_index.Tensor": "aten.index.Tensor",
-    "aten._unsafe_index_put.default": "aten.index_put.default",
+# Indices that nobody checks are for code that made them itself.
+_CHECKED: dict[Any, Any] = {
+    torch.ops.aten._unsafe_index.Tensor: torch.ops.aten.index.Tensor,
+    torch.ops.aten._unsafe_index_put.default: torch.ops.aten.index_put.default,
 }
-
-
-def _as_read(name: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    return resolve_op(_AS_READ.get(name, name)), args
 
 
 def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
