@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvrewrite import __version__
+from kvrewrite import __version__, schema
 from kvrewrite.checkpoint import (
     Checkpoint,
     Copier,
@@ -39,14 +39,14 @@ from kvrewrite.checkpoint import (
     check_recipe,
     load_parameters,
     read_header,
-    read_json,
     some,
 )
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr, set_attr
-from kvrewrite.graph_io import graph_from_dict, graph_to_dict
+from kvrewrite.graph import get_attr
+from kvrewrite.graph_io import attach, graph_to_dict, read_graph
 from kvrewrite.memory import human
 from kvrewrite.program import Program
+from kvrewrite.program_check import check_program
 from kvrewrite.publishing import leftovers, publish, recover, staging
 from kvrewrite.site import AttentionSite
 
@@ -455,36 +455,29 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{directory} has no {MANIFEST}, so kvrewrite did not write it, or it is incomplete. To convert a model: "
             "kvrewrite convert MODEL --out DIRECTORY"
         )
-    manifest = read_json(directory / MANIFEST)
-    damaged = f"{directory / MANIFEST} is damaged or was edited"
-    if not isinstance(manifest, dict) or type(manifest.get("format_version")) is not int:
+    path = directory / MANIFEST
+    data = schema.read_bytes(path)
+    damaged = f"{path} is damaged or was edited"
+    head = schema.decode(data, schema.Head, path)
+    if type(head.format_version) is not int:
         raise ArtifactError(
             f"{damaged}: it has no format_version; copy the directory again, or convert the model again"
         )
-    if manifest["format_version"] > FORMAT_VERSION:
+    if head.format_version != FORMAT_VERSION:
+        newer = head.format_version > FORMAT_VERSION
         raise ArtifactError(
-            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
-            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads up to format "
-            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade kvrewrite"
+            f"{directory} has format {head.format_version}, written by kvrewrite {head.kvrewrite!s:.20}; this is kvrewrite "
+            f"{__version__}, which reads {'up to ' if newer else ''}format {FORMAT_VERSION}. "
+            + ("Upgrade: pip install --upgrade kvrewrite" if newer else "Convert the model again")
         )
-    if manifest["format_version"] < 1:
-        raise ArtifactError(f"{damaged}: format_version is {manifest['format_version']}")
-    if manifest["format_version"] < FORMAT_VERSION:
-        raise ArtifactError(
-            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
-            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads format {FORMAT_VERSION}. "
-            "Convert the model again"
-        )
+    schema.decode(data, schema.Manifest, path)
+    manifest: dict[str, Any] = schema.decode(data, dict[str, Any], path)
     body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    if manifest.get("manifest_sha256") != _digest(body):
+    if manifest["manifest_sha256"] != _digest(body):
         raise ArtifactError(f"{damaged}: its hash is wrong; copy the directory again, or convert the model again")
-    files = manifest.get("files")
-    for name, entry in files.items() if isinstance(files, dict) else [("", None)]:
+    for name in manifest["files"]:
         parts = Path(name).parts
-        well_formed = (
-            isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
-        )
-        if not well_formed or not parts or Path(name).is_absolute() or ".." in parts:
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or any(len(p) > 255 for p in parts):
             raise ArtifactError(f"{damaged}: its list of files has {name!r:.80}")
     return manifest
 
@@ -516,16 +509,9 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
     own = {POLICY, CONSTANTS}
     for name, entry in files.items():
         check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
-    try:
-        with Copier(device) as copier:  # the graph is read while the weights are on their way
-            program = _read_program(directory, manifest, device, copier)
-            _import_ahead(device)
-    except (KeyError, TypeError, AttributeError) as error:
-        # The hash says that the manifest is whole, so another version wrote it differently.
-        raise ArtifactError(
-            f"{directory / MANIFEST} does not fit this version ({type(error).__name__}: {error}); it was written by "
-            f"kvrewrite {manifest.get('kvrewrite')!s:.20}, this is {__version__}. Convert the model again"
-        ) from error
+    with Copier(device) as copier:  # the graph is read while the weights are on their way
+        program = _read_program(directory, manifest, device, copier)
+        _import_ahead(device)
     return program, manifest
 
 
@@ -550,14 +536,16 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
                 f"{directory / file} has {len(found)} tensors where the manifest lists {len(names)}; convert it again"
             )
         tensors.update({name: found[name].to(device) for name in names})
+    if lacking := [name for name in manifest["parameters"] if name not in base and name not in manifest["policy_weights"]]:
+        raise ArtifactError(f"{directory / MANIFEST}: there are no weights {some(lacking)}; convert the model again")
     # Names that share a tensor share the parameter.
     wrapped = {id(t): nn.Parameter(t, requires_grad=False) for t in map(tensors.__getitem__, manifest["parameters"])}
     parameters = {name: wrapped[id(tensors[name])] for name in manifest["parameters"]}
-    graph = graph_from_dict(read_json(directory / GRAPH), {**tensors, **parameters}, device)
+    graph = read_graph(directory / GRAPH, {**tensors, **parameters}, device)
     # Tables that the runtime reads and no node does (rotary tables, frequencies by length).
     for name in set(manifest["constants"]) - {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}:
-        set_attr(graph, name, tensors[name])
-    return Program(
+        attach(graph, name, tensors[name])
+    program = Program(
         graph=graph,
         sites=[AttentionSite.from_dict(site) for site in manifest["sites"]],
         layout=manifest["layout"],
@@ -571,6 +559,8 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
         constants=manifest["constants"],
         aliases=manifest["aliases"],
     )
+    check_program(program, device, str(directory))
+    return program
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -108,8 +108,10 @@ class Sizes:
         self.device = device
         self.shape_env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=False)
+        self.mode.cache_enabled = False  # equal calls are known here already, and filling torch's cache takes longer
         self._sizes: dict[str, Any] = {}
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
+        self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def size(self, name: str) -> Any:
         """The size of this name. Its example is a number that no real size is, and no other one's."""
@@ -121,10 +123,12 @@ class Sizes:
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int | str]) -> Tensor:
         """A contiguous tensor."""
-        sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
-        with self.mode:
-            made = torch.empty(sizes, dtype=dtype, device=self.device)
-        return self.same(made)
+        key = (dtype, *shape)
+        if key not in self._made:
+            sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
+            with self.mode:
+                self._made[key] = self.same(torch.empty(sizes, dtype=dtype, device=self.device))
+        return self._made[key]
 
     def same(self, tensor: Tensor) -> Tensor:
         """The first tensor like this one."""
@@ -207,6 +211,7 @@ class _Check:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n])  # type: ignore[misc]
         if node.op == "output":
             return args[0]  # type: ignore[index]
+        args = _any_layer(node.target, args)  # type: ignore[arg-type]
         key = (node.target, _key(args), _key(tuple(sorted(kwargs.items()))))  # type: ignore[union-attr]
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "kvrewrite":
             self._check_cache_op(node, args, kwargs)  # type: ignore[arg-type]
@@ -434,6 +439,15 @@ def _is_own_memory(node: Any) -> bool:
         node = node.args[0]
     names = (*(f"{p}_" for p in _POOLS), "lens_", "next_table_", "state_")
     return _is_input(node) and str(node.target).startswith(names)
+
+
+def _any_layer(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments that give the same kind of value: which of several layers is selected does not matter, if there is that one."""
+    if target is aten.select.int and len(args) == 3 and type(args[2]) is int and isinstance(args[0], Tensor):
+        count = args[0].shape[args[1]] if args[1] == 0 and args[0].dim() else None
+        if isinstance(count, int) and 0 <= args[2] < count:
+            return (*args[:2], 0)
+    return args
 
 
 def _key(value: Any) -> Any:

@@ -434,11 +434,16 @@ def _attach(root: nn.Module, target: str, node: str, tensors: Mapping[str, Tenso
         raise ArtifactError(
             f"node {node!r} reads the tensor {target!r}, which the model's files lack; the directory is incomplete"
         )
-    try:
-        set_attr(root, target, tensors[target])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"node {node!r}: {target!r} can't be the name of a tensor: {error}") from error
+    attach(root, target, tensors[target])
     seen.add(target)
+
+
+def attach(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor on a module under a dotted name that comes from a file; ArtifactError where it can't be there."""
+    try:
+        set_attr(root, name, tensor)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{name!r} can't be the name of a tensor: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- devices
