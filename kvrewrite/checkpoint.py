@@ -36,6 +36,7 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_READS, _SPARE = 256, 1 << 20  # how often recipes may read everything; numbers that any files may become
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
 INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec"
@@ -372,6 +373,29 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
     raise ArtifactError(f"{bad}: it has none of key, stack, cat, transpose, reshape, narrow")
 
 
+def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo]) -> None:
+    """ArtifactError where recipes make much more than the files hold, or read it over and over: a few lines can ask for that."""
+    held = sum(torch.Size(info.shape).numel() for info in tensors.values())
+    made, read = 0, 0
+    for name, recipe in {json.dumps(r, sort_keys=True): (n, r) for n, r in recipes.items()}.values():
+        made += torch.Size(check_recipe(name, recipe, tensors)).numel()
+        read += sum(torch.Size(tensors[key].shape).numel() for key in recipe_keys(recipe))
+        largest = max(_sizes(name, recipe, tensors))
+        if max(made, largest) > 2 * held + _SPARE or read > _READS * held + _SPARE:
+            raise ArtifactError(
+                f"the recipes up to that of the parameter {name} make {made} numbers, {largest} of them at once, from the {held} "
+                f"that the files hold, and read {read}; the manifest is damaged"
+            )
+
+
+def _sizes(name: str, recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Iterator[int]:
+    """How many numbers a recipe and each one in it give."""
+    yield torch.Size(_recipe_shape(name, recipe, tensors, 0)).numel()
+    inner: Any = next((recipe[k] for k in ("stack", "cat", "transpose", "reshape", "narrow") if k in recipe), [])
+    for part in inner if isinstance(inner, list) else [inner]:
+        yield from _sizes(name, part, tensors)
+
+
 def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
     """Writes what a recipe gives into `out`, a view of the result: only one checkpoint tensor is held beside it."""
     tensors = reader.checkpoint.tensors
@@ -412,11 +436,13 @@ def load_parameters(
     same tensor (tied weights).
     """
     device = torch.device(device)
+    names = list(recipes if names is None else names)
+    check_cost({name: recipes[name] for name in names if name in recipes}, checkpoint.tensors)
     out: dict[str, Tensor] = {}
     made: dict[tuple[str, torch.dtype], Tensor] = {}
     with checkpoint.reader() as reader, contextlib.ExitStack() as stack:
         copy = copier or stack.enter_context(Copier(device))
-        for name in recipes if names is None else names:
+        for name in names:
             if name not in recipes:
                 raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
             recipe = recipes[name]

@@ -32,6 +32,14 @@ from tests.zoo import VOCAB, make
 aten = torch.ops.aten
 
 
+def layout(*inputs: str) -> dict[str, Any]:
+    """That of a program without caches."""
+    return {
+        "classes": [], "contiguous": False, "rotary": [], "length_tables": [], "states": [], "row_inputs": [],
+        "rewrites_slots": False, "ragged": False, "quantize": None, "inputs": list(inputs),
+    }  # fmt: skip
+
+
 def program() -> Program:
     """x -> embedding @ head * gate + table: tied base parameters, one policy weight, one constant."""
     root = nn.Module()
@@ -54,8 +62,8 @@ def program() -> Program:
     return Program(
         graph=gm,
         sites=[AttentionSite(0, "layers.0.attn", 4, 2, 16, 16, 0.25, "interface", window=8)],
-        layout={"classes": [{"layers": [0], "limits": [1.5, None]}]},
-        policy={"name": "test", "options": {"budget": 64}},
+        layout=layout("input_ids"),
+        policy={"name": "full", "options": {"budget": 64}},
         dtype="float32",
         vocab_size=4,
         max_positions=128,
@@ -179,8 +187,9 @@ def test_a_real_model_from_meta(tmp_path: Path) -> None:
     captured = capture_on_meta(model)
     read = {str(n.target) for n in captured.graph.graph.nodes if n.op == "get_attr"}
     names = sorted(read & captured.persistent)
+    inputs = [str(n.target) for n in captured.graph.graph.nodes if n.op == "placeholder"]
     made = Program(
-        captured.graph, [], {}, {"name": "none", "options": {}}, "float32", VOCAB, None, captured.frontend, names, [],
+        captured.graph, [], layout(*inputs), {"name": "full", "options": {}}, "float32", VOCAB, None, captured.frontend, names, [],
         sorted(read - set(names)), captured.aliases,
     )  # fmt: skip
     recipes = parameter_sources(model, config, checkpoint)
