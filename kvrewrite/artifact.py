@@ -536,7 +536,9 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
                 f"{directory / file} has {len(found)} tensors where the manifest lists {len(names)}; convert it again"
             )
         tensors.update({name: found[name].to(device) for name in names})
-    if lacking := [name for name in manifest["parameters"] if name not in base and name not in manifest["policy_weights"]]:
+    if lacking := [
+        name for name in manifest["parameters"] if name not in base and name not in manifest["policy_weights"]
+    ]:
         raise ArtifactError(f"{directory / MANIFEST}: there are no weights {some(lacking)}; convert the model again")
     # Names that share a tensor share the parameter.
     wrapped = {id(t): nn.Parameter(t, requires_grad=False) for t in map(tensors.__getitem__, manifest["parameters"])}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-
-from kvrewrite.errors import ArtifactError
 
 
 def register(group: click.Group) -> None:

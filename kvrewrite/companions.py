@@ -111,4 +111,6 @@ def read_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except _WRONG as error:
         code = "" if "trust_remote_code" not in str(error) else " (its own code, which kvrewrite does not run)"
-        raise ArtifactError(f"the tokenizer in {directory} can't be opened{code}: {str(error).strip()[:400]}") from error
+        raise ArtifactError(
+            f"the tokenizer in {directory} can't be opened{code}: {str(error).strip()[:400]}"
+        ) from error

@@ -182,7 +182,9 @@ class _Check:
                 if node.op == "call_function":
                     self.held += self._bytes(result)
                     if self.held > self.place.memory:
-                        raise ArtifactError(f"values up to here take {self.held} bytes at {_SMALL} tokens of {_SMALL} rows")
+                        raise ArtifactError(
+                            f"values up to here take {self.held} bytes at {_SMALL} tokens of {_SMALL} rows"
+                        )
             except ArtifactError as error:
                 raise ArtifactError(f"{self._where(node)}: {error}") from error.__cause__
             self.held -= sum(self._bytes(self.values[n]) for n in released.get(node, ()) if n.op == "call_function")
@@ -367,7 +369,9 @@ class _Check:
         """Of a layer's part of an input that all layers share: its class, and its place there."""
         selects = isinstance(source, fx.Node) and source.target is aten.select.int and len(source.args) == 3
         if not selects or source.args[1] != 0 or type(source.args[2]) is not int:
-            raise ArtifactError(f"{name} is {source}; expected a layer's part of the input {kind}_... (aten.select.int)")
+            raise ArtifactError(
+                f"{name} is {source}; expected a layer's part of the input {kind}_... (aten.select.int)"
+            )
         c, index = self._class_of(name, source.args[0], (kind,)), source.args[2]
         if not 0 <= index < len(self.place.classes[c]["layers"]):
             raise ArtifactError(f"{name} is that of layer {index}, of {len(self.place.classes[c]['layers'])}")
@@ -410,7 +414,9 @@ class _Check:
         for name, width in (("k", spec["k_dim"]), ("v", spec["v_dim"])):
             shape = values[name].shape
             if shape[1] != spec["kv_heads"] or shape[3] != width:
-                raise ArtifactError(f"{name} is {_shown(values[name])}; the cache has {spec['kv_heads']} heads of {width}")
+                raise ArtifactError(
+                    f"{name} is {_shown(values[name])}; the cache has {spec['kv_heads']} heads of {width}"
+                )
         if (values["window"] or values["chunk"]) != spec["windows"][index]:
             raise ArtifactError(
                 f"window and chunk are {values['window']} and {values['chunk']}; the cache has pages for {spec['windows'][index]}"
@@ -520,9 +526,9 @@ def _differs(told: Any, value: Any) -> str:
         if fits and not any(_differs(a, b) for a, b in zip(told.shape, value.shape)):
             return ""
         return f"{_shown(told)}, and it gives {_shown(value)}"
-    if isinstance(value, (int, torch.SymInt)) and isinstance(told, torch.SymInt) == isinstance(value, torch.SymInt):
-        if isinstance(told, torch.SymInt) or told == value:
-            return ""
+    sizes = isinstance(value, (int, torch.SymInt)) and isinstance(told, torch.SymInt) == isinstance(value, torch.SymInt)
+    if sizes and (isinstance(told, torch.SymInt) or told == value):
+        return ""
     return f"{_shown(told)}, and it gives {_shown(value)}"
 
 

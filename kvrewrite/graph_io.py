@@ -4,7 +4,8 @@ A saved graph is data, never code: each node names an op on an explicit allow-li
 before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python source and
 executes it: node names, attribute names and keyword names all end up in that source, so each must look like a name.
 
-The allow-list is by namespace: `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional `aten` overloads of base names that decoders use
+The allow-list is by namespace: the `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional `aten`
+overloads of base names that decoders use
 (`ATEN`), a few `prims`, transformers' grouped matmul, and Python's arithmetic on sizes (`BUILTINS`). Allowing an op
 means: its result depends on its arguments only, and nothing else changes. So not on it, on purpose: whatever writes to
 an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared), reads or writes files
@@ -382,7 +383,9 @@ def _wrong_type(argument: Any, value: Any) -> str | None:
     """What is wrong with a value for an argument of a schema, where that is plain without running the op."""
     kind = str(argument.type)
     if isinstance(value, fx.Node):
-        return None
+        # A number that must be known when shapes are can't be computed.
+        fixed = str(argument.real_type).removeprefix("Optional[").removesuffix("]") in ("int", "bool", "str", "ScalarType")
+        return f"what {value.name!r} computes" if fixed else None
     if value is None:
         return None if kind.startswith("Optional") or "None" in kind or argument.has_default_value() else "nothing"
     # A Tensor argument may be a number: export keeps `x * 2` as mul.Tensor(x, 2).
@@ -420,7 +423,8 @@ def _decode(value: Any, where: str, env: Mapping[str, fx.Node], device: torch.de
         return float(inner)
     if tag == "device":
         return device
-    table: Mapping[str, Any] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}[tag]
+    tables: dict[str, Mapping[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
+    table = tables[tag]
     if inner not in table:
         raise ArtifactError(f"{where} has an argument that can't be read: the {tag} {inner!r:.80}")
     return table[inner]

@@ -110,9 +110,11 @@ def flatten(path: Path, content: Any) -> dict[str, Tensor]:
     unusable = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
     if unusable:
         raise PolicyWeightsError(f"{path}: {', '.join(unusable[:_LISTED])} is sparse, quantized or without values")
-    bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t if t.itemsize > 1 else t.float()).all())]
-    if bad:
-        raise PolicyWeightsError(f"{path}: {', '.join(bad[:_LISTED])} is not finite (infinite or not a number); the file is damaged")
+    floats = {n: t if t.itemsize > 1 else t.float() for n, t in tensors.items() if t.is_floating_point()}
+    if bad := [n for n, t in floats.items() if not bool(torch.isfinite(t).all())]:
+        raise PolicyWeightsError(
+            f"{path}: {', '.join(bad[:_LISTED])} is not finite (infinite or not a number); the file is damaged"
+        )
     return tensors
 
 

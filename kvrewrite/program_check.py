@@ -146,10 +146,14 @@ def _rotary(
     names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
     inputs = {name: tables[name] for name in entry["length_tables"]}
     if names[1:] != list(inputs) or not names:
-        raise ArtifactError(f"{what}: its inputs are {', '.join(names)[:200]}; expected positions and its length tables")
+        raise ArtifactError(
+            f"{what}: its inputs are {', '.join(names)[:200]}; expected positions and its length tables"
+        )
     inputs[names[0]] = sizes.tensor(torch.int64, ["positions"])
     made = check_graph(graph, inputs, Place(what, sizes))
-    fits = isinstance(made, (list, tuple)) and len(made) == 2 and all(isinstance(t, Tensor) and t.dim() == 2 for t in made)
+    fits = (
+        isinstance(made, (list, tuple)) and len(made) == 2 and all(isinstance(t, Tensor) and t.dim() == 2 for t in made)
+    )
     if not fits or not all(same_sizes(t.shape[:1], (sizes.size("positions"),)) for t in made):
         raise ArtifactError(f"{what}: it does not give cos and sin (positions, D)")
     return {f"rotary_cos_{index}": made[0], f"rotary_sin_{index}": made[1]}

@@ -189,8 +189,8 @@ def test_a_real_model_from_meta(tmp_path: Path) -> None:
     names = sorted(read & captured.persistent)
     inputs = [str(n.target) for n in captured.graph.graph.nodes if n.op == "placeholder"]
     made = Program(
-        captured.graph, [], layout(*inputs), {"name": "full", "options": {}}, "float32", VOCAB, None, captured.frontend, names, [],
-        sorted(read - set(names)), captured.aliases,
+        captured.graph, [], layout(*inputs), {"name": "full", "options": {}}, "float32", VOCAB, None, captured.frontend,
+        names, [], sorted(read - set(names)), captured.aliases,
     )  # fmt: skip
     recipes = parameter_sources(model, config, checkpoint)
     write_artifact(tmp_path / "out", made, base=checkpoint, config=checkpoint.config, recipes=recipes)
