@@ -23,6 +23,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from kvrewrite.checkpoint import (
 )
 from kvrewrite.errors import ArtifactError
 from kvrewrite.graph import get_attr
-from kvrewrite.graph_io import attach, graph_to_dict, read_graph
+from kvrewrite.graph_io import attach, graph_from_dict, graph_to_dict, read_graph
 from kvrewrite.memory import human
 from kvrewrite.program import Program
 from kvrewrite.program_check import check_program
@@ -107,6 +108,7 @@ def write_artifact(
     constants = _collect(program, program.constants, constants, "constants")
     _check_partition(program)
     graph = graph_to_dict(program.graph)
+    _check_as_read(program, graph)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         recover(out, base.directory if isinstance(base, Checkpoint) else None)
@@ -192,6 +194,17 @@ def _check_partition(program: Program) -> None:
                 f"the graph reads {name}, which is in {count} of the program's base, policy_weights and constants; "
                 "expected exactly one"
             )
+
+
+def _check_as_read(program: Program, graph: dict[str, Any]) -> None:
+    """Refuses to write what `read_artifact` would refuse to read."""
+    read = {
+        str(n.target): get_attr(program.graph, str(n.target)) for n in program.graph.graph.nodes if n.op == "get_attr"
+    }
+    again = graph_from_dict(graph, read, "cpu")
+    for name in set(program.constants) - read.keys():
+        attach(again, name, get_attr(program.graph, name))
+    check_program(replace(program, graph=again), torch.device("cpu"), "the rewritten program can't be saved")
 
 
 def _config_section(program: Program) -> dict[str, Any]:

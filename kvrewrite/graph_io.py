@@ -383,9 +383,8 @@ def _wrong_type(argument: Any, value: Any) -> str | None:
     """What is wrong with a value for an argument of a schema, where that is plain without running the op."""
     kind = str(argument.type)
     if isinstance(value, fx.Node):
-        # A number that must be known when shapes are can't be computed.
-        fixed = str(argument.real_type).removeprefix("Optional[").removesuffix("]") in ("int", "bool", "str", "ScalarType")
-        return f"what {value.name!r} computes" if fixed else None
+        # Switches decide about shapes, so they can't be computed.
+        return f"what {value.name!r} computes" if kind in ("bool", "Optional[bool]", "str", "Optional[str]") else None
     if value is None:
         return None if kind.startswith("Optional") or "None" in kind or argument.has_default_value() else "nothing"
     # A Tensor argument may be a number: export keeps `x * 2` as mul.Tensor(x, 2).
