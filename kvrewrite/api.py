@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvrewrite import policies
@@ -264,31 +265,31 @@ def load(
 def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
     """The model of a directory, and its manifest."""
     from kvrewrite import artifact
-    from kvrewrite.checkpoint import read_json
 
     program, manifest = artifact.read_artifact(directory, device)
-    # Behind it: these take seconds to import, which pass while weights are on their way to a GPU.
-    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-
+    # After it: these take seconds to import, which pass while weights are on their way to a GPU.
+    from kvrewrite.companions import read_config, read_generation_config
     from kvrewrite.model import RewrittenModel
 
-    data = read_json(directory / "config.json")
-    config: Any
-    if data.get("model_type"):
-        config = AutoConfig.from_pretrained(directory)
-    else:
-        config = PreTrainedConfig.from_dict({k: v for k, v in data.items() if k != "kvrewrite"})
-    generation_config = None
-    if (directory / "generation_config.json").exists():
-        generation_config = GenerationConfig.from_pretrained(directory)
+    config = read_config(directory)
+    generation_config = read_generation_config(directory, manifest["files"])
     return RewrittenModel(program, config, generation_config, source=directory), manifest
+
+
+def _is_listed(path: Path, source: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest lists a file, or one in a folder."""
+    name = path.relative_to(source).as_posix()
+    return any(listed == name or listed.startswith(f"{name}/") for listed in manifest["files"])
 
 
 @contextmanager
 def _temporary_next_to(out: Path) -> Any:
     """A folder on the file system of `out`, removed afterwards."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ArtifactError(f"{out} could not be written, and nothing was left there: {error}") from error
     try:
         yield folder
     finally:
@@ -312,14 +313,15 @@ def save(
     compile_steps = None if compile is None else lambda folder: compile_ahead(model, folder, compile_batch)
     card = model_card(program, "", [])
     if isinstance(source, Path):
-        checkpoint = Checkpoint.open(source)
+        manifest = read_manifest(source)
+        checkpoint = Checkpoint.open(source, manifest["files"])
         return write_artifact(
             out,
             program,
             base=checkpoint,
             config={k: v for k, v in read_json(source / "config.json").items() if k != "kvrewrite"},
-            recipes=read_manifest(source)["recipes"],
-            extra_files=companion_files(source),
+            recipes=manifest["recipes"],
+            extra_files=[p for p in companion_files(source) if _is_listed(p, source, manifest)],
             force=force,
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
             compile_steps=compile_steps,
@@ -344,7 +346,12 @@ def save(
     if is_transformers_model(source):
         check_destination(out, {}, force)
         with _temporary_next_to(out) as folder:
-            source.save_pretrained(folder)  # type: ignore[operator]
+            try:
+                source.save_pretrained(folder)  # type: ignore[operator]
+            except (OSError, SafetensorError) as error:  # a full disk is the latter
+                raise ArtifactError(
+                    f"{out} could not be written, and nothing was left there: {error}; free some space"
+                ) from error
             checkpoint = Checkpoint.open(folder)
             sources = parameter_sources(source, source.config, checkpoint)
             return write_artifact(

@@ -388,14 +388,13 @@ def generate(
 
     artifact.read_manifest(directory)
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from kvrewrite import api
+    from kvrewrite.companions import read_tokenizer
 
     where = _device(device)
-    if not any((Path(directory) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ArtifactError(f"{directory} has no tokenizer; copy the original model's tokenizer files into it")
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = read_tokenizer(directory)
     if chat:
         if not tokenizer.chat_template:
             raise OptionError("--chat: this model's tokenizer has no chat template; leave --chat out")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-
-from kvrewrite.errors import ArtifactError
 
 
 def register(group: click.Group) -> None:
@@ -79,14 +76,11 @@ def serve(
     if missing:
         raise OptionError(f"kvrewrite serve needs {', '.join(missing)}: pip install 'kvrewrite[serve]'")
     artifact.read_manifest(directory)
-    if not any((Path(directory) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ArtifactError(f"{directory} has no tokenizer; copy the original model's tokenizer files into it")
-    from transformers import AutoTokenizer
-
     from kvrewrite import api, serving
+    from kvrewrite.companions import read_tokenizer
 
     where = _device(device)
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = read_tokenizer(directory)
     model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:
         model.compile()

@@ -12,6 +12,12 @@ import torch
 from torch import fx
 
 SIZE_OPS = (torch.ops.aten.sym_size.int,)
+# Memory that nobody wrote to may hold anything, also what belongs to others; programs have zeros there.
+ZEROED = {
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
 
 
 def is_op(node: Any, *targets: Any) -> bool:
@@ -163,6 +169,13 @@ def mutates(node: fx.Node) -> bool:
     return (
         node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     )
+
+
+def clear_memory(node: fx.Node) -> None:
+    """Has a node of `ZEROED` make zeros."""
+    node.target = ZEROED[node.target]  # type: ignore[index]
+    if node.target is torch.ops.aten.zeros.default:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
 
 
 def fingerprint(graph: fx.Graph) -> str:

@@ -22,6 +22,7 @@ from kvrewrite.errors import CacheError, InputError
 from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
+from kvrewrite.node_errors import failures_named
 from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
@@ -304,7 +305,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         positions = torch.arange(length, device=self.device)
         made = []
         for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
-            made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
+            with failures_named(self.source):
+                made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
         return made
 
     def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -633,7 +635,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if execution is None and not self.on_one_device:
             out = self.__dict__["_staged"](*(inputs[name] for name in names))
         elif execution is None:
-            out = self.graph_module(*(inputs[name] for name in names))
+            with failures_named(self.source):
+                out = self.graph_module(*(inputs[name] for name in names))
         elif prefill is None or any(wanted):
             out = execution({name: inputs[name] for name in names}, logits=any(wanted))
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kvrewrite.capture import Captured
-from kvrewrite.graph import erase_dead, is_op, mutates, tensor_of
+from kvrewrite.graph import ZEROED, clear_memory, erase_dead, is_op, mutates, tensor_of
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def normalize(captured: Captured) -> None:
     """Requires: a graph as `capture` makes it, without in-place ops (`run_decompositions({})`).
 
     Ensures: no assertions, no dead nodes, `reshape` in place of `view` (whose arguments were right for the strides of
-    the trace only), and no copies, casts or dropouts that do nothing.
+    the trace only), zeros in place of memory that holds anything, and no copies, casts or dropouts that do nothing.
     """
     gm = captured.graph
     copies_matter = any(n.target in STRIDE_SENSITIVE or mutates(n) for n in gm.graph.nodes)
@@ -35,6 +35,8 @@ def normalize(captured: Captured) -> None:
             gm.graph.erase_node(node)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
+        elif node.target in ZEROED:
+            clear_memory(node)
         elif (source := _copied(node, copies_matter)) is not None:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
