@@ -98,8 +98,7 @@ class PageStore:
             self._repair()
         self.settled = False
         while self.gone:
-            if self.gone[0] in self.leases:
-                self.gone[0].close()
+            self.gone[0].close()
             self.gone.popleft()
 
     def end(self) -> None:
@@ -354,10 +353,10 @@ class Lease:
         self._write_table()
 
     def close(self) -> None:
-        """Returns all pages."""
-        self.store.leases.discard(self)
-        self.store.release(self.pages)
-        self.pages = np.zeros_like(self.pages)
+        """Returns all pages, once: a reset may have been interrupted."""
+        if self in self.store.leases:
+            self.store.release(self.pages)
+            self.store.leases.discard(self)
 
     def abandon(self) -> None:
         """The cache was collected as garbage: whoever changes the store next returns the pages, because this may be in the middle
