@@ -125,14 +125,14 @@ class EvictionCache(Cache):
     is_compileable = False
     is_croppable = False
     lease_type = Lease
-    owner = Owner()  # until it has a model
+    owner: Owner = Owner()  # until it has a model
     _unfinished = False
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
         super().__init__(layers=[])
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
-        self.owner: Owner = model.owner
+        self.owner = model.owner
         self.layout: dict[str, Any] = model.program.layout
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
@@ -533,7 +533,9 @@ class EvictionCache(Cache):
         if self.layout.get("quantize"):
             held = {s.name: s.value for s in self.states}
             quantized = [held[f"qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
-            quantized = [n if n.size else np.zeros_like(in_pages[0]) for n in quantized]  # nothing before the first token
+            quantized = [
+                n if n.size else np.zeros_like(in_pages[0]) for n in quantized
+            ]  # nothing before the first token
             tail = int((in_pages - np.stack(quantized)).sum())
             in_pages = np.stack(quantized)
         slots = lease.slots_in_pages(in_pages)

@@ -23,7 +23,9 @@ class History:
         self._real = np.ones((rows, 0), dtype=bool)  # columns after these are real tokens of every row
         self._pieces: list[Tensor] = []  # (rows, columns) int64 each
         self._kept = 0  # columns of the pieces
-        self._text: Tensor | None = None  # what `generate` has so far, (rows, columns), for the columns after the pieces
+        self._text: Tensor | None = (
+            None  # what `generate` has so far, (rows, columns), for the columns after the pieces
+        )
         self._begins = 0  # the column at which it begins
 
     def real(self, columns: int) -> np.ndarray:

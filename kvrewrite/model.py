@@ -395,7 +395,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Called by `generate`."""
-        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         cache = generation_config.__dict__.pop("_kvrewrite_pausing", None)
         return found if cache is None else _Ending(found, cache)
 
@@ -608,7 +608,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 expected = (cache.seen[row] + np.arange(len(columns)))[new]
                 got = rows[row, columns[new] - late]
                 if not np.array_equal(got, expected):
-                    paused = "; in this row some columns were padding, which attention_mask (batch, past + new) should say"
+                    paused = (
+                        "; in this row some columns were padding, which attention_mask (batch, past + new) should say"
+                    )
                     raise InputError(
                         f"position_ids of row {row} are {got[:8].tolist()}..., expected {expected[:8].tolist()}...: positions are "
                         "counted by the cache; leave position_ids out"
@@ -647,7 +649,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         done = [0] * batch
         reserve = self._reserve(cache, plans)
         totals = [seen + n for seen, n in zip(cache.seen, counts)]
-        lowest = [int(np.searchsorted(found, begin)) for found in where]  # each row's first token whose logits are asked for
+        lowest = [
+            int(np.searchsorted(found, begin)) for found in where
+        ]  # each row's first token whose logits are asked for
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
             row_segments = [p[step] if step < len(p) else None for p in plans]

@@ -84,7 +84,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 POINTS = 7
 
 
-@pytest.mark.parametrize(("interrupt", "width"), [(at_line, 1), (at_line, 40), (at_op, 40)], ids=["token", "prompt", "op"])
+@pytest.mark.parametrize(
+    ("interrupt", "width"), [(at_line, 1), (at_line, 40), (at_op, 40)], ids=["token", "prompt", "op"]
+)
 @pytest.mark.parametrize(("policy", "options", "make"), CASES, ids=[f"{p}-{m.__name__}" for p, _, m in CASES])
 def test_interrupted_steps(policy: str, options: dict[str, Any], make: Any, width: int, interrupt: Any) -> None:
     model = make("llama", policy, **options)
