@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.backend_cache import StockState
+from kvrewrite.cache import exclusive
 from kvrewrite.execution import dynamic_sizes, mark_moving
 from kvrewrite.model import RewrittenModel, on_its_device
 from kvrewrite.passes.lower_append import lower_append
@@ -57,9 +58,9 @@ class AppendRunner:
         self._moving = [_MOVING.get(name.rstrip("0123456789").rstrip("_"), (0,)) for name in self._names]
         self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
-        self._gpu = model.__dict__["_gpu"]  # for `on_its_device`
+        self._gpu, self.owner = model.__dict__["_gpu"], model.owner  # for the decorators of `step`
 
-    @torch.no_grad()
+    @exclusive
     @on_its_device
     def step(self, ids: Tensor, cache: StockState) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
@@ -69,6 +70,7 @@ class AppendRunner:
             if problem is not None:
                 raise problem
         segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
+        cache.begin_step()
         cache.begin_token(model.policy, segments)
         inputs = self._inputs(ids, cache)
         arguments = [inputs[name] for name in self._names]
@@ -77,7 +79,7 @@ class AppendRunner:
             logits, *new = self._run(*arguments)
         cache.append(new[: len(new) // 2], new[len(new) // 2 :])
         cache.end_token(segments)
-        cache.columns += 1
+        cache.record(ids, None, generated=False)
         return logits
 
     def _inputs(self, ids: Tensor, cache: StockState) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ an `EvictionCache` that is handed to an ordinary model as its `cache` (`past_key
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class IdentityLease(Lease):
         store: PageStore = object.__new__(PageStore)
         store.__dict__.update(self.store.__dict__)
         store.references, store.free, store.leases = self.store.references.copy(), [], weakref.WeakSet([twin])
+        store.gone, store.settled = deque(), True
         for name in store.shapes:
             setattr(store, name, getattr(self.store, name).clone())
         self.store.leases.discard(twin)
@@ -71,6 +73,9 @@ class IdentityLease(Lease):
 
     def close(self) -> None:
         """The store goes with its only lease."""
+
+    def abandon(self) -> None:
+        """The same."""
 
     def dense(self, pool: str) -> Tensor:
         """A pool as slots in order: (layers, B, Hkv, room, ...), a view."""

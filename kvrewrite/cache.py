@@ -3,12 +3,17 @@
 Nothing of a request lives in the model, so requests can be interleaved at will. A slot holds one token of one kv head:
 its key, its value, a score (fp32) and two positions (int32: in the text, and the one its key is rotated by). Pages are
 leased from a pool per cache class (layers with equal shapes) and returned as soon as eviction leaves them empty.
+
+Threads may share a model and forks of a cache: whatever reads or writes pages holds the model's lock. A step that is
+interrupted leaves its own cache unfinished, which is refused until it is reset, and all others as they were.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,6 +25,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.errors import CacheError
+from kvrewrite.history import History
 from kvrewrite.pages import PAGE, SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
@@ -27,10 +33,38 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
+PER_ROW = ("seen", "generated", "length", "next_rotary", "settled")  # lists that have an entry for each row of a cache
+
+
+class Owner:
+    """Who a model is to its caches. lock: held by whoever is in a step of the model or changes one of its caches.
+
+    A copy of a model, deep or pickled, is an owner of its own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return Owner, ()
+
+
+def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of something with an `owner` that no other thread may disturb. What it makes can be written to anywhere, also
+    where the caller is in `torch.inference_mode`."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.owner.lock, torch.inference_mode(False), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
 @dataclass
 class MemoryReport:
-    """Bytes of a cache. live: slots that hold a token; leased: pages in use; reserved: what the pools hold; shared: the
-    part of leased that forks of this cache (or rows of it) have, too."""
+    """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages in use;
+    reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have, too."""
 
     live: int
     leased: int
@@ -94,12 +128,14 @@ class EvictionCache(Cache):
     is_compileable = False
     is_croppable = False
     lease_type = Lease
+    owner: Owner = Owner()  # until it has a model
+    _unfinished = False
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
         super().__init__(layers=[])
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
-        self.owner_id: int = model.program_id
+        self.owner = model.owner
         self.layout: dict[str, Any] = model.program.layout
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
@@ -116,6 +152,7 @@ class EvictionCache(Cache):
         """Rows of this cache."""
         return self._rows
 
+    @exclusive
     def _reset(self) -> None:
         self._changes += 1
         batch = self.batch_size
@@ -130,6 +167,8 @@ class EvictionCache(Cache):
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
+        self.history = History(batch)  # what went in, column by column
+        self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
         scheme = scheme_of(self.layout)
@@ -146,32 +185,70 @@ class EvictionCache(Cache):
         self.states = [_State(s, batch, torch.device(s.get("device", self.device))) for s in self.layout["states"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
+        self._unfinished = False
 
+    @exclusive
     def reset(self) -> None:
         """Forgets everything and returns the memory. Forks of this cache keep what they have."""
-        self._close()
-        self._reset()
-
-    def _close(self) -> None:
+        self._unfinished = True
+        self._touch()
         for lease in self.leases:
             lease.close()
+            lease.store.end()
+        self._reset()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # module globals may be gone by then
-        if "leases" in self.__dict__ and not finalizing():
-            self._close()
+        if not finalizing():
+            for lease in self.__dict__.get("leases", ()):
+                lease.abandon()
 
+    # -- steps, which may be interrupted ---------------------------------------------------------------------------
+    def check_finished(self) -> None:
+        """Raises CacheError after a step that was interrupted."""
+        if self._unfinished:
+            raise CacheError(
+                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have its "
+                "tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
+            )
+
+    def begin_step(self) -> None:
+        """Until `end_step` this cache is unfinished."""
+        self.check_finished()
+        self._unfinished = True
+        self._touch()
+
+    def _touch(self) -> None:
+        for lease in self.leases:
+            lease.store.begin()
+
+    def record(self, ids: Tensor, real: np.ndarray | None, generated: bool) -> None:
+        """Ends a step that took the columns `ids` (B, T), see `History.add`."""
+        self.history.add(ids, real, self.columns, generated)
+        self.columns += ids.shape[1]
+        self.end_step()
+
+    def end_step(self) -> None:
+        """The step is complete."""
+        for lease in self.leases:
+            lease.store.end()
+        self._unfinished = False
+
+    @exclusive
     def fork(self) -> EvictionCache:
         """An independent copy that shares this cache's pages until one of the two writes to them (copy on write).
 
         So a document is compressed once and asked many times: `cache = model.prefill(document)`, then
         `model.generate(..., cache=cache.fork())` for every question.
         """
+        self.check_finished()
+        self._touch()
         twin: EvictionCache = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.leases = []  # should what follows fail, it must not return this cache's pages
-        for name in ("seen", "generated", "length", "next_rotary", "settled"):
+        # Should what follows fail, it must not return this cache's pages.
+        twin.__dict__.update(self.__dict__, leases=[])
+        for name in PER_ROW:
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
+        twin.history, twin.ended = self.history.fork(), None
         twin._head_keep = [keep.copy() for keep in self._head_keep]
         twin.states = []
         for state in self.states:
@@ -179,6 +256,8 @@ class EvictionCache(Cache):
             copied.__dict__.update(state.__dict__)
             copied.value = state.value.clone()
             twin.states.append(copied)
+        for lease in self.leases:
+            lease.store.end()
         return twin
 
     __copy__ = fork
@@ -429,8 +508,10 @@ class EvictionCache(Cache):
         return self._model_tables
 
     # -- reports -------------------------------------------------------------------------------------------------
+    @exclusive
     def memory(self) -> MemoryReport:
         """Bytes that hold tokens, that are leased, that the pools have reserved, and that are shared with forks."""
+        self._return_gone()
         live = leased = reserved = shared = 0
         for lease in self.leases:
             live += self._live_bytes(lease)
@@ -442,20 +523,34 @@ class EvictionCache(Cache):
             live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
         return MemoryReport(live, leased, reserved, shared)
 
+    def _return_gone(self) -> None:
+        """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""
+        for lease in self.leases:
+            if lease.store.settled:
+                lease.store.begin()
+                lease.store.end()
+
     def _live_bytes(self, lease: Lease) -> int:
         """Bytes of the slots that hold a token: a part of a page, or in a quantized cache's tail."""
-        slots, tail = int(lease.lens.sum()), 0
+        in_pages, tail = lease.lens.cpu().numpy().astype(np.int64), 0
         if self.layout.get("quantize"):
-            names = {f"qlens_{layer}" for layer in lease.layers}
-            quantized = sum(int(s.value.sum()) for s in self.states if s.name in names)
-            slots, tail = quantized, slots - quantized
+            held = {s.name: s.value for s in self.states}
+            quantized = [held[f"qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
+            quantized = [
+                n if n.size else np.zeros_like(in_pages[0]) for n in quantized
+            ]  # nothing before the first token
+            tail = int((in_pages - np.stack(quantized)).sum())
+            in_pages = np.stack(quantized)
+        slots = lease.slots_in_pages(in_pages)
         return slots * lease.store.page_bytes // PAGE + tail * (lease.store.dense_bytes + SLOT_EXTRA)
 
+    @exclusive
     def live_slots(self) -> dict[int, Tensor]:
         """Live slots of each layer that owns a cache: layer -> (B, Hkv) int32."""
         found = {layer: lease.lens[i] for lease in self.leases for i, layer in enumerate(lease.layers)}
         return dict(sorted(found.items()))
 
+    @exclusive
     def positions(self) -> dict[int, list[list[list[int]]]]:
         """Positions in the text that are kept: layer -> row -> kv head -> sorted positions."""
         found = {}
@@ -501,29 +596,46 @@ class EvictionCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues from what row beam_idx[i] holds."""
-        self._changes += 1
         source = beam_idx.tolist()
-        if len(source) != self.batch_size or not all(0 <= s < self.batch_size for s in source):
+        if len(source) != self.batch_size:
             raise CacheError(
                 f"reorder_cache: got rows {source}, expected {self.batch_size} numbers below {self.batch_size}"
             )
-        for lease, keep in zip(self.leases, self._head_keep):
-            lease.reorder(source)
-            keep[:] = keep[:, source]
-        for state in self.states:
-            if len(state.value):
-                state.value = state.value[source]
-        for name in ("seen", "generated", "length", "next_rotary", "settled"):
-            values = getattr(self, name)
-            setattr(self, name, [values[s] for s in source])
+        self._select(source)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not supported: make the cache with the final batch size."""
-        raise CacheError("an EvictionCache can't grow its batch; make one with new_cache(batch_size)")
+        """Row i becomes `repeats` rows, which share its pages until they write to them. On a fork, where the rows that there
+        are should remain: `rows = cache.fork(); rows.batch_repeat_interleave(3)`."""
+        if not isinstance(repeats, int) or repeats < 1:
+            raise CacheError(f"batch_repeat_interleave: repeats is {repeats!r}, expected a whole number from 1 on")
+        self._select([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Not supported: make the cache with the final batch size."""
-        raise CacheError("an EvictionCache can't change its batch; make one with new_cache(batch_size)")
+        """Keeps the rows `indices`, int64 or bool, in that order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self._select(indices.tolist())
+
+    @exclusive
+    def _select(self, source: list[int]) -> None:
+        """Row i continues from what row source[i] holds, for as many rows as `source` has."""
+        if not source or not all(0 <= s < self.batch_size for s in source):
+            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
+        self.begin_step()
+        self._changes += 1
+        for i, lease in enumerate(self.leases):
+            lease.select(source)
+            self._head_keep[i] = self._head_keep[i][:, source]
+        for state in self.states:
+            state.batch = len(source)
+            if len(state.value):
+                state.value = state.value[source]
+        for name in PER_ROW:
+            values = getattr(self, name)
+            setattr(self, name, [values[s] for s in source])
+        self.history.select(source, self.columns)
+        self._rows, self._token, self.ended = len(source), None, None
+        self.end_step()
 
     @property
     def is_initialized(self) -> bool:

@@ -8,6 +8,7 @@ memory moved), a table became wider, or the text longer than it has room for.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -383,7 +384,7 @@ class DecodeRunner:
             for c, lease in enumerate(cache.leases):
                 for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
                     target.copy_(lens)
-                lease.fetch_lens = self.release
+                lease.fetch_lens = functools.partial(self._give_back, weakref.ref(cache))
             self._bound, self._lease = weakref.ref(cache), weakref.ref(cache.leases[0])
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
             self._seen_states = [None] * len(cache.states)
@@ -404,16 +405,24 @@ class DecodeRunner:
         """Whether the cache that is bound still has what was bound."""
         return self._lease is not None and self._lease() is cache.leases[0]
 
+    def _give_back(self, cache: weakref.ref[EvictionCache]) -> None:
+        """Gives a cache its lengths back, if it is bound."""
+        if self._bound is not None and self._bound() is cache():
+            self.release()
+
     def release(self) -> None:
-        """Gives the bound cache its lengths and states back."""
+        """Gives the bound cache its lengths and states back. It is bound until it has them all: the step of another cache for
+        which this is done may be interrupted."""
         cache = None if self._bound is None else self._bound()
-        self._bound = None
         if cache is None or not self._is_bound(cache):  # gone, or reset
+            self._bound = None
             return
         step = self._steps[cache.batch_size]
         for lease, lens in zip(cache.leases, step.lens):
-            lease.fetch_lens = None
             lease._lens.copy_(torch.stack(lens))
         for state, seen in zip(cache.states, self._seen_states):
             if state.value is seen:
                 state.value = state.value.clone()
+        self._bound = None
+        for lease in cache.leases:
+            lease.fetch_lens = None

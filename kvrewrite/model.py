@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrewrite.cache import CACHE_NAME, EvictionCache
+from kvrewrite.cache import CACHE_NAME, EvictionCache, Owner, exclusive
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.execution import Execution, Staged
@@ -32,10 +32,10 @@ from kvrewrite.prefilling import reason_against as reason_against_chunks
 from kvrewrite.program import Program
 from kvrewrite.prompts import join_question
 
-_program_ids = itertools.count()
 SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
+RUNTIME = ("_execution", "_decoder", "_prefill_runner", "_stores", "_compile_options")  # what compile() makes
 
 
 def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,11 +52,25 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+class _Ending(StoppingCriteriaList):
+    """Stopping criteria that tell a cache which rows have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: EvictionCache):
+        super().__init__(criteria)
+        self.cache = cache
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        ended, before = super().__call__(input_ids, scores, **kwargs), self.cache.ended
+        self.cache.ended = ended if before is None else before | ended
+        return ended
+
+
 class RewrittenModel(nn.Module, GenerationMixin):
     """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
 
     Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts of
-    any length are cut into the policy's segments inside. Rows may be padded on either side.
+    any length are cut into the policy's segments inside. Rows may be padded anywhere. Threads may share a model: its steps run one
+    after another.
     """
 
     main_input_name = "input_ids"
@@ -74,7 +88,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ):
         super().__init__()
         self.program = program
-        self.program_id = next(_program_ids)
+        self.owner = Owner()
         self.graph_module = program.graph
         self.config = copy.deepcopy(config)
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(self.config)
@@ -83,7 +97,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
         # Not submodules: they are the same graph.
-        self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
+        self.__dict__.update(dict.fromkeys(RUNTIME))
         # Tables that the compiler made lie on the CPU.
         if self.on_one_device:
             self.graph_module.to(self.device)
@@ -95,6 +109,16 @@ class RewrittenModel(nn.Module, GenerationMixin):
             tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
             self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
         self.eval()
+
+    @exclusive
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
+        """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made for."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        kept = {name: value for name, value in self.__dict__.items() if name not in RUNTIME}
+        twin.__dict__.update(copy.deepcopy(kept, memo), **dict.fromkeys(RUNTIME))
+        if self.__dict__["_compile_options"] is not None:
+            twin.compile(**self.__dict__["_compile_options"])
+        return twin
 
     # -- what transformers asks a model --------------------------------------------------------------------------
     @property
@@ -186,6 +210,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return self
 
     # -- compile -------------------------------------------------------------------------------------------------
+    @exclusive
     def compile(self, *, static_decode: bool | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Compiles the model with torch.compile (options as there); layers that repeat are compiled once. Planning and caches
         stay in Python.
@@ -221,13 +246,14 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if not reason_against_chunks(self.program, self.policy, self.device):
             self.__dict__["_prefill_runner"] = PrefillRunner(self.__dict__["_execution"], capture=on_cuda)
 
+    @exclusive
     def uncompile(self) -> None:
         """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
         with the last cache that uses them."""
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
-        self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
+        self.__dict__.update(dict.fromkeys(RUNTIME))
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -249,12 +275,14 @@ class RewrittenModel(nn.Module, GenerationMixin):
             layout = self.program.layout
             scheme = scheme_of(layout)
             self.__dict__["_stores"] = [
-                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme) for spec in layout["classes"]
+                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme, lasting=True)
+                for spec in layout["classes"]
             ]
         stores: list[PageStore] = self.__dict__["_stores"]
         return stores
 
     # -- caches --------------------------------------------------------------------------------------------------
+    @exclusive
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
         """An empty cache for `batch_size` rows; max_length: tokens that a row will have in all, where RoPE depends on it."""
         return EvictionCache(self, batch_size, max_length=max_length)
@@ -311,13 +339,32 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
         """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with every
-        version of transformers, which renamed it."""
+        version of transformers, which renamed it.
+
+        A cache that has seen tokens wants the whole text, which must begin with them, or the new ids alone with an
+        attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams, several
+        sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have ended pause: what
+        fills them up does not go into the cache.
+        """
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         given = past_key_values if cache is None else cache
         if given is not None:
             kwargs[CACHE_NAME] = given
+            self._check_cache(given, None)
+            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            self._check_text(ids, kwargs.get("attention_mask"), given)
         return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:
+        """Refuses a text that does not go on from what the cache holds. (Other faults are found where there is no cache, too.)"""
+        if not cache.columns or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] % cache.batch_size:
+            return
+        width = ids.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == cache.columns + width:
+            return  # new ids alone
+        cache.history.check_text(ids, cache.columns)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
@@ -332,18 +379,39 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if generation_config.use_cache is False:
             raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
         given = model_kwargs.get(CACHE_NAME)
+        beams = generation_config.num_beams or 1
+        rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
         if given is None:
-            width = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs[CACHE_NAME] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
+            cache = self.new_cache(rows, max_length=max_cache_length + 1)
         else:
-            self._check_cache(given, None)
+            cache = given
+            if cache.batch_size in (1, batch_size) and rows > cache.batch_size:
+                cache = given.fork()
+                cache.batch_repeat_interleave(rows // cache.batch_size)
+            self._check_cache(cache, rows)
+        cache.ended = None
+        model_kwargs[CACHE_NAME] = cache
+        # Somebody may go on with the cache, which then should hold no padding.
+        pauses = rows > 1 and beams == 1 and (given is not None or generation_config.return_dict_in_generate)
+        generation_config._kvrewrite_pausing = cache if pauses else None
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate`."""
+        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        cache = generation_config.__dict__.pop("_kvrewrite_pausing", None)
+        return found if cache is None else _Ending(found, cache)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing else."""
         if generated and next_sequence_length == 1:
-            return {"input_ids": input_ids[:, -1:], CACHE_NAME: kwargs[CACHE_NAME], "generated": True}
+            cache: EvictionCache = kwargs[CACHE_NAME]
+            cache.history.follow(input_ids, cache.columns)
+            chosen: dict[str, Any] = {"input_ids": input_ids[:, -1:], CACHE_NAME: cache, "generated": True}
+            if cache.ended is not None and bool(cache.ended.any()):
+                chosen["attention_mask"] = ~cache.ended[:, None]
+            return chosen
         found: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
@@ -365,15 +433,21 @@ class RewrittenModel(nn.Module, GenerationMixin):
             raise CacheError(
                 f"past_key_values is a {type(cache).__name__}, expected an EvictionCache from this model's new_cache()"
             )
-        if cache.owner_id != self.program_id:
-            raise CacheError("the cache belongs to another model; make one with this model's new_cache()")
+        if cache.owner is not self.owner:
+            raise CacheError(
+                "the cache belongs to another model (a copy of a model is another one); make one with this model's new_cache()"
+            )
+        cache.check_finished()
         if batch is not None and cache.batch_size != batch:
-            raise CacheError(f"the cache is for batch size {cache.batch_size}, but the input has {batch} rows")
+            raise CacheError(
+                f"the cache is for batch size {cache.batch_size}, but the input has {batch} rows; rows that go on from one text "
+                "come of cache.fork() and batch_repeat_interleave(n) of that"
+            )
         if cache.device != self.device:
             raise CacheError(f"the cache is on {cache.device}, the model on {self.device}")
 
     # -- forward -------------------------------------------------------------------------------------------------
-    @torch.no_grad()
+    @exclusive
     @on_its_device
     def forward(
         self,
@@ -390,8 +464,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> Any:
         """Runs new tokens through the model and its cache.
 
-        input_ids: (B, T) int64, rows padded on either side according to attention_mask (B, past + T) or (B, T), 1 for
-        real tokens, which must be adjacent. One token on a row that has some is decoding, more are a prompt.
+        input_ids: (B, T) int64, rows padded anywhere according to attention_mask (B, past + T) or (B, T), 1 for real tokens. Its
+        past must be what the cache was given; columns in which a row paused (0 then) may be 1 at last, and go in before the new
+        ones. One token on a row that has some is decoding, more are a prompt.
         position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
         return logits for, 0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's
         own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. Returns logits
@@ -418,33 +493,37 @@ class RewrittenModel(nn.Module, GenerationMixin):
             if not generated:
                 self._check_ids(input_ids, decoding=True)
             assert cache is not None
-            return self._output(self.decoder.planned_step(input_ids, cache), cache, 1, use_cache, return_dict)
+            cache.begin_step()
+            logits = self.decoder.planned_step(input_ids, cache)
+            cache.record(input_ids, None, generated)
+            return self._output(logits, cache, use_cache, return_dict)
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
         self._check_cache(cache, batch)
-        first, counts = self._real_tokens(attention_mask, batch, width, cache)
+        ids, where, real = self._new_tokens(input_ids, attention_mask, cache)
+        counts = [len(columns) for columns in where]
         # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
         # One that pauses keeps its ranks, too.
         decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
-        self._check_input(position_ids, first, counts, cache, decoding)
+        self._check_input(position_ids, where, ids.shape[1] - width, cache, decoding)
         if not generated:
             self._check_ids(input_ids, all(decoding))
-        if self.decoder is not None and width == 1 and all(decoding) and all(counts):
+        cache.begin_step()
+        if self.decoder is not None and ids.shape[1] == 1 and all(decoding) and all(counts):
             segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
             logits = self.decoder.step(input_ids, cache, segments)
         else:
             if cache.keys_settled:
                 Settling(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
-            logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
-        return self._output(logits, cache, width, use_cache, return_dict)
+            columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
+            logits = self._run_segments(ids, where, cache, decoding, columns)
+        cache.record(input_ids, real, generated)
+        return self._output(logits, cache, use_cache, return_dict)
 
     @staticmethod
-    def _output(
-        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None
-    ) -> Any:
-        cache.columns += width
+    def _output(logits: Tensor, cache: EvictionCache, use_cache: bool | None, return_dict: bool | None) -> Any:
         keep_cache = use_cache is not False
         if return_dict is False:
             return (logits, cache) if keep_cache else (logits,)
@@ -458,27 +537,32 @@ class RewrittenModel(nn.Module, GenerationMixin):
             if value is not None and value is not False:
                 raise InputError(f"{name} is not supported by a rewritten model; leave it out")
 
-    def _real_tokens(
-        self, mask: Tensor | None, batch: int, width: int, cache: EvictionCache
-    ) -> tuple[list[int], list[int]]:
-        """Where the real tokens of each row begin among the new columns, and how many there are."""
+    def _new_tokens(
+        self, ids: Tensor, mask: Tensor | None, cache: EvictionCache
+    ) -> tuple[Tensor, list[np.ndarray], np.ndarray | None]:
+        """What a call gives each row: the ids with, in front of them, columns that a row has still to be given; the columns of
+        each row's real tokens among them; and what is real from then on, (rows, columns) bool, None where all that is new is."""
+        batch, width = ids.shape
         if mask is None:
-            return [0] * batch, [width] * batch
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, cache.columns + width):
+            return ids, [np.arange(width)] * batch, None
+        past = cache.columns
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
             raise InputError(
-                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {cache.columns + width}) or "
-                f"({batch}, {width})"
+                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {past + width}) or ({batch}, {width})"
             )
-        new = mask[:, mask.shape[1] - width :].to(torch.bool).cpu()
-        counts = new.sum(1).tolist()
-        first = new.to(torch.int8).argmax(1).tolist()
-        for row, (at, n) in enumerate(zip(first, counts)):
-            if n and not bool(new[row, at : at + n].all()):
-                raise InputError(
-                    f"attention_mask: row {row} has padding between real tokens (a mask with holes), expected its {n} real "
-                    "tokens to be adjacent; pad on the left or on the right"
-                )
-        return first, counts
+        given = mask.to(torch.bool).cpu().numpy()
+        new, first = given[:, given.shape[1] - width :], past
+        if given.shape[1] > width:
+            first = cache.history.late(given[:, :past], past)
+        if first == past and new.all():
+            return ids, [np.arange(width)] * batch, None
+        before = cache.history.real(past)
+        after = np.concatenate([before, new], 1)
+        if first < past:
+            ids = torch.cat([cache.history.ids(past)[:, first:].to(ids), ids], 1)
+            after = given
+            new = np.concatenate([given[:, first:past] & ~before[:, first:], new], 1)
+        return ids, [np.flatnonzero(row) for row in new], after
 
     def _check_ids(self, ids: Tensor, decoding: bool) -> None:
         """Single tokens on a GPU are not looked at: that would stall it."""
@@ -509,23 +593,30 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def _check_input(
         self,
         position_ids: Tensor | None,
-        first: list[int],
-        counts: list[int],
+        where: list[np.ndarray],
+        late: int,
         cache: EvictionCache,
         decoding: list[bool],
     ) -> None:
-        for row, n in enumerate(counts):
-            problem = self.no_room(cache, row, n, decoding[row])
+        """where: columns of each row's real tokens, of which `late` come before those that positions are given for."""
+        for row, columns in enumerate(where):
+            problem = self.no_room(cache, row, len(columns), decoding[row])
             if problem is not None:
                 raise problem
         if position_ids is not None and not all(decoding):
-            rows = position_ids.expand(len(counts), -1).cpu()
-            for row, (at, n) in enumerate(zip(first, counts)):
-                expected = torch.arange(cache.seen[row], cache.seen[row] + n)
-                if n and not torch.equal(rows[row, at : at + n].long(), expected):
+            rows = position_ids.expand(len(where), -1).cpu().numpy()
+            for row, columns in enumerate(where):
+                new = columns >= late
+                expected = (cache.seen[row] + np.arange(len(columns)))[new]
+                got = rows[row, columns[new] - late]
+                if not np.array_equal(got, expected):
+                    paused = (
+                        "; in this row some columns were padding, which attention_mask (batch, past + new) should say"
+                    )
                     raise InputError(
-                        f"position_ids of row {row} are {rows[row, at : at + n].tolist()[:8]}..., expected "
-                        f"{expected.tolist()[:8]}...: positions are counted by the cache; leave position_ids out"
+                        f"position_ids of row {row} are {got[:8].tolist()}..., expected {expected[:8].tolist()}...: positions are "
+                        "counted by the cache; leave position_ids out"
+                        + (paused if cache.seen[row] < cache.columns else "")
                     )
 
     def _reach(self, cache: EvictionCache, row: int, count: int, decoding: bool) -> int:
@@ -547,11 +638,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return [self.policy.decode_segment(row)] if decoding else self.policy.plan(count, row)
 
     def _run_segments(
-        self, ids: Tensor, first: list[int], counts: list[int], cache: EvictionCache, decoding: list[bool], keep: int
+        self, ids: Tensor, where: list[np.ndarray], cache: EvictionCache, decoding: list[bool], columns: int
     ) -> Tensor:
-        """Runs each row's plan, all rows side by side, and collects the logits of the wanted columns."""
-        batch, width = ids.shape
-        columns = width if keep == 0 else min(keep, width)
+        """Runs each row's plan, all rows side by side, and collects the logits of the last `columns` columns. where: the columns
+        of each row's real tokens."""
+        batch, begin = ids.shape[0], ids.shape[1] - columns
+        counts = [len(found) for found in where]
         plans: list[list[Segment]] = []
         for n, decodes in zip(counts, decoding):
             plans.append(self._plan(n, decodes, cache.row(len(plans))))
@@ -559,42 +651,47 @@ class RewrittenModel(nn.Module, GenerationMixin):
         done = [0] * batch
         reserve = self._reserve(cache, plans)
         totals = [seen + n for seen, n in zip(cache.seen, counts)]
+        lowest = [
+            int(np.searchsorted(found, begin)) for found in where
+        ]  # each row's first token whose logits are asked for
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
             if cache.before_chunk is not None:
                 cache.before_chunk()
             row_segments = [p[step] if step < len(p) else None for p in plans]
             valid = [s.length if s else 0 for s in row_segments]
-            starts = [f + d for f, d in zip(first, done)]
+            parts = [found[d : d + n] for found, d, n in zip(where, done, valid)]
             # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
-            wanted = []
-            for b in range(batch):
-                lowest = max(0, width - columns - starts[b])
-                wanted.append(list(range(lowest, valid[b])))
+            wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(lowest, done, valid)]
             picks = max(1, max(len(w) for w in wanted))
-            out = self._run_segment(ids, starts, valid, row_segments, totals, wanted, picks, cache, decoding, reserve)
+            out = self._run_segment(ids, parts, row_segments, totals, wanted, picks, cache, decoding, reserve)
             if out is not None:
                 if logits is None:
                     logits = out.new_zeros(batch, columns, out.shape[-1])
                 for b in range(batch):
                     if wanted[b]:
-                        at = starts[b] + wanted[b][0] - (width - columns)
-                        logits[b, at : at + len(wanted[b])] = out[b, : len(wanted[b])]
+                        at = parts[b][wanted[b][0] :] - begin
+                        adjacent = at[-1] - at[0] + 1 == len(at)
+                        target: Any = slice(int(at[0]), int(at[-1]) + 1) if adjacent else to_device(at, out.device)
+                        logits[b, target] = out[b, : len(at)]
             done = [d + n for d, n in zip(done, valid)]
         if logits is None:
             return torch.zeros(batch, columns, self.program.vocab_size, device=self.device, dtype=self.dtype)
         return logits
 
     def _run_segment(
-        self, ids: Tensor, starts: list[int], valid: list[int], segments: list[Segment | None], totals: list[int],
+        self, ids: Tensor, parts: list[np.ndarray], segments: list[Segment | None], totals: list[int],
         wanted: list[list[int]], picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
     ) -> Tensor | None:  # fmt: skip
-        """One pass through the graph: the same segment number of every row, left-aligned. None where no logits are wanted, and
-        what runs the graph can do without them."""
+        """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
+        each row. None where no logits are wanted, and what runs the graph can do without them."""
         device = self.device
+        valid = [len(part) for part in parts]
         longest = max(valid)
         column = torch.arange(longest)
-        index = to_device((torch.tensor(starts)[:, None] + column).clamp(max=ids.shape[1] - 1), device)
+        index = np.zeros((len(parts), longest), dtype=np.int64)
+        for row, part in enumerate(parts):
+            index[row, : len(part)] = part
         positions = to_device(torch.tensor(cache.seen)[:, None] + column, device)
         renew: list[bool] | None = None
         if self.program.layout["contiguous"]:
@@ -602,7 +699,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
         inputs: dict[str, Tensor] = cache.prepare(self.policy, segments, totals, reserve, renew)
-        inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, index)
+        inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, to_device(index, device))
         inputs["positions"] = inputs["position_ids"] = positions
         inputs["valid"] = to_device(torch.tensor(valid, dtype=torch.int32), device)
         inputs["recent"] = to_device(torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32), device)

@@ -3,12 +3,16 @@
 A `PageStore` owns the pages of one cache class (layers with equal shapes) and counts who refers to each; caches that were
 forked from one another share it. A `Lease` is what one cache has of it: which pages hold the slots of each (layer, row, kv
 head). A page with several references is copied before it is written to.
+
+One thread at a time changes a store: caches hold their model's lock (kvrewrite/cache.py). A change can be interrupted at any
+point; whoever comes next counts the references anew from what the leases have (`PageStore.begin`).
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +68,12 @@ class PageStore:
     score_pages: Tensor
     pos_pages: Tensor
 
-    def __init__(self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device, scheme: Scheme | None = None):
+    def __init__(
+        self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device, scheme: Scheme | None = None,
+        lasting: bool = False,
+    ):  # fmt: skip
         self.device = device
+        self.lasting = lasting  # whether it belongs to a model, and outlives the caches that lease from it
         self.shapes = pool_shapes(k_dim, v_dim, dtype, scheme)
         self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
         self.dense_bytes = (k_dim + v_dim) * dtype.itemsize  # a slot's key and value in full precision
@@ -73,6 +81,9 @@ class PageStore:
         self.free: list[int] = []
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self.changes = 0  # grows whenever a page is leased, shared, returned or moved
+        self.settled = True  # False while a change is under way, and after one that was interrupted
+        self.gone: deque[Lease] = deque()  # their caches were collected as garbage, at any point and in any thread
+        self._moved: list[tuple[Lease, np.ndarray]] = []  # what `compact` has still to say to leases
         self._grow(1)
 
     @property
@@ -80,16 +91,52 @@ class PageStore:
         """Pages that exist, page 0 included."""
         return len(self.references)
 
+    # -- changes that may be interrupted -------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Begins a change: first repairs what an interrupted one left, and takes back the pages of caches that are gone."""
+        if not self.settled:
+            self._repair()
+        self.settled = False
+        while self.gone:
+            self.gone[0].close()
+            self.gone.popleft()
+
+    def end(self) -> None:
+        """The change is complete."""
+        self.settled = True
+
+    def _repair(self) -> None:
+        """Counts references anew. What the interrupted cache's lease has may be wrong, but it is closed before it is used again,
+        and what the others have is not touched by a step of another cache."""
+        self.changes += 1
+        self._tell_moved()
+        references = np.zeros(self.total, dtype=np.int32)
+        for lease in list(self.leases):
+            lease._offered = {}
+            np.add.at(references, lease.pages[lease.pages > 0], 1)
+        self.references = references
+        self.free = [int(p) for p in np.flatnonzero(references == 0) if p]
+
+    def _replace(self, pools: dict[str, Tensor], references: np.ndarray, moved: list[tuple[Lease, np.ndarray]]) -> None:
+        """Puts other pools in the place of those that are there, all or none of them."""
+        self.__dict__.update(pools, references=references, _moved=moved)
+
+    def _tell_moved(self) -> None:
+        for lease, pages in self._moved:
+            lease.pages = pages
+            lease._write_table()
+        self._moved = []
+
     def _grow(self, total: int) -> None:
         """Grows to `total` pages, keeping what they hold."""
         self.changes += 1
-        before = self.total
+        before, pools = self.total, {}
         for name, (shape, dtype) in self.shapes.items():
-            new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
+            pools[name] = torch.zeros(total, *shape, dtype=dtype, device=self.device)
             if before:
-                new[:before] = getattr(self, name)
-            setattr(self, name, new)
-        self.references = np.concatenate([self.references, np.zeros(total - before, dtype=np.int32)])
+                pools[name][:before] = getattr(self, name)
+        more = np.zeros(total - before, dtype=np.int32)
+        self._replace(pools, np.concatenate([self.references, more]), [])
         self.free.extend(range(max(1, before), total))
 
     @property
@@ -130,16 +177,15 @@ class PageStore:
         place = np.zeros(self.total, dtype=np.int32)
         place[used] = np.arange(1, len(used) + 1)
         total = 1 + len(used) + spare
-        index = to_device(used, self.device).long()
+        index, pools = to_device(used, self.device).long(), {}
         for name, (shape, dtype) in self.shapes.items():
-            old = getattr(self, name)
-            new = torch.zeros(total, *shape, dtype=dtype, device=self.device)
-            new[1 : 1 + len(used)] = old[index]
-            setattr(self, name, new)
-        self.references = np.concatenate([[0], self.references[used], np.zeros(spare)]).astype(np.int32)
+            pools[name] = torch.zeros(total, *shape, dtype=dtype, device=self.device)
+            pools[name][1 : 1 + len(used)] = getattr(self, name)[index]
+        references = np.concatenate([[0], self.references[used], np.zeros(spare)]).astype(np.int32)
+        moved = [(lease, place[lease.pages]) for lease in self.leases]
+        self._replace(pools, references, moved)
         self.free = list(range(1 + len(used), total))
-        for lease in self.leases:
-            lease.move(place)
+        self._tell_moved()
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies the content of pages."""
@@ -243,7 +289,6 @@ class Lease:
         Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 behind the
         last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W').
         """
-        self._take_back()
         need = np.where(rows, -(-slots // PAGE) + self.kv_heads, 0)  # each head's last page may be nearly empty
         width = max(int(need.max()), self.pages.shape[-1])
         spare = np.full((*need.shape, width), -1, dtype=np.int32)
@@ -257,12 +302,6 @@ class Lease:
         n, batch = need.shape
         table = self._layer_last((n, batch, self.kv_heads, max(-(-most // PAGE), self.pages.shape[-1])))
         return to_device(spare, self.store.device), table
-
-    def _take_back(self) -> None:
-        """Returns what a step that was interrupted had been offered."""
-        for (layer, row), offered in self._offered.items():
-            self.store.release(np.setdiff1d(offered, self.pages[layer, row]))
-        self._offered = {}
 
     def settle(self, table: Tensor) -> None:
         """Takes what the device dealt out and returns the rest. table: as `offer` gave it, filled in."""
@@ -300,34 +339,52 @@ class Lease:
         self.store.leases.add(twin)
         return twin
 
-    def move(self, place: np.ndarray) -> None:
-        """Pages have moved: page p is now place[p]."""
-        self.pages = place[self.pages]
-        self._write_table()
-
-    def reorder(self, source: list[int]) -> None:
-        """Row i becomes a copy of row source[i]; pages are shared."""
-        old = self.pages
+    def select(self, source: list[int]) -> None:
+        """Row i becomes a copy of row source[i], for as many rows as `source` has; pages are shared."""
+        old, lens = self.pages, self.lens[:, source]
         self.bound, self.counts = self.bound[:, source], self.counts[:, source]
         self.pages = old[:, source].copy()
         self.store.share(self.pages)
         self.store.release(old)
-        self.lens.copy_(self.lens[:, source].clone())
+        if len(source) == self.batch:
+            self._lens.copy_(lens.clone())
+        else:
+            self.batch, self._lens = len(source), self._layer_last(tuple(lens.shape)).copy_(lens)
         self._write_table()
 
     def close(self) -> None:
-        """Returns all pages."""
-        self._take_back()
-        self.store.release(self.pages)
-        self.store.leases.discard(self)
-        self.pages = np.zeros_like(self.pages)
+        """Returns all pages, once: a reset may have been interrupted."""
+        if self in self.store.leases:
+            self.store.release(self.pages)
+            self.store.leases.discard(self)
+
+    def abandon(self) -> None:
+        """The cache was collected as garbage: whoever changes the store next returns the pages, because this may be in the middle
+        of a change of another cache. A store that nobody else uses goes as well."""
+        if self.store.lasting or len(self.store.leases) - len(self.store.gone) > 1:
+            self.store.gone.append(self)
+        else:
+            self.store.gone.clear()  # they refer to the store
+
+    @property
+    def held(self) -> np.ndarray:
+        """The pages leased, each once, also where rows share it."""
+        return np.unique(self.pages[self.pages > 0])
 
     @property
     def leased(self) -> int:
-        """Pages leased."""
-        return int(self.counts.sum())
+        """Pages leased, each counted once."""
+        return len(self.held)
 
     @property
     def shared(self) -> int:
         """Leased pages that another cache or row has, too."""
-        return int((self.store.references[self.pages[self.pages > 0]] > 1).sum())
+        return int((self.store.references[self.held] > 1).sum())
+
+    def slots_in_pages(self, lens: np.ndarray) -> int:
+        """How many slots hold a token where heads have `lens` (layers, rows, kv heads) of them, those of shared pages once."""
+        first = np.arange(self.pages.shape[-1]) * PAGE
+        filled = np.clip(lens[..., None] - first, 0, PAGE)
+        most = np.zeros(self.store.total, dtype=np.int64)
+        np.maximum.at(most, self.pages, filled)
+        return int(most[1:].sum())

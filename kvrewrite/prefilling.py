@@ -61,8 +61,9 @@ class _Chunk:
                 held = self.held.get(name)
                 if held is not None and held() is x:
                     continue
-                self.held[name] = weakref.ref(x)
             self.buffers[name].copy_(x)
+            if name in tables:
+                self.held[name] = weakref.ref(x)
 
     def give_back(self, given: Mapping[str, Tensor]) -> None:
         """Copies what the chunk has written, but for the pools, to where the caller has it."""

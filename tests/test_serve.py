@@ -126,7 +126,7 @@ def test_memory_does_not_grow(parts: Any, server: Server) -> None:
     assert idle(server.engine)
     gc.collect()
     alive = [
-        o for o in gc.get_objects() if isinstance(o, kvrewrite.EvictionCache) and o.owner_id == parts[0].program_id
+        o for o in gc.get_objects() if isinstance(o, kvrewrite.EvictionCache) and o.owner is parts[0].owner
     ]
     assert len(alive) <= 1  # that of a frame which has just ended
 
