@@ -126,6 +126,7 @@ class EvictionCache(Cache):
         self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
+        self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
@@ -166,7 +167,7 @@ class EvictionCache(Cache):
         twin: EvictionCache = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.leases = []  # should what follows fail, it must not return this cache's pages
-        for name in ("seen", "generated", "length", "next_rotary", "settled"):
+        for name in ("seen", "generated", "length", "next_rotary", "settled", "prompted"):
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
         twin._head_keep = [keep.copy() for keep in self._head_keep]
@@ -187,6 +188,11 @@ class EvictionCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
         raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
+
+    def end_prompt(self) -> None:
+        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes more tokens
+        from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
+        self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
 
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""
@@ -510,7 +516,7 @@ class EvictionCache(Cache):
         for state in self.states:
             if len(state.value):
                 state.value = state.value[source]
-        for name in ("seen", "generated", "length", "next_rotary", "settled"):
+        for name in ("seen", "generated", "length", "next_rotary", "settled", "prompted"):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -16,12 +17,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvrewrite.arguments import COUNTED, check_arguments, check_columns, check_ids_form, check_logits_to_keep, check_tensor
 from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
-from kvrewrite.errors import CacheError, InputError
+from kvrewrite.errors import CacheError, InputError, OptionError
 from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
+from kvrewrite.loss import causal_loss, check_labels
 from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
@@ -81,6 +84,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
+        self.__dict__["_told_scores"] = False
         # Not submodules: they are the same graph.
         self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
         # Tables that the compiler made lie on the CPU.
@@ -272,8 +276,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 "(keydiff, expected_attention, knorm, locret, streaming_llm)",
                 stacklevel=2,
             )
+        check_ids_form(input_ids)
         cache = self.new_cache(input_ids.shape[0], max_length=max_length)
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        cache.end_prompt()
         return cache
 
     def prompt_ids(self, context_ids: Tensor, question_ids: Tensor, *, bos_token_id: int | None = None) -> Tensor:
@@ -315,6 +321,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
         given = past_key_values if cache is None else cache
         if given is not None:
             kwargs[CACHE_NAME] = given
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if ids is not None:
+            check_ids_form(ids)
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -325,7 +334,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if getattr(generation_config, "cache_implementation", None) is not None:
             raise CacheError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a rewritten model has its own cache; "
-                "leave cache_implementation out"
+                "leave cache_implementation out (of the call and of the generation_config that it was given)"
             )
         if generation_config.use_cache is False:
             raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
@@ -335,6 +344,22 @@ class RewrittenModel(nn.Module, GenerationMixin):
             model_kwargs[CACHE_NAME] = self.new_cache(batch_size * width, max_length=max_cache_length + 1)
         else:
             self._check_cache(given, None)
+        self._check_prefill_chunks(generation_config.prefill_chunk_size, model_kwargs)
+
+    def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
+        """The same as `_check_pieces`, before the first piece has run."""
+        cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
+        columns = mask if mask is not None else model_kwargs.get("position_ids")
+        if size is None or columns is None or not self.policy.whole_prompt or any(cache.seen):
+            return
+        longest = columns.shape[-1] if mask is None else int(mask.sum(1).max())
+        if columns.shape[-1] > size and self.policy.evicts(self.policy.plan(longest), self.cache_owners):
+            raise CacheError(
+                f"prefill_chunk_size={size} would cut the prompt of {longest} tokens, but {self.policy.name} evicts once, from a "
+                f"row's first prompt as a whole, and would keep the pieces whatever its budget ({self.policy.budget}). Leave "
+                "prefill_chunk_size out (whole keys and values are alive in one layer at a time), or use a policy that evicts "
+                "between chunks (tova, h2o, keydiff, locret)"
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
@@ -352,7 +377,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> dict[str, Any]:
         """Called by `generate` behind every step. Every column from here on is a real token of every row and the cache counts
         positions, so masks and positions that grow with the text have served."""
-        model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        cache = model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        if not model_kwargs.get("generated"):
+            cache.end_prompt()
         for name in ("attention_mask", "position_ids"):
             model_kwargs.pop(name, None)
         model_kwargs["generated"] = True
@@ -384,6 +411,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return_dict: bool | None = None,
         cache: EvictionCache | None = None,
         generated: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -392,31 +421,37 @@ class RewrittenModel(nn.Module, GenerationMixin):
         real tokens, which must be adjacent. One token on a row that has some is decoding, more are a prompt.
         position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
         return logits for, 0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's
-        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. Returns logits
-        (B, T or logits_to_keep, vocabulary), zero at padding, and the cache.
+        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. labels: (B, T) int64,
+        -100 where none is wanted; the result has a `loss` then, the mean cross entropy of each label given the column before
+        it, its sum divided by num_items_in_batch if that is given. Returns logits (B, T or logits_to_keep, vocabulary), zero at
+        padding, and the cache. Logits are made before the eviction that follows their segment of the prompt.
+
+        Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
-        self._refuse(kwargs)
+        check_arguments(kwargs, RewrittenModel.forward)
         if torch.compiler.is_exporting():
             raise InputError(
                 "torch.export got a rewritten model, whose forward plans evictions in Python; export its steps: "
                 "kvrewrite.exporting.export_steps(model)"
             )
-        if input_ids is None or input_ids.dim() != 2:
-            got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
-            raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids has dtype {input_ids.dtype}, expected int64")
-        if not isinstance(logits_to_keep, int):
-            raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
+        check_ids_form(input_ids)
+        assert input_ids is not None
+        check_tensor("attention_mask", attention_mask)
+        check_tensor("position_ids", position_ids)
+        check_logits_to_keep(logits_to_keep)
+        if labels is not None:
+            check_labels(labels, input_ids, logits_to_keep, self.training)
         batch, width = input_ids.shape
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         cache = past_key_values if cache is None else cache
-        if self.decoder is not None and attention_mask is None and self.decoder.has_planned(input_ids, cache):
+        plain = attention_mask is None and labels is None and not kwargs
+        if self.decoder is not None and plain and self.decoder.has_planned(input_ids, cache):
             if not generated:
                 self._check_ids(input_ids, decoding=True)
             assert cache is not None
             return self._output(self.decoder.planned_step(input_ids, cache), cache, 1, use_cache, return_dict)
+        scores = cache is None or labels is not None
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
@@ -425,9 +460,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
         # One that pauses keeps its ranks, too.
         decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
+        check_columns(kwargs.get(COUNTED), cache.columns, width)
         self._check_input(position_ids, first, counts, cache, decoding)
+        self._check_pieces(counts, cache, decoding)
         if not generated:
             self._check_ids(input_ids, all(decoding))
+        if scores and logits_to_keep != 1:
+            self._warn_of_scores(counts, cache)
         if self.decoder is not None and width == 1 and all(decoding) and all(counts):
             segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
             logits = self.decoder.step(input_ids, cache, segments)
@@ -436,25 +475,70 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 Settling(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
-        return self._output(logits, cache, width, use_cache, return_dict)
+        loss = None if labels is None else causal_loss(logits, labels, first, counts, num_items_in_batch)
+        return self._output(logits, cache, width, use_cache, return_dict, loss)
 
     @staticmethod
     def _output(
-        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None
-    ) -> Any:
+        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None,
+        loss: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         cache.columns += width
         keep_cache = use_cache is not False
         if return_dict is False:
-            return (logits, cache) if keep_cache else (logits,)
-        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
+            found = (logits, cache) if keep_cache else (logits,)
+            return found if loss is None else (loss, *found)
+        given: dict[str, Any] = {CACHE_NAME: cache if keep_cache else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _refuse(kwargs: dict[str, Any]) -> None:
-        """Arguments that would change the result are refused; the rest of what `generate` passes is harmless."""
-        for name in ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"):
-            value = kwargs.get(name)
-            if value is not None and value is not False:
-                raise InputError(f"{name} is not supported by a rewritten model; leave it out")
+    def _check_pieces(self, counts: list[int], cache: EvictionCache, decoding: list[bool]) -> None:
+        """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its budget.
+        (More of a prompt that fits the budget is right, because nothing goes.)"""
+        if not self.policy.whole_prompt:
+            return
+        for row, n in enumerate(counts):
+            seen = cache.seen[row]
+            if not n or not seen or decoding[row] or cache.prompted[row]:
+                continue
+            if cache.generated[row]:
+                cache.prompted[row] = True  # what follows an answer is another prompt
+            elif self.policy.evicts(self.policy.plan(seen + n), self.cache_owners):
+                raise CacheError(
+                    f"row {row} gets {n} more tokens of a prompt after {seen}, before any token was generated, but "
+                    f"{self.policy.name} evicts once, from a row's first prompt as a whole, and would keep the pieces whatever "
+                    f"its budget ({self.policy.budget}). Pass the prompt in one call (generate without prefill_chunk_size), or "
+                    "use a policy that evicts between chunks (tova, h2o, keydiff, locret). If the first part is a text of its "
+                    "own that is asked about, make its cache with model.prefill(text), or say so with cache.end_prompt()"
+                )
+
+    @property
+    def cache_owners(self) -> int:
+        """How many layers own a cache."""
+        return sum(len(spec["layers"]) for spec in self.program.layout["classes"])
+
+    def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
+        """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show it."""
+        if self.__dict__["_told_scores"]:
+            return
+        for n, seen in zip(counts, cache.seen):
+            plan = self.policy.plan(n) if n > 1 and not seen else []
+            if plan and self.policy.evicts(plan, self.cache_owners) and not self.policy.evicts(plan[:-1], self.cache_owners):
+                self.__dict__["_told_scores"] = True
+                warnings.warn(
+                    f"{self.policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "
+                    f"or log-likelihoods made of them are those of the full cache. To score under eviction, {self._scoring()} "
+                    "(docs/measuring.md; said once)",
+                    stacklevel=2,
+                )
+
+    def _scoring(self) -> str:
+        """How a text is scored under eviction with this policy."""
+        prefill = "score what follows a context on the cache that model.prefill(context) returns"
+        try:
+            dataclasses.replace(self.policy, chunk=1)
+        except OptionError:
+            return prefill
+        return f"transform with chunk=1 (every token then sees what was kept before it), or {prefill}"
 
     def _real_tokens(
         self, mask: Tensor | None, batch: int, width: int, cache: EvictionCache
