@@ -25,7 +25,7 @@ from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
 from kvrewrite.stand_ins import capture_on_devices, devices_of
-from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
+from kvrewrite.wrapped import AdapterWatch, has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
     from kvrewrite.model import RewrittenModel
@@ -98,7 +98,8 @@ def transform(
     else:
         config, generation_config = _foreign_config(program, type(model).__name__), None
     _own_parameters(program.graph)
-    return RewrittenModel(program, config, generation_config, source=model)
+    adapters = AdapterWatch(model) if has_adapters(model) else None
+    return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
 
 
 def _own_parameters(gm: nn.Module) -> None:

@@ -33,6 +33,7 @@ from kvrewrite.prefilling import PrefillRunner
 from kvrewrite.prefilling import reason_against as reason_against_chunks
 from kvrewrite.program import Program
 from kvrewrite.prompts import join_question
+from kvrewrite.wrapped import AdapterWatch
 
 _program_ids = itertools.count()
 SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
@@ -73,6 +74,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         config: PreTrainedConfig,
         generation_config: GenerationConfig | None = None,
         source: Any = None,
+        adapters: AdapterWatch | None = None,
     ):
         super().__init__()
         self.program = program
@@ -84,6 +86,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
+        self.__dict__["adapters"] = adapters
         self.__dict__["_told_scores"] = False
         # Not submodules: they are the same graph.
         self.__dict__.update(_execution=None, _decoder=None, _prefill_runner=None, _stores=None, _compile_options=None)
@@ -429,6 +432,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
         check_arguments(kwargs, RewrittenModel.forward)
+        if self.adapters is not None and not generated:
+            self.adapters.check()
         if torch.compiler.is_exporting():
             raise InputError(
                 "torch.export got a rewritten model, whose forward plans evictions in Python; export its steps: "
