@@ -17,7 +17,7 @@ from kvrewrite.capture import Captured, capture
 from kvrewrite.errors import OptionError
 from kvrewrite.memory import plan_memory
 from kvrewrite.passes.pipeline import canonical
-from kvrewrite.verify import verify
+from kvrewrite.verification import verify
 from tests.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
 from tests.oracle_rules import H2ORule, KeyDiffRule, ScissorhandsRule, SnapKVRule
 from tests.rewritten import rewrite
