@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +61,26 @@ def _compile(
     captured: Captured, policy: Policy, weights: Weights, config: Any, observe: Observer | None, progress: Progress
 ) -> Program:
     progress("finding attention")
-    sites = canonical(captured, observe)
+    sites = _canonical(captured, observe)
     progress(f"inserting {policy.name}")
-    return insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+    with _float32():
+        return insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """torch's own default dtype, whatever the caller's is: passes run parts of a graph on numbers that they make up."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _canonical(captured: Captured, observe: Observer | None) -> list[AttentionSite]:
+    with _float32():
+        return canonical(captured, observe)
 
 
 def transform(
@@ -356,12 +373,12 @@ def inspect(
     if isinstance(model, nn.Module):
         model = unwrap(model)
         several = len(devices_of(model)) > 1
-        return canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
+        return _canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
     from kvrewrite.conversion import build_on_meta
     from kvrewrite.stand_ins import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
-    return canonical(capture_on_meta(built, max_length=max_length), observe)
+    return _canonical(capture_on_meta(built, max_length=max_length), observe)
 
 
 __all__ = ["Conversion", "OptionError", "convert", "inspect", "load", "save", "transform"]

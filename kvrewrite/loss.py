@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,23 +26,28 @@ def check_labels(labels: Any, input_ids: Tensor, logits_to_keep: int, training: 
         raise InputError(f"labels need the logits of all columns, but logits_to_keep is {logits_to_keep}; leave it out")
 
 
-def causal_loss(
-    logits: Tensor, labels: Tensor, first: list[int], counts: list[int], items: Tensor | int | None = None
-) -> Tensor:
+def causal_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, items: Tensor | int | None = None) -> Tensor:
     """Mean cross entropy in fp32 of each label (B, T) given the logits (B, T, vocabulary) of the column before it.
 
-    first, counts: where the real tokens of each row begin and how many there are; what padding would predict or be is left
-    out, so a row counts as it does alone, and so are labels of -100. items: what the sum is divided by instead of the number
-    of labels (`num_items_in_batch`).
+    mask: (B, past + T) or (B, T), 1 for real tokens, None where all are: what padding would predict, or is, is left out, so
+    a row counts as it does alone; so are labels of -100. items: what the sum is divided by instead of the number of labels
+    (`num_items_in_batch`).
     """
-    labels = labels.to(logits.device)
-    column = torch.arange(labels.shape[1], device=logits.device)
-    begin = torch.tensor(first, device=logits.device)[:, None]
-    end = begin + torch.tensor(counts, device=logits.device)[:, None]
-    predicted = (column > begin) & (column < end)  # the column before is real, too
-    target = labels.long().masked_fill(~predicted, IGNORED)[:, 1:].reshape(-1)
-    scores = logits[:, :-1].float().flatten(0, 1)
+    labels = labels.to(logits.device).long()
+    if mask is not None:
+        real = mask[:, mask.shape[1] - labels.shape[1] :].to(labels.device).bool()
+        labels = labels.masked_fill(~real, IGNORED)
+        labels[:, 1:].masked_fill_(~real[:, :-1], IGNORED)
+    target, scores = labels[:, 1:].reshape(-1), logits[:, :-1].float().flatten(0, 1)
     if items is None:
         return F.cross_entropy(scores, target, ignore_index=IGNORED)
     total = F.cross_entropy(scores, target, ignore_index=IGNORED, reduction="sum")
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+
+def with_loss(
+    out: Any, logits: Tensor, labels: Tensor, mask: Tensor | None, items: Tensor | int | None
+) -> Any:
+    """What `forward` returns (a tuple, or an output of transformers) with the loss in the first place."""
+    loss = causal_loss(logits, labels, mask, items)
+    return (loss, *out) if isinstance(out, tuple) else type(out)(**{**out, "loss": loss})

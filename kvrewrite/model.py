@@ -20,13 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kvrewrite.arguments import COUNTED, check_arguments, check_columns, check_ids_form, check_logits_to_keep, check_tensor
 from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
-from kvrewrite.errors import CacheError, InputError, OptionError
+from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
-from kvrewrite.loss import causal_loss, check_labels
+from kvrewrite.loss import check_labels, with_loss
 from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
+from kvrewrite.pickling import program_of, program_state
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.prefilling import PrefillRunner
@@ -37,6 +38,8 @@ from kvrewrite.wrapped import AdapterWatch
 
 _program_ids = itertools.count()
 SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
+# What may stand between token ids and the table of their embeddings.
+_RESHAPING = {getattr(torch.ops.aten, n).default for n in ("view", "reshape", "clone", "alias", "unsqueeze", "squeeze")}
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 
@@ -53,6 +56,27 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
 
     return guarded
+
+
+def _drop_unsupported(own: GenerationConfig) -> None:
+    """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a word."""
+    for name, off in (
+        ("cache_implementation", None), ("prompt_lookup_num_tokens", None), ("output_attentions", False),
+        ("output_hidden_states", False),
+    ):  # fmt: skip
+        if value := getattr(own, name, None):
+            setattr(own, name, off)
+            warnings.warn(
+                f"the model's generation_config has {name}={value!r}, which a rewritten model does not support (it has a cache of "
+                "its own, and returns logits alone); left out",
+                stacklevel=3,
+            )
+
+
+def _unpickled(cls: type[RewrittenModel], program: dict[str, Any], rest: dict[str, Any]) -> RewrittenModel:
+    """A model from what `RewrittenModel.__reduce_ex__` keeps."""
+    training = rest.pop("training")
+    return cls(program_of(program), **rest).train(training)
 
 
 class RewrittenModel(nn.Module, GenerationMixin):
@@ -83,6 +107,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.config = copy.deepcopy(config)
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(self.config)
         self.generation_config.use_cache = True  # the configurations of some models (MPT) say no
+        _drop_unsupported(self.generation_config)
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
@@ -101,6 +126,25 @@ class RewrittenModel(nn.Module, GenerationMixin):
             tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
             self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
         self.eval()
+
+    # -- copies --------------------------------------------------------------------------------------------------
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled without what `compile()` made: call it again on what comes out, which is a model of its own."""
+        rest = {name: getattr(self, name) for name in ("config", "generation_config", "source", "adapters", "training")}
+        return _unpickled, (type(self), program_state(self.program), rest)
+
+    def __copy__(self) -> RewrittenModel:
+        """A view of the same model, which takes its caches, too."""
+        twin: RewrittenModel = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
+        """A model of its own."""
+        twin: RewrittenModel = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     # -- what transformers asks a model --------------------------------------------------------------------------
     @property
@@ -154,6 +198,40 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the weights have, those of the policy included; none is trainable."""
+        counted = {id(p): p for p in self.parameters() if p.requires_grad or not only_trainable}
+        if exclude_embeddings:
+            counted.pop(id(self.get_input_embeddings().weight), None)
+        return sum(p.numel() for p in counted.values())
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, and of the tables that the graph reads. Caches have a `memory()` of their own."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma) put on
+        them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
+        for node in self.graph_module.graph.nodes:
+            if node.target is not torch.ops.aten.embedding.default:
+                continue
+            table, ids = node.args[:2]
+            while ids.target in _RESHAPING:
+                ids = ids.args[0]
+            if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
+                weight = get_attr(self.graph_module, table.target)
+                found = nn.Embedding(*weight.shape, _weight=weight, _freeze=True)
+                found.weight = weight  # the same object, not another one over its storage
+                return found
+        raise UnsupportedModelError("the model's graph does not look tokens up in one table")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refused: the size of the vocabulary is part of the graph."""
+        raise InputError(
+            "a rewritten model can't change its vocabulary, which is part of its graph; resize the original and transform that"
+        )
 
     @property
     def sites(self) -> list[Any]:
@@ -480,21 +558,18 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 Settling(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             logits = self._run_segments(input_ids, first, counts, cache, decoding, logits_to_keep)
-        loss = None if labels is None else causal_loss(logits, labels, first, counts, num_items_in_batch)
-        return self._output(logits, cache, width, use_cache, return_dict, loss)
+        out = self._output(logits, cache, width, use_cache, return_dict)
+        return out if labels is None else with_loss(out, logits, labels, attention_mask, num_items_in_batch)
 
     @staticmethod
     def _output(
-        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None,
-        loss: Tensor | None = None,
-    ) -> Any:  # fmt: skip
+        logits: Tensor, cache: EvictionCache, width: int, use_cache: bool | None, return_dict: bool | None
+    ) -> Any:
         cache.columns += width
         keep_cache = use_cache is not False
         if return_dict is False:
-            found = (logits, cache) if keep_cache else (logits,)
-            return found if loss is None else (loss, *found)
-        given: dict[str, Any] = {CACHE_NAME: cache if keep_cache else None}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)  # type: ignore[arg-type]
+            return (logits, cache) if keep_cache else (logits,)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
 
     def _check_pieces(self, counts: list[int], cache: EvictionCache, decoding: list[bool]) -> None:
         """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its budget.
