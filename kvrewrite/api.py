@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
 from kvrewrite.stand_ins import capture_on_devices, devices_of
-from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
+from kvrewrite.wrapped import AdapterWatch, has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
     from kvrewrite.model import RewrittenModel
@@ -71,16 +71,33 @@ def _compile(
     from kvrewrite.translation import prove_whole, reference_logits
 
     progress("finding attention and proving it" if check != "off" else "finding attention")
-    sites = canonical(captured, observe, check)
-    reference = reference_logits(captured) if check == "full" else None
-    progress(f"inserting {policy.name}")
-    program = insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
-    if reference is not None:
-        progress("proving the whole")
-        captured.proof.whole = prove_whole(program, captured, reference)
+    with _float32():
+        sites = canonical(captured, observe, check)
+        reference = reference_logits(captured) if check == "full" else None
+        progress(f"inserting {policy.name}")
+        program = insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+        if reference is not None:
+            progress("proving the whole")
+            captured.proof.whole = prove_whole(program, captured, reference)
     program.proof = captured.proof.as_dict() if captured.proof is not None else None
     captured.before = captured.stand_ins = None
     return program
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """torch's own default dtype, whatever the caller's is: passes run parts of a graph on numbers that they make up."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _canonical(captured: Captured, observe: Observer | None) -> list[AttentionSite]:
+    with _float32():
+        return canonical(captured, observe)
 
 
 def transform(
@@ -118,7 +135,8 @@ def transform(
     else:
         config, generation_config = _foreign_config(program, type(model).__name__), None
     _own_parameters(program.graph)
-    return RewrittenModel(program, config, generation_config, source=model)
+    adapters = AdapterWatch(model) if has_adapters(model) else None
+    return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
 
 
 def _own_parameters(gm: nn.Module) -> None:
@@ -384,12 +402,12 @@ def inspect(
     if isinstance(model, nn.Module):
         model = unwrap(model)
         several = len(devices_of(model)) > 1
-        return canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
+        return _canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
     from kvrewrite.conversion import build_on_meta
     from kvrewrite.stand_ins import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
-    return canonical(capture_on_meta(built, max_length=max_length), observe)
+    return _canonical(capture_on_meta(built, max_length=max_length), observe)
 
 
 __all__ = ["Conversion", "OptionError", "convert", "inspect", "load", "save", "transform"]

@@ -33,7 +33,8 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
-PER_ROW = ("seen", "generated", "length", "next_rotary", "settled")  # lists that have an entry for each row of a cache
+# Lists that have an entry for each row of a cache.
+PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
 
 
 class Owner:
@@ -166,6 +167,7 @@ class EvictionCache(Cache):
         self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
+        self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
@@ -207,8 +209,8 @@ class EvictionCache(Cache):
         """Raises CacheError after a step that was interrupted."""
         if self._unfinished:
             raise CacheError(
-                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have its "
-                "tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
+                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have "
+                "its tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
             )
 
     def begin_step(self) -> None:
@@ -269,6 +271,11 @@ class EvictionCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
         raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
+
+    def end_prompt(self) -> None:
+        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes more tokens
+        from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
+        self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
 
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""

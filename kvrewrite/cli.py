@@ -468,7 +468,7 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
     artifact.read_manifest(directory)
     from transformers.utils import logging
 
-    from kvrewrite.verify import verify as run
+    from kvrewrite.verification import verify as run
 
     logging.disable_progress_bar()  # there is one bar already
     where = _device(device)
