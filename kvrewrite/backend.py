@@ -29,7 +29,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from kvrewrite import policies
 from kvrewrite.api import _compile, _foreign_config, _quiet
 from kvrewrite.appending import AppendRunner, reason_against
-from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of
+from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of, type_for
 from kvrewrite.cache import EvictionCache
 from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
@@ -638,7 +638,7 @@ def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None)
     compiled = isinstance(model, OptimizedModule) or getattr(inner, "_compiled_call_impl", None) is not None
     compiled = compiled or hasattr(forward, "_torchdynamo_orig_callable")
     device = next(inner.parameters()).device
-    return BackendCache(batch_size, device, max_length=max_length, compileable=not compiled)
+    return type_for(unwrap(inner))(batch_size, device, max_length=max_length, compileable=not compiled)
 
 
 def _is_ours(module: OptimizedModule) -> bool:
