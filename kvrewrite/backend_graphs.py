@@ -1,5 +1,5 @@
-"""What the graphs that the torch.compile backend gets are: whether there is attention in one, and whether it treats every token by
-itself.
+"""What the graphs that the torch.compile backend gets are: whether there is attention in one, and whether it treats every token
+by itself.
 
 Attention is seen by its ops. A graph has more ways to mix tokens than a list of ops could name (attention by hand, recurrences,
 convolutions, fused layers), so the second is found by trying: the graph is run with one entry of its inputs changed, and what
@@ -70,6 +70,9 @@ def weights_of(graph: fx.Graph) -> set[int]:
     return {i for i, n in enumerate(inputs) if any(part in source_of(n) for part in ("._parameters[", "._buffers["))}
 
 
+TRIES = 16  # entries of an axis that are changed in turn, from the first to the last
+
+
 @torch.no_grad()
 def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[int]) -> bool:
     """Whether an entry of an input reaches that entry of the outputs alone.
@@ -83,7 +86,7 @@ def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[i
             continue
         for axis in range(given.dim() - given.is_floating_point()):
             size = given.shape[axis]
-            for at in sorted({0, size // 2, size - 1}) if size > 1 else ():
+            for at in sorted({n * (size - 1) // TRIES for n in range(TRIES + 1)}) if size > 1 else ():
                 changed = list(inputs)
                 changed[i] = _changed(given, axis, at)
                 try:

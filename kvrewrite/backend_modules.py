@@ -47,7 +47,7 @@ def view(module: nn.Module, **attributes: Any) -> nn.Module:
 def plain_view(module: nn.Module) -> nn.Module:
     """A module without what torch.compile put on it (`module.compile()`, `module.forward = torch.compile(module.forward)`)."""
     twin = view(module, _compiled_call_impl=None)
-    forward = vars(twin).get("forward")
+    forward: Any = vars(twin).get("forward")
     if hasattr(forward, "_torchdynamo_orig_callable"):
         twin.__dict__["forward"] = forward._torchdynamo_orig_callable
     return twin
