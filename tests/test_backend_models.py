@@ -1,5 +1,4 @@
-"""The torch.compile backend, models of other kinds than plain decoders, and threads: what it must take, and what must not run as it
-is."""
+"""The torch.compile backend, models of other kinds than plain decoders, and threads: what it must take, and what must not run."""
 
 from __future__ import annotations
 
