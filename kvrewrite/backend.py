@@ -32,7 +32,7 @@ from kvrewrite.api import _compile, _foreign_config, _quiet
 from kvrewrite.appending import AppendRunner, reason_against
 from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of, type_for
 from kvrewrite.backend_graphs import has_attention, is_token_wise, source_name, source_of, weights_of
-from kvrewrite.backend_modules import plain_view, ran, wrap_compiled_modules
+from kvrewrite.backend_modules import plain_view, ran, state_key, wrap_compiled_modules
 from kvrewrite.cache import EvictionCache
 from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, CaptureError, InputError, KVRewriteError, OptionError, UnsupportedModelError
@@ -154,10 +154,12 @@ class Argument:
 
 @dataclass
 class Call:
-    """The traced call of a model. source: what Dynamo calls the model."""
+    """The traced call of a model. source: what Dynamo calls the model; hooks: whether the model's own hooks are within the
+    traced function, and not around it."""
 
     module: nn.Module
     source: str
+    hooks: bool
     arguments: dict[str, Argument] = field(default_factory=dict)
 
 
@@ -197,7 +199,8 @@ def _traced_call() -> Call:
             f"the compiled function is {code.co_qualname}, not the forward of a model, or torch.compile has given up the model "
             f"around it (recompile_limit, or an earlier call that it could not trace: torch._dynamo.reset()); {WHOLE}"
         )
-    call = Call(module, positional[0].source)
+    around = (nn.Module._wrapped_call_impl, nn.Module._call_impl, type(module).__call__)
+    call = Call(module, positional[0].source, code in [getattr(f, "__code__", None) for f in around])
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     for i, argument in enumerate(positional[1:]):
         call.arguments[names[i] if i < len(names) else f"argument {i}"] = argument
@@ -305,11 +308,11 @@ class _Adapter:
         self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any], *, attention_seen: bool = True
     ):
         self.settings, self.attention_seen = settings, attention_seen
-        # The settings' key, a parameter, and its model's rewrite; written at once, for other threads.
+        # The settings' key with numbers of the model, a parameter, and its model's rewrite; written at once, for other threads.
         self.served: tuple[Any, weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = None
         self.checked = False
         call = _traced_call()
-        self.module = weakref.ref(call.module)
+        self.module, self.hooks = weakref.ref(call.module), call.hooks
         self.transformers = is_transformers_model(call.module)
         if not self.transformers:
             _check_module(call)
@@ -364,6 +367,13 @@ class _Adapter:
         if ids is None:
             raise InputError("the model was not given token ids (input_ids); the kvrewrite backend takes nothing else")
         self.ids = ids
+        # Numbers that the model holds and that have changed before, which Dynamo then takes for inputs.
+        self.numbers = [
+            i
+            for i, node in enumerate(nodes)
+            if source_of(node).startswith((f"{call.source}.", f"{call.source}["))
+            and (not isinstance(node.meta.get("example_value"), Tensor) or node.meta["grapharg"].pass_arg_as_tensor)
+        ]
         for i, node in enumerate(nodes):
             value, source = node.meta.get("example_value"), source_of(node)
             if i not in used and isinstance(value, Tensor) and source.startswith("L["):
@@ -435,7 +445,7 @@ class _Adapter:
     # -- a call --------------------------------------------------------------------------------------------------
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         ran()
-        rewrite = self._rewrite_of(inputs[self.parameter])
+        rewrite = self._rewrite_of(inputs[self.parameter], tuple(float(inputs[i]) for i in self.numbers))
         model = rewrite.model
         ids: Tensor = inputs[self.ids]
         cache: Any = None
@@ -477,7 +487,7 @@ class _Adapter:
                 outputs[at] = tensor
         return tuple(outputs)
 
-    def _rewrite_of(self, parameter: Tensor) -> _Rewrite:
+    def _rewrite_of(self, parameter: Tensor, numbers: tuple[float, ...]) -> _Rewrite:
         """The rewrite of the model whose parameter came in. Looked for once for each parameter: Dynamo's guards see whatever
         else changes the model's structure, dtype or device, and then there is another adapter."""
         served = self.served
@@ -487,7 +497,7 @@ class _Adapter:
                 known is parameter
                 and rewrite is not None
                 and self.module() is not None
-                and self.settings.key() == key
+                and (self.settings.key(), numbers) == key
                 and not rewrite.replaced()
             ):
                 rewrite.follow()
@@ -495,9 +505,9 @@ class _Adapter:
         module = self.module()
         if module is None or not any(parameter is p for p in module.parameters()):
             raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
-        key = self.settings.key()
+        key = self.settings.key(), numbers
         try:
-            rewrite = rewritten(module, self.settings)
+            rewrite = rewritten(module, self.settings, self.hooks)
         except (CaptureError, UnsupportedModelError) as error:
             if self.attention_seen:
                 raise
@@ -558,8 +568,8 @@ def _dims(node: fx.Node) -> int:
 class _Rewrite:
     """A rewritten model that follows the parameters of the original. It does not hold the original itself."""
 
-    def __init__(self, module: nn.Module, settings: Settings):
-        captured = capture(plain_view(module))
+    def __init__(self, module: nn.Module, settings: Settings, hooks: bool):
+        captured = capture(plain_view(module, hooks))
         config = getattr(module, "config", None)
         program = _compile(captured, settings.policy, settings.weights, config, None, _quiet)
         if not is_transformers_model(module):
@@ -567,6 +577,8 @@ class _Rewrite:
         self.pairs = list(_shared(module, program.graph))
         # Where each submodule hangs, and its parameters' dict, which tells it from another one without holding it.
         self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]
+        self.hooks = [d for m in module.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hook_counts = list(map(len, self.hooks))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
         self.appends: AppendRunner | None = None
@@ -589,8 +601,10 @@ class _Rewrite:
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
-        """Whether a submodule of the original is no longer the one that was captured. Dynamo makes a graph of its own for another
-        type, but not for another module of the same type."""
+        """Whether a submodule of the original is no longer the one that was captured, or has other hooks. Dynamo makes a graph of
+        its own for another type, but not for another module of the same type, nor for hooks."""
+        if list(map(len, self.hooks)) != self.hook_counts:
+            return True
         return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
     def follow(self) -> None:
@@ -625,23 +639,23 @@ def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any
 _rewrites: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Rewrite]] = weakref.WeakKeyDictionary()
 
 
-def rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
-    """The rewrite of a model, made when it is needed first. Requests leave nothing in it.
+def rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
+    """The rewrite of a model as it is now, made when it is needed first. Requests leave nothing in it. hooks: whether it has the
+    model's own hooks in it.
 
     One thread at a time, and none while Dynamo traces: a capture changes the model's configuration for a while.
     """
     with compile_lock:
-        return _rewritten(module, settings)
+        return _rewritten(module, settings, hooks)
 
 
-def _rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
+def _rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
     first = next(module.parameters(), None)
     where = (None, None) if first is None else (first.device, first.dtype)
-    shape = hash(tuple((n, type(m)) for n, m in module.named_modules()))
-    key = (settings.key(), where, shape)
+    key = (settings.key(), where, state_key(module), hooks)
     made = _rewrites.setdefault(module, {})
     if key not in made or made[key].replaced():
-        made[key] = _Rewrite(module, settings)
+        made[key] = _Rewrite(module, settings, hooks)
     made[key].follow()
     return made[key]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from kvrewrite.errors import UnsupportedModelError
@@ -44,13 +45,52 @@ def view(module: nn.Module, **attributes: Any) -> nn.Module:
     return twin
 
 
-def plain_view(module: nn.Module) -> nn.Module:
-    """A module without what torch.compile put on it (`module.compile()`, `module.forward = torch.compile(module.forward)`)."""
+def plain_view(module: nn.Module, hooks: bool) -> nn.Module:
+    """A module without what torch.compile put on it (`module.compile()`, `module.forward = torch.compile(module.forward)`).
+    hooks: whether a call of it runs its own hooks; those of submodules always run."""
     twin = view(module, _compiled_call_impl=None)
     forward: Any = vars(twin).get("forward")
     if hasattr(forward, "_torchdynamo_orig_callable"):
         twin.__dict__["forward"] = forward._torchdynamo_orig_callable
+    if not hooks:
+        twin.__dict__["_compiled_call_impl"] = lambda *args, **kwargs: twin.forward(*args, **kwargs)
     return twin
+
+
+# What a module holds that others than `state_key` see to, or that a capture does not depend on.
+_SEEN_TO = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", "training", "generation_config"}
+
+
+def state_key(module: nn.Module) -> int:
+    """Tells states of one model apart that compute different things with the same parameters: numbers and flags that its layers
+    hold (scales, adapters that are switched off), configurations, hooks."""
+    found = []
+    for name, part in module.named_modules():
+        own = {
+            n: v for n, v in vars(part).items() if n not in _SEEN_TO and not hasattr(v, "_torchdynamo_orig_callable")
+        }
+        found.append(f"{name} {type(part).__qualname__} {_shown(own, 4)}")
+    return hash("\n".join(found))
+
+
+def _shown(value: Any, depth: int) -> str:
+    """A value in words that differ where the value does; what has no parts that can be looked at is known by its place."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return repr(value)
+    if depth and isinstance(value, Mapping):
+        return "{" + ",".join(f"{_shown(k, depth - 1)}:{_shown(v, depth - 1)}" for k, v in value.items()) + "}"
+    if depth and isinstance(value, (list, tuple)):
+        return "[" + ",".join(_shown(v, depth - 1) for v in value) + "]"
+    if depth and isinstance(value, (set, frozenset)):
+        return "(" + ",".join(sorted(_shown(v, depth - 1) for v in value)) + ")"
+    if (
+        depth
+        and not isinstance(value, (Tensor, nn.Module, type))
+        and not callable(value)
+        and hasattr(value, "__dict__")
+    ):
+        return f"{type(value).__qualname__}{_shown(vars(value), depth - 1)}"
+    return f"{type(value).__qualname__} at {id(value)}"
 
 
 def _checked(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -231,6 +231,52 @@ def test_own_class_without_output_embeddings() -> None:
         compiled(model.model, policy="full")(ids(1, 9))
 
 
+# ------------------------------------------------------------------------------------------------ models that change
+def double(module: nn.Module, args: Any, out: Any) -> Any:
+    out.logits = out.logits * 2
+    return out
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "forward"])
+def test_a_models_own_hooks_run_once(how: str) -> None:
+    """torch runs them around what Dynamo traces."""
+    model: Any = make("llama", num_hidden_layers=1)
+    expected = model((ids(1, 9) + 1) % VOCAB).logits * 2
+    model.register_forward_hook(double)
+    model.register_forward_pre_hook(lambda m, args, rest: (((args[0] + 1) % VOCAB,), rest), with_kwargs=True)
+    settings: dict[str, Any] = {"backend": "kvrewrite", "options": {"inductor": False, "policy": "full"}}
+    user = model
+    if how == "torch.compile":
+        user = torch.compile(model, **settings)
+    elif how == "model.compile":
+        model.compile(**settings)
+    else:
+        model.forward = torch.compile(model.forward, **settings)
+    torch.testing.assert_close(user(ids(1, 9)).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_changes_after_the_first_call_are_followed() -> None:
+    """Numbers, flags and hooks of its layers: a rewrite that was made before is not run for them, but is when they are undone."""
+    model: Any = make("llama", num_hidden_layers=1)
+    user, layer, text = compiled(model, policy="full"), model.model.layers[0], ids(1, 9)
+
+    def check() -> Tensor:
+        found = user(text).logits
+        torch.testing.assert_close(found, model(text).logits, rtol=0, atol=1e-5)
+        return found
+
+    first = check()
+    model.model.norm.variance_epsilon = 5.0
+    assert not torch.allclose(check(), first, atol=1e-2)
+    model.model.norm.variance_epsilon = 1e-6
+    check()
+    hook = layer.mlp.register_forward_hook(lambda m, args, out: out * 3)
+    assert not torch.allclose(check(), first, atol=1e-2)
+    hook.remove()
+    assert torch.equal(check(), first)
+    assert len(backend._rewrites[model]) == 3
+
+
 # ------------------------------------------------------------------------------------------------ threads
 class Waits(LogitsProcessor):
     """Holds a request up at its first token."""
