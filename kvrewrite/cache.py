@@ -133,7 +133,7 @@ class EvictionCache(Cache):
     _unfinished = False
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])  # not that of a class between (`type_for` in backend_cache.py)
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
