@@ -331,7 +331,7 @@ class NoSoftmax(Custom):
     [
         (Bidirectional, "not causal"),
         (Prefix, "tokens see later ones"),
-        (LearnedBias, "not linear in the distance"),
+        (LearnedBias, r"made of the parameter .*learned bias"),
         (ContentMask, "content"),
         (Talking, "weights are changed"),
         (Leaky, "used for something else"),
