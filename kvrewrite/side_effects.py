@@ -106,12 +106,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     """Whether `value` is an object of the model's own kind, with attributes of its own."""
-    if (
-        type(value) is _Left
-        or isinstance(value, (nn.Module, Tensor, type, *CONTAINERS))
-        or callable(value)
-        or not hasattr(value, "__dict__")
-    ):
+    if type(value) is _Left or isinstance(value, (nn.Module, Tensor, type, *CONTAINERS)):
+        return False
+    if callable(value) or not hasattr(value, "__dict__"):
         return False
     return not type(value).__module__.startswith(("torch", "builtins"))
 

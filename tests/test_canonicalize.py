@@ -312,7 +312,7 @@ class Leaky(Custom):
 
 class PerHeadScale(Custom):
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = (q @ k.mT) * self.gains.abs()[:, None, None]
+        scores = (q @ k.mT) * torch.arange(1, HEADS + 1)[:, None, None]
         return scores.masked_fill(~self.causal(x), -math.inf).softmax(-1) @ v
 
 
@@ -335,7 +335,7 @@ class NoSoftmax(Custom):
         (ContentMask, "content"),
         (Talking, "weights are changed"),
         (Leaky, "used for something else"),
-        (PerHeadScale, "differ between heads"),
+        (PerHeadScale, "is not a scale and a softcap.*differ between heads"),
         (Dropping, "dropout"),
         (NoSoftmax, "between all pairs of tokens"),
     ],

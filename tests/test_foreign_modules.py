@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def check_exact(model: nn.Module, lengths: tuple[int, ...] = (1, 3, 12, 40)) -> 
             )
             torch.testing.assert_close(small(ids).logits, expected, atol=1e-5, rtol=1e-5)
             cache, parts, cuts = small.new_cache(2), [], [*range(0, length, 5), length]
-            for a, b in zip(cuts, cuts[1:]):
+            for a, b in itertools.pairwise(cuts):
                 parts.append(small(ids[:, a:b], past_key_values=cache).logits)
             torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
     return small
@@ -109,7 +110,7 @@ def test_a_head_of_another_size_than_the_table() -> None:
 def test_logits_of_the_last_token_alone() -> None:
     """As nanoGPT's forward without targets."""
     model = make(forward=lambda self, idx, targets=None: (Decoder.forward(self, idx)[:, [-1]], None))
-    with pytest.raises(CaptureError, match="one token of each row alone, as nanoGPT's .*wrap it in a module"):
+    with pytest.raises(CaptureError, match=r"one token of each row alone, as nanoGPT's .*wrap it in a module"):
         kvrewrite.inspect(model)
 
 

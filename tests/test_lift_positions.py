@@ -204,6 +204,14 @@ class Mixed(Decoder):
         return self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)).cumsum(0)
 
 
+class OverLength(Decoder):
+    """Positions as a part of the text's length: with more tokens, those before would be others."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        part = torch.arange(ids.shape[1], device=ids.device) / ids.shape[1]
+        return self.wte(ids) + torch.sin(part[:, None] * torch.arange(1, 33))
+
+
 class LastRows(Decoder):
     def embed(self, ids: Tensor) -> Tensor:
         return self.wte(ids) + self.wpe.weight[: ids.shape[1]].mean(0)
@@ -215,6 +223,7 @@ class LastRows(Decoder):
         (CumsumPositions, "something else than an arange"),
         (Gathered, "does not treat every position by itself"),
         (Mixed, "depends on the others"),
+        (OverLength, "or on how many there are"),
         (LastRows, "over all positions at once"),
     ],
 )
