@@ -7,6 +7,7 @@ never for it; else it computes something else for them, which is refused.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import fingerprint, symbol
+from kvrewrite.graph import symbol
 from kvrewrite.trace_failure import DATA_DEPENDENT, causes, noted_place
 
 MOST_TRACES = 12
@@ -46,6 +47,8 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
                 other = _traced(trace, size, place)
                 if other is None:
                     continue
+                if not place and not getattr(_sizes(other)[2], "free_symbols", None):
+                    continue  # torch, not the model, takes so few tokens for a constant
                 if program_text(other) != text:
                     raise UnsupportedModelError(_reason(size, (rows, tokens), place))
                 todo.append((other, *size))
@@ -78,7 +81,7 @@ def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
 
 
 def _sizes(program: Any) -> tuple[Any, Any, Any]:
-    """The shape environment of a program, and the symbols of rows and tokens."""
+    """The shape environment of a program, and what stands for rows and tokens: symbols, or numbers."""
     name = program.graph_signature.user_inputs[0]
     ids: Tensor = next(n for n in program.graph.nodes if n.name == name).meta["val"]
     node: Any = getattr(ids.shape[1], "node", None)
@@ -125,18 +128,28 @@ def _holds(expression: Any, sizes: dict[Any, int]) -> bool:
 
 
 def program_text(program: Any) -> str:
-    """A program as text: equal for programs that compute the same."""
-
-    def of(module: fx.GraphModule) -> list[str]:
-        parts = [fingerprint(module.graph)]
-        for name, child in module.named_children():
-            parts += [f"{name}:", *(of(child) if isinstance(child, fx.GraphModule) else [type(child).__name__])]
-        return parts
-
+    """A program as text: equal for programs that compute the same results from the same values, in whatever order."""
     constants = []
     for name, value in program.constants.items():
         if isinstance(value, Tensor) and value.device.type != "meta" and type(value) is torch.Tensor:
             constants.append(f"{name} {value.dtype} {value.tolist()}")
         else:
             constants.append(f"{name} {type(value).__name__} {getattr(value, 'shape', '')}")
-    return "\n".join([*of(program.graph_module), *constants])
+    return "\n".join([_digest(program.graph_module), *constants])
+
+
+def _digest(module: fx.GraphModule) -> str:
+    """A number for what a graph gives, made of those of its inputs, constants and calls."""
+    known: dict[fx.Node, str] = {}
+    inputs = 0
+    for node in module.graph.nodes:
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        if node.op == "placeholder":
+            target, inputs = str(inputs), inputs + 1
+        elif node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
+            target = _digest(getattr(module, str(node.target)))
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[arg-type, return-value]
+        known[node] = hashlib.sha256(f"{node.op} {target} {arguments}".encode()).hexdigest()
+        if node.op == "output":
+            return known[node]
+    raise ValueError("a graph without an output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def normalize(captured: Captured) -> None:
     """Requires: a graph as `capture` makes it, without in-place ops (`run_decompositions({})`).
 
     Ensures: no assertions, no dead nodes, `reshape` in place of `view` (whose arguments were right for the strides of
-    the trace only), and no copies, casts or dropouts that do nothing.
+    the trace only), and no copies, casts, slices or dropouts that do nothing.
     """
     gm = captured.graph
     copies_matter = any(n.target in STRIDE_SENSITIVE or mutates(n) for n in gm.graph.nodes)
@@ -59,6 +60,8 @@ def _copied(node: fx.Node, copies_matter: bool) -> fx.Node | None:
     source = node.args[0]
     if node.target in ALIASES:
         return source
+    if is_op(node, aten.slice.Tensor) and _is_whole(node):
+        return source
     if is_op(node, aten.dropout.default):
         return None if _argument(node, 2, "train", True) and _argument(node, 1, "p", 0.5) else source
     if is_op(node, aten.clone.default):
@@ -69,6 +72,12 @@ def _copied(node: fx.Node, copies_matter: bool) -> fx.Node | None:
         if same and before.dtype == after.dtype and before.device == after.device:  # type: ignore[union-attr]
             return source
     return None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes all of an axis, as x[:, 1:] does of the first."""
+    start, end, step = (_argument(node, i, n, d) for i, n, d in ((2, "start", None), (3, "end", None), (4, "step", 1)))
+    return start in (None, 0) and step == 1 and (end is None or (isinstance(end, int) and end >= sys.maxsize))
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
