@@ -187,14 +187,14 @@ def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str
         _Window(captured, region).rewrite()
         return ""
     except NotCarried as error:
-        reason = f"as a window: {error}"
+        reason = f"it is no short convolution or token shift: {error}"
     try:
         if len(region.exits) != 1:
             raise NotCarried(f"{len(region.exits)} results have one entry a token, expected one")
         _Recurrence(captured, region, known).rewrite()
         return ""
     except NotCarried as error:
-        return f"{reason}; as a linear recurrence: {error}"
+        return f"{reason}; and no linear attention or scan: {error}"
 
 
 # ------------------------------------------------------------------------------------------------ regions
@@ -292,7 +292,7 @@ class _Window:
     def rewrite(self) -> None:
         """Puts `with_past` in; NotCarried, with the graph as it was, where the region is something else."""
         if len(self.region.inputs) != 1:
-            raise NotCarried(f"it has {len(self.region.inputs)} inputs")
+            raise NotCarried(f"it reads {len(self.region.inputs)} tensors with the sequence, expected one")
         x = self.region.inputs[0]
         layout = _layout(self.captured, x)
         assert layout is not None
@@ -302,7 +302,8 @@ class _Window:
         needed = value_inputs(self.region.exits)  # x[:, :1] may be there for the shape of the zeros alone
         readers = [n for n in self.body if x in n.all_input_nodes and n in needed and not only_shape(n)]
         if len(found) != 1 or readers != [found[0].reader]:
-            raise NotCarried(f"{len(found)} ops put zeros in front of the sequence, expected one that all others read")
+            many = "several ops put" if found else "none puts"
+            raise NotCarried(f"of its ops {many} zeros before the sequence for all others to read")
         pad, node, count = found[0], found[0].node, found[0].count
         limit = self.captured.max_positions or LONGEST
         length = min(2 * count + 5, limit)
@@ -491,7 +492,7 @@ class _Recurrence:
                     raise NotCarried("a weight is a factor of its results")
             return complete
         shapes = ", ".join(f"(batch, tokens, {', '.join(map(str, r))})" for r in self.rests)
-        raise NotCarried(f"no roles of its inputs {shapes} give its results")
+        raise NotCarried(f"what it gives is none that queries, keys, values and decays among {shapes} would give")
 
     def _several_chunks(self) -> int:
         """A length at which whatever the region is cut into is there more than twice."""

@@ -74,7 +74,7 @@ def data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
 def _layer_of(node: fx.Node) -> str:
     path = module_path(node)
     index = re.search(r"\.(\d+)(?:\.|$)", path)
-    return f"layer {index.group(1)} ({path})" if index else f"module {path or '?'}"
+    return f"layer {index.group(1)} ({path})" if index else f"module {path}" if path else "the model's own forward"
 
 
 def sequence_axes(node: Any, length: Any) -> list[int]:

@@ -388,9 +388,9 @@ class BeginsWithOnes(Decoder):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (LooksAhead, "no roles of its inputs"),
+        (LooksAhead, "none that queries, keys, values and decays among"),
         (ConvolvesAhead, "depend on more than the 2 tokens before"),
-        (BeginsWithOnes, "0 ops put zeros in front of the sequence"),
+        (BeginsWithOnes, "none puts zeros before the sequence"),
     ],
 )
 def test_what_only_looks_like_it(model: type[Decoder], reason: str) -> None:

@@ -301,3 +301,62 @@ def test_an_upper_half_that_shares_keys_written_inline() -> None:
 
     torch.manual_seed(0)
     assert [site.shares_kv_with for site in check_exact(Yoco()).sites] == [None, None, None, 2]
+
+
+# ------------------------------------------------------------------------------------------------ spellings
+class Spelled(SdpaAttention):
+    """Attention written out by `weigh(scores of q and k) of v`."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT
+
+    def weigh(self, w: Tensor, v: Tensor) -> Tensor:
+        return w @ v
+
+    def forward(self, x: Tensor, rotary: Any = None) -> Tensor:
+        q, k, v = self.split(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.merge(
+            self.weigh((self.scores(q, k) * HEAD_DIM**-0.5).masked_fill(later, float("-inf")).softmax(-1), v)
+        )
+
+
+class EinsumDots(Spelled):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.einsum("...qd,...kd->...qk", q, k)
+
+    def weigh(self, w: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("... q k, ... k d -> ... q d", w, v)
+
+
+class ValuesFirst(Spelled):
+    def weigh(self, w: Tensor, v: Tensor) -> Tensor:
+        return (v.mT @ w.transpose(-1, -2)).mT
+
+
+@pytest.mark.parametrize("kind", [EinsumDots, ValuesFirst])
+def test_products_in_other_spellings(kind: type[Spelled]) -> None:
+    assert len(check_exact(make(make_attention=lambda self: kind())).sites) == 2
+
+
+def test_the_encoder_of_torch_is_told_that_it_is_causal() -> None:
+    """As in PyTorch's tutorial; torch looks into the mask where it is not told."""
+
+    class Encoder(nn.Module):
+        told = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, 64, dropout=0.0)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.encoder(x.transpose(0, 1), mask, is_causal=self.told or None).transpose(0, 1)
+
+    model = make()
+    model.blocks = nn.ModuleList([Encoder()])
+    with pytest.raises(CaptureError, match=r"nn.TransformerEncoder looks into the mask .*pass is_causal=True"):
+        kvrewrite.inspect(model)
+    model.blocks[0].told = True
+    assert len(kvrewrite.inspect(model)) == 2
