@@ -136,7 +136,10 @@ def fake_value(node: fx.Node) -> Any:
     then nothing finds the sequence any more.
     """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
-    modes = {v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
+    read = node.all_input_nodes
+    if any(map(is_size, read)) and not any(tensor_of(n) is not None for n in read):
+        read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor of sizes alone
+    modes = {v.fake_mode for n in read if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
     with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)

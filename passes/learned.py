@@ -121,7 +121,7 @@ def _constant_factors(captured: Captured, nodes: set[fx.Node], scores: fx.Node |
     found = []
     for node in sorted(nodes):
         value = tensor_of(node)
-        if node in after or value is None or not value.is_floating_point() or value.dim() < 2 or depends_on_data(node):
+        if node in after or value is None or value.dtype == torch.bool or value.dim() < 2 or depends_on_data(node):
             continue
         if any(is_op(u, aten.mul.Tensor, aten.div.Tensor) and u in after for u in node.users):
             sizes = [symbol(s) for s in value.shape]

@@ -334,7 +334,7 @@ class NoSoftmax(Custom):
     [
         (Bidirectional, "not causal"),
         (Prefix, "tokens see later ones"),
-        (LearnedBias, "a learned bias"),
+        (LearnedBias, r"made of the parameter .*learned bias"),
         (ContentMask, "content"),
         (Talking, "weights are changed"),
         (Leaky, "used for something else"),

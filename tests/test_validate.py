@@ -191,6 +191,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "window by a shift": lambda: with_core(seen_by(lambda d: d >> 5 == 0)),
     "window by a logarithm": lambda: with_core(seen_by(lambda d: (d.clamp(min=0) + 1.0).log2() < 5.3)),
     "a window for each head": lambda: with_core(per_head),
+    "a number for each head": lambda: with_core(changed_scores(lambda x, d: x * torch.arange(1, 5)[:, None, None])),
     "log-n scaling of the scores": lambda: with_core(log_n),
 }
 
