@@ -125,9 +125,7 @@ def test_memory_does_not_grow(parts: Any, server: Server) -> None:
         assert server.engine.leased_after == 0
     assert idle(server.engine)
     gc.collect()
-    alive = [
-        o for o in gc.get_objects() if isinstance(o, kvrewrite.EvictionCache) and o.owner is parts[0].owner
-    ]
+    alive = [o for o in gc.get_objects() if isinstance(o, kvrewrite.EvictionCache) and o.owner is parts[0].owner]
     assert len(alive) <= 1  # that of a frame which has just ended
 
 
