@@ -346,8 +346,8 @@ def portable(
     hkv, capacity, dv = k_cache.shape[1], k_cache.shape[2], v.shape[3]
     if not all(_in_words(x) for x in (q, k, v, k_cache, v_cache)):
         out, lse = portable(
-            *(_padded(x) for x in (q, k, v, k_cache, v_cache)), lens, cache_pos, positions, valid, sinks, alibi, hidden,
-            scale=scale, softcap=softcap, window=window, chunk=chunk, config=config, heads_at_once=heads_at_once,
+            _padded(q), _padded(k), _padded(v), _padded(k_cache), _padded(v_cache), lens, cache_pos, positions, valid, sinks,
+            alibi, hidden, scale=scale, softcap=softcap, window=window, chunk=chunk, config=config, heads_at_once=heads_at_once,
         )  # fmt: skip
         return out[..., :dv].transpose(1, 2).contiguous().transpose(1, 2), lse
     if config is None:
