@@ -118,6 +118,17 @@ class Layer:
         twin.key_tables = [x.double() for x in self.key_tables]
         return twin
 
+    def to(self, device: str) -> Layer:
+        """The same on a device, where tensors have the strides they have here."""
+        twin = object.__new__(Layer)
+        for name, x in self.__dict__.items():
+            if isinstance(x, Tensor):
+                x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+            elif isinstance(x, list):
+                x = [y.to(device) for y in x]
+            setattr(twin, name, x)
+        return twin
+
     def copy(self) -> Layer:
         """The same with a cache of its own."""
         twin = object.__new__(Layer)
@@ -152,19 +163,16 @@ def attention(a: Layer, *, hidden: bool = False, **options: Any) -> dict[str, Te
 
 def mass(a: Layer, newest: int) -> dict[str, Tensor]:
     """What slots and tokens get from the newest (0: all) tokens; log-sum-exps are those of fp64."""
-    exact = a.double()
+    exact = a.to("cpu").double()
     with kernels("reference"):
-        old = (a.pos_pages, a.table, a.lens, a.positions, a.valid)
+        old = (exact.pos_pages, exact.table, exact.lens, exact.positions, exact.valid)
         attended = (exact.q, exact.k, exact.v, None, exact.k_pages, exact.v_pages, *old)
-        lse = ops.cached_attention(*attended, None, None, None, a.scale, *PLAIN.values())[1]
+        lse = ops.cached_attention(*attended, None, None, None, a.scale, *PLAIN.values())[1].to(a.q.device)
+    old = (a.pos_pages, a.table, a.lens, a.positions, a.valid)
     index = torch.arange(a.real.shape[1], device=a.real.device)
     rows = a.real & (index >= a.valid[:, None] - newest if newest else index >= 0)
     call = (a.q, a.k, lse, rows, None, a.k_pages, *old, None, None, a.scale, *PLAIN.values(), None, newest)
-    return {"mass": _observed(call)}
-
-
-def _observed(call: tuple[Any, ...]) -> Tensor:
-    return ops.observe(*call)
+    return {"mass": ops.observe(*call)}
 
 
 def token(a: Layer, *, turned: bool, keys: bool = False) -> dict[str, Tensor]:
@@ -250,10 +258,11 @@ def distance(found: Tensor, exact: Tensor) -> float:
     exact = exact.masked_fill(exact.isinf(), 0.0)
     tiny = torch.finfo(torch.float64).tiny
     whole = off.norm() / exact.norm().clamp(min=tiny)
-    if exact.dim() < 2:
-        return float(whole)
-    rows = (off.norm(dim=-1) / exact.norm(dim=-1).clamp(min=tiny)).max() if off.numel() else whole
-    return float(torch.maximum(whole, rows / FACTOR))
+    rows = whole
+    if exact.dim() > 1 and off.numel():
+        rows = (off.norm(dim=-1) / exact.norm(dim=-1).clamp(min=tiny)).max()
+    worst = float(torch.maximum(whole, rows / FACTOR))
+    return worst if worst == worst else float("inf")
 
 
 def unequal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -265,14 +274,15 @@ def unequal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def against_exact(op: str, shape: str, run: Callable[[Layer], dict[str, Tensor]], a: Layer) -> Found:
-    """Compares with fp64, and with the error of the torch reference in the same dtype."""
+    """Compares with fp64 on the CPU, and with the error of the torch reference there in the same dtype."""
     try:
         with kernels("fused"):
-            found = run(a)
+            found = {name: x.cpu() for name, x in run(a).items()}
     except OptionError as why:
         return Found(op, shape, missing=str(why))
+    here = a.to("cpu")
     with kernels("reference"):
-        same, exact = run(a), run(a.double())
+        same, exact = run(here), run(here.double())
     smallest = SMALLEST[a.q.dtype]
     worst = Found(op, shape, 0.0, 1.0)
     for name, x in exact.items():
@@ -287,11 +297,11 @@ def against_bits(op: str, shape: str, run: Callable[[Layer], dict[str, Tensor]],
     """Compares with the torch reference in the same dtype, bit by bit."""
     try:
         with kernels("fused"):
-            found = run(a)
+            found = {name: x.cpu() for name, x in run(a).items()}
     except OptionError as why:
         return Found(op, shape, missing=str(why))
     with kernels("reference"):
-        return Found(op, shape, unequal(found, run(a)))
+        return Found(op, shape, unequal(found, run(a.to("cpu"))))
 
 
 def sweep(

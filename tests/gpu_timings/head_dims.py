@@ -1,6 +1,6 @@
 """The sweep of tests/head_dims.py over all head dims and dtypes on a GPU, as a table: docs/head_dims.md, docs/results/*.json.
 
-    python -m tests.gpu_timings.head_dims --json OUT.json --table OUT.md [--workers 16] [--dims 40,136:72]
+    python -m tests.gpu_timings.head_dims --json OUT.json --table OUT.md [--workers 16] [--seconds 300] [--dims 40,136:72]
 
 Kernels are compiled for each head dim, so many processes share the GPU. A head dim that ends its process is a row that says so.
 """
@@ -46,10 +46,11 @@ def work(cells: list[Cell], out: Path) -> None:
             file.flush()
 
 
-def run(cells: list[Cell], workers: int) -> list[dict[str, Any]]:
-    """All cells, in `workers` processes at a time; what a process that ended early left is given to new ones."""
+def run(cells: list[Cell], workers: int, seconds: float) -> list[dict[str, Any]]:
+    """All cells that can be done in that time, in `workers` processes; what one that ended early left is given to new ones."""
     rows: dict[Cell, dict[str, Any]] = {}
-    while left := [cell for cell in cells if cell not in rows]:
+    end = time.monotonic() + seconds
+    while (left := [cell for cell in cells if cell not in rows]) and time.monotonic() < end:
         with TemporaryDirectory() as folder:
             running = []
             for i in range(min(workers, len(left))):
@@ -57,13 +58,20 @@ def run(cells: list[Cell], workers: int) -> list[dict[str, Any]]:
                 command = [sys.executable, "-m", "tests.gpu_timings.head_dims", "--work", str(out)]
                 running.append((subprocess.Popen([*command, json.dumps(left[i::workers])]), out))
             for process, out in running:
-                process.wait()
+                late = False
+                try:
+                    process.wait(max(0.0, end - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    late = True
+                    process.kill()
+                    process.wait()
                 for line in out.read_text().splitlines() if out.exists() else ():
                     row = json.loads(line)
-                    cell = (row["d"], row["dv"], row["dtype"])
                     if row.pop("begun", False):
-                        row["failed"] = f"its process ended with {process.returncode}"
-                    rows[cell] = row
+                        row["failed"] = "no time was left" if late else f"its process ended with {process.returncode}"
+                    rows[row["d"], row["dv"], row["dtype"]] = row
+    for d, dv, dtype in left:
+        rows.setdefault((d, dv, dtype), {"d": d, "dv": dv, "dtype": dtype, "failed": "no time was left"})
     return [rows[cell] for cell in cells]
 
 
@@ -110,13 +118,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop then, with what has been done")
     parser.add_argument("--dims", type=parsed, default=[*((d, d) for d in DIMS), *UNEQUAL])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         work([tuple(cell) for cell in json.loads(args.work[1])], Path(args.work[0]))
         return
-    rows = run([(d, dv, dtype) for d, dv in args.dims for dtype in DTYPES], args.workers)
+    rows = run([(d, dv, dtype) for d, dv in args.dims for dtype in DTYPES], args.workers, args.seconds)
     where = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -127,7 +136,7 @@ def main() -> None:
         args.json.write_text(json.dumps({**where, "rows": rows}, indent=None, separators=(",", ":")) + "\n")
     if args.table:
         args.table.write_text(table(rows) + "\n")
-    wrong = [r for r in rows if "ops" not in r or any(not x["missing"] and share(x) > 1 for x in r["ops"])]
+    wrong = [r for r in rows if "ops" not in r or any(not x["missing"] and not share(x) <= 1 for x in r["ops"])]
     for r in wrong:
         bad = [
             (x["op"], x["shape"], x["error"], x["bar"])
