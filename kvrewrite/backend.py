@@ -35,7 +35,7 @@ from kvrewrite.capture import capture, is_transformers_model
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.model import RewrittenModel
 from kvrewrite.policies import Policy
-from kvrewrite.wrapped import AdapterWatch, unwrap
+from kvrewrite.wrapped import unwrap
 
 NAME = "kvrewrite"
 OWN_OPTIONS = ("policy", "policy_weights", "inductor")
@@ -559,7 +559,6 @@ class _Rewrite:
         self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
-        self.adapters = AdapterWatch(module)
         self.appends: AppendRunner | None = None
         self._compile()
 
@@ -580,9 +579,9 @@ class _Rewrite:
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
-        """Whether a submodule of the original is no longer the one that was captured, or its adapters act differently. Dynamo
-        makes a graph of its own for another type, but not for another module of the same type."""
-        return self.adapters.changed() or any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
+        """Whether a submodule of the original is no longer the one that was captured. Dynamo makes a graph of its own for another
+        type, but not for another module of the same type."""
+        return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
     def follow(self) -> None:
         """Parameters that were put in the place of others in the original."""
@@ -619,7 +618,7 @@ def rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
     first = next(module.parameters(), None)
     where = (None, None) if first is None else (first.device, first.dtype)
     shape = hash(tuple((n, type(m)) for n, m in module.named_modules()))
-    key = (settings.key(), where, shape, AdapterWatch(module).key)
+    key = (settings.key(), where, shape)
     made = _rewrites.setdefault(module, {})
     if key not in made or made[key].replaced():
         made[key] = _Rewrite(module, settings)

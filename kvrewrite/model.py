@@ -91,6 +91,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     _is_stateful = True
     _supports_cache_class = True
     base_model_prefix = ""
+    loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
         self,
@@ -202,8 +203,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the weights have, those of the policy included; none is trainable."""
         counted = {id(p): p for p in self.parameters() if p.requires_grad or not only_trainable}
-        if exclude_embeddings:
-            counted.pop(id(self.get_input_embeddings().weight), None)
+        for node in self.graph_module.graph.nodes if exclude_embeddings else ():
+            if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
+                counted.pop(id(get_attr(self.graph_module, node.args[0].target)), None)
         return sum(p.numel() for p in counted.values())
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

@@ -90,15 +90,6 @@ class AdapterWatch:
         layers = [(name, m) for name, m in model.named_modules() if _is(m, "peft.", "BaseTunerLayer")]
         self.layers: list[tuple[str, Any, tuple[Any, ...]]] = [(name, m, adapter_state(m)) for name, m in layers]
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells states of a model's adapters apart."""
-        return tuple((name, state) for name, _, state in self.layers)
-
-    def changed(self) -> bool:
-        """Whether adapters are not what they were."""
-        return any(adapter_state(layer) != before for _, layer, before in self.layers)
-
     def check(self) -> None:
         """Raises UnsupportedModelError where adapters are not what they were."""
         for name, layer, before in self.layers:

@@ -177,6 +177,40 @@ class TestPeft:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(logits(stock), logits(model))
 
+    @staticmethod
+    def changes(model: Any) -> dict[str, Any]:
+        """What is done to adapters while a rewritten model exists, and how it is undone."""
+        from peft import LoraConfig
+
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+        model.set_adapter("default")
+        layers = [m for m in model.modules() if hasattr(m, "scale_layer")]
+        return {
+            "merged": (model.merge_adapter, model.unmerge_adapter),
+            "disabled": (model.base_model.disable_adapter_layers, model.base_model.enable_adapter_layers),
+            "active": (lambda: model.set_adapter("other"), lambda: model.set_adapter("default")),
+            "scaled": (lambda: [m.scale_layer(2.0) for m in layers], lambda: [m.unscale_layer(2.0) for m in layers]),
+        }
+
+    def test_adapters_that_change_after_the_rewrite_are_refused(self, base: Any) -> None:
+        """Its graph has them as they were; once they are that again it goes on, and a copy has adapters of its own."""
+        model = self.adapted(base)
+        small = kvrewrite.transform(model, "full")
+        expected, copied = logits(small), copy.deepcopy(small)
+        for what, (change, undo) in self.changes(model).items():
+            assert (logits(small) - expected).abs().max() <= TOLERANCE
+            change()
+            message = rf"adapters of model\.layers\.0\.self_attn\.q_proj .* have changed \({what}: .*transform the model as it is"
+            with pytest.raises(UnsupportedModelError, match=message):
+                logits(small)
+            with pytest.raises(UnsupportedModelError, match=message):
+                tokens(small)
+            assert (logits(copied) - expected).abs().max() <= TOLERANCE
+            if what != "merged":
+                assert (logits(kvrewrite.transform(model, "full")) - logits(model)).abs().max() <= TOLERANCE
+            undo()
+        assert (logits(small) - expected).abs().max() <= TOLERANCE
+
     def test_evicting(self, base: Any) -> None:
         """With a policy that reads hidden layers' keys and values behind the adapters: that of the merged model."""
         model = self.adapted(base)
