@@ -45,9 +45,7 @@ def causal_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, items: Tens
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
-def with_loss(
-    out: Any, logits: Tensor, labels: Tensor, mask: Tensor | None, items: Tensor | int | None
-) -> Any:
+def with_loss(out: Any, logits: Tensor, labels: Tensor, mask: Tensor | None, items: Tensor | int | None) -> Any:
     """What `forward` returns (a tuple, or an output of transformers) with the loss in the first place."""
     loss = causal_loss(logits, labels, mask, items)
     return (loss, *out) if isinstance(out, tuple) else type(out)(**{**out, "loss": loss})

@@ -17,7 +17,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrewrite.arguments import COUNTED, check_arguments, check_columns, check_ids_form, check_logits_to_keep, check_tensor
+from kvrewrite.arguments import (
+    COUNTED,
+    check_arguments,
+    check_columns,
+    check_ids_form,
+    check_logits_to_keep,
+    check_tensor,
+)
 from kvrewrite.cache import CACHE_NAME, EvictionCache
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
@@ -67,8 +74,8 @@ def _drop_unsupported(own: GenerationConfig) -> None:
         if value := getattr(own, name, None):
             setattr(own, name, off)
             warnings.warn(
-                f"the model's generation_config has {name}={value!r}, which a rewritten model does not support (it has a cache of "
-                "its own, and returns logits alone); left out",
+                f"the model's generation_config has {name}={value!r}, which a rewritten model does not support (it has a "
+                "cache of its own, and returns logits alone); left out",
                 stacklevel=3,
             )
 
@@ -91,6 +98,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     _is_stateful = True
     _supports_cache_class = True
     base_model_prefix = ""
+    adapters: AdapterWatch | None
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
@@ -224,7 +232,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 ids = ids.args[0]
             if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
                 weight = get_attr(self.graph_module, table.target)
-                found = nn.Embedding(*weight.shape, _weight=weight, _freeze=True)
+                found = nn.Embedding.from_pretrained(weight)
                 found.weight = weight  # the same object, not another one over its storage
                 return found
         raise UnsupportedModelError("the model's graph does not look tokens up in one table")
@@ -604,7 +612,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return
         for n, seen in zip(counts, cache.seen):
             plan = self.policy.plan(n) if n > 1 and not seen else []
-            if plan and self.policy.evicts(plan, self.cache_owners) and not self.policy.evicts(plan[:-1], self.cache_owners):
+            whole, before_last = (self.policy.evicts(part, self.cache_owners) for part in (plan, plan[:-1]))
+            if whole and not before_last:
                 self.__dict__["_told_scores"] = True
                 warnings.warn(
                     f"{self.policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "

@@ -21,7 +21,9 @@ def program_state(program: Program) -> dict[str, Any]:
         raise ArtifactError("a model on several devices can't be pickled: transfers between them are part of its graph")
     names = [*program.base, *program.policy_weights, *program.constants]
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
-    tensors: dict[str, Tensor] = {name: get_attr(program.graph, name) for name in dict.fromkeys([*names, *sorted(read)])}
+    tensors: dict[str, Tensor] = {
+        name: get_attr(program.graph, name) for name in dict.fromkeys([*names, *sorted(read)])
+    }
     fields = {name: value for name, value in vars(program).items() if name != "graph"}
     return {"fields": fields, "graph": graph_to_dict(program.graph), "tensors": tensors}
 

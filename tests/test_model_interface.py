@@ -72,7 +72,7 @@ class TestArguments:
         cache = full.new_cache()
         full(ids(5), cache=cache, cache_position=torch.arange(5))
         full(ids(1), cache=cache, cache_position=torch.tensor([5]))
-        with pytest.raises(InputError, match="cache_position is .*expected 6 to 6: columns are counted by the cache"):
+        with pytest.raises(InputError, match=r"cache_position is .*expected 6 to 6: columns are counted by the cache"):
             full(ids(1), cache=cache, cache_position=torch.tensor([9]))
 
     def test_what_is_compiled_refuses_them_too(self) -> None:
@@ -131,7 +131,7 @@ class TestForms:
 
     def test_labels_in_training(self, full: Any) -> None:
         model = copy.deepcopy(full).train()
-        with pytest.raises(InputError, match="training mode.*without gradients"):
+        with pytest.raises(InputError, match=r"training mode.*without gradients"):
             model(ids(4), labels=ids(4))
 
 
@@ -148,11 +148,12 @@ class TestOwnGenerationConfig:
         plain = rewritten("llama", "full")
         settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         assert torch.equal(small.generate(ids(9), **settings), plain.generate(ids(9), **settings))
-        with pytest.raises(CacheError, match="cache_implementation='static'.*leave"):
+        with pytest.raises(CacheError, match=r"cache_implementation='static'.*leave"):
             small.generate(ids(9), cache_implementation="static", **settings)
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("output_attentions", True), ("output_hidden_states", True), ("prompt_lookup_num_tokens", 2)]
+        ("name", "value"),
+        [("output_attentions", True), ("output_hidden_states", True), ("prompt_lookup_num_tokens", 2)],
     )
     def test_other_things_that_nobody_passed(self, name: str, value: Any) -> None:
         model = build("llama")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 import kvrewrite
 from kvrewrite.cache import CACHE_NAME
 from kvrewrite.capture import capture
 from kvrewrite.errors import ArtifactError, UnsupportedModelError
-from kvrewrite.wrapped import without_hooks
+from kvrewrite.wrapped import check_layers, without_hooks
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("wrapped")  # whose fixtures are made once
@@ -334,6 +336,20 @@ class TestQuantized:
         assert any(p.dtype == torch.uint8 for p in small.parameters())
         with pytest.raises(ArtifactError, match="weights are quantized"):
             small.save_pretrained(tmp_path / "out")
+
+    @pytest.mark.parametrize("own", [{"dequantize": False}, {"run_compressed": True}, {}])
+    def test_compressed_tensors_as_they_are_loaded_are_refused(self, base: Any, own: dict[str, bool]) -> None:
+        """With the way out, which is taken: old and new names of the option."""
+        model = fresh(base)
+        model.quantization_method = QuantizationMethod.COMPRESSED_TENSORS
+        model.config.quantization_config = SimpleNamespace(**own)
+        with pytest.raises(
+            UnsupportedModelError, match=r"CompressedTensorsConfig\(run_compressed=False\).*dequantize=True"
+        ):
+            kvrewrite.transform(model, "full")
+        for plain in ({"dequantize": True}, {"run_compressed": False}):
+            model.config.quantization_config = SimpleNamespace(**plain)
+            check_layers(model)
 
     def test_other_layers_of_bitsandbytes_are_refused(self, base: Any) -> None:
         bnb = pytest.importorskip("bitsandbytes")
