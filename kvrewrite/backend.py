@@ -39,7 +39,7 @@ from kvrewrite.errors import CacheError, CaptureError, InputError, KVRewriteErro
 from kvrewrite.model import RewrittenModel
 from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
-from kvrewrite.wrapped import AdapterWatch, unwrap
+from kvrewrite.wrapped import unwrap
 
 NAME = "kvrewrite"
 OWN_OPTIONS = ("policy", "policy_weights", "inductor", "check")
@@ -584,7 +584,6 @@ class _Rewrite:
         self.hook_counts = list(map(len, self.hooks))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
-        self.adapters = AdapterWatch(module)
         self.appends: AppendRunner | None = None
         self._compile()
 
@@ -605,9 +604,9 @@ class _Rewrite:
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
-        """Whether a submodule of the original is no longer the one that was captured, has other hooks, or adapters that act
-        differently. Dynamo makes a graph of its own for another type, but not for another module of the same type, nor for hooks."""
-        if self.adapters.changed() or list(map(len, self.hooks)) != self.hook_counts:
+        """Whether a submodule of the original is no longer the one that was captured, or has other hooks. Dynamo makes a graph of
+        its own for another type, but not for another module of the same type, nor for hooks."""
+        if list(map(len, self.hooks)) != self.hook_counts:
             return True
         return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
@@ -656,7 +655,7 @@ def rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
 def _rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
     first = next(module.parameters(), None)
     where = (None, None) if first is None else (first.device, first.dtype)
-    key = (settings.key(), where, state_key(module), hooks, AdapterWatch(module).key)
+    key = (settings.key(), where, state_key(module), hooks)
     made = _rewrites.setdefault(module, {})
     if key not in made or made[key].replaced():
         made[key] = _Rewrite(module, settings, hooks)

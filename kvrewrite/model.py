@@ -114,6 +114,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     _supports_cache_class = True
     base_model_prefix = ""
     adapters: AdapterWatch | None
+    loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
         self,
@@ -228,8 +229,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the weights have, those of the policy included; none is trainable."""
         counted = {id(p): p for p in self.parameters() if p.requires_grad or not only_trainable}
-        if exclude_embeddings:
-            counted.pop(id(self.get_input_embeddings().weight), None)
+        for node in self.graph_module.graph.nodes if exclude_embeddings else ():
+            if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
+                counted.pop(id(get_attr(self.graph_module, node.args[0].target)), None)
         return sum(p.numel() for p in counted.values())
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
@@ -248,7 +250,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 ids = ids.args[0]
             if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
                 weight = get_attr(self.graph_module, table.target)
-                found = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
+                found = nn.Embedding.from_pretrained(weight)
                 found.weight = weight  # the same object, not another one over its storage
                 return found
         raise UnsupportedModelError("the model's graph does not look tokens up in one table")
@@ -684,11 +686,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return
         for n, seen in zip(counts, cache.seen):
             plan = self.policy.plan(n) if n > 1 and not seen else []
-            if (
-                plan
-                and self.policy.evicts(plan, self.cache_owners)
-                and not self.policy.evicts(plan[:-1], self.cache_owners)
-            ):
+            whole, before_last = (self.policy.evicts(part, self.cache_owners) for part in (plan, plan[:-1]))
+            if whole and not before_last:
                 self.__dict__["_told_scores"] = True
                 warnings.warn(
                     f"{self.policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "

@@ -90,15 +90,6 @@ class AdapterWatch:
         layers = [(name, m) for name, m in model.named_modules() if _is(m, "peft.", "BaseTunerLayer")]
         self.layers: list[tuple[str, Any, tuple[Any, ...]]] = [(name, m, adapter_state(m)) for name, m in layers]
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells states of a model's adapters apart."""
-        return tuple((name, state) for name, _, state in self.layers)
-
-    def changed(self) -> bool:
-        """Whether adapters are not what they were."""
-        return any(adapter_state(layer) != before for _, layer, before in self.layers)
-
     def check(self) -> None:
         """Raises UnsupportedModelError where adapters are not what they were."""
         for name, layer, before in self.layers:
@@ -176,8 +167,25 @@ def plain_4bit_layers(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
+def _check_compressed_tensors(model: nn.Module) -> None:
+    """Refuses models that compute with weights as compressed-tensors (llm-compressor) stores them: its layers unpack them in
+    Python of their own, at every call."""
+    method = getattr(model, "quantization_method", None)
+    if str(getattr(method, "value", method)) != "compressed-tensors":
+        return
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(config, "dequantize", None) is True or getattr(config, "run_compressed", None) is False:
+        return
+    raise UnsupportedModelError(
+        "the model's weights are as compressed-tensors stores them and are unpacked in its layers at every call, which can't be "
+        "captured. Load it with from_pretrained(..., quantization_config=CompressedTensorsConfig(run_compressed=False)), which "
+        "newer versions of transformers call dequantize=True: the same function with plain weights"
+    )
+
+
 def check_layers(model: nn.Module) -> None:
     """Refuses modules that a graph can't show, and models that lie on several devices."""
+    _check_compressed_tensors(model)
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             full = f"{cls.__module__}.{cls.__name__}"

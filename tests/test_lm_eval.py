@@ -221,6 +221,9 @@ def test_a_model_that_lm_eval_is_given_says_what_scores_are(base, task_files):
     from kvrewrite.evaluation.run import Source
 
     source = Source(base)
+    with torch.no_grad():  # fresh weights attend to all tokens alike, and then it hardly matters what is kept
+        for name, parameter in source.base.named_parameters():
+            parameter.mul_(30 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1)
     request = [SimpleNamespace(args=(TEXT[:120], " lazy dog"))]
 
     def score(policy: str, **options) -> float:

@@ -10,7 +10,7 @@ import torch
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.verification import pieces, verify
+from kvrewrite.verification import pieces, single_steps, verify
 from tests.foreign import make_foreign
 from tests.rewritten import original, rewritten
 from tests.tiny import make_checkpoint
@@ -30,12 +30,48 @@ def converted(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("length", [1, 7, 24, 25, 48])
+@pytest.mark.parametrize("length", [1, 7, 24, 25, 48, 96, 97, 300, 1500])
 def test_pieces_cover_the_text(length):
     cuts = list(pieces(length))
     assert [a for a, _ in cuts[1:]] == [b for _, b in cuts[:-1]]
     assert cuts[0][0] == 0
     assert cuts[-1][1] == length
+    assert len(cuts) <= 30
+
+
+@pytest.mark.parametrize("length", [2, 96, 97, 400, 1500])
+def test_single_steps_cover_the_text(length):
+    """All of a short one, a sample of a long one."""
+    cuts = single_steps(length)
+    assert [a for a, _ in cuts[1:]] == [b for _, b in cuts[:-1]]
+    assert (cuts[0][0], cuts[-1][1]) == (0, length)
+    assert min(length, 96) <= sum(b == a + 1 for a, b in cuts) <= 98
+    assert cuts[0] == (0, 1) and cuts[-1] == (length - 1, length)
+
+
+def test_a_long_text_is_sampled_and_the_report_says_so():
+    report = verify(rewritten("llama", "h2o", budget=16), original("llama"), tokens=200)
+    assert report.ok, report.checks
+    details = {check.name: check.detail for check in report.checks}
+    assert details["token by token"].startswith(
+        "sampled: 96 of 200 steps; tokens 32 to 83, 116 to 167 in one piece each"
+    )
+    report = verify(rewritten("llama", "h2o", budget=16), original("llama"), tokens=40)
+    assert {c.name: c.detail for c in report.checks}["token by token"].startswith("40 steps")
+
+
+@pytest.mark.parametrize(("family", "strict"), [("llama", True), ("gemma2", False)])
+def test_a_float64_model_with_eager_attention(family, strict):
+    """transformers' eager softmax is float32: sdpa is the original where it can be, and else the report says so."""
+    model = make(family).double()
+    model.config._attn_implementation_internal = "eager"
+    report = verify(kvrewrite.transform(model, "h2o", budget=16), model, tokens=24)
+    assert report.ok, report.checks
+    first = next(check for check in report.checks if check.name == "original, full budget")
+    assert ("eager softmax" in first.detail) is not strict
+    assert (first.difference < 1e-12) is strict and first.difference < 1e-6
+    assert all(c.difference < 1e-12 for c in report.checks if c.difference is not None and c is not first)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 import kvrewrite
 from kvrewrite.cache import CACHE_NAME
 from kvrewrite.capture import capture
 from kvrewrite.errors import ArtifactError, UnsupportedModelError
-from kvrewrite.wrapped import without_hooks
+from kvrewrite.wrapped import check_layers, without_hooks
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("wrapped")  # whose fixtures are made once
@@ -177,6 +179,40 @@ class TestPeft:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(logits(stock), logits(model))
 
+    @staticmethod
+    def changes(model: Any) -> dict[str, Any]:
+        """What is done to adapters while a rewritten model exists, and how it is undone."""
+        from peft import LoraConfig
+
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+        model.set_adapter("default")
+        layers = [m for m in model.modules() if hasattr(m, "scale_layer")]
+        return {
+            "merged": (model.merge_adapter, model.unmerge_adapter),
+            "disabled": (model.base_model.disable_adapter_layers, model.base_model.enable_adapter_layers),
+            "active": (lambda: model.set_adapter("other"), lambda: model.set_adapter("default")),
+            "scaled": (lambda: [m.scale_layer(2.0) for m in layers], lambda: [m.unscale_layer(2.0) for m in layers]),
+        }
+
+    def test_adapters_that_change_after_the_rewrite_are_refused(self, base: Any) -> None:
+        """Its graph has them as they were; once they are that again it goes on, and a copy has adapters of its own."""
+        model = self.adapted(base)
+        small = kvrewrite.transform(model, "full")
+        expected, copied = logits(small), copy.deepcopy(small)
+        for what, (change, undo) in self.changes(model).items():
+            assert (logits(small) - expected).abs().max() <= TOLERANCE
+            change()
+            message = rf"adapters of model\.layers\.0\.self_attn\.q_proj .* have changed \({what}: .*transform the model as it is"
+            with pytest.raises(UnsupportedModelError, match=message):
+                logits(small)
+            with pytest.raises(UnsupportedModelError, match=message):
+                tokens(small)
+            assert (logits(copied) - expected).abs().max() <= TOLERANCE
+            if what != "merged":
+                assert (logits(kvrewrite.transform(model, "full")) - logits(model)).abs().max() <= TOLERANCE
+            undo()
+        assert (logits(small) - expected).abs().max() <= TOLERANCE
+
     def test_evicting(self, base: Any) -> None:
         """With a policy that reads hidden layers' keys and values behind the adapters: that of the merged model."""
         model = self.adapted(base)
@@ -300,6 +336,20 @@ class TestQuantized:
         assert any(p.dtype == torch.uint8 for p in small.parameters())
         with pytest.raises(ArtifactError, match="weights are quantized"):
             small.save_pretrained(tmp_path / "out")
+
+    @pytest.mark.parametrize("own", [{"dequantize": False}, {"run_compressed": True}, {}])
+    def test_compressed_tensors_as_they_are_loaded_are_refused(self, base: Any, own: dict[str, bool]) -> None:
+        """With the way out, which is taken: old and new names of the option."""
+        model = fresh(base)
+        model.quantization_method = QuantizationMethod.COMPRESSED_TENSORS
+        model.config.quantization_config = SimpleNamespace(**own)
+        with pytest.raises(
+            UnsupportedModelError, match=r"CompressedTensorsConfig\(run_compressed=False\).*dequantize=True"
+        ):
+            kvrewrite.transform(model, "full")
+        for plain in ({"dequantize": True}, {"run_compressed": False}):
+            model.config.quantization_config = SimpleNamespace(**plain)
+            check_layers(model)
 
     def test_other_layers_of_bitsandbytes_are_refused(self, base: Any) -> None:
         bnb = pytest.importorskip("bitsandbytes")

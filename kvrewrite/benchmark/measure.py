@@ -375,6 +375,7 @@ class Rewritten:
     def chunk(self, cache: Any, ids: Callable[[int], Tensor]) -> Callable[[], Any] | None:
         """A further chunk, as a new turn: with Locret, its local tail behind it."""
         policy = self.model.policy
+        cache.end_prompt()
         more = ids((policy.chunk or min(PROFILED_CHUNK, max(cache.seen))) + getattr(policy, "local_tail", 0))
         return lambda: self.model(more, past_key_values=cache, logits_to_keep=1)
 
