@@ -204,8 +204,8 @@ class EvictionCache(Cache):
         """Raises CacheError after a step that was interrupted."""
         if self._unfinished:
             raise CacheError(
-                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have its "
-                "tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
+                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have "
+                "its tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
             )
 
     def begin_step(self) -> None:

@@ -68,8 +68,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
     """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
 
     Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts of
-    any length are cut into the policy's segments inside. Rows may be padded anywhere. Threads may share a model: its steps run one
-    after another.
+    any length are cut into the policy's segments inside. Rows may be padded anywhere. Threads may share a model: its steps run
+    one after another.
     """
 
     main_input_name = "input_ids"
