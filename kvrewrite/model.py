@@ -612,8 +612,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
                         "; in this row some columns were padding, which attention_mask (batch, past + new) should say"
                     )
                     raise InputError(
-                        f"position_ids of row {row} are {got[:8].tolist()}..., expected {expected[:8].tolist()}...: positions are "
-                        "counted by the cache; leave position_ids out"
+                        f"position_ids of row {row} are {got[:8].tolist()}..., expected {expected[:8].tolist()}...: positions "
+                        "are counted by the cache; leave position_ids out"
                         + (paused if cache.seen[row] < cache.columns else "")
                     )
 

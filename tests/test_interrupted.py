@@ -38,7 +38,8 @@ def at_line(run: Callable[[], Any], point: int) -> int:
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
-        if frame.f_code.co_filename not in FILES:
+        # What is raised in a destructor is swallowed; pages are then returned by the next repair.
+        if frame.f_code.co_filename not in FILES or frame.f_code.co_name in ("__del__", "abandon"):
             return None
         if event == "line":
             count += 1
@@ -134,7 +135,6 @@ def test_interrupted_steps(policy: str, options: dict[str, Any], make: Any, widt
     assert unfinished > POINTS // 2 and bystander.positions() == twin.positions()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some hit a fork's end
 def test_interrupted_rearrangements() -> None:
     """The same of what changes rows, and of forks and resets."""
     model = rewritten("llama", "sirllm", budget=60, chunk=40)
