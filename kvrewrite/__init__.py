@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kvrewrite.backend import new_cache
     from kvrewrite.cache import EvictionCache
     from kvrewrite.model import RewrittenModel
-    from kvrewrite.verify import verify
+    from kvrewrite.verification import verify
 
 _WHERE = {
     "transform": "kvrewrite.api",
     "load": "kvrewrite.api",
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
-    "verify": "kvrewrite.verify",
+    "verify": "kvrewrite.verification",
     "new_cache": "kvrewrite.backend",
     "EvictionCache": "kvrewrite.cache",
     "RewrittenModel": "kvrewrite.model",

@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvrewrite import policies
@@ -21,11 +22,12 @@ from kvrewrite.card import model_card
 from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.passes.pipeline import Observer, canonical, insert
+from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
 from kvrewrite.program import Program
 from kvrewrite.site import AttentionSite
 from kvrewrite.stand_ins import capture_on_devices, devices_of
-from kvrewrite.wrapped import has_adapters, quantized_weights, unwrap
+from kvrewrite.wrapped import AdapterWatch, has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
     from kvrewrite.model import RewrittenModel
@@ -58,12 +60,44 @@ def _read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, 
 
 
 def _compile(
-    captured: Captured, policy: Policy, weights: Weights, config: Any, observe: Observer | None, progress: Progress
+    captured: Captured,
+    policy: Policy,
+    weights: Weights,
+    config: Any,
+    observe: Observer | None,
+    progress: Progress,
+    check: str = "full",
 ) -> Program:
-    progress("finding attention")
-    sites = canonical(captured, observe)
-    progress(f"inserting {policy.name}")
-    return insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+    from kvrewrite.translation import prove_whole, reference_logits
+
+    progress("finding attention and proving it" if check != "off" else "finding attention")
+    with _float32():
+        sites = canonical(captured, observe, check)
+        reference = reference_logits(captured) if check == "full" else None
+        progress(f"inserting {policy.name}")
+        program = insert(captured, sites, policy, _read_weights(weights), _facts(config), observe)
+        if reference is not None:
+            progress("proving the whole")
+            captured.proof.whole = prove_whole(program, captured, reference)
+    program.proof = captured.proof.as_dict() if captured.proof is not None else None
+    captured.before = captured.stand_ins = None
+    return program
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """torch's own default dtype, whatever the caller's is: passes run parts of a graph on numbers that they make up."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _canonical(captured: Captured, observe: Observer | None) -> list[AttentionSite]:
+    with _float32():
+        return canonical(captured, observe)
 
 
 def transform(
@@ -72,6 +106,7 @@ def transform(
     *,
     policy_weights: Weights = None,
     max_length: int | None = None,
+    check: str = "full",
     observe: Observer | None = None,
     **options: Any,
 ) -> RewrittenModel:
@@ -82,6 +117,8 @@ def transform(
     policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
     policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
     on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
+    check: what is proved by running the rewritten graph beside the captured one, on the CPU in float64 with stand-ins for large
+    weights: "full", "sites" (each attention alone) or "off".
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError, each with the layer and the reason.
     """
@@ -92,13 +129,14 @@ def transform(
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
-    program = _compile(captured, chosen, policy_weights, config, observe, _quiet)
+    program = _compile(captured, chosen, policy_weights, config, observe, _quiet, check)
     if is_transformers_model(model):
         generation_config = getattr(model, "generation_config", None)
     else:
         config, generation_config = _foreign_config(program, type(model).__name__), None
     _own_parameters(program.graph)
-    return RewrittenModel(program, config, generation_config, source=model)
+    adapters = AdapterWatch(model) if has_adapters(model) else None
+    return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
 
 
 def _own_parameters(gm: nn.Module) -> None:
@@ -151,6 +189,7 @@ def convert(
     compile: str | None = None,
     compile_device: str | torch.device = "cpu",
     compile_batch: int = 1,
+    check: str = "full",
     **options: Any,
 ) -> Conversion:
     """Converts a checkpoint directory of transformers to a kvrewrite model directory, without loading its weights.
@@ -158,7 +197,8 @@ def convert(
     out: where to; None does everything but writing (a dry run). contexts: context lengths for the memory estimate,
     default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot" adds the steps as
     AOTInductor compiles them for `compile_device`, which loads the weights there and takes minutes; compile_batch: 1, or 2 for
-    any number of rows from 2 on. The rest as `transform`.
+    any number of rows from 2 on. check: as for `transform`; weights have no data here, so random ones stand in for all of them.
+    The rest as `transform`.
     """
     from kvrewrite.ahead import check_kind, compile_ahead
     from kvrewrite.artifact import check_destination, companion_files, write_artifact
@@ -167,6 +207,7 @@ def convert(
     from kvrewrite.stand_ins import capture_on_meta
 
     check_kind(compile, compile_device)
+    require_check(check)
     chosen = policies.make(policy, **options)
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
@@ -178,7 +219,7 @@ def convert(
     sources = parameter_sources(model, config, checkpoint)
     progress("capturing")
     captured = capture_on_meta(model, max_length=max_length)
-    program = _compile(captured, chosen, policy_weights, config, observe, progress)
+    program = _compile(captured, chosen, policy_weights, config, observe, progress, check)
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
     final = policies.make(program.policy["name"], **program.policy["options"])
@@ -242,31 +283,31 @@ def load(
 def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
     """The model of a directory, and its manifest."""
     from kvrewrite import artifact
-    from kvrewrite.checkpoint import read_json
 
     program, manifest = artifact.read_artifact(directory, device)
-    # Behind it: these take seconds to import, which pass while weights are on their way to a GPU.
-    from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-
+    # After it: these take seconds to import, which pass while weights are on their way to a GPU.
+    from kvrewrite.companions import read_config, read_generation_config
     from kvrewrite.model import RewrittenModel
 
-    data = read_json(directory / "config.json")
-    config: Any
-    if data.get("model_type"):
-        config = AutoConfig.from_pretrained(directory)
-    else:
-        config = PreTrainedConfig.from_dict({k: v for k, v in data.items() if k != "kvrewrite"})
-    generation_config = None
-    if (directory / "generation_config.json").exists():
-        generation_config = GenerationConfig.from_pretrained(directory)
+    config = read_config(directory)
+    generation_config = read_generation_config(directory, manifest["files"])
     return RewrittenModel(program, config, generation_config, source=directory), manifest
+
+
+def _is_listed(path: Path, source: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest lists a file, or one in a folder."""
+    name = path.relative_to(source).as_posix()
+    return any(listed == name or listed.startswith(f"{name}/") for listed in manifest["files"])
 
 
 @contextmanager
 def _temporary_next_to(out: Path) -> Any:
     """A folder on the file system of `out`, removed afterwards."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ArtifactError(f"{out} could not be written, and nothing was left there: {error}") from error
     try:
         yield folder
     finally:
@@ -290,14 +331,15 @@ def save(
     compile_steps = None if compile is None else lambda folder: compile_ahead(model, folder, compile_batch)
     card = model_card(program, "", [])
     if isinstance(source, Path):
-        checkpoint = Checkpoint.open(source)
+        manifest = read_manifest(source)
+        checkpoint = Checkpoint.open(source, manifest["files"])
         return write_artifact(
             out,
             program,
             base=checkpoint,
             config={k: v for k, v in read_json(source / "config.json").items() if k != "kvrewrite"},
-            recipes=read_manifest(source)["recipes"],
-            extra_files=companion_files(source),
+            recipes=manifest["recipes"],
+            extra_files=[p for p in companion_files(source) if _is_listed(p, source, manifest)],
             force=force,
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
             compile_steps=compile_steps,
@@ -322,7 +364,12 @@ def save(
     if is_transformers_model(source):
         check_destination(out, {}, force)
         with _temporary_next_to(out) as folder:
-            source.save_pretrained(folder)  # type: ignore[operator]
+            try:
+                source.save_pretrained(folder)  # type: ignore[operator]
+            except (OSError, SafetensorError) as error:  # a full disk is the latter
+                raise ArtifactError(
+                    f"{out} could not be written, and nothing was left there: {error}; free some space"
+                ) from error
             checkpoint = Checkpoint.open(folder)
             sources = parameter_sources(source, source.config, checkpoint)
             return write_artifact(
@@ -355,12 +402,12 @@ def inspect(
     if isinstance(model, nn.Module):
         model = unwrap(model)
         several = len(devices_of(model)) > 1
-        return canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
+        return _canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
     from kvrewrite.conversion import build_on_meta
     from kvrewrite.stand_ins import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
-    return canonical(capture_on_meta(built, max_length=max_length), observe)
+    return _canonical(capture_on_meta(built, max_length=max_length), observe)
 
 
 __all__ = ["Conversion", "OptionError", "convert", "inspect", "load", "save", "transform"]

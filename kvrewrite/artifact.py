@@ -15,16 +15,15 @@ beside its final place and renamed, so that a crash leaves either the old state 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import importlib
 import json
 import os
-import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvrewrite import __version__
-from kvrewrite.checkpoint import Checkpoint, Copier, Recipe, check_recipe, load_parameters, read_header, read_json
+from kvrewrite import __version__, schema
+from kvrewrite.checkpoint import (
+    Checkpoint,
+    Copier,
+    Recipe,
+    check_recipe,
+    load_parameters,
+    read_header,
+    some,
+)
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr, set_attr
-from kvrewrite.graph_io import graph_from_dict, graph_to_dict
+from kvrewrite.graph import get_attr
+from kvrewrite.graph_io import attach, graph_from_dict, graph_to_dict, read_graph
+from kvrewrite.memory import human
 from kvrewrite.program import Program
+from kvrewrite.program_check import check_program
+from kvrewrite.publishing import leftovers, publish, recover, staging
 from kvrewrite.site import AttentionSite
 
 FORMAT_VERSION = 3
@@ -98,9 +108,11 @@ def write_artifact(
     constants = _collect(program, program.constants, constants, "constants")
     _check_partition(program)
     graph = graph_to_dict(program.graph)
+    _check_as_read(program, graph)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(out) as folder:
+        recover(out, base.directory if isinstance(base, Checkpoint) else None)
+        with staging(out) as folder:
             _check_space(folder, base, link)
             writer = _Writer(folder)
             writer.json(CONFIG, {**config, "kvrewrite": _config_section(program)}, indent=2)
@@ -124,7 +136,8 @@ def write_artifact(
                     writer.add(name)
                 writer.json(MANIFEST, _manifest(program, recipes, writer.files, compiled), indent=1)
             writer.seal()
-            _publish(folder, out)
+            publish(folder, out, (lambda: check_destination(out, base, force)) if force else None)
+            _sync_folder(out.parent)
     except OSError as error:
         hint = "free some space, or use link=True (--link) if the base model is on the same file system"
         reason = f"{error.strerror or error}; {hint}" if error.errno == errno.ENOSPC else str(error)
@@ -181,6 +194,17 @@ def _check_partition(program: Program) -> None:
                 f"the graph reads {name}, which is in {count} of the program's base, policy_weights and constants; "
                 "expected exactly one"
             )
+
+
+def _check_as_read(program: Program, graph: dict[str, Any]) -> None:
+    """Refuses to write what `read_artifact` would refuse to read."""
+    read = {
+        str(n.target): get_attr(program.graph, str(n.target)) for n in program.graph.graph.nodes if n.op == "get_attr"
+    }
+    again = graph_from_dict(graph, read, "cpu")
+    for name in set(program.constants) - read.keys():
+        attach(again, name, get_attr(program.graph, name))
+    check_program(replace(program, graph=again), torch.device("cpu"), "the rewritten program can't be saved")
 
 
 def _config_section(program: Program) -> dict[str, Any]:
@@ -256,6 +280,7 @@ def _write_base(
             check_recipe(name, recipes[name], base.tensors)
         for name in base.files:
             writer.copy(base.directory / name, name, link=link)
+            base.check_unchanged(name)
         return {n: recipes[n] for n in program.base}
     tensors: dict[str, Tensor] = {}
     made: dict[str, Recipe] = {}
@@ -414,18 +439,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, gone afterwards unless it was renamed."""
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        folder.mkdir()
-        yield folder
-    finally:  # whatever happened, Ctrl-C included
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_space(folder: Path, base: Checkpoint | Mapping[str, Tensor], link: bool) -> None:
     if isinstance(base, Checkpoint):
         needed = 0 if link else sum((base.directory / f).stat().st_size for f in base.files)
@@ -433,27 +446,8 @@ def _check_space(folder: Path, base: Checkpoint | Mapping[str, Tensor], link: bo
         needed = sum(t.numel() * t.element_size() for t in base.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        message = f"the weights need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        message = f"the weights need {human(needed)}, {human(free)} are free"
         raise OSError(errno.ENOSPC, message)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Renames the finished folder to `out`; an old directory is moved aside first and removed last."""
-    old = None
-    if out.exists() and any(out.iterdir()):
-        old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
-    try:
-        if old is not None:
-            os.replace(out, old)
-        os.replace(folder, out)
-        _sync_folder(out.parent)
-    except BaseException:
-        if old is not None and old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    finally:
-        if old is not None and out.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -466,47 +460,42 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a model directory, checked against its own hash and our version."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ArtifactError(f"{directory} is not a directory; expected a model directory that kvrewrite wrote")
+        old = leftovers(directory)[1]
+        aside = f". A run that replaced it was killed: {some(old)} is the former one, rename it" if old else ""
+        raise ArtifactError(f"{directory} is not a directory; expected a model directory that kvrewrite wrote{aside}")
     if not is_artifact(directory):
         raise ArtifactError(
             f"{directory} has no {MANIFEST}, so kvrewrite did not write it, or it is incomplete. To convert a model: "
             "kvrewrite convert MODEL --out DIRECTORY"
         )
-    manifest = read_json(directory / MANIFEST)
-    damaged = f"{directory / MANIFEST} is damaged or was edited"
-    if not isinstance(manifest, dict) or type(manifest.get("format_version")) is not int:
+    path = directory / MANIFEST
+    data = schema.read_bytes(path)
+    damaged = f"{path} is damaged or was edited"
+    head = schema.decode(data, schema.Head, path)
+    if type(head.format_version) is not int:
         raise ArtifactError(
             f"{damaged}: it has no format_version; copy the directory again, or convert the model again"
         )
-    if manifest["format_version"] > FORMAT_VERSION:
+    if head.format_version != FORMAT_VERSION:
+        newer = head.format_version > FORMAT_VERSION
         raise ArtifactError(
-            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
-            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads up to format "
-            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade kvrewrite"
+            f"{directory} has format {head.format_version}, written by kvrewrite {head.kvrewrite!s:.20}; this is kvrewrite "
+            f"{__version__}, which reads {'up to ' if newer else ''}format {FORMAT_VERSION}. "
+            + ("Upgrade: pip install --upgrade kvrewrite" if newer else "Convert the model again")
         )
-    if manifest["format_version"] < 1:
-        raise ArtifactError(f"{damaged}: format_version is {manifest['format_version']}")
-    if manifest["format_version"] < FORMAT_VERSION:
-        raise ArtifactError(
-            f"{directory} has format {manifest['format_version']}, written by kvrewrite "
-            f"{manifest.get('kvrewrite')!s:.20}; this is kvrewrite {__version__}, which reads format {FORMAT_VERSION}. "
-            "Convert the model again"
-        )
+    schema.decode(data, schema.Manifest, path)
+    manifest: dict[str, Any] = schema.decode(data, dict[str, Any], path)
     body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    if manifest.get("manifest_sha256") != _digest(body):
+    if manifest["manifest_sha256"] != _digest(body):
         raise ArtifactError(f"{damaged}: its hash is wrong; copy the directory again, or convert the model again")
-    files = manifest.get("files")
-    for name, entry in files.items() if isinstance(files, dict) else [("", None)]:
+    for name in manifest["files"]:
         parts = Path(name).parts
-        well_formed = (
-            isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
-        )
-        if not well_formed or not parts or Path(name).is_absolute() or ".." in parts:
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or any(len(p) > 255 for p in parts):
             raise ArtifactError(f"{damaged}: its list of files has {name!r:.80}")
     return manifest
 
 
-def _check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: bool) -> None:
+def check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: bool) -> None:
     path = directory / name
     if not path.is_file():
         raise ArtifactError(f"{directory} lacks {name}, which its manifest lists; copy the directory again")
@@ -532,17 +521,10 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
         raise ArtifactError(f"the manifest of {directory} does not list {', '.join(lacking)}; convert the model again")
     own = {POLICY, CONSTANTS}
     for name, entry in files.items():
-        _check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
-    try:
-        with Copier(device) as copier:  # the graph is read while the weights are on their way
-            program = _read_program(directory, manifest, device, copier)
-            _import_ahead(device)
-    except (KeyError, TypeError, AttributeError) as error:
-        # The hash says that the manifest is whole, so another version wrote it differently.
-        raise ArtifactError(
-            f"{directory / MANIFEST} does not fit this version ({type(error).__name__}: {error}); it was written by "
-            f"kvrewrite {manifest.get('kvrewrite')!s:.20}, this is {__version__}. Convert the model again"
-        ) from error
+        check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
+    with Copier(device) as copier:  # the graph is read while the weights are on their way
+        program = _read_program(directory, manifest, device, copier)
+        _import_ahead(device)
     return program, manifest
 
 
@@ -554,7 +536,7 @@ def _import_ahead(device: torch.device) -> None:
 
 
 def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, manifest["files"])
     base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device, copier=copier)
     own = {CONSTANTS: manifest["constants"], POLICY: manifest["policy_weights"]}
     tensors: dict[str, Tensor] = dict(base)
@@ -567,14 +549,18 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
                 f"{directory / file} has {len(found)} tensors where the manifest lists {len(names)}; convert it again"
             )
         tensors.update({name: found[name].to(device) for name in names})
+    if lacking := [
+        name for name in manifest["parameters"] if name not in base and name not in manifest["policy_weights"]
+    ]:
+        raise ArtifactError(f"{directory / MANIFEST}: there are no weights {some(lacking)}; convert the model again")
     # Names that share a tensor share the parameter.
     wrapped = {id(t): nn.Parameter(t, requires_grad=False) for t in map(tensors.__getitem__, manifest["parameters"])}
     parameters = {name: wrapped[id(tensors[name])] for name in manifest["parameters"]}
-    graph = graph_from_dict(read_json(directory / GRAPH), {**tensors, **parameters}, device)
+    graph = read_graph(directory / GRAPH, {**tensors, **parameters}, device)
     # Tables that the runtime reads and no node does (rotary tables, frequencies by length).
     for name in set(manifest["constants"]) - {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}:
-        set_attr(graph, name, tensors[name])
-    return Program(
+        attach(graph, name, tensors[name])
+    program = Program(
         graph=graph,
         sites=[AttentionSite.from_dict(site) for site in manifest["sites"]],
         layout=manifest["layout"],
@@ -588,6 +574,8 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
         constants=manifest["constants"],
         aliases=manifest["aliases"],
     )
+    check_program(program, device, str(directory))
+    return program
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -610,7 +598,7 @@ def verify_hashes(directory: str | Path, progress: Progress | None = None) -> di
     done, problems = 0, []
     for name, entry in manifest["files"].items():
         try:
-            _check_file(directory, name, entry, hashed=False)
+            check_file(directory, name, entry, hashed=False)
             start = done
             report = None if progress is None else lambda n, f=name, s=start: progress(f, s + n, total)
             if sha256_of(directory / name, report) != entry["sha256"]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -29,16 +30,19 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from kvrewrite import policies
 from kvrewrite.api import _compile, _foreign_config, _quiet
 from kvrewrite.appending import AppendRunner, reason_against
-from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of
+from kvrewrite.backend_cache import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of, type_for
+from kvrewrite.backend_graphs import has_attention, is_token_wise, source_name, source_of, weights_of
+from kvrewrite.backend_modules import plain_view, ran, state_key, wrap_compiled_modules
 from kvrewrite.cache import EvictionCache
 from kvrewrite.capture import capture, is_transformers_model
-from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, UnsupportedModelError
+from kvrewrite.errors import CacheError, CaptureError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.model import RewrittenModel
+from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
-from kvrewrite.wrapped import unwrap
+from kvrewrite.wrapped import AdapterWatch, unwrap
 
 NAME = "kvrewrite"
-OWN_OPTIONS = ("policy", "policy_weights", "inductor")
+OWN_OPTIONS = ("policy", "policy_weights", "inductor", "check")
 WHOLE = (
     "the backend takes whole calls of a causal language model: compile the model (or its forward), and pass fullgraph=True to "
     "see what breaks its graph"
@@ -56,13 +60,15 @@ class Settings:
     weights: str | None
     inductor: bool
     mode: str | None
+    check: str = "full"
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
         """The options as torch.compile got them; raises OptionError."""
         given = dict(options or {})
         name, weights = given.pop("policy", "streaming_llm"), given.pop("policy_weights", None)
-        inductor = given.pop("inductor", True)
+        inductor, check = given.pop("inductor", True), given.pop("check", "full")
+        require_check(check)
         if not isinstance(name, (str, Policy)):
             raise OptionError(f"the option policy is {name!r}, expected a name (kvrewrite policies lists them)")
         if weights is not None and not isinstance(weights, (str, Path)):
@@ -75,12 +81,12 @@ class Settings:
             known = {f.name for f in dataclasses.fields(policies.POLICIES.get(str(name), Policy))}
             more = f". The backend itself has: {', '.join(OWN_OPTIONS)}" if set(given) - known else ""
             raise OptionError(f"{error}{more}") from None
-        return Settings(policy, None if weights is None else str(weights), inductor, mode)
+        return Settings(policy, None if weights is None else str(weights), inductor, mode, check)
 
     def key(self) -> tuple[Any, ...]:
         """What tells rewrites of one model apart."""
         changed = Path(self.weights).stat().st_mtime_ns if self.weights and Path(self.weights).exists() else 0
-        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode
+        return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode, self.check
 
 
 # ------------------------------------------------------------------------------------------------ entry point
@@ -92,12 +98,13 @@ def kvrewrite_backend(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
-    eagerly, for debugging) and the policy's own, such as budget."""
+    eagerly, for debugging), check (as for `kvrewrite.transform`) and the policy's own, such as budget."""
     try:
         settings = Settings.read(options, mode)
-        if not has_attention(gm.graph):
-            return _without_attention(gm, example_inputs, settings)
-        return _Adapter(settings, gm, example_inputs)
+        seen = has_attention(gm.graph)
+        if seen or _may_be_part_of_a_model(gm, example_inputs):
+            return _Adapter(settings, gm, example_inputs, attention_seen=seen)
+        return _without_attention(gm, example_inputs, settings)
     except KVRewriteError as error:
         return _refusal(error)
 
@@ -111,56 +118,32 @@ def _refusal(error: KVRewriteError) -> Callable[..., Any]:
     return refuse
 
 
+def _may_be_part_of_a_model(gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
+    """Whether a graph in which no attention was seen must not run as it is: it mixes tokens, or goes on after a break of the
+    graph, where attention may have run that no graph shows."""
+    weights = weights_of(gm.graph)
+    if not weights:
+        return False  # a function of tensors
+    return _is_resumed(_root_frame().f_code) or not is_token_wise(gm.forward, example_inputs, weights)
+
+
 def _without_attention(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Callable[..., Any]:
     if "no attention" not in _told:
         _told.add("no attention")
         what = "goes to Inductor as it is" if settings.inductor else "runs as it is"
         warnings.warn(f"kvrewrite: a graph without attention {what} (said once)", stacklevel=2)
-    if not settings.inductor:
-        return gm.forward
-    from torch._dynamo.backends.registry import lookup_backend
+    run: Callable[..., Any] = gm.forward
+    if settings.inductor:
+        from torch._dynamo.backends.registry import lookup_backend
 
-    compiler: Any = lookup_backend("inductor")
-    return compiler(gm, inputs)
+        compiler: Any = lookup_backend("inductor")
+        run = compiler(gm, inputs)
 
+    def plain(*inputs: Any) -> Any:
+        ran()
+        return run(*inputs)
 
-_SDPA = torch.nn.functional.scaled_dot_product_attention
-_PASSING = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "getitem"} | {
-    "reshape", "view", "flatten", "transpose", "unsqueeze", "squeeze"
-}  # fmt: skip
-_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__"}
-
-
-def has_attention(graph: fx.Graph) -> bool:
-    """Whether something in a graph of Dynamo is attention: one of torch's functions for it, or a softmax whose result is the
-    left side of a matrix product."""
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        name = _name(node)
-        if node.target is _SDPA or "attention" in name or "attn" in name or "through_cache" in name:
-            return True
-        if "softmax" in name and any(_name(n) in _PRODUCTS for n in _users_behind(node)):
-            return True
-    return False
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
-def _users_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """What uses a node first, but for operations that only pass values on."""
-    todo, seen = [node], {node}
-    while todo:
-        for user in todo.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if _name(user) in _PASSING:
-                todo.append(user)
-            else:
-                yield user
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------ whose forward it is
@@ -174,27 +157,43 @@ class Argument:
 
 @dataclass
 class Call:
-    """The traced call of a model. source: what Dynamo calls the model."""
+    """The traced call of a model. source: what Dynamo calls the model; hooks: whether the model's own hooks are within the
+    traced function, and not around it."""
 
     module: nn.Module
     source: str
+    hooks: bool
     arguments: dict[str, Argument] = field(default_factory=dict)
+
+
+_RESUMED = "torch_dynamo_resume_in_"
+
+
+def _root_frame() -> Any:
+    """What Dynamo knows of the function that it is compiling."""
+    root = InstructionTranslator.current_tx().output.root_tx
+    assert root is not None
+    return root
+
+
+def _is_resumed(code: types.CodeType) -> bool:
+    """Whether a function is what Dynamo made of the rest of another one, after a break of its graph."""
+    return code.co_name.startswith(_RESUMED)
 
 
 def _traced_call() -> Call:
     """The call that Dynamo is compiling; UnsupportedModelError where it is not one of a model's forward."""
-    root = InstructionTranslator.current_tx().output.root_tx
-    assert root is not None
+    root = _root_frame()
     code: types.CodeType = root.f_code
     _keep_compiling(code)
     if any(isinstance(value, RewrittenModel) for value in root.f_locals.values()):
         raise UnsupportedModelError(
             "the model is rewritten already: compile it with model.compile(), without this backend"
         )
-    if code.co_name.startswith("torch_dynamo_resume_in"):
-        where = code.co_name.removeprefix("torch_dynamo_resume_in_").rpartition("_at_")[0]
+    if _is_resumed(code):
+        where = code.co_name.removeprefix(_RESUMED).rpartition("_at_")[0]
         raise UnsupportedModelError(
-            f"torch.compile broke the graph of {where}, and attention is behind the break; {WHOLE}"
+            f"torch.compile broke the graph of {where}, so that what comes after the break is not a whole model; {WHOLE}"
         )
     positional, keywords = _frame_arguments(code, root.f_locals)
     module = positional[0].value if positional else None
@@ -203,7 +202,8 @@ def _traced_call() -> Call:
             f"the compiled function is {code.co_qualname}, not the forward of a model, or torch.compile has given up the model "
             f"around it (recompile_limit, or an earlier call that it could not trace: torch._dynamo.reset()); {WHOLE}"
         )
-    call = Call(module, positional[0].source)
+    around = (nn.Module._wrapped_call_impl, nn.Module._call_impl, type(module).__call__)
+    call = Call(module, positional[0].source, code in [getattr(f, "__code__", None) for f in around])
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     for i, argument in enumerate(positional[1:]):
         call.arguments[names[i] if i < len(names) else f"argument {i}"] = argument
@@ -212,12 +212,15 @@ def _traced_call() -> Call:
 
 
 def _keep_compiling(code: types.CodeType) -> None:
-    """Raises torch.compile's limits where they come near: beyond them it would run the unmodified model in silence."""
+    """Raises torch.compile's limits where they come near: beyond them it would run the unmodified model in silence. For all
+    threads: since torch 2.13 what is set in one is not set in others, but for defaults, and they share the graphs."""
     config: Any = torch._dynamo.config
     graphs = len(_debug_get_cache_entry_list(code))
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         if getattr(config, limit) < graphs + 4:
             setattr(config, limit, graphs + 8)
+        if config._config[limit].default < graphs + 4:
+            config._config[limit].default = graphs + 8
     if graphs >= 32 and f"recompiles {code.co_qualname}" not in _told:
         _told.add(f"recompiles {code.co_qualname}")
         warnings.warn(
@@ -260,28 +263,28 @@ def _codes(module: nn.Module) -> set[types.CodeType]:
     return found
 
 
-def _source(node: fx.Node) -> str:
-    """What Dynamo calls a graph input."""
-    return _source_name(getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source)
+def _check_module(call: Call) -> None:
+    """UnsupportedModelError where what is called is no model of token ids, but a part of one."""
+    tensors = [a.value for a in call.arguments.values() if isinstance(a.value, Tensor)]
+    if len(tensors) != 1 or tensors[0].is_floating_point():
+        raise _not_a_whole_model(call)
 
 
-def _source_name(source: Any) -> str:
-    name = source.name  # a method up to torch 2.11
-    return str(name() if callable(name) else name)
+def _check_logits(call: Call, width: int) -> None:
+    """The same for a model of transformers, whose result has `width` channels: one that knows no output embeddings, as a base
+    model or a class of the user's own, must give as many as there are tokens in its vocabulary."""
+    module: Any = call.module
+    sizes = module.config.get_text_config()
+    if module.get_output_embeddings() is None and (
+        width != getattr(sizes, "vocab_size", None) or width == getattr(sizes, "hidden_size", None)
+    ):
+        raise _not_a_whole_model(call)
 
 
-def _check_module(call: Call, transformers: bool) -> None:
-    """UnsupportedModelError where the call is that of a part of a model, as it is behind a break of the graph."""
-    module, what = call.module, type(call.module).__name__
-    if transformers:
-        part = module.get_output_embeddings() is None  # type: ignore[operator]
-    else:
-        tensors = [a.value for a in call.arguments.values() if isinstance(a.value, Tensor)]
-        part = len(tensors) != 1 or tensors[0].is_floating_point()
-    if part:
-        raise UnsupportedModelError(
-            f"torch.compile took {what}, which does not go from token ids to logits, by itself; {WHOLE}"
-        )
+def _not_a_whole_model(call: Call) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"torch.compile took {type(call.module).__name__}, which does not go from token ids to logits, by itself; {WHOLE}"
+    )
 
 
 def _guard_module(gm: fx.GraphModule, call: Call) -> int:
@@ -290,9 +293,9 @@ def _guard_module(gm: fx.GraphModule, call: Call) -> int:
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for i, node in enumerate(nodes):
         source: Any = getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source
-        if not _source(node).endswith("]") or "_parameters['" not in _source(node):
+        if not source_of(node).endswith("]") or "_parameters['" not in source_of(node):
             continue
-        while source is not None and _source_name(source) != call.source:
+        while source is not None and source_name(source) != call.source:
             source = getattr(source, "base", None)
         if source is not None:
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
@@ -304,30 +307,33 @@ def _guard_module(gm: fx.GraphModule, call: Call) -> int:
 class _Adapter:
     """Stands for one graph of Dynamo: takes its inputs, runs the rewritten model, gives its outputs."""
 
-    def __init__(self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any]):
-        self.settings = settings
-        self.served: tuple[weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = (
-            None  # a parameter, and its model's rewrite
-        )
-        self.key: tuple[Any, ...] = ()
+    def __init__(
+        self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any], *, attention_seen: bool = True
+    ):
+        self.settings, self.attention_seen = settings, attention_seen
+        # The settings' key with numbers of the model, a parameter, and its model's rewrite; written at once, for other threads.
+        self.served: tuple[Any, weakref.ref[Tensor], weakref.ref[_Rewrite]] | None = None
         self.checked = False
         call = _traced_call()
-        self.module = weakref.ref(call.module)
+        self.module, self.hooks = weakref.ref(call.module), call.hooks
         self.transformers = is_transformers_model(call.module)
-        _check_module(call, self.transformers)
+        if not self.transformers:
+            _check_module(call)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise InputError(
                 "gradients are enabled, and training through an evicted cache is not supported; call the model under "
                 "torch.no_grad() or torch.inference_mode(), as generate does"
             )
         self._read_inputs(gm, call)
-        self._read_outputs(gm)
+        width = self._read_outputs(gm)
+        if self.transformers:
+            _check_logits(call, width)
 
     # -- inputs --------------------------------------------------------------------------------------------------
     def _read_inputs(self, gm: fx.GraphModule, call: Call) -> None:
         self.parameter = _guard_module(gm, call)
         nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        index = {_source(n): i for i, n in enumerate(nodes)}
+        index = {source_of(n): i for i, n in enumerate(nodes)}
         self.mask: int | list[int] | None = None
         self.positions: int | None = None
         self.handle: int | None = None
@@ -364,8 +370,15 @@ class _Adapter:
         if ids is None:
             raise InputError("the model was not given token ids (input_ids); the kvrewrite backend takes nothing else")
         self.ids = ids
+        # Numbers that the model holds and that have changed before, which Dynamo then takes for inputs.
+        self.numbers = [
+            i
+            for i, node in enumerate(nodes)
+            if source_of(node).startswith((f"{call.source}.", f"{call.source}["))
+            and (not isinstance(node.meta.get("example_value"), Tensor) or node.meta["grapharg"].pass_arg_as_tensor)
+        ]
         for i, node in enumerate(nodes):
-            value, source = node.meta.get("example_value"), _source(node)
+            value, source = node.meta.get("example_value"), source_of(node)
             if i not in used and isinstance(value, Tensor) and source.startswith("L["):
                 if source.startswith((call.source, f"{call.source}.")):
                     continue
@@ -406,8 +419,9 @@ class _Adapter:
                 self.cached += [at for at in found if at is not None]
 
     # -- outputs -------------------------------------------------------------------------------------------------
-    def _read_outputs(self, gm: fx.GraphModule) -> None:
-        """Which output is what: the logits, and what goes to the cache in the order in which it was computed."""
+    def _read_outputs(self, gm: fx.GraphModule) -> int:
+        """Which output is what: the logits, and what goes to the cache in the order in which it was computed. Returns the width
+        of the logits."""
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         outputs: list[Any] = list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])
         to_cache = [n for n in outputs if isinstance(n, fx.Node) and n.target is torch.cat and _dims(n) == 4]
@@ -429,10 +443,12 @@ class _Adapter:
         self.to_cache = [outputs.index(n) for n in to_cache]
         self.shapes = [(n.meta["example_value"].shape[1], n.meta["example_value"].shape[3]) for n in to_cache]
         self.count = len(outputs)
+        return int(logits[0].meta["example_value"].shape[-1])
 
     # -- a call --------------------------------------------------------------------------------------------------
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        rewrite = self._rewrite_of(inputs[self.parameter])
+        ran()
+        rewrite = self._rewrite_of(inputs[self.parameter], tuple(float(inputs[i]) for i in self.numbers))
         model = rewrite.model
         ids: Tensor = inputs[self.ids]
         cache: Any = None
@@ -474,16 +490,17 @@ class _Adapter:
                 outputs[at] = tensor
         return tuple(outputs)
 
-    def _rewrite_of(self, parameter: Tensor) -> _Rewrite:
+    def _rewrite_of(self, parameter: Tensor, numbers: tuple[float, ...]) -> _Rewrite:
         """The rewrite of the model whose parameter came in. Looked for once for each parameter: Dynamo's guards see whatever
         else changes the model's structure, dtype or device, and then there is another adapter."""
-        if self.served is not None:
-            known, rewrite = self.served[0](), self.served[1]()
+        served = self.served
+        if served is not None:
+            key, known, rewrite = served[0], served[1](), served[2]()
             if (
                 known is parameter
                 and rewrite is not None
                 and self.module() is not None
-                and self.settings.key() == self.key
+                and (self.settings.key(), numbers) == key
                 and not rewrite.replaced()
             ):
                 rewrite.follow()
@@ -491,9 +508,17 @@ class _Adapter:
         module = self.module()
         if module is None or not any(parameter is p for p in module.parameters()):
             raise UnsupportedModelError("the graph was compiled for another model (torch._dynamo.reset() forgets it)")
-        self.key = self.settings.key()
-        rewrite = rewritten(module, self.settings)
-        self.served = weakref.ref(parameter), weakref.ref(rewrite)
+        key = self.settings.key(), numbers
+        try:
+            rewrite = rewritten(module, self.settings, self.hooks)
+        except (CaptureError, UnsupportedModelError) as error:
+            if self.attention_seen:
+                raise
+            raise UnsupportedModelError(
+                f"{type(module).__name__} mixes tokens, so it is not run as it is, and it can't be rewritten: {error}. What can "
+                "be evicted from is attention with a softmax over the keys; compile this model with another backend"
+            ) from error
+        self.served = key, weakref.ref(parameter), weakref.ref(rewrite)
         return rewrite
 
     def _check_shapes(self, model: RewrittenModel) -> None:
@@ -549,19 +574,20 @@ def _dims(node: fx.Node) -> int:
 class _Rewrite:
     """A rewritten model that follows the parameters of the original. It does not hold the original itself."""
 
-    def __init__(self, module: nn.Module, settings: Settings):
-        # While it is captured, the model is not to be run by torch.compile.
-        with torch.compiler.set_stance("force_eager"):
-            captured = capture(module)
+    def __init__(self, module: nn.Module, settings: Settings, hooks: bool):
+        captured = capture(plain_view(module, hooks))
         config = getattr(module, "config", None)
-        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet)
+        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet, settings.check)
         if not is_transformers_model(module):
             config = _foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))
         # Where each submodule hangs, and its parameters' dict, which tells it from another one without holding it.
         self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]
+        self.hooks = [d for m in module.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hook_counts = list(map(len, self.hooks))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
+        self.adapters = AdapterWatch(module)
         self.appends: AppendRunner | None = None
         self._compile()
 
@@ -582,19 +608,23 @@ class _Rewrite:
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
-        """Whether a submodule of the original is no longer the one that was captured. Dynamo makes a graph of its own for another
-        type, but not for another module of the same type."""
+        """Whether a submodule of the original is no longer the one that was captured, has other hooks, or adapters that act
+        differently. Dynamo makes a graph of its own for another type, but not for another module of the same type, nor for hooks."""
+        if self.adapters.changed() or list(map(len, self.hooks)) != self.hook_counts:
+            return True
         return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
     def follow(self) -> None:
         """Parameters that were put in the place of others in the original."""
-        changed = False
-        for source, own, name, own_name in self.pairs:
-            if own[own_name] is not source[name]:
+        if not self._behind():
+            return
+        with compile_lock:
+            for source, own, name, own_name in self._behind():
                 own[own_name] = source[name]
-                changed = True
-        if changed:
             self._compile()  # compiled parts hold the parameters that they were made with
+
+    def _behind(self) -> list[tuple[dict[str, Any], dict[str, Any], str, str]]:
+        return [pair for pair in self.pairs if pair[1][pair[3]] is not pair[0][pair[2]]]
 
 
 def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, str]]:
@@ -616,15 +646,23 @@ def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any
 _rewrites: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Rewrite]] = weakref.WeakKeyDictionary()
 
 
-def rewritten(module: nn.Module, settings: Settings) -> _Rewrite:
-    """The rewrite of a model, made when it is needed first. Requests leave nothing in it."""
+def rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
+    """The rewrite of a model as it is now, made when it is needed first. Requests leave nothing in it. hooks: whether it has the
+    model's own hooks in it.
+
+    One thread at a time, and none while Dynamo traces: a capture changes the model's configuration for a while.
+    """
+    with compile_lock:
+        return _rewritten(module, settings, hooks)
+
+
+def _rewritten(module: nn.Module, settings: Settings, hooks: bool) -> _Rewrite:
     first = next(module.parameters(), None)
     where = (None, None) if first is None else (first.device, first.dtype)
-    shape = hash(tuple((n, type(m)) for n, m in module.named_modules()))
-    key = (settings.key(), where, shape)
+    key = (settings.key(), where, state_key(module), hooks, AdapterWatch(module).key)
     made = _rewrites.setdefault(module, {})
     if key not in made or made[key].replaced():
-        made[key] = _Rewrite(module, settings)
+        made[key] = _Rewrite(module, settings, hooks)
     made[key].follow()
     return made[key]
 
@@ -641,57 +679,7 @@ def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None)
     compiled = isinstance(model, OptimizedModule) or getattr(inner, "_compiled_call_impl", None) is not None
     compiled = compiled or hasattr(forward, "_torchdynamo_orig_callable")
     device = next(inner.parameters()).device
-    return BackendCache(batch_size, device, max_length=max_length, compileable=not compiled)
-
-
-def _is_ours(module: OptimizedModule) -> bool:
-    """Whether torch.compile was given this backend."""
-    backend: Any = getattr(module.dynamo_ctx, "callback", None)
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
-    return getattr(backend, "compiler_fn", backend) is kvrewrite_backend
-
-
-def _generate(module: OptimizedModule) -> Callable[..., Any]:
-    """`generate` of the original model, running the compiled one."""
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        original = module._orig_mod
-        inner = unwrap(original)  # peft's generate calls the model inside of the adapters
-        compiled, ran = module.dynamo_ctx(inner._call_impl), False
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            ran = True
-            return compiled(*args, **kwargs)
-
-        before = {n: v for n, v in vars(inner).items() if n == "_compiled_call_impl"}
-        inner._compiled_call_impl = call
-        try:
-            out = original.generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            del inner._compiled_call_impl
-            vars(inner).update(before)
-        if not ran:
-            raise UnsupportedModelError(
-                f"generate of {type(original).__name__} ran a model inside of it that is not compiled, so nothing was evicted; "
-                "compile that one: model.compile(backend='kvrewrite', options=...)"
-            )
-        return out
-
-    return generate
-
-
-def _compile_generate() -> None:
-    """Lets `torch.compile(model, backend="kvrewrite").generate` run the compiled model. torch hands `generate` to the original,
-    which then calls itself and not what was compiled: nothing would be evicted, and nothing would say so."""
-    found = OptimizedModule.__getattr__
-
-    def __getattr__(self: OptimizedModule, name: str) -> Any:
-        value = found(self, name)
-        return _generate(self) if name == "generate" and _is_ours(self) else value
-
-    OptimizedModule.__getattr__ = __getattr__  # type: ignore[method-assign]
+    return type_for(unwrap(inner))(batch_size, device, max_length=max_length, compileable=not compiled)
 
 
 def _register() -> None:
@@ -700,6 +688,6 @@ def _register() -> None:
         torch._dynamo.register_backend(kvrewrite_backend, name=NAME)
 
 
-_compile_generate()
+wrap_compiled_modules(kvrewrite_backend)
 _register()
 __all__ = ["BackendCache", "kvrewrite_backend", "new_cache"]

@@ -7,6 +7,7 @@ an `EvictionCache` that is handed to an ordinary model as its `cache` (`past_key
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from kvrewrite.cache import CACHE_NAME, EvictionCache
@@ -260,10 +261,52 @@ class BackendCache(EvictionCache):
         if not self.bound:
             raise CacheError("the cache has not been through a compiled model yet")
 
+    # -- what the layers of an ordinary model call, only while it is being traced: its rewrite runs instead ---------
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the layers of an ordinary model call; only while it is being traced."""
-        if torch.compiler.is_dynamo_compiling():
-            return torch.ops.kvrewrite.through_cache(key_states, value_states, self.handle, self.columns)
+        """Keys and values of attention: as many as the model's mask has columns."""
+        _check_traced()
+        return torch.ops.kvrewrite.through_cache(key_states, value_states, self.handle, self.columns)
+
+    def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Keys by which sparse attention chooses tokens, (B, T, D)."""
+        keys = indexer_key_states[:, None]
+        return self.update(keys, keys)[0][:, 0]
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer without attention carries a state: in the trace, every call begins a text. The state that counts
+        is in `states`, and the rewrite goes on from it."""
+        _check_traced()
+        return False
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> None:
+        """See `has_previous_state`."""
+        _check_traced()
+
+    get_recurrent_state = get_linear_cache = get_conv_state
+
+    def update_conv_state(
+        self, conv_states: Tensor, *args: Any, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Inputs (B, channels, T) of a short convolution, as transformers gives back those of a first call."""
+        _check_traced()
+        return nn.functional.pad(conv_states, (max(0, (conv_kernel_size or 0) - conv_states.shape[-1]), 0))
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The state after a call."""
+        _check_traced()
+        return recurrent_states
+
+    def set_linear_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Another name for that."""
+        _check_traced()
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.bound else f"EvictionCache(batch_size={self._rows}, not used yet)"
+
+
+def _check_traced() -> None:
+    """Raises CacheError where a model itself runs with a `BackendCache`, and not its trace."""
+    if not torch.compiler.is_dynamo_compiling():
         raise CacheError(
             "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
             'break): compile the model with backend="kvrewrite", and with fullgraph=True to see what breaks its graph. generate('
@@ -271,8 +314,17 @@ class BackendCache(EvictionCache):
             "a CPU nothing, unless compile_config._compile_all_devices = True"
         )
 
-    def __repr__(self) -> str:
-        return super().__repr__() if self.bound else f"EvictionCache(batch_size={self._rows}, not used yet)"
+
+def type_for(model: nn.Module) -> type[BackendCache]:
+    """`BackendCache`, or one that also passes for the cache classes that the model's own module defines and asks for."""
+    home = type(model).__module__
+    own = [c for c in vars(sys.modules[home]).values() if isinstance(c, type) and c.__module__ == home]
+    own = [c for c in own if issubclass(c, Cache) and not issubclass(c, EvictionCache)]
+    if not own:
+        return BackendCache
+    ours = vars(EvictionCache).keys() | vars(BackendCache).keys()
+    inherited = {n: v for n, v in vars(Cache).items() if (callable(v) or isinstance(v, property)) and n not in ours}
+    return type(BackendCache.__name__, (BackendCache, *own), inherited)
 
 
 def cache_of(handle: Tensor) -> BackendCache:

@@ -33,7 +33,8 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
-PER_ROW = ("seen", "generated", "length", "next_rotary", "settled")  # lists that have an entry for each row of a cache
+# Lists that have an entry for each row of a cache.
+PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
 
 
 class Owner:
@@ -122,6 +123,9 @@ class EvictionCache(Cache):
     of prompt and answer) chooses between short and long rotary frequencies where a model has both.
     """
 
+    # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
+    before_chunk: Callable[[], None] | None = None
+
     is_compileable = False
     is_croppable = False
     lease_type = Lease
@@ -129,7 +133,7 @@ class EvictionCache(Cache):
     _unfinished = False
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])  # not that of a class between (`type_for` in backend_cache.py)
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
@@ -163,6 +167,7 @@ class EvictionCache(Cache):
         self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
+        self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
@@ -266,6 +271,11 @@ class EvictionCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
         raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
+
+    def end_prompt(self) -> None:
+        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes more tokens
+        from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
+        self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
 
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""

@@ -14,7 +14,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
+from kvrewrite.branches import program_text, without_branches
 from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
-from kvrewrite.graph import clean_path, set_attr, symbol
+from kvrewrite.graph import clean_path, is_op, set_attr, symbol
+from kvrewrite.side_effects import Watch, depends_on_earlier_calls, untouched
 from kvrewrite.trace_failure import causes, explain, noted_place
 from kvrewrite.wrapped import check_layers, plain_4bit_layers, without_hooks
 
@@ -80,6 +82,10 @@ class Captured:
     # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
     trace_length: int = TRACE_LENGTH
     unrolled: bool = False
+    # What `passes/validate.py` compared the canonical graph with, and what it proved; None where that was switched off.
+    before: Any = None
+    stand_ins: Any = None
+    proof: Any = None
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
@@ -345,27 +351,67 @@ class _LogitsOnly(nn.Module):
         self.takes_positions = takes_positions
         self.first_position = first_position
         self.extra = extra
+        self.watch = Watch()
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
         if self.first_position:
             position_ids = position_ids + self.first_position
         positions = {"position_ids": position_ids} if self.takes_positions else {}
-        out = self.model_under_capture(input_ids, **positions, **self.extra)
+        with self.watch.call(self.model_under_capture):
+            out = self.model_under_capture(input_ids, **positions, **self.extra)
         return _logits(out)
 
 
-def _logits(out: Any) -> Tensor:
-    """The logits in what a model returns: a tensor, an object with `.logits`, or the first tensor of a tuple."""
-    if isinstance(out, Tensor):
-        return out
-    if isinstance(getattr(out, "logits", None), Tensor):
-        return out.logits
-    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
-        return out[0]
-    raise CaptureError(
-        f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple that "
-        "begins with the logits. Wrap the model in a module whose forward(input_ids) returns its logits."
-    )
+def _logits(out: Any) -> list[Tensor]:
+    """What may be the logits in what a model returns: a tensor, `.logits` or ["logits"], or any tensor of a tuple."""
+    named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    found = [out] if isinstance(out, Tensor) else [named] if isinstance(named, Tensor) else []
+    if not found and isinstance(out, (tuple, list)):
+        found = [x for x in out if isinstance(x, Tensor)]
+    if not found:
+        raise CaptureError(
+            f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple with the "
+            "logits in it. Wrap the model in a module whose forward(input_ids) returns its logits."
+        )
+    return found
+
+
+def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | None) -> fx.Node:
+    """The logits among the tensors that a model returns.
+
+    table: rows and columns of the token embedding. Logits have one entry for each of its rows; a head may have others (a padded
+    or a cut vocabulary), but what has the embedding's columns is hidden states.
+    """
+
+    def size(node: fx.Node) -> int | None:
+        value: Tensor = node.meta["val"]
+        if value.dim() != 3 or [symbol(s) for s in value.shape[:2]] != [symbol(s) for s in ids.shape]:
+            return None
+        return value.shape[2] if isinstance(value.shape[2], int) and value.is_floating_point() else None
+
+    sizes = [size(node) for node in found]
+    if table is not None and table[0] in sizes:
+        return found[sizes.index(table[0])]
+    first: Tensor = found[0].meta["val"]
+    shape = tuple(map(str, first.shape))
+    if sizes[0] is None:
+        last = first.dim() == 3 and first.shape[1] == 1
+        raise CaptureError(
+            f"the logits have the shape {shape} for token ids of shape {tuple(map(str, ids.shape))}; expected (batch, length, "
+            "vocabulary), the logits of every token"
+            + (
+                ". It returns those of one token of each row alone, as nanoGPT's forward does without targets: wrap it in a "
+                "module whose forward(input_ids) gives those of all tokens"
+                if last
+                else ""
+            )
+        )
+    if table is not None and sizes[0] == table[1]:
+        raise CaptureError(
+            f"forward returned {shape}, which are hidden states: the token embedding has {table[0]} rows of {table[1]}, so "
+            f"logits have {table[0]} entries a token. Wrap the model in a module whose forward(input_ids) returns its logits."
+        )
+    return found[0]
 
 
 def _first_position(model: nn.Module) -> int:
@@ -411,14 +457,9 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; kvrewrite rewrites decoders (causal language models)"
         )
-    training = model.training
-    model.eval()
-    try:
-        with without_hooks(model), plain_4bit_layers(model):
-            check_layers(model)
-            return _capture(model, max_length)
-    finally:
-        model.train(training)
+    with untouched(model), without_hooks(model), plain_4bit_layers(model):
+        check_layers(model)
+        return _capture(model, max_length)
 
 
 def _capture(model: nn.Module, max_length: int | None) -> Captured:
@@ -471,7 +512,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     first = next(iter(model.parameters()), None)
     if first is None:
         raise CaptureError(f"{type(model).__name__} has no parameters; expected a decoder with weights")
-    vocab = _vocab_size(model)
+    vocab = _vocab_size(model) or 2
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
     trace_length, chunk = TRACE_LENGTH, 0
@@ -485,12 +526,22 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                 program = _trace(wrapper, trace_length, vocab, first.device)
                 if calls is not None and not calls.modules:
                     raise CaptureError(f"{type(model).__name__} does not use transformers' attention interface")
+                _check_state(wrapper, program, vocab, first.device)
                 chunk = _unrolled_chunk(program)
                 if chunk:
                     trace_length = 2 * chunk + 3
                     if calls is not None:
                         calls.modules.clear()
                     program = _trace(wrapper, trace_length, vocab, first.device)
+                else:
+                    called = list(calls.modules) if calls is not None else []
+
+                    def again(rows: int, tokens: int) -> Any:
+                        return _trace(wrapper, tokens, vocab, first.device, rows)
+
+                    program = without_branches(program, again, TRACE_BATCH, trace_length)
+                    if calls is not None:
+                        calls.modules[:] = called
                 program = decompose(program)
         except KVRewriteError:
             raise
@@ -500,7 +551,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                     raise cause from error
             raise CaptureError(f"torch.export could not trace {type(model).__name__}: {explain(error)}") from error
     captured = _flatten(program, model, frontend, takes_positions)
-    captured.vocab_size, captured.unrolled, captured.trace_length = vocab, chunk > 0, trace_length
+    captured.unrolled, captured.trace_length = chunk > 0, trace_length
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:
@@ -510,14 +561,36 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     return captured
 
 
-def _trace(wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device) -> Any:
-    """The wrapped model as torch.export.export gives it, traced on `length` tokens."""
-    ids = torch.arange(TRACE_BATCH * length, device=device).reshape(TRACE_BATCH, length) % vocab
-    positions = torch.arange(length, device=device).repeat(TRACE_BATCH, 1)
+def _trace(
+    wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device, rows: int = TRACE_BATCH, fixed: bool = False
+) -> Any:
+    """The wrapped model as torch.export.export gives it, traced on `rows` of `length` tokens; fixed: for these numbers alone."""
+    ids = torch.arange(rows * length, device=device).reshape(rows, length) % vocab
+    positions = torch.arange(length, device=device).repeat(rows, 1)
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
-    shapes = (sizes, sizes if wrapper.takes_positions else None)
+    shapes = None if fixed else (sizes, sizes if wrapper.takes_positions else None)
     return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
+
+
+def _check_state(wrapper: _LogitsOnly, program: Any, vocab: int, device: torch.device) -> None:
+    """Refuses a model whose forward uses what an earlier call has left in its modules; transformers' modules leave nothing."""
+    model = wrapper.model_under_capture
+    if is_transformers_model(model) and type(model).__module__.startswith("transformers."):
+        return
+
+    def again() -> str:
+        return program_text(_trace(wrapper, TRACE_LENGTH, vocab, device))
+
+    def alone() -> Any:
+        return _trace(wrapper, 1, vocab, device, fixed=True)
+
+    attribute = depends_on_earlier_calls(wrapper.watch, program_text(program), again, alone)
+    if attribute is not None:
+        raise UnsupportedModelError(
+            f"the model keeps {attribute} from one call for the next: its result depends on what was called before, not on its "
+            "tokens alone. Switch such a cache or counter off before transforming"
+        )
 
 
 @contextlib.contextmanager
@@ -561,8 +634,8 @@ def _unrolled_chunk(program: Any) -> int:
     return found
 
 
-def _vocab_size(model: nn.Module) -> int:
-    """Rows of the token embedding: from the config, else the first embedding of the model."""
+def _vocab_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding, from the config or else the first embedding of the model; None where it has none."""
     config = getattr(model, "config", None)
     get_embeddings = getattr(model, "get_input_embeddings", None)
     if get_embeddings is not None and config is not None:
@@ -573,9 +646,31 @@ def _vocab_size(model: nn.Module) -> int:
         if isinstance(module, nn.Embedding):
             return int(module.num_embeddings)
     size = getattr(config, "vocab_size", None)
-    if isinstance(size, int):
-        return size
-    raise CaptureError("no token embedding was found; expected an nn.Embedding or a config with vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
+    """Rows and columns of the table that the token ids are looked up in as they are; None where there is none."""
+    aten = torch.ops.aten
+    unchanged = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default, aten.contiguous.default,
+                 aten.unsqueeze.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.alias.default,
+                 aten.to.dtype, aten._unsafe_view.default, aten.detach.default}  # fmt: skip
+    ids = {n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
+    for node in graph.nodes:
+        if is_op(node, *unchanged) and node.args[0] in ids:
+            ids.add(node)
+        index = None
+        if is_op(node, aten.embedding.default):
+            index = node.args[1]
+        elif is_op(node, aten.index.Tensor) and len(node.args[1]) == 1:
+            index = node.args[1][0]
+        elif is_op(node, aten.index_select.default) and node.args[1] == 0:
+            index = node.args[2]
+        if index in ids:
+            shape = node.args[0].meta["val"].shape
+            if len(shape) == 2 and all(isinstance(s, int) for s in shape):
+                return int(shape[0]), int(shape[1])
+    return None
 
 
 def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool) -> Captured:
@@ -600,12 +695,13 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
     order = iter(["input_ids", "position_ids"])
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in targets:
-            env[node] = new.get_attr(targets[node.name])
+            target = targets[node.name]
+            # A parameter of the model itself must not have the name of an input: generated code would read one for the other.
+            env[node] = new.create_node("get_attr", target, name=target if "." in target else f"model_{target}")
         elif node.op == "placeholder":
             env[node] = new.placeholder(next(order))
         elif node.op == "output":
-            result = node.args[0]
-            new.output(env[result[0] if isinstance(result, (tuple, list)) else result])
+            found = [env[n] for n in node.args[0] if isinstance(n, fx.Node)]
             continue
         elif node.op == "get_attr":
             # Subgraphs of higher-order ops.
@@ -619,8 +715,7 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
         if targets.get(spec.arg.name):
             value = state[spec.target]
             set_attr(root, targets[spec.arg.name], value)
-    gm = fx.GraphModule(root, new, class_name=type(model).__name__)
-    inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
+    inputs = {n.target: n for n in new.nodes if n.op == "placeholder"}
     ids = inputs["input_ids"].meta["val"]
     for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
@@ -629,11 +724,14 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
                 f"forward must work for any {label} (a loop over tokens in Python, as in recurrent layers without a scan, makes "
                 "it a constant)"
             )
-    logits = next(n for n in gm.graph.nodes if n.op == "output").args[0].meta["val"]
-    if logits.dim() != 3 or [symbol(s) for s in logits.shape[:2]] != [symbol(s) for s in ids.shape]:
+    table = _token_table(new)
+    new.output(_choose_logits(found, ids, table))
+    new.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
+    gm = fx.GraphModule(root, new, class_name=type(model).__name__)
+    vocab = table[0] if table is not None else _vocab_size(model)
+    if vocab is None:
         raise CaptureError(
-            f"the logits have the shape {tuple(map(str, logits.shape))} for token ids of shape {tuple(map(str, ids.shape))}; "
-            "expected (batch, length, vocabulary), the logits of every token"
+            "no token embedding was found; expected a table that the ids are looked up in, or a config with vocab_size"
         )
     if not takes_positions:
         unused = inputs["position_ids"]
@@ -647,7 +745,7 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
         graph=gm,
         frontend=frontend,
         dtype=first.dtype,
-        vocab_size=0,
+        vocab_size=vocab,
         batch_symbol=ids.shape[0].node.expr,
         length_symbol=ids.shape[1].node.expr,
         max_positions=_upper_bound(ids.shape[1]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvrewrite.memory import MemoryPlan, human
 from kvrewrite.program import Program
 
@@ -21,7 +23,9 @@ weights are untouched, and eviction lives in `graph.json`, `policy.safetensors` 
 
 Policy: `{policy}` with {options}.
 
-{memory}## What was rewritten
+{memory}Proved when it was converted: {proof}.
+
+## What was rewritten
 
 | layer | module | heads | kv heads | head dim | mask | RoPE | inserted |
 |---|---|---|---|---|---|---|---|
@@ -34,6 +38,23 @@ def _carried(plan: MemoryPlan) -> list[str]:
     if not plan.carried:
         return []
     return [f"Of each, {human(plan.carried)} are what layers without attention carry, at any length.", ""]
+
+
+def proof_text(proof: dict[str, Any] | None) -> str:
+    """What was proved of a rewrite (`passes/validate.py`), in words."""
+    if proof is None:
+        return "nothing (check=off)"
+    parts = []
+    if proof["sites"]:
+        longest = max(proof["lengths"], default=0)
+        parts.append(
+            f"{proof['sites']} attention sites ({proof['distinct']} distinct) give what they replaced, on up to {longest} tokens"
+        )
+    if proof["rest"]:
+        parts.append(f"all else treats every token by itself, on up to {max(proof['rest'])} tokens")
+    if proof["whole"]:
+        parts.append("the whole gives the captured model's logits in uneven chunks, token by token and padded")
+    return "; ".join(parts) or "the sites are the model's own calls of transformers' attention interface"
 
 
 def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
@@ -62,5 +83,6 @@ def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
         )
     options = ", ".join(f"`{k}={v}`" for k, v in program.policy["options"].items())
     return _TEXT.format(
-        title=name or "A model", policy=program.policy["name"], options=options, memory=memory, sites="\n".join(sites)
-    )
+        title=name or "A model", policy=program.policy["name"], options=options, memory=memory,
+        proof=proof_text(program.proof), sites="\n".join(sites),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import contextlib
 import json
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,9 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_READS, _SPARE = 256, 1 << 20  # how often recipes may read everything; numbers that any files may become
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
+INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec"
 COPIERS = 4  # threads that copy tensors to a GPU
 STAGED = 16 << 20  # bytes of each of a thread's two buffers for that
@@ -156,17 +158,22 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 class Checkpoint:
     """A directory with safetensors files, of which the headers were read and checked.
 
-    files: names of the weight files and of the index, if there is one, in the order to copy them in.
+    files: names of the weight files and of the index, if there is one, in the order to copy them in. stamps: what the file
+    system said of each of them when it was read (`stamp`).
     """
 
     directory: Path
     tensors: dict[str, TensorInfo]
     files: list[str]
     config: dict[str, Any] = field(default_factory=dict)
+    stamps: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, directory: str | Path) -> Checkpoint:
-        """Reads the headers of a Hugging Face checkpoint directory. ArtifactError says what is wrong with it."""
+    def open(cls, directory: str | Path, listed: Collection[str] | None = None) -> Checkpoint:
+        """Reads the headers of a Hugging Face checkpoint directory. ArtifactError says what is wrong with it.
+
+        listed: files that may be opened (those of a manifest); weight files besides them are refused. Default: any.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise ArtifactError(
@@ -180,7 +187,11 @@ class Checkpoint:
         config = read_json(directory / "config.json")
         if not isinstance(config, dict):
             raise ArtifactError(f"{directory / 'config.json'} is not a JSON object; it is damaged, copy it again")
+        if listed is not None:
+            _refuse_unlisted(directory, listed)
         names, index = _weight_files(directory)
+        files = names if index is None else [*names, INDEX]
+        stamps = {name: stamp(directory / name) for name in files}
         tensors: dict[str, TensorInfo] = {}
         for name in names:
             found, _ = read_header(directory / name)
@@ -194,8 +205,12 @@ class Checkpoint:
                     "the shards are of different versions, copy them all again"
                 )
             tensors.update({key: found[key] for key in sorted(listed)})
-        files = names if index is None else [*names, "model.safetensors.index.json"]
-        return cls(directory, tensors, files, config)
+        return cls(directory, tensors, files, config, stamps)
+
+    def check_unchanged(self, name: str) -> None:
+        """ArtifactError where a file is not the one whose header was read."""
+        if name in self.stamps and stamp(self.directory / name) != self.stamps[name]:
+            raise ArtifactError(f"{self.directory / name} changed while it was read; nothing was written. Try again")
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -207,9 +222,28 @@ class Checkpoint:
             reader.close()
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Which file a path names and when it was last written to; ArtifactError where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _refuse_unlisted(directory: Path, listed: Collection[str]) -> None:
+    """Weight files that a manifest does not list would be taken for the model's own."""
+    found = sorted({p.name for p in (*directory.glob("*.safetensors"), directory / INDEX) if p.exists()} - set(listed))
+    if found:
+        raise ArtifactError(
+            f"{directory} has weight files that its manifest does not list: {some(found)}. Take them away; they are not a "
+            "part of this model"
+        )
+
+
 def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the safetensors files of a directory, and the index (tensor -> file) when they are shards."""
-    single, index_path = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index_path = directory / "model.safetensors", directory / INDEX
     if single.is_file():
         return [single.name], None
     if not index_path.is_file():
@@ -230,8 +264,10 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     names = sorted(set(weight_map.values()))
     for name in names:
         # The names come from a file; they must stay in its directory.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ArtifactError(f"{index_path} names the file {name!r}; expected *.safetensors in the same directory")
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 255 or "\0" in name:
+            raise ArtifactError(
+                f"{index_path} names the file {name!r:.120}; expected *.safetensors in the same directory"
+            )
         if not (directory / name).is_file():
             raise ArtifactError(
                 f"{directory} lacks the shard {name}, one of {len(names)} in its index; the download is incomplete"
@@ -337,6 +373,29 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
     raise ArtifactError(f"{bad}: it has none of key, stack, cat, transpose, reshape, narrow")
 
 
+def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo]) -> None:
+    """ArtifactError where recipes make much more than the files hold, or read it over and over: a few lines can ask for that."""
+    held = sum(torch.Size(info.shape).numel() for info in tensors.values())
+    made, read = 0, 0
+    for name, recipe in {json.dumps(r, sort_keys=True): (n, r) for n, r in recipes.items()}.values():
+        made += torch.Size(check_recipe(name, recipe, tensors)).numel()
+        read += sum(torch.Size(tensors[key].shape).numel() for key in recipe_keys(recipe))
+        largest = max(_sizes(name, recipe, tensors))
+        if max(made, largest) > 2 * held + _SPARE or read > _READS * held + _SPARE:
+            raise ArtifactError(
+                f"the recipes up to that of the parameter {name} make {made} numbers, {largest} of them at once, from the {held} "
+                f"that the files hold, and read {read}; the manifest is damaged"
+            )
+
+
+def _sizes(name: str, recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Iterator[int]:
+    """How many numbers a recipe and each one in it give."""
+    yield torch.Size(_recipe_shape(name, recipe, tensors, 0)).numel()
+    inner: Any = next((recipe[k] for k in ("stack", "cat", "transpose", "reshape", "narrow") if k in recipe), [])
+    for part in inner if isinstance(inner, list) else [inner]:
+        yield from _sizes(name, part, tensors)
+
+
 def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
     """Writes what a recipe gives into `out`, a view of the result: only one checkpoint tensor is held beside it."""
     tensors = reader.checkpoint.tensors
@@ -377,11 +436,13 @@ def load_parameters(
     same tensor (tied weights).
     """
     device = torch.device(device)
+    names = list(recipes if names is None else names)
+    check_cost({name: recipes[name] for name in names if name in recipes}, checkpoint.tensors)
     out: dict[str, Tensor] = {}
     made: dict[tuple[str, torch.dtype], Tensor] = {}
     with checkpoint.reader() as reader, contextlib.ExitStack() as stack:
         copy = copier or stack.enter_context(Copier(device))
-        for name in recipes if names is None else names:
+        for name in names:
             if name not in recipes:
                 raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
             recipe = recipes[name]

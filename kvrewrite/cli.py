@@ -284,6 +284,10 @@ TRUST = click.option(
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="Context length(s) to estimate.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size to estimate.")
 @click.option("--max-length", type=int, help="Where RoPE depends on the length (dynamic NTK): the length to fix it at.")
+@click.option(
+    "--check", type=click.Choice(["full", "sites", "off"]), default="full", show_default=True,
+    help="What is proved by running the rewritten graph beside the captured one: all of it, each attention alone, nothing.",
+)  # fmt: skip
 @click.option("--link", is_flag=True, help="Hard-link the base weights instead of copying them.")
 @click.option("--force", is_flag=True, help="Replace an existing model directory.")
 @click.option("--dry-run", is_flag=True, help="Print the sites and the memory estimate; write nothing.")
@@ -299,8 +303,8 @@ TRUST = click.option(
 @AS_JSON
 def convert(
     model: str, policy: str, out: Path | None, policy_weights: Path | None, budget: str | None, chunk: int | None,
-    options: tuple[str, ...], contexts: tuple[int, ...], batch: int, max_length: int | None, link: bool, force: bool,
-    dry_run: bool, compiled: str | None, compile_device: str, compile_batch: int, as_json: bool,
+    options: tuple[str, ...], contexts: tuple[int, ...], batch: int, max_length: int | None, check: str, link: bool,
+    force: bool, dry_run: bool, compiled: str | None, compile_device: str, compile_batch: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Converts the checkpoint directory MODEL to a model directory whose cache evicts.
 
@@ -319,13 +323,14 @@ def convert(
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options are said before torch is loaded
     from kvrewrite import api
+    from kvrewrite.card import proof_text
 
     where = _device(compile_device, "--compile-device") if compiled else compile_device
     started = time.perf_counter()
     with _steps(STAGES - dry_run) as progress:
         done = api.convert(
             directory, None if dry_run else out, policy, policy_weights=policy_weights, max_length=max_length,
-            contexts=list(contexts) or None, batch=batch, link=link, force=force, progress=progress,
+            contexts=list(contexts) or None, batch=batch, check=check, link=link, force=force, progress=progress,
             compile=compiled, compile_device=where, compile_batch=compile_batch, **given,
         )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -337,6 +342,7 @@ def convert(
                 "policy": done.program.policy,
                 "sites": [s.as_dict() for s in done.program.sites],
                 "dtype": done.program.dtype,
+                "proof": done.program.proof,
                 "weights_bytes": done.weights_bytes,
                 "memory": [dataclasses.asdict(p) for p in done.plans],
                 "seconds": round(seconds, 3),
@@ -347,6 +353,7 @@ def convert(
     console.print(sites_table(done.program.sites))
     console.print(memory_table(done.plans))
     console.print(f"policy: {_column(_settings(done.program.policy))}", soft_wrap=True)
+    console.print(f"proved: {_column(proof_text(done.program.proof))}", soft_wrap=True)
     if done.out is None:
         console.print("dry run: nothing was written")
     else:
@@ -381,14 +388,13 @@ def generate(
 
     artifact.read_manifest(directory)
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from kvrewrite import api
+    from kvrewrite.companions import read_tokenizer
 
     where = _device(device)
-    if not any((Path(directory) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ArtifactError(f"{directory} has no tokenizer; copy the original model's tokenizer files into it")
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = read_tokenizer(directory)
     if chat:
         if not tokenizer.chat_template:
             raise OptionError("--chat: this model's tokenizer has no chat template; leave --chat out")
@@ -462,7 +468,7 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
     artifact.read_manifest(directory)
     from transformers.utils import logging
 
-    from kvrewrite.verify import verify as run
+    from kvrewrite.verification import verify as run
 
     logging.disable_progress_bar()  # there is one bar already
     where = _device(device)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-
-from kvrewrite.errors import ArtifactError
 
 
 def register(group: click.Group) -> None:
@@ -35,6 +32,18 @@ def register(group: click.Group) -> None:
     "--waiting", type=click.IntRange(min=1), default=64, show_default=True,
     help="Requests that may wait; one more gets an error (429).",
 )  # fmt: skip
+@click.option(
+    "--max-prompt-tokens", type=click.IntRange(min=1), default=32768, show_default=True,
+    help="The most tokens that a prompt may have; it limits the size of requests, too.",
+)  # fmt: skip
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), default=256, show_default=True,
+    help="Open connections; beyond that the one that has idled longest is closed.",
+)  # fmt: skip
+@click.option(
+    "--grace-seconds", type=click.FloatRange(min=0), default=8, show_default=True,
+    help="What SIGTERM leaves to the requests that are there; the rest get an error (503). A second one ends at once.",
+)  # fmt: skip
 def serve(
     directory: str,
     host: str,
@@ -45,6 +54,9 @@ def serve(
     trust_compiled: bool,
     max_new_tokens: int,
     waiting: int,
+    max_prompt_tokens: int,
+    max_connections: int,
+    grace_seconds: float,
 ) -> None:
     """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
 
@@ -60,20 +72,21 @@ def serve(
     from kvrewrite.cli import _device
     from kvrewrite.errors import OptionError
 
-    missing = [m for m in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(m) is None]
+    missing = [m for m in ("starlette", "uvicorn", "pydantic", "jinja2") if importlib.util.find_spec(m) is None]
     if missing:
         raise OptionError(f"kvrewrite serve needs {', '.join(missing)}: pip install 'kvrewrite[serve]'")
     artifact.read_manifest(directory)
-    if not any((Path(directory) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ArtifactError(f"{directory} has no tokenizer; copy the original model's tokenizer files into it")
-    from transformers import AutoTokenizer
-
     from kvrewrite import api, serving
+    from kvrewrite.companions import read_tokenizer
 
     where = _device(device)
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = read_tokenizer(directory)
     model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:
         model.compile()
-    engine = serving.Engine(model, tokenizer, max_new_tokens=max_new_tokens, waiting=waiting)
-    serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port)
+    limits = serving.Limits(connections=max_connections, grace_seconds=grace_seconds)
+    limits.check(waiting)
+    engine = serving.Engine(
+        model, tokenizer, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, waiting=waiting
+    )
+    serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port, limits=limits)

@@ -35,5 +35,9 @@ class InputError(KVRewriteError, ValueError):
     """Token ids, masks or positions that the model cannot take."""
 
 
+class ArgumentError(InputError, TypeError):
+    """An argument that `forward` does not know: it might change the result, so it is not ignored."""
+
+
 class TrainingError(KVRewriteError):
     """Training data that can't be used, or a run that went wrong."""

@@ -12,6 +12,12 @@ import torch
 from torch import fx
 
 SIZE_OPS = (torch.ops.aten.sym_size.int,)
+# Memory that nobody wrote to may hold anything, also what belongs to others; programs have zeros there.
+ZEROED = {
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
 
 
 def is_op(node: Any, *targets: Any) -> bool:
@@ -130,7 +136,10 @@ def fake_value(node: fx.Node) -> Any:
     then nothing finds the sequence any more.
     """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
-    modes = {v.fake_mode for n in node.all_input_nodes if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
+    read = node.all_input_nodes
+    if any(map(is_size, read)) and not any(tensor_of(n) is not None for n in read):
+        read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor of sizes alone
+    modes = {v.fake_mode for n in read if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
     with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
@@ -163,6 +172,13 @@ def mutates(node: fx.Node) -> bool:
     return (
         node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     )
+
+
+def clear_memory(node: fx.Node) -> None:
+    """Has a node of `ZEROED` make zeros."""
+    node.target = ZEROED[node.target]  # type: ignore[index]
+    if node.target is torch.ops.aten.zeros.default:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
 
 
 def fingerprint(graph: fx.Graph) -> str:

@@ -4,12 +4,14 @@ A saved graph is data, never code: each node names an op on an explicit allow-li
 before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python source and
 executes it: node names, attribute names and keyword names all end up in that source, so each must look like a name.
 
-The allow-list is by namespace: `kvrewrite.*.default`, the functional `aten` overloads of base names that decoders use
+The allow-list is by namespace: the `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional `aten`
+overloads of base names that decoders use
 (`ATEN`), a few `prims`, transformers' grouped matmul, and Python's arithmetic on sizes (`BUILTINS`). Allowing an op
 means: its result depends on its arguments only, and nothing else changes. So not on it, on purpose: whatever writes to
 an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared), reads or writes files
-(`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), and every higher-order op,
-because those carry subgraphs.
+(`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), makes views by strides
+(`as_strided`, `_reshape_alias`, which does not even look at the end of the memory) or leaves memory as it was
+(`empty_strided`; `empty` is read as zeros), and every higher-order op, because those carry subgraphs.
 """
 
 from __future__ import annotations
@@ -20,30 +22,28 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that graphs are made of)
+from kvrewrite import schema
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import set_attr
+from kvrewrite.graph import ZEROED, clear_memory, set_attr
 from kvrewrite.graph_facts import DTYPES, FactReader, FactWriter
 
 GRAPH_FORMAT = 2
-MAX_NODES = 1_000_000
-MAX_DEPTH = 12  # of nested lists in one argument; real graphs need 2
-MAX_ITEMS = 65_536  # in one argument list
-MAX_STRING = 4_096
 
 ATEN = frozenset(
     """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv alias all amax amin aminmax any arange argmax argmin
-    argsort as_strided asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift bitwise_not
+    argsort asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift bitwise_not
     bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu chunk clamp
     clamp_max clamp_min clone column_stack complex concat constant_pad_nd contiguous conv1d convolution copy cos cosh
     count_nonzero cross cummax cummin cumprod cumsum detach detach_copy diag diag_embed diagonal diff div divide dot
-    dstack einsum elu embedding empty empty_like empty_permuted empty_strided eq equal erf erfc erfinv exp exp2 expand
+    dstack einsum elu embedding empty empty_like eq equal erf erfc erfinv exp exp2 expand
     expand_as expand_copy expm1 eye fill flatten flip floor floor_divide fmax fmin fmod frac full full_like gather ge
     gelu glu greater greater_equal group_norm gt hardsigmoid hardswish hardtanh histc hstack hypot imag index
     index_add index_copy index_fill index_put index_reduce index_select isclose isfinite isin isinf isnan isneginf
@@ -51,7 +51,7 @@ ATEN = frozenset(
     linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and
     logical_not logical_or logical_xor logit logspace logsumexp lt masked_fill masked_scatter masked_select matmul max
     maximum mean median min minimum mish mm moveaxis movedim mul multiply mv narrow narrow_copy native_group_norm
-    native_layer_norm ne neg negative new_empty new_empty_strided new_full new_ones new_zeros nonzero norm not_equal
+    native_layer_norm ne neg negative new_empty new_full new_ones new_zeros nonzero norm not_equal
     numpy_T one_hot ones ones_like outer pad permute permute_copy pixel_shuffle polar positive pow prelu prod ravel
     real reciprocal relu relu6 remainder repeat repeat_interleave reshape resolve_conj resolve_neg rms_norm roll rot90
     round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select
@@ -63,10 +63,18 @@ ATEN = frozenset(
     unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d var var_mean vdot view view_as view_as_complex
     view_as_real view_copy vstack where xlogy zeros zeros_like
     _assert_async _assert_scalar _assert_tensor_metadata _conj _grouped_mm _local_scalar_dense _log_softmax
-    _reshape_alias _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax
-    _to_copy _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view _weight_int8pack_mm item
+    _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax
+    _to_copy _unsafe_index _unsafe_index_put _unsafe_view _weight_int8pack_mm item
     sym_constrain_range sym_constrain_range_for_size
     """.split()  # noqa: SIM905 (300 quoted strings are unreadable)
+)
+# Ops of ours in graphs that are saved. Those that lowering makes are not among them: a file that has them was not written by us.
+KVREWRITE = frozenset(
+    """
+    attention cache_update cache_update_quantized cached_attention cached_past cached_scan cached_sum decayed_sum
+    expected_attention gate kept_above key_difference latent_attention linear_scan newest_ranks newest_rows observe pool_window
+    ranks read_pages read_quantized rotate share_layers sink_gate slot_positions slot_rotary surprisal uniform with_past
+    """.split()  # noqa: SIM905
 )
 PRIMS = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "view_of"})
 # Ops that other libraries register, and the module that registers them.
@@ -104,7 +112,7 @@ _PATH = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\Z")
 def _is_name(value: Any) -> bool:
     return (
         isinstance(value, str)
-        and len(value) <= MAX_STRING
+        and len(value) <= schema.MAX_STRING
         and bool(_NAME.match(value))
         and not keyword.iskeyword(value)
     )
@@ -136,7 +144,7 @@ def _refusal(name: str) -> str:
 
 def resolve_op(name: Any) -> Callable[..., Any]:
     """The function that a graph file calls `name`; ArtifactError when it is not on the allow-list."""
-    if not isinstance(name, str) or len(name) > MAX_STRING:
+    if not isinstance(name, str) or len(name) > schema.MAX_STRING:
         raise ArtifactError(f"an op's name must be a string, got {type(name).__name__}")
     if name in BUILTINS:
         return BUILTINS[name]
@@ -149,7 +157,7 @@ def resolve_op(name: Any) -> Callable[..., Any]:
     elif namespace == "prims":
         allowed = base in PRIMS
     elif namespace == "kvrewrite":
-        allowed = overload == "default"
+        allowed = base in KVREWRITE and overload == "default"
     else:
         allowed = name in LIBRARY_OPS
     if not allowed:
@@ -245,104 +253,106 @@ def _encode(value: Any, where: str) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+def read_graph(path: Path, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> fx.GraphModule:
+    """The graph in a file, as `graph_from_dict`."""
+    data = schema.decode(schema.read_bytes(path), schema.Graph, path)
+    return _build(data, tensors, device, str(path))
+
+
 def graph_from_dict(
-    data: Any, tensors: Mapping[str, Tensor], device: torch.device | str | None = None
+    data: Any, tensors: Mapping[str, Tensor], device: torch.device | str | None = None, what: str = "the graph"
 ) -> fx.GraphModule:
     """The inverse of `graph_to_dict`.
 
     data: what a graph file holds; it is not trusted. tensors: by attribute name; parameters stay parameters. device:
-    what the device arguments in the graph become; default: the device of the first tensor, else the CPU. Raises
-    ArtifactError that names the node and the reason.
+    what the device arguments in the graph become; default: the device of the first tensor, else the CPU. what: the file, for
+    errors. Raises ArtifactError that names the node and the reason.
     """
+    if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
+        raise ArtifactError(f"{what} must be an object with a list of nodes; the file is damaged or not a graph")
+    return _build(schema.check(data, schema.Graph, what), tensors, device, what)
+
+
+def _build(
+    data: schema.Graph, tensors: Mapping[str, Tensor], device: torch.device | str | None, what: str
+) -> fx.GraphModule:
+    if data.format != GRAPH_FORMAT:
+        raise ArtifactError(
+            f"{what} has format {data.format!r:.40}, this kvrewrite reads {GRAPH_FORMAT}; install the kvrewrite "
+            "that wrote it (kvrewrite.json names its version), or convert the model again"
+        )
     if device is None:
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
     device = torch.device(device)
-    if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
-        raise ArtifactError("the graph must be an object with a list of nodes; the file is damaged or not a graph")
-    if data.get("format") != GRAPH_FORMAT:
-        raise ArtifactError(
-            f"the graph has format {data.get('format')!r}, this kvrewrite reads {GRAPH_FORMAT}; install the kvrewrite "
-            "that wrote it (kvrewrite.json names its version), or convert the model again"
-        )
-    entries = data["nodes"]
-    if len(entries) > MAX_NODES:
-        raise ArtifactError(f"the graph has {len(entries)} nodes, more than {MAX_NODES}; the file is damaged")
     root = nn.Module()
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     seen_attributes: set[str] = set()
     finished = False
     facts = FactReader(device)
-    for index, entry in enumerate(entries):
-        if finished:
-            raise ArtifactError(f"node {index} comes after the output; expected the output last")
-        node = _read_node(entry, index, graph, env, device)
-        if entry.get("val") is not None:
-            node.meta["val"] = facts(entry["val"], f"node {node.name!r}")
-        if node.op == "get_attr":
-            _attach(root, str(node.target), node.name, tensors, seen_attributes)
-        finished = node.op == "output"
-    if not finished:
-        raise ArtifactError("the graph has no output; the file is cut off or damaged")
     try:
+        for index, entry in enumerate(data.nodes):
+            if finished:
+                raise ArtifactError(f"node {index} comes after the output; expected the output last")
+            node = _read_node(entry, graph, env, device)
+            if entry.val is not None:
+                node.meta["val"] = facts(entry.val, f"node {node.name!r}")
+            if node.op == "get_attr":
+                _attach(root, str(node.target), node.name, tensors, seen_attributes)
+            finished = node.op == "output"
+        if not finished:
+            raise ArtifactError("it has no output; the file is cut off or damaged")
         graph.lint()
         return fx.GraphModule(root, graph, class_name="RewrittenModel")
-    except (RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the graph is not well formed: {error}") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{what}: {error}") from error.__cause__
+    except (RuntimeError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{what} is not well formed: {str(error)[:400]}") from error
 
 
-def _read_node(entry: Any, index: int, graph: fx.Graph, env: dict[str, fx.Node], device: torch.device) -> fx.Node:
+def _read_node(entry: schema.Node, graph: fx.Graph, env: dict[str, fx.Node], device: torch.device) -> fx.Node:
     """Checks one entry and adds it to the graph."""
-    if not isinstance(entry, dict) or not _is_name(entry.get("name")):
-        raise ArtifactError(f"node {index} must be an object with a name, got {entry!r:.80}")
-    name, op, target = entry["name"], entry.get("op"), entry.get("target")
+    name, op, target = entry.name, entry.op, entry.target
     where = f"node {name!r}"
     if name in env:
         raise ArtifactError(f"{where} is defined twice")
-    if unknown := sorted(map(str, entry.keys() - {"name", "op", "target", "args", "kwargs", "meta", "val"})):
-        raise ArtifactError(f"{where} has unknown keys {', '.join(unknown)[:200]}")
-    raw_args, raw_kwargs = entry.get("args", []), entry.get("kwargs", {})
-    if not isinstance(raw_args, list) or not isinstance(raw_kwargs, dict):
-        raise ArtifactError(f"{where}: args must be a list and kwargs an object")
-    args = tuple(_decode(a, where, env, device, 0) for a in raw_args)
-    for key in raw_kwargs:
-        if not _is_name(key):
-            raise ArtifactError(f"{where}: {key!r:.80} is not a keyword argument's name")
-    kwargs = {k: _decode(v, where, env, device, 0) for k, v in raw_kwargs.items()}
+    args = tuple(_decode(a, where, env, device) for a in entry.args)
+    kwargs = {k: _decode(v, where, env, device) for k, v in entry.kwargs.items()}
+    if found := [key for key in kwargs if keyword.iskeyword(key)]:
+        raise ArtifactError(f"{where}: {found[0]!r} is not a keyword argument's name")
     function: Any = target
     if op == "call_function":
         try:
             function = resolve_op(target)
         except ArtifactError as error:
             raise ArtifactError(f"{where}: {error}") from None
-        _check_call(where, str(target), function, args, kwargs)
+        _check_call(where, target, function, args, kwargs)
     elif op == "placeholder":
         if not _is_name(target) or kwargs or len(args) > 1 or any(isinstance(a, fx.Node) for a in args):
             raise ArtifactError(f"{where}: an input needs a name and takes no arguments besides a default")
     elif op == "get_attr":
-        if not isinstance(target, str) or len(target) > MAX_STRING or not _PATH.match(target) or args or kwargs:
+        if not _PATH.match(target) or args or kwargs:
             raise ArtifactError(
                 f"{where}: {target!r:.80} is not the dotted name of a tensor (letters, digits, '_' and '-' only)"
             )
-    elif op == "output":
-        if target != "output" or len(args) != 1 or kwargs:
-            raise ArtifactError(f"{where}: the output takes exactly one argument")
-    else:
-        raise ArtifactError(
-            f"{where}: unknown kind of node {op!r:.80}; expected placeholder, get_attr, call_function, output"
-        )
+    elif target != "output" or len(args) != 1 or kwargs:
+        raise ArtifactError(f"{where}: the output takes exactly one argument")
     node = graph.create_node(op, function, args, kwargs, name=name)
     if node.name != name:
         raise ArtifactError(f"{where}: the name is reserved by Python; the file was not written by kvrewrite")
-    meta = entry.get("meta", {})
-    if not isinstance(meta, dict) or not all(
-        isinstance(k, str) and k.startswith("kvrewrite_") and type(v) in (str, int, bool, float)
-        for k, v in meta.items()
-    ):
-        raise ArtifactError(f"{where}: meta must map names that begin with kvrewrite_ to strings or numbers")
-    node.meta.update(meta)
+    if node.target in ZEROED:
+        clear_memory(node)
+    node.target = _CHECKED.get(node.target, node.target)  # type: ignore[arg-type]
+    node.meta.update(entry.meta)
     env[name] = node
     return node
+
+
+# Indices that nobody checks are for code that made them itself.
+_CHECKED: dict[Any, Any] = {
+    torch.ops.aten._unsafe_index.Tensor: torch.ops.aten.index.Tensor,
+    torch.ops.aten._unsafe_index_put.default: torch.ops.aten.index_put.default,
+}
 
 
 def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -373,7 +383,8 @@ def _wrong_type(argument: Any, value: Any) -> str | None:
     """What is wrong with a value for an argument of a schema, where that is plain without running the op."""
     kind = str(argument.type)
     if isinstance(value, fx.Node):
-        return None
+        # Switches decide about shapes, so they can't be computed.
+        return f"what {value.name!r} computes" if kind in ("bool", "Optional[bool]", "str", "Optional[str]") else None
     if value is None:
         return None if kind.startswith("Optional") or "None" in kind or argument.has_default_value() else "nothing"
     # A Tensor argument may be a number: export keeps `x * 2` as mul.Tensor(x, 2).
@@ -389,52 +400,33 @@ def _wrong_type(argument: Any, value: Any) -> str | None:
     return None
 
 
-def _decode(value: Any, where: str, env: Mapping[str, fx.Node], device: torch.device, depth: int) -> Any:
+def _decode(value: Any, where: str, env: Mapping[str, fx.Node], device: torch.device) -> Any:
     """The inverse of `_encode`, for data that is not trusted."""
-    if depth > MAX_DEPTH:
-        raise ArtifactError(f"{where}: its arguments are nested more than {MAX_DEPTH} deep; the file is damaged")
-    if value is None or type(value) is bool:
+    if isinstance(value, list):
+        return [_decode(v, where, env, device) for v in value]
+    if not isinstance(value, schema.Tagged):
         return value
-    if type(value) is str:
-        if len(value) > MAX_STRING:
-            raise ArtifactError(f"{where}: a string argument of {len(value)} characters; the file is damaged")
-        return value
-    if type(value) is int:
-        if not -(1 << 63) <= value < 1 << 63:
-            raise ArtifactError(f"{where}: the number {str(value)[:24]}... does not fit in 64 bits")
-        return value
-    if type(value) is float:
-        if not math.isfinite(value):
-            raise ArtifactError(f"{where}: infinities and NaN are written as {{'float': 'inf'}}")
-        return value
-    if type(value) is list:
-        return [_decode(v, where, env, device, depth + 1) for v in _short(value, where)]
-    if type(value) is dict and len(value) == 1:
-        tag, inner = next(iter(value.items()))
-        if tag == "node":
-            if not isinstance(inner, str) or inner not in env:
-                raise ArtifactError(f"{where} refers to node {inner!r:.80}, which is not defined before it")
-            return env[inner]
-        if tag == "tuple" and type(inner) is list:
-            return tuple(_decode(v, where, env, device, depth + 1) for v in _short(inner, where))
-        if tag == "slice" and type(inner) is list and len(inner) == 3:
-            return slice(*(_decode(v, where, env, device, depth + 1) for v in inner))
-        if tag == "float" and inner in ("inf", "-inf", "nan"):
-            return float(inner)
-        if tag == "device" and inner == "model":
-            return device
-        for name, table in (("dtype", DTYPES), ("layout", LAYOUTS), ("memory_format", MEMORY_FORMATS)):
-            if tag == name and isinstance(inner, str) and inner in table:
-                return table[inner]  # type: ignore[index]
-    raise ArtifactError(f"{where} has an argument that can't be read: {value!r:.120}")
-
-
-def _short(values: list[Any], where: str) -> list[Any]:
-    if len(values) > MAX_ITEMS:
-        raise ArtifactError(
-            f"{where} has a list of {len(values)} arguments, more than {MAX_ITEMS}; the file is damaged"
-        )
-    return values
+    try:
+        tag, inner = value.item()
+    except ValueError as error:
+        raise ArtifactError(f"{where} has an argument that can't be read: {error}") from None
+    if tag == "node":
+        if inner not in env:
+            raise ArtifactError(f"{where} refers to node {inner!r:.80}, which is not defined before it")
+        return env[inner]
+    if tag == "tuple":
+        return tuple(_decode(v, where, env, device) for v in inner)
+    if tag == "slice":
+        return slice(*(_decode(v, where, env, device) for v in inner))
+    if tag == "float":
+        return float(inner)
+    if tag == "device":
+        return device
+    tables: dict[str, Mapping[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
+    table = tables[tag]
+    if inner not in table:
+        raise ArtifactError(f"{where} has an argument that can't be read: the {tag} {inner!r:.80}")
+    return table[inner]
 
 
 def _attach(root: nn.Module, target: str, node: str, tensors: Mapping[str, Tensor], seen: set[str]) -> None:
@@ -445,11 +437,16 @@ def _attach(root: nn.Module, target: str, node: str, tensors: Mapping[str, Tenso
         raise ArtifactError(
             f"node {node!r} reads the tensor {target!r}, which the model's files lack; the directory is incomplete"
         )
-    try:
-        set_attr(root, target, tensors[target])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"node {node!r}: {target!r} can't be the name of a tensor: {error}") from error
+    attach(root, target, tensors[target])
     seen.add(target)
+
+
+def attach(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor on a module under a dotted name that comes from a file; ArtifactError where it can't be there."""
+    try:
+        set_attr(root, name, tensor)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{name!r} can't be the name of a tensor: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvrewrite.kernel_choice import fused, latent_values
+from kvrewrite.kernels.gpu.limits import missing_attention
 from kvrewrite.kernels.gpu.quantized_split import missing
 from kvrewrite.kernels.reference import pages
 from kvrewrite.kernels.reference.quantize import Scheme
@@ -106,7 +107,8 @@ def decode_attention(
     cos * x + sin * x[partner] of channels whose partners are half a head away.
     """
     rest = (table, lens, positions, valid)
-    if fused("decode_attention", q, latent_values(v_pages)):
+    dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
+    if fused("decode_attention", q, latent_values(v_pages) or missing_attention(*dims, 1, False)):
         from kvrewrite.kernels.gpu.decode import decode_attention as kernel
 
         out, lse, found = kernel(
@@ -334,7 +336,8 @@ def attend_and_update(
     added = (new_k, new_v, new_scores, slot_scores, positions, rotary, valid, keep, recent)
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rest = (sinks, window, chunk, select, drop, None, None, None)
-    if fused("attend_and_update", q):
+    dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
+    if fused("attend_and_update", q, missing_attention(*dims, q.shape[2], hidden is not None)):
         from kvrewrite import fused as kernels
 
         return kernels.attend_and_update((*attended, *shape, v_dense), (*added, *pools, *rest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -16,22 +17,36 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, St
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvrewrite.arguments import (
+    COUNTED,
+    check_arguments,
+    check_columns,
+    check_ids_form,
+    check_logits_to_keep,
+    check_tensor,
+)
 from kvrewrite.cache import CACHE_NAME, EvictionCache, Owner, exclusive
 from kvrewrite.decoding import DecodeRunner, Settling, reason_against
-from kvrewrite.errors import CacheError, InputError
+from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.execution import Execution, Staged
 from kvrewrite.graph import get_attr
 from kvrewrite.graph_io import graph_from_dict, retarget_device
+from kvrewrite.loss import check_labels, with_loss
+from kvrewrite.node_errors import failures_named
 from kvrewrite.pages import PageStore, scheme_of, to_device
 from kvrewrite.passes.lower import fold, lower_prefill
+from kvrewrite.pickling import program_of, program_state
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.prefilling import PrefillRunner
 from kvrewrite.prefilling import reason_against as reason_against_chunks
 from kvrewrite.program import Program
 from kvrewrite.prompts import join_question
+from kvrewrite.wrapped import AdapterWatch
 
 SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
+# What may stand between token ids and the table of their embeddings.
+_RESHAPING = {getattr(torch.ops.aten, n).default for n in ("view", "reshape", "clone", "alias", "unsqueeze", "squeeze")}
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
 RUNTIME = ("_execution", "_decoder", "_prefill_runner", "_stores", "_compile_options")  # what compile() makes
@@ -64,6 +79,27 @@ class _Ending(StoppingCriteriaList):
         return ended
 
 
+def _drop_unsupported(own: GenerationConfig) -> None:
+    """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a word."""
+    for name, off in (
+        ("cache_implementation", None), ("prompt_lookup_num_tokens", None), ("output_attentions", False),
+        ("output_hidden_states", False),
+    ):  # fmt: skip
+        if value := getattr(own, name, None):
+            setattr(own, name, off)
+            warnings.warn(
+                f"the model's generation_config has {name}={value!r}, which a rewritten model does not support (it has a cache "
+                "of its own, and returns logits alone); left out",
+                stacklevel=3,
+            )
+
+
+def _unpickled(cls: type[RewrittenModel], program: dict[str, Any], rest: dict[str, Any]) -> RewrittenModel:
+    """A model from what `RewrittenModel.__reduce_ex__` keeps."""
+    training = rest.pop("training")
+    return cls(program_of(program), **rest).train(training)
+
+
 class RewrittenModel(nn.Module, GenerationMixin):
     """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
 
@@ -77,6 +113,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     _is_stateful = True
     _supports_cache_class = True
     base_model_prefix = ""
+    adapters: AdapterWatch | None
 
     def __init__(
         self,
@@ -84,6 +121,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         config: PreTrainedConfig,
         generation_config: GenerationConfig | None = None,
         source: Any = None,
+        adapters: AdapterWatch | None = None,
     ):
         super().__init__()
         self.program = program
@@ -92,9 +130,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         self.config = copy.deepcopy(config)
         self.generation_config = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(self.config)
         self.generation_config.use_cache = True  # the configurations of some models (MPT) say no
+        _drop_unsupported(self.generation_config)
         self.policy: Policy = make_policy(program.policy["name"], **program.policy["options"])
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
+        self.__dict__["adapters"] = adapters
+        self.__dict__["_told_scores"] = False
         # Not submodules: they are the same graph.
         self.__dict__.update(dict.fromkeys(RUNTIME))
         # Tables that the compiler made lie on the CPU.
@@ -108,6 +149,18 @@ class RewrittenModel(nn.Module, GenerationMixin):
             tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
             self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
         self.eval()
+
+    # -- copies --------------------------------------------------------------------------------------------------
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled without what `compile()` made: call it again on what comes out, which is a model of its own."""
+        rest = {name: getattr(self, name) for name in ("config", "generation_config", "source", "adapters", "training")}
+        return _unpickled, (type(self), program_state(self.program), rest)
+
+    def __copy__(self) -> RewrittenModel:
+        """A view of the same model, which takes its caches, too."""
+        twin: RewrittenModel = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     @exclusive
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
@@ -171,6 +224,40 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the weights have, those of the policy included; none is trainable."""
+        counted = {id(p): p for p in self.parameters() if p.requires_grad or not only_trainable}
+        if exclude_embeddings:
+            counted.pop(id(self.get_input_embeddings().weight), None)
+        return sum(p.numel() for p in counted.values())
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, and of the tables that the graph reads. Caches have a `memory()` of their own."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma) put on
+        them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
+        for node in self.graph_module.graph.nodes:
+            if node.target is not torch.ops.aten.embedding.default:
+                continue
+            table, ids = node.args[:2]
+            while ids.target in _RESHAPING:
+                ids = ids.args[0]
+            if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
+                weight = get_attr(self.graph_module, table.target)
+                found = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
+                found.weight = weight  # the same object, not another one over its storage
+                return found
+        raise UnsupportedModelError("the model's graph does not look tokens up in one table")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refused: the size of the vocabulary is part of the graph."""
+        raise InputError(
+            "a rewritten model can't change its vocabulary, which is part of its graph; resize the original and transform that"
+        )
 
     @property
     def sites(self) -> list[Any]:
@@ -300,8 +387,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
                 "(keydiff, expected_attention, knorm, locret, streaming_llm)",
                 stacklevel=2,
             )
+        check_ids_form(input_ids)
         cache = self.new_cache(input_ids.shape[0], max_length=max_length)
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        cache.end_prompt()
         return cache
 
     def prompt_ids(self, context_ids: Tensor, question_ids: Tensor, *, bos_token_id: int | None = None) -> Tensor:
@@ -332,7 +421,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         positions = torch.arange(length, device=self.device)
         made = []
         for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
-            made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
+            with failures_named(self.source):
+                made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
         return made
 
     def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -349,8 +439,11 @@ class RewrittenModel(nn.Module, GenerationMixin):
         given = past_key_values if cache is None else cache
         if given is not None:
             kwargs[CACHE_NAME] = given
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if ids is not None:
+            check_ids_form(ids)
+        if given is not None:
             self._check_cache(given, None)
-            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
             self._check_text(ids, kwargs.get("attention_mask"), given)
         return super().generate(*args, **kwargs)
 
@@ -372,7 +465,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if getattr(generation_config, "cache_implementation", None) is not None:
             raise CacheError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a rewritten model has its own cache; "
-                "leave cache_implementation out"
+                "leave cache_implementation out (of the call and of the generation_config that it was given)"
             )
         if generation_config.use_cache is False:
             raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
@@ -392,12 +485,28 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # Somebody may go on with the cache, which then should hold no padding.
         pauses = rows > 1 and beams == 1 and (given is not None or generation_config.return_dict_in_generate)
         generation_config._kvrewrite_pausing = cache if pauses else None
+        self._check_prefill_chunks(generation_config.prefill_chunk_size, model_kwargs)
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Called by `generate`."""
         found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         cache = generation_config.__dict__.pop("_kvrewrite_pausing", None)
         return found if cache is None else _Ending(found, cache)
+
+    def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
+        """The same as `_check_pieces`, before the first piece has run."""
+        cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
+        columns = mask if mask is not None else model_kwargs.get("position_ids")
+        if size is None or columns is None or not self.policy.whole_prompt or any(cache.seen):
+            return
+        longest = columns.shape[-1] if mask is None else int(mask.sum(1).max())
+        if columns.shape[-1] > size and self.policy.evicts(self.policy.plan(longest), self.cache_owners):
+            raise CacheError(
+                f"prefill_chunk_size={size} would cut the prompt of {longest} tokens, but {self.policy.name} evicts once, from a "
+                f"row's first prompt as a whole, and would keep the pieces whatever its budget ({self.policy.budget}). Leave "
+                "prefill_chunk_size out (whole keys and values are alive in one layer at a time), or use a policy that evicts "
+                "between chunks (tova, h2o, keydiff, locret)"
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
@@ -420,7 +529,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> dict[str, Any]:
         """Called by `generate` behind every step. Every column from here on is a real token of every row and the cache counts
         positions, so masks and positions that grow with the text have served."""
-        model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        cache = model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        if not model_kwargs.get("generated"):
+            cache.end_prompt()
         for name in ("attention_mask", "position_ids"):
             model_kwargs.pop(name, None)
         model_kwargs["generated"] = True
@@ -458,6 +569,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         return_dict: bool | None = None,
         cache: EvictionCache | None = None,
         generated: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -467,27 +580,34 @@ class RewrittenModel(nn.Module, GenerationMixin):
         ones. One token on a row that has some is decoding, more are a prompt.
         position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
         return logits for, 0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's
-        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. Returns logits
-        (B, T or logits_to_keep, vocabulary), zero at padding, and the cache.
+        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. labels: (B, T) int64,
+        -100 where none is wanted; the result has a `loss` then, the mean cross entropy of each label given the column before
+        it, its sum divided by num_items_in_batch if that is given. Returns logits (B, T or logits_to_keep, vocabulary), zero at
+        padding, and the cache. Logits are made before the eviction that follows their segment of the prompt.
+
+        Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
-        self._refuse(kwargs)
+        check_arguments(kwargs, RewrittenModel.forward)
+        if self.adapters is not None and not generated:
+            self.adapters.check()
         if torch.compiler.is_exporting():
             raise InputError(
                 "torch.export got a rewritten model, whose forward plans evictions in Python; export its steps: "
                 "kvrewrite.exporting.export_steps(model)"
             )
-        if input_ids is None or input_ids.dim() != 2:
-            got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
-            raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids has dtype {input_ids.dtype}, expected int64")
-        if not isinstance(logits_to_keep, int):
-            raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
+        check_ids_form(input_ids)
+        assert input_ids is not None
+        check_tensor("attention_mask", attention_mask)
+        check_tensor("position_ids", position_ids)
+        check_logits_to_keep(logits_to_keep)
+        if labels is not None:
+            check_labels(labels, input_ids, logits_to_keep, self.training)
         batch, width = input_ids.shape
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         cache = past_key_values if cache is None else cache
-        if self.decoder is not None and attention_mask is None and self.decoder.has_planned(input_ids, cache):
+        plain = attention_mask is None and labels is None and not kwargs
+        if self.decoder is not None and plain and self.decoder.has_planned(input_ids, cache):
             if not generated:
                 self._check_ids(input_ids, decoding=True)
             assert cache is not None
@@ -495,6 +615,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             logits = self.decoder.planned_step(input_ids, cache)
             cache.record(input_ids, None, generated)
             return self._output(logits, cache, use_cache, return_dict)
+        scores = cache is None or labels is not None
         if cache is None:
             # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
             cache = self.new_cache(batch, max_length=width)
@@ -504,9 +625,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # Row by row, by its real tokens, so that a row does not depend on what else is in the batch.
         # One that pauses keeps its ranks, too.
         decoding = [n <= 1 and seen > 0 for n, seen in zip(counts, cache.seen)]
+        check_columns(kwargs.get(COUNTED), cache.columns, width)
         self._check_input(position_ids, where, ids.shape[1] - width, cache, decoding)
+        self._check_pieces(counts, cache, decoding)
         if not generated:
             self._check_ids(input_ids, all(decoding))
+        if scores and logits_to_keep != 1:
+            self._warn_of_scores(counts, cache)
         cache.begin_step()
         if self.decoder is not None and ids.shape[1] == 1 and all(decoding) and all(counts):
             segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
@@ -518,7 +643,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
             columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
             logits = self._run_segments(ids, where, cache, decoding, columns)
         cache.record(input_ids, real, generated)
-        return self._output(logits, cache, use_cache, return_dict)
+        out = self._output(logits, cache, use_cache, return_dict)
+        return out if labels is None else with_loss(out, logits, labels, attention_mask, num_items_in_batch)
 
     @staticmethod
     def _output(logits: Tensor, cache: EvictionCache, use_cache: bool | None, return_dict: bool | None) -> Any:
@@ -527,13 +653,58 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return (logits, cache) if keep_cache else (logits,)
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
 
-    @staticmethod
-    def _refuse(kwargs: dict[str, Any]) -> None:
-        """Arguments that would change the result are refused; the rest of what `generate` passes is harmless."""
-        for name in ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"):
-            value = kwargs.get(name)
-            if value is not None and value is not False:
-                raise InputError(f"{name} is not supported by a rewritten model; leave it out")
+    def _check_pieces(self, counts: list[int], cache: EvictionCache, decoding: list[bool]) -> None:
+        """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its budget.
+        (More of a prompt that fits the budget is right, because nothing goes.)"""
+        if not self.policy.whole_prompt:
+            return
+        for row, n in enumerate(counts):
+            seen = cache.seen[row]
+            if not n or not seen or decoding[row] or cache.prompted[row]:
+                continue
+            if cache.generated[row]:
+                cache.prompted[row] = True  # what follows an answer is another prompt
+            elif self.policy.evicts(self.policy.plan(seen + n), self.cache_owners):
+                raise CacheError(
+                    f"row {row} gets {n} more tokens of a prompt after {seen}, before any token was generated, but "
+                    f"{self.policy.name} evicts once, from a row's first prompt as a whole, and would keep the pieces whatever "
+                    f"its budget ({self.policy.budget}). Pass the prompt in one call (generate without prefill_chunk_size), or "
+                    "use a policy that evicts between chunks (tova, h2o, keydiff, locret). If the first part is a text of its "
+                    "own that is asked about, make its cache with model.prefill(text), or say so with cache.end_prompt()"
+                )
+
+    @property
+    def cache_owners(self) -> int:
+        """How many layers own a cache."""
+        return sum(len(spec["layers"]) for spec in self.program.layout["classes"])
+
+    def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
+        """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show it."""
+        if self.__dict__["_told_scores"]:
+            return
+        for n, seen in zip(counts, cache.seen):
+            plan = self.policy.plan(n) if n > 1 and not seen else []
+            if (
+                plan
+                and self.policy.evicts(plan, self.cache_owners)
+                and not self.policy.evicts(plan[:-1], self.cache_owners)
+            ):
+                self.__dict__["_told_scores"] = True
+                warnings.warn(
+                    f"{self.policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "
+                    f"or log-likelihoods made of them are those of the full cache. To score under eviction, {self._scoring()} "
+                    "(docs/measuring.md; said once)",
+                    stacklevel=2,
+                )
+
+    def _scoring(self) -> str:
+        """How a text is scored under eviction with this policy."""
+        prefill = "score what follows a context on the cache that model.prefill(context) returns"
+        try:
+            dataclasses.replace(self.policy, chunk=1)
+        except OptionError:
+            return prefill
+        return f"transform with chunk=1 (every token then sees what was kept before it), or {prefill}"
 
     def _new_tokens(
         self, ids: Tensor, mask: Tensor | None, cache: EvictionCache
@@ -654,6 +825,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         ]  # each row's first token whose logits are asked for
         steps = max((len(p) for p in plans), default=0)
         for step in range(steps):
+            if cache.before_chunk is not None:
+                cache.before_chunk()
             row_segments = [p[step] if step < len(p) else None for p in plans]
             valid = [s.length if s else 0 for s in row_segments]
             parts = [found[d : d + n] for found, d, n in zip(where, done, valid)]
@@ -728,7 +901,8 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if execution is None and not self.on_one_device:
             out = self.__dict__["_staged"](*(inputs[name] for name in names))
         elif execution is None:
-            out = self.graph_module(*(inputs[name] for name in names))
+            with failures_named(self.source):
+                out = self.graph_module(*(inputs[name] for name in names))
         elif prefill is None or any(wanted):
             out = execution({name: inputs[name] for name in names}, logits=any(wanted))
         else:

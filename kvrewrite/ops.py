@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernel_choice import fused, latent_values
+from kvrewrite.kernels.gpu.limits import MOST_CHANNELS, missing_attention
 from kvrewrite.kernels.gpu.quantized_split import missing as missing_quantized
 from kvrewrite.kernels.reference import attention as reference_attention
 from kvrewrite.kernels.reference import evict as reference_evict
@@ -213,7 +214,9 @@ def cached_attention(
     (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they themselves see them. Returns out (B, H, T, Dv)
     and the natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the projection behind it reads it.
     """
-    if fused("cached_attention", q, latent_values(v_pages) if v_dense is None else ""):
+    latent = latent_values(v_pages) if v_dense is None else ""
+    dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
+    if fused("cached_attention", q, latent or missing_attention(*dims, q.shape[2], hidden is not None)):
         from kvrewrite import fused as kernels
 
         return kernels.cached_attention(
@@ -287,7 +290,7 @@ def observe(
     above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only the
     last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work.
     """
-    if fused("observe", q, "keys of more than 256 channels" if q.shape[3] > 256 else ""):
+    if fused("observe", q, f"keys of more than {MOST_CHANNELS} channels" if q.shape[3] > MOST_CHANNELS else ""):
         from kvrewrite import fused as kernels
 
         return kernels.observe(

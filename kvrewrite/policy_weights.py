@@ -23,6 +23,7 @@ from kvrewrite.errors import ArtifactError, PolicyWeightsError
 
 BASE_MODEL = "base_model"  # metadata key: the fingerprint of the model that the weights were trained for
 _LISTED = 8
+_MAX_DEPTH, _MAX_TENSORS = 32, 1_000_000  # of dicts in a pickle
 # What torch.load raises for files that are cut off or are something else.
 _UNREADABLE = (
     EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError
@@ -85,16 +86,21 @@ def flatten(path: Path, content: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
 
-    def visit(prefix: str, value: Any) -> None:
+    def visit(prefix: str, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
             tensors[prefix] = value.detach()
+        elif depth > _MAX_DEPTH or len(tensors) + len(others) > _MAX_TENSORS:  # a dict may hold itself
+            raise PolicyWeightsError(
+                f"{path} holds dicts in dicts more than {_MAX_DEPTH} deep, or more than {_MAX_TENSORS} tensors; expected a "
+                "state_dict"
+            )
         elif isinstance(value, Mapping) and all(isinstance(k, (str, int)) for k in value):
             for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), inner)
+                visit(f"{prefix}.{key}" if prefix else str(key), inner, depth + 1)
         else:
             others.append(f"{prefix or 'the file itself'} ({type(value).__name__})")
 
-    visit("", content)
+    visit("", content, 0)
     if others or not tensors or "" in tensors:
         what = ", ".join(others[:_LISTED]) or ("a bare tensor without a name" if tensors else "no tensor at all")
         raise PolicyWeightsError(
@@ -104,6 +110,11 @@ def flatten(path: Path, content: Any) -> dict[str, Tensor]:
     unusable = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
     if unusable:
         raise PolicyWeightsError(f"{path}: {', '.join(unusable[:_LISTED])} is sparse, quantized or without values")
+    floats = {n: t if t.itemsize > 1 else t.float() for n, t in tensors.items() if t.is_floating_point()}
+    if bad := [n for n, t in floats.items() if not bool(torch.isfinite(t).all())]:
+        raise PolicyWeightsError(
+            f"{path}: {', '.join(bad[:_LISTED])} is not finite (infinite or not a number); the file is damaged"
+        )
     return tensors
 
 

@@ -33,3 +33,4 @@ class Program:
     policy_weights: list[str] = field(default_factory=list)
     constants: list[str] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None  # what was proved by running (`passes/validate.py`)

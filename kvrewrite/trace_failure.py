@@ -29,6 +29,11 @@ def explain(error: BaseException) -> str:
     chain = causes(error)
     known: BaseException | None = next((e for e in chain if isinstance(e, DATA_DEPENDENT)), None)
     if known is not None:
+        if any(frame.f_code.co_name == "_detect_is_causal_mask" for frame, _ in traceback.walk_tb(known.__traceback__)):
+            return (
+                f"nn.TransformerEncoder looks into the mask that it is given to see whether it is causal{_place(known)}, and "
+                "a graph holds for all masks. Tell it: pass is_causal=True with the mask"
+            )
         return (
             "its forward decides by the values in a tensor (data-dependent control flow), and a graph holds for all values"
             f"{_place(known)} ({_said(known)})"

@@ -66,6 +66,53 @@ def has_adapters(model: nn.Module) -> bool:
     return any(_is(m, "peft.", "BaseTunerLayer") for m in model.modules())
 
 
+def adapter_state(layer: Any) -> tuple[Any, ...]:
+    """What of a layer with adapters of peft is part of a graph and no parameter: which adapters act, which are merged, how they
+    are scaled, and the modules that hold their weights."""
+    active = tuple(layer.active_adapters)
+    scaling = getattr(layer, "scaling", {})
+    held = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    modules = tuple(h[name] for h in held if isinstance(h, nn.ModuleDict) for name in active if name in h)
+    return (
+        ("disabled", bool(layer.disable_adapters)),
+        ("active", active),
+        ("merged", tuple(layer.merged_adapters)),
+        ("scaled", tuple(scaling.get(name) for name in active)),
+        ("weights", modules),
+    )
+
+
+class AdapterWatch:
+    """Notices that adapters in a model's layers were switched, merged, scaled or replaced after it was rewritten. Its graph has
+    them as they were, and merging changes weights that it shares, so that an adapter would act twice."""
+
+    def __init__(self, model: nn.Module):
+        layers = [(name, m) for name, m in model.named_modules() if _is(m, "peft.", "BaseTunerLayer")]
+        self.layers: list[tuple[str, Any, tuple[Any, ...]]] = [(name, m, adapter_state(m)) for name, m in layers]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells states of a model's adapters apart."""
+        return tuple((name, state) for name, _, state in self.layers)
+
+    def changed(self) -> bool:
+        """Whether adapters are not what they were."""
+        return any(adapter_state(layer) != before for _, layer, before in self.layers)
+
+    def check(self) -> None:
+        """Raises UnsupportedModelError where adapters are not what they were."""
+        for name, layer, before in self.layers:
+            for (what, was), (_, now) in zip(before, adapter_state(layer)):
+                if now == was:
+                    continue
+                change = "replaced" if what == "weights" else f"{what}: {now}, and {was} when it was rewritten"
+                raise UnsupportedModelError(
+                    f"the adapters of {name} in the original have changed ({change}), and a rewritten model has them as they "
+                    "were. Bring them back (unmerge_adapter(), set_adapter(), the end of disable_adapter()), or transform the "
+                    "model as it is now"
+                )
+
+
 def quantized_weights(model: nn.Module) -> str | None:
     """The name of a weight that is quantized by torchao or bitsandbytes, or the method of transformers' quantizer; None where
     there is none."""

@@ -17,6 +17,8 @@ from kvrewrite.site import AttentionSite, NoSite
 
 aten = torch.ops.aten
 SOURCE = torch.ops.kvrewrite.attention.default
+# In the meta of a source node: the name of the node that it replaced, and the node that took its place. None: it was there.
+REPLACED, RESULT = "kvrewrite_replaced", "kvrewrite_result"
 
 
 def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -70,15 +72,15 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
     owners: dict[tuple[fx.Node, fx.Node], int] = {}
     operands: dict[Any, fx.Node] = {}
-    for layer, attention in enumerate(found):
+    for attention in found:
         assert isinstance(attention, Attention)
-        node = _source_node(captured, attention, layer, sizes, operands)
-        site = _site(attention, node, layer)
-        assert isinstance(node.args[1], fx.Node) and isinstance(node.args[2], fx.Node)
-        owner = owners.setdefault((node.args[1], node.args[2]), layer)
-        site.shares_kv_with = owner if owner != layer else None
-        node.meta["kvrewrite_site"] = site
-        sites.append(site)
+        for node in _source_nodes(captured, attention, len(sites), sizes, operands):
+            site = _site(attention, node, len(sites))
+            assert isinstance(node.args[1], fx.Node) and isinstance(node.args[2], fx.Node)
+            owner = owners.setdefault((node.args[1], node.args[2]), site.layer)
+            site.shares_kv_with = owner if owner != site.layer else None
+            node.meta["kvrewrite_site"] = site
+            sites.append(site)
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
@@ -86,8 +88,9 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
 
 
 def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:
-    q, k, v, sinks, alibi = node.args[:5]
+    q, k, v, sinks, alibi, _, _, window, chunk = node.args
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    assert isinstance(window, int) and isinstance(chunk, int)
     return AttentionSite(
         layer=layer,
         module=attention.module,
@@ -97,24 +100,25 @@ def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:
         v_head_dim=int(shape_of(v)[3]),
         scale=attention.scale,
         source=attention.source,
-        window=attention.window,
-        chunk=attention.chunk,
+        window=window,
+        chunk=chunk,
         softcap=attention.softcap,
         sinks=sinks is not None,
         alibi=alibi is not None,
     )
 
 
-def _source_node(
+def _source_nodes(
     captured: Captured,
     attention: Attention,
     layer: int,
     sizes: tuple[fx.Node, fx.Node],
     operands: dict[Any, fx.Node],
-) -> fx.Node:
-    """Puts the source op for one attention into the graph; nothing to do for those of the interface front end."""
+) -> list[fx.Node]:
+    """Puts the source op for one attention into the graph, one for each mask where heads have different ones; nothing to do for
+    those of the interface front end."""
     if attention.anchor.target is SOURCE:
-        return attention.anchor
+        return [attention.anchor]
     gm, replaced = captured.graph, attention.replaced
     with gm.graph.inserting_before(replaced):
         before = set(gm.graph.nodes)
@@ -125,16 +129,67 @@ def _source_node(
             else _operand(gm, operand, attention.kv_heads * attention.groups, sizes, operands, attention.groups)
             for operand, ready in zip((attention.k, attention.v), attention.unrepeated, strict=True)
         ]
+        for factor, divides in attention.factors:
+            q = _scaled(gm, q, factor, divides)
         sinks = _per_head(gm, attention.sinks, attention.heads)
         alibi = _slopes(gm, attention, layer, q)
-        scale, softcap = attention.scale, attention.softcap
-        node = add_call(gm, SOURCE, q, *kv, sinks, alibi, scale, softcap, attention.window, attention.chunk)
-        result = _like_replaced(gm, node, replaced, attention.out_order)
+        numbers = attention.scale, attention.softcap
+        if attention.by_head is None:
+            nodes = [add_call(gm, SOURCE, q, *kv, sinks, alibi, *numbers, attention.window, attention.chunk)]
+            whole = nodes[0]
+        else:
+            nodes, whole = _by_head(gm, attention, layer, [q, *kv, sinks, alibi], numbers)
+        result = _like_replaced(gm, whole, replaced, attention.out_order)
         for made in gm.graph.nodes:
             if made not in before:
                 made.meta.setdefault("nn_module_stack", replaced.meta.get("nn_module_stack"))
-    replaced.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result and user is not node)
-    return node
+    for node in nodes:
+        node.meta[REPLACED], node.meta[RESULT] = replaced.name, result
+    replaced.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result and user not in nodes)
+    return nodes
+
+
+def _by_head(
+    gm: fx.GraphModule,
+    attention: Attention,
+    layer: int,
+    operands: list[fx.Node | None],
+    numbers: tuple[float, float],
+) -> tuple[list[fx.Node], fx.Node]:
+    """One source op for the heads of each mask, and all their results (B, H, S, Dv) in the order of the heads."""
+    assert attention.by_head is not None
+    group = attention.heads // attention.kv_heads
+    kinds = list(dict.fromkeys(attention.by_head))
+    heads = {kind: [h for h, of_head in enumerate(attention.by_head) if of_head == kind] for kind in kinds}
+    if any(len({attention.by_head[k * group + g] for g in range(group)}) > 1 for k in range(attention.kv_heads)):
+        raise refuse(layer, attention.module, "query heads that share a kv head have different masks")
+
+    def picked(node: fx.Node | None, which: list[int], dim: int) -> fx.Node | None:
+        if node is None:
+            return None
+        if which == list(range(which[0], which[-1] + 1)):
+            return add_call(gm, aten.slice.Tensor, node, dim, which[0], which[-1] + 1)
+        parts = [add_call(gm, aten.slice.Tensor, node, dim, h, h + 1) for h in which]
+        return add_call(gm, aten.cat.default, parts, dim)
+
+    q, k, v, sinks, alibi = operands
+    nodes = []
+    for kind in kinds:
+        own = heads[kind]
+        kv_heads = sorted({h // group for h in own})
+        given = [
+            picked(q, own, 1),
+            *(picked(x, kv_heads, 1) for x in (k, v)),
+            picked(sinks, own, 0),
+            picked(alibi, own, 0),
+        ]
+        nodes.append(add_call(gm, SOURCE, *given, *numbers, *kind))
+    whole = add_call(gm, aten.cat.default, nodes, 1)
+    order = [h for kind in kinds for h in heads[kind]]
+    if order != sorted(order):
+        parts = [add_call(gm, aten.slice.Tensor, whole, 1, order.index(h), order.index(h) + 1) for h in sorted(order)]
+        whole = add_call(gm, aten.cat.default, parts, 1)
+    return nodes, whole
 
 
 def _operand(
@@ -166,6 +221,18 @@ def _per_head(gm: fx.GraphModule, node: fx.Node | None, heads: int) -> fx.Node |
     if node is None or len(shape_of(node)) == 1:
         return node
     return add_call(gm, aten.reshape.default, node, [heads])
+
+
+def _scaled(gm: fx.GraphModule, q: fx.Node, factor: fx.Node, divides: bool) -> fx.Node:
+    """The queries (B, H, S, D) times, or divided by, a factor of the scores: one number, one per head, or (..., S, 1)."""
+    by_query = isinstance(shape_of(factor)[-2] if len(shape_of(factor)) > 1 else 1, torch.SymInt)
+    factor = add_call(gm, aten.reshape.default, factor, [-1, 1] if by_query else [-1, 1, 1])
+    scaled = add_call(gm, aten.div.Tensor if divides else aten.mul.Tensor, q, factor)
+    wanted = tensor_of(q)
+    assert wanted is not None
+    if tensor_of(scaled).dtype != wanted.dtype:  # type: ignore[union-attr]
+        scaled = add_call(gm, aten._to_copy.default, scaled, dtype=wanted.dtype)
+    return scaled
 
 
 def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) -> fx.Node | None:

@@ -16,7 +16,7 @@ Regions that are neither stay as they are, and `check` refuses them with the rea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ class NotCarried(Exception):
 @dataclass
 class Roles:
     """Which of a region's inputs is what in a linear recurrence, by their number; scale: of the result; skip: an input that is
-    added to it times `gain`, the number of a constant; rate: the number of a buffer that each head decays by, where no input
+    added to it times `gain`, the number of a constant; rate: the number of the constant that each head decays by, where no input
     says so."""
 
     q: int
@@ -181,20 +181,20 @@ def _works_at(captured: Captured, length: int) -> bool:
 
 def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str:
     """Rewrites one region; "" or why it could not be."""
-    if any(_layout(captured, n) is None for n in [*region.inputs, *region.exits]):
+    if any(layout_of(captured, n) is None for n in [*region.inputs, *region.exits]):
         return "the batch or the sequence is no axis of its own in what goes in or comes out"
     try:
         _Window(captured, region).rewrite()
         return ""
     except NotCarried as error:
-        reason = f"as a window: {error}"
+        reason = f"it is no short convolution or token shift: {error}"
     try:
         if len(region.exits) != 1:
             raise NotCarried(f"{len(region.exits)} results have one entry a token, expected one")
         _Recurrence(captured, region, known).rewrite()
         return ""
     except NotCarried as error:
-        return f"{reason}; as a linear recurrence: {error}"
+        return f"{reason}; and no linear attention or scan: {error}"
 
 
 # ------------------------------------------------------------------------------------------------ regions
@@ -261,7 +261,7 @@ def _is_sequence(value: Any, length: Any) -> bool:
     return sizes.count(length) == 1 and sum(length in getattr(s, "free_symbols", ()) for s in sizes) == 1
 
 
-def _layout(captured: Captured, node: fx.Node) -> list[int] | None:
+def layout_of(captured: Captured, node: fx.Node) -> list[int] | None:
     """The order of dims that makes a tensor (batch, sequence, ...), or None."""
     value = tensor_of(node)
     if value is None:
@@ -292,16 +292,18 @@ class _Window:
     def rewrite(self) -> None:
         """Puts `with_past` in; NotCarried, with the graph as it was, where the region is something else."""
         if len(self.region.inputs) != 1:
-            raise NotCarried(f"it has {len(self.region.inputs)} inputs")
+            raise NotCarried(f"it reads {len(self.region.inputs)} tensors with the sequence, expected one")
         x = self.region.inputs[0]
-        layout = _layout(self.captured, x)
+        layout = layout_of(self.captured, x)
         assert layout is not None
         if layout[0] != 0:
             raise NotCarried("the batch is not its first axis")
         found = [pad for node in self.body if (pad := self._padding(node, x, layout[1])) is not None]
-        readers = [n for n in self.body if x in n.all_input_nodes and not only_shape(n)]
+        needed = value_inputs(self.region.exits)  # x[:, :1] may be there for the shape of the zeros alone
+        readers = [n for n in self.body if x in n.all_input_nodes and n in needed and not only_shape(n)]
         if len(found) != 1 or readers != [found[0].reader]:
-            raise NotCarried(f"{len(found)} ops put zeros in front of the sequence, expected one that all others read")
+            many = "several ops put" if found else "none puts"
+            raise NotCarried(f"of its ops {many} zeros before the sequence for all others to read")
         pad, node, count = found[0], found[0].node, found[0].count
         limit = self.captured.max_positions or LONGEST
         length = min(2 * count + 5, limit)
@@ -334,7 +336,7 @@ class _Window:
                 if not pad.convolves:
                     probe.values[node] = probe(taken)
                 for out, whole in expected.items():
-                    order = _layout(self.captured, out)
+                    order = layout_of(self.captured, out)
                     if order is None or not _close(probe(out), whole.narrow(order[1], start, length - start)):
                         raise NotCarried(f"its results depend on more than the {count} tokens before")
         except (NotCarried, ProbeError) as error:
@@ -418,9 +420,9 @@ class _Recurrence:
         self.captured, self.region, self.known, self.exit = captured, region, known, region.exits[0]
         body = [*region.nodes, *region.exits]
         data = data_nodes(captured.graph)
-        self.layouts = [_layout(captured, n) or [] for n in region.inputs]
+        self.layouts = [layout_of(captured, n) or [] for n in region.inputs]
         self.rests = [self._rest(n, order) for n, order in zip(region.inputs, self.layouts)]
-        self.out = _layout(captured, self.exit) or []
+        self.out = layout_of(captured, self.exit) or []
         self.heads = self._rest(self.exit, self.out)
         constants = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in data and not is_size(i))
         self.constants = [n for n in constants if tensor_of(n) is not None]
@@ -430,7 +432,15 @@ class _Recurrence:
         self.weights = [
             n for n in self.all if n.op == "get_attr" and (x := tensor_of(n)) is not None and x.is_floating_point()
         ]
-        self.rates = [n for n in self.weights if self.heads and tensor_of(n).numel() == self.heads[0]]  # type: ignore[union-attr]
+        # What heads may decay by: one number a head, as exp(-|rate| distance) or as rate ** distance.
+        a_head = [n for n in self.all if self._is_a_head(n) and not depends_on_data(n)]
+        self.rates = [(n, power) for power in (False, True) for n in a_head]
+
+    def _is_a_head(self, node: fx.Node) -> bool:
+        value = tensor_of(node)
+        if value is None or not value.is_floating_point() or not self.heads:
+            return False
+        return all(isinstance(s, int) for s in value.shape) and value.numel() == self.heads[0]
 
     @staticmethod
     def _rest(node: fx.Node, order: list[int]) -> tuple[int, ...]:
@@ -474,9 +484,15 @@ class _Recurrence:
                 again = self._evaluated(length, 1, complete)
                 if self._agrees(complete, *again, at_gain=True) is None:
                     raise NotCarried(f"it is one on {lengths[0]} tokens, but not on {length}")
+            # No weight may be in the scale. (Tables of powers of a rate go with the rate: they are left alone without a scale.)
+            changed = self.weights if complete.scale != 1.0 else [n for n in self.weights if self._is_learned(n)]
+            if changed:
+                again = self._evaluated(lengths[0], 1, complete, changed)
+                if self._agrees(complete, *again, at_gain=True) is None:
+                    raise NotCarried("a weight is a factor of its results")
             return complete
         shapes = ", ".join(f"(batch, tokens, {', '.join(map(str, r))})" for r in self.rests)
-        raise NotCarried(f"no roles of its inputs {shapes} give its results")
+        raise NotCarried(f"what it gives is none that queries, keys, values and decays among {shapes} would give")
 
     def _several_chunks(self) -> int:
         """A length at which whatever the region is cut into is there more than twice."""
@@ -491,9 +507,12 @@ class _Recurrence:
             sizes |= {n for n in integers_in(self.captured, self.all) if n <= 512}
         return min(2 * max(sizes) + 3, LONGEST, self.captured.max_positions or LONGEST)
 
-    def _evaluated(self, length: int, batch: int, roles: Roles | None) -> tuple[Probe, list[Tensor], Tensor]:
-        """The region on random inputs: they, as (batch, tokens, ...), and its results."""
+    def _evaluated(
+        self, length: int, batch: int, roles: Roles | None, changed: Iterable[fx.Node] = ()
+    ) -> tuple[Probe, list[Tensor], Tensor]:
+        """The region on random inputs: they, as (batch, tokens, ...), and its results. changed: weights with other values."""
         probe = _probe(self.captured, self.region, batch, length, seed=length)
+        probe.values.update({n: 0.9 * x if bool((x := probe(n)).any()) else x + 0.1 for n in changed})
         given = []
         for i, (node, order) in enumerate(zip(self.region.inputs, self.layouts)):
             x = probe.random(node)
@@ -504,6 +523,10 @@ class _Recurrence:
             probe.values[node] = x
             given.append(x.permute(order))
         return probe, given, probe(self.exit).permute(self.out)
+
+    def _is_learned(self, node: fx.Node) -> bool:
+        held = get_attr(self.captured.graph, str(node.target))
+        return isinstance(held, torch.nn.Parameter) or held.numel() == 1
 
     def _assignments(self) -> Iterator[Roles]:
         """Roles that fit the shapes, each input once."""
@@ -537,12 +560,13 @@ class _Recurrence:
         q, k, v = given[roles.q], given[roles.k], given[roles.v]
         decay = q.new_zeros(q.shape[:3]) if roles.decay is None else given[roles.decay]
         if roles.rate is not None:
-            decay = decay - probe(self.rates[roles.rate]).reshape(-1).abs()
+            node, power = self.rates[roles.rate]
+            rate = probe(node).reshape(-1).abs()
+            decay = decay + (rate.log() if power else -rate)
         beta = None if roles.beta is None else given[roles.beta]
         out, _ = linear_scan(q, k, v, decay, beta, q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3]))
         if roles.skip is None:
-            # A scale that may be a weight is none: the graph must hold for other values of it.
-            if not at_gain and not self.weights:
+            if not at_gain:
                 scale = float((out * expected).sum() / (out * out).sum())
                 roles = roles if abs(scale - 1) < TOLERANCE else replace(roles, scale=scale)
             tolerance = TOLERANCE if roles.rate is None else ROUNDED
@@ -576,8 +600,10 @@ class _Recurrence:
             else:
                 decay = add_call(gm, aten.zeros_like.default, add_call(gm, aten.select.int, q, 3, 0))
             if roles.rate is not None:
-                rate = add_call(gm, aten.reshape.default, self.rates[roles.rate], [self.heads[0]])
-                decay = add_call(gm, aten.sub.Tensor, decay, add_call(gm, aten.abs.default, rate))
+                node, power = self.rates[roles.rate]
+                rate = add_call(gm, aten.abs.default, add_call(gm, aten.reshape.default, node, [self.heads[0]]))
+                rate = add_call(gm, aten.log.default if power else aten.neg.default, rate)
+                decay = add_call(gm, aten.add.Tensor, decay, rate)
             beta = None if roles.beta is None else self._ordered(roles.beta)
             result = add_call(gm, ops.linear_scan.default, q, k, v, decay, beta)
             if roles.scale != 1.0:

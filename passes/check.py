@@ -8,7 +8,6 @@ axis, not by names of models.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 import torch
@@ -61,7 +60,6 @@ def check(captured: Captured, sites: list[AttentionSite]) -> None:
                     f"{_layer_of(node)}: {node.name} ({node.target}) {reason}, so the layer keeps state besides its keys and "
                     f"values that an evicted cache does not carry (recurrent, convolutional or linear attention){why}"
                 )
-    _check_layers(gm, sites)
 
 
 def data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
@@ -76,7 +74,7 @@ def data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
 def _layer_of(node: fx.Node) -> str:
     path = module_path(node)
     index = re.search(r"\.(\d+)(?:\.|$)", path)
-    return f"layer {index.group(1)} ({path})" if index else f"module {path or '?'}"
+    return f"layer {index.group(1)} ({path})" if index else f"module {path}" if path else "the model's own forward"
 
 
 def sequence_axes(node: Any, length: Any) -> list[int]:
@@ -158,32 +156,3 @@ def _pads(node: fx.Node, rank: int, axes: list[int]) -> bool:
     widths = node.args[1]
     assert isinstance(widths, (list, tuple))
     return any(rank - 1 - i // 2 in axes and width != 0 for i, width in enumerate(widths))
-
-
-def _check_layers(gm: fx.GraphModule, sites: list[AttentionSite]) -> None:
-    """Every layer of the repeated stack that holds sites must hold the same number of them.
-
-    In a model some of whose layers carry a state, others may hold neither: that they mix nothing was checked before.
-    """
-    if any(node.meta.get(CARRIED) == "" for node in gm.graph.nodes):
-        return
-    pattern = re.compile(r"^(.*?\.)?(\d+)(?:\.|$)")
-    per_stack: dict[str, Counter[int]] = {}
-    for site in sites:
-        match = pattern.match(site.module)
-        if match:
-            per_stack.setdefault(match.group(1) or "", Counter())[int(match.group(2))] += 1
-    for stack, counts in per_stack.items():
-        indices = set()
-        for node in gm.graph.nodes:
-            path = module_path(node)
-            if node.op == "call_function" and path.startswith(stack):
-                match = pattern.match(path)
-                if match and (match.group(1) or "") == stack:
-                    indices.add(int(match.group(2)))
-        for index in sorted(indices):
-            if counts[index] == 0:
-                raise UnsupportedModelError(
-                    f"layer {index} ({stack}{index}): no attention was found in it, but in {len(counts)} of "
-                    f"{len(indices)} layers there is (a hybrid model whose other layers are recurrent?)"
-                )

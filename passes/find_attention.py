@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from kvrewrite.graph import (
     symbol,
     tensor_of,
 )
+from kvrewrite.passes.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.probe import (
     Probe,
     ProbeError,
@@ -34,6 +36,7 @@ from kvrewrite.passes.probe import (
     integers_in,
     is_projection,
     only_shape,
+    subgraph_text,
     symbols,
     value_inputs,
 )
@@ -46,6 +49,9 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, ate
 
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 MIN_LENGTH, MAX_LENGTH = 24, 8192
+USUAL_LENGTH = 2048  # of a mask's probe: what reaches no farther than half of that shows, however it is written
+MOST_SHARED = 64  # tokens of a probe that layers share
+USUAL_SCORES = 1 << 24  # elements that such a probe may have
 SMALL_BATCH, SMALL_LENGTH = 2, 7
 MAX_SCORES = 1 << 29  # elements of a score tensor that a probe may make
 TOLERANCE = 1e-6
@@ -77,7 +83,9 @@ class Attention:
     features).
     groups: how many times every kv head stands next to itself in k and v (1: not repeated); unrepeated: k and v from
     before that, where the graph has them. sinks: node holding one extra logit a head. slopes: ALiBi's, fp32;
-    slopes_node: where they are learned, the node that holds them and whether it has them negated.
+    slopes_node: where they are learned, the node that holds them and whether it has them negated. factors: learned numbers, one
+    or one a head, that the scores are multiplied (divided, where the flag is set) by besides `scale`. by_head: (window, chunk) of
+    each head, where they differ.
     """
 
     anchor: fx.Node
@@ -97,6 +105,8 @@ class Attention:
     sinks: fx.Node | None = None
     slopes: Tensor | None = None
     slopes_node: tuple[fx.Node, bool] | None = None
+    factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    by_head: list[tuple[int, int]] | None = None
     unrepeated: Unrepeated = (None, None)
     out_order: tuple[int, ...] = ()
 
@@ -152,12 +162,16 @@ def _module(node: fx.Node) -> str:
 # ------------------------------------------------------------------------------------------------ masks and biases
 @dataclass
 class Bias:
-    """What is added to the scores: a mask, and ALiBi slopes or None; sinks are values of extra columns or None."""
+    """What is added to the scores: a mask, and ALiBi slopes or None; sinks are values of extra columns or None.
+
+    by_head: (window, chunk) of each head, where they differ; window and chunk are 0 then.
+    """
 
     window: int
     chunk: int
     slopes: Tensor | None
     sinks: Tensor | None
+    by_head: list[tuple[int, int]] | None = None
 
 
 def classify(added: Tensor) -> Bias:
@@ -176,17 +190,18 @@ def classify(added: Tensor) -> Bias:
         raise NoAttention("the mask or bias differs between the rows of a batch (heads and batch mixed, or padding)")
     bias = added[0]
     seen = bias > MASKED
+    by_head = None
     if not torch.equal(seen, seen[:1].expand_as(seen)):
-        raise NoAttention("the mask differs between heads")
-    window, chunk = _classify_mask(seen[0])
-    slopes = _classify_bias(bias, seen[0])
+        by_head = [_classify_mask(of_head) for of_head in seen]
+    window, chunk = (0, 0) if by_head else _classify_mask(seen[0])
+    slopes = _classify_bias(bias, seen)
     sinks = None
     if extra.shape[-1]:
         relative = (extra - own)[..., 0]
         if extra.shape[-1] != 1 or float((relative - relative[:1, :, :1]).abs().max()) > TOLERANCE:
             raise NoAttention("the scores have extra columns that are not one constant logit a head")
         sinks = relative[0, :, 0]
-    return Bias(window, chunk, slopes, sinks)
+    return Bias(window, chunk, slopes, sinks, by_head)
 
 
 def _classify_mask(seen: Tensor) -> tuple[int, int]:
@@ -207,14 +222,14 @@ def _classify_mask(seen: Tensor) -> tuple[int, int]:
 
 
 def _classify_bias(bias: Tensor, seen: Tensor) -> Tensor | None:
-    """ALiBi slopes (H,) of a bias (H, S, S) that is 0 on the diagonal, None when there is no bias."""
+    """ALiBi slopes (H,) of a bias (H, S, S) that is 0 on the diagonal and counts where `seen` (H, S, S); None: there is none."""
     visible = torch.where(seen, bias, 0.0)
     size = float(visible.abs().max())
     if size <= TOLERANCE:
         return None
-    length = seen.shape[0]
+    length = seen.shape[-1]
     distance = (torch.arange(length)[:, None] - torch.arange(length)).to(bias.dtype)
-    slopes = -bias[:, 1, 0]
+    slopes = -visible[:, 1, 0]
     expected = torch.where(seen, -slopes[:, None, None] * distance, 0.0)
     # Slopes and positions may have been rounded in the model's dtype.
     if float((visible - expected).abs().max()) > 5e-3 * max(size, 1.0):
@@ -253,24 +268,26 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     reason = "what happens to the scores between q·k and the softmax is not a scale and a softcap"
     x, y = answers(1e-4, only_sign=True)
     scale = float((y / x).median())
-    if not math.isfinite(scale) or scale <= 0 or float((y / x / scale - 1).abs().max()) > 1e-5:
+    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # NaN is not
         raise NoAttention(f"{reason} (they differ between heads, tokens or rows)")
     x, y = answers(1e4 / scale, only_sign=True)
     softcap = 0.0 if float((y / x / scale - 1).abs().max()) < 1e-5 else float(y.abs().median())
     for size in (1.0, softcap or 30.0):
         x, y = answers(size / scale, only_sign=False)
         expected = softcap * torch.tanh(x * scale / softcap) if softcap else x * scale
-        if float((y - expected).abs().max()) > 1e-5 * max(1.0, size):
+        if not float((y - expected).abs().max()) <= 1e-5 * max(1.0, size):
             raise NoAttention(reason)
     # Numbers that the model holds in single precision are exact to about seven digits.
     return Fit(float(f"{scale:.9g}"), float(f"{softcap:.7g}"))
 
 
-def probe_length(captured: Captured, nodes: set[fx.Node]) -> int:
-    """A length that shows every window or chunk that `nodes`, the ops behind a mask, can hold."""
+def probe_length(captured: Captured, nodes: set[fx.Node], planes: int = 1) -> int:
+    """A length that shows every window or chunk that `nodes`, the ops before a mask, can hold; planes: how many matrices
+    (length, length) the mask has."""
     graph = captured.graph
     largest = max((i for i in integers_in(captured, nodes) if i < 1 << 40), default=0)
-    length = max(MIN_LENGTH, 2 * largest + 3)
+    usual = max(MIN_LENGTH, min(USUAL_LENGTH, math.isqrt(USUAL_SCORES // planes)))
+    length = max(usual, 2 * largest + 3)
     for node in nodes:
         # A mask that is kept as a table has its window in its values.
         value = get_attr(graph, str(node.target)) if node.op == "get_attr" else None
@@ -338,14 +355,13 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         raise NoAttention("the attention is not causal (no mask and is_causal=False)")
     heads, kv_heads = _check_operands(captured, q, k, v)
     window = chunk = 0
-    slopes = slopes_node = None
+    slopes = slopes_node = by_head = None
     if mask is not None:
         behind = value_inputs([mask])
         _check_known(captured, behind)
-        results = []
-        for batch, length in ((1, probe_length(captured, behind)), (SMALL_BATCH, SMALL_LENGTH)):
-            probe = _shared_probe(captured, batch, length)
-            added = probe(mask)
+
+        def added_at(batch: int, length: int, values: Values | None = None) -> Tensor:
+            added: Tensor = _shared_probe(captured, batch, length, values)(mask)
             if added.dtype == torch.bool:
                 added = torch.zeros(added.shape, dtype=torch.float64).masked_fill(~added, -math.inf)
             if given.get("is_causal"):
@@ -354,12 +370,21 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
                 added = added.reshape(batch, heads, *added.shape[1:])
             while added.dim() < 4:
                 added = added[None]
-            results.append(classify(added.expand(added.shape[0], added.shape[1], length, length)))
-        bias = results[0]
-        window, chunk = bias.window, bias.chunk
-        if bias.slopes is not None:
-            slopes = bias.slopes.expand(heads).clone()
-            slopes_node = _slopes_node(captured, behind, slopes)
+            return added.expand(added.shape[0], added.shape[1], length, length)
+
+        live = find_live(captured, behind, None, lambda b, s, values: lambda x: x + added_at(b, s, values), heads)
+        heads_of_mask = shape_of(mask)[-3] if len(shape_of(mask)) > 2 else 1
+        planes = heads_of_mask if isinstance(heads_of_mask, int) else heads
+        sizes = ((1, probe_length(captured, behind, planes)), (SMALL_BATCH, SMALL_LENGTH))
+        bias, _ = _once(
+            captured,
+            f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}",
+            lambda: [
+                classify(_as_long_as_it_runs(captured, length, partial(added_at, batch))) for batch, length in sizes
+            ],
+        )
+        window, chunk, by_head, slopes_node = bias.window, bias.chunk, bias.by_head, live.slopes
+        slopes = _with_learned(bias.slopes, live, heads)
     scale = given.get("scale")
     groups = 1
     unrepeated: Unrepeated = (None, None)
@@ -380,6 +405,7 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         scale=float(scale) if scale is not None else float(int(shape_of(q)[-1]) ** -0.5),
         window=window,
         chunk=chunk,
+        by_head=by_head,
         groups=groups,
         slopes=slopes,
         slopes_node=slopes_node,
@@ -388,20 +414,53 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
     )
 
 
-def _shared_probe(captured: Captured, batch: int, length: int) -> Probe:
-    """A probe without overrides; layers share their mask, so the last one is kept for the next layer."""
-    key = (batch, length, id(captured.graph))
+def _shared_probe(captured: Captured, batch: int, length: int, given: Values | None = None) -> Probe:
+    """A probe with no values but these given; layers share their mask, so the last one is kept for the next layer."""
+    if length > MOST_SHARED:  # its values are too large to be kept
+        return Probe(captured, batch, length, given)
+    key = (batch, length, id(captured.graph), *((n.name, id(v)) for n, v in (given or {}).items()))
     kept: dict[Any, Probe] = captured.graph.meta.setdefault("kvrewrite_probes", {})
     if key not in kept:
         if len(kept) > 2:
             kept.clear()
-        kept[key] = Probe(captured, batch, length)
+        kept[key] = Probe(captured, batch, length, given)  # holds what is given, so that no other has its id
     return kept[key]
+
+
+def _as_long_as_it_runs(captured: Captured, length: int, run: Callable[[int], Tensor]) -> Tensor:
+    """What `run` gives for `length` tokens, or for the most below that for which a table that it reads has entries.
+
+    The model can't be run on longer texts either, which `captured.max_positions` then says.
+    """
+    try:
+        return run(length)
+    except ProbeError:
+        if length <= MIN_LENGTH:
+            raise
+    low, high = MIN_LENGTH, length  # low: runs, or the error is raised again; high: does not
+    best = run(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            best, low = run(middle), middle
+        except ProbeError:
+            high = middle
+    captured.max_positions = low if captured.max_positions is None else min(low, captured.max_positions)
+    return best
+
+
+def _once(captured: Captured, what: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, computed once for all layers in which it is the same, as the text `what` says."""
+    known: dict[str, Any] = captured.graph.meta.setdefault("kvrewrite_known", {})
+    if what not in known:
+        known[what] = compute()
+    return known[what]
 
 
 def forget_probes(captured: Captured) -> None:
     """Frees what the analysis remembers between anchors."""
-    captured.graph.meta.pop("kvrewrite_probes", None)
+    for name in ("kvrewrite_probes", "kvrewrite_known"):
+        captured.graph.meta.pop(name, None)
 
 
 def _check_operands(captured: Captured, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[int, int]:
@@ -456,23 +515,30 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
     graphs = [get_attr(captured.graph, str(g.target)) for g in (score_mod, mask_mod)]
     inner = {n for g in graphs for n in g.graph.nodes}
 
-    def chain_at(batch: int, length: int) -> Callable[[Tensor], Tensor]:
-        probe = _shared_probe(captured, batch, length)
+    live = Live()
+
+    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
+        probe = _shared_probe(captured, batch, length, live.given if given is None else given)
         index = [
             torch.arange(n).reshape([-1 if i == d else 1 for i in range(4)])
             for d, n in enumerate((batch, heads, length, length))
         ]
-        given = [[probe(b) if isinstance(b, fx.Node) else b for b in bs] for bs in (score_buffers, mask_buffers)]
+        read = [[probe(b) if isinstance(b, fx.Node) else b for b in bs] for bs in (score_buffers, mask_buffers)]
 
         def chain(scores: Tensor) -> Tensor:
-            logits = _run_subgraph(graphs[0], [scores * scale, *index, *given[0]])
-            keep = _run_subgraph(graphs[1], [*index, *given[1]])
+            logits = _run_subgraph(graphs[0], [scores * scale, *index, *read[0]])
+            keep = _run_subgraph(graphs[1], [*index, *read[1]])
             return torch.where(keep, logits.expand(batch, heads, length, length), -math.inf)
 
         return chain
 
-    length = probe_length(captured, behind | inner)
-    bias = classify(chain_at(1, length)(torch.zeros(1, heads, length, length, dtype=torch.float64)))
+    live = find_live(captured, behind, None, chain_at, heads)
+    length = probe_length(captured, behind | inner, heads)
+    bias = classify(
+        _as_long_as_it_runs(
+            captured, length, lambda n: chain_at(1, n)(torch.zeros(1, heads, n, n, dtype=torch.float64))
+        )
+    )
     small = (SMALL_BATCH, heads, SMALL_LENGTH, SMALL_LENGTH)
     classify(chain_at(SMALL_BATCH, SMALL_LENGTH)(torch.zeros(small, dtype=torch.float64)))
     found = fit(chain_at(SMALL_BATCH, SMALL_LENGTH), small, SMALL_LENGTH)
@@ -491,9 +557,11 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
         softcap=found.softcap,
         window=bias.window,
         chunk=bias.chunk,
+        by_head=bias.by_head,
         groups=groups,
-        slopes=bias.slopes,
-        slopes_node=_slopes_node(captured, behind, bias.slopes) if bias.slopes is not None else None,
+        slopes=_with_learned(bias.slopes, live, heads),
+        slopes_node=live.slopes,
+        factors=live.factors,
         unrepeated=unrepeated,
         out_order=(0, 1, 2, 3),
     )
@@ -573,11 +641,11 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     summed = [c for c in a if c in b and c not in out]
     free = [c for c in out if c not in a]
     own = [c for c in out if c not in b]
-    # The query's dim is the last of its own: (kv head, group, query) are all dims that k does not have.
     only_summed = set(a) - set(out) == set(b) - set(out) == set(summed)
     if len(summed) != 1 or len(free) != 1 or not own or not only_summed:
         raise NoAttention(f"the einsum {equation!r} is not a product of batched matrices")
-    m = out[-2] if left is None else own[-1]
+    # Of weights (..., query, key) the last dim but one is the query, wherever the result has it.
+    m = out[-2] if left is None else a[-2]
     if m not in own:
         raise NoAttention(f"the einsum {equation!r} mixes queries and keys")
     lead = [c for c in out if c not in (m, free[0])]
@@ -588,6 +656,40 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     order_b = tuple(b.find(c) for c in (*lead, free[0], summed[0]))
     canonical = [*lead, m, free[0]]
     return Contraction(node, Operand(first, order_a), Operand(second, order_b), tuple(canonical.index(c) for c in out))
+
+
+def _groups_last(captured: Captured, qk: Contraction, av: Contraction) -> tuple[Contraction, Contraction]:
+    """Both products of an attention with their lead dims in one order, in which those that the keys and values are broadcast
+    over come last: the query heads of one kv head stand side by side then, as the canonical op has them.
+    """
+    rank = len(av.left.order)
+    if len(qk.left.order) != rank or sorted(av.left.order) != list(range(rank)):
+        return qk, av  # the weights have other dims than the scores
+    # Lead dims of both in the order of the weights.
+    qk = _reordered(qk, sorted(range(rank - 2), key=lambda i: qk.out_order.index(i)))
+    av = _reordered(av, sorted(range(rank - 2), key=lambda i: av.left.order[i]))
+
+    def broadcast(operand: Operand, i: int) -> bool:
+        dim = operand.order[i]
+        return dim < 0 or symbol(shape_of(operand.node)[dim]) == 1
+
+    queries = shape_of(qk.left.node)
+    missing = [
+        i
+        for i in range(rank - 2)
+        if broadcast(qk.right, i) and broadcast(av.right, i) and symbol(queries[qk.left.order[i]]) != 1
+    ]
+    order = [*(i for i in range(rank - 2) if i not in missing), *missing]
+    return _reordered(qk, order), _reordered(av, order)
+
+
+def _reordered(product: Contraction, lead: list[int]) -> Contraction:
+    """A contraction with its lead dims in another order."""
+    order = [*lead, len(lead), len(lead) + 1]
+    left, right = (
+        Operand(operand.node, tuple(operand.order[i] for i in order)) for operand in (product.left, product.right)
+    )
+    return Contraction(product.node, left, right, tuple(order.index(i) for i in product.out_order))
 
 
 def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
@@ -604,14 +706,14 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
     scores = _scores_before(captured, source)
     qk = contraction(scores)
     av_node, weights = _values_after(captured, node)
-    av = contraction(av_node, left=weights)
+    qk, av = _groups_last(captured, qk, contraction(av_node, left=weights))
     # From here on every use of the scores must end in the product with the values.
     if output_node(captured.graph) in dependents([scores], stop=lambda n: n is av_node):
         raise NoAttention("its scores or weights are used for something else too, so they can't be replaced")
     lead = _scores_lead(captured, scores, qk)
     heads = _ratio(captured, lead)
     _check_weights(captured, node, weights, heads)
-    bias, found, sinks, behind = _fold_chain(captured, source, scores, heads)
+    bias, found, sinks, live = _fold_chain(captured, source, scores, heads)
     *before, features, keys = av.right.order
     kv = qk.right, Operand(av.right.node, (*before, keys, features))
     kv_heads = _operand_heads(captured, kv[0])
@@ -635,10 +737,12 @@ def _find_softmax(captured: Captured, node: fx.Node) -> Attention:
         softcap=found.softcap,
         window=bias.window,
         chunk=bias.chunk,
+        by_head=bias.by_head,
         groups=groups,
         sinks=sinks,
-        slopes=bias.slopes,
-        slopes_node=_slopes_node(captured, behind, bias.slopes) if bias.slopes is not None else None,
+        slopes=_with_learned(bias.slopes, live, heads),
+        slopes_node=live.slopes,
+        factors=live.factors,
         unrepeated=unrepeated,
         out_order=av.out_order,
     )
@@ -705,16 +809,18 @@ def _check_weights(captured: Captured, softmax: fx.Node, weights: fx.Node, heads
     """Refuses models that change the weights between the softmax and the product with the values."""
     probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH)
     given = probe.random(softmax)
-    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, {softmax: given})
-    got = probe(weights)
     expected = given[..., :SMALL_LENGTH]
-    if got.numel() != expected.numel() or not torch.equal(got.reshape(expected.shape), expected):
-        raise NoAttention("its weights are changed between the softmax and the product with the values")
+    behind = ancestors([weights], stop=lambda n: n is softmax or only_shape(n))
+    others = other_values(captured, behind, 1)
+    for values in ({}, others) if others else ({},):  # as they are, and with other parameters
+        got = Probe(captured, SMALL_BATCH, SMALL_LENGTH, {softmax: given, **values})(weights)
+        if got.numel() != expected.numel() or not torch.equal(got.reshape(expected.shape), expected):
+            raise NoAttention("its weights are changed between the softmax and the product with the values")
 
 
 def _fold_chain(
     captured: Captured, source: fx.Node, scores: fx.Node, heads: int
-) -> tuple[Bias, Fit, fx.Node | None, set[fx.Node]]:
+) -> tuple[Bias, Fit, fx.Node | None, Live]:
     """What becomes of the scores on the way to `source`, the softmax's input."""
     behind = ancestors([source], stop=lambda n: n is scores or only_shape(n)) - {scores}
     baddbmm = is_op(scores, aten.baddbmm.default)
@@ -723,8 +829,10 @@ def _fold_chain(
         behind |= value_inputs([added])
     _check_known(captured, behind)
 
-    def chain_at(batch: int, length: int) -> Callable[[Tensor], Tensor]:
-        shared = _shared_probe(captured, batch, length)
+    live = Live()
+
+    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
+        shared = _shared_probe(captured, batch, length, live.given if given is None else given)
         outer = {n for n in behind if n not in dependents([scores])}
         known = {n: shared(n) for n in outer if any(u not in outer for u in n.users)}
 
@@ -738,20 +846,34 @@ def _fold_chain(
 
         return chain
 
-    length = probe_length(captured, behind)
+    live = find_live(captured, {n for n in behind if n not in dependents([scores])}, scores, chain_at, heads)
+    length = probe_length(captured, behind, heads)
     if heads * length * length > MAX_SCORES:
         raise NoAttention(f"telling its mask needs {heads} heads of {length} x {length} scores, which is too much")
-    shapes = {b: Probe(captured, b, n).shape(scores) for b, n in ((1, length), (SMALL_BATCH, SMALL_LENGTH))}
-    bias = classify(chain_at(1, length)(torch.zeros(shapes[1], dtype=torch.float64)))
-    small = chain_at(SMALL_BATCH, SMALL_LENGTH)
-    few = classify(small(torch.zeros(shapes[SMALL_BATCH], dtype=torch.float64)))
-    found = fit(small, shapes[SMALL_BATCH], SMALL_LENGTH)
+
+    def at_length(length: int) -> Tensor:
+        shape = Probe(captured, 1, length).shape(scores)
+        return chain_at(1, length)(torch.zeros(shape, dtype=torch.float64))
+
+    def classified() -> tuple[Bias, Bias, Fit]:
+        shape = Probe(captured, SMALL_BATCH, SMALL_LENGTH).shape(scores)
+        bias = classify(_as_long_as_it_runs(captured, length, at_length))
+        small = chain_at(SMALL_BATCH, SMALL_LENGTH)
+        few = classify(small(torch.zeros(shape, dtype=torch.float64)))
+        return bias, few, fit(small, shape, SMALL_LENGTH)
+
+    roots = [source, added] if isinstance(added, fx.Node) else [source]
+    # Layers of which a factor is learned have it set to one in the chain, so it is no part of what is the same.
+    factors = [f"{n.name} {value.tolist()}" for n, value in live.given.items()]
+    scaling = dict(scores.kwargs) if baddbmm else ""
+    what = f"{heads} {factors} {scaling} {subgraph_text(captured, roots, [scores.name])}"
+    bias, few, found = _once(captured, what, classified)
     sinks = None
     if few.sinks is not None:
-        sinks = _holder(_shared_probe(captured, SMALL_BATCH, SMALL_LENGTH), behind, few.sinks)
+        sinks = _holder(_shared_probe(captured, SMALL_BATCH, SMALL_LENGTH, live.given), behind, few.sinks)
         if sinks is None:
             raise NoAttention("the scores have an extra column that does not come from one parameter a head")
-    return bias, found, sinks, behind
+    return bias, found, sinks, live
 
 
 def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None:
@@ -767,21 +889,11 @@ def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None
     return None
 
 
-def _slopes_node(captured: Captured, behind: set[fx.Node], slopes: Tensor) -> tuple[fx.Node, bool] | None:
-    """The node that holds learned slopes, and whether it has them negated; None where they are constants."""
-    learned = [
-        n
-        for n in behind
-        if n.op == "get_attr" and isinstance(get_attr(captured.graph, str(n.target)), torch.nn.Parameter)
-    ]
-    if not learned:
-        return None
-    probe = _shared_probe(captured, SMALL_BATCH, SMALL_LENGTH)
-    for negated in (False, True):
-        node = _holder(probe, behind, -slopes.double() if negated else slopes.double())
-        if node is not None:
-            return node, negated
-    raise NoAttention("its position bias is made of parameters in a way that is not one slope a head")
+def _with_learned(slopes: Tensor | None, live: Live, heads: int) -> Tensor | None:
+    """The slopes of all heads; where they are learned there are some, whatever they are now."""
+    if slopes is None:
+        return torch.zeros(heads) if live.slopes is not None else None
+    return slopes.expand(heads).clone()
 
 
 # ------------------------------------------------------------------------------------------------ repeated kv heads
@@ -793,7 +905,8 @@ def _as_heads(value: Tensor, operand: Operand, batch: int) -> Tensor:
 
 def _repeats(captured: Captured, k: Operand, v: Operand, heads: int) -> tuple[int, Unrepeated]:
     """How often every kv head stands next to itself in k and v, and nodes (B, Hkv, S, D) from before the repeat."""
-    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, cut=is_projection)
+    learned = other_values(captured, ancestors([k.node, v.node], stop=is_projection), 1)
+    probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, learned, cut=is_projection)
     values = [_as_heads(probe(o.node), o, SMALL_BATCH) for o in (k, v)]
     for groups in (g for g in range(heads, 1, -1) if heads % g == 0):
         kept = [x[:, ::groups] for x in values]

@@ -19,6 +19,7 @@ from kvrewrite.capture import Captured
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.graph import (
     add_placeholder,
+    ancestors,
     dependents,
     erase_dead,
     is_op,
@@ -75,15 +76,35 @@ def _length_dims(captured: Captured, node: fx.Node) -> list[int]:
 
 
 def _is_source(captured: Captured, node: fx.Node, data: set[fx.Node]) -> bool:
-    """Whether `node` makes positions: an arange over the length, or the first rows of a table."""
+    """Whether `node` makes positions: an arange over the length, a running sum of ones, or the first rows of a table."""
     if is_op(node, *ARANGES):
         return bool(_length_dims(captured, node))
+    if is_op(node, aten.cumsum.default):
+        return _line(captured, node) is not None
     if is_op(node, aten.slice.Tensor):
         table, dim = node.args[0], _argument(node, 1, "dim", 0)
         assert isinstance(table, fx.Node)
         here, before = _length_dims(captured, node), _length_dims(captured, table)
         return dim % len(shape_of(node)) in here and not before
     return False
+
+
+def _line(captured: Captured, node: fx.Node) -> tuple[int, int] | None:
+    """(first, step) of a sum over the length, (length,) or (1 or batch, length), that grows by the same number each token."""
+    dims, rank = _length_dims(captured, node), len(shape_of(node))
+    count = min(CHECK_LENGTH, captured.max_positions or CHECK_LENGTH)
+    if dims != [rank - 1] or rank > 2 or count < 2:
+        return None
+    if rank == 2 and symbol(shape_of(node)[0]) not in (1, captured.batch_symbol):
+        return None
+    try:
+        value = Probe(captured, 1, count)(node).flatten()
+    except ProbeError:
+        return None
+    first, step = value[0].item(), (value[1] - value[0]).item()
+    if not torch.equal(value, first + step * torch.arange(count).to(value.dtype)) or first % 1 or step % 1:
+        return None
+    return int(first), int(step)
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
@@ -111,6 +132,10 @@ class _Lifter:
         self.captured, self.gm, self.data = captured, captured.graph, data
         self.sources = sources
         region = dependents(sources, stop=lambda n: n in data)
+        # With what it is put into, zeros over the length among it.
+        region |= {
+            n for n in ancestors(region - data, stop=lambda n: n in data or n in sources) if _length_dims(captured, n)
+        }
         self.region = [n for n in self.gm.graph.nodes if n in region and n not in data and n.op == "call_function"]
         self.boundary = [n for n in self.gm.graph.nodes if n in region and n in data]
         self.lifted: dict[fx.Node, fx.Node] = {}
@@ -156,7 +181,11 @@ class _Lifter:
             index = add_call(gm, aten.add.Tensor, self.flat, start) if start else self.flat
             return add_call(gm, aten.index_select.default, table, dim, index)
         start, step = 0, 1
-        if not is_op(node, aten.arange.default):
+        if is_op(node, aten.cumsum.default):
+            line = _line(self.captured, node)
+            assert line is not None
+            start, step = line
+        elif not is_op(node, aten.arange.default):
             start = node.args[0]  # type: ignore[assignment]
             step = _argument(node, 2, "step", 1)
         if isinstance(start, fx.Node) or isinstance(step, fx.Node):
@@ -168,6 +197,8 @@ class _Lifter:
             new = add_call(gm, aten.add.Tensor, new, start)
         wanted, got = tensor_of(node), tensor_of(new)
         assert wanted is not None and got is not None
+        if wanted.dim() == 2:
+            new = add_call(gm, aten.unsqueeze.default, new, 0)
         return new if wanted.dtype == got.dtype else add_call(gm, aten._to_copy.default, new, dtype=wanted.dtype)
 
     def _lift(self, node: fx.Node) -> fx.Node:
@@ -244,12 +275,13 @@ class _Lifter:
 
     @torch.no_grad()
     def _check_by_evaluation(self, nodes: Iterable[fx.Node]) -> None:
-        """Compares the lifted region on positions in another order with the region as it was."""
+        """Compares the lifted region on positions of two rows, fewer and in another order, with the region as it was."""
         limit = self.captured.max_positions or CHECK_LENGTH
         count = min(CHECK_LENGTH, limit)
-        order = torch.arange(count).flip(0).roll(1)
+        rows = torch.stack([torch.arange(count).flip(0).roll(1), torch.arange(count).roll(2)])[:, : max(1, count - 2)]
+        order = rows.flatten()
         before = Probe(self.captured, 1, count)
-        after = Probe(self.captured, 1, count, {self.positions: order[None]})
+        after = Probe(self.captured, 2, rows.shape[1], {self.positions: rows})
         # Random stand-ins for weights without data must be the same in both.
         for node in self.gm.graph.nodes:
             if node.op == "get_attr" and any(u in self.lifted or u in set(self.lifted.values()) for u in node.users):
@@ -268,7 +300,7 @@ class _Lifter:
             dim = dims[0]
             expected = expected.index_select(dim, order)
             if got.shape != expected.shape or not torch.allclose(got, expected, equal_nan=True):
-                raise _refuse(node, "what is computed for one position depends on the others")
+                raise _refuse(node, "what is computed for one position depends on the others, or on how many there are")
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -23,7 +23,8 @@ from kvrewrite.logs import PassLog
 from kvrewrite.passes.cache_latent import cache_latent
 from kvrewrite.passes.canonicalize import canonicalize, check_no_scores
 from kvrewrite.passes.carry_state import carry_state
-from kvrewrite.passes.check import check
+from kvrewrite.passes.check import check as check_mixing
+from kvrewrite.passes.evaluate import StandIns
 from kvrewrite.passes.find_latent import Latent, find_latent
 from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
 from kvrewrite.passes.insert_cache import insert_cache, site_nodes
@@ -31,6 +32,7 @@ from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
 from kvrewrite.passes.lift_positions import lift_positions, limit_positions
 from kvrewrite.passes.normalize import normalize
 from kvrewrite.passes.place import place
+from kvrewrite.passes.validate import Snapshot, require_check, validate
 from kvrewrite.policies import Policy
 from kvrewrite.policy_weights import check_policy_weights
 from kvrewrite.program import Program
@@ -39,9 +41,13 @@ from kvrewrite.site import AttentionSite
 Observer = Callable[[str, fx.GraphModule], None]
 
 
-def canonical(captured: Captured, observe: Observer | None = None) -> list[AttentionSite]:
-    """Runs everything up to the canonical graph, in place, and returns the sites found; policy-independent."""
+def canonical(captured: Captured, observe: Observer | None = None, check: str = "full") -> list[AttentionSite]:
+    """Runs everything up to the canonical graph, in place, and returns the sites found; policy-independent.
 
+    check: what is proved by running (`passes/validate.py`): "full", "sites" or "off". What was proved is left in
+    `captured.proof`.
+    """
+    require_check(check)
     passes = PassLog()
 
     def step(name: str) -> None:
@@ -54,15 +60,20 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     step("capture")
     normalize(captured)
     step("normalize")
+    before = Snapshot(captured) if check != "off" else None
     sites = canonicalize(captured)
     step("canonicalize")
     carry_state(captured)
     step("carry_state")
-    check(captured, sites)
+    check_mixing(captured, sites)
     check_no_scores(captured)
     lift_positions(captured)
     limit_positions(captured)
     step("lift_positions")
+    if before is not None:
+        captured.stand_ins, captured.before = StandIns(), before
+        captured.proof = validate(captured, before, captured.stand_ins, check)
+        step("validate")
     ropes = find_ropes(captured)
     for site, node in zip(sites, site_nodes(captured.graph), strict=True):
         found = ropes[site.layer]

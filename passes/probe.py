@@ -7,6 +7,7 @@ the model's own dtype and device do not matter.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHT_OPS = (aten.linear.default, aten.addmm.default, aten.embedding.default, aten.convolution.default)
 PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default)
+MOST_HASHED = 1 << 24  # elements of a table that is told from others by its values
 # Memory that will be written to; it may hold anything, so it holds zeros here.
 EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
 # Only the shape and dtype of their first argument count.
@@ -160,6 +162,44 @@ class Probe:
                 raise ProbeError(f"{node.target} has no data (it is on the meta device)")
             return torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
         return value.detach().to("cpu", widen(value.dtype))
+
+
+def subgraph_text(
+    captured: Captured, roots: Iterable[fx.Node], starts: Iterable[str] = (), parameters: bool = True
+) -> str:
+    """Text that is the same for subgraphs that compute the same: from nodes with the names `starts` on to `roots`.
+
+    Tables count by their values. parameters: so do parameters; else by their shapes alone.
+    """
+    names = set(starts)
+    roots = list(roots)
+    order = sorted(ancestors(roots, stop=lambda n: n.name in names))
+    number = {n: i for i, n in enumerate(order)}
+    lines = [f"{[number[n] for n in roots]}"]
+    for node in order:
+        if node.name in names:
+            lines.append(f"start {tuple(map(str, shape_of(node)))}")
+        elif node.op == "get_attr":
+            lines.append(_attribute_text(captured, node, parameters))
+        elif node.op == "placeholder":
+            lines.append(f"input {node.target}")
+        else:
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")  # type: ignore[arg-type, return-value]
+            lines.append(f"{node.target} {arguments}")
+    return "\n".join(lines)
+
+
+def _attribute_text(captured: Captured, node: fx.Node, parameters: bool) -> str:
+    value = get_attr(captured.graph, str(node.target))
+    if not isinstance(value, Tensor):
+        return str(node.target)
+    kind = f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
+    if isinstance(value, torch.nn.Parameter) and not parameters:
+        return kind
+    if value.is_meta or value.numel() > MOST_HASHED:
+        return f"{kind} {node.target}"
+    raw = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return f"{kind} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
 
 
 def is_projection(node: fx.Node) -> bool:

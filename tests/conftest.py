@@ -55,11 +55,11 @@ def family_of(item: pytest.Item) -> str | None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Groups tests by the family whose capture they share, skips tests marked `gpu` on machines without one, and leaves those
-    marked `coverage` or `slow` out unless they are asked for."""
+    marked `coverage`, `slow` or `thorough` out unless they are asked for."""
     for item in items:
         if not item.get_closest_marker("xdist_group") and (family := family_of(item)):
             item.add_marker(pytest.mark.xdist_group(family))
-    for marker in ("coverage", "slow"):
+    for marker in ("coverage", "slow", "thorough"):
         if marker not in (config.option.markexpr or ""):
             # By marker: among an item's keywords are the names of its folders.
             long = [item for item in items if item.get_closest_marker(marker)]

@@ -222,6 +222,14 @@ class LearnedSlopes(Custom):
         return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~self.causal(x), -math.inf)[None])
 
 
+class PerHeadScale(Custom):
+    """A learned factor of the scores a head, which becomes one of the queries."""
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT) * self.gains.abs()[:, None, None]
+        return scores.masked_fill(~self.causal(x), -math.inf).softmax(-1) @ v
+
+
 def custom(attention: type[Custom]) -> Decoder:
     class Model(Decoder):
         def make_attention(self) -> nn.Module:
@@ -247,6 +255,7 @@ def written(attention: type[Custom]) -> tuple[Decoder, Captured, list[AttentionS
         (Chunked, {"chunk": 6, "scale": 0.7}),
         (Sink, {"sinks": True, "scale": 1.0}),
         (LearnedSlopes, {"alibi": True}),
+        (PerHeadScale, {"scale": 1.0}),
     ],
 )
 def test_other_ways_to_write_it(attention: type[Custom], expected: dict[str, object]) -> None:
@@ -310,12 +319,6 @@ class Leaky(Custom):
         return weights @ v + weights.sum(-1, keepdim=True).cumsum(2)
 
 
-class PerHeadScale(Custom):
-    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = (q @ k.mT) * self.gains.abs()[:, None, None]
-        return scores.masked_fill(~self.causal(x), -math.inf).softmax(-1) @ v
-
-
 class Dropping(Custom):
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
@@ -331,11 +334,10 @@ class NoSoftmax(Custom):
     [
         (Bidirectional, "not causal"),
         (Prefix, "tokens see later ones"),
-        (LearnedBias, "not linear in the distance"),
+        (LearnedBias, r"made of the parameter .*learned bias"),
         (ContentMask, "content"),
         (Talking, "weights are changed"),
         (Leaky, "used for something else"),
-        (PerHeadScale, "differ between heads"),
         (Dropping, "dropout"),
         (NoSoftmax, "between all pairs of tokens"),
     ],
@@ -377,6 +379,11 @@ def test_classify_windows_and_chunks(size: int) -> None:
     assert (chunk.window, chunk.chunk) == ((1, 0) if size == 1 else (0, size))
 
 
+def test_classify_tells_heads_apart() -> None:
+    found = classify(torch.cat([mask(CAUSAL)[:, :2], mask(CAUSAL & (DISTANCE < 4))[:, 2:]], 1))
+    assert found.by_head == [(0, 0)] * 2 + [(4, 0)] * (HEADS - 2)
+
+
 def test_classify_takes_alibi_up_to_a_row() -> None:
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
     bias = slopes[:, None, None] * torch.arange(LENGTH) + torch.randn(LENGTH, 1, dtype=torch.float64)
@@ -390,7 +397,6 @@ def test_classify_takes_alibi_up_to_a_row() -> None:
         (mask(CAUSAL) - DISTANCE.abs().sqrt(), "not linear"),
         (mask(CAUSAL.tril(-1)), "from itself"),
         (mask(CAUSAL & ((DISTANCE % 3 == 0) | (DISTANCE < 2))), "neither causal"),
-        (torch.cat([mask(CAUSAL)[:, :2], mask(CAUSAL & (DISTANCE < 4))[:, 2:]], 1), "between heads"),
         (torch.cat([mask(CAUSAL)[:1], mask(CAUSAL & (DISTANCE < 4))[1:]], 0), "rows of a batch"),
     ],
 )

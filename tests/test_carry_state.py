@@ -155,6 +155,7 @@ class Carrying(Decoder):
         "zeros_in_front",
         "delayed",
         "token_shift",
+        "zeros_like_the_first",
         "shifted_sum",
         "unfolded",
     )
@@ -197,6 +198,9 @@ class Carrying(Decoder):
     def token_shift(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
+    def zeros_like_the_first(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) * self.taps[0] + x * self.taps[1]
+
     def shifted_sum(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0, 2, 0))
         return torch.stack([padded[:, i : i + x.shape[1]] * self.taps[i] for i in range(3)]).sum(0)
@@ -238,7 +242,7 @@ def test_what_is_carried() -> None:
     small = kvrewrite.transform(plain, "streaming_llm", budget=64, start=2, chunk=5, positions="original")
     plain.slow = True
     states = {s["name"]: tuple(s["shape"]) for s in small.program.layout["states"]}
-    windows = [(96, 3), (32, 3), (32, 2), (32, 4), (1, 32), (1, 32), (1, 32), (2, 32), (2, 32)]
+    windows = [(96, 3), (32, 3), (32, 2), (32, 4), (1, 32), (1, 32), (1, 32), (1, 32), (2, 32), (2, 32)]
     expected_states = {f"past_{i}": shape for i, shape in enumerate(windows)}
     assert states == {**expected_states, "scan_0": (4, 8, 8), "sum_0": (32,)}
     text = ids(2, 23)
@@ -292,6 +296,69 @@ def test_a_loop_over_blocks_is_carried_for_any_number_of_them() -> None:
     torch.testing.assert_close(torch.cat(out, 1), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+class Retentive(Decoder):
+    """Linear attention in its parallel form, with a constant factor and powers of a number a head."""
+
+    factor = 8**-0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.tensor([0.75, 0.9, 0.95, 0.99]))
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT * self.factor
+
+    def decays(self, since: Tensor) -> Tensor:
+        return torch.where(since >= 0, self.gamma[:, None, None] ** since.clamp(min=0), 0.0)
+
+    def mix(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        at = torch.arange(x.shape[1], device=x.device)
+        return x + (self.scores(q, k) * self.decays(at[:, None] - at) @ v).transpose(1, 2).flatten(2)
+
+
+class RetentiveExp(Retentive):
+    """The decays as exponentials, and a factor."""
+
+    def decays(self, since: Tensor) -> Tensor:
+        return torch.where(since >= 0, torch.exp(-self.gamma[:, None, None] * since), 0.0)
+
+
+class Undecayed(Retentive):
+    """A causal mask alone, and a factor."""
+
+    def decays(self, since: Tensor) -> Tensor:
+        return since >= 0
+
+
+class LearnedFactor(Retentive):
+    """A factor that is one now."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT * self.gain
+
+
+@pytest.mark.parametrize("kind", [Retentive, RetentiveExp, Undecayed])
+def test_a_constant_factor_and_learned_decays(kind: type[Retentive]) -> None:
+    """In pieces as in one call, and still after the decays were changed."""
+    plain = kind().eval()
+    small = kvrewrite.transform(plain, "full", budget=64)
+    text = ids(2, 21)
+    for _ in range(2):
+        expected = logits(plain, text)
+        cache = small.new_cache(2)
+        out = [small(text[:, a:b], past_key_values=cache).logits for a, b in ((0, 9), (9, 10), (10, 21))]
+        torch.testing.assert_close(torch.cat(out, 1), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        with torch.no_grad():
+            plain.gamma.mul_(0.8)
+
+
+def test_a_learned_factor_is_no_constant() -> None:
+    with pytest.raises(UnsupportedModelError, match="a weight is a factor of its results"):
+        kvrewrite.inspect(LearnedFactor())
+
+
 class LooksAhead(Decoder):
     """Linear attention in which tokens see the one that follows."""
 
@@ -321,9 +388,9 @@ class BeginsWithOnes(Decoder):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (LooksAhead, "no roles of its inputs"),
+        (LooksAhead, "none that queries, keys, values and decays among"),
         (ConvolvesAhead, "depend on more than the 2 tokens before"),
-        (BeginsWithOnes, "0 ops put zeros in front of the sequence"),
+        (BeginsWithOnes, "none puts zeros before the sequence"),
     ],
 )
 def test_what_only_looks_like_it(model: type[Decoder], reason: str) -> None:

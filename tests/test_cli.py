@@ -322,7 +322,7 @@ def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "_publish", interrupted)
+    monkeypatch.setattr(artifact, "publish", interrupted)
     done = call("convert", str(base), *CONVERT, "--out", str(tmp_path / "out"))
     assert done.exit_code == 130
     assert "interrupted" in done.stderr

@@ -54,9 +54,11 @@ def test_forks_answer_as_if_alone(policy: str, options: dict[str, Any]) -> None:
     for seed in (1, 2, 3):
         cache = model.new_cache(2)
         model(document, past_key_values=cache)
+        cache.end_prompt()
         alone.append(ask(model, cache, seed))
     parent = model.new_cache(2)
     model(document, past_key_values=parent)
+    parent.end_prompt()
     before, kept = parent.memory(), parent.positions()
     forks = [parent.fork(), parent.fork()]
     for cache in forks:

@@ -189,7 +189,6 @@ class TestBadInput:
             ({}, "got nothing"),
             ({"input_ids": ids(1, 4), "attention_mask": torch.ones(1, 9)}, r"shape \(1, 9\), expected \(1, 4\)"),
             ({"input_ids": ids(1, 4), "position_ids": torch.tensor([[3, 4, 5, 6]])}, "leave position_ids out"),
-            ({"input_ids": ids(1, 4), "labels": ids(1, 4)}, "labels is not supported"),
             ({"input_ids": ids(1, 4), "output_attentions": True}, "output_attentions is not supported"),
         ],
     )

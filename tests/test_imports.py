@@ -92,8 +92,28 @@ def test_who_imports_whom(path: Path) -> None:
         assert others <= {"torch", "triton"}
         assert all(within(n, "kvrewrite.kernels") for n in ours)
     if folder == "passes":
-        forbidden = ("api", "cli", "model", "cache", "artifact", "checkpoint", "conversion", "verify", "train")
+        forbidden = ("api", "cli", "model", "cache", "artifact", "checkpoint", "conversion", "verification", "train")
         assert not [n for n in ours if within(n, *(f"kvrewrite.{f}" for f in forbidden))]
         assert "transformers" not in others and "triton" not in others
     if folder in ("kvrewrite", "passes", "kernels", "examples"):
         assert "tests" not in others and "pytest" not in others
+
+
+def test_public_names_are_the_same_at_every_access() -> None:
+    """A submodule of the same name would take a function's place once it is imported."""
+    code = """
+import importlib, pkgutil, types, kvrewrite
+first = {name: getattr(kvrewrite, name) for name in kvrewrite.__all__}
+again = {name: getattr(kvrewrite, name) for name in kvrewrite.__all__}
+for module in pkgutil.iter_modules(kvrewrite.__path__):
+    assert module.name not in first, module.name
+    try:
+        importlib.import_module(f"kvrewrite.{module.name}")
+    except ModuleNotFoundError as error:  # what an extra would install
+        assert not error.name.startswith("kvrewrite"), error
+for name, value in first.items():
+    assert not isinstance(value, types.ModuleType), name
+    assert value is again[name] and value is getattr(kvrewrite, name), name
+print("fine")
+"""
+    assert run(code).endswith("fine")

@@ -156,6 +156,7 @@ def feed(model: Any, cache: Any, ids: Tensor, widths: tuple[int, ...]) -> Tensor
     while at < ids.shape[1]:
         width = widths[min(i, len(widths) - 1)]
         out.append(model(ids[:, at : at + width], past_key_values=cache).logits)
+        cache.end_prompt()  # further calls are further prompts
         at, i = at + width, i + 1
     return torch.cat(out, dim=1)
 
@@ -342,6 +343,7 @@ def test_reset_and_interleaved_requests(name: str, policy: str, positions: str) 
     for width in (19, 4, *[1] * 7):
         for ids, cache, out in zip((first, second), caches, outs):
             out.append(model(ids[:, at : at + width], past_key_values=cache).logits)
+            cache.end_prompt()
         at += width
     for (expected, kept), cache, out in zip(alone, caches, outs):
         assert torch.equal(torch.cat(out, dim=1), expected) and cache.positions() == kept

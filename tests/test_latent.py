@@ -28,7 +28,7 @@ from kvrewrite.passes.insert_cache import site_nodes
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies import make as make_policy
 from kvrewrite.site import AttentionSite
-from kvrewrite.verify import verify
+from kvrewrite.verification import verify
 from tests import rewritten, zoo
 from tests.foreign import HEADS, HIDDEN, VOCAB, RopeTable
 from tests.test_decoding import same, static

@@ -66,6 +66,32 @@ class BatchedPositions(Decoder):
         return self.wte(ids) + self.wpe(position.reshape(-1)).view(b, s, -1) * torch.log1p(position.float())[..., None]
 
 
+class SumOfOnes(Decoder):
+    """Positions counted by a running sum, one for each row."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.wte(ids) + self.wpe(torch.ones_like(ids).cumsum(-1) - 1)
+
+
+class SumOfOnesOnce(Decoder):
+    """The same for all rows."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.wte(ids) + self.wpe(torch.ones(ids.shape[1], dtype=torch.long, device=ids.device).cumsum(0) - 1)
+
+
+class WrittenSinusoids(Decoder):
+    """Sines and cosines written into a tensor of zeros."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        position = torch.arange(ids.shape[1], device=ids.device).float()[:, None]
+        frequency = torch.exp(torch.arange(0, 32, 2) * -0.3)
+        table = torch.zeros(ids.shape[1], 32)
+        table[:, 0::2] = (position * frequency).sin()
+        table[:, 1::2] = (position * frequency).cos()
+        return self.wte(ids) + table
+
+
 class FlatTokens(Decoder):
     """An arange over all tokens of the batch, which is no position."""
 
@@ -117,6 +143,21 @@ def test_rope_from_an_arange() -> None:
         doubled = model(ids)
         model.inv_freq /= 2
         torch.testing.assert_close(captured.graph(ids, halved), doubled, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SumOfOnes, SumOfOnesOnce, WrittenSinusoids])
+def test_other_ways_to_make_positions(kind: type[Decoder]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    captured = lifted(model)
+    ids = token_ids(3, 19)
+    positions = torch.arange(19).repeat(3, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(captured.graph(ids, positions), model(ids), rtol=0, atol=1e-4)
+        order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+        given = model.embed(ids) - model.wte(ids)  # what each position adds
+        model.embed = lambda ids: model.wte(ids) + given[..., order, :]  # type: ignore[method-assign]
+        torch.testing.assert_close(captured.graph(ids, order.repeat(3, 1)), model(ids), rtol=0, atol=1e-4)
 
 
 def test_positions_with_a_batch_dim() -> None:
@@ -189,9 +230,11 @@ def test_positions_given_and_built_in() -> None:
     assert (moved[:2] - model(ids).logits[:2]).abs().max() < 1e-4 < (moved[2] - model(ids).logits[2]).abs().max()
 
 
-class CumsumPositions(Decoder):
+class Powers(Decoder):
+    """Numbers that grow along the text, and not by the same each token."""
+
     def embed(self, ids: Tensor) -> Tensor:
-        return self.wte(ids) + self.wpe(torch.ones_like(ids).cumsum(-1) - 1)
+        return self.wte(ids) + torch.full_like(ids, 2.0, dtype=torch.float32).cumprod(1)[..., None]
 
 
 class Gathered(Decoder):
@@ -204,6 +247,14 @@ class Mixed(Decoder):
         return self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)).cumsum(0)
 
 
+class OverLength(Decoder):
+    """Positions as a part of the text's length: with more tokens, those before would be others."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        part = torch.arange(ids.shape[1], device=ids.device) / ids.shape[1]
+        return self.wte(ids) + torch.sin(part[:, None] * torch.arange(1, 33))
+
+
 class LastRows(Decoder):
     def embed(self, ids: Tensor) -> Tensor:
         return self.wte(ids) + self.wpe.weight[: ids.shape[1]].mean(0)
@@ -212,9 +263,10 @@ class LastRows(Decoder):
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (CumsumPositions, "something else than an arange"),
+        (Powers, "something else than an arange"),
         (Gathered, "does not treat every position by itself"),
         (Mixed, "depends on the others"),
+        (OverLength, "or on how many there are"),
         (LastRows, "over all positions at once"),
     ],
 )

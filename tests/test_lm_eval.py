@@ -211,6 +211,29 @@ def test_scores_are_those_of_the_unmodified_model(base, task_files):
         assert total == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_model_that_lm_eval_is_given_says_what_scores_are(base, task_files):
+    """In one pass they are the full cache's, with a warning; with chunk=1 every token sees what was kept before it."""
+    from types import SimpleNamespace
+
+    from lm_eval.models.huggingface import HFLM
+
+    import kvrewrite
+    from kvrewrite.evaluation.run import Source
+
+    source = Source(base)
+    request = [SimpleNamespace(args=(TEXT[:120], " lazy dog"))]
+
+    def score(policy: str, **options) -> float:
+        model = kvrewrite.transform(source.base, policy, **options)
+        lm = HFLM(pretrained=model, tokenizer=source.tokenizer, batch_size=1)
+        return lm.loglikelihood(request, disable_tqdm=True)[0][0]
+
+    full = score("full")
+    with pytest.warns(UserWarning, match="h2o evicts after the logits of this call.*full cache.*chunk=1"):
+        assert score("h2o", budget=8) == pytest.approx(full, abs=1e-3)
+    assert abs(score("h2o", budget=8, chunk=1) - full) > 1e-2
+
+
 def test_command_line(base, task_files, tmp_path):
     out = tmp_path / "results.json"
     args = ["eval", str(base), "--harness", "lm_eval", "--tasks", "shells", "--include-path", str(task_files)]

@@ -17,7 +17,7 @@ from kvrewrite.capture import Captured, capture
 from kvrewrite.errors import OptionError
 from kvrewrite.memory import plan_memory
 from kvrewrite.passes.pipeline import canonical
-from kvrewrite.verify import verify
+from kvrewrite.verification import verify
 from tests.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
 from tests.oracle_rules import H2ORule, KeyDiffRule, ScissorhandsRule, SnapKVRule
 from tests.rewritten import rewrite
@@ -394,9 +394,11 @@ def test_forks_of_quantized_caches(name: str) -> None:
     for seed in (1, 2, 3):
         cache = model.new_cache(2)
         model(document, past_key_values=cache)
+        cache.end_prompt()
         alone.append(ask(cache, seed))
     parent = model.new_cache(2)
     model(document, past_key_values=parent)
+    parent.end_prompt()
     bits, forks = stored_bits(parent), [parent.fork(), parent.fork()]
     tails = sum(s.value.nbytes for s in parent.states)
     assert forks[0].memory().shared == parent.memory().leased - tails

@@ -576,13 +576,14 @@ def follow(case: tuple[str, dict[str, Any], Rule], ids: Tensor, calls: tuple[int
     cache, rows, at = model.new_cache(len(ids)), [Oracle(llama(), rule) for _ in ids], 0
     for i, width in enumerate(calls):
         compare(model, cache, rows, ids[:, at : at + width], f"call {i} of {width} tokens at {at}")
+        cache.end_prompt()  # further calls are further prompts
         at += width
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("seed", "calls"), [(0, (31,)), (1, (19, 12, 5)), (2, (2, 23)), (3, (9, 1, 1, 14))])
 def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
-    """A prompt in one or several calls, then decoding; two rows side by side at times."""
+    """One or several prompts, then decoding; two rows side by side at times."""
     follow(CASES[name], tokens(2 - seed % 2, sum(calls) + DECODE, seed), (*calls, *[1] * DECODE))
 
 

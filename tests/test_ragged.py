@@ -166,6 +166,7 @@ def test_what_is_evicted_is_not_reserved(policy: str, options: dict[str, Any]) -
     model(tokens(1, 1500), past_key_values=cache, logits_to_keep=1)
     full = rewritten("llama", "full").new_cache(1)
     rewritten("llama", "full")(tokens(1, 1500), past_key_values=full, logits_to_keep=1)
+    cache.end_prompt()
     memory, page = cache.memory(), cache.leases[0].store.page_bytes
     assert memory.reserved <= 2 * memory.leased + 2 * 4 * page
     assert memory.reserved < full.memory().reserved / 3

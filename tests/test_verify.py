@@ -10,7 +10,7 @@ import torch
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.verify import pieces, verify
+from kvrewrite.verification import pieces, verify
 from tests.foreign import make_foreign
 from tests.rewritten import original, rewritten
 from tests.tiny import make_checkpoint

@@ -12,12 +12,16 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
+
+from kvrewrite.kernels.gpu.limits import missing_attention
 
 ROUTES = ("auto", "hopper", "triton", "cudnn")
 HOPPER_DIMS = (64, 128, 256)  # head dimensions of the warp-specialized kernel, equal for keys and values
@@ -162,13 +166,19 @@ def _chunk_attention(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, lens_b, lens_h, pos_b, hidden_b, hidden_h,
     n_heads, group, t, capacity, batch_heads, heads_at_once, n_m,
     D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head, in four loops, so that few tiles pay for masks: whole cache tiles, the
     cache's last tile, chunk tiles before the diagonal, diagonal tiles. Order of programs as in chunk_attention_hopper.py.
+
+    UNIT: strides of q, k and v count so many elements each (`strides_in_units`).
     """
+    if UNIT > 1:
+        q_b, q_h, q_t = tl.cast(q_b, tl.int64) * UNIT, tl.cast(q_h, tl.int64) * UNIT, tl.cast(q_t, tl.int64) * UNIT
+        k_b, k_h, k_t = tl.cast(k_b, tl.int64) * UNIT, tl.cast(k_h, tl.int64) * UNIT, tl.cast(k_t, tl.int64) * UNIT
+        v_b, v_h, v_t = tl.cast(v_b, tl.int64) * UNIT, tl.cast(v_h, tl.int64) * UNIT, tl.cast(v_t, tl.int64) * UNIT
     PLACED: tl.constexpr = WINDOW or CHUNK or ALIBI
     pid = tl.program_id(0)
     first_head = pid // (n_m * heads_at_once) * heads_at_once
@@ -280,6 +290,30 @@ def split_channels(d: int) -> tuple[int, int]:
     return (first, 0) if rest <= 0 else (first, max(16, triton.next_power_of_2(rest)))
 
 
+def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
+    """A unit in elements, and the strides of the first three dims of each tensor counted in it.
+
+    Triton looks at an integer for one thing: whether it is a multiple of 16. Strides that all are get the unit 1. Others are
+    multiplied by their unit in the kernel, so that it knows how many bytes of a row it may copy at once.
+    """
+    # A stride of a dim of size 1 is never used, and may be anything.
+    strides = [s if n > 1 else 0 for x in tensors for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    unit = math.gcd(16, *strides) % 16 or 1
+    return unit, [s // unit for s in strides]
+
+
+def _in_words(x: Tensor) -> bool:
+    """Whether rows (B, heads, N, D) can be copied 4 bytes at a time, as Triton sees it."""
+    step = max(1, 4 // x.element_size())
+    used = (s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+    return x.data_ptr() % 16 == 0 and x.shape[3] % step == 0 and all(s % step == 0 for s in used)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """A contiguous copy, with zeros behind the last channel up to a multiple of 8."""
+    return pad(x, (0, -x.shape[3] % 8)).clone(memory_format=torch.contiguous_format)
+
+
 def portable(
     q: Tensor,
     k: Tensor,
@@ -301,9 +335,21 @@ def portable(
     config: Config | None = None,
     heads_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The portable kernel; arguments and results as `chunk_attention` has them, already checked by it."""
+    """The portable kernel; arguments and results as `chunk_attention` has them, already checked by it.
+
+    Keys and values come into shared memory by asynchronous copies of 4 bytes or more, into buffers of their own. What can't
+    be copied so, as rows of an odd number of channels, is copied and padded first. (Otherwise the two parts of a tile, which
+    differ in layout, take turns in the same memory. There ptxas 12.8, which comes with Triton 3.6, loses the address of the
+    second part: wrong results and illegal accesses on Hopper.)
+    """
     b, h, t, d = q.shape
     hkv, capacity, dv = k_cache.shape[1], k_cache.shape[2], v.shape[3]
+    if not all(_in_words(x) for x in (q, k, v, k_cache, v_cache)):
+        out, lse = portable(
+            _padded(q), _padded(k), _padded(v), _padded(k_cache), _padded(v_cache), lens, cache_pos, positions, valid, sinks,
+            alibi, hidden, scale=scale, softcap=softcap, window=window, chunk=chunk, config=config, heads_at_once=heads_at_once,
+        )  # fmt: skip
+        return out[..., :dv].transpose(1, 2).contiguous().transpose(1, 2), lse
     if config is None:
         config = portable_config(q.dtype, d, dv, t, features_in_use(alibi, hidden, softcap, window, chunk))
     out = torch.empty(b, t, h, dv, dtype=q.dtype, device=q.device)
@@ -314,14 +360,14 @@ def portable(
         heads_at_once = heads_together(b * h, h // hkv, capacity + t, (d + dv) * q.element_size())
     blocks = triton.cdiv(t, config.block_m)
     (d0, d1), (v0, v1) = split_channels(d), split_channels(dv)
+    unit, strides = strides_in_units(q, k, v)
     _chunk_attention[(blocks * b * h,)](
         q, k, v, k_cache, v_cache, lens, lens if cache_pos is None else cache_pos, positions, valid,
         lens if sinks is None else sinks, lens if alibi is None else alibi, lens if hidden is None else hidden, out, lse,
         float(scale), float(softcap), window, chunk,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *lens.stride(), positions.stride(0),
-        *((0, 0) if hidden is None else hidden.stride()[:2]),
+        *strides, *lens.stride(), positions.stride(0), *((0, 0) if hidden is None else hidden.stride()[:2]),
         h, h // hkv, t, capacity, b * h, min(heads_at_once, b * h), blocks,
-        D=d, DV=dv, D0=d0, D1=d1, V0=v0, V1=v1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=d, DV=dv, D0=d0, D1=d1, V0=v0, V1=v1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, UNIT=unit,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         SINKS=sinks is not None, SOFTCAP=bool(softcap), WINDOW=bool(window), CHUNK=bool(chunk), ALIBI=alibi is not None,
         HIDDEN=hidden is not None, num_warps=config.warps, num_stages=config.stages,
@@ -479,6 +525,8 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} for q of shape {tuple(q.shape)}")
     if h % hkv:
         raise ValueError(f"{h} query heads are not a multiple of {hkv} kv heads")
+    if why := missing_attention(d, dv, h // hkv, 2, False):
+        raise ValueError(f"chunk_attention: {why}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {q.dtype}; these kernels have bfloat16, float16 and float32")
     for name in ("k", "v", "k_cache", "v_cache"):

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvrewrite.kernels.gpu.launch import begin, fetch, options
+from kvrewrite.kernels.gpu.limits import missing_attention
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -75,8 +76,9 @@ def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capaci
 
 def _turning(c: Config, step_bytes: int) -> Config:
     """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much memory
-    as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.3 times a step's bytes. Not tuned.)"""
-    return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 192 << 10 else c.num_stages)
+    as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.35 times a step's bytes, as wide as its
+    tiles are. Not tuned.)"""
+    return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 168 << 10 else c.num_stages)
 
 
 def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
@@ -524,10 +526,8 @@ def decode_attention(
         raise ValueError(f"decode_attention takes bf16, fp16 or fp32, got {q.dtype}")
     if q.shape[2] != 1 or h % hkv:
         raise ValueError(f"decode_attention takes one token a row and whole groups of heads, got q {tuple(q.shape)}")
-    if max(d, dv) > 256 or h // hkv > 128:
-        raise ValueError(
-            f"decode_attention takes head dims up to 256 and groups up to 128, got {d}, {dv} and groups of {h // hkv}"
-        )
+    if why := missing_attention(d, dv, h // hkv, 1, False):
+        raise ValueError(f"decode_attention: {why}")
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     check_rotation(q, cos, sin)
@@ -541,11 +541,12 @@ def decode_attention(
     if not n_heads:
         return out, lse, found
     c = config(q.dtype, d, dv, group, n_heads, capacity) if launch is None else launch
-    if key_cos is not None and launch is None:
-        c = _turning(c, PAGE * ((d + dv) * q.element_size() + 2 * d * key_cos.element_size()) * c.pages)
     (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
     if following is not None:
         d1 = d2 = max(16, triton.next_power_of_2(d // 2))
+    if key_cos is not None and launch is None:
+        turned_bytes = (d1 + d2) * (q.element_size() + 2 * key_cos.element_size())
+        c = _turning(c, PAGE * (turned_bytes + (dv1 + dv2) * q.element_size()) * c.pages)
     workers = _worker_count(c.per_sm * _multiprocessors(q.device), n_heads, max(width, 1), c.pages)
     parts = torch.empty((workers + n_heads) * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes

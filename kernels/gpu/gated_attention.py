@@ -23,6 +23,7 @@ from kvrewrite.kernels.gpu.column_mass import (
     soft_cap,
     split_width,
 )
+from kvrewrite.kernels.gpu.limits import missing_attention
 
 COMPACT_ROWS = 64  # tokens a program of `_compact` moves
 
@@ -294,12 +295,14 @@ def gated_attention(
     Returns out (B, H, T, Dv), a view of (B, T, H, Dv) in memory, and the natural log-sum-exp (B, H, T) fp32. Rows that see
     nothing give 0 and -inf (with sinks, the sink's logit).
 
-    ValueError: a dtype or a scale that there is no kernel for, or cache_pos missing where it is needed.
+    ValueError: a dtype, head dims or a scale that there is no kernel for, or cache_pos missing where it is needed.
     """
     b, h, t, d = q.shape
     hkv, c, dv = k.shape[1], k_cache.shape[2], v.shape[3]
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"gated_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected the same of {DTYPES}")
+    if why := missing_attention(d, dv, h // hkv, t, True):
+        raise ValueError(f"gated_attention: {why}")
     if scale <= 0:
         raise ValueError(f"gated_attention: scale is {scale}, expected a positive number")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from kvrewrite.kernels.gpu.limits import missing_attention
 from kvrewrite.kernels.reference.quantize import Scheme
 
 LEAST_GROUP = 16  # slots of a key group: what tensor cores take
@@ -35,8 +36,8 @@ def missing(scheme: Scheme, d: int, dv: int, group: int = 1) -> str:
     """Why there is no kernel for these head dims, and query heads a kv head; "" where there is one."""
     if not LEAST_GROUP <= scheme.group <= MOST_GROUP or MOST_GROUP % scheme.group:
         return f"it takes key groups of 16, 32 or 64 slots, not of {scheme.group}"
-    if max(d, dv) > 256 or group > 128:
-        return f"it takes head dims up to 256 and groups of up to 128 heads, not {d}, {dv} and {group}"
+    if why := missing_attention(d, dv, group, 1, False):
+        return why
     parts = split(scheme, dv).parts
     if parts > MOST_PARTS:
         return f"it takes values in up to {MOST_PARTS} parts, not in {parts} (head dim {dv})"

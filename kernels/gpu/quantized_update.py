@@ -352,21 +352,23 @@ def _update_kernel(
                     v_high = tl.max(tl.where(of_group, x, float("-inf")), 2) + 0.0
                     v_low = tl.min(tl.where(of_group, x, float("inf")), 2) + 0.0
                 w = tl.arange(0, VWP)
-                # Rows that none moves from are read, too: Triton 3.6 does not compile the mask of those that one does, in fp8.
+                # Rows that none moves from are read, too, and `from_pool` is not used as a column again: in fp8 Triton 3.6 takes
+                # that from the loop above, where it is not always computed, and ends with an error.
                 moved_codes = (slot >= 0)[:, None] & (w < VW)[None, :]
                 old_codes = tl.load(v_pages + source[:, None] * VW + w[None, :], mask=moved_codes, other=0)
-                moved_ends = from_pool[:, None] & (j < NG)[None, :]
+                in_ends = (slot >= 0)[:, None] & (j < NG)[None, :]
                 from_ends = v_params + (source[:, None] * NG + j[None, :]) * P
-                old_high = tl.load(from_ends + (P - 1), mask=moved_ends, other=0.0)
+                old_high = tl.load(from_ends + (P - 1), mask=in_ends, other=0.0)
                 old_low = old_high
                 if P == 2:
-                    old_low = tl.load(from_ends, mask=moved_ends, other=0.0)
+                    old_low = tl.load(from_ends, mask=in_ends, other=0.0)
+                moves = (number >= flushed)[:, None]  # `from_pool` of those that are free, which are all that is stored
                 dtype: tl.constexpr = v_params.dtype.element_ty
                 to_ends = v_params + (row[:, None] * NG + j[None, :]) * P
                 any_ends = free[:, None] & (j < NG)[None, :]
-                tl.store(to_ends + (P - 1), tl.where(moved_ends, old_high, v_high.to(dtype)), mask=any_ends)
+                tl.store(to_ends + (P - 1), tl.where(moves, old_high, v_high.to(dtype)), mask=any_ends)
                 if P == 2:
-                    tl.store(to_ends, tl.where(moved_ends, old_low, v_low.to(dtype)), mask=any_ends)
+                    tl.store(to_ends, tl.where(moves, old_low, v_low.to(dtype)), mask=any_ends)
 
                 k_codes = _recoded_keys(
                     row, anchored, live, from_tail, entry, from_pool, source, k_pages, k_params, tail_k, D, KW, KWP, STEP, P, 0,
@@ -383,7 +385,7 @@ def _update_kernel(
                 if KIND == "int4":
                     upper = _coded_values(row, from_tail, entry, tail_v, v_params, DV, VW, VWP, VG, P, 1, KIND)
                     v_codes = v_codes | (upper << 4)
-                v_codes = tl.where(from_pool[:, None], old_codes, v_codes)
+                v_codes = tl.where(moves, old_codes, v_codes)
                 c = tl.arange(0, KWP)
                 tl.store(
                     k_pages + row[:, None] * KW + c[None, :], k_codes, mask=(c < KW)[None, :] & (slot >= 0)[:, None]

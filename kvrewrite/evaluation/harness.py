@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from kvrewrite.evaluation.run import (
     versions,
     write_json,
 )
-from kvrewrite.policies import Policy, Segment
+from kvrewrite.policies import Policy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,26 +53,17 @@ def require_lm_eval() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- does a request evict?
-def _evicts(policy: Policy, segments: Sequence[Segment], layers: int) -> bool:
-    tokens = 0
-    for segment in segments:
-        tokens += segment.length
-        if min(policy.layer_keeps(segment, tokens, layers)) < tokens:
-            return True
-    return policy.gates or policy.data_dependent
-
-
 def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
     """Whether a forward pass over `length` tokens evicts anything before its last segment, so that logits can differ.
 
     layers: how many of the model's layers own a cache.
     """
-    return _evicts(policy, policy.plan(length)[:-1], layers)
+    return policy.evicts(policy.plan(length)[:-1], layers)
 
 
 def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
     """Whether a prompt of `length` tokens loses any before the first token is generated."""
-    return _evicts(policy, policy.plan(length), layers)
+    return policy.evicts(policy.plan(length), layers)
 
 
 def scoring_warning(policy: Policy) -> str:

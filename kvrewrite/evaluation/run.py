@@ -162,12 +162,9 @@ class Source:
     def tokenizer(self) -> Any:
         """The tokenizer in the directory."""
         if self._tokenizer is None:
-            names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-            if not any((self.directory / n).exists() for n in names):
-                raise ArtifactError(f"{self.directory} has no tokenizer; copy the model's tokenizer files into it")
-            from transformers import AutoTokenizer
+            from kvrewrite.companions import read_tokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            self._tokenizer = read_tokenizer(self.directory)
         return self._tokenizer
 
     @property
@@ -183,7 +180,7 @@ class Source:
 
             try:
                 model: Any = AutoModelForCausalLM.from_pretrained(
-                    self.directory, dtype=self.dtype, local_files_only=True
+                    self.directory, dtype=self.dtype, local_files_only=True, trust_remote_code=False
                 )
             except ValueError as error:
                 raise ArtifactError(f"{self.directory}: {str(error).splitlines()[0]}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -345,6 +345,16 @@ class Policy:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
         return self.segment(1, self.slots(row.seen + 1) if evicts else UNLIMITED, prompt=False)
+
+    def evicts(self, segments: Sequence[Segment], layers: int = 1) -> bool:
+        """Whether these segments of a row's first prompt lose any token; with gates that is so before any has ended. layers:
+        how many layers own a cache."""
+        tokens = 0
+        for segment in segments:
+            tokens += segment.length
+            if min(self.layer_keeps(segment, tokens, layers)) < tokens:
+                return True
+        return self.gates or (self.data_dependent and bool(segments))
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""

@@ -217,9 +217,10 @@ def _plain(fitting: FitOptions) -> dict[str, Any]:
 
 
 def _read(directory: Path, dtype: str, tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from kvrewrite.artifact import is_artifact
+    from kvrewrite.companions import read_tokenizer
 
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
@@ -229,8 +230,10 @@ def _read(directory: Path, dtype: str, tokenizer: Any) -> tuple[Any, Any]:
         )
     wanted: Any = dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, local_files_only=True)
-        found = tokenizer or AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
+        )
+        found = tokenizer or read_tokenizer(directory)
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error
     return model, found

@@ -25,7 +25,7 @@ from tests.coverage.modules import ALL_MODULES
 
 LENGTH, IN_CHUNKS, PAD = 40, 33, 5
 BUDGET, START = 12, 2
-TOLERANCE = 1e-4  # of the largest logit, as in kvrewrite.verify for float32
+TOLERANCE = 1e-4  # of the largest logit, as in kvrewrite.verification for float32
 MAX_PARAMETERS = 8_000_000
 CPU_SECONDS, SECONDS = 240, 600  # an architecture may take: the first holds on a busy machine, too
 
@@ -123,7 +123,7 @@ def measure(name: str) -> Outcome:
 def _compared(outcome: Outcome, model: nn.Module, ids: Tensor, reference: Tensor) -> Outcome:
     import kvrewrite
     from kvrewrite.errors import KVRewriteError
-    from kvrewrite.verify import pieces, run_in_pieces, without_eviction
+    from kvrewrite.verification import pieces, run_in_pieces, without_eviction
 
     start = time.perf_counter()
     try:

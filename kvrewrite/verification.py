@@ -161,7 +161,7 @@ def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Modu
     if not read_json(directory / "config.json").get("model_type"):
         return None
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), local_files_only=True
+        directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     return model.to(device).eval()
 

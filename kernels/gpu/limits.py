@@ -1,0 +1,18 @@
+"""Which shapes the attention kernels take. (Ops ask without loading Triton.)"""
+
+from __future__ import annotations
+
+MOST_CHANNELS = 256  # of a head, where its new tokens are one, or some are hidden
+MOST_CHANNELS_OF_A_CHUNK = 512
+MOST_GROUP = 128  # query heads that share a kv head, of one token
+
+
+def missing_attention(d: int, dv: int, group: int, tokens: int, hidden: bool) -> str:
+    """Why no kernel attends from so many new tokens at these head dims and query heads a kv head (`group`); "" where one does."""
+    one = tokens == 1 and not hidden
+    most = MOST_CHANNELS if one or hidden else MOST_CHANNELS_OF_A_CHUNK
+    if max(d, dv) > most:
+        return f"it takes head dims up to {most}, not {d} and {dv}"
+    if one and group > MOST_GROUP:
+        return f"it takes groups of up to {MOST_GROUP} query heads, not of {group}"
+    return ""

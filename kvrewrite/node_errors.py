@@ -1,0 +1,50 @@
+"""Which node of a graph from a file failed, where running it did."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kvrewrite.errors import ArtifactError, KVRewriteError
+
+_ASSIGNS = re.compile(r"\s*(\w+)(?:\s*:[^=]*)? = ")  # a line of the code that torch.fx makes of a node
+
+
+@contextlib.contextmanager
+def failures_named(source: Any) -> Iterator[None]:
+    """Turns what torch raises while a graph that was loaded from the directory `source` runs into an ArtifactError with the node.
+
+    Other graphs (source is no path) and a GPU whose memory is full keep their errors.
+    """
+    try:
+        yield
+    except (KVRewriteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch raises many types
+        node = _node(error.__traceback__)
+        if not isinstance(source, Path) or node is None:
+            raise
+        lines = str(error).strip().splitlines()
+        raise ArtifactError(
+            f"{source}/graph.json: node {node!r} failed: {type(error).__name__}: {lines[0][:300] if lines else ''}. The file is "
+            "damaged or was not written by kvrewrite, or memory ran out; `kvrewrite verify` tells"
+        ) from error
+
+
+def _node(traceback: TracebackType | None) -> str | None:
+    """The node whose line of generated code was running."""
+    found = None
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if file.startswith("<eval_with_key>"):
+            match = _ASSIGNS.match(linecache.getline(file, traceback.tb_lineno, traceback.tb_frame.f_globals))
+            found = match[1] if match else "output"
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,116 @@
+"""Finished folders put in their place: staging beside it, one atomic step, and what killed runs left there."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvrewrite.errors import ArtifactError
+
+_EXCHANGE = 2  # Linux' RENAME_EXCHANGE
+_HERE = -100  # Linux' AT_FDCWD
+# What renameat2 answers where the kernel or the file system has no exchange.
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, gone afterwards unless it was renamed."""
+    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:  # whatever happened, Ctrl-C included
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def leftovers(out: Path) -> tuple[list[Path], list[Path]]:
+    """What runs that were killed while they wrote `out` left beside it: unfinished folders, and whole ones moved aside."""
+    try:
+        names = sorted(p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.") and p.is_dir())
+    except OSError:
+        return [], []
+    return [p for p in names if p.suffix == ".partial"], [p for p in names if p.suffix == ".old"]
+
+
+def recover(out: Path, own: Path | None = None) -> None:
+    """Puts back what a killed run had moved aside, and warns of what such runs left. own: a folder of this run."""
+    partial, old = leftovers(out)
+    partial = [p for p in partial if p != own]
+    if not out.exists() and len(old) == 1:
+        os.replace(old[0], out)
+        warnings.warn(f"a run that replaced {out} was killed; the former directory is in its place again", stacklevel=3)
+        old = []
+    if partial or old:
+        names = ", ".join(str(p) for p in (*partial, *old))
+        warnings.warn(
+            f"runs that were killed while they wrote {out} left {names}. Where no other run is at work, delete the folders "
+            "that end in .partial; one that ends in .old is a whole former directory, which you may rename or delete",
+            stacklevel=3,
+        )
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths in one step; False where the kernel or the file system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def publish(folder: Path, out: Path, check: Callable[[], None] | None) -> None:
+    """Renames the finished folder to `out`, in one step.
+
+    check: None: `out` must be nothing or an empty folder, else ArtifactError, and nothing is deleted. Otherwise what is there is
+    replaced, once `check` has looked at it; where folders can't be exchanged it is moved aside first, and `recover` puts it back
+    should the process be killed between the two renames.
+    """
+    if check is None:
+        _take_free_place(folder, out)
+        return
+    check()
+    if not out.exists():
+        _take_free_place(folder, out)
+    elif exchange(folder, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        _replace(folder, out)
+
+
+def _take_free_place(folder: Path, out: Path) -> None:
+    try:
+        os.rename(folder, out)  # onto a folder only where that is empty
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ArtifactError(
+            f"something appeared at {out} while the model was written, so the model was not put there, and nothing was "
+            "deleted; choose another output directory, or replace it with force=True (--force)"
+        ) from error
+
+
+def _replace(folder: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
+    try:
+        os.replace(out, old)
+        os.replace(folder, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    finally:
+        if old.exists() and out.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,320 @@
+"""The ASGI application: OpenAI's API for an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kvrewrite.errors import InputError
+from kvrewrite.serving.engine import Engine, Event, Job
+from kvrewrite.serving.limits import Limits
+from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, Request, RequestError, read_json, read_request
+
+POLL = 0.1  # seconds between looks at whether the client is still there
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+
+class Bodies:
+    """The bodies that are being read. A body has `seconds` to be whole, and all of them may have `most` bytes in all: where
+    they have more, the one that has been read for longest gives way, so that slow clients do not keep out fast ones."""
+
+    def __init__(self, body: int, most: int, seconds: float):
+        self.body, self.most, self.seconds = body, most, seconds
+        self.closed = False
+        self._sizes: dict[asyncio.Timeout, int] = {}  # oldest first
+
+    async def read(self, request: HTTPRequest) -> bytearray:
+        """The body of a request; raises RequestError where it is too long or too slow."""
+        if int(request.headers.get("content-length", "0")) > self.body:
+            raise self._too_long()
+        data = bytearray()
+        deadline = asyncio.timeout(0 if self.closed else self.seconds)
+        try:
+            async with deadline:
+                self._sizes[deadline] = 0
+                async for part in request.stream():
+                    data += part
+                    if len(data) > self.body:
+                        raise self._too_long()
+                    self._sizes[deadline] = len(data)
+                    self._make_room()
+        except TimeoutError as error:
+            if self.closed:
+                raise RequestError("the server is shutting down", status=503, code="shutting_down") from error
+            raise RequestError(
+                f"the body was not complete in time (after at most {self.seconds:g} s, less where the server is busy)",
+                status=408,
+            ) from error
+        finally:
+            self._sizes.pop(deadline, None)
+        return data
+
+    def _make_room(self) -> None:
+        while sum(self._sizes.values()) > self.most:
+            oldest = next(iter(self._sizes))
+            del self._sizes[oldest]
+            _end(oldest)
+
+    def close(self) -> None:
+        """Ends what is being read; new bodies are not taken."""
+        self.closed = True
+        for deadline in self._sizes:
+            _end(deadline)
+
+    def _too_long(self) -> RequestError:
+        return RequestError(
+            f"the body has more than {self.body} bytes ({BYTES_PER_TOKEN} for each token of --max-prompt-tokens, and "
+            f"{BYTES_BESIDE})",
+            status=413,
+        )
+
+
+def _end(deadline: asyncio.Timeout) -> None:
+    if not deadline.expired():
+        deadline.reschedule(0)  # a time that has passed
+
+
+class _Streaming(StreamingResponse):
+    """A stream whose job ends with it, whether it was read to its end or not."""
+
+    def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]):
+        super().__init__(content, media_type="text/event-stream")
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
+def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlette:
+    """The ASGI application: /v1/chat/completions, /v1/completions, /v1/models and /health. name: what the model is called.
+
+    `app.state.bodies` is what it is reading (`Bodies`). Its lifespan closes the engine.
+    """
+    limits = limits or Limits()
+    longest = BYTES_BESIDE + BYTES_PER_TOKEN * engine.max_prompt_tokens
+    bodies = Bodies(longest, limits.bodies * longest, limits.body_seconds)
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "kvrewrite"}
+
+    async def answer(http: HTTPRequest, chat: bool) -> Response:
+        _check_origin(http)
+        request = read_request(read_json(await bodies.read(http)), chat)
+        if request.model not in (None, name):
+            raise RequestError(
+                f"this server has the model {name!r}, not {request.model!r:.80}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        job = Job(request, lambda event: _deliver(loop, events, event))
+        shape = _Shape(request, name)
+        engine.submit(job)
+        streams = False
+        try:
+            event = await _next(events, http.is_disconnected)
+            if request.stream:
+                streams = True
+                return _Streaming(_stream(request, events, event, shape), lambda: engine.cancel(job))
+            text = event.text
+            while event.finish is None:
+                event = await _next(events, http.is_disconnected)
+                text += event.text
+            return JSONResponse(shape.whole(text, event))
+        finally:
+            if not streams:
+                engine.cancel(job)
+
+    async def chat_completions(request: HTTPRequest) -> Response:
+        return await answer(request, chat=True)
+
+    async def completions(request: HTTPRequest) -> Response:
+        return await answer(request, chat=False)
+
+    async def models(_: HTTPRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def model(request: HTTPRequest) -> Response:
+        if request.path_params["id"] != name:
+            raise RequestError(f"this server has the model {name!r}", status=404, param="model", code="model_not_found")
+        return JSONResponse(entry)
+
+    async def health(_: HTTPRequest) -> Response:
+        ok = engine.alive and not engine.draining
+        status = {
+            "status": "ok" if ok else "stopping" if engine.alive else "stopped", "running": engine.running,
+            "waiting": engine.waiting, "served": engine.served, "cancelled": engine.cancelled, "failed": engine.failed,
+        }  # fmt: skip
+        return JSONResponse(status, 200 if ok else 503)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = Starlette(
+        lifespan=lifespan,
+        exception_handlers={
+            RequestError: _refused, HTTPException: _unknown, ClientDisconnect: _gone, Exception: _failed,
+        },
+        routes=[
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{id:path}", model),
+            Route("/health", health),
+        ],
+    )  # fmt: skip
+    app.state.bodies = bodies
+    return app
+
+
+def _check_origin(request: HTTPRequest) -> None:
+    """Refuses what a web page of somebody else can make a browser send: a form, or (by rebinding a name) JSON."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(
+            f"Content-Type is {kind!r:.60}, expected application/json", status=415, code="unsupported_media_type"
+        )
+    origin = request.headers.get("origin")
+    if origin is not None and _host(origin) not in LOCAL:
+        raise RequestError(
+            f"a web page of {origin!r:.80} sent this; pages of this machine only are served. A proxy that is to serve "
+            "others takes the Origin header away",
+            status=403, code="foreign_origin",
+        )  # fmt: skip
+
+
+def _host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:  # an address in brackets that is none
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def _refused(_: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    # What is left of a body that was too slow is not waited for.
+    headers = {"Connection": "close"} if error.status == 408 else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _unknown(_: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(
+        RequestError(str(error.detail), status=error.status_code).body(), error.status_code, error.headers
+    )
+
+
+def _gone(_: HTTPRequest, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _failed(_: HTTPRequest, error: Exception) -> Response:
+    return JSONResponse(RequestError(f"{type(error).__name__}: {error}", status=500).body(), 500)
+
+
+def _as_request_error(error: BaseException) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, InputError):
+        return RequestError(str(error), param="prompt")
+    if isinstance(error, ValueError):
+        return RequestError(str(error))
+    return RequestError(f"{type(error).__name__}: {error}", status=500)
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+def _deliver(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+async def _next(events: asyncio.Queue[Event], disconnected: Callable[[], Awaitable[bool]]) -> Event:
+    """The next event; raises its error, or ClientDisconnect where the client has gone."""
+    while True:
+        try:
+            event = await asyncio.wait_for(events.get(), POLL)
+        except TimeoutError:
+            if await disconnected():
+                raise ClientDisconnect from None
+            continue
+        if event.error is not None:
+            raise _as_request_error(event.error) from event.error
+        return event
+
+
+async def _stream(request: Request, events: asyncio.Queue[Event], event: Event, shape: _Shape) -> AsyncIterator[str]:
+    """Server-sent events, `event` first."""
+    if request.chat:
+        yield _sse(shape.chunk(role="assistant"))
+    while True:
+        if event.error is not None:
+            yield _sse(_as_request_error(event.error).body())
+            return
+        if event.text:
+            yield _sse(shape.chunk(event.text))
+        if event.finish is not None:
+            break
+        event = await events.get()
+    yield _sse(shape.chunk(finish=event.finish))
+    if request.usage:
+        yield _sse(shape.usage_chunk(event))
+    yield "data: [DONE]\n\n"
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class _Shape:
+    """Answers as OpenAI's API has them."""
+
+    def __init__(self, request: Request, model: str):
+        self.request = request
+        kind = "chat.completion" if request.chat else "text_completion"
+        prefix = "chatcmpl" if request.chat else "cmpl"
+        self.head = {"id": f"{prefix}-{request.id}", "object": kind, "created": request.created, "model": model}
+
+    @staticmethod
+    def usage(event: Event) -> dict[str, int]:
+        total = event.prompt_tokens + event.tokens
+        return {"prompt_tokens": event.prompt_tokens, "completion_tokens": event.tokens, "total_tokens": total}
+
+    def whole(self, text: str, event: Event) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": event.finish}
+        if self.request.chat:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        return {**self.head, "choices": [choice], "usage": self.usage(event)}
+
+    def _chunk_head(self) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.request.chat else "text_completion"
+        return {**self.head, "object": kind}
+
+    def chunk(self, text: str = "", finish: str | None = None, role: str | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        if self.request.chat:
+            delta = {"role": role, "content": ""} if role else ({"content": text} if text else {})
+            choice["delta"] = delta
+        else:
+            choice["text"] = text
+        return {**self._chunk_head(), "choices": [choice]}
+
+    def usage_chunk(self, event: Event) -> dict[str, Any]:
+        return {**self._chunk_head(), "choices": [], "usage": self.usage(event)}

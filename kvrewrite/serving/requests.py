@@ -1,0 +1,268 @@
+"""What a client may ask: the schema of a request's JSON body, and the errors that say which field is wrong."""
+
+from __future__ import annotations
+
+import reprlib
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+# Fields of a request that change nothing in an answer.
+_HARMLESS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+}
+# Fields that would change it and are not done here: refused unless they have a value that asks for nothing.
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "logprobs": (None, False),
+    "top_logprobs": (None, 0), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []), "function_call": (None, "none"),
+    "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
+    "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
+}  # fmt: skip
+# The same of a message: what clients send back of an answer.
+_NOTHING_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "refusal": (None, ""), "annotations": (None, []), "audio": (None,), "function_call": (None,), "tool_calls": (None, []),
+}  # fmt: skip
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings, and characters of each
+MIN_TEMPERATURE = 1e-8  # logits divided by less may overflow
+BYTES_PER_TOKEN, BYTES_BESIDE = 16, 1 << 16  # of a body: for each token of the longest prompt, and for the rest
+
+
+class RequestError(Exception):
+    """What a client did wrong (or the server can't do), as OpenAI's API reports it."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body of the response."""
+        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass
+class Request:
+    """One request, checked. prompt: text, token ids, or (chat) messages; template: variables of the chat template."""
+
+    prompt: Any
+    chat: bool
+    max_tokens: int | None
+    sampling: dict[str, Any]
+    seed: int | None
+    stops: list[str]
+    stream: bool
+    usage: bool  # in the stream, too
+    template: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+def _temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise PydanticCustomError("temperature", "input should be 0 (the likeliest token) or at least 1e-08")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    """One stop string as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _one_prompt(value: Any) -> Any:
+    """A list with one prompt as that prompt."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    several = isinstance(value, list) and any(isinstance(v, (str, list)) for v in value[:1])
+    if several or value in ("", []):
+        raise PydanticCustomError("prompt", "expected one text or one list of token ids; send a request for each")
+    return value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+_Count = Annotated[int, Field(ge=1, le=1 << 30)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # nothing is obfuscated
+
+
+class _Body(_Strict):
+    """Fields of both endpoints."""
+
+    model: str | None = None
+    max_tokens: _Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_temperature)] | None = None
+    top_p: _Share | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    min_p: _Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Annotated[_Stops | None, BeforeValidator(_as_list)] = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+
+_Id = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+def _either(name: str) -> Discriminator:
+    """Chooses between text and a list, so that an error is about the one that was given. Tags are no part of a place."""
+    return Discriminator(_text_or_list, custom_error_type=name, custom_error_message=f"expected {name}")
+
+
+class _Completion(_Body):
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[_Id], Field(fail_fast=True), Tag("<list>")],
+        _either("one text or one list of token ids; send a request for each"),
+        BeforeValidator(_one_prompt),
+    ]
+
+
+class _Part(BaseModel):
+    """A piece of a message. Other members, such as cache_control, change nothing."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["text"]
+    text: str
+
+
+class _Message(_Strict):
+    role: str
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[_Part], Field(fail_fast=True), Tag("<list>")],
+        _either("content that is text (no images, audio or tool calls)"),
+    ]
+    name: str | None = None  # these two are for the template, which may leave them out
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            k: v
+            for k, v in value.items()
+            if k not in _NOTHING_IN_MESSAGES or not _is_nothing(v, _NOTHING_IN_MESSAGES[k])
+        }
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know it: content is one text."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        others = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return {"role": self.role, "content": content, **{k: v for k, v in others.items() if v is not None}}
+
+
+class _Chat(_Body):
+    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: _Count | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def read_json(data: bytes | bytearray) -> Any:
+    """A body as JSON; raises RequestError also for what Python's reader takes: lone surrogates, NaN, deep nesting."""
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON that this server takes: {error}") from error
+
+
+def _is_nothing(value: Any, nothing: tuple[Any, ...]) -> bool:
+    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in nothing)
+
+
+def read_request(body: Any, chat: bool) -> Request:
+    """A request's JSON body as a Request; raises RequestError."""
+    if not isinstance(body, dict):
+        raise RequestError("the body is not a JSON object")
+    schema = _Chat if chat else _Completion
+    fields = {}
+    for name, value in body.items():
+        if name in schema.model_fields:
+            fields[name] = value
+        elif name in _NOTHING:
+            if not _is_nothing(value, _NOTHING[name]):
+                raise RequestError(
+                    f"{name} is not supported by this server; leave it out", param=name, code="unsupported"
+                )
+        elif name not in _HARMLESS:
+            raise RequestError(f"{name!r:.60} is not a parameter of this endpoint", param=name[:60])
+    try:
+        found = schema.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from error
+    sampling: dict[str, Any] = {}
+    if found.temperature is not None:
+        sampling = {"do_sample": found.temperature > 0}
+        if found.temperature > 0:
+            sampling["temperature"] = found.temperature
+    if found.top_p == 0:  # only the likeliest token
+        sampling = {"do_sample": False}
+    if sampling.get("do_sample", True):
+        given = {"top_p": found.top_p, "top_k": found.top_k, "min_p": found.min_p}
+        sampling.update({name: value for name, value in given.items() if value is not None})
+    if found.repetition_penalty is not None:
+        sampling["repetition_penalty"] = found.repetition_penalty
+    limit = found.max_tokens
+    prompt: Any
+    if isinstance(found, _Chat):
+        prompt, template = [m.for_template() for m in found.messages], found.chat_template_kwargs or {}
+        limit = found.max_completion_tokens or limit
+    else:
+        prompt, template = found.prompt, {}
+    return Request(
+        prompt, chat, limit, sampling, found.seed, found.stop or [], bool(found.stream),
+        bool(found.stream_options and found.stream_options.include_usage), template, found.model,
+    )  # fmt: skip
+
+
+def _as_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong, with the field's place."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    places = [p for p in first["loc"] if not (isinstance(p, str) and p.startswith("<"))]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p:.60}" for p in places).removeprefix(".")
+    what = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "missing":
+        message = f"{where}: it is missing"
+    elif first["type"] == "extra_forbidden":
+        message = f"{where} is not supported by this server; leave it out"
+    else:
+        message = f"{where} is {reprlib.repr(first['input'])}: {what}"
+    return RequestError(message, param=where)
