@@ -554,12 +554,15 @@ class _Adapter:
 
 
 def _is_one_token(ids: Tensor, mask: Tensor | None, cache: EvictionCache) -> bool:
-    """Whether every row has tokens and gets one more."""
+    """Whether every row has tokens and gets one more. Raises InputError where the mask hides what is in the cache."""
     if ids.shape[1] != 1 or not all(cache.seen):
         return False
     if mask is None:
         return True
-    return mask.shape == (ids.shape[0], cache.columns + 1) and bool(mask[:, -1].all())
+    if mask.shape != (ids.shape[0], cache.columns + 1):
+        return False
+    real = mask.to(torch.bool).cpu().numpy()
+    return bool(real[:, -1].all()) and cache.history.late(real[:, :-1], cache.columns) == cache.columns
 
 
 def _dims(node: fx.Node) -> int:

@@ -115,9 +115,9 @@ class History:
             raise InputError(
                 f"input_ids differ from the text that the cache holds: at column {column} row {row} has token "
                 f"{int(ids[row, column])}, and the cache was given {int(held[row // copies, column])}. A cache goes on from the "
-                "ids that went in: pass those that generate returned with the new ones behind them (text that is tokenized again, "
-                "or whose beginning changed, may differ), or reset() the cache, or fork() it before the texts part. New ids "
-                f"alone need an attention_mask of {columns} + {ids.shape[1]} columns"
+                "ids that went in: pass those that generate returned with the new ones after them (text that is tokenized "
+                "again, or whose beginning changed, may differ), or reset() the cache, or fork() it before the texts part. "
+                f"New ids alone need an attention_mask of {columns} + {ids.shape[1]} columns"
             )
         if ids.shape[1] <= columns:
             raise InputError(

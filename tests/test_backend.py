@@ -86,6 +86,19 @@ def lengths(cache: Any) -> set[int]:
 
 
 # ------------------------------------------------------------------------------------------------ stock caches
+@pytest.mark.parametrize("policy", ["snapkv", "streaming_llm"])  # single tokens are only added, or evict
+def test_the_past_of_a_mask_is_what_went_in(model: Any, policy: str) -> None:
+    user, cache, prompt = compiled(model, policy=policy, budget=40), DynamicCache(), ids(2, 20)
+    mask = torch.ones(2, 22, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        user(prompt, attention_mask=mask[:, :20], **{CACHE_NAME: cache})
+        user(prompt[:, :1], attention_mask=mask[:, :21], **{CACHE_NAME: cache})
+        mask[0, 7] = 0
+        with pytest.raises(InputError, match="is 0 for row 0 at column 7, expected 1"):
+            user(prompt[:, :1], attention_mask=mask, **{CACHE_NAME: cache})
+
+
 @pytest.mark.parametrize(
     ("how", "options"),
     [
@@ -438,7 +451,6 @@ class TestRefused:
         [
             ({"labels": ids(1, 8)}, InputError, "labels is not supported"),
             ({"output_hidden_states": True}, (InputError, UnsupportedModelError), "not supported|whole calls"),
-            ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}, InputError, "mask with holes"),
             ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, InputError, "not a causal mask"),
             ({"position_ids": torch.arange(3, 11)[None]}, InputError, "positions are counted by the cache"),
         ],

@@ -101,7 +101,7 @@ def test_a_text_must_go_on_from_what_is_held(make: Any) -> None:
     assert torch.equal(ask(padding, real)[:, 24:], expected[:, 24:])
     with pytest.raises(InputError, match="at column 0"):
         ask(torch.cat([more, more, more], 1), ones(more, more, more))  # longer than what is held
-    with pytest.raises(InputError, match="differ .* at column 0 .* New ids alone need an attention_mask of 17"):
+    with pytest.raises(InputError, match=r"differ .* at column 0 .* New ids alone need an attention_mask of 17"):
         ask(more, ones(more))
     for part in (text[:, :9], text[:, :17]):
         with pytest.raises(InputError, match=r"nothing is new.*whole text"):
@@ -145,7 +145,12 @@ def ends_early(model: Any, prompt: Tensor, mask: Tensor, row: int, at: int) -> i
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("full", {}), ("streaming_llm", {"budget": 16, "chunk": 8}), ("h2o", {"budget": 16}), ("snapkv", {"budget": 16, "window": 4})],
+    [
+        ("full", {}),
+        ("streaming_llm", {"budget": 16, "chunk": 8}),
+        ("h2o", {"budget": 16}),
+        ("snapkv", {"budget": 16, "window": 4}),
+    ],
     ids=["full", "streaming_llm", "h2o", "snapkv"],
 )  # fmt: skip
 def test_batched_chat(policy: str, options: dict[str, Any], make: Any, counted: bool) -> None:
