@@ -226,6 +226,7 @@ class _Check:
         function: Any = node.target
         if not isinstance(function, torch._ops.OpOverload):
             return _arithmetic(function, args)
+        _refuse_tensors(function, args, kwargs)
         try:
             with self.sizes.mode, env.suppress_guards():
                 return function(*args, **kwargs)
@@ -467,6 +468,20 @@ def _key(value: Any) -> Any:
     if isinstance(value, slice):
         return ("slice", _key(value.start), _key(value.stop), _key(value.step))
     return (type(value).__name__, repr(value))
+
+
+def _refuse_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A tensor in the place of a list or of a number is taken apart by torch element by element, which may not end."""
+    given = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
+    for argument in op._schema.arguments:
+        value, kind = given.get(argument.name), str(argument.type)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not any(isinstance(part, Tensor) for part in parts):
+            continue
+        is_list = isinstance(value, (list, tuple))
+        wanted = "List[" in kind if is_list else "List[" not in kind
+        if not wanted or ("Tensor" not in kind and kind not in ("number", "Optional[number]")):
+            raise ArtifactError(f"{argument.name} is {_shown(value)}; expected {kind}")
 
 
 def _arithmetic(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
