@@ -215,6 +215,9 @@ def test_what_fails_when_it_runs_names_the_node(model: Path) -> None:
         ([call("e", "operator.mul", [1, 2], 1 << 40)], "expected sizes"),
         ([call("r", "aten.reshape.default", ref("k_pages_0"), ref("k_pages_0"))], "shape is .*; expected List"),
         ([call("c", "aten.cat.default", ref("k_pages_0"))], "tensors is .*; expected List"),
+        ([call("u", "aten.unbind.int", ref("k_pages_0"), 0)], "it gives .* results"),
+        ([call("u", "aten.split.Tensor", ref("k_pages_0"), 1)], "it gives .* results"),
+        ([call("u", "aten.chunk.default", ref("k_pages_0"), 1 << 30)], "it gives .* results"),
         ([call("w", "aten.linspace.default", 0, 1, ref("big")) for _ in "1"], "not defined"),
     ],
     ids=[
@@ -226,6 +229,9 @@ def test_what_fails_when_it_runs_names_the_node(model: Path) -> None:
         "lists",
         "a tensor as a shape",
         "a tensor as tensors",
+        "unbind",
+        "split",
+        "chunk",
         "undefined",
     ],
 )
