@@ -82,7 +82,7 @@ def read_generation_config(directory: str | Path, listed: Mapping[str, Any]) -> 
     if not isinstance(read_json(path), dict):
         raise ArtifactError(f"{path} is not a JSON object; it is damaged, copy it again")
     try:
-        return GenerationConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)  # reads JSON and nothing else
     except (*_WRONG, StrictDataclassError) as error:
         raise ArtifactError(f"{path} is not valid: {str(error).strip()[:400]}") from error
 

@@ -42,6 +42,7 @@ _SMALL, _LARGE = 8, 4096
 _MAX_NUMBER = 1 << 62
 _MAX_EXPRESSION = 400  # parts of a size's formula; real ones have some ten
 _MAX_POWER = 16
+_MAX_RESULTS = 65_536  # of one call
 _LEAST_MEMORY = 1 << 30  # what a graph may need at short calls, whatever the size of its model
 _SECONDS, _SECONDS_A_NODE = 60.0, 0.01
 # torch can't say what these give without computing it; what the file says of such a value is taken, and its use checked.
@@ -226,6 +227,8 @@ class _Check:
         function: Any = node.target
         if not isinstance(function, torch._ops.OpOverload):
             return _arithmetic(function, args)
+        _refuse_tensors(function, args, kwargs)
+        _refuse_many_results(function, args, kwargs)
         try:
             with self.sizes.mode, env.suppress_guards():
                 return function(*args, **kwargs)
@@ -252,7 +255,7 @@ class _Check:
                 _check_number(size)
             return self.sizes.same(value)
         if isinstance(value, (list, tuple)):
-            if len(value) > 65_536:
+            if len(value) > _MAX_RESULTS:
                 raise ArtifactError(f"it has {len(value)} results")
             return type(value)(self._canonical(node, v) for v in value)
         if value is None or isinstance(value, (bool, int, float, *Symbolic)):
@@ -467,6 +470,43 @@ def _key(value: Any) -> Any:
     if isinstance(value, slice):
         return ("slice", _key(value.start), _key(value.stop), _key(value.step))
     return (type(value).__name__, repr(value))
+
+
+def _refuse_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A tensor in the place of a list or of a number is taken apart by torch element by element, which may not end."""
+    given = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
+    for argument in op._schema.arguments:
+        value, kind = given.get(argument.name), str(argument.type)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not any(isinstance(part, Tensor) for part in parts):
+            continue
+        is_list = isinstance(value, (list, tuple))
+        wanted = "List[" in kind if is_list else "List[" not in kind
+        if not wanted or ("Tensor" not in kind and kind not in ("number", "Optional[number]")):
+            raise ArtifactError(f"{argument.name} is {_shown(value)}; expected {kind}")
+
+
+def _refuse_many_results(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Ops that take a tensor apart into as many as it has rows do so for the example of a size, too, which is large."""
+    given = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
+    whole = given.get("self")
+    if not any("List[Tensor]" in str(r.type) for r in op._schema.returns) or not isinstance(whole, Tensor):
+        return
+    if isinstance(given.get("split_sizes", given.get("indices", given.get("sizes"))), (list, tuple)):
+        return  # as many as the list has
+    dim, each = given.get("dim", 0), given.get("split_size", 1)
+    count = given.get("chunks", given.get("sections"))
+    if (
+        count is None
+        and isinstance(dim, int)
+        and -whole.dim() <= dim < whole.dim()
+        and isinstance(each, int)
+        and each > 0
+    ):
+        size = whole.shape[dim]
+        count = -(-size // each) if isinstance(size, int) else size
+    if not isinstance(count, int) or count > _MAX_RESULTS:
+        raise ArtifactError(f"it gives {_shown(count)} results; expected a number up to {_MAX_RESULTS}")
 
 
 def _arithmetic(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

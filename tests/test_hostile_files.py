@@ -213,9 +213,27 @@ def test_what_fails_when_it_runs_names_the_node(model: Path) -> None:
         ([call("z", "aten.zeros.default", [1 << 36])], "bytes"),
         ([call("z", "aten.arange.default", 1 << 50)], "bytes"),
         ([call("e", "operator.mul", [1, 2], 1 << 40)], "expected sizes"),
+        ([call("r", "aten.reshape.default", ref("k_pages_0"), ref("k_pages_0"))], "shape is .*; expected List"),
+        ([call("c", "aten.cat.default", ref("k_pages_0"))], "tensors is .*; expected List"),
+        ([call("u", "aten.unbind.int", ref("k_pages_0"), 0)], "it gives .* results"),
+        ([call("u", "aten.split.Tensor", ref("k_pages_0"), 1)], "it gives .* results"),
+        ([call("u", "aten.chunk.default", ref("k_pages_0"), 1 << 30)], "it gives .* results"),
         ([call("w", "aten.linspace.default", 0, 1, ref("big")) for _ in "1"], "not defined"),
     ],
-    ids=["pow", "power of sizes", "squares", "zeros", "arange", "lists", "undefined"],
+    ids=[
+        "pow",
+        "power of sizes",
+        "squares",
+        "zeros",
+        "arange",
+        "lists",
+        "a tensor as a shape",
+        "a tensor as tensors",
+        "unbind",
+        "split",
+        "chunk",
+        "undefined",
+    ],
 )
 def test_sizes_and_loops_are_bounded(model: Path, nodes: list[Json], says: str) -> None:
     edit(model, before_output(call("s", "aten.sym_size.int", ref("input_ids"), 1), *nodes))
