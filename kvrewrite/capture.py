@@ -82,6 +82,9 @@ class Captured:
     # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
     trace_length: int = TRACE_LENGTH
     unrolled: bool = False
+    # Why the graph does not hold for all numbers of tokens and rows; "" where it does. `canonical` refuses it, after what is
+    # wrong with the attention, which may be why the model goes another way.
+    branch: str = ""
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
@@ -513,7 +516,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     vocab = _vocab_size(model) or 2
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
-    trace_length, chunk = TRACE_LENGTH, 0
+    trace_length, chunk, branch = TRACE_LENGTH, 0, ""
     with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
@@ -537,7 +540,10 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                     def again(rows: int, tokens: int) -> Any:
                         return _trace(wrapper, tokens, vocab, first.device, rows)
 
-                    program = without_branches(program, again, TRACE_BATCH, trace_length)
+                    try:
+                        program = without_branches(program, again, TRACE_BATCH, trace_length)
+                    except UnsupportedModelError as error:
+                        branch = str(error)
                     if calls is not None:
                         calls.modules[:] = called
                 program = decompose(program)
@@ -560,7 +566,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                 _trace(wrapper, trace_length, vocab, first.device)
             raise CaptureError(_why_constant(program, found[-1].where if found else ""))
     captured = _flatten(program, model, frontend, takes_positions)
-    captured.unrolled, captured.trace_length = chunk > 0, trace_length
+    captured.unrolled, captured.trace_length, captured.branch = chunk > 0, trace_length, branch
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:

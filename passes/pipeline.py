@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.graph import placeholder
 from kvrewrite.logs import PassLog
 from kvrewrite.passes.cache_latent import cache_latent
@@ -55,6 +55,8 @@ def canonical(captured: Captured, observe: Observer | None = None) -> list[Atten
     normalize(captured)
     step("normalize")
     sites = canonicalize(captured)
+    if captured.branch:
+        raise UnsupportedModelError(captured.branch)
     step("canonicalize")
     carry_state(captured)
     step("carry_state")

@@ -18,10 +18,7 @@ from tests.zoo import REFUSED, make
 
 REASONS = {
     "dbrx": (CaptureError, r"data-dependent control flow.*modeling_dbrx, line \d+, in forward"),
-    "doge": (
-        UnsupportedModelError,
-        r"else for 8 tokens than for 17, in modeling_doge.py, line \d+, in prepare_dynamic_mask",
-    ),
+    "doge": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
     "deepseek_v32": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
 }
 
