@@ -14,7 +14,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, is_op, set_attr, symbol
 from kvrewrite.side_effects import Watch, depends_on_earlier_calls, untouched
-from kvrewrite.trace_failure import causes, explain, noted_place
+from kvrewrite.trace_failure import FixedSize, causes, explain, noted_place
 from kvrewrite.wrapped import check_layers, plain_4bit_layers, without_hooks
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
@@ -86,6 +86,9 @@ class Captured:
     before: Any = None
     stand_ins: Any = None
     proof: Any = None
+    # Why the graph does not hold for all numbers of tokens and rows; "" where it does. `canonical` refuses it, after what is
+    # wrong with the attention, which may be why the model goes another way.
+    branch: str = ""
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
@@ -352,12 +355,14 @@ class _LogitsOnly(nn.Module):
         self.first_position = first_position
         self.extra = extra
         self.watch = Watch()
+        self.culprit: Callable[[Tensor], FixedSize] | None = None  # looks for what makes a size of the ids a constant
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
         if self.first_position:
             position_ids = position_ids + self.first_position
         positions = {"position_ids": position_ids} if self.takes_positions else {}
-        with self.watch.call(self.model_under_capture):
+        culprit = self.culprit(input_ids) if self.culprit is not None else contextlib.nullcontext()
+        with self.watch.call(self.model_under_capture), culprit:
             out = self.model_under_capture(input_ids, **positions, **self.extra)
         return _logits(out)
 
@@ -515,7 +520,7 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
     vocab = _vocab_size(model) or 2
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
-    trace_length, chunk = TRACE_LENGTH, 0
+    trace_length, chunk, branch = TRACE_LENGTH, 0, ""
     with _fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
@@ -539,7 +544,10 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                     def again(rows: int, tokens: int) -> Any:
                         return _trace(wrapper, tokens, vocab, first.device, rows)
 
-                    program = without_branches(program, again, TRACE_BATCH, trace_length)
+                    try:
+                        program = without_branches(program, again, TRACE_BATCH, trace_length)
+                    except UnsupportedModelError as error:
+                        branch = str(error)
                     if calls is not None:
                         calls.modules[:] = called
                 program = decompose(program)
@@ -550,8 +558,19 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                 if isinstance(cause, KVRewriteError):
                     raise cause from error
             raise CaptureError(f"torch.export could not trace {type(model).__name__}: {explain(error)}") from error
+        if any(not _moves(size) for size in _ids_of(program).shape):
+            found: list[FixedSize] = []
+
+            def culprit(ids: Tensor) -> FixedSize:
+                found.append(FixedSize(ids))
+                return found[-1]
+
+            wrapper.culprit = culprit
+            with torch.no_grad():
+                _trace(wrapper, trace_length, vocab, first.device)
+            raise CaptureError(_why_constant(program, found[-1].where if found else ""))
     captured = _flatten(program, model, frontend, takes_positions)
-    captured.unrolled, captured.trace_length = chunk > 0, trace_length
+    captured.unrolled, captured.trace_length, captured.branch = chunk > 0, trace_length, branch
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:
@@ -616,13 +635,13 @@ def _unrolled_chunk(program: Any) -> int:
     While it traces, torch notes what it assumed of sizes; that a number made of the length by dividing it is a constant is such
     a loop. (That a length is within a table's reads alike, but for the division.)
     """
-    names = program.graph_signature.user_inputs
-    ids = next(n for n in program.graph.nodes if n.name == names[0]).meta["val"]
+    ids = _ids_of(program)
     length = symbol(ids.shape[1])
     if not hasattr(length, "free_symbols"):
         return 0
     found = 0
-    for guard in ids.shape[1].node.shape_env.guards:
+    size: Any = ids.shape[1]
+    for guard in size.node.shape_env.guards:
         assumed = guard.expr
         if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {length}:
             continue
@@ -717,13 +736,6 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
             set_attr(root, targets[spec.arg.name], value)
     inputs = {n.target: n for n in new.nodes if n.op == "placeholder"}
     ids = inputs["input_ids"].meta["val"]
-    for label, size in (("batch", ids.shape[0]), ("length", ids.shape[1])):
-        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
-            raise CaptureError(
-                f"the {label} size became the constant {size} while tracing{_place_of_constant(ids, int(size))}; the model's "
-                f"forward must work for any {label} (a loop over tokens in Python, as in recurrent layers without a scan, makes "
-                "it a constant)"
-            )
     table = _token_table(new)
     new.output(_choose_logits(found, ids, table))
     new.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
@@ -751,6 +763,28 @@ def _flatten(program: Any, model: nn.Module, frontend: str, takes_positions: boo
         max_positions=_upper_bound(ids.shape[1]),
         aliases=_aliases(model),
         persistent=set(model.state_dict().keys()),
+    )
+
+
+def _ids_of(program: Any) -> Tensor:
+    """The value of the token ids in an exported program."""
+    name = program.graph_signature.user_inputs[0]
+    return next(n for n in program.graph.nodes if n.name == name).meta["val"]
+
+
+def _moves(size: Any) -> bool:
+    """Whether a size is still a symbol."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def _why_constant(program: Any, culprit: str) -> str:
+    """The message for a size of the token ids that became a constant; culprit: what made it one, where that was found."""
+    ids = _ids_of(program)
+    label, size = next((n, s) for n, s in zip(("batch", "length"), ids.shape, strict=True) if not _moves(s))
+    where = culprit or _place_of_constant(ids, int(size))
+    return (
+        f"the {label} size became the constant {int(size)} while tracing{where}; the model's forward must work for any {label}. "
+        "(A loop over tokens in Python makes it a constant; so do ops that are such a loop, or that torch traces for one size)"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -16,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 # torch's exceptions for code that needs the values of a tensor, of which a trace has none.
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -101,6 +104,29 @@ def noted_place(frame: Any) -> str:
     code = frame.line or ""
     where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
     return f", in {where}" + (f": `{code[:120]}`" if code else "")
+
+
+class FixedSize(TorchFunctionMode):
+    """Looks, while a model is traced, for the first function after which a size of `ids` is a constant. where: its name and the
+    line of the model's code that called it, as the end of a sentence; "" while there is none."""
+
+    def __init__(self, ids: Tensor):
+        super().__init__()
+        self.ids, self.where = ids, ""
+
+    def _fixed(self) -> bool:
+        return any(not isinstance(s, torch.SymInt) or s.node.maybe_as_int() is not None for s in self.ids.shape)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.where and self._fixed():
+            here: FrameType | None = sys._getframe(1)
+            while here is not None and not _is_models(here):
+                here = here.f_back
+            self.where = f", in {getattr(func, '__name__', func)}"
+            if here is not None:
+                self.where += noted_place(traceback.StackSummary.extract([(here, here.f_lineno)])[0])
+        return result
 
 
 def _is_models(frame: FrameType) -> bool:

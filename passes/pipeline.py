@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.graph import placeholder
 from kvrewrite.logs import PassLog
 from kvrewrite.passes.cache_latent import cache_latent
@@ -62,6 +62,8 @@ def canonical(captured: Captured, observe: Observer | None = None, check: str = 
     step("normalize")
     before = Snapshot(captured) if check != "off" else None
     sites = canonicalize(captured)
+    if captured.branch:
+        raise UnsupportedModelError(captured.branch)
     step("canonicalize")
     carry_state(captured)
     step("carry_state")

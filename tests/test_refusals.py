@@ -18,10 +18,7 @@ from tests.zoo import REFUSED, make
 
 REASONS = {
     "dbrx": (CaptureError, r"data-dependent control flow.*modeling_dbrx, line \d+, in forward"),
-    "doge": (
-        UnsupportedModelError,
-        r"else for 8 tokens than for 17, in modeling_doge.py, line \d+, in prepare_dynamic_mask",
-    ),
+    "doge": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
     "deepseek_v32": (UnsupportedModelError, r"layer 0 \(model.layers.0.self_attn\).*depends on the content"),
 }
 
@@ -195,6 +192,20 @@ class OneLength(Decoder):
         return x + torch.tensor(list(range(x.shape[1])))[:, None]
 
 
+class TakesAlong(Decoder):
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.take_along_dim(x, x.argsort(-1), -1)
+
+
+class Recurrent(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(32, 32, batch_first=True)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
 class SomeRows(Decoder):
     def mix(self, x: Tensor) -> Tensor:
         return x[x[:, 0, 0] > 0]
@@ -212,6 +223,8 @@ class SomeRows(Decoder):
             OneLength,
             r"the length size became the constant 17 .*test_refusals.py.*in mix: `return x \+ torch.tensor\(list",
         ),
+        (TakesAlong, r"batch size became the constant 2 .*in take_along_dim, in test_refusals.py, line \d+, in mix"),
+        (Recurrent, r"length size became the constant 17 .*in lstm, in test_refusals.py, line \d+, in mix"),
         (SomeRows, "the logits have the shape"),
     ],
 )
