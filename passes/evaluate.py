@@ -21,7 +21,7 @@ from kvrewrite.passes.probe import EMPTY, widen
 
 aten = torch.ops.aten
 
-RANK = 16  # of the stand-in for a large weight
+RANK = 8  # of the stand-in for a large weight
 LARGE = 1 << 16  # elements from which a weight gets one
 
 
