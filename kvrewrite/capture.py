@@ -550,7 +550,10 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                         branch = str(error)
                     if calls is not None:
                         calls.modules[:] = called
+                longest = _longest(program)
                 program = decompose(program)
+                # Of several, the first to be found is said.
+                branch = branch or _shorter(longest, _longest(program))
         except KVRewriteError:
             raise
         except Exception as error:  # torch.export raises many types; all mean that there is no graph
@@ -796,6 +799,23 @@ def _place_of_constant(ids: Tensor, number: int) -> str:
         if isinstance(assumed, sympy.Eq) and number in assumed.args and any(a.is_Symbol for a in assumed.args):
             return noted_place(guard.sloc.framework_loc)
     return ""
+
+
+def _longest(program: Any) -> int | None:
+    """The longest text that an exported program holds for, None where there is no bound."""
+    name = program.graph_signature.user_inputs[0]
+    length = next(n for n in program.graph.nodes if n.name == name).meta["val"].shape[1]
+    return _upper_bound(length) if isinstance(length, torch.SymInt) and length.node.maybe_as_int() is None else None
+
+
+def _shorter(model: int | None, graph: int | None) -> str:
+    """Why a graph for texts of up to `graph` tokens is not the model, which takes up to `model`; "" where it is."""
+    if graph is None or (model is not None and graph >= model):
+        return ""
+    return (
+        f"the graph that was traced holds for texts of up to {graph} tokens only, and the model takes longer ones: an op in it "
+        f"does something else from {graph + 1} tokens on (such as `topk(min(n, length))`), and a graph holds for all texts"
+    )
 
 
 def _upper_bound(size: torch.SymInt) -> int | None:
