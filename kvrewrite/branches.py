@@ -1,8 +1,8 @@
 """Branches on how many tokens or rows a call has: a trace takes one way, and a graph must hold for all calls.
 
 While it traces, torch notes each comparison of sizes that the model's code made. Here the model is traced again with sizes for
-which a comparison comes out otherwise. If the graph is the same, the branch is harmless; if the model raises, such texts were
-never for it; else it computes something else for them, which is refused.
+which a comparison comes out otherwise. If the graph is the same, or gives the same for such a text, the branch is harmless; if
+the model raises, such texts were never for it; else it computes something else for them, which is refused.
 """
 
 from __future__ import annotations
@@ -49,12 +49,44 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
                     continue
                 if not place and not getattr(_sizes(other)[2], "free_symbols", None):
                     continue  # torch, not the model, takes so few tokens for a constant
-                if program_text(other) != text:
+                if program_text(other) == text:
+                    if size[1] > longest[0]:
+                        longest = size[1], other
+                elif not _same_results(program, other, *size):
                     raise UnsupportedModelError(_reason(size, (rows, tokens), place))
                 todo.append((other, *size))
-                if size[1] > longest[0]:
-                    longest = size[1], other
     return longest[1]
+
+
+def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool:
+    """Whether two traces of a model that differ (one pads by nothing, say) give the same for texts of this size."""
+    from kvrewrite.passes.evaluate import EvaluationError, Evaluator, StandIns
+
+    stand_ins = StandIns()
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 7
+    given = iter((ids, torch.arange(tokens).repeat(rows, 1)))
+    user = {name: next(given) for name in one.graph_signature.user_inputs if isinstance(name, str)}
+    results = []
+    for program in (one, other):
+        inputs: dict[str, Any] = {}
+        for spec in program.graph_signature.input_specs:
+            held = {**program.state_dict, **program.constants}
+            inputs[spec.arg.name] = (
+                user.get(spec.arg.name) if spec.target is None else stand_ins(spec.target, held[spec.target])
+            )
+        try:
+            results.append(Evaluator(program.graph, program.graph_module, stand_ins).result(inputs))
+        except EvaluationError:
+            return False
+    pairs = zip(*(torch.utils._pytree.tree_leaves(r) for r in results))
+    return all(
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and bool(torch.isfinite(a).all())
+        and float((a - b).abs().max()) <= 1e-9 * max(1.0, float(a.abs().max()))
+        for a, b in pairs
+    )
 
 
 def _reason(size: tuple[int, int], usual: tuple[int, int], place: str) -> str:

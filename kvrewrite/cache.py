@@ -65,12 +65,14 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 @dataclass
 class MemoryReport:
     """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages in use;
-    reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have, too."""
+    reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have, too. text: besides
+    these, the ids of what went in, 4 bytes a token, which later calls are compared with."""
 
     live: int
     leased: int
     reserved: int
     shared: int = 0
+    text: int = 0
 
 
 class _State:
@@ -528,7 +530,7 @@ class EvictionCache(Cache):
         for state in self.states:
             size = state.value.numel() * state.value.element_size()
             live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
-        return MemoryReport(live, leased, reserved, shared)
+        return MemoryReport(live, leased, reserved, shared, self.history.nbytes)
 
     def _return_gone(self) -> None:
         """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""

@@ -371,12 +371,13 @@ def _logits(out: Any) -> list[Tensor]:
     """What may be the logits in what a model returns: a tensor, `.logits` or ["logits"], or any tensor of a tuple."""
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     found = [out] if isinstance(out, Tensor) else [named] if isinstance(named, Tensor) else []
-    if not found and isinstance(out, (tuple, list)):
+    # A tuple that begins with nothing begins with a loss that was not asked for: what else is in it is no certain thing.
+    if not found and isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
         found = [x for x in out if isinstance(x, Tensor)]
     if not found:
         raise CaptureError(
-            f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple with the "
-            "logits in it. Wrap the model in a module whose forward(input_ids) returns its logits."
+            f"forward returned {type(out).__name__}; expected a logits tensor, an object with .logits, or a tuple of "
+            "tensors with the logits among them. Wrap the model in a module whose forward(input_ids) returns its logits."
         )
     return found
 

@@ -21,7 +21,7 @@ class History:
     def __init__(self, rows: int):
         self.rows = rows
         self._real = np.ones((rows, 0), dtype=bool)  # columns after these are real tokens of every row
-        self._pieces: list[Tensor] = []  # (rows, columns) int64 each
+        self._pieces: list[Tensor] = []  # (rows, columns) int32 each: half of what the caller's take
         self._kept = 0  # columns of the pieces
         self._text: Tensor | None = (
             None  # what `generate` has so far, (rows, columns), for the columns after the pieces
@@ -37,10 +37,19 @@ class History:
         """The ids of the first `columns` columns, (rows, columns) int64."""
         pieces = list(self._pieces)
         if self._text is not None and columns > self._kept:
-            pieces.append(self._text[:, self._kept - self._begins : columns - self._begins].long())
+            pieces.append(self._text[:, self._kept - self._begins : columns - self._begins].int())
         device = pieces[0].device if pieces else torch.device("cpu")
-        whole = torch.cat([piece.to(device) for piece in pieces], 1) if pieces else torch.zeros(self.rows, 0).long()
-        return whole[:, :columns]
+        whole = (
+            torch.cat([piece.to(device) for piece in pieces], 1)
+            if pieces
+            else torch.zeros(self.rows, 0, dtype=torch.int32)
+        )
+        return whole[:, :columns].long()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ids that are kept."""
+        return sum(piece.nbytes for piece in self._pieces)
 
     def follow(self, text: Tensor, columns: int) -> None:
         """`generate` is about to feed the last column of `text`, (rows, columns) ids, as column number `columns`. Keeping its
@@ -56,17 +65,17 @@ class History:
         followed = self._text is not None and self._begins + self._text.shape[1] == after
         if not (generated and followed):
             if self._text is not None:
-                self._pieces = [self.ids(columns)]
+                self._pieces = [self.ids(columns).int()]
             if len(self._pieces) >= PIECES:
                 self._pieces = [torch.cat(self._pieces, 1)]
-            self._pieces.append(ids.detach().to(torch.int64, copy=True))
+            self._pieces.append(ids.detach().to(torch.int32, copy=True))
             self._text, self._kept = None, after
         if real is not None:
             self._real = real
 
     def select(self, source: list[int], columns: int) -> None:
         """Row i becomes a copy of row source[i], for as many rows as `source` has."""
-        self._pieces, self._text, self._kept = [self.ids(columns)[source]], None, columns
+        self._pieces, self._text, self._kept = [self.ids(columns)[source].int()], None, columns
         self._real, self.rows = self._real[source], len(source)
 
     def fork(self) -> History:

@@ -337,7 +337,7 @@ def attend_and_update(
     pools = (k_pages, v_pages, score_pages, pos_pages, table, lens)
     rest = (sinks, window, chunk, select, drop, None, None, None)
     dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
-    if fused("attend_and_update", q, missing_attention(*dims, q.shape[2], hidden is not None)):
+    if fused("attend_and_update", q, missing_attention(*dims, q.shape[2], hidden is not None, 8 * q.itemsize)):
         from kvrewrite import fused as kernels
 
         return kernels.attend_and_update((*attended, *shape, v_dense), (*added, *pools, *rest))

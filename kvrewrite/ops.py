@@ -216,7 +216,7 @@ def cached_attention(
     """
     latent = latent_values(v_pages) if v_dense is None else ""
     dims = (q.shape[3], v.shape[3], q.shape[1] // k.shape[1])
-    if fused("cached_attention", q, latent or missing_attention(*dims, q.shape[2], hidden is not None)):
+    if fused("cached_attention", q, latent or missing_attention(*dims, q.shape[2], hidden is not None, 8 * q.itemsize)):
         from kvrewrite import fused as kernels
 
         return kernels.cached_attention(

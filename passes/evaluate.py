@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kvrewrite.graph import ancestors, get_attr, is_op, mutates, tensor_of
-from kvrewrite.passes.probe import EMPTY, widen
+from kvrewrite.passes.probe import EMPTY, FLOATS, widen
 
 aten = torch.ops.aten
 
@@ -68,8 +69,9 @@ class StandIns:
         return self._known[id(value)][1]
 
     def _make(self, name: str, value: Tensor) -> Any:
-        parameter = isinstance(value, nn.Parameter)
-        if not (value.is_floating_point() or value.is_complex()) or not (parameter or value.is_meta):
+        blank = value.is_meta or isinstance(value, FakeTensor)
+        known = value.dtype in (*FLOATS, torch.float64) or value.is_complex()  # not those of packed weights
+        if not known or not (isinstance(value, nn.Parameter) or blank):
             return value.detach().to("cpu", widen(value.dtype))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(name.encode()))
 
@@ -80,7 +82,7 @@ class StandIns:
             *lead, a, b = value.shape
             return ThinProduct(random(*lead, a, RANK) * b**-0.5, random(*lead, RANK, b) * RANK**-0.5)
         noise = random(*value.shape)
-        if value.is_meta:
+        if blank:
             made = noise * value.shape[-1] ** -0.5 if value.dim() >= 2 else 1 + 0.1 * noise
         else:
             own = value.detach().to("cpu", widen(value.dtype))

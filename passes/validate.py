@@ -188,7 +188,8 @@ class _Validation:
             if (node, repeated) in seen or is_size(node) or node not in data:
                 continue
             seen.add((node, repeated))
-            new = node.name not in self.snapshot.nodes
+            # What carries a state is another op than the one of its name was.
+            new = node.name not in self.snapshot.nodes or node.meta.get(CARRIED) == ""
             repeated = repeated or (new and is_op(node, aten.slice.Tensor))
             moves = node.op == "call_function" and (
                 new or getattr(node.target, "__name__", "") == "getitem" or node.target in MOVES

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSES = ["capture", "normalize", "canonicalize", "carry_state", "lift_positions", "insert_cache"]
+PASSES = ["capture", "normalize", "canonicalize", "carry_state", "lift_positions", "validate", "insert_cache"]
 LOWERED = ["fold_heads"] + [
     f"prefill_{p}" for p in ("rank_all_layers", "fuse_reads", "turn_both", "overlap", "fuse_gates", "erase_dead")
 ]

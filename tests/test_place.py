@@ -236,7 +236,7 @@ def test_a_models_own_gpu_is_the_current_one_while_it_runs(monkeypatch: pytest.M
         model(ids(1, 4))
         assert seen.pop() == expected and current == [0]
     with pytest.raises(InputError):
-        model(ids(1, 4), labels=ids(1, 4))
+        model(ids(1, 4), pixel_values=ids(1, 4))
     assert current == [0]
 
 

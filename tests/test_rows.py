@@ -39,6 +39,7 @@ def test_one_text_many_rows(policy: str, options: dict[str, Any], make: Any) -> 
     document = tokens(1, 150)
     cache = model.new_cache(1)
     model(document, cache=cache, logits_to_keep=1)
+    cache.end_prompt()
     before, kept = cache.memory(), cache.positions()
     questions, mask = tokens(3, 9, seed=1), torch.ones(3, 159, dtype=torch.long)
     mask[1, 150:154] = 0  # a shorter question
@@ -79,6 +80,7 @@ def test_repeated_and_selected_rows(policy: str, options: dict[str, Any]) -> Non
     model, ids = rewritten("llama", policy, **options), tokens(2, 150)
     cache = model.new_cache(2)
     model(ids, cache=cache, logits_to_keep=1)
+    cache.end_prompt()
     leased = cache.leases[0].leased
     many = cache.fork()
     many.batch_repeat_interleave(3)

@@ -95,6 +95,7 @@ def test_forks_of_one_document(policy: str, options: dict[str, Any], make: Any) 
     def read() -> EvictionCache:
         cache = model.new_cache(1)
         model(document, cache=cache, logits_to_keep=1)
+        cache.end_prompt()
         return cache
 
     cache = read()

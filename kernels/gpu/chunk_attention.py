@@ -525,7 +525,7 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} for q of shape {tuple(q.shape)}")
     if h % hkv:
         raise ValueError(f"{h} query heads are not a multiple of {hkv} kv heads")
-    if why := missing_attention(d, dv, h // hkv, 2, False):
+    if why := missing_attention(d, dv, h // hkv, 2, False, 8 * q.itemsize):
         raise ValueError(f"chunk_attention: {why}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {q.dtype}; these kernels have bfloat16, float16 and float32")

@@ -301,7 +301,7 @@ def gated_attention(
     hkv, c, dv = k.shape[1], k_cache.shape[2], v.shape[3]
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"gated_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected the same of {DTYPES}")
-    if why := missing_attention(d, dv, h // hkv, t, True):
+    if why := missing_attention(d, dv, h // hkv, t, True, 8 * q.itemsize):
         raise ValueError(f"gated_attention: {why}")
     if scale <= 0:
         raise ValueError(f"gated_attention: scale is {scale}, expected a positive number")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 MOST_CHANNELS = 256  # of a head, where its new tokens are one, or some are hidden
 MOST_CHANNELS_OF_A_CHUNK = 512
+FEWEST_CHANNELS = 8  # of a head in 16 bits, where its new tokens are several: one channel came out wrong on an H200
 MOST_GROUP = 128  # query heads that share a kv head, of one token
 
 
-def missing_attention(d: int, dv: int, group: int, tokens: int, hidden: bool) -> str:
-    """Why no kernel attends from so many new tokens at these head dims and query heads a kv head (`group`); "" where one does."""
+def missing_attention(d: int, dv: int, group: int, tokens: int, hidden: bool, bits: int = 32) -> str:
+    """Why no kernel attends from so many new tokens at these head dims and query heads per kv head (`group`), in numbers of
+    that many bits; "" where one does."""
     one = tokens == 1 and not hidden
     most = MOST_CHANNELS if one or hidden else MOST_CHANNELS_OF_A_CHUNK
     if max(d, dv) > most:
         return f"it takes head dims up to {most}, not {d} and {dv}"
+    if not one and bits < 32 and min(d, dv) < FEWEST_CHANNELS:
+        return f"it takes head dims from {FEWEST_CHANNELS} on in {bits} bits, not {d} and {dv}"
     if one and group > MOST_GROUP:
         return f"it takes groups of up to {MOST_GROUP} query heads, not of {group}"
     return ""
