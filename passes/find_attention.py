@@ -30,12 +30,14 @@ from kvrewrite.graph import (
 )
 from kvrewrite.passes.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.probe import (
+    MASKED,
     Probe,
     ProbeError,
     depends_on_data,
     integers_in,
     is_projection,
     only_shape,
+    seen_in,
     subgraph_text,
     symbols,
     value_inputs,
@@ -47,7 +49,6 @@ aten = torch.ops.aten
 SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax", "aten::log_softmax", "aten::_log_softmax")
 CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
-MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 MIN_LENGTH, MAX_LENGTH = 24, 8192
 USUAL_LENGTH = 2048  # of a mask's probe: what reaches no farther than half of that shows, however it is written
 MOST_SHARED = 64  # tokens of a probe that layers share
@@ -189,7 +190,7 @@ def classify(added: Tensor) -> Bias:
     if not torch.equal(added, added[:1].expand_as(added)):
         raise NoAttention("the mask or bias differs between the rows of a batch (heads and batch mixed, or padding)")
     bias = added[0]
-    seen = bias > MASKED
+    seen = seen_in(bias)
     by_head = None
     if not torch.equal(seen, seen[:1].expand_as(seen)):
         by_head = [_classify_mask(of_head) for of_head in seen]
@@ -252,7 +253,7 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     """
     zero = chain(torch.zeros(shape, dtype=torch.float64))[..., :length]
     own_zero = zero.diagonal(dim1=-2, dim2=-1)[..., None]
-    seen = (zero - own_zero) > MASKED
+    seen = seen_in(zero - own_zero)
     generator = torch.Generator().manual_seed(0)
     below = torch.ones(length, length, dtype=torch.float64).tril(-1)
 

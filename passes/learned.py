@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from kvrewrite.capture import Captured
 from kvrewrite.graph import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
-from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, only_shape
+from kvrewrite.passes.probe import Probe, ProbeError, depends_on_data, only_shape, seen_in
 
 aten = torch.ops.aten
 Values = Mapping[fx.Node, Tensor]
@@ -29,7 +29,6 @@ Values = Mapping[fx.Node, Tensor]
 ChainAt = Callable[[int, int, Values], Callable[[Tensor], Tensor]]
 
 BATCH, LENGTH, FURTHER = 2, 7, 40
-MASKED = -9999.0
 TOLERANCE = 1e-6
 
 
@@ -155,7 +154,7 @@ class _Chain:
         """The logits for scores x, each relative to the token's own; -inf where they are masked."""
         y = self.chain_at(batch, length, given)(x)[..., :length]
         y = y - y.diagonal(dim1=-2, dim2=-1)[..., None]
-        return torch.where(y > MASKED, y, torch.where(y.isnan(), y, -math.inf))
+        return torch.where(seen_in(y), y, torch.where(y.isnan(), y, -math.inf))
 
     def candidates(self) -> list[fx.Node]:
         """Nodes of one number, or one a head, that parameters go into; the nearest to the softmax first."""

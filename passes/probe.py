@@ -8,6 +8,7 @@ the model's own dtype and device do not matter.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,20 @@ EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.defau
 SHAPE_ONLY = (
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 )  # fmt: skip
+
+
+MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
+UNDERFLOW = -200.0  # a weight of exp(-200) is nothing, also in float64 beside one
+
+
+def seen_in(relative: Tensor) -> Tensor:
+    """Which logits (..., S, S), each relative to its query's own token, are not masked.
+
+    Where all later tokens are given the same small number, such as -1000, that number is the mask.
+    """
+    later = relative[..., torch.ones(relative.shape[-2:], dtype=torch.bool).triu(1)]
+    highest = float(later.max()) if later.numel() else -math.inf
+    return relative > (highest if MASKED < highest <= UNDERFLOW else MASKED)
 
 
 class ProbeError(Exception):

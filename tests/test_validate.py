@@ -113,6 +113,10 @@ def per_head(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=((d >= 0) & (d < windows))[None])
 
 
+def minus_1000(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) - 1000.0 * (distance(q.shape[2]) < 0)).softmax(-1) @ v
+
+
 def log_n(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     return attend(scores(q, k) * self.logn[:s, None], v, distance(s) >= 0)
@@ -190,6 +194,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "window by a float": lambda: with_core(seen_by(lambda d: d.float() <= 40.5)),
     "window by a shift": lambda: with_core(seen_by(lambda d: d >> 5 == 0)),
     "window by a logarithm": lambda: with_core(seen_by(lambda d: (d.clamp(min=0) + 1.0).log2() < 5.3)),
+    "a mask of -1000": lambda: with_core(
+        lambda self, q, k, v: (scores(q, k) - 1000.0 * (distance(q.shape[2]) < 0)).softmax(-1) @ v
+    ),
     "a window for each head": lambda: with_core(per_head),
     "a number for each head": lambda: with_core(changed_scores(lambda x, d: x * torch.arange(1, 5)[:, None, None])),
     "log-n scaling of the scores": lambda: with_core(log_n),
