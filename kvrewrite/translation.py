@@ -42,12 +42,15 @@ def reference_logits(captured: Captured) -> Reference:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(captured.vocab_size, (2, length), generator=generator)
     run = Evaluator(captured.before.graph, captured.graph, captured.stand_ins)
+    # Frequencies that depend on the length: the module holds those of whatever it has run last.
+    tables = {t.attribute: t.short if length <= t.threshold else t.long for t in captured.rotary_tables}
+    given = {n: tables[str(n.target)].double() for n in run.nodes if n.op == "get_attr" and n.target in tables}
     positions = torch.arange(length).expand_as(ids)
-    return Reference(ids, _result(run, {"input_ids": ids, "position_ids": positions}))
+    return Reference(ids, _result(run, {"input_ids": ids, "position_ids": positions}, given))
 
 
-def _result(run: Evaluator, inputs: Mapping[str, Any]) -> Tensor:
-    found = run.result(inputs)
+def _result(run: Evaluator, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None) -> Tensor:
+    found = run.result(inputs, given)
     logits: Tensor = found[0] if isinstance(found, (tuple, list)) else found
     return logits
 

@@ -41,7 +41,7 @@ from kvrewrite.passes.canonicalize import REPLACED, RESULT, SOURCE
 from kvrewrite.passes.carry_state import layout_of
 from kvrewrite.passes.check import CARRIED, data_nodes
 from kvrewrite.passes.evaluate import EvaluationError, Evaluator, StandIns
-from kvrewrite.passes.probe import is_projection, subgraph_text, symbols
+from kvrewrite.passes.probe import integers_in, is_projection, subgraph_text, symbols
 from kvrewrite.site import AttentionSite
 
 aten = torch.ops.aten
@@ -131,11 +131,24 @@ class _Validation:
         self.sources = [n for n in captured.graph.graph.nodes if is_op(n, SOURCE)]
         self.limit = captured.max_positions or FARTHEST
         self.generator = torch.Generator().manual_seed(11)
-        self.takes_positions = placeholder(captured.graph, "position_ids") is not None
+        self.special = self._special()
 
     # ---------------------------------------------------------------------------------------------- inputs
+    def _special(self) -> Tensor:
+        """Token ids that the graph names: what is done for one of them alone shows on no other."""
+        gm = self.captured.graph
+        ids = placeholder(gm, "input_ids")
+        named = integers_in(self.captured, (u for n in _of_ids(gm, ids) for u in n.users))
+        return torch.tensor(sorted(i for i in named if i < (self.captured.vocab_size or 2)), dtype=torch.long)
+
     def _ids(self, rows: int, length: int) -> Tensor:
-        return torch.randint(self.captured.vocab_size or 2, (rows, length), generator=self.generator)
+        """Random token ids; half of them are such as the graph names, where it names any."""
+        ids = torch.randint(self.captured.vocab_size or 2, (rows, length), generator=self.generator)
+        if not len(self.special):
+            return ids
+        which = torch.randint(len(self.special), (rows, length), generator=self.generator)
+        half = torch.rand(rows, length, generator=self.generator) < 0.5
+        return torch.where(half, self.special[which], ids)
 
     @staticmethod
     def _inputs(ids: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
@@ -345,8 +358,7 @@ class _Locality:
         far[: POOL // 3] = torch.arange(POOL // 3) % validation.limit
         far[-1] = validation.limit - 1
         self.positions = far
-        vocab = validation.captured.vocab_size or 2
-        self.tokens = torch.randint(vocab, (POOL,), generator=generator)
+        self.tokens = validation._ids(1, POOL)[0]
         self.alone = self._evaluate(self.tokens[:, None], self.positions[:, None])
 
     def arrangements(self) -> Iterable[tuple[int, int]]:
@@ -377,8 +389,7 @@ class _Locality:
     def check(self, rows: int, length: int) -> None:
         """Puts tokens of the pool into a text of other tokens, and compares each with itself alone."""
         run = self.run
-        vocab = run.captured.vocab_size or 2
-        ids = torch.randint(vocab, (rows, length), generator=run.generator)
+        ids = run._ids(rows, length)
         positions = torch.randint(run.limit, (rows, length), generator=run.generator)
         places = torch.randperm(rows * length, generator=run.generator)[:POOL]
         chosen = torch.randperm(POOL, generator=run.generator)[: len(places)]
@@ -423,6 +434,16 @@ def _at(node: fx.Node) -> str:
     path = module_path(node)
     index = re.search(r"\.(\d+)(?:\.|$)", path)
     return f"layer {index.group(1)} ({path}): " if index else f"{path}: " if path else ""
+
+
+def _of_ids(gm: fx.GraphModule, ids: fx.Node | None) -> list[fx.Node]:
+    """The token ids and the integers and booleans that are made of them."""
+    found = [ids] if ids is not None else []
+    for node in gm.graph.nodes:
+        value = tensor_of(node)
+        if value is not None and not value.is_floating_point() and any(n in found for n in node.all_input_nodes):
+            found.append(node)
+    return found
 
 
 def _unbacked(value: Tensor, sizes: dict[Any, int]) -> bool:

@@ -266,6 +266,22 @@ def test_what_was_proved_is_said() -> None:
     assert {1, 2, 3, 40, 41, 42, MOST} <= set(proof["lengths"]) and MOST in proof["rest"] and 1 in proof["whole"]
 
 
+def test_what_is_done_for_one_token_id_alone_is_seen() -> None:
+    """Of a large vocabulary random ids hardly ever hit the one that a model asks for."""
+
+    class Large(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte = nn.Embedding(50_000, WIDTH)
+
+        def embed(self, ids: Tensor) -> Tensor:
+            seen = (ids == 31_999).any(1, keepdim=True)
+            return super().embed(ids) + seen[..., None] * self.wte.weight[7]
+
+    with pytest.raises(UnsupportedModelError, match="must depend on one token"):
+        kvrewrite.transform(made(Large()), "full", budget=200)
+
+
 def test_less_can_be_checked() -> None:
     model = with_mix(lambda x: x + x.cummax(1).values)
     sites = kvrewrite.transform(model, "full", budget=200, check="sites").program.proof
