@@ -58,8 +58,22 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
     return longest[1]
 
 
-def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool:
-    """Whether two traces of a model that differ (one pads by nothing, say) give the same for texts of this size."""
+def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
+    """Why `program`, traced by `trace(rows, tokens)`, does not hold for one token, or for one row; "" where it does.
+
+    To torch a size of one is a constant from the start, so a branch on it is never noted: those sizes are traced by themselves.
+    A trace that the model raises for, or that can't be computed here, is no reason against it.
+    """
+    for size in ((rows, 1), (1, tokens)):
+        other = _traced(trace, size, "")
+        if other is not None and _same_results(program, other, *size) is False:
+            return _reason(size, (rows, tokens), "")
+    return ""
+
+
+def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:
+    """Whether two traces of a model that differ (one pads by nothing, say) give the same for texts of this size; None where that
+    can't be computed."""
     from kvrewrite.passes.evaluate import EvaluationError, Evaluator, StandIns
 
     stand_ins = StandIns()
@@ -77,7 +91,7 @@ def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool:
         try:
             results.append(Evaluator(program.graph, program.graph_module, stand_ins).result(inputs))
         except EvaluationError:
-            return False
+            return None
     pairs = zip(*(torch.utils._pytree.tree_leaves(r) for r in results))
     return all(
         isinstance(a, Tensor)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
-from kvrewrite.branches import program_text, without_branches
+from kvrewrite.branches import alone, program_text, without_branches
 from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, is_op, set_attr, symbol
@@ -545,10 +545,15 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                     def again(rows: int, tokens: int) -> Any:
                         return _trace(wrapper, tokens, vocab, first.device, rows)
 
+                    def once(rows: int, tokens: int) -> Any:
+                        return _trace(wrapper, tokens, vocab, first.device, rows, fixed=True)
+
                     try:
                         program = without_branches(program, again, TRACE_BATCH, trace_length)
                     except UnsupportedModelError as error:
                         branch = str(error)
+                    if not branch and not _of_transformers(model):
+                        branch = alone(program, once, TRACE_BATCH, trace_length)
                     if calls is not None:
                         calls.modules[:] = called
                 longest = _longest(program)
@@ -596,19 +601,23 @@ def _trace(
     return torch.export.export(wrapper, (ids, positions), dynamic_shapes=shapes, strict=False)
 
 
+def _of_transformers(model: nn.Module) -> bool:
+    """Whether a model's class is one of transformers' own."""
+    return is_transformers_model(model) and type(model).__module__.startswith("transformers.")
+
+
 def _check_state(wrapper: _LogitsOnly, program: Any, vocab: int, device: torch.device) -> None:
     """Refuses a model whose forward uses what an earlier call has left in its modules; transformers' modules leave nothing."""
-    model = wrapper.model_under_capture
-    if is_transformers_model(model) and type(model).__module__.startswith("transformers."):
+    if _of_transformers(wrapper.model_under_capture):
         return
 
     def again() -> str:
         return program_text(_trace(wrapper, TRACE_LENGTH, vocab, device))
 
-    def alone() -> Any:
+    def one_token() -> Any:
         return _trace(wrapper, 1, vocab, device, fixed=True)
 
-    attribute = depends_on_earlier_calls(wrapper.watch, program_text(program), again, alone)
+    attribute = depends_on_earlier_calls(wrapper.watch, program_text(program), again, one_token)
     if attribute is not None:
         raise UnsupportedModelError(
             f"the model keeps {attribute} from one call for the next: its result depends on what was called before, not on its "

@@ -23,6 +23,7 @@ from kvrewrite.passes.probe import EMPTY, FLOATS, widen
 aten = torch.ops.aten
 
 RANK = 8  # of the stand-in for a large weight
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError)  # of ops on arguments that they can't take
 LARGE = 1 << 16  # elements from which a weight gets one
 
 
@@ -160,10 +161,10 @@ class Evaluator:
         args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)  # type: ignore[assignment]
         try:
             out = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        except FAILURES as error:
             try:
                 out = _in_own_dtypes(node, args, kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            except FAILURES:
                 raise EvaluationError(node, str(error).splitlines()[0]) from error
         if is_op(node, *EMPTY):
             out = out.zero_()

@@ -221,6 +221,8 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "roll by two": lambda: with_mix(lambda x: x + x.roll(2, 1)),
     "running maximum": lambda: with_mix(lambda x: x + x.cummax(1).values),
     "the length": lambda: with_mix(lambda x: x / x.shape[1] * 30),
+    "one token is another matter": lambda: with_mix(lambda x: x * (2 if x.shape[1] == 1 else 1)),
+    "one row is another matter": lambda: with_mix(lambda x: x * (2 if x.shape[0] == 1 else 1)),
     "the batch size": lambda: with_mix(lambda x: x / x.shape[0]),
     "tokens seen as heads": lambda: with_mix(lambda x: x.reshape(x.shape[0], WIDTH, -1).mT),
     "rows mixed": lambda: with_mix(lambda x: x - x.mean(0, keepdim=True)),
