@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -72,9 +73,14 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
     owners: dict[tuple[fx.Node, fx.Node], int] = {}
     operands: dict[Any, fx.Node] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for attention in found:
         assert isinstance(attention, Attention)
-        for node in _source_nodes(captured, attention, len(sites), sizes, operands):
+        attention = _up_to_date(attention, replaced)
+        made = _source_nodes(captured, attention, len(sites), sizes, operands)
+        if RESULT in made[0].meta:
+            replaced[attention.replaced] = made[0].meta[RESULT]
+        for node in made:
             site = _site(attention, node, len(sites))
             assert isinstance(node.args[1], fx.Node) and isinstance(node.args[2], fx.Node)
             owner = owners.setdefault((node.args[1], node.args[2]), site.layer)
@@ -85,6 +91,17 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
     gm.graph.lint()
     gm.recompile()
     return sites
+
+
+def _up_to_date(attention: Attention, replaced: dict[fx.Node, fx.Node]) -> Attention:
+    """An attention that reads the result of another one, as it is now that this one has been replaced."""
+
+    def now(node: fx.Node) -> fx.Node:
+        return replaced.get(node, node)
+
+    q, k, v = (Operand(now(operand.node), operand.order) for operand in (attention.q, attention.k, attention.v))
+    ready_k, ready_v = (None if node is None else now(node) for node in attention.unrepeated)
+    return dataclasses.replace(attention, q=q, k=k, v=v, unrepeated=(ready_k, ready_v))
 
 
 def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:

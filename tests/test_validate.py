@@ -113,6 +113,11 @@ def per_head(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=((d >= 0) & (d < windows))[None])
 
 
+def chunks_per_head(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at, sizes = torch.arange(q.shape[2]), torch.tensor([8, 8, 16, 16])[:, None, None]
+    return attend(scores(q, k), v, (distance(q.shape[2]) >= 0) & (at[:, None] // sizes == at // sizes))
+
+
 def minus_1000(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k) - 1000.0 * (distance(q.shape[2]) < 0)).softmax(-1) @ v
 
@@ -194,6 +199,10 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "window by a float": lambda: with_core(seen_by(lambda d: d.float() <= 40.5)),
     "window by a shift": lambda: with_core(seen_by(lambda d: d >> 5 == 0)),
     "window by a logarithm": lambda: with_core(seen_by(lambda d: (d.clamp(min=0) + 1.0).log2() < 5.3)),
+    "attention of attention's result": lambda: with_core(
+        lambda self, q, k, v: causal(self, causal(self, q, k, v), k, v)
+    ),
+    "chunks of two sizes": lambda: with_core(chunks_per_head),
     "a mask of -1000": lambda: with_core(
         lambda self, q, k, v: (scores(q, k) - 1000.0 * (distance(q.shape[2]) < 0)).softmax(-1) @ v
     ),
