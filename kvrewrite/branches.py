@@ -8,6 +8,7 @@ the model raises, such texts were never for it; else it computes something else 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,9 @@ def _reason(size: tuple[int, int], usual: tuple[int, int], place: str) -> str:
 
 def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
     """The program for `size`, None where the model raises for it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what a model raises, which is no fault here
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return trace(*size)
     except UnsupportedModelError:
@@ -124,6 +128,8 @@ def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
                 "decides by the values in a tensor"
             ) from error
         return None
+    finally:
+        log.setLevel(level)
 
 
 def _sizes(program: Any) -> tuple[Any, Any, Any]:
