@@ -59,6 +59,19 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
     return longest[1]
 
 
+def shorter(model: int | None, graph: int | None, trace: Trace, rows: int) -> str:
+    """Why a graph for texts of up to `graph` tokens is not the model, for which `model` is the bound that its trace noted (None:
+    none); "" where it is. A model that raises for texts of several times that length has a bound of its own, a table's end."""
+    if graph is None or (model is not None and graph >= model):
+        return ""
+    if _traced(trace, (rows, 4 * graph), "") is None:
+        return ""
+    return (
+        f"the graph that was traced holds for texts of up to {graph} tokens only, and the model takes longer ones: an op in it "
+        f"does something else from {graph + 1} tokens on (such as `topk(min(n, length))`), and a graph holds for all texts"
+    )
+
+
 def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
     """Why `program`, traced by `trace(rows, tokens)`, does not hold for one token, or for one row; "" where it does.
 
@@ -90,7 +103,7 @@ def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:
                 user.get(spec.arg.name) if spec.target is None else stand_ins(spec.target, held[spec.target])
             )
         try:
-            results.append(Evaluator(program.graph, program.graph_module, stand_ins).result(inputs))
+            results.append(Evaluator(program.graph, program.graph_module, stand_ins).result(inputs, writes=False))
         except EvaluationError:
             return None
     pairs = zip(*(torch.utils._pytree.tree_leaves(r) for r in results))

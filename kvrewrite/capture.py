@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that the trace emits)
-from kvrewrite.branches import alone, program_text, without_branches
+from kvrewrite.branches import alone, program_text, shorter, without_branches
 from kvrewrite.composites import decompose
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.graph import clean_path, is_op, set_attr, symbol
@@ -529,7 +529,11 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 # torch's own use of what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-                program = _trace(wrapper, trace_length, vocab, first.device)
+
+                def again(rows: int, tokens: int) -> Any:
+                    return _trace(wrapper, tokens, vocab, first.device, rows)
+
+                program = again(TRACE_BATCH, trace_length)
                 if calls is not None and not calls.modules:
                     raise CaptureError(f"{type(model).__name__} does not use transformers' attention interface")
                 _check_state(wrapper, program, vocab, first.device)
@@ -541,9 +545,6 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                     program = _trace(wrapper, trace_length, vocab, first.device)
                 else:
                     called = list(calls.modules) if calls is not None else []
-
-                    def again(rows: int, tokens: int) -> Any:
-                        return _trace(wrapper, tokens, vocab, first.device, rows)
 
                     def once(rows: int, tokens: int) -> Any:
                         return _trace(wrapper, tokens, vocab, first.device, rows, fixed=True)
@@ -558,8 +559,10 @@ def _export(model: nn.Module, frontend: str, max_length: int | None, calls: _Int
                         calls.modules[:] = called
                 longest = _longest(program)
                 program = decompose(program)
-                # Of several, the first to be found is said.
-                branch = branch or _shorter(longest, _longest(program))
+                if not branch and not chunk:  # of several, the first to be found is said
+                    branch = shorter(longest, _longest(program), again, TRACE_BATCH)
+                    if calls is not None:
+                        calls.modules[:] = called
         except KVRewriteError:
             raise
         except Exception as error:  # torch.export raises many types; all mean that there is no graph
@@ -816,16 +819,6 @@ def _longest(program: Any) -> int | None:
     name = program.graph_signature.user_inputs[0]
     length = next(n for n in program.graph.nodes if n.name == name).meta["val"].shape[1]
     return _upper_bound(length) if isinstance(length, torch.SymInt) and length.node.maybe_as_int() is None else None
-
-
-def _shorter(model: int | None, graph: int | None) -> str:
-    """Why a graph for texts of up to `graph` tokens is not the model, which takes up to `model`; "" where it is."""
-    if graph is None or (model is not None and graph >= model):
-        return ""
-    return (
-        f"the graph that was traced holds for texts of up to {graph} tokens only, and the model takes longer ones: an op in it "
-        f"does something else from {graph + 1} tokens on (such as `topk(min(n, length))`), and a graph holds for all texts"
-    )
 
 
 def _upper_bound(size: torch.SymInt) -> int | None:

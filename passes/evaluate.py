@@ -139,10 +139,14 @@ class Evaluator:
                             values.pop(used, None)
         return {n: values[n] for n in wanted}
 
-    def result(self, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None) -> Any:
-        """What the graph returns; ops that write to their arguments are run, too."""
+    def result(
+        self, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None, *, writes: bool = True
+    ) -> Any:
+        """What the graph returns. writes: runs all ops that write to their arguments; else those alone whose memory is read for
+        what is returned."""
+        wanted = _nodes_in(self.output)
         written = [n for n in self.nodes if mutates(n)]
-        found = self(inputs, [*_nodes_in(self.output), *written], given)
+        found = self(inputs, [*wanted, *(written if writes else _read_again(wanted, written))], given)
         return fx.node.map_aggregate(self.output, lambda n: found[n] if isinstance(n, fx.Node) else n)
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Any]) -> Any:
@@ -174,6 +178,33 @@ class Evaluator:
 def _nodes_in(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_aggregate(value, lambda a: found.append(a) if isinstance(a, fx.Node) else None)
+    return found
+
+
+def _read_again(wanted: list[fx.Node], written: list[fx.Node]) -> list[fx.Node]:
+    """Those of the ops `written` that write to memory that `wanted` depends on."""
+    needed, found = ancestors(wanted), []
+    more = True
+    while more:
+        more = False
+        for node in written:
+            if node not in found and any(n in needed for n in _memory(node)):
+                found.append(node)
+                needed |= ancestors([node])
+                more = True
+    return found
+
+
+def _memory(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory an op writes to: its arguments, and what these are views of."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    todo = [a for a, s in zip(node.args, schema) if s.alias_info is not None and s.alias_info.is_write]
+    found: set[fx.Node] = set()
+    while todo:
+        at = todo.pop()
+        if isinstance(at, fx.Node) and at not in found:
+            found.add(at)
+            todo += at.all_input_nodes[:1]
     return found
 
 
