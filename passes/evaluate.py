@@ -204,7 +204,9 @@ def _memory(node: fx.Node) -> set[fx.Node]:
         at = todo.pop()
         if isinstance(at, fx.Node) and at not in found:
             found.add(at)
-            todo += at.all_input_nodes[:1]
+            results = at.target._schema.returns if isinstance(at.target, torch._ops.OpOverload) else ()
+            if any(r.alias_info is not None for r in results):  # a view
+                todo += at.all_input_nodes[:1]
     return found
 
 
