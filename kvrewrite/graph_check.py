@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -230,7 +231,8 @@ class _Check:
         _refuse_tensors(function, args, kwargs)
         _refuse_many_results(function, args, kwargs)
         try:
-            with self.sizes.mode, env.suppress_guards():
+            # The Python dispatcher: without it torch 2.11 takes sizes for numbers in composite ops (matmul).
+            with self.sizes.mode, env.suppress_guards(), enable_python_dispatcher():
                 return function(*args, **kwargs)
         except _UNKNOWN:
             return self._as_told(node)
