@@ -89,6 +89,8 @@ def walk(data: Any, pick: random.Random) -> tuple[Any, Any]:
 
 def mutate(data: Any, pick: random.Random) -> None:
     """One change somewhere."""
+    if not data:  # an earlier change took the last key
+        return
     at, key = walk(data, pick)
     value, kind = at[key], pick.randrange(10)
     if kind == 0 and isinstance(at, dict):
