@@ -97,8 +97,8 @@ def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:
     results = []
     for program in (one, other):
         inputs: dict[str, Any] = {}
+        held = {**program.state_dict, **program.constants}
         for spec in program.graph_signature.input_specs:
-            held = {**program.state_dict, **program.constants}
             inputs[spec.arg.name] = (
                 user.get(spec.arg.name) if spec.target is None else stand_ins(spec.target, held[spec.target])
             )

@@ -93,20 +93,10 @@ class StandIns:
 
 
 class Evaluator:
-    """Computes nodes of one graph. root: the module that holds what its `get_attr` nodes read.
+    """Computes nodes of one graph. root: the module that holds what its `get_attr` nodes read."""
 
-    instead: for nodes of these targets, a function of (node, arguments) that is called in the place of the op.
-    """
-
-    def __init__(
-        self,
-        graph: fx.Graph,
-        root: nn.Module,
-        stand_ins: Callable[[str, Any], Any],
-        instead: Mapping[Any, Callable[[fx.Node, tuple[Any, ...]], Any]] | None = None,
-    ):
-        self.graph, self.root, self.stand_ins = graph, root, stand_ins
-        self.instead = dict(instead or {})
+    def __init__(self, graph: fx.Graph, root: nn.Module, stand_ins: Callable[[str, Any], Any]):
+        self.root, self.stand_ins = root, stand_ins
         self.nodes = list(graph.nodes)
         self.output: Any = next(n for n in reversed(self.nodes) if n.op == "output").args[0]
 
@@ -132,11 +122,10 @@ class Evaluator:
                 continue
             if node not in values:
                 values[node] = self._compute(node, values, inputs)
-                if node not in held:
-                    for used in node.all_input_nodes:
-                        left[used] -= 1
-                        if left[used] <= 0 and used not in keep and used not in held:
-                            values.pop(used, None)
+                for used in node.all_input_nodes:
+                    left[used] -= 1
+                    if left[used] <= 0 and used not in keep and used not in held:
+                        values.pop(used, None)
         return {n: values[n] for n in wanted}
 
     def result(
@@ -155,13 +144,10 @@ class Evaluator:
         if node.op == "get_attr":
             return self.stand_ins(str(node.target), get_attr(self.root, str(node.target)))
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _argument(a, values))  # type: ignore[misc]
-        if node.target in self.instead:
-            return self.instead[node.target](node, args)
         if any(isinstance(a, ThinProduct) for a in args):
             found = _thin(node, args, kwargs)
             if found is not None:
                 return found
-            args = tuple(a.dense() if isinstance(a, ThinProduct) else a for a in args)
         args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)  # type: ignore[assignment]
         try:
             out = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -132,6 +132,8 @@ class _Validation:
         self.limit = captured.max_positions or FARTHEST
         self.generator = torch.Generator().manual_seed(11)
         self.special = self._special()
+        data = data_nodes(captured.graph)
+        self.starts = {source: self._starts(source, data) for source in self.sources}
 
     # ---------------------------------------------------------------------------------------------- inputs
     def _special(self) -> Tensor:
@@ -172,7 +174,7 @@ class _Validation:
         for name, sources in together.items():
             source = sources[0]
             replaced, result = self.snapshot.nodes[name], source.meta[RESULT]
-            starts = list(dict.fromkeys(n for s in sources for n in self._starts(s)))
+            starts = list(dict.fromkeys(n for s in sources for n in self.starts[s]))
             proof.sites += len(sources)
             names = [n.name for n in starts]
             key = "\n".join(subgraph_text(self.captured, [n], names, parameters=False) for n in (replaced, result))
@@ -186,13 +188,12 @@ class _Validation:
         proof.distinct = len(known)
         proof.lengths.sort()
 
-    def _starts(self, source: fx.Node) -> list[fx.Node]:
-        """The nodes, in both graphs, that a site's queries, keys and values are only moved from.
+    def _starts(self, source: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
+        """The nodes, in both graphs, that a site's queries, keys and values are only moved from. data: those that depend on ids.
 
         Where the model repeats kv heads and canonicalizing takes one of each, what is repeated is whatever lies between the
         projection and the attention (RoPE, say), so there it is the projection.
         """
-        data = data_nodes(self.captured.graph)
         found: dict[fx.Node, None] = {}
         todo = [(n, False) for n in source.args[:3] if isinstance(n, fx.Node)]
         seen: set[tuple[fx.Node, bool]] = set()
@@ -262,10 +263,10 @@ class _Validation:
         if not any(n.name not in self.snapshot.nodes and tensor_of(n) is not None for n in self.after.nodes):
             return  # no pass has put anything into the graph: it is the captured one
         output = _only(self.after.output)
-        watched = [n for source in self.sources for n in self._starts(source)]
+        watched = [n for source in self.sources for n in self.starts[source]]
         pairs = {n: self.snapshot.nodes[n.name] for n in dict.fromkeys(watched)}
         pairs[output] = _only(self.before.output)
-        layers = {n: _layer(source) for source in reversed(self.sources) for n in self._starts(source)}
+        layers = {n: _layer(source) for source in reversed(self.sources) for n in self.starts[source]}
         for length in self._rest_lengths():
             inputs = self._inputs(self._ids(2 if length <= max(LENGTHS) else 1, length))
             cut = {
