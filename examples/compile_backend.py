@@ -4,8 +4,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-import kvrewrite.backend  # only for a checkout that is not installed: registers the backend's name
-from kvrewrite.cache import CACHE_NAME
+import kvrewrite.dynamo.backend  # only for a checkout that is not installed: registers the backend's name
+from kvrewrite.cache.eviction_cache import CACHE_NAME
 
 torch.manual_seed(0)
 config = LlamaConfig(

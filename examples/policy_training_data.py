@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrewrite.assets import small_model
-from kvrewrite.evaluation import tasks
+from kvrewrite.tools.evaluation import tasks
 
 FIRST_SEED = 10**9
 KNOWN = [name for name in tasks.TASKS if name not in tasks.UNKNOWN_TO_SMALL]

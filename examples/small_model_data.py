@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from kvrewrite.evaluation import tasks
-from kvrewrite.evaluation.words import ADJECTIVES, NOUNS
+from kvrewrite.tools.evaluation import tasks
+from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
 BOS, EOS, PAD = 0, 1, 2
 KINDS = ["copy", "text", *tasks.TASKS]

@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvrewrite.api import convert, inspect, load, transform
-    from kvrewrite.backend import new_cache
-    from kvrewrite.cache import EvictionCache
-    from kvrewrite.model import RewrittenModel
+    from kvrewrite.cache.eviction_cache import EvictionCache
+    from kvrewrite.dynamo.backend import new_cache
+    from kvrewrite.runtime.model import RewrittenModel
     from kvrewrite.verification import verify
 
 _WHERE = {
@@ -26,9 +26,9 @@ _WHERE = {
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
     "verify": "kvrewrite.verification",
-    "new_cache": "kvrewrite.backend",
-    "EvictionCache": "kvrewrite.cache",
-    "RewrittenModel": "kvrewrite.model",
+    "new_cache": "kvrewrite.dynamo.backend",
+    "EvictionCache": "kvrewrite.cache.eviction_cache",
+    "RewrittenModel": "kvrewrite.runtime.model",
 }
 
 __all__ = [

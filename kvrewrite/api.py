@@ -17,20 +17,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvrewrite import policies
-from kvrewrite.capture import Captured, capture, is_transformers_model
-from kvrewrite.card import model_card
+from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, plan_memory
+from kvrewrite.analysis.model_card import model_card
+from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
+from kvrewrite.capture.frontend import Captured, capture, is_transformers_model
+from kvrewrite.capture.third_party import AdapterWatch, has_adapters, quantized_weights, unwrap
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.memory import MemoryPlan, carried_bytes, plan_memory
+from kvrewrite.ir.program import Program
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.validate import require_check
 from kvrewrite.passes.pipeline import Observer, canonical, insert
-from kvrewrite.passes.validate import require_check
 from kvrewrite.policies import Policy
-from kvrewrite.program import Program
-from kvrewrite.site import AttentionSite
-from kvrewrite.stand_ins import capture_on_devices, devices_of
-from kvrewrite.wrapped import AdapterWatch, has_adapters, quantized_weights, unwrap
 
 if TYPE_CHECKING:
-    from kvrewrite.model import RewrittenModel
+    from kvrewrite.runtime.model import RewrittenModel
 
 Progress = Callable[[str], None]
 Weights = str | Path | Mapping[str, Tensor] | None
@@ -53,7 +53,7 @@ def _read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, 
     if weights is None:
         return None
     if isinstance(weights, (str, Path)):
-        from kvrewrite.policy_weights import read_policy_weights
+        from kvrewrite.policies.weights import read_policy_weights
 
         return read_policy_weights(weights)
     return weights, {}
@@ -68,7 +68,7 @@ def _compile(
     progress: Progress,
     check: str = "full",
 ) -> Program:
-    from kvrewrite.translation import prove_whole, reference_logits
+    from kvrewrite.runtime.translation import prove_whole, reference_logits
 
     progress("finding attention and proving it" if check != "off" else "finding attention")
     with _float32():
@@ -122,7 +122,7 @@ def transform(
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError, each with the layer and the reason.
     """
-    from kvrewrite.model import RewrittenModel
+    from kvrewrite.runtime.model import RewrittenModel
 
     chosen = policies.make(policy, **options)
     model = unwrap(model)
@@ -200,11 +200,11 @@ def convert(
     any number of rows from 2 on. check: as for `transform`; weights have no data here, so random ones stand in for all of them.
     The rest as `transform`.
     """
-    from kvrewrite.ahead import check_kind, compile_ahead
-    from kvrewrite.artifact import check_destination, companion_files, write_artifact
-    from kvrewrite.checkpoint import Checkpoint, read_json
-    from kvrewrite.conversion import build_on_meta, parameter_sources
-    from kvrewrite.stand_ins import capture_on_meta
+    from kvrewrite.artifact.checkpoint import Checkpoint, read_json
+    from kvrewrite.artifact.directory import check_destination, companion_files, write_artifact
+    from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+    from kvrewrite.capture.fake_parameters import capture_on_meta
+    from kvrewrite.runtime.aot import check_kind, compile_ahead
 
     check_kind(compile, compile_device)
     require_check(check)
@@ -261,14 +261,14 @@ def load(
     has compiled (`convert(compile="aot")`), which is native code: only from whom you would run code. Without it they are left
     alone, and a warning says so. Raises ArtifactError.
     """
-    from kvrewrite import artifact
+    from kvrewrite.artifact import directory as artifact
 
     directory = Path(directory)
     if verify_hashes:
         artifact.verify_hashes(directory)
     model, manifest = _load(directory, device)
     if trust_compiled:
-        from kvrewrite.ahead import load_ahead
+        from kvrewrite.runtime.aot import load_ahead
 
         model.__dict__["_execution"] = load_ahead(model, directory, manifest)
     elif "compiled" in manifest:
@@ -282,12 +282,12 @@ def load(
 
 def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
     """The model of a directory, and its manifest."""
-    from kvrewrite import artifact
+    from kvrewrite.artifact import directory as artifact
 
     program, manifest = artifact.read_artifact(directory, device)
     # After it: these take seconds to import, which pass while weights are on their way to a GPU.
-    from kvrewrite.companions import read_config, read_generation_config
-    from kvrewrite.model import RewrittenModel
+    from kvrewrite.artifact.companions import read_config, read_generation_config
+    from kvrewrite.runtime.model import RewrittenModel
 
     config = read_config(directory)
     generation_config = read_generation_config(directory, manifest["files"])
@@ -321,10 +321,10 @@ def save(
 
     compile, compile_batch: as for `convert`, for the device that the model is on.
     """
-    from kvrewrite.ahead import check_kind, compile_ahead
-    from kvrewrite.artifact import check_destination, companion_files, read_manifest, write_artifact
-    from kvrewrite.checkpoint import Checkpoint, read_json
-    from kvrewrite.conversion import parameter_sources
+    from kvrewrite.artifact.checkpoint import Checkpoint, read_json
+    from kvrewrite.artifact.directory import check_destination, companion_files, read_manifest, write_artifact
+    from kvrewrite.artifact.meta_model import parameter_sources
+    from kvrewrite.runtime.aot import check_kind, compile_ahead
 
     out, program, source = Path(out).resolve(), model.program, model.source
     check_kind(compile, model.device)
@@ -403,8 +403,8 @@ def inspect(
         model = unwrap(model)
         several = len(devices_of(model)) > 1
         return _canonical((capture_on_devices if several else capture)(model, max_length=max_length), observe)
-    from kvrewrite.conversion import build_on_meta
-    from kvrewrite.stand_ins import capture_on_meta
+    from kvrewrite.artifact.meta_model import build_on_meta
+    from kvrewrite.capture.fake_parameters import capture_on_meta
 
     built, _ = build_on_meta(Path(model))
     return _canonical(capture_on_meta(built, max_length=max_length), observe)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.capture import attention_implementation
+from kvrewrite.capture.frontend import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
+from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy
 from kvrewrite.policies.full import Full
-from kvrewrite.site import AttentionSite
 
 if TYPE_CHECKING:
-    from kvrewrite.model import RewrittenModel
+    from kvrewrite.runtime.model import RewrittenModel
 
 # Largest accepted |difference|, relative to the largest |logit| of the reference.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -98,8 +98,8 @@ def _directory(
     device: torch.device, say: Progress,
 ) -> None:  # fmt: skip
     """The checks of a model directory. Original and rewritten model are never in memory together."""
-    from kvrewrite import artifact
     from kvrewrite.api import load
+    from kvrewrite.artifact import directory as artifact
 
     manifest = artifact.read_manifest(directory)
     report.dtype, report.sites = manifest["dtype"], len(manifest["sites"])
@@ -158,7 +158,7 @@ def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Modu
     """The directory as stock transformers sees it; None for a foreign module, which it can't open."""
     from transformers import AutoModelForCausalLM
 
-    from kvrewrite.checkpoint import read_json
+    from kvrewrite.artifact.checkpoint import read_json
 
     if not read_json(directory / "config.json").get("model_type"):
         return None

@@ -16,27 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture import Captured
+from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.graph import placeholder
-from kvrewrite.logs import PassLog
-from kvrewrite.passes.cache_latent import cache_latent
-from kvrewrite.passes.canonicalize import canonicalize, check_no_scores
-from kvrewrite.passes.carry_state import carry_state
-from kvrewrite.passes.check import check as check_mixing
-from kvrewrite.passes.evaluate import StandIns
-from kvrewrite.passes.find_latent import Latent, find_latent
-from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
-from kvrewrite.passes.insert_cache import insert_cache, site_nodes
-from kvrewrite.passes.insert_policy import PREFIX, SiteHook, attach_weights
-from kvrewrite.passes.lift_positions import lift_positions, limit_positions
-from kvrewrite.passes.normalize import normalize
-from kvrewrite.passes.place import place
-from kvrewrite.passes.validate import Snapshot, require_check, validate
+from kvrewrite.ir.evaluate import StandIns
+from kvrewrite.ir.fx import placeholder
+from kvrewrite.ir.pass_log import PassLog
+from kvrewrite.ir.program import Program
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.canonicalize import canonicalize, check_no_scores
+from kvrewrite.passes.canonical.carry_state import carry_state
+from kvrewrite.passes.canonical.check import check as check_mixing
+from kvrewrite.passes.canonical.find_latent import Latent, find_latent
+from kvrewrite.passes.canonical.find_rope import NoRope, Rope, find_rope
+from kvrewrite.passes.canonical.lift_positions import lift_positions, limit_positions
+from kvrewrite.passes.canonical.normalize import normalize
+from kvrewrite.passes.canonical.validate import Snapshot, require_check, validate
+from kvrewrite.passes.insert.cache import insert_cache, site_nodes
+from kvrewrite.passes.insert.devices import place
+from kvrewrite.passes.insert.latent import cache_latent
+from kvrewrite.passes.insert.policy import PREFIX, SiteHook, attach_weights
 from kvrewrite.policies import Policy
-from kvrewrite.policy_weights import check_policy_weights
-from kvrewrite.program import Program
-from kvrewrite.site import AttentionSite
+from kvrewrite.policies.weights import check_policy_weights
 
 Observer = Callable[[str, fx.GraphModule], None]
 
@@ -44,7 +44,7 @@ Observer = Callable[[str, fx.GraphModule], None]
 def canonical(captured: Captured, observe: Observer | None = None, check: str = "full") -> list[AttentionSite]:
     """Runs everything up to the canonical graph, in place, and returns the sites found; policy-independent.
 
-    check: what is proved by running (`passes/validate.py`): "full", "sites" or "off". What was proved is left in
+    check: what is proved by running (`passes/canonical/validate.py`): "full", "sites" or "off". What was proved is left in
     `captured.proof`.
     """
     require_check(check)

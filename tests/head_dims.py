@@ -15,9 +15,9 @@ from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.errors import OptionError
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.reference import pages
-from kvrewrite.kernels.reference.quantize import KINDS, Scheme
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
+from kvrewrite.ops.dispatch import kernels
 from tests.test_kernel_decode import PAGE, page_table, paged
 from tests.test_kernel_quantized_decode import Cache as QuantizedCache
 from tests.test_kernel_quantized_decode import Case as QuantizedCase

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 from kvrewrite import policies
 from kvrewrite.api import _facts, _foreign_config
-from kvrewrite.capture import Captured, capture, is_transformers_model
-from kvrewrite.model import RewrittenModel
+from kvrewrite.capture.frontend import Captured, capture, is_transformers_model
+from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, insert
-from kvrewrite.site import AttentionSite
+from kvrewrite.runtime.model import RewrittenModel
 from tests.foreign import FOREIGN, make_foreign
 from tests.zoo import make
 

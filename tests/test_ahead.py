@@ -18,9 +18,11 @@ from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
 import kvrewrite
-from kvrewrite import ahead, artifact, cli
+from kvrewrite.artifact import directory as artifact
+from kvrewrite.cli import app as cli
 from kvrewrite.errors import ArtifactError, CaptureError, InputError, OptionError
-from kvrewrite.graph import get_attr
+from kvrewrite.ir.fx import get_attr
+from kvrewrite.runtime import aot
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("ahead")  # whose fixtures are made once
@@ -96,7 +98,7 @@ def test_the_same_tokens_and_only_on_trust(out: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         fast = kvrewrite.load(out, trust_compiled=True)
     assert plain.__dict__["_execution"] is None
-    assert isinstance(fast.__dict__["_execution"], ahead.CompiledSteps)
+    assert isinstance(fast.__dict__["_execution"], aot.CompiledSteps)
     prompt, token = ids(1, 90), ids(1, 2)[:, :1]
     expected, found = plain.prefill(prompt), fast.prefill(prompt)
     difference = fast(token, past_key_values=found).logits - plain(token, past_key_values=expected).logits
@@ -192,7 +194,7 @@ def test_what_inductor_can_not_do_leaves_nothing_behind(
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     nothing = SimpleNamespace(prefill=None, decode=None, policy=small.program.policy)
-    monkeypatch.setattr(ahead, "export_steps", lambda model, *, batch_size: made.append(f"{batch_size}") or nothing)
+    monkeypatch.setattr(aot, "export_steps", lambda model, *, batch_size: made.append(f"{batch_size}") or nothing)
     with pytest.raises(
         CaptureError, match=r"can't compile the prefill step of streaming_llm for cpu.*no C\+\+ compiler"
     ):
@@ -207,7 +209,7 @@ def test_usage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
         with pytest.raises(OptionError, match=r"torch 2\.11\.0\+cu130 crashes.*on a GPU.*call compile\(\)"):
             kvrewrite.convert(base, tmp_path / "no", compile="aot", compile_device="cuda")
-        ahead.check_kind("aot", "cpu")
+        aot.check_kind("aot", "cpu")
     assert not (tmp_path / "no").exists()
     done = CliRunner().invoke(cli.main, ["convert", str(base), "--dry-run", "--compile", "aot"])
     assert done.exit_code == 2 and "--compile writes to --out" in done.stderr
@@ -216,7 +218,7 @@ def test_usage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(ahead.reason_against(torch.device("cuda"))), reason="refused with this torch")
+@pytest.mark.skipif(bool(aot.reason_against(torch.device("cuda"))), reason="refused with this torch")
 def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
     """Compiled there, loaded there: the answers of the model op by op, with kernels in the package's steps; not on a CPU."""
     kvrewrite.convert(base, tmp_path / "out", compile="aot", compile_device="cuda", **STREAMING)
@@ -225,7 +227,7 @@ def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="compiled steps, which were not loaded"):
         plain = kvrewrite.load(tmp_path / "out", device="cuda")
     fast = kvrewrite.load(tmp_path / "out", device="cuda", trust_compiled=True)
-    assert isinstance(fast.__dict__["_execution"], ahead.CompiledSteps)
+    assert isinstance(fast.__dict__["_execution"], aot.CompiledSteps)
     prompt = ids(1, 150).cuda()
     caches = [m.prefill(prompt) for m in (plain, fast)]
     for token in ids(1, 9).cuda().split(1, dim=1):

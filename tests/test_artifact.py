@@ -18,15 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from kvrewrite import artifact, publishing
-from kvrewrite.artifact import companion_files, read_artifact, read_manifest, verify_hashes, write_artifact
-from kvrewrite.checkpoint import Checkpoint
-from kvrewrite.conversion import build_on_meta, parameter_sources
+from kvrewrite.artifact import directory as artifact
+from kvrewrite.artifact import publishing
+from kvrewrite.artifact.checkpoint import Checkpoint
+from kvrewrite.artifact.directory import companion_files, read_artifact, read_manifest, verify_hashes, write_artifact
+from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph_io import graph_to_dict
-from kvrewrite.program import Program
-from kvrewrite.site import AttentionSite
-from kvrewrite.stand_ins import capture_on_meta
+from kvrewrite.ir.program import Program
+from kvrewrite.ir.serialize import graph_to_dict
+from kvrewrite.ir.site import AttentionSite
 from tests.zoo import VOCAB, make
 
 aten = torch.ops.aten
@@ -196,7 +197,7 @@ def test_a_real_model_from_meta(tmp_path: Path) -> None:
     write_artifact(tmp_path / "out", made, base=checkpoint, config=checkpoint.config, recipes=recipes)
     shutil.rmtree(tmp_path / "base")
     code = (
-        "import sys; from kvrewrite.artifact import read_artifact; read_artifact(sys.argv[1]);"
+        "import sys; from kvrewrite.artifact.directory import read_artifact; read_artifact(sys.argv[1]);"
         "print([m for m in sys.modules if m.startswith('transformers.models.') and 'modeling_' in m])"
     )
     ran = subprocess.run(

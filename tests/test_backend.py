@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import kvrewrite
-from kvrewrite import appending, backend
-from kvrewrite.backend_cache import StockState
-from kvrewrite.cache import CACHE_NAME
+from kvrewrite.cache.eviction_cache import CACHE_NAME
+from kvrewrite.dynamo import append_tokens, backend
+from kvrewrite.dynamo.caches import StockState
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from tests.rewritten import build, original, rewritten
 from tests.zoo import VOCAB
@@ -142,10 +142,10 @@ def test_single_tokens_only_join(model: Any, monkeypatch: pytest.MonkeyPatch, de
     """Where prompts alone are evicted from, every single token takes the short way, in both of its forms, also across pages and
     between prompts: the tokens and positions of `transform`."""
     options: dict[str, Any] = {"budget": 44, "window": 4 + dense}  # another rewrite for each form
-    lower, steps = appending.lower_append, []
-    monkeypatch.setattr(appending, "lower_append", lambda gm, classes, **_: lower(gm, classes, dense=dense))
-    short = appending.AppendRunner.step
-    monkeypatch.setattr(appending.AppendRunner, "step", lambda *a: (steps.append(1), short(*a))[1])
+    lower, steps = append_tokens.lower_append, []
+    monkeypatch.setattr(append_tokens, "lower_append", lambda gm, classes, **_: lower(gm, classes, dense=dense))
+    short = append_tokens.AppendRunner.step
+    monkeypatch.setattr(append_tokens.AppendRunner, "step", lambda *a: (steps.append(1), short(*a))[1])
     prompt, turn = ids(2, 51), ids(2, 7, seed=3)
     mask = torch.ones_like(prompt)
     mask[1, :5] = 0

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, LlamaForCausalLM, LogitsProcessor
 
 import kvrewrite
-from kvrewrite import backend
-from kvrewrite.backend_cache import BackendCache, type_for
-from kvrewrite.backend_graphs import is_token_wise
-from kvrewrite.cache import CACHE_NAME
+from kvrewrite.cache.eviction_cache import CACHE_NAME
+from kvrewrite.dynamo import backend
+from kvrewrite.dynamo.caches import BackendCache, type_for
+from kvrewrite.dynamo.graphs import is_token_wise
 from kvrewrite.errors import CacheError, UnsupportedModelError
 from tests.coverage import measure
 from tests.foreign import HIDDEN, VOCAB, Decoder, Projections

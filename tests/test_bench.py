@@ -10,14 +10,15 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from kvrewrite import cli, policies
-from kvrewrite.benchmark import report, roofline, run, shapes
-from kvrewrite.benchmark.measure import Options, spread
-from kvrewrite.benchmark.run import Settings
-from kvrewrite.cli_bench import parse_bytes, register
+from kvrewrite import policies
+from kvrewrite.cli import app as cli
+from kvrewrite.cli.bench import parse_bytes, register
 from kvrewrite.errors import OptionError
-from kvrewrite.evaluation.run import PolicySpec
-from kvrewrite.site import AttentionSite
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.tools.benchmark import report, roofline, run, shapes
+from kvrewrite.tools.benchmark.measure import Options, spread
+from kvrewrite.tools.benchmark.run import Settings
+from kvrewrite.tools.evaluation.run import PolicySpec
 
 if "bench" not in cli.main.commands:
     register(cli.main)
@@ -152,8 +153,8 @@ def test_what_would_take_too_long_is_left_out(monkeypatch):
 
 
 def test_eager_attention_that_does_not_fit_and_no_kvpress(monkeypatch):
-    monkeypatch.setattr("kvrewrite.benchmark.baselines._free_bytes", lambda device, limit: 1 << 10)
-    monkeypatch.setattr("kvrewrite.benchmark.baselines.has_kvpress", lambda: False)
+    monkeypatch.setattr("kvrewrite.tools.benchmark.baselines._free_bytes", lambda device, limit: 1 << 10)
+    monkeypatch.setattr("kvrewrite.tools.benchmark.baselines.has_kvpress", lambda: False)
     found = run.bench(
         Settings("tiny", SETTINGS.policies[:0], contexts=(32,), baselines=("eager", "kvpress"), options=OPTIONS)
     )
@@ -194,7 +195,7 @@ def test_tables_fit_80_columns(results):
 
 def test_plot(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from kvrewrite.benchmark.plot import draw
+    from kvrewrite.tools.benchmark.plot import draw
 
     figure = draw(results[0], tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")

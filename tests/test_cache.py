@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.pages import PAGE
 from kvrewrite.errors import CacheError
-from kvrewrite.pages import PAGE
 from tests.rewritten import original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")

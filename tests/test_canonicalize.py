@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvrewrite import capture as capture_module
-from kvrewrite.capture import Captured, capture
+from kvrewrite.capture import frontend as capture_module
+from kvrewrite.capture.frontend import Captured, capture
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import ancestors, tensor_of
-from kvrewrite.passes.canonicalize import SOURCE, canonicalize, check_no_scores
-from kvrewrite.passes.find_attention import NoAttention, classify, fit
-from kvrewrite.passes.normalize import normalize
-from kvrewrite.site import AttentionSite
+from kvrewrite.ir.fx import ancestors, tensor_of
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.canonicalize import SOURCE, canonicalize, check_no_scores
+from kvrewrite.passes.canonical.find_attention import NoAttention, classify, fit
+from kvrewrite.passes.canonical.normalize import normalize
 from tests.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
 from tests.rewritten import original, traced
 from tests.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make

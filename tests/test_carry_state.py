@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
+from kvrewrite.analysis.memory import carried_bytes, plan_memory
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.execution import reason_against_graphs
-from kvrewrite.kernels.reference import recurrence
-from kvrewrite.memory import carried_bytes, plan_memory
+from kvrewrite.kernels.recurrence import reference
+from kvrewrite.runtime.parts import reason_against_graphs
 from tests.rewritten import captured, logits, original, rewrite, rewritten
 from tests.test_refusals import Decoder
 from tests.zoo import VOCAB
@@ -61,7 +61,7 @@ def token_by_token(
 def test_linear_scan(length: int, by_channel: bool, delta: bool) -> None:
     *given, state = scan_inputs(length, by_channel, delta)
     expected, last = token_by_token(*given, state)
-    got, end = recurrence.linear_scan(*given, state)
+    got, end = reference.linear_scan(*given, state)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(end, last, rtol=0, atol=1e-12)
 
@@ -69,7 +69,7 @@ def test_linear_scan(length: int, by_channel: bool, delta: bool) -> None:
 def test_decays_of_any_size_overflow_nothing() -> None:
     *given, state = scan_inputs(100, True, True)
     given[3] = given[3] * 1000
-    got, end = recurrence.linear_scan(*given, state)
+    got, end = reference.linear_scan(*given, state)
     expected, last = token_by_token(*given, state)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(end, last, rtol=0, atol=1e-12)

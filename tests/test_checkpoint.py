@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvrewrite.checkpoint import Checkpoint, check_recipe, load_parameters, put_tensors, read_header
-from kvrewrite.conversion import build_on_meta, parameter_sources
+from kvrewrite.artifact.checkpoint import Checkpoint, check_recipe, load_parameters, put_tensors, read_header
+from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import get_attr
-from kvrewrite.graph_io import graph_to_dict, retarget_device
-from kvrewrite.stand_ins import capture_on_meta
+from kvrewrite.ir.fx import get_attr
+from kvrewrite.ir.serialize import graph_to_dict, retarget_device
 from tests.rewritten import traced
 from tests.zoo import FAMILIES, VOCAB, make
 

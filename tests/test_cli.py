@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kvrewrite import cli
+from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
 from tests.tiny import make_checkpoint
 
@@ -61,7 +61,7 @@ def test_convert_leaves_the_weights_alone(base, converted):
 def test_generate_in_a_new_process_needs_no_model_code(converted):
     script = (
         "import sys\n"
-        "from kvrewrite.cli import main\n"
+        "from kvrewrite.cli.app import main\n"
         "main(['generate', sys.argv[1], '--prompt', 'The quick brown fox ' * 6, '--max-new-tokens', '5'],"
         " standalone_mode=False)\n"
         "found = [m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m]\n"
@@ -317,7 +317,7 @@ def test_import_published(tmp_path):
 
 
 def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
-    from kvrewrite import artifact
+    from kvrewrite.artifact import directory as artifact
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -331,7 +331,7 @@ def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
 
 def test_help_loads_neither_torch_nor_transformers():
     script = (
-        "import sys\nfrom kvrewrite.cli import main\n"
+        "import sys\nfrom kvrewrite.cli.app import main\n"
         "main(['convert', '--help'], standalone_mode=False)\nmain(['policies'], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)\n"
     )
@@ -340,7 +340,7 @@ def test_help_loads_neither_torch_nor_transformers():
 
 
 def test_demo(tmp_path):
-    script = "import sys, pathlib\nfrom kvrewrite.demo import run\nrun(pathlib.Path(sys.argv[1]), questions=0)\n"
+    script = "import sys, pathlib\nfrom kvrewrite.tools.demo import run\nrun(pathlib.Path(sys.argv[1]), questions=0)\n"
     done = process("-c", script, str(tmp_path / "demo"))
     assert done.returncode == 0, done.stderr
     assert "trained to find things" in done.stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.pages import PAGE
+from kvrewrite.cache.pages import PAGE
 from tests.rewritten import captured, original, rewrite, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")

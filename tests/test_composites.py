@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kvrewrite.capture
-from kvrewrite.capture import Captured, capture
-from kvrewrite.composites import decompose
-from kvrewrite.graph import fingerprint, mutates
-from kvrewrite.in_place import functionalize
+import kvrewrite.capture.frontend
+from kvrewrite.capture.decompose import decompose
+from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.functionalize import functionalize
+from kvrewrite.ir.fx import fingerprint, mutates
 from kvrewrite.passes.pipeline import canonical
 from tests.rewritten import build
 
@@ -30,9 +30,9 @@ def test_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = build(name), []
     for own in (False, True):
         if not own:
-            monkeypatch.setattr(kvrewrite.capture, "decompose", lambda program: program.run_decompositions({}))
+            monkeypatch.setattr(kvrewrite.capture.frontend, "decompose", lambda program: program.run_decompositions({}))
         else:
-            monkeypatch.setattr(kvrewrite.capture, "decompose", decompose)
+            monkeypatch.setattr(kvrewrite.capture.frontend, "decompose", decompose)
         captured = capture(model)
         sites = canonical(captured)
         names = [n.target for n in captured.graph.graph.nodes if n.op == "placeholder"]

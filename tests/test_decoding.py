@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.decoding import DecodeRunner
-from kvrewrite.execution import Execution
-from kvrewrite.passes.lower import fold, lower_prefill
-from kvrewrite.prefilling import PrefillRunner
-from kvrewrite.prefilling import reason_against as reason_against_chunks
+from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.parts import Execution
+from kvrewrite.runtime.prompt_graph import PrefillRunner
+from kvrewrite.runtime.prompt_graph import reason_against as reason_against_chunks
 from tests.rewritten import captured, original, rewrite, rewritten
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [

@@ -12,14 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kvrewrite import cli
-from kvrewrite.cli_eval import parse_budget, parse_policies, split_policy
+from kvrewrite.cli import app as cli
+from kvrewrite.cli.evaluate import parse_budget, parse_policies, split_policy
 from kvrewrite.errors import OptionError
-from kvrewrite.evaluation import intervals, run
-from kvrewrite.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
-from kvrewrite.evaluation.run import Arm, PolicySpec, Settings, Source, arms
 from kvrewrite.policies import POLICIES
-from kvrewrite.prompts import join_question
+from kvrewrite.policies.question import join_question
+from kvrewrite.tools.evaluation import intervals, run
+from kvrewrite.tools.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
+from kvrewrite.tools.evaluation.run import Arm, PolicySpec, Settings, Source, arms
 from tests.tiny import TEXT, make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("eval")  # whose fixtures are made once
@@ -276,7 +276,7 @@ def test_tables_fit_their_terminal(base, oracle):
 
     from rich.console import Console
 
-    from kvrewrite.evaluation.report import tables
+    from kvrewrite.tools.evaluation.report import tables
 
     results = run.evaluate(settings(base, PolicySpec("h2o", {"budget": 500}), modes=("aware",)))
     for width, count in ((100, 1), (70, 2)):

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
 from kvrewrite.errors import OptionError
-from kvrewrite.execution import Execution
-from kvrewrite.graph import is_op
-from kvrewrite.kernel_choice import fused, kernels
-from kvrewrite.passes.lower import _half_split, fold, lower_prefill, without_logits
-from kvrewrite.passes.partition import partition
+from kvrewrite.ir.fx import is_op
+from kvrewrite.ops.dispatch import fused, kernels
+from kvrewrite.passes.lower.decode import _half_split, fold, lower_prefill, without_logits
+from kvrewrite.passes.lower.partition import partition
+from kvrewrite.runtime.parts import Execution
 from tests.rewritten import captured, original, rewrite, rewritten
 
 

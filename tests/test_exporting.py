@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.exporting import export_steps, load_steps
+from kvrewrite.runtime.exported import export_steps, load_steps
 from tests.rewritten import rewritten
 
 pytestmark = pytest.mark.xdist_group("exporting")  # whose fixtures are made once

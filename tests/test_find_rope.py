@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvrewrite.graph import placeholder, tensor_of
-from kvrewrite.passes.find_rope import NoRope, Rope, find_rope
-from kvrewrite.passes.insert_cache import site_nodes
+from kvrewrite.ir.fx import placeholder, tensor_of
+from kvrewrite.passes.canonical.find_rope import NoRope, Rope, find_rope
+from kvrewrite.passes.insert.cache import site_nodes
 from tests.foreign import FOREIGN
 from tests.rewritten import captured
 from tests.zoo import FAMILIES

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture import capture
-from kvrewrite.graph import get_attr, set_attr
-from kvrewrite.passes.fold_heads import fold_heads
-from kvrewrite.passes.insert_policy import PREFIX
+from kvrewrite.capture.frontend import capture
+from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.passes.insert.policy import PREFIX
+from kvrewrite.passes.lower.fold_heads import fold_heads
 from kvrewrite.passes.pipeline import canonical
 from tests.rewritten import build, rewrite
 from tests.test_fuse_linears import with_biases

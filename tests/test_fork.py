@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import CacheError
-from kvrewrite.training.data import Encoder
+from kvrewrite.tools.training.data import Encoder
 from tests.rewritten import rewritten
 from tests.test_cache import GREEDY, check_pages, tokens
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture import capture
-from kvrewrite.graph import set_attr
-from kvrewrite.linear_ops import ACTIVATIONS, MAX_WEIGHTS, gated_linear, linear_add, linears
-from kvrewrite.passes.fold_heads import fold_heads
-from kvrewrite.passes.fuse_linears import fuse_linears
+from kvrewrite.capture.frontend import capture
+from kvrewrite.ir.fx import set_attr
+from kvrewrite.ops.linear import ACTIVATIONS, MAX_WEIGHTS, gated_linear, linear_add, linears
+from kvrewrite.passes.lower.fold_heads import fold_heads
+from kvrewrite.passes.lower.fuse_linears import fuse_linears
 from kvrewrite.passes.pipeline import canonical
 from tests.rewritten import build, captured, original, rewrite
 

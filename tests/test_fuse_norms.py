@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from kvrewrite.capture import capture
-from kvrewrite.graph import set_attr
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.passes.fuse_linears import fuse_linears
-from kvrewrite.passes.fuse_norms import fuse_norms
-from kvrewrite.passes.lower import fold, lower_decode
+from kvrewrite.capture.frontend import capture
+from kvrewrite.ir.fx import set_attr
+from kvrewrite.ops.dispatch import kernels
+from kvrewrite.passes.lower.decode import fold, lower_decode
+from kvrewrite.passes.lower.fuse_linears import fuse_linears
+from kvrewrite.passes.lower.fuse_norms import fuse_norms
 from kvrewrite.passes.pipeline import canonical
 from tests.rewritten import build, captured, original, rewrite
 from tests.test_fuse_linears import count, trace, with_biases

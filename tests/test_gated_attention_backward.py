@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.kernels.reference import attention as reference
-from kvrewrite.training import gated_attention as module
-from kvrewrite.training.gated_attention import gated_attention
+from kvrewrite.kernels.attention import reference
+from kvrewrite.tools.training import gated_attention as module
+from kvrewrite.tools.training.gated_attention import gated_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # name -> (query heads, kv heads, D, Dv, options)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kvrewrite
-import kvrewrite.backend  # where the package is not installed, torch.compile does not know its name
-from kvrewrite.checkpoint import STAGED, Checkpoint, Copier
+import kvrewrite.dynamo.backend  # where the package is not installed, torch.compile does not know its name
+from kvrewrite.artifact.checkpoint import STAGED, Checkpoint, Copier
 from tests.rewritten import captured, original, rewrite, rewritten
 from tests.zoo import make
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.errors import ArtifactError
-from kvrewrite.graph import fingerprint, get_attr
-from kvrewrite.graph_facts import FactReader
-from kvrewrite.graph_io import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
-from kvrewrite.passes.lower import fold, lower_decode, lower_prefill
-from kvrewrite.passes.normalize import normalize
-from kvrewrite.passes.partition import partition
-from kvrewrite.schema import TensorFact
+from kvrewrite.ir.fx import fingerprint, get_attr
+from kvrewrite.ir.schema import TensorFact
+from kvrewrite.ir.serialize import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
+from kvrewrite.ir.value_facts import FactReader
+from kvrewrite.passes.canonical.normalize import normalize
+from kvrewrite.passes.lower.decode import fold, lower_decode, lower_prefill
+from kvrewrite.passes.lower.partition import partition
 from tests.rewritten import rewritten, traced
 
 aten = torch.ops.aten

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.reference import pages
-from kvrewrite.kernels.reference.scores import pool_window
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.scores.reference import pool_window
+from kvrewrite.ops.dispatch import kernels
 from tests.head_dims import DIMS, SMALL_SHAPES, UNEQUAL, Found, sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

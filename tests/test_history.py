@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import InputError
 from tests.rewritten import logits, original, rewritten
 from tests.test_cache import GREEDY, tokens

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kvrewrite
-from kvrewrite import artifact, publishing
-from kvrewrite.checkpoint import Checkpoint
-from kvrewrite.companions import read_tokenizer
+from kvrewrite.artifact import directory as artifact
+from kvrewrite.artifact import publishing
+from kvrewrite.artifact.checkpoint import Checkpoint
+from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.errors import ArtifactError
-from kvrewrite.policy_weights import import_pickle
+from kvrewrite.policies.weights import import_pickle
 from tests.fuzz_files import resign
 from tests.tiny import make_checkpoint
 
@@ -113,7 +114,7 @@ def test_no_graph_writes_outside_its_tensors(model: Path) -> None:
 def test_views_by_strides_are_off_the_list(op: str) -> None:
     for overload in getattr(torch.ops.aten, op).overloads():
         with pytest.raises(ArtifactError, match="not on the list"):
-            kvrewrite.graph_io.resolve_op(f"aten.{op}.{overload}")
+            kvrewrite.ir.serialize.resolve_op(f"aten.{op}.{overload}")
 
 
 def test_memory_that_nobody_wrote_to_is_zero(model: Path) -> None:
@@ -367,7 +368,9 @@ def test_code_of_a_directory_never_runs_and_nobody_is_asked(model: Path, what: s
     (model / name).write_text(json.dumps(data))
     sign(model, name)
     verb = (
-        "import kvrewrite; kvrewrite.load" if what == "config" else "from kvrewrite.companions import *; read_tokenizer"
+        "import kvrewrite; kvrewrite.load"
+        if what == "config"
+        else "from kvrewrite.artifact.companions import *; read_tokenizer"
     )
     ran = subprocess.run(
         [sys.executable, "-c", f"{verb}({str(model)!r})"], input=answer, capture_output=True, text=True, cwd=ROOT,

@@ -64,7 +64,7 @@ def test_ops_take_neither_transformers_nor_triton() -> None:
 def test_links_are_not_packages_of_their_own() -> None:
     """Hugging Face has a package `kernels`; a top-level one would shadow it and break transformers."""
     code = """
-import kvrewrite.ops, kvrewrite.passes.pipeline, kvrewrite.api, kvrewrite.kernels.reference.attention
+import kvrewrite.ops, kvrewrite.passes.pipeline, kvrewrite.api, kvrewrite.kernels.attention.reference
 bad = [m for m in sys.modules if m.split(".")[0] in ("kernels", "passes") and str(getattr(
     sys.modules[m], "__file__", None) or "").startswith(sys.path[0])]
 assert not bad, bad

@@ -16,13 +16,14 @@ from torch import fx
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvrewrite import cli, policies
-from kvrewrite.graph import get_attr
-from kvrewrite.inspection.code import SiteCode, fold, ranges, sites_code
-from kvrewrite.inspection.cost import cost_of
-from kvrewrite.memory import plan_layers, plan_memory
+from kvrewrite import policies
+from kvrewrite.analysis.memory import plan_layers, plan_memory
+from kvrewrite.cli import app as cli
+from kvrewrite.ir.fx import get_attr
+from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical
-from kvrewrite.site import AttentionSite
+from kvrewrite.tools.inspection.code import SiteCode, fold, ranges, sites_code
+from kvrewrite.tools.inspection.cost import cost_of
 from tests.rewritten import traced
 from tests.tiny import make_checkpoint
 

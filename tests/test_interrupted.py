@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvrewrite
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import CacheError
 from tests.rewritten import rewritten
 from tests.test_cache import check_pages, tokens

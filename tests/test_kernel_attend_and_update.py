@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvrewrite.kernel_choice import kernels
+from kvrewrite.ops.dispatch import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64

@@ -1,4 +1,4 @@
-"""Chunk attention's kernels against kernels/reference/attention.py, in the interpreter or on a GPU."""
+"""Chunk attention's kernels against kernels/attention/reference.py, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import chunk_attention as kernel
-from kvrewrite.kernels.gpu.chunk_attention import Config, choose_route, chunk_attention, portable
-from kvrewrite.kernels.reference import attention as reference
+from kvrewrite.kernels.attention import chunk as kernel
+from kvrewrite.kernels.attention import reference
+from kvrewrite.kernels.attention.chunk import Config, choose_route, chunk_attention, portable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -286,7 +286,7 @@ import os, re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from kvrewrite.kernels.gpu import chunk_attention_hopper as hopper
+from kvrewrite.kernels.attention import chunk_hopper as hopper
 
 fn = hopper._attend
 pointers = dict.fromkeys(("Q", "K", "V", "KC", "VC", "OUT"), "*bf16")
@@ -358,7 +358,7 @@ def test_hopper(shape: dict[str, Any], d: int, dtype: torch.dtype) -> None:
 def test_hopper_at_random(seed: int) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    hopper = importlib.import_module("kvrewrite.kernels.gpu.chunk_attention_hopper")
+    hopper = importlib.import_module("kvrewrite.kernels.attention.chunk_hopper")
     r = random.Random(seed)
     b, hkv, c, t = r.choice([1, 2, 3]), r.choice([1, 2]), 64 * r.randint(0, 20), r.randint(1, 700)
     a = call(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.gpu.column_mass import column_mass, split_width
-from kvrewrite.kernels.reference import attention as reference
+from kvrewrite.kernels.attention import reference
+from kvrewrite.kernels.attention.column_mass import column_mass, split_width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.gpu import decode, decode_update
-from kvrewrite.kernels.reference import pages
-from kvrewrite.linear_ops import ACTIVATIONS
-from kvrewrite.lowered_ops import turn
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.attention import decode
+from kvrewrite.kernels.update import decode as decode_update
+from kvrewrite.ops.decode import turn
+from kvrewrite.ops.dispatch import kernels
+from kvrewrite.ops.linear import ACTIVATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvrewrite.kernels.gpu.gated_attention import gated_attention
+from kvrewrite.kernels.attention.gated import gated_attention
 from tests.test_kernel_column_mass import DEVICE, ERROR, Problem, error, problem
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.gpu.gated_linear_hopper import choose_config
+from kvrewrite.kernels.linear.gated_hopper import choose_config
+from kvrewrite.ops.dispatch import kernels
 
 COMPILE = """
 import os, re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from kvrewrite.kernels.gpu import gated_linear_hopper as hopper
+from kvrewrite.kernels.linear import gated_hopper as hopper
 
 fn = hopper._gated
 pointers = dict.fromkeys(("X", "GATE", "UP", "OUT"), "*bf16")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import gather, ranks, settle
-from kvrewrite.kernels.reference import evict, pages
-from kvrewrite.kernels.reference import settle as settle_reference
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.rotary import gather, ranks, rotate_cached_keys
+from kvrewrite.kernels.rotary import reference as settle_reference
+from kvrewrite.kernels.update import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -156,7 +157,7 @@ def wanted_ranks(at: dict[str, Tensor], following: Tensor, renew: Tensor) -> tup
     places = pages.read(pos, at["table"])
     slot = torch.arange(places.shape[2], device=DEVICE)
     live = slot < at["lens"][..., None]
-    rank = evict.ranks_from_newest(places[..., 0], live)
+    rank = reference.ranks_from_newest(places[..., 0], live)
     renewed = (following[:, None, None] - 1 - rank).clamp(min=0)
     rotary = torch.where(live, torch.where(renew[:, None, None], renewed, places[..., 1].long()), 0)
     updated = torch.stack([places[..., 0], rotary.to(torch.int32)], dim=-1)
@@ -229,7 +230,7 @@ def test_settle(dim: int, half: int, kind: str, dtype: torch.dtype, undo: bool) 
     cos, sin, partner = rotation(dim, half, kind, torch.float32)
     rest = (k, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
     mine, wanted = k.clone(), k.clone()
-    settle.settle(mine, *rest[1:])
+    rotate_cached_keys.settle(mine, *rest[1:])
     settle_reference.settle(wanted, *rest[1:])
     assert torch.equal(dense(mine, at), dense(wanted, at)) and not torch.equal(dense(mine, at), dense(k, at))
     live = torch.zeros_like(k[..., 0], dtype=torch.bool)
@@ -250,7 +251,7 @@ def test_settle_there_and_back() -> None:
     cos, sin, partner = rotation(64, 32, "half", torch.float32)
     mine = k.clone()
     for undo in (False, True):
-        settle.settle(mine, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
+        rotate_cached_keys.settle(mine, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
     torch.testing.assert_close(dense(mine, at), dense(k, at), atol=1e-3, rtol=1e-3)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.kernels.gpu import quantized_decode
-from kvrewrite.kernels.gpu.decode import Config
-from kvrewrite.kernels.gpu.quantized_update import decode_update_quantized
-from kvrewrite.kernels.reference.quantize import KINDS, Scheme, quantize_keys, quantize_values
+from kvrewrite.kernels.attention.decode import Config
+from kvrewrite.kernels.quantized import decode
+from kvrewrite.kernels.quantized.scheme import KINDS, Scheme, quantize_keys, quantize_values
+from kvrewrite.kernels.quantized.update import decode_update_quantized
 from tests.test_kernel_decode import DEVICE, NAN, PAGE, TOLERANCE, page_table, paged, relative
 
 
@@ -99,7 +99,7 @@ class Case:
     def run(self, per_sm: int = 3, mass: bool = True, warps: int = 4, stages: int = 3) -> tuple:
         """The kernel's out, LSE and mass."""
         launch = Config(per_sm, warps, stages)
-        return quantized_decode.decode_attention_quantized(
+        return decode.decode_attention_quantized(
             *self.on_device().values(), self.scheme, **self.options, mass=mass, launch=launch
         )
 
@@ -145,7 +145,7 @@ def test_head_dims(d: int, dv: int, kind: str) -> None:
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)])
 def test_large_head_dims(d: int, dv: int, dtype: torch.dtype, kind: str) -> None:
     case = Case([[1300, 70, 4000]], kind=kind, h=12, d=d, dv=dv, dtype=dtype)
-    found = quantized_decode.decode_attention_quantized(*case.on_device().values(), case.scheme, **case.options)
+    found = decode.decode_attention_quantized(*case.on_device().values(), case.scheme, **case.options)
     limit = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
     assert relative(found[0].cpu(), case.expected()[0]) < limit
 
@@ -221,7 +221,7 @@ def test_under_a_cuda_graph(kind: str) -> None:
     a = case.on_device()
 
     def attend() -> tuple:
-        return quantized_decode.decode_attention_quantized(*a.values(), case.scheme, **case.options)
+        return decode.decode_attention_quantized(*a.values(), case.scheme, **case.options)
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -239,7 +239,7 @@ def test_refuses_what_it_does_not_do() -> None:
     a = case.on_device()
 
     def attend(scheme: Scheme = case.scheme, **changed: torch.Tensor) -> None:
-        quantized_decode.decode_attention_quantized(*{**a, **changed}.values(), scheme, **case.options)
+        decode.decode_attention_quantized(*{**a, **changed}.values(), scheme, **case.options)
 
     with pytest.raises(ValueError, match="bf16, fp16 or fp32"):
         attend(q=a["q"].double())

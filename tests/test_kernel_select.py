@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import select
-from kvrewrite.kernels.reference import evict
+from kvrewrite.kernels.update import reference as evict
+from kvrewrite.kernels.update import select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kvrewrite import linear_ops
-from kvrewrite.kernels.gpu import small_linear as module
-from kvrewrite.kernels.gpu.small_linear import (
+from kvrewrite.kernels.linear import small as module
+from kvrewrite.kernels.linear.small import (
     Config,
     Norm,
     dot_config,
@@ -21,6 +20,7 @@ from kvrewrite.kernels.gpu.small_linear import (
     small_gated_linear,
     small_linear,
 )
+from kvrewrite.ops import linear as linear_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]

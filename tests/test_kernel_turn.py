@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvrewrite.kernels.gpu.turn import turn_both
-from kvrewrite.lowered_ops import turn
+from kvrewrite.kernels.rotary.rope import turn_both
+from kvrewrite.ops.decode import turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.capture import Captured, capture
+from kvrewrite.capture.frontend import Captured, capture
 from kvrewrite.passes.pipeline import canonical
 from tests.peers import learned_heads as heads
 from tests.peers.tiny_llama import fingerprint, prompt, tiny_llama

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
-from kvrewrite import decoding, prefilling
-from kvrewrite.benchmark.roofline import attention_of
-from kvrewrite.capture import Captured, capture
-from kvrewrite.cli import main
+from kvrewrite.analysis.memory import plan_layers, plan_memory
+from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
+from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.cli.app import main
 from kvrewrite.errors import OptionError
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.reference import latent
-from kvrewrite.memory import plan_layers, plan_memory
-from kvrewrite.pages import PAGE, SLOT_EXTRA
-from kvrewrite.passes.find_latent import find_latent
-from kvrewrite.passes.insert_cache import site_nodes
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.kernels.latent import reference
+from kvrewrite.ops.dispatch import kernels
+from kvrewrite.passes.canonical.find_latent import find_latent
+from kvrewrite.passes.insert.cache import site_nodes
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies import make as make_policy
-from kvrewrite.site import AttentionSite
+from kvrewrite.runtime import decode_graph, prompt_graph
+from kvrewrite.tools.benchmark.roofline import attention_of
 from kvrewrite.verification import verify
 from tests import rewritten, zoo
 from tests.foreign import HEADS, HIDDEN, VOCAB, RopeTable
@@ -349,8 +349,8 @@ def test_forms_are_equal(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(**MASKS[mask])
     found = []
     for expands, limit in ((False, 1 << 28), (True, 1 << 28), (True, 1)):
-        monkeypatch.setattr(latent, "expanding_is_cheaper", lambda *_, e=expands: e)
-        monkeypatch.setattr(latent, "EXPANDED_BYTES", limit)
+        monkeypatch.setattr(reference, "expanding_is_cheaper", lambda *_, e=expands: e)
+        monkeypatch.setattr(reference, "EXPANDED_BYTES", limit)
         found.append(ops.latent_attention(*given))
     q, k, up, _, k_pages, _, pos, table, lens, positions, valid, sinks, alibi, scale, softcap, window, chunk, _ = given
     weight = up.reshape(HEADS, N + DV, RANK)
@@ -383,11 +383,11 @@ def test_the_cheaper_form() -> None:
     """DeepSeek's shape: a chunk of a prompt expands, single and few tokens do not, whatever is cached."""
     shape = {"n": 128, "dv": 128, "rank": 512, "rotary": 64}
     for cached in (4096, 131072):
-        assert not latent.expanding_is_cheaper(1, cached, **shape)
-        assert not latent.expanding_is_cheaper(160, cached, **shape)
-        assert latent.expanding_is_cheaper(171, cached, **shape)
-    assert latent.expanding_is_cheaper(2, 0, **shape)
-    assert not latent.expanding_is_cheaper(1, 0, **shape)
+        assert not reference.expanding_is_cheaper(1, cached, **shape)
+        assert not reference.expanding_is_cheaper(160, cached, **shape)
+        assert reference.expanding_is_cheaper(171, cached, **shape)
+    assert reference.expanding_is_cheaper(2, 0, **shape)
+    assert not reference.expanding_is_cheaper(1, 0, **shape)
 
 
 def test_kernels_say_what_they_can() -> None:
@@ -405,11 +405,11 @@ def test_kernels_say_what_they_can() -> None:
 def test_experts_that_look_at_the_host_are_not_captured() -> None:
     """In fp32 transformers multiplies experts by an op that asks how many tokens each has, which a CUDA graph can't."""
     experts, cuda = model("deepseek_v3", "tova", mla="latent", budget=20), torch.device("cuda")
-    for reason_against in (decoding.reason_against, prefilling.reason_against):
+    for reason_against in (decode_graph.reason_against, prompt_graph.reason_against):
         found = reason_against(experts.program, experts.policy, cuda)
         assert "grouped_mm_fallback looks at results on the host" in found
     dense = model("minicpm3", "tova", mla="latent", budget=20)
-    assert decoding.reason_against(dense.program, dense.policy, cuda) == ""
+    assert decode_graph.reason_against(dense.program, dense.policy, cuda) == ""
 
 
 @pytest.mark.gpu

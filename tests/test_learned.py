@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.pages import PAGE
+from kvrewrite.cache.pages import PAGE
 from tests.rewritten import rewritten
 from tests.test_cache import check_pages
 from tests.test_decoding import static

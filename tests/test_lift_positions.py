@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.capture import Captured, capture
+from kvrewrite.capture.frontend import Captured, capture
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.graph import placeholder, shape_of, symbol, tensor_of
-from kvrewrite.passes.canonicalize import canonicalize
-from kvrewrite.passes.lift_positions import lift_positions
-from kvrewrite.passes.normalize import normalize
+from kvrewrite.ir.fx import placeholder, shape_of, symbol, tensor_of
+from kvrewrite.passes.canonical.canonicalize import canonicalize
+from kvrewrite.passes.canonical.lift_positions import lift_positions
+from kvrewrite.passes.canonical.normalize import normalize
 from tests.foreign import FOREIGN, HEAD_DIM, VOCAB, Decoder, make_foreign
 from tests.zoo import make
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kvrewrite
-from kvrewrite import memory
-from kvrewrite.card import model_card
-from kvrewrite.cli import memory_table
-from kvrewrite.memory import MemoryPlan, human, plan_memory
-from kvrewrite.pages import PAGE, SLOT_EXTRA
+from kvrewrite.analysis import memory
+from kvrewrite.analysis.memory import MemoryPlan, human, plan_memory
+from kvrewrite.analysis.model_card import model_card
+from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
+from kvrewrite.cli.app import memory_table
 from tests.rewritten import rewritten
 from tests.zoo import make
 

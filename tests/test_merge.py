@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.kernels.reference import merge as module
-from kvrewrite.kernels.reference.merge import merge
+from kvrewrite.kernels.update import merge as module
+from kvrewrite.kernels.update.merge import merge
 
 B, HKV, N, D, DV = 3, 2, 14, 6, 4
 NONE = float("nan")  # the threshold before the first eviction

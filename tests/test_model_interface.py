@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import kvrewrite
-from kvrewrite.arguments import HARMLESS
 from kvrewrite.errors import ArgumentError, CacheError, InputError, KVRewriteError, UnsupportedModelError
+from kvrewrite.runtime.arguments import HARMLESS
 from tests.rewritten import build, original, rewritten
 
 

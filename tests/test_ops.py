@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.unversioned import SPARES
+from kvrewrite.ops.unversioned import SPARES
 
 ops = torch.ops.kvrewrite
 B, HKV, GROUP, D, DV, PAGE, P = 3, 2, 3, 8, 6, 4, 4
@@ -180,11 +180,11 @@ def test_attention(mask: dict[str, Any]) -> None:
 @masks()
 def test_attention_in_blocks(mask: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Query rows are processed in blocks of bounded size; where the borders are does not matter."""
-    from kvrewrite.kernels.reference import attention
+    from kvrewrite.kernels.attention import reference
 
     fresh, (sinks, slopes) = new([7] * B, 7), extras(mask)
     whole = ops.attention(fresh.q, fresh.k, fresh.v, sinks, slopes, *shape(mask))
-    monkeypatch.setattr(attention, "BLOCK_BYTES", B * H * 7 * 4 * 2)
+    monkeypatch.setattr(reference, "BLOCK_BYTES", B * H * 7 * 4 * 2)
     close(ops.attention(fresh.q, fresh.k, fresh.v, sinks, slopes, *shape(mask)), whole, 1e-12)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import kvrewrite
 from kvrewrite import policies
-from kvrewrite.capture import Captured, capture
+from kvrewrite.analysis.memory import plan_memory
+from kvrewrite.capture.frontend import Captured, capture
 from kvrewrite.errors import OptionError
-from kvrewrite.memory import plan_memory
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.verification import verify
 from tests.oracle import Entry, Layer, Moment, Oracle, Rule, rotate

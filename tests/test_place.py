@@ -11,15 +11,15 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import kvrewrite
-import kvrewrite.exporting
+import kvrewrite.runtime.exported
 from kvrewrite import policies
+from kvrewrite.cache.pages import pool_shapes
+from kvrewrite.capture.fake_parameters import capture_on_devices
 from kvrewrite.errors import ArtifactError, InputError, UnsupportedModelError
-from kvrewrite.graph import get_attr, is_op
-from kvrewrite.model import RewrittenModel
-from kvrewrite.pages import pool_shapes
+from kvrewrite.ir.fx import get_attr, is_op
+from kvrewrite.passes.insert.devices import DEVICE, site_devices
 from kvrewrite.passes.pipeline import expected_weights, insert
-from kvrewrite.passes.place import DEVICE, site_devices
-from kvrewrite.stand_ins import capture_on_devices
+from kvrewrite.runtime.model import RewrittenModel
 from tests.rewritten import captured, fork, original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -61,7 +61,7 @@ def inputs_of(program: Any) -> dict[str, Tensor]:
     """The inputs of one step of 2 rows, 5 tokens, each where the layout says that it lies."""
     layout, home = program.layout, program.layout["devices"]["inputs"]
     out: dict[str, Tensor] = {}
-    from kvrewrite.kernels.reference.quantize import Scheme
+    from kvrewrite.kernels.quantized.scheme import Scheme
 
     quantize = layout.get("quantize")
     scheme = Scheme(quantize["kind"], quantize["group"]) if quantize else None
@@ -192,7 +192,7 @@ def test_what_needs_one_device_is_refused(tmp_path: Any) -> None:
         (model.compile, InputError, "several devices can't be compiled.*on one device"),
         (lambda: model.to("meta"), InputError, "lies on cpu and can't be moved"),
         (lambda: model.save_pretrained(tmp_path / "out"), ArtifactError, "several devices.*kvrewrite convert"),
-        (lambda: kvrewrite.exporting.export_steps(model), InputError, "several devices can't be exported"),
+        (lambda: kvrewrite.runtime.exported.export_steps(model), InputError, "several devices can't be exported"),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -8,9 +8,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from kvrewrite import cli
+from kvrewrite.cli import app as cli
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.evaluation import intervals, plots, run
+from kvrewrite.tools.evaluation import intervals, plots, run
 from tests.tiny import TEXT, make_checkpoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -136,7 +136,7 @@ class TestDrawn:
             tmp_path / "m.png",
         )
         assert done.exit_code == 0, done.output
-        from kvrewrite.evaluation.run import Arm, PolicySpec, Source
+        from kvrewrite.tools.evaluation.run import Arm, PolicySpec, Source
 
         figure = plots.estimated_memory(Source(base), [Arm(PolicySpec("h2o"), 64)], [64, 256], tmp_path / "n.png")
         full, h2o = figure.axes[0].lines

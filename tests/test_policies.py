@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite import policies
-from kvrewrite.capture import Captured, capture
+from kvrewrite.capture.frontend import Captured, capture
 from kvrewrite.errors import OptionError
-from kvrewrite.kernels.reference.scores import uniform as hashed
+from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
 from tests import learned
 from tests.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule

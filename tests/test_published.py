@@ -17,11 +17,11 @@ import kvrewrite
 from kvrewrite import policies
 from kvrewrite.api import _facts
 from kvrewrite.errors import KVRewriteError, OptionError, PolicyWeightsError
-from kvrewrite.model import RewrittenModel
 from kvrewrite.passes.pipeline import insert
 from kvrewrite.policies import UNLIMITED
-from kvrewrite.policy_weights import read_policy_weights
-from kvrewrite.published import import_published
+from kvrewrite.policies.published import import_published
+from kvrewrite.policies.weights import read_policy_weights
+from kvrewrite.runtime.model import RewrittenModel
 from tests import learned
 from tests.rewritten import captured, fork, original, rewritten
 
@@ -166,7 +166,7 @@ def test_duo_budgets() -> None:
     cache = model.new_cache(1)
     model(torch.randint(1, 97, (1, 400)), past_key_values=cache)
     assert [lens.tolist() for lens in cache.live_slots().values()] == [[[400, 80]], [[80, 80]]]
-    from kvrewrite.memory import plan_memory
+    from kvrewrite.analysis.memory import plan_memory
 
     plan = plan_memory(model.sites, model.policy, 4, 400)
     assert plan.evicted == cache.memory().leased and plan.evicted < plan.full

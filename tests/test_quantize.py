@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.reference.quantize import (
+from kvrewrite.kernels.quantized.scheme import (
     FP8_MAX,
     KINDS,
     Scheme,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.reference import pages
-from kvrewrite.kernels.reference.quantize import KINDS, Scheme
-from kvrewrite.kernels.reference.quantized_cache import Pools, cache_update, place
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.quantized.reference import Pools, cache_update, place
+from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
 from tests.slow_cache import SlowHead
 
 B, HKV, D, DV, PAGE = 2, 2, 6, 4, 8

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvrewrite.cache.pages import PAGE
 from kvrewrite.errors import OptionError, PolicyWeightsError
-from kvrewrite.pages import PAGE
 from tests.rewritten import captured, logits, original, rewrite, rewritten
 from tests.test_cache import check_pages, storage, tokens
 

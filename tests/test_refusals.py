@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
-from kvrewrite.capture import _InterfaceCalls, capture
+from kvrewrite.capture.frontend import _InterfaceCalls, capture
 from kvrewrite.errors import CaptureError, UnsupportedModelError
-from kvrewrite.graph import placeholder, shape_of
-from kvrewrite.passes.canonicalize import canonicalize
-from kvrewrite.passes.check import check
-from kvrewrite.passes.normalize import normalize
+from kvrewrite.ir.fx import placeholder, shape_of
+from kvrewrite.passes.canonical.canonicalize import canonicalize
+from kvrewrite.passes.canonical.check import check
+from kvrewrite.passes.canonical.normalize import normalize
 from tests.zoo import REFUSED, make
 
 REASONS = {

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import kvrewrite
-from kvrewrite import cli
+from kvrewrite.cli import app as cli
 from tests.tiny import TEXT
 
 pytest.importorskip("starlette")

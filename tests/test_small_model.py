@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kvrewrite.assets import small_model
-from kvrewrite.evaluation import tasks
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.locret import Locret
+from kvrewrite.tools.evaluation import tasks
 
 pytestmark = pytest.mark.xdist_group("small_model")  # whose fixtures are made once
 
@@ -87,7 +87,7 @@ def test_package_data():
 
 
 def test_tokenizer(tokenizer):
-    from kvrewrite.evaluation.words import ADJECTIVES, NOUNS
+    from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
     assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
     for word in ADJECTIVES + NOUNS:

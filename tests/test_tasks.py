@@ -11,9 +11,9 @@ from random import Random
 
 import pytest
 
-from kvrewrite.evaluation import tasks
-from kvrewrite.evaluation.tasks import TASKS, Sample, make, score
-from kvrewrite.evaluation.words import ADJECTIVES, NOUNS
+from kvrewrite.tools.evaluation import tasks
+from kvrewrite.tools.evaluation.tasks import TASKS, Sample, make, score
+from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
 NUMBER = re.compile(r"The magic number of (\w+ \w+) is (\d{4})\.")
 

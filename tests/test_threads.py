@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.cache import EvictionCache
+from kvrewrite.cache.eviction_cache import EvictionCache
 from tests.rewritten import captured, original, rewrite, rewritten
 from tests.test_cache import GREEDY, check_pages, tokens
 from tests.test_decoding import static

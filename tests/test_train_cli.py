@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from kvrewrite.cli import main
-from kvrewrite.policy_weights import read_policy_weights
+from kvrewrite.cli.app import main
+from kvrewrite.policies.weights import read_policy_weights
 from tests.tiny import make_checkpoint
 
 pytestmark = [
@@ -93,7 +93,7 @@ def test_labels_once(model: Path, data: Path, tmp_path: Path, monkeypatch: pytes
     for name, extra in (("own", []), ("first", file)):
         assert run(*common, "--out", tmp_path / f"{name}.safetensors", *extra).exit_code == 0
     monkeypatch.setattr(
-        "kvrewrite.training.locret.causal_importance", None
+        "kvrewrite.tools.training.locret.causal_importance", None
     )  # from here on they are in the file or nowhere
     assert run(*common, "--out", tmp_path / "second.safetensors", *file).exit_code == 0
     own, first, second = (read_policy_weights(tmp_path / f"{n}.safetensors")[0] for n in ("own", "first", "second"))

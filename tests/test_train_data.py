@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kvrewrite.errors import TrainingError
-from kvrewrite.training.data import Encoder, Texts, check_files, fingerprint, rows
-from kvrewrite.training.trainer import IGNORED, batch_of_all, collate
+from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint, rows
+from kvrewrite.tools.training.trainer import IGNORED, batch_of_all, collate
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs kvrewrite[train]")

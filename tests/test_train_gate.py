@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import kvrewrite
-from kvrewrite.capture import capture
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.policy_weights import read_policy_weights
-from kvrewrite.training import lora
-from kvrewrite.training.gate import (
+from kvrewrite.policies.weights import read_policy_weights
+from kvrewrite.tools.training import lora
+from kvrewrite.tools.training.gate import (
     GateOptions,
     GateTask,
     eviction_loss,
@@ -30,7 +30,7 @@ from kvrewrite.training.gate import (
     save_gates,
     target_index,
 )
-from kvrewrite.training.gate_graph import GatedModel, attend_to_all, calibrate, initial_weights, straight_through
+from kvrewrite.tools.training.gate_graph import GatedModel, attend_to_all, calibrate, initial_weights, straight_through
 from tests.rewritten import build, captured, fork, logits, original, rewrite
 
 POLICY = AttentionGate(gate_heads=2, gate_dim=8)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 import kvrewrite
 from kvrewrite.errors import KVRewriteError, OptionError, TrainingError
-from kvrewrite.policy_weights import read_policy_weights
-from kvrewrite.training.labels import answer_index, causal_importance
-from kvrewrite.training.locret import LocretOptions, LocretTask, head_loss, top_overlap
-from kvrewrite.training.trainer import IGNORED, FitOptions, collate, fit, last_checkpoint
+from kvrewrite.policies.weights import read_policy_weights
+from kvrewrite.tools.training.labels import answer_index, causal_importance
+from kvrewrite.tools.training.locret import LocretOptions, LocretTask, head_loss, top_overlap
+from kvrewrite.tools.training.trainer import IGNORED, FitOptions, collate, fit, last_checkpoint
 from tests.rewritten import build
 
 needs_trainer = pytest.mark.skipif(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvrewrite
-from kvrewrite.capture import capture
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.passes.pipeline import canonical
 
@@ -308,7 +308,7 @@ def test_weights_without_data_are_stood_in_for() -> None:
         meta = Model()
     for name, value in Model().named_buffers():
         meta.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = value
-    from kvrewrite.stand_ins import capture_on_meta
+    from kvrewrite.capture.fake_parameters import capture_on_meta
 
     captured = capture_on_meta(meta)
     canonical(captured)
@@ -322,7 +322,7 @@ def test_large_weights_are_never_multiplied_out() -> None:
     """A weight of 1.6 GB in float64 is stood in for by two thin matrices."""
     with torch.device("meta"):
         wide = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, 200_000), nn.Linear(200_000, 1000))
-    from kvrewrite.passes.evaluate import Evaluator, StandIns, ThinProduct
+    from kvrewrite.ir.evaluate import Evaluator, StandIns, ThinProduct
 
     traced = torch.fx.symbolic_trace(_Functional(wide))
     stand_ins = StandIns()

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import QuantizationMethod
 
 import kvrewrite
-from kvrewrite.cache import CACHE_NAME
-from kvrewrite.capture import capture
+from kvrewrite.cache.eviction_cache import CACHE_NAME
+from kvrewrite.capture.frontend import capture
+from kvrewrite.capture.third_party import check_layers, without_hooks
 from kvrewrite.errors import ArtifactError, UnsupportedModelError
-from kvrewrite.wrapped import check_layers, without_hooks
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("wrapped")  # whose fixtures are made once

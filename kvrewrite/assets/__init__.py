@@ -8,7 +8,7 @@ __all__ = ["small_model", "small_policies"]
 def small_model() -> Path:
     """The folder of the small trained model, for `from_pretrained`: a Llama of 4.5M parameters with its own tokenizer.
 
-    Its README.md says how it was made and what it was measured to do. `kvrewrite.evaluation.tasks` makes what it can read.
+    Its README.md says how it was made and what it was measured to do. `kvrewrite.tools.evaluation.tasks` makes what it can read.
     """
     return Path(__file__).parent / "small"
 

@@ -18,8 +18,8 @@ from kvrewrite.errors import OptionError
 if TYPE_CHECKING:
     from torch import fx
 
-    from kvrewrite.passes.insert_policy import SiteHook
-    from kvrewrite.site import AttentionSite
+    from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.passes.insert.policy import SiteHook
 
 UNLIMITED = 2**31 - 1  # keep everything
 

@@ -11,8 +11,8 @@ from kvrewrite.errors import OptionError, PolicyWeightsError
 from kvrewrite.policies.base import UNLIMITED, Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.passes.insert_policy import SiteHook
-    from kvrewrite.site import AttentionSite
+    from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.passes.insert.policy import SiteHook
 
 PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
 

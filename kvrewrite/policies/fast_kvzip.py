@@ -12,8 +12,8 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 if TYPE_CHECKING:
     from torch import fx
 
-    from kvrewrite.passes.insert_policy import SiteHook
-    from kvrewrite.site import AttentionSite
+    from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.passes.insert.policy import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

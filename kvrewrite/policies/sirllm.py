@@ -11,8 +11,8 @@ from kvrewrite.policies.base import Policy, RowState, Scores, Segment
 from kvrewrite.policies.streaming_llm import contiguous_where_possible
 
 if TYPE_CHECKING:
-    from kvrewrite.passes.insert_policy import SiteHook
-    from kvrewrite.site import AttentionSite
+    from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.passes.insert.policy import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.passes.insert_policy import SiteHook
-    from kvrewrite.site import AttentionSite
+    from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.passes.insert.policy import SiteHook
 
 
 def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:

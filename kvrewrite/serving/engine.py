@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from kvrewrite.errors import KVRewriteError
-from kvrewrite.model import CACHE_NAME
+from kvrewrite.runtime.model import CACHE_NAME
 from kvrewrite.serving.requests import Request, RequestError
 from kvrewrite.serving.text import TextStream
 

@@ -36,8 +36,8 @@ measured on full-size checkpoints. dory's difference is its own rounding: the un
 float64, where the difference is 0.
 
 **Hybrids.** Layers that are no attention are carried exactly where what they do is one of three things, found in the traced
-graph by evaluating it (`passes/carry_state.py`): a window of the last inputs (short convolutions, token shifts), a linear
-recurrence with a matrix as state (state-space duality, gated delta rule, linear attention with decays that depend on the
+graph by evaluating it (`passes/canonical/carry_state.py`): a window of the last inputs (short convolutions, token shifts), a
+linear recurrence with a matrix as state (state-space duality, gated delta rule, linear attention with decays that depend on the
 text or are a number for each head), or torch's associative scan of a linear recurrence. Their state is an input and lies
 beside the cache, row by row; eviction concerns the attention layers alone. "sites" counts attention layers. Loops over
 chunks are traced with a first, a middle and a last chunk; that more chunks repeat the middle one is an assumption.

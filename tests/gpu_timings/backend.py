@@ -17,8 +17,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import kvrewrite.backend  # noqa: F401 (registers the backend's name)
-from kvrewrite.benchmark.shapes import SHAPES
+import kvrewrite.dynamo.backend  # noqa: F401 (registers the backend's name)
+from kvrewrite.tools.benchmark.shapes import SHAPES
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "eager": None,

@@ -19,9 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import chunk_attention as portable
-from kvrewrite.kernels.gpu.chunk_attention import Config, chunk_attention, heads_together
-from kvrewrite.kernels.reference.attention import attend
+from kvrewrite.kernels.attention import chunk as portable
+from kvrewrite.kernels.attention.chunk import Config, chunk_attention, heads_together
+from kvrewrite.kernels.attention.reference import attend
 
 PARTS = ("ragged", "routes", "orders", "hopper", "portable", "dims", "small", "features")
 MAIN = [(3072, 16384), (4096, 16384)]
@@ -107,7 +107,7 @@ def measured(
 
 
 def hopper_run(case: Case, config: tuple[int, int, int | None], heads: int | None = None) -> Callable[[], Any]:
-    from kvrewrite.kernels.gpu import chunk_attention_hopper as hopper
+    from kvrewrite.kernels.attention import chunk_hopper as hopper
 
     tensors = (case.q, case.k, case.v, case.k_cache, case.v_cache, case.lens, case.valid, None)
     settings = hopper.HopperConfig(*config)

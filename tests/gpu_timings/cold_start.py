@@ -31,9 +31,9 @@ def prepare(folder: Path, shape: str, layers: int | None, policy: str, options: 
     import torch
     from safetensors.torch import save_file
 
-    from kvrewrite.benchmark.shapes import ShapeSource
-    from kvrewrite.cli import parse_options
+    from kvrewrite.cli.app import parse_options
     from kvrewrite.policies import POLICIES, make
+    from kvrewrite.tools.benchmark.shapes import ShapeSource
 
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,9 +10,9 @@ import triton.testing
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvrewrite.kernels.gpu.column_mass import column_mass
-from kvrewrite.kernels.gpu.gated_attention import compact, gated_attention
-from kvrewrite.kernels.reference import attention as reference
+from kvrewrite.kernels.attention import reference
+from kvrewrite.kernels.attention.column_mass import column_mass
+from kvrewrite.kernels.attention.gated import compact, gated_attention
 
 H, HKV, D = 32, 8, 128
 PLAIN: dict[str, Any] = {"scale": D**-0.5, "softcap": 0.0, "window": 0, "chunk": 0}

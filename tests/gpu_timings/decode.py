@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvrewrite.kernels.gpu.decode import PAGE, Config, config, decode_attention
-from kvrewrite.kernels.gpu.decode_update import decode_update
+from kvrewrite.kernels.attention.decode import PAGE, Config, config, decode_attention
+from kvrewrite.kernels.update.decode import decode_update
 
 H, HKV, D = 32, 8, 128
 DTYPE = torch.bfloat16

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.benchmark.shapes import ShapeSource
-from kvrewrite.evaluation.run import Arm, PolicySpec
-from kvrewrite.execution import Execution
-from kvrewrite.kernels.gpu import launch, small_linear
-from kvrewrite.passes.lower import lower_prefill
+from kvrewrite.kernels import launch
+from kvrewrite.kernels.linear import small
+from kvrewrite.passes.lower.decode import lower_prefill
+from kvrewrite.runtime.parts import Execution
+from kvrewrite.tools.benchmark.shapes import ShapeSource
+from kvrewrite.tools.evaluation.run import Arm, PolicySpec
 
 STEPS = 40
 
@@ -137,10 +138,10 @@ def main() -> None:
         )
     same = all(torch.equal(a, b) for a, b in zip(logits[False], logits[True], strict=True))
     print(f"same bits with and without PDL: {same}")
-    for small_linear.AHEAD in given.ahead:
+    for small.AHEAD in given.ahead:
         set_pdl(model, True)
         text = ", ".join(f"{k} {v:.3f} ms" for k, v in timed(model, cache.fork(), tokens).items())
-        print(f"PDL on, {small_linear.AHEAD} bytes of each row ahead: {text}")
+        print(f"PDL on, {small.AHEAD} bytes of each row ahead: {text}")
     model.uncompile()
     expected = run(model, cache.fork(), tokens[:, :4])
     error = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(logits[True], expected))

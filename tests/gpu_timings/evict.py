@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.gpu import gather, ranks, select
-from kvrewrite.kernels.reference import evict, pages
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.rotary import gather, ranks
+from kvrewrite.kernels.update import reference, select
 
 HKV, D, PAGE = 8, 128, 64
 
@@ -114,7 +115,7 @@ def rank_rows() -> list[dict[str, Any]]:
 
     def torch_way() -> tuple[float, str, Any]:
         live = torch.ones_like(places, dtype=torch.bool)
-        return time_us(lambda _: evict.ranks_from_newest(places, live)), "", "0 wrong"
+        return time_us(lambda _: reference.ranks_from_newest(places, live)), "", "0 wrong"
 
     return [*found, row("slot_rotary", shape, "torch: argsort alone", torch_way)]
 
@@ -206,7 +207,7 @@ def differing(args: dict[str, Any], **options: Any) -> str:
     """Against the reference; restores the arguments."""
     back = restore(args)
     values = {n: args[n].clone() for n in ("k_pages", "v_pages")}
-    evict.cache_update(**args)
+    reference.cache_update(**args)
     want = survivors(args)
     back()
     for n, x in values.items():

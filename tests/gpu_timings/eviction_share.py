@@ -25,14 +25,14 @@ import triton.testing
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.kernel_choice import kernels
-from kvrewrite.kernels.gpu import select
-from kvrewrite.kernels.gpu.chunk_attention import chunk_attention
-from kvrewrite.kernels.gpu.column_mass import column_mass
-from kvrewrite.kernels.gpu.gated_attention import gated_attention
-from kvrewrite.kernels.reference import attention as reference
-from kvrewrite.kernels.reference import evict
-from kvrewrite.passes import lower
+from kvrewrite.kernels.attention import reference
+from kvrewrite.kernels.attention.chunk import chunk_attention
+from kvrewrite.kernels.attention.column_mass import column_mass
+from kvrewrite.kernels.attention.gated import gated_attention
+from kvrewrite.kernels.update import reference as evict
+from kvrewrite.kernels.update import select
+from kvrewrite.ops.dispatch import kernels
+from kvrewrite.passes.lower import decode as lower
 from tests.gpu_timings.column_mass import HKV, PLAIN, D, H, error, tokens
 from tests.gpu_timings.evict import PAGE, arguments
 
@@ -191,9 +191,9 @@ def ragged() -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------- decode
 def prepared(policy: str, options: dict[str, Any], layers: int, prompt: int, static: bool) -> tuple[Any, Any]:
     """The compiled model of `layers` layers, and a cache with a prompt. The prompt runs uncompiled: that is not measured."""
-    from kvrewrite.benchmark.shapes import ShapeSource
-    from kvrewrite.evaluation.run import Arm, PolicySpec
-    from kvrewrite.execution import Execution
+    from kvrewrite.runtime.parts import Execution
+    from kvrewrite.tools.benchmark.shapes import ShapeSource
+    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
 
     source = ShapeSource("llama-3.1-8b", device="cuda")
     source.hf_config.num_hidden_layers = layers
@@ -291,8 +291,8 @@ def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str,
 
 def share(layers: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Prompts of 131072 tokens through compiled layers (no logits but the last); Locret: its last chunk at a full cache."""
-    from kvrewrite.benchmark.shapes import ShapeSource
-    from kvrewrite.evaluation.run import Arm, PolicySpec
+    from kvrewrite.tools.benchmark.shapes import ShapeSource
+    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
 
     found = []
     cases: list[tuple[str, dict[str, Any], int, int]] = [

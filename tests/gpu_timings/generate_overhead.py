@@ -27,11 +27,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-from kvrewrite import decoding
-from kvrewrite.decoding import DecodeRunner
-from kvrewrite.execution import Execution
-from kvrewrite.model import RewrittenModel
-from kvrewrite.passes.lower import fold, lower_prefill
+from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.runtime import decode_graph
+from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.model import RewrittenModel
+from kvrewrite.runtime.parts import Execution
 
 TINY: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -72,7 +72,7 @@ class Clock:
 
     def watch(self) -> None:
         """Puts marks around what `generate` calls."""
-        prepare, step = RewrittenModel.prepare_inputs_for_generation, decoding._Step.__call__
+        prepare, step = RewrittenModel.prepare_inputs_for_generation, decode_graph._Step.__call__
         forward = RewrittenModel.forward
 
         @functools.wraps(prepare)
@@ -98,7 +98,7 @@ class Clock:
 
         RewrittenModel.prepare_inputs_for_generation = prepared  # type: ignore[method-assign]
         RewrittenModel.forward = forwarded  # type: ignore[method-assign]
-        decoding._Step.__call__ = stepped  # type: ignore[method-assign]
+        decode_graph._Step.__call__ = stepped  # type: ignore[method-assign]
 
 
 def bare_step(model: Any, replays: int = 100) -> float:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from kvrewrite.benchmark.shapes import ShapeSource
-from kvrewrite.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.benchmark.shapes import ShapeSource
+from kvrewrite.tools.evaluation.run import Arm, PolicySpec
 
 STEPS, COLD = 16, 8
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401  (registers the reference ops)
-from kvrewrite.kernels.gpu.decode import PAGE, Config
-from kvrewrite.kernels.gpu.quantized_decode import config, decode_attention_quantized
-from kvrewrite.kernels.gpu.quantized_update import decode_update_quantized
-from kvrewrite.kernels.reference.quantize import KINDS, Scheme
+from kvrewrite.kernels.attention.decode import PAGE, Config
+from kvrewrite.kernels.quantized.decode import config, decode_attention_quantized
+from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
+from kvrewrite.kernels.quantized.update import decode_update_quantized
 from tests.gpu_timings.decode import DTYPE, HKV, MORE_THAN_L2, D, H, Rotation, graph_us
 
 SHAPES = ((1, 16384), (8, 16384), (32, 4096))
@@ -89,7 +89,7 @@ class Quantized:
             self.q, self.k, self.v, *self.pools(), self.k_tail, self.v_tail, self.pos_pages, self.tables[0], self.lens[0],
             self.qlens[0], self.positions, self.valid, None, None, self.scheme.kind, GROUP, D**-0.5, 0.0, 0, 0, False,
         )  # fmt: skip
-        from kvrewrite.kernel_choice import kernels
+        from kvrewrite.ops.dispatch import kernels
 
         with kernels("reference"):
             expected = torch.ops.kvrewrite.decode_attention_quantized(*arguments)[0].float()

@@ -1,4 +1,4 @@
-"""Timings of kernels/gpu/small_linear.py at the shapes of Llama-3.1-8B, bf16, beside cuBLAS. Needs a GPU.
+"""Timings of kernels/linear/small.py at the shapes of Llama-3.1-8B, bf16, beside cuBLAS. Needs a GPU.
 
     python -m tests.gpu_timings.small_linear [M ...]
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from kvrewrite.kernels.gpu.small_linear import (
+from kvrewrite.kernels.linear.small import (
     FMA_ROWS,
     Config,
     dot_config,

@@ -1,0 +1,1 @@
+"""Model directories: what `convert` writes and `load` reads."""

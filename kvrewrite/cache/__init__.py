@@ -1,0 +1,1 @@
+"""The memory of rewritten models: what a request holds, and the pages that it lies in."""

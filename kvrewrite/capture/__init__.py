@@ -1,0 +1,1 @@
+"""Front ends: an unmodified decoder in, a flat `torch.fx` graph out."""

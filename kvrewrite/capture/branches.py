@@ -1,0 +1,220 @@
+"""Branches on how many tokens or rows a call has: a trace takes one way, and a graph must hold for all calls.
+
+While it traces, torch notes each comparison of sizes that the model's code made. Here the model is traced again with sizes for
+which a comparison comes out otherwise. If the graph is the same, or gives the same for such a text, the branch is harmless; if
+the model raises, such texts were never for it; else it computes something else for them, which is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from kvrewrite.capture.explain_failure import DATA_DEPENDENT, causes, noted_place
+from kvrewrite.errors import UnsupportedModelError
+from kvrewrite.ir.fx import symbol
+
+MOST_TRACES = 12
+LONGEST = 1 << 20  # tokens; constants beyond it are no lengths
+BATCHES = (2, 3, 4, 5, 8, 16, 64)
+
+Trace = Callable[[int, int], Any]  # (rows, tokens) -> torch.export.ExportedProgram
+
+
+def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
+    """`program`, traced by `trace(rows, tokens)`; or the same graph traced with more tokens, where a branch that proved harmless
+    would keep the first from holding for them. Raises UnsupportedModelError with the line of a branch that matters."""
+    text = program_text(program)
+    tried = {(rows, tokens)}
+    longest = tokens, program
+    todo = [(program, rows, tokens)]
+    while todo:
+        at, *seen = todo.pop()
+        for guard, place in _comparisons(at):
+            for size in _otherwise(at, guard, seen):
+                if size in tried:
+                    continue
+                if len(tried) > MOST_TRACES:
+                    raise UnsupportedModelError(
+                        f"the model's forward decides by the length of the text in many places{place}"
+                    )
+                tried.add(size)
+                other = _traced(trace, size, place)
+                if other is None:
+                    continue
+                if not place and not getattr(_sizes(other)[2], "free_symbols", None):
+                    continue  # torch, not the model, takes so few tokens for a constant
+                if program_text(other) == text:
+                    if size[1] > longest[0]:
+                        longest = size[1], other
+                elif not _same_results(program, other, *size):
+                    raise UnsupportedModelError(_reason(size, (rows, tokens), place))
+                todo.append((other, *size))
+    return longest[1]
+
+
+def shorter(model: int | None, graph: int | None, trace: Trace, rows: int) -> str:
+    """Why a graph for texts of up to `graph` tokens is not the model, for which `model` is the bound that its trace noted (None:
+    none); "" where it is. A model that raises for texts of several times that length has a bound of its own, a table's end."""
+    if graph is None or (model is not None and graph >= model):
+        return ""
+    if _traced(trace, (rows, 4 * graph), "") is None:
+        return ""
+    return (
+        f"the graph that was traced holds for texts of up to {graph} tokens only, and the model takes longer ones: an op in it "
+        f"does something else from {graph + 1} tokens on (such as `topk(min(n, length))`), and a graph holds for all texts"
+    )
+
+
+def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
+    """Why `program`, traced by `trace(rows, tokens)`, does not hold for one token, or for one row; "" where it does.
+
+    To torch a size of one is a constant from the start, so a branch on it is never noted: those sizes are traced by themselves.
+    A trace that the model raises for, or that can't be computed here, is no reason against it.
+    """
+    for size in ((rows, 1), (1, tokens)):
+        other = _traced(trace, size, "")
+        if other is not None and _same_results(program, other, *size) is False:
+            return _reason(size, (rows, tokens), "")
+    return ""
+
+
+def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:
+    """Whether two traces of a model that differ (one pads by nothing, say) give the same for texts of this size; None where that
+    can't be computed."""
+    from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns
+
+    stand_ins = StandIns()
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 7
+    given = iter((ids, torch.arange(tokens).repeat(rows, 1)))
+    user = {name: next(given) for name in one.graph_signature.user_inputs if isinstance(name, str)}
+    results = []
+    for program in (one, other):
+        inputs: dict[str, Any] = {}
+        held = {**program.state_dict, **program.constants}
+        for spec in program.graph_signature.input_specs:
+            inputs[spec.arg.name] = (
+                user.get(spec.arg.name) if spec.target is None else stand_ins(spec.target, held[spec.target])
+            )
+        try:
+            results.append(Evaluator(program.graph, program.graph_module, stand_ins).result(inputs, writes=False))
+        except EvaluationError:
+            return None
+    pairs = zip(*(torch.utils._pytree.tree_leaves(r) for r in results))
+    return all(
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and bool(torch.isfinite(a).all())
+        and (not a.numel() or float((a - b).abs().max()) <= 1e-9 * max(1.0, float(a.abs().max())))
+        for a, b in pairs
+    )
+
+
+def _reason(size: tuple[int, int], usual: tuple[int, int], place: str) -> str:
+    what, few, many = ("tokens", size[1], usual[1]) if size[1] != usual[1] else ("rows", size[0], usual[0])
+    return (
+        f"the model computes something else for {few} {what} than for {many}{place}. A graph holds for all calls, and with a "
+        f"cache a text comes in calls of any number of tokens, down to one: its forward must not decide by the number of {what}"
+    )
+
+
+def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
+    """The program for `size`, None where the model raises for it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what a model raises, which is no fault here
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        return trace(*size)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # torch.export raises many types
+        if any(isinstance(cause, DATA_DEPENDENT) for cause in causes(error)):
+            raise UnsupportedModelError(
+                f"the model goes another way for {size[1]} tokens in {size[0]} rows{place}, and that way can't be traced: it "
+                "decides by the values in a tensor"
+            ) from error
+        return None
+    finally:
+        log.setLevel(level)
+
+
+def _sizes(program: Any) -> tuple[Any, Any, Any]:
+    """The shape environment of a program, and what stands for rows and tokens: symbols, or numbers."""
+    name = program.graph_signature.user_inputs[0]
+    ids: Tensor = next(n for n in program.graph.nodes if n.name == name).meta["val"]
+    node: Any = getattr(ids.shape[1], "node", None)
+    return (node.shape_env if node is not None else None), symbol(ids.shape[0]), symbol(ids.shape[1])
+
+
+def _comparisons(program: Any) -> list[tuple[Any, str]]:
+    """What the model's own code found true of rows and tokens, each with its line; and that texts have a least length."""
+    environment, rows, tokens = _sizes(program)
+    if environment is None:
+        return []
+    found = []
+    for guard in environment.guards:
+        place = noted_place(guard.sloc.framework_loc)
+        symbols: set[Any] = getattr(guard.expr, "free_symbols", set())
+        if place and symbols and symbols <= {rows, tokens}:
+            found.append((guard.expr, place))
+    bounds = environment.var_to_range.get(tokens)
+    if bounds is not None and isinstance(bounds.lower, sympy.Integer) and int(bounds.lower) > 2:
+        found.append((sympy.Ge(tokens, bounds.lower), ""))
+    return found
+
+
+def _otherwise(program: Any, expression: Any, seen: list[int]) -> list[tuple[int, int]]:
+    """Sizes (rows, tokens) for which an expression that was true is not: the nearest to those of the trace, fewer and more."""
+    _, rows, tokens = _sizes(program)
+    constants = {abs(int(n)) for n in expression.atoms(sympy.Integer) if abs(int(n)) <= LONGEST}
+    near = {c * k + d for c in constants for k in (1, 2) for d in (-1, 0, 1)} | set(range(2, 25))
+    found = []
+    if tokens in expression.free_symbols:
+        lengths = sorted(n for n in near if n >= 2)
+        broken = [n for n in lengths if not _holds(expression, {rows: seen[0], tokens: n})]
+        found += [
+            (seen[0], n) for n in [n for n in broken if n < seen[1]][-1:] + [n for n in broken if n > seen[1]][:1]
+        ]
+    if rows in expression.free_symbols:
+        batches = sorted({*BATCHES, *(n for n in near if 2 <= n <= 1024)})
+        found += [(n, seen[1]) for n in batches if not _holds(expression, {rows: n, tokens: seen[1]})][:1]
+    return found
+
+
+def _holds(expression: Any, sizes: dict[Any, int]) -> bool:
+    return bool(expression.subs(sizes))
+
+
+def program_text(program: Any) -> str:
+    """A program as text: equal for programs that compute the same results from the same values, in whatever order."""
+    constants = []
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor) and value.device.type != "meta" and type(value) is torch.Tensor:
+            constants.append(f"{name} {value.dtype} {value.tolist()}")
+        else:
+            constants.append(f"{name} {type(value).__name__} {getattr(value, 'shape', '')}")
+    return "\n".join([_digest(program.graph_module), *constants])
+
+
+def _digest(module: fx.GraphModule) -> str:
+    """A number for what a graph gives, made of those of its inputs, constants and calls."""
+    known: dict[fx.Node, str] = {}
+    inputs = 0
+    for node in module.graph.nodes:
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        if node.op == "placeholder":
+            target, inputs = str(inputs), inputs + 1
+        elif node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
+            target = _digest(getattr(module, str(node.target)))
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[arg-type, return-value]
+        known[node] = hashlib.sha256(f"{node.op} {target} {arguments}".encode()).hexdigest()
+        if node.op == "output":
+            return known[node]
+    raise ValueError("a graph without an output")

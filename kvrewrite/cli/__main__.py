@@ -1,0 +1,3 @@
+from kvrewrite.cli import main
+
+main()

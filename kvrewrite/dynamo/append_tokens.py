@@ -1,0 +1,102 @@
+"""Single tokens of ordinary caches at little cost to the host: what the torch.compile backend decodes with where nothing goes.
+
+A policy that evicts from prompts alone only adds tokens while it decodes. So a step needs neither scores nor updates, and is one
+compiled graph that reads the cache and returns each layer's new key and value; those are written for all layers at once. All
+heads of a row have equally many slots (`refuse_stock`), so where they go is one number a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvrewrite.cache.eviction_cache import exclusive
+from kvrewrite.dynamo.caches import StockState
+from kvrewrite.ir.program import Program
+from kvrewrite.passes.lower.append import lower_append
+from kvrewrite.policies import Policy
+from kvrewrite.runtime.model import RewrittenModel, on_its_device
+from kvrewrite.runtime.parts import dynamic_sizes, mark_moving
+
+
+def reason_against(program: Program, policy: Policy) -> str:
+    """Why single tokens of this program are not just added; "" where they are."""
+    layout = program.layout
+    if not policy.rates_prompts_only:
+        return f"{policy.name} scores or evicts single tokens"
+    if layout["contiguous"] or layout["length_tables"]:
+        return "cached keys are rotated at every token"
+    if layout.get("quantize") or policy.merge or policy.ragged:
+        return "slots are quantized, merged, or different in number from head to head"
+    if layout["states"]:
+        return "something besides slots is carried"
+    if any(not c["v_dim"] for c in layout["classes"]) or any(s.alibi or s.window or s.chunk for s in program.sites):
+        return "latents, windows or ALiBi"
+    return ""
+
+
+# Dimensions whose size changes from call to call, and that of the rows.
+_MOVING = {"k_pages": (0,), "v_pages": (0,), "pos_pages": (0,), "table": (1, 3), "lens": (1,), "live_slots": (0, 3)}
+_MOVING |= {"k_slots": (1, 3), "v_slots": (1, 3)}
+
+
+class AppendRunner:
+    """Steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its options)."""
+
+    def __init__(
+        self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
+    ):
+        self.model = model
+        classes = [len(c["layers"]) for c in model.program.layout["classes"]]
+        lowered = lower_append(gm, classes, dense=model.device.type != "cuda")
+        self._names = [str(n.target) for n in lowered.graph.nodes if n.op == "placeholder" and n.users]
+        for node in [n for n in lowered.graph.nodes if n.op == "placeholder" and not n.users]:
+            lowered.graph.erase_node(node)
+        self._moving = [_MOVING.get(name.rstrip("0123456789").rstrip("_"), (0,)) for name in self._names]
+        self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
+        self._ones: dict[int, Tensor] = {}
+        self._gpu, self.owner = model.__dict__["_gpu"], model.owner  # for the decorators of `step`
+
+    @exclusive
+    @on_its_device
+    def step(self, ids: Tensor, cache: StockState) -> Tensor:
+        """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
+        model, rows = self.model, range(cache.batch_size)
+        for row in rows:
+            problem = model.no_room(cache, row, 1, True)
+            if problem is not None:
+                raise problem
+        segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
+        cache.begin_step()
+        cache.begin_token(model.policy, segments)
+        inputs = self._inputs(ids, cache)
+        arguments = [inputs[name] for name in self._names]
+        mark_moving(arguments, self._moving)
+        with dynamic_sizes():
+            logits, *new = self._run(*arguments)
+        cache.append(new[: len(new) // 2], new[len(new) // 2 :])
+        cache.end_token(segments)
+        cache.record(ids, None, generated=False)
+        return logits
+
+    def _inputs(self, ids: Tensor, cache: StockState) -> dict[str, Tensor]:
+        device, batch = cache.device, cache.batch_size
+        if batch not in self._ones:
+            self._ones[batch] = torch.ones(batch, dtype=torch.int32, device=device)
+        positions = cache.next_positions()
+        inputs = {
+            "input_ids": ids.long(),
+            "positions": positions,
+            "position_ids": positions,
+            "valid": self._ones[batch],
+        }
+        for c, lease in enumerate(cache.stock_leases):
+            inputs[f"table_{c}"], inputs[f"lens_{c}"] = lease.table, lease.lens
+            for name in lease.store.shapes:
+                inputs[f"{name}_{c}"] = getattr(lease.store, name)
+            inputs[f"k_slots_{c}"], inputs[f"v_slots_{c}"] = lease.dense("k_pages"), lease.dense("v_pages")
+            inputs[f"live_slots_{c}"] = cache.live(c)
+        return inputs

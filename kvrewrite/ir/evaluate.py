@@ -1,0 +1,278 @@
+"""Runs a graph on the CPU in float64 with stand-in weights, to prove what a rewrite computes by computing it.
+
+`Probe` asks what a small part of a graph is. `Evaluator` runs whole graphs, however large the model: a large weight is stood
+in for by a product of two thin random matrices that is never multiplied out, so that a checkpoint of 8B parameters, on
+meta or on a GPU, costs no more than its activations. Small parameters are the model's own, a little changed, so that
+what is zero or one today hides nothing; buffers are the model's own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kvrewrite.ir.fx import ancestors, get_attr, is_op, mutates, tensor_of
+
+aten = torch.ops.aten
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+RANK = 8  # of the stand-in for a large weight
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError)  # of ops on arguments that they can't take
+LARGE = 1 << 16  # elements from which a weight gets one
+# Memory that will be written to; it may hold anything, so it holds zeros here.
+EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
+
+
+def widen(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an evaluation computes in where the model computes in `dtype`."""
+    if dtype in FLOATS:
+        return torch.float64
+    return torch.complex128 if dtype == torch.complex64 else dtype
+
+
+class EvaluationError(Exception):
+    """A node of a graph could not be computed."""
+
+    def __init__(self, node: fx.Node, reason: str):
+        super().__init__(f"{node.name} ({node.target}) could not be computed: {reason}")
+        self.node = node
+
+
+class ThinProduct:
+    """A weight (..., a, b) as left (..., a, RANK) @ right (..., RANK, b), multiplied out only where nothing else works."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self.left, self.right = left, right
+
+    def dense(self) -> Tensor:
+        """The weight itself."""
+        return self.left @ self.right
+
+    def transposed(self) -> ThinProduct:
+        """The weight with its last two dims exchanged."""
+        return ThinProduct(self.right.mT, self.left.mT)
+
+
+class StandIns:
+    """The values that evaluations use for a model's parameters and buffers; the same for every graph of the model.
+
+    seed: another one gives other random numbers.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """What stands for the attribute `name` of a graph, which is `value`."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            # The value is kept, too: its id must not be given to another.
+            self._known[id(value)] = (value, self._make(name, value))
+        return self._known[id(value)][1]
+
+    def _make(self, name: str, value: Tensor) -> Any:
+        blank = value.is_meta or isinstance(value, FakeTensor)
+        known = value.dtype in (*FLOATS, torch.float64) or value.is_complex()  # not those of packed weights
+        if not known or not (isinstance(value, nn.Parameter) or blank):
+            return value.detach().to("cpu", widen(value.dtype))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(name.encode()))
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        if value.dim() >= 2 and value.numel() >= LARGE:
+            *lead, a, b = value.shape
+            return ThinProduct(random(*lead, a, RANK) * b**-0.5, random(*lead, RANK, b) * RANK**-0.5)
+        noise = random(*value.shape)
+        if blank:
+            made = noise * value.shape[-1] ** -0.5 if value.dim() >= 2 else 1 + 0.1 * noise
+        else:
+            own = value.detach().to("cpu", widen(value.dtype))
+            size = float(own.abs().square().mean().sqrt()) if own.numel() else 0.0
+            made = own + noise * (0.1 * size if size else 0.3)
+        return made.to(widen(value.dtype))
+
+
+class Evaluator:
+    """Computes nodes of one graph. root: the module that holds what its `get_attr` nodes read."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, stand_ins: Callable[[str, Any], Any]):
+        self.root, self.stand_ins = root, stand_ins
+        self.nodes = list(graph.nodes)
+        self.output: Any = next(n for n in reversed(self.nodes) if n.op == "output").args[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        wanted: Iterable[fx.Node],
+        given: Mapping[fx.Node, Any] | None = None,
+    ) -> dict[fx.Node, Any]:
+        """The values of `wanted`. inputs: by placeholder; given: values of nodes that are not computed.
+
+        Raises EvaluationError, with the node, where an op fails.
+        """
+        wanted = list(wanted)
+        values: dict[fx.Node, Any] = dict(given or {})
+        held = set(values)
+        needed = ancestors(wanted, stop=lambda n: n in held)
+        left = {n: sum(u in needed for u in n.users) for n in needed}
+        keep = set(wanted)
+        for node in self.nodes:
+            if node not in needed or node.op == "output":
+                continue
+            if node not in values:
+                values[node] = self._compute(node, values, inputs)
+                for used in node.all_input_nodes:
+                    left[used] -= 1
+                    if left[used] <= 0 and used not in keep and used not in held:
+                        values.pop(used, None)
+        return {n: values[n] for n in wanted}
+
+    def result(
+        self, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None, *, writes: bool = True
+    ) -> Any:
+        """What the graph returns. writes: runs all ops that write to their arguments; else those alone whose memory is read for
+        what is returned."""
+        wanted = _nodes_in(self.output)
+        written = [n for n in self.nodes if mutates(n)]
+        found = self(inputs, [*wanted, *(written if writes else _read_again(wanted, written))], given)
+        return fx.node.map_aggregate(self.output, lambda n: found[n] if isinstance(n, fx.Node) else n)
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Any]) -> Any:
+        if node.op == "placeholder":
+            return inputs[str(node.target)]
+        if node.op == "get_attr":
+            return self.stand_ins(str(node.target), get_attr(self.root, str(node.target)))
+        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _argument(a, values))  # type: ignore[misc]
+        if any(isinstance(a, ThinProduct) for a in args):
+            found = _thin(node, args, kwargs)
+            if found is not None:
+                return found
+        args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)  # type: ignore[assignment]
+        try:
+            out = node.target(*args, **kwargs)  # type: ignore[operator]
+        except FAILURES as error:
+            try:
+                out = _in_own_dtypes(node, args, kwargs)
+            except FAILURES:
+                raise EvaluationError(node, str(error).splitlines()[0]) from error
+        if is_op(node, *EMPTY):
+            out = out.zero_()
+        return fx.node.map_aggregate(out, _widened) if isinstance(out, (tuple, list)) else _widened(out)
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_aggregate(value, lambda a: found.append(a) if isinstance(a, fx.Node) else None)
+    return found
+
+
+def _read_again(wanted: list[fx.Node], written: list[fx.Node]) -> list[fx.Node]:
+    """Those of the ops `written` that write to memory that `wanted` depends on."""
+    needed, found = ancestors(wanted), []
+    more = True
+    while more:
+        more = False
+        for node in written:
+            if node not in found and any(n in needed for n in _memory(node)):
+                found.append(node)
+                needed |= ancestors([node])
+                more = True
+    return found
+
+
+def _memory(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory an op writes to: its arguments, and what these are views of."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    todo = [a for a, s in zip(node.args, schema) if s.alias_info is not None and s.alias_info.is_write]
+    found: set[fx.Node] = set()
+    while todo:
+        at = todo.pop()
+        if isinstance(at, fx.Node) and at not in found:
+            found.add(at)
+            results = at.target._schema.returns if isinstance(at.target, torch._ops.OpOverload) else ()
+            if any(r.alias_info is not None for r in results):  # a view
+                todo += at.all_input_nodes[:1]
+    return found
+
+
+def _argument(value: Any, values: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return values[value]
+    if isinstance(value, torch.dtype):
+        return widen(value)
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _widened(value: Any) -> Any:
+    """A result in the dtype that evaluations use: ops without a tensor argument have torch's default dtype."""
+    return value.to(widen(value.dtype)) if isinstance(value, Tensor) else value
+
+
+def _in_own_dtypes(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The op on arguments of the dtypes that the model has, for ops that know no float64."""
+    values, spec = tree_flatten((args, kwargs))
+    sources, _ = tree_flatten((tuple(node.args), dict(node.kwargs)))
+    if len(values) != len(sources):
+        raise TypeError("its arguments are nested in another way than the node's")
+    given = []
+    for value, source in zip(values, sources):
+        own = tensor_of(source)
+        if isinstance(value, Tensor) and own is not None:
+            value = value.to(own.dtype)
+        given.append(source if isinstance(source, torch.dtype) else value)
+    args, kwargs = tree_unflatten(given, spec)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _thin(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The op on thin products without multiplying them out; None where it is none of those that can."""
+    target = node.target
+    if kwargs and target is not aten._to_copy.default:
+        return None
+    if target is aten.embedding.default and not isinstance(args[1], ThinProduct):
+        return torch.embedding(args[0].left, args[1]) @ args[0].right
+    if target is aten.linear.default and not isinstance(args[0], ThinProduct):
+        out = (args[0] @ args[1].right.mT) @ args[1].left.mT
+        return out if len(args) < 3 or args[2] is None else out + args[2]
+    if target in (aten.mm.default, aten.matmul.default, aten.bmm.default) and not isinstance(args[0], ThinProduct):
+        return (args[0] @ args[1].left) @ args[1].right
+    if target is aten.addmm.default and not isinstance(args[1], ThinProduct):
+        return args[0] + (args[1] @ args[2].left) @ args[2].right
+    if target is aten._grouped_mm.default and len(args) == 3:
+        if not isinstance(args[1], ThinProduct) or isinstance(args[0], ThinProduct):
+            return None
+        return _grouped(_grouped(args[0], args[1].left, args[2]), args[1].right, args[2])
+    if target is aten._to_copy.default or target in (aten.clone.default, aten.detach.default, aten.alias.default):
+        return args[0]
+    rank = args[0].left.dim() if isinstance(args[0], ThinProduct) else 0
+    if rank and target is aten.t.default:
+        return args[0].transposed()
+    if rank and target is aten.transpose.int and {d % rank for d in args[1:3]} == {rank - 2, rank - 1}:
+        return args[0].transposed()
+    if rank and target is aten.permute.default:
+        order = [d % rank for d in args[1]]
+        if order == list(range(rank)):
+            return args[0]
+        if order == [*range(rank - 2), rank - 1, rank - 2]:
+            return args[0].transposed()
+    return None
+
+
+def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """x (T, a), whose rows are sorted by group, times the weights (G, a, b) of each row's group; ends (G,): last row + 1."""
+    out = x.new_zeros(x.shape[0], weights.shape[-1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        out[start:end] = x[start:end] @ weights[group]
+        start = end
+    return out

@@ -1,0 +1,36 @@
+"""What the compiler produces: the rewritten graph with everything that a runtime and an artifact must know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from kvrewrite.ir.site import AttentionSite
+
+
+@dataclass
+class Program:
+    """A rewritten model as data.
+
+    graph: flat GraphModule; its `get_attr` targets are parameters and buffers under dotted names, each in exactly one of
+    `base` (the original checkpoint's parameters and persistent buffers), `policy_weights` (what the policy inserted) and
+    `constants` (tables the model computes when it is built, such as inverse frequencies, and literals in its code).
+    layout: plain JSON data that the runtime needs (cache classes, layers of each, rotary tables, limits).
+    policy: {"name": str, "options": dict}, plain JSON data. aliases: names of tied parameters, each to all its names.
+    """
+
+    graph: fx.GraphModule
+    sites: list[AttentionSite]
+    layout: dict[str, Any]
+    policy: dict[str, Any]
+    dtype: str
+    vocab_size: int
+    max_positions: int | None
+    frontend: str
+    base: list[str] = field(default_factory=list)
+    policy_weights: list[str] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None  # what was proved by running (`passes/canonical/validate.py`)

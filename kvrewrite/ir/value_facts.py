@@ -1,0 +1,88 @@
+"""What is known about a graph's values, as JSON data: dtypes, shapes and which sizes are the same.
+
+What comes behind reading a graph asks for it: kernels are fused only where shapes are known to fit, and parts are compiled for
+sizes that move. A graph that came from a file without it would run, but slower than the one that was written.
+
+A size that is no number is a name, "d0", "d1", ..., the same one wherever a graph has the same expression. What it was computed
+from is lost: "d2" may once have been the product of the other two. Strides are not kept; nothing behind a file asks for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from kvrewrite.errors import ArtifactError
+from kvrewrite.ir.fx import symbol
+from kvrewrite.ir.schema import TensorFact
+
+DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_FIRST_HINT = 1_000_003  # sizes have examples as torch wants them: numbers that no real size is, all different
+
+
+class FactWriter:
+    """Encodes the facts of one graph's values, `node.meta["val"]`."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def __call__(self, value: Any) -> Any:
+        """Facts of a tensor {"dtype", "shape"}, of a size, or a list of them; None where nothing is known."""
+        if isinstance(value, Tensor):
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": [self._size(d) for d in value.shape]}
+        if isinstance(value, torch.SymInt) or type(value) is int:
+            return self._size(value)
+        if isinstance(value, (list, tuple)):
+            return [self(v) for v in value]
+        return None
+
+    def _size(self, size: Any) -> int | str:
+        expression = symbol(size)
+        if isinstance(expression, int) or expression.is_Integer:
+            return int(expression)
+        return self._names.setdefault(str(expression), f"d{len(self._names)}")
+
+
+class FactReader:
+    """The inverse for one graph, whose tensors lie on `device`. Values are fake tensors; alike ones are the same object."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._sizes: dict[str, Any] = {}
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, fact: Any, where: str) -> Any:
+        """What `FactWriter` was given. fact: of a `schema.Node`. Raises ArtifactError that begins with `where`."""
+        if isinstance(fact, TensorFact):
+            return self._tensor(fact, where)
+        if isinstance(fact, list):
+            return [None if f is None else self(f, where) for f in fact]
+        return self._size(fact)
+
+    def _tensor(self, fact: TensorFact, where: str) -> Tensor:
+        known = DTYPES.get(fact.dtype)
+        if known is None:
+            raise ArtifactError(f"{where}: there is no dtype {fact.dtype!r:.80}")
+        key = (fact.dtype, *fact.shape)
+        if key not in self._tensors:
+            sizes = [self._size(size) for size in fact.shape]
+            try:
+                with self._mode:
+                    self._tensors[key] = torch.empty(sizes, dtype=known, device=self._device)
+            except (RuntimeError, OverflowError) as error:
+                raise ArtifactError(f"{where}: no tensor has the shape {fact.shape!r:.80}") from error
+        return self._tensors[key]
+
+    def _size(self, size: int | str) -> Any:
+        if isinstance(size, int):
+            return size
+        if size not in self._sizes:
+            moving: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            example = torch.empty(_FIRST_HINT + 2 * len(self._sizes), device="meta")
+            self._sizes[size] = self._mode.from_tensor(example, symbolic_context=moving).shape[0]
+        return self._sizes[size]

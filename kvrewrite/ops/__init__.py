@@ -1,0 +1,8 @@
+"""The operators that rewritten graphs are made of. Importing this package registers all of them."""
+
+import kvrewrite.ops.attention
+import kvrewrite.ops.decode
+import kvrewrite.ops.latent
+import kvrewrite.ops.linear
+import kvrewrite.ops.scores
+import kvrewrite.ops.state  # noqa: F401

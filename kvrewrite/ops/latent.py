@@ -1,0 +1,89 @@
+"""The operator that reads a latent cache (MLA). See `ops.py`.
+
+Such a cache has one kv head, whose key is a token's latent and the rotated key part that all heads share, [c, r] (R + P
+channels). The value is the latent: the first R channels of the key, so that `v_pages` have a width of 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.latent import reference
+
+
+@torch.library.custom_op("kvrewrite::latent_attention", mutates_args=())
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pos_pages: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+    rows: list[int],
+) -> tuple[Tensor, Tensor]:
+    """`cached_attention` of all heads on a latent cache: [live slots] + [the new tokens, causal].
+
+    q: (B, H, T, n + P), head h's own queries; k: (B, 1, T, R + P), the new tokens' latents and shared keys. up_k, up_v: (N, R)
+    weights that project a latent to keys (n) and values (Dv); rows: [H, R, start, stride, n, start, stride, Dv], where head h
+    has rows [start + h * stride, + n or Dv) of up_k and of up_v. k_pages (pages, PAGE, R + P), v_pages (pages, PAGE, 0), the
+    rest as in `cached_attention`. Returns out (B, H, T, Dv), in memory (B, T, H, Dv), and the natural log-sum-exp (B, H, T)
+    fp32.
+
+    It runs absorbed (queries against the latents, W_uv behind) or expands keys and values of the cache first, whichever takes
+    fewer multiplications; a single token is always absorbed.
+    """
+    heads, rank, n, dv = rows[0], rows[1], rows[4], rows[7]
+    w_k, w_v = reference.head_rows(up_k, heads, *rows[2:5]), reference.head_rows(up_v, heads, *rows[5:])
+    cached = table.shape[2] * k_pages.shape[1]
+    where, shape = (positions, valid), (scale, softcap, window, chunk)
+    if not reference.expanding_is_cheaper(q.shape[2], cached, n, dv, rank, k.shape[3] - rank):
+        out, lse = torch.ops.kvrewrite.cached_attention(
+            reference.absorb(q, w_k), k, k[..., :rank], None, k_pages, v_pages, pos_pages, table, lens, *where, sinks, alibi,
+            None, *shape,
+        )  # fmt: skip
+        return _tokens_first(reference.project(out, w_v)), lse
+    slots = pages.read(k_pages, table)
+    live = torch.arange(cached, device=q.device) < lens[..., None]
+    slots = torch.where(live[..., None], slots, 0).to(k.dtype)  # a dead slot may hold anything
+    step = reference.heads_at_once(heads, q.shape[0], cached + q.shape[2], q.shape[3] + dv, q.element_size())
+    outs, lses = [], []
+    for at in range(0, heads, step):
+        part = slice(at, min(heads, at + step))
+        own, values = reference.expand(k, w_k[part], w_v[part])
+        own_cached, values_cached = reference.expand(slots, w_k[part], w_v[part])
+        each = own.shape[1]
+        out, lse = torch.ops.kvrewrite.cached_attention(
+            q[:, part], own, values, own_cached, k_pages, v_pages, pos_pages, table.expand(-1, each, -1).contiguous(),
+            lens.expand(-1, each).contiguous(), *where, None if sinks is None else sinks[part],
+            None if alibi is None else alibi[part], None, *shape, values_cached,
+        )  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    return _tokens_first(torch.cat(outs, dim=1)), torch.cat(lses, dim=1)
+
+
+def _tokens_first(out: Tensor) -> Tensor:
+    """(B, H, T, Dv), in memory (B, T, H, Dv)."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@latent_attention.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, up_k, up_v, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window, chunk,
+    rows
+):  # fmt: skip
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], rows[7]).transpose(1, 2)
+    return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)

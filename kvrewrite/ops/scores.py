@@ -1,0 +1,190 @@
+"""The operators that policies score with: schemas, fakes and the dispatch to their implementations. See `ops.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvrewrite.kernels import pages
+from kvrewrite.kernels.scores import reference
+from kvrewrite.kernels.update import reference as reference_evict
+from kvrewrite.ops.unversioned import unversioned
+
+
+@torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
+def slot_positions(pos_pages: Tensor, table: Tensor, lens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """Positions in the text of [cached slots, new tokens], -1 where there is none: (B, Hkv, C + T) int64."""
+    cached = pages.read(pos_pages, table)[..., 0].long()
+    live = torch.arange(cached.shape[2], device=cached.device) < lens[..., None]
+    real = torch.arange(positions.shape[1], device=positions.device) < valid[:, None]
+    new = torch.where(real, positions, -1)[:, None].expand(-1, table.shape[1], -1)
+    return torch.cat([torch.where(live, cached, -1), new], dim=2)
+
+
+@slot_positions.register_fake
+def _(pos_pages, table, lens, positions, valid):  # type: ignore[no-untyped-def]
+    size = table.shape[2] * pos_pages.shape[1] + positions.shape[1]
+    return positions.new_empty(*table.shape[:2], size, dtype=torch.int64)
+
+
+@torch.library.custom_op("kvrewrite::newest_rows", mutates_args=())
+def newest_rows(positions: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """Weights of query rows (B, T) fp32: 1 for the last `count` (B,) of each row's `valid` (B,) tokens, else 0."""
+    index = torch.arange(positions.shape[1], device=positions.device)
+    return ((index < valid[:, None]) & (index >= (valid - count)[:, None])).to(torch.float32)
+
+
+@newest_rows.register_fake
+def _(positions, valid, count):  # type: ignore[no-untyped-def]
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::newest_ranks", mutates_args=())
+def newest_ranks(positions: Tensor) -> Tensor:
+    """How many slots of its head are newer than each: positions (B, Hkv, N), -1 for none, which get a large number."""
+    return reference_evict.ranks_from_newest(positions, positions >= 0)
+
+
+@newest_ranks.register_fake
+def _(positions):  # type: ignore[no-untyped-def]
+    return torch.empty_like(positions)
+
+
+@torch.library.custom_op("kvrewrite::uniform", mutates_args=())
+def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
+    """A number in (0, 1) for each (seed, layer, head, position), fp32; positions: (B, Hkv, N)."""
+    return reference.uniform(positions, seed, layer)
+
+
+@uniform.register_fake
+def _(positions, seed, layer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::ranks", mutates_args=())
+def ranks(scores: Tensor, among: Tensor) -> Tensor:
+    """The place of each slot by its score `among` (bool) the slots of its head, 0 for the largest; others get N."""
+    return reference.ranks(scores, among)
+
+
+@ranks.register_fake
+def _(scores, among):  # type: ignore[no-untyped-def]
+    return torch.empty_like(scores, dtype=torch.int64)
+
+
+@torch.library.custom_op("kvrewrite::pool_window", mutates_args=())
+def pool_window(mass: Tensor, valid: Tensor, window: int, kernel: int, largest: bool) -> Tensor:
+    """Pools (B, Hkv, T) over neighbours among the tokens in front of each row's last `window` valid ones."""
+    return reference.pool_window(mass, valid, window, kernel, largest)
+
+
+@pool_window.register_fake
+def _(mass, valid, window, kernel, largest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(mass)
+
+
+@torch.library.custom_op("kvrewrite::key_difference", mutates_args=())
+def key_difference(keys: Tensor, positions: Tensor) -> Tensor:
+    """KeyDiff's score of keys (B, Hkv, N, D) whose positions (B, Hkv, N) are not -1: (B, Hkv, N) fp32."""
+    return reference.key_difference(keys, positions >= 0)
+
+
+@key_difference.register_fake
+def _(keys, positions):  # type: ignore[no-untyped-def]
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::expected_attention", mutates_args=())
+def expected_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, partner: Tensor | None, valid: Tensor,
+    scale: float, sinks: int, future: int, epsilon: float,
+) -> Tensor:  # fmt: skip
+    """Expected attention of the new tokens' keys: (B, Hkv, T) fp32. See kernels/scores/reference.py."""
+    return reference.expected_attention(q, k, v, cos, sin, partner, valid, scale, sinks, future, epsilon)
+
+
+@expected_attention.register_fake
+def _(q, k, v, cos, sin, partner, valid, scale, sinks, future, epsilon):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))
+def surprisal(logits: Tensor, ids: Tensor, valid: Tensor, last: Tensor, positions: Tensor) -> Tensor:
+    """Minus the log probability of each new token (B, T) fp32; last (B, V) fp32: the logits in front of the first, renewed."""
+    return reference.surprisal(logits, ids, valid, last, positions[:, 0] > 0)
+
+
+@surprisal.register_fake
+def _(logits, ids, valid, last, positions):  # type: ignore[no-untyped-def]
+    return torch.empty_like(ids, dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::gate", mutates_args=("k_state", "v_state"))
+def gate(
+    q: Tensor, k: Tensor, v: Tensor, k_state: Tensor, v_state: Tensor, positions: Tensor, valid: Tensor, heads: int
+) -> Tensor:
+    """An Attention-Gate's own causal attention over all tokens so far, (B, T, heads * d) fp32; appends k and v to its state
+    (B, capacity, heads * d) at positions (B, T)."""
+    return reference.gate(q, k, v, k_state, v_state, positions[:, 0], valid, heads)
+
+
+@gate.register_fake
+def _(q, k, v, k_state, v_state, positions, valid, heads):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::sink_gate", mutates_args=())
+def sink_gate(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, k_base: Tensor, bias: Tensor) -> Tensor:
+    """Fast KVzip's scores (B, Hkv, T) fp32 of tokens whose gates project to q and k. See kernels/scores/reference.py."""
+    return reference.sink_gate(q, k, q_norm, k_norm, k_base, bias)
+
+
+@sink_gate.register_fake
+def _(q, k, q_norm, k_norm, k_base, bias):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], bias.shape[0], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::kept_above", mutates_args=())
+def kept_above(
+    scores: Tensor,
+    places: Tensor,
+    recent: Tensor,
+    keep: Tensor,
+    evicts: Tensor,
+    threshold: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """How many slots of each head stay (B, Hkv) int32: those that score `threshold` or more and the `recent` (B,) newest, at
+    most `keep` (B, Hkv) int32.
+
+    scores, places (B, Hkv, N): of all slots, places as `slot_positions` gives them. Slots that no later query sees through
+    `window` or `chunk` do not count. Rows whose `evicts` (B,) is 0 lose nothing.
+    """
+    return reference.kept_above(scores, places, recent, keep, evicts, threshold, window, chunk)
+
+
+@kept_above.register_fake
+def _(scores, places, recent, keep, evicts, threshold, window, chunk):  # type: ignore[no-untyped-def]
+    return torch.empty_like(keep)
+
+
+@torch.library.custom_op("kvrewrite::share_layers", mutates_args=())
+def share_layers(
+    scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
+) -> list[Tensor]:
+    """How many slots each head of each layer keeps, (B, Hkv) int32 a layer, where all heads of all layers share one budget.
+
+    scores, places: a (B, Hkv, N) of each layer, all its slots; keep: a (B, Hkv) int32 of each layer, whose sum is what a
+    row keeps. Positions below `sinks` and the `recent` (B,) newest slots of each head count as best; of equal scores those
+    of the lower layer and head stay. A device is asked once whether anything goes.
+    """
+    return reference.share_layers(scores, places, keep, recent, sinks)
+
+
+@share_layers.register_fake
+def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(k) for k in keep]
+
+
+unversioned("surprisal", "gate")

@@ -1,0 +1,428 @@
+"""Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay a token.
+
+A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and positions
+are buffers on the device that a request is bound to, so that a new request replays what another one captured. What a policy
+remembers besides lies in such buffers, too, while its request is bound. A step is captured anew when a pool had to grow (its
+memory moved), a table became wider, or the text longer than it has room for.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from kvrewrite.cache.pages import PAGE, Lease, scheme_of, to_device
+from kvrewrite.ir.fx import is_op
+from kvrewrite.ir.program import Program
+from kvrewrite.kernels.quantized.split import missing as missing_quantized
+from kvrewrite.ops.dispatch import fused
+from kvrewrite.passes.lower.decode import lower_decode
+from kvrewrite.policies import UNLIMITED, Policy, Segment
+from kvrewrite.runtime.parts import Execution, reason_against_graphs, record_graph
+
+if TYPE_CHECKING:
+    from kvrewrite.cache.eviction_cache import EvictionCache
+    from kvrewrite.runtime.model import RewrittenModel
+
+ops = torch.ops.kvrewrite
+RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
+ROOM = 4096  # slots a head that a captured step has room for beyond those at its capture, if its budget allows
+SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
+
+
+def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
+    """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
+    if policy.merge:
+        return "merging asks the device how many slots go"
+    scheme = scheme_of(program.layout)
+    if scheme is not None and program.layout["contiguous"]:
+        return f"{policy.name} rotates cached keys by their rank, and their codes can't be rotated"
+    if scheme is not None and device.type == "cuda":
+        # What the reference writes depends on what it reads, which a captured graph can't do.
+        sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
+        for spec in program.layout["classes"]:
+            why = missing_quantized(scheme, spec["k_dim"], spec["v_dim"])
+            if not fused("cache_update_quantized", sample, why):
+                why = why or f"not in {program.dtype}, or kernels are off"
+                return f"there is no kernel for the update of this quantized cache ({why})"
+    if policy.shares_layers:
+        return f"the layers of {policy.name} share one budget"
+    return reason_against_graphs(program.graph) if device.type == "cuda" else ""
+
+
+def settles(program: Program, policy: Policy) -> bool:
+    """Whether ranks are frozen while decoding, so that keys can lie rotated in their pages."""
+    return bool(program.layout["contiguous"]) and not policy.renews_ranks_in_decoding
+
+
+class Settling:
+    """What is done to cached keys in front of the first single token: where ranks are frozen, they are rotated, which is taken
+    back in front of the next prompt; else ranks are written down as `token_update` keeps them."""
+
+    def __init__(self, model: RewrittenModel):
+        self.model = model
+        self.sites: list[tuple[int, int, int, str]] = []  # class, layer in it, rotation, name of its partners
+        for node in model.graph_module.graph.nodes:
+            if is_op(node, ops.rotate.default):
+                _, cos, _, positions, partner = node.args
+                table = positions.args[1]
+                cache_class = int(str(table.args[0].target).rsplit("_", 1)[1])
+                site = (cache_class, int(table.args[2]), int(str(cos.target).rsplit("_", 1)[1]), str(partner.target))
+                if site not in self.sites:
+                    self.sites.append(site)
+
+    def settle(self, cache: EvictionCache) -> None:
+        """Ranks that are not final yet are made, then keys are rotated in place."""
+        device = self.model.device
+        renew = [not s and n > 0 for s, n in zip(cache.settled, cache.seen)]
+        cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
+        cache.settled = [s or r for s, r in zip(cache.settled, renew)]
+        following, anew = to_device(cache.next_rotary, device), to_device(renew, device)
+        span = torch.empty(0, max(1, *cache.seen), device=device)
+        self._turn(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
+        cache.keys_settled = True
+
+    def hold_ranks(self, cache: EvictionCache) -> None:
+        """Writes the ranks of all slots to their pages, counted from the newest token of the text."""
+        device = self.model.device
+        following, anew = to_device(cache.seen, device), to_device([True] * cache.batch_size, device)
+        span = torch.empty(0, max(1, *cache.seen), device=device)
+        for lease in cache.leases:
+            lease.unshare(np.zeros_like(lease.bound))
+        for c, layer in {(c, layer): None for c, layer, *_ in self.sites}:
+            lease = cache.leases[c]
+            ops.slot_rotary(lease.store.pos_pages, lease.table[layer], lease.lens[layer], following, anew, span)
+        cache.ranks_held = True
+
+    def undo(self, cache: EvictionCache) -> None:
+        """Keys are unrotated again."""
+        self._turn(cache, undo=True, ranks=None)
+        cache.keys_settled = False
+
+    def _turn(self, cache: EvictionCache, undo: bool, ranks: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        for lease in cache.leases:
+            lease.unshare(np.zeros_like(lease.bound))
+        tables = cache.rotary(max(cache.next_rotary) + 1)
+        for c, layer, rotation, partner in self.sites:
+            lease = cache.leases[c]
+            where = (lease.store.pos_pages, lease.table[layer], lease.lens[layer])
+            if ranks is not None:
+                ops.slot_rotary(*where, *ranks)
+            turn = self.model.graph_module.get_buffer(partner)
+            ops.settle_keys(lease.store.k_pages, *where, *tables[rotation], turn, undo)
+
+
+class _Rows:
+    """Numbers that the host has for each row, sent to the device in one copy a step."""
+
+    def __init__(self, names: list[str], batch: int, device: torch.device):
+        self.names = names
+        pinned = device.type == "cuda"
+        self.host = [torch.zeros(len(names), batch, dtype=torch.int64, pin_memory=pinned) for _ in range(RING)]
+        self.numbers = [host.numpy() for host in self.host]
+        self.sent = [torch.cuda.Event() if pinned else None for _ in range(RING)]
+        self.device = torch.zeros(len(names), batch, dtype=torch.int64, device=device)
+        self.turn = 0
+
+    def send(self, values: dict[str, list[int]]) -> None:
+        at, self.turn = self.turn, (self.turn + 1) % RING
+        event = self.sent[at]
+        if event is not None:
+            event.synchronize()
+        for i, name in enumerate(self.names):
+            self.numbers[at][i] = values[name]
+        self.device.copy_(self.host[at], non_blocking=True)
+        if event is not None:
+            event.record()
+
+    def get(self, name: str) -> Tensor:
+        return self.device[self.names.index(name)]
+
+
+class _Step:
+    """A decode step of one batch size, with its buffers."""
+
+    def __init__(self, runner: DecodeRunner, cache: EvictionCache, widths: list[int], span: int):
+        self.runner, self.batch, self.widths, self.span = runner, cache.batch_size, widths, span
+        device, batch = cache.device, cache.batch_size
+        layout = runner.model.program.layout
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        names = ["positions", "position_ids", "recent", "valid", "following", *layout["row_inputs"]]
+        self.rows = _Rows(names, batch, device)
+        self.tables, self.lens, self.keeps, self.pools = [], [], [], []
+        for lease, width in zip(cache.leases, widths):
+            shape = (len(lease.layers), batch, lease.kv_heads)
+            self.tables.append(torch.zeros(*shape, width, dtype=torch.int32, device=device))
+            # Tensors of their own: see Execution._views.
+            self.lens.append([torch.zeros(shape[1:], dtype=torch.int32, device=device) for _ in lease.layers])
+            self.keeps.append(torch.full(shape, UNLIMITED, dtype=torch.int32, device=device))
+            self.pools.append({name: getattr(lease.store, name) for name in lease.store.shapes})
+        self.states = [state.room(span) for state in cache.states]
+        self.fixed = {
+            "logit_index": torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            "renew": torch.ones(batch, dtype=torch.bool, device=device),
+            "span": torch.empty(0, span, device=device),
+            **cache.length_tables,
+        }
+        for i, (cos, sin) in enumerate(cache.rotary(self.reach(cache))):
+            self.fixed[f"rotary_cos_{i}"], self.fixed[f"rotary_sin_{i}"] = cos, sin
+        self.graph: Any = None
+        self.logits: Tensor | None = None
+        if runner.capture:
+            self._capture()
+
+    def reach(self, cache: EvictionCache) -> int:
+        """Positions that tables of cos and sin need here: those that keys or queries are rotated by."""
+        if settles(self.runner.model.program, self.runner.model.policy):
+            return 1  # nothing is rotated by tables
+        return min(self.span, self.runner.model.program.max_positions or self.span)
+
+    def fits(self, cache: EvictionCache) -> bool:
+        """Whether this step's buffers and pools are those that `cache` needs."""
+        same = all(
+            getattr(lease.store, name) is pool
+            for lease, pools in zip(cache.leases, self.pools)
+            for name, pool in pools.items()
+        )
+        wide = all(lease.table.shape[-1] <= width for lease, width in zip(cache.leases, self.widths))
+        lengths = all(self.fixed[name] is table for name, table in cache.length_tables.items())
+        return same and wide and lengths and max(cache.seen) < self.span
+
+    def _inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        inputs = {"input_ids": self.ids, **self.fixed}
+        for name in ("positions", "position_ids"):
+            inputs[name] = self.rows.get(name)[:, None]
+        limit = self.runner.model.program.max_positions
+        if limit is not None:
+            inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
+        inputs["following"] = self.rows.get("following")
+        narrow = self.rows.device.to(torch.int32)  # one launch for all
+        for name in ("recent", "valid", *self.runner.model.program.layout["row_inputs"]):
+            inputs[name] = narrow[self.rows.names.index(name)]
+        for spec, state in zip(self.runner.model.program.layout["states"], self.states, strict=True):
+            inputs[f"state_{spec['name']}"] = state
+        layers: dict[str, Any] = {}
+        for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
+            layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
+            layers[f"lens_{c}"] = lens
+            for name, pool in self.pools[c].items():
+                inputs[f"{name}_{c}"] = pool
+        for c, table in enumerate(self.tables):
+            if f"spare_{c}" in self.runner.execution.partition.sources:
+                none = torch.full((self.batch, table.shape[3]), -1, dtype=torch.int32, device=table.device)
+                layers[f"spare_{c}"] = [none] * len(table)
+                layers[f"next_table_{c}"] = [torch.zeros_like(t) for t in table]
+                inputs[f"floor_{c}"] = torch.full((self.batch,), -1.0, dtype=torch.float64, device=table.device)
+        return inputs, layers
+
+    def _run(self) -> Tensor:
+        logits = self.runner.execution(*self._inputs())
+        assert logits is not None
+        return logits
+
+    def _capture(self) -> None:
+        """Warm-up and capture with nothing live and no row at work, so that no cache is touched."""
+        self.rows.device.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph, self.logits = record_graph(self._run)
+        self.runner.captures += 1
+
+    def __call__(self) -> Tensor:
+        if self.graph is None:
+            return self._run()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits.clone()
+
+
+@dataclass
+class _Plan:
+    """The next token of a cache, planned while the device was at work on the one before. Its row numbers are on the device.
+
+    version: the cache's, then; held: slots (layers, rows, kv heads) that each class holds after the token; next_rotary: what
+    the cache's becomes, or None.
+    """
+
+    cache: weakref.ref[EvictionCache]
+    version: tuple[int, ...]
+    step: _Step
+    segments: list[Segment]
+    held: list[np.ndarray]
+    next_rotary: list[int] | None
+
+
+class DecodeRunner:
+    """Decode steps of one model, by batch size. gm: its graph, before `lower_decode`; capture: into CUDA graphs; captures counts
+    them."""
+
+    def __init__(
+        self,
+        model: RewrittenModel,
+        gm: fx.GraphModule,
+        compiler: Callable[[Any], Callable[..., Any]] | None,
+        capture: bool,
+    ):
+        self.model, self.capture, self.captures = model, capture, 0
+        self.settles = settles(model.program, model.policy)
+        self.settling = Settling(model) if model.program.layout["contiguous"] else None
+        self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
+        self._steps: dict[int, _Step] = {}
+        self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
+        self._lease: weakref.ref[Lease] | None = (
+            None  # its first lease, which another takes the place of when it is reset
+        )
+        self._seen_tables: list[Tensor | None] = []
+        self._seen_states: list[
+            Tensor | None
+        ] = []  # what the bound cache's states are while they lie in the step's buffers
+        self._seen_keeps: list[Any] = []
+        self._plan: _Plan | None = None
+
+    def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
+        """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
+        if self.settling is not None and self.settles and not cache.keys_settled:
+            self.settling.settle(cache)
+        if self.settling is not None and not self.settles and not cache.ranks_held:
+            self.settling.hold_ranks(cache)
+        self._plan = None
+        keeps = cache.begin_token(self.model.policy, segments)
+        step = self._steps.get(cache.batch_size)
+        if step is None or not step.fits(cache):
+            self.release()
+            self._steps.pop(cache.batch_size, None)
+            step = self._steps[cache.batch_size] = self._make(cache, keeps)
+        self._bind(step, cache, keeps)
+        next_rotary = self._send_rows(step, cache, segments)
+        return self._launch(step, ids, cache, segments, next_rotary)
+
+    def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
+        """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
+        contiguous = self.model.program.layout["contiguous"]
+        anew = contiguous and not self.settles
+        following = list(cache.length) if anew else cache.next_rotary
+        values = {
+            "positions": cache.seen,
+            "position_ids": following if contiguous else cache.seen,
+            "recent": [s.recent for s in segments],
+            "valid": [1] * cache.batch_size,
+            "following": following,
+        }
+        for name in self.model.program.layout["row_inputs"]:
+            values[name] = [s.values.get(name, 0) for s in segments]
+        step.rows.send(values)
+        return following if anew else None
+
+    def _launch(
+        self, step: _Step, ids: Tensor, cache: EvictionCache, segments: list[Segment], next_rotary: list[int] | None
+    ) -> Tensor:
+        """Runs the step; what the host can do about the token after it is done while the device is at work."""
+        step.ids.copy_(ids)
+        logits = step()
+        if next_rotary is not None:
+            cache.next_rotary, cache.settled = next_rotary, [True] * cache.batch_size
+        cache.end_token(segments)
+        self._plan = self._look_ahead(step, cache)
+        return logits
+
+    def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Plan | None:
+        """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
+        rows = range(cache.batch_size)
+        if any(self.model.no_room(cache, row, 1, True) for row in rows) or not step.fits(cache):
+            return None
+        segments = [self.model.policy.decode_segment(cache.row(row)) for row in rows]
+        found = cache.look_ahead(self.model.policy, segments)
+        if found is None or self._bound is None or self._bound() is not cache:
+            return None
+        keeps, held = found
+        self._bind(step, cache, keeps)
+        next_rotary = self._send_rows(step, cache, segments)
+        return _Plan(weakref.ref(cache), cache.version, step, segments, held, next_rotary)
+
+    def has_planned(self, ids: Tensor, cache: EvictionCache | None) -> bool:
+        """Whether `ids` can be the token that was planned: of that cache, and nothing happened to it in between."""
+        plan, bound = self._plan, self._bound
+        if plan is None or bound is None or cache is None or plan.cache() is not cache or bound() is not cache:
+            return False
+        return ids.shape == plan.step.ids.shape and plan.version == cache.version
+
+    def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
+        """The same as `step`, where `has_planned`."""
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        cache.begin_planned_token(plan.held)
+        return self._launch(plan.step, ids, cache, plan.segments, plan.next_rotary)
+
+    def _make(self, cache: EvictionCache, keeps: list[np.ndarray]) -> _Step:
+        """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds it."""
+        widths = []
+        for lease, keep in zip(cache.leases, keeps):
+            windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
+            limit, held = int(np.minimum(keep, windows).max()), int(lease.bound.max())
+            coming = max(ROOM, (cache.max_length or 0) - max(cache.seen), held // 2)
+            slots = max(held, min(limit, held + coming))
+            widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
+        span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
+        return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
+
+    def _bind(self, step: _Step, cache: EvictionCache, keeps: list[np.ndarray]) -> None:
+        """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
+        if self._bound is None or self._bound() is not cache or not self._is_bound(cache):
+            self.release()
+            for c, lease in enumerate(cache.leases):
+                for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
+                    target.copy_(lens)
+                lease.fetch_lens = functools.partial(self._give_back, weakref.ref(cache))
+            self._bound, self._lease = weakref.ref(cache), weakref.ref(cache.leases[0])
+            self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
+            self._seen_states = [None] * len(cache.states)
+        for c, lease in enumerate(cache.leases):
+            if self._seen_tables[c] is not lease.table:
+                step.tables[c][..., : lease.table.shape[-1]].copy_(lease.table)
+                self._seen_tables[c] = lease.table
+            if self._seen_keeps[c] is not keeps[c]:
+                step.keeps[c].copy_(to_device(np.minimum(keeps[c], UNLIMITED).astype(np.int32), cache.device))
+                self._seen_keeps[c] = keeps[c]
+        for i, (state, room) in enumerate(zip(cache.states, step.states)):
+            if self._seen_states[i] is not state.value:
+                mine = room[:, : state.value.shape[1]] if state.per_token else room
+                mine.copy_(state.value)
+                state.value = self._seen_states[i] = mine
+
+    def _is_bound(self, cache: EvictionCache) -> bool:
+        """Whether the cache that is bound still has what was bound."""
+        return self._lease is not None and self._lease() is cache.leases[0]
+
+    def _give_back(self, cache: weakref.ref[EvictionCache]) -> None:
+        """Gives a cache its lengths back, if it is bound."""
+        if self._bound is not None and self._bound() is cache():
+            self.release()
+
+    def release(self) -> None:
+        """Gives the bound cache its lengths and states back. It is bound until it has them all: the step of another cache for
+        which this is done may be interrupted."""
+        cache = None if self._bound is None else self._bound()
+        if cache is None or not self._is_bound(cache):  # gone, or reset
+            self._bound = None
+            return
+        step = self._steps[cache.batch_size]
+        for lease, lens in zip(cache.leases, step.lens):
+            lease._lens.copy_(torch.stack(lens))
+        for state, seen in zip(cache.states, self._seen_states):
+            if state.value is seen:
+                state.value = state.value.clone()
+        self._bound = None
+        for lease in cache.leases:
+            lease.fetch_lens = None

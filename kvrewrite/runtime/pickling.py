@@ -1,0 +1,38 @@
+"""Pickling of rewritten models (`torch.save`, worker processes): the graph goes as the data that a model directory has, too.
+
+`fx.GraphModule` pickles its code and traces that again to load it, which fails where a graph's sizes depend on its inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvrewrite.errors import ArtifactError
+from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.ir.program import Program
+from kvrewrite.ir.serialize import graph_from_dict, graph_to_dict
+
+
+def program_state(program: Program) -> dict[str, Any]:
+    """A program without its graph module: plain data and tensors. Raises ArtifactError where the graph can't be written."""
+    if "devices" in program.layout:
+        raise ArtifactError("a model on several devices can't be pickled: transfers between them are part of its graph")
+    names = [*program.base, *program.policy_weights, *program.constants]
+    read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    tensors: dict[str, Tensor] = {
+        name: get_attr(program.graph, name) for name in dict.fromkeys([*names, *sorted(read)])
+    }
+    fields = {name: value for name, value in vars(program).items() if name != "graph"}
+    return {"fields": fields, "graph": graph_to_dict(program.graph), "tensors": tensors}
+
+
+def program_of(state: dict[str, Any]) -> Program:
+    """The inverse of `program_state`."""
+    tensors: dict[str, Tensor] = state["tensors"]
+    graph = graph_from_dict(state["graph"], tensors)
+    read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    for name in tensors.keys() - read:  # tables that the runtime reads and no node does
+        set_attr(graph, name, tensors[name])
+    return Program(graph=graph, **state["fields"])

@@ -1,0 +1,286 @@
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness) on rewritten models.
+
+Two kinds of requests exist there. generate_until goes through `generate`, as any use of the model does. loglikelihood (and
+with it multiple_choice) is one forward pass over context and continuation without a cache that lasts, and what it measures
+depends on the policy:
+
+- a prompt that goes through in one segment (no chunk, or no longer than one) evicts behind its attention, when its logits
+  are made already: the score is that of the full cache, whatever the budget;
+- with chunks, each chunk reads what the evictions before it left: the score is that of chunked prefill, except that the
+  continuation sees its own chunk whole;
+- attention_gate flags tokens in front of attention, so its score is its own.
+
+So every request's tokens are put through the policy's plan, and results say in how many requests anything was evicted that a
+later token could have seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
+from kvrewrite.policies import Policy
+from kvrewrite.tools.evaluation.run import (
+    BASELINE,
+    CONVERTED,
+    Arm,
+    PolicySpec,
+    Progress,
+    Settings,
+    Source,
+    Warn,
+    arms,
+    budget_text,
+    describe,
+    versions,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GENERATES = ("generate_until", "generate_until_multi_turn")
+
+
+def require_lm_eval() -> None:
+    """Raises OptionError where lm-eval, or what its models of transformers need, is not installed."""
+    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(f"--harness lm_eval needs {' and '.join(missing)}: pip install 'lm-eval[hf]'")
+
+
+# ------------------------------------------------------------------------------------------------- does a request evict?
+def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
+    """Whether a forward pass over `length` tokens evicts anything before its last segment, so that logits can differ.
+
+    layers: how many of the model's layers own a cache.
+    """
+    return policy.evicts(policy.plan(length)[:-1], layers)
+
+
+def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
+    """Whether a prompt of `length` tokens loses any before the first token is generated."""
+    return policy.evicts(policy.plan(length), layers)
+
+
+def scoring_warning(policy: Policy) -> str:
+    """What a loglikelihood request measures with this policy, in a sentence."""
+    if policy.gates:
+        return "tokens are flagged in front of attention, so scores are the policy's"
+    if policy.chunk is None:
+        return "a request goes through in one pass and evicts behind it, so scores are those of the full cache at every budget"
+    return (
+        f"a request evicts between chunks of {policy.chunk} tokens: shorter ones score as with the full cache, and a "
+        "continuation sees its own chunk whole"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+def _model_class() -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class RewrittenLM(HFLM):  # type: ignore[misc, valid-type]
+        """lm-eval's model of transformers around a rewritten one; counts the requests in which something is evicted."""
+
+        def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None):
+            self.rewritten = model
+            self.layers = sum(site.shares_kv_with is None for site in model.sites)
+            self.batch_size_per_gpu: int
+            self.counts = {"requests": 0, "evicted": 0}
+            super().__init__(
+                pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+            )
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            # One by one: rows are padded on the right here without a mask, and a policy would count the padding.
+            for _, context, continuation in requests:
+                length = min(len(context) + len(continuation), self.max_length + 1) - 1
+                self._count(evicts_within(self.rewritten.policy, length, self.layers))
+            before, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+            try:
+                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            finally:
+                self.batch_size_per_gpu = before
+
+        def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
+            for length in kwargs["attention_mask"].sum(1).tolist():
+                self._count(evicts_in_prompt(self.rewritten.policy, length, self.layers))
+            return super()._model_generate(context, max_length, stop, **kwargs)
+
+        def _count(self, evicted: bool) -> None:
+            self.counts["requests"] += 1
+            self.counts["evicted"] += evicted
+
+        def get_model_info(self) -> dict[str, Any]:
+            """The rewritten model instead of a name on a hub, which would be looked up there."""
+            return {"policy": self.rewritten.program.policy, "model_dtype": str(self.rewritten.dtype)}
+
+    return RewrittenLM
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+def run(
+    settings: Settings,
+    tasks: list[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    progress: Progress = lambda *_: None,
+    warn: Warn = lambda _: None,
+) -> dict[str, Any]:
+    """Runs tasks of lm-eval over policies and budgets, the full cache first; modes do not apply, prompts are whole.
+
+    include_path: a directory of task files (YAML). limit: samples a task. out: is written after every arm. Raises
+    OptionError for unknown tasks before a model is loaded.
+    """
+    require_lm_eval()
+    for name in ("lm_eval", "httpx", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for spec in settings.policies:
+        spec.check()
+    manager, loaded = _tasks(tasks, include_path)
+    types = {name: str(task.config.output_type) for name, task in loaded.items()}
+    source = Source(settings.model, device=settings.device, dtype=settings.dtype)
+    planned = [Arm(PolicySpec("full")), *arms(settings.policies, settings.budgets)]
+    _warn_of(types, planned, warn)
+
+    import lm_eval
+
+    results: dict[str, Any] = {
+        "kind": "kvrewrite eval --harness lm_eval",
+        "format": 1,
+        "versions": {**versions(), "lm_eval": lm_eval.__version__},
+        "settings": {**describe(settings, source), "tasks": tasks, "limit": limit, "output_types": types},
+        "cells": [],
+    }
+    for name in ("samples", "tokens", "modes"):
+        del results["settings"][name]
+    total = len(planned) * len(types)
+    for done, arm in enumerate(planned):
+        try:
+            progress(f"{arm}: rewriting", done * len(types), total)
+            model = source.rewritten(arm)
+        except KVRewriteError as error:
+            results["cells"] += [{**_cell(arm, n), "status": "refused", "reason": str(error)} for n in types]
+            continue
+        for i, name in enumerate(types):
+            progress(f"{arm}: {name}", done * len(types) + i, total)
+            found = _run_task(settings, source, model, loaded[name], manager, limit)
+            results["cells"].append({**_cell(arm, name), **found})
+        if out is not None:
+            write_json(out, results)
+    progress("done", total, total)
+    if out is not None:
+        write_json(out, results)
+    return results
+
+
+def _tasks(names: list[str], include_path: Path | None) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's task manager and the tasks of these names, groups spread out."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise ArtifactError(f"--include-path {include_path}: expected a directory of task files (YAML)")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            import difflib
+
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise OptionError(f"lm-eval has no task {name!r}{hint}; task files of your own need --include-path")
+    try:
+        loaded = manager.load(names)
+    except Exception as error:  # whatever a task's data set raises
+        raise ArtifactError(f"lm-eval could not load {', '.join(names)}: {type(error).__name__}: {error}") from error
+    return manager, dict(loaded["tasks"])
+
+
+def _cell(arm: Arm, task: str) -> dict[str, Any]:
+    mode = BASELINE if arm.spec.name == "full" and not arm.options else "aware"
+    return {
+        "policy": arm.spec.name, "label": arm.spec.label, "options": dict(arm.spec.options), "budget": arm.budget,
+        "mode": mode, "task": task,
+    }  # fmt: skip
+
+
+def _run_task(
+    settings: Settings, source: Source, model: Any, task: Any, manager: Any, limit: int | None
+) -> dict[str, Any]:
+    import lm_eval
+
+    lm = _model_class()(model, source.tokenizer, settings.batch_size, None)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000,
+            random_seed=settings.seed, numpy_random_seed=settings.seed, torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )  # fmt: skip
+    except KVRewriteError as error:
+        return {"status": "refused", "reason": str(error)}
+    name = task.task_name
+    numbers = found["results"][name]
+    metrics = {}
+    for key, value in numbers.items():
+        metric, _, suffix = key.partition(",")
+        if suffix and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            spread = numbers.get(f"{metric}_stderr,{suffix}")
+            shown = f"{metric},{suffix}" if suffix != "none" else metric
+            metrics[shown] = {"value": float(value), "stderr": spread if isinstance(spread, float) else None}
+    samples = found["n-samples"][name]["effective"]
+    return {"status": "ok", "metrics": metrics, "n": samples, **lm.counts}
+
+
+def _warn_of(types: dict[str, str], planned: list[Arm], warn: Warn) -> None:
+    """Tasks that never generate, and what that means for each policy."""
+    from kvrewrite import policies
+
+    never = [n for n, kind in types.items() if kind not in GENERATES]
+    if not never:
+        return
+    kinds = ", ".join(sorted({types[n] for n in never}))
+    warn(f"{', '.join(never)} ({kinds}): never generates, so nothing is evicted in decoding, and in scoring:")
+    said: dict[str, list[str]] = {}
+    for arm in planned:
+        if arm.spec.name in ("full", CONVERTED):
+            continue
+        try:
+            policy = policies.make(arm.spec.name, **arm.options)
+        except OptionError:
+            continue
+        names = said.setdefault(scoring_warning(policy), [])
+        if arm.spec.label not in names:
+            names.append(arm.spec.label)
+    for sentence, names in said.items():
+        warn(f"  {', '.join(names)}: {sentence}")
+
+
+def table(results: dict[str, Any]) -> tuple[Table, list[str]]:
+    """All metrics, a row each, and notes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title="lm-eval", title_justify="left")
+    for name in ("policy", "budget", "task", "metric", "value", "± stderr", "n", "requests that evict"):
+        made.add_column(name, justify="left" if name in ("policy", "task", "metric") else "right", overflow="fold")
+    notes: list[str] = []
+    for cell in results["cells"]:
+        head = [escape(cell["label"]), budget_text(cell["budget"]), escape(cell["task"])]
+        if cell["status"] != "ok":
+            if cell["reason"] not in notes:
+                notes.append(cell["reason"])
+            made.add_row(*head, escape(f"refused [{notes.index(cell['reason']) + 1}]"), "", "", "", "")
+            continue
+        for metric, found in cell["metrics"].items():
+            error = "-" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            evicted = f"{cell['evicted']} of {cell['requests']}"
+            made.add_row(*head, escape(metric), f"{found['value']:.4f}", error, str(cell["n"]), evicted)
+    return made, [f"[{i + 1}] {note}" for i, note in enumerate(notes)]
+
+
+__all__ = ["evicts_in_prompt", "evicts_within", "require_lm_eval", "run", "scoring_warning", "table"]

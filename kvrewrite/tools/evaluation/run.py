@@ -1,0 +1,534 @@
+"""Accuracy and memory of policies on the retrieval tasks: policies x budgets x modes, on the same samples for all.
+
+Modes: "aware", context and question are one prompt and are compressed together; "blind", the context is compressed before
+its question is known (`model.prefill`), then the question is asked on the compressed cache. The full cache is the baseline
+and runs once: to it the modes are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvrewrite
+from kvrewrite import policies
+from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
+from kvrewrite.tools.evaluation import intervals
+from kvrewrite.tools.evaluation.ask import POINTS, Answers, Question, ask_aware, ask_blind, encode
+
+FORMAT = 1
+MODES = ("aware", "blind")
+BASELINE = "full"  # the mode of the baseline's cells: it stands in both
+CONVERTED = "converted"  # as a policy: the one that a converted directory has already
+SEED_STEP = 1_000_003  # sample i of a task has seed `seed * SEED_STEP + i`
+
+Progress = Callable[[str, int, int], None]
+Warn = Callable[[str], None]
+
+
+def _quiet(*_: Any) -> None:
+    """No progress, no warnings."""
+
+
+# ----------------------------------------------------------------------------------------------------- what is to be run
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy and its options, as one asked for it. weights: safetensors file of trained heads."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """As on the command line."""
+        given = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}:{given}" if given else self.name
+
+    def check(self) -> None:
+        """Raises OptionError for names of policies and options that do not exist."""
+        if self.name == CONVERTED:
+            if self.options:
+                raise OptionError(f"the policy of a converted model has its options already; leave {self.label} bare")
+            return
+        if self.name not in policies.POLICIES:
+            policies.make(self.name)  # raises, with the likely spelling
+        known = {f.name for f in dataclasses.fields(policies.POLICIES[self.name])}
+        if not set(self.options) <= known:
+            policies.make(self.name, **self.options)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One transformed model: a policy at a budget. budget: None is the policy's own."""
+
+    spec: PolicySpec
+    budget: int | float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options that are given."""
+        return {**self.spec.options, **({} if self.budget is None else {"budget": self.budget})}
+
+    def __str__(self) -> str:
+        return self.spec.label if self.budget is None else f"{self.spec.label} at {budget_text(self.budget)}"
+
+
+def budget_text(budget: int | float | None) -> str:
+    """A budget for people: 0.25 -> "25%", 1024 -> "1,024"."""
+    if budget is None:
+        return "-"
+    return f"{budget * 100:g}%" if isinstance(budget, float) else f"{budget:,}"
+
+
+def arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
+    """Every policy at every budget; one that names its own budget, or that has none (`full`), runs once."""
+    found = []
+    for spec in specs:
+        once = spec.name in ("full", CONVERTED) or "budget" in spec.options
+        found += [Arm(spec, b) for b in ([None] if once or not budgets else budgets)]
+    return list({str(arm): arm for arm in found if str(arm) != "full"}.values())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated, and on what. tokens: prompt lengths; dtype: "auto" is the checkpoint's own, fp32 on a CPU."""
+
+    model: Path
+    policies: tuple[PolicySpec, ...] = ()
+    budgets: tuple[int | float, ...] = ()
+    modes: tuple[str, ...] = MODES
+    tasks: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = (4096,)
+    samples: int = 50
+    seed: int = 0
+    batch_size: int = 4
+    device: str = "cpu"
+    dtype: str = "auto"
+
+
+# --------------------------------------------------------------------------------------------------------------- sources
+def task_module() -> Any:
+    """The tasks: TASKS, make(task, tokens=, seed=, tokenizer=) and score(sample, text)."""
+    from kvrewrite.tools.evaluation import tasks
+
+    return tasks
+
+
+def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The tasks to run, all of them where none is named; OptionError with the likely spelling for unknown ones."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise OptionError(f"unknown task {name!r}{hint}; there are: {', '.join(known)}")
+    return tuple(dict.fromkeys(names)) or tuple(known)
+
+
+class Source:
+    """A checkpoint or converted directory: its tokenizer, the original model (loaded once), and rewritten models."""
+
+    def __init__(self, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto"):
+        from kvrewrite.artifact import directory as artifact
+
+        self.directory, self.device = Path(directory), torch.device(device)
+        self.manifest = artifact.read_manifest(self.directory) if artifact.is_artifact(self.directory) else None
+        if dtype == "auto" and self.manifest is not None:
+            dtype = artifact.read_artifact(self.directory)[0].dtype
+        self.dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
+        self._tokenizer: Any = None
+        self._base: Any = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the directory."""
+        if self._tokenizer is None:
+            from kvrewrite.artifact.companions import read_tokenizer
+
+            self._tokenizer = read_tokenizer(self.directory)
+        return self._tokenizer
+
+    @property
+    def base(self) -> Any:
+        """The unmodified model."""
+        if self._base is None:
+            if not self.config.get("model_type"):
+                raise ArtifactError(
+                    f"{self.directory} was made from a module that is not from transformers, and its code is not here: only "
+                    f"its own policy can be run (--policy {CONVERTED}), not the full cache and no other policy"
+                )
+            from transformers import AutoModelForCausalLM
+
+            try:
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    self.directory, dtype=self.dtype, local_files_only=True, trust_remote_code=False
+                )
+            except ValueError as error:
+                raise ArtifactError(f"{self.directory}: {str(error).splitlines()[0]}") from error
+            self._base = model.eval().to(self.device)
+        return self._base
+
+    def rewritten(self, arm: Arm) -> Any:
+        """The model with an arm's policy; shares the base's weights. Raises KVRewriteError where it can't be."""
+        if arm.spec.name == CONVERTED:
+            if self.manifest is None:
+                raise OptionError(f"{self.directory} is no converted model; name the policies to run with --policy")
+            return kvrewrite.load(self.directory, device=self.device)
+        name = arm.spec.name
+        if policies.POLICIES[name].needs_weights and arm.spec.weights is None:
+            raise OptionError(f"{name} needs trained weights: --policy-weights {name}=FILE")
+        policy = policies.make(name, **arm.options)
+        return kvrewrite.transform(self.base, policy, policy_weights=arm.spec.weights)
+
+    def fingerprint(self) -> str:
+        """Tells models apart: sha256 of the small files, and of both ends of the large ones."""
+        edge = 1 << 20
+        digest = hashlib.sha256()
+        for path in sorted(self.directory.iterdir()):
+            if path.suffix not in (".json", ".safetensors", ".model") or not path.is_file():
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(edge))
+                file.seek(max(0, size - edge))
+                digest.update(file.read(edge))
+        return digest.hexdigest()
+
+
+def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Question]:
+    """The samples of a task: the same for every policy, budget and mode."""
+    module = task_module()
+    limit = getattr(module.TASKS[task], "max_new_tokens", 0)
+    questions = []
+    for i in range(settings.samples):
+        try:
+            sample = module.make(task, tokens=tokens, seed=settings.seed * SEED_STEP + i, tokenizer=tokenizer)
+        except ValueError as error:
+            raise OptionError(f"{task} at {tokens} tokens: {error}") from error
+        questions.append(encode(sample, tokenizer, limit))
+    return questions
+
+
+# ----------------------------------------------------------------------------------------------------------------- cells
+def _file_hash(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise OptionError(f"--policy-weights {path}: {error.strerror or error}") from error
+
+
+def cell_key(cell: Mapping[str, Any]) -> str:
+    """What a cell is, as text: equal keys are the same measurement."""
+    names = ("policy", "options", "weights", "budget", "mode", "task", "tokens")
+    return json.dumps([cell.get(n) for n in names], sort_keys=True, default=str)
+
+
+def cell_of(arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
+    """A cell that has not run yet."""
+    return {
+        "policy": arm.spec.name,
+        "label": arm.spec.label,
+        "options": dict(arm.spec.options),
+        "weights": _file_hash(arm.spec.weights),
+        "budget": arm.budget,
+        "mode": mode,
+        "task": task,
+        "tokens": tokens,
+    }
+
+
+def run_cell(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    mode: str,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Scores and memory of one cell; progress is told how many questions are answered."""
+    started = time.perf_counter()
+    first = model.policy.question_first
+    if first and mode == "blind":
+        raise OptionError(f"{model.policy.name} puts the question in front of the context, so there is no blind mode")
+    answers = Answers([])
+    if mode == "aware":
+        steps = ask_aware(model, tokenizer, questions, batch_size, question_first=first)
+    else:
+        steps = ask_blind(model, tokenizer, questions, batch_size)
+    for done, found in steps:
+        progress(done)
+        answers = found
+    score = task_module().score
+    scores = [float(score(q.sample, text)) for q, text in zip(questions, answers.texts)]
+    return {
+        "status": "ok",
+        "resolved": {"name": model.policy.name, **model.policy.options()},
+        "accuracy": dataclasses.asdict(intervals.interval(scores)),
+        "scores": scores,
+        "answers": answers.texts,
+        "memory": {point: held.means() for point, held in answers.held.items() if held.rows},
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def compare(cells: list[dict[str, Any]]) -> None:
+    """Adds to every cell what it has beside the full cache: shares of slots and bytes, and paired differences."""
+    full = {(c["task"], c["tokens"]): c for c in cells if c["mode"] == BASELINE and c["status"] == "ok"}
+    for cell in cells:
+        base = full.get((cell["task"], cell["tokens"]))
+        if base is None or cell["status"] != "ok" or "against_full" in cell:
+            continue
+        # The full cache has been measured at both points: a blind cell is compared before its question.
+        point = POINTS[0] if POINTS[0] in cell["memory"] else POINTS[1]
+        ours, theirs = cell["memory"][point], base["memory"][point]
+        cell["against_full"] = {
+            "measured_at": point,
+            "full_live": theirs["live"],
+            "full_leased": theirs["leased"],
+            "kept": ours["slots"] / theirs["slots"],
+            "live": ours["live"] / theirs["live"],
+            "leased": ours["leased"] / theirs["leased"],
+            "accuracy": dataclasses.asdict(intervals.difference(cell["scores"], base["scores"])),
+        }
+
+
+def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean over tasks of each (policy, budget, mode, tokens) whose cells have all run."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(cell_key({**cell, "task": None}), []).append(cell)
+    found = []
+    for group in groups.values():
+        ran = [c for c in group if c["status"] == "ok"]
+        if not ran or len(ran) < len(group):
+            continue
+        row = {name: group[0][name] for name in ("policy", "label", "options", "weights", "budget", "mode", "tokens")}
+        row["tasks"] = [c["task"] for c in ran]
+        row["accuracy"] = dataclasses.asdict(intervals.interval(*(c["scores"] for c in ran)))
+        for name in ("kept", "live", "leased"):
+            shares = [c["against_full"][name] for c in ran if "against_full" in c]
+            row[name] = sum(shares) / len(shares) if len(shares) == len(ran) else None
+        point = POINTS[0] if row["mode"] == "blind" else POINTS[1]
+        for name in ("live", "leased"):
+            row[f"{name}_bytes"] = sum(c["memory"][point][name] for c in ran) / len(ran)
+        row["seconds"] = round(sum(c["seconds"] for c in ran), 3)
+        found.append(row)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- results
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    import transformers
+
+    return {
+        "kvrewrite": kvrewrite.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe(settings: Settings, source: Source) -> dict[str, Any]:
+    """The settings as data. Those in `FIXED` must be the same to resume."""
+    return {
+        "model": str(settings.model),
+        "fingerprint": source.fingerprint(),
+        "samples": settings.samples,
+        "seed": settings.seed,
+        "dtype": source.dtype,
+        "device": str(source.device),
+        "batch_size": settings.batch_size,
+        "policies": [s.label for s in settings.policies],
+        "budgets": list(settings.budgets),
+        "modes": list(settings.modes),
+        "tasks": list(settings.tasks),
+        "tokens": list(settings.tokens),
+    }
+
+
+FIXED = ("fingerprint", "samples", "seed", "dtype", "device")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a file at once or not at all."""
+    path = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Results of an earlier evaluation; raises ArtifactError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != "kvrewrite eval":
+        raise ArtifactError(f"{path} has no results of `kvrewrite eval`")
+    if data.get("format") != FORMAT:
+        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
+    return data
+
+
+def _earlier(path: Path, wanted: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, Any]]:
+    """The cells of an interrupted run that can stay, by key."""
+    data = read_results(path)
+    for name in FIXED:
+        if data["settings"].get(name) != wanted[name]:
+            what = "the model's files" if name == "fingerprint" else name
+            shown = "" if name == "fingerprint" else f" ({data['settings'].get(name)} there, {wanted[name]} now)"
+            raise OptionError(f"--resume: {path} was made with another {what}{shown}; give another --out or --force")
+    if data["versions"] != (now := versions()):
+        changed = [f"{k} {data['versions'].get(k)} -> {v}" for k, v in now.items() if data["versions"].get(k) != v]
+        warn(f"{path} was begun with other versions: {', '.join(changed)}")
+    return {cell_key(c): c for c in data["cells"] if c["status"] == "ok"}
+
+
+def evaluate(
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: Progress = _quiet,
+    warn: Warn = _quiet,
+) -> dict[str, Any]:
+    """Runs every cell and returns the results as data; see `describe` and `run_cell` for what is in them.
+
+    out: is written after every cell, so that an interrupted run keeps what it has. resume: continues from `out` where the
+    settings that matter (`FIXED`) are the same; cells that were refused are tried again. A cell that cannot be run has
+    status "refused" and the reason. Raises OptionError for unknown names before anything is loaded.
+    """
+    tasks = check_tasks(settings.tasks, task_module().TASKS)
+    for spec in settings.policies:
+        spec.check()
+    settings = dataclasses.replace(settings, tasks=tasks)
+    source = Source(settings.model, device=settings.device, dtype=settings.dtype)
+    _ = source.tokenizer  # a directory without one is refused once, not cell by cell
+    described = describe(settings, source)
+    kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
+    planned = [(Arm(PolicySpec("full")), BASELINE)]
+    planned += [(arm, mode) for arm in arms(settings.policies, settings.budgets) for mode in settings.modes]
+    _warn_of(settings, source, planned, warn)
+
+    results: dict[str, Any] = {
+        "kind": "kvrewrite eval",
+        "format": FORMAT,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "settings": described,
+        "complete": False,
+        "means": [],
+        "cells": [],
+    }
+    cells: list[dict[str, Any]] = results["cells"]
+    total = len(planned) * len(settings.tokens) * len(tasks) * settings.samples
+    runner = _Runner(settings, source, progress, total)
+    try:
+        for arm, mode in planned:
+            for tokens in settings.tokens:
+                for task in tasks:
+                    cell = cell_of(arm, mode, task, tokens)
+                    known = kept.get(cell_key(cell))
+                    cells.append(known or {**cell, **runner.run(arm, mode, task, tokens)})
+                    runner.done += settings.samples
+                    compare(cells)
+                    if out is not None and known is None:
+                        write_json(out, results)
+        results["complete"] = True
+    finally:
+        results["means"] = means(cells)
+        results["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if out is not None and cells:
+            write_json(out, results)
+    progress("done", total, total)
+    return results
+
+
+class _Runner:
+    """Runs cells one by one; keeps the samples, and the model while the arm stays the same."""
+
+    def __init__(self, settings: Settings, source: Source, progress: Progress, total: int):
+        self.settings, self.source, self.progress, self.total = settings, source, progress, total
+        self.done = 0
+        self.samples: dict[tuple[str, int], list[Question]] = {}
+        self.arm: Arm | None = None
+        self.model: Any = None
+        self.refusal: str | None = None
+
+    def run(self, arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
+        """What a cell has found, or why it was refused."""
+        name = "full cache" if mode == BASELINE else f"{arm}, {mode}"
+        try:
+            if (task, tokens) not in self.samples:
+                self.progress(f"{task}: samples", self.done, self.total)
+                self.samples[task, tokens] = make_questions(task, self.settings, tokens, self.source.tokenizer)
+            if arm is not self.arm:
+                self._rewrite(arm)
+            if self.refusal is not None:
+                return {"status": "refused", "reason": self.refusal}
+            return run_cell(
+                self.model,
+                self.source.tokenizer,
+                self.samples[task, tokens],
+                "blind" if mode == BASELINE else mode,
+                self.settings.batch_size,
+                lambda n: self.progress(f"{name}: {task}", self.done + n, self.total),
+            )
+        except KVRewriteError as error:
+            return {"status": "refused", "reason": str(error)}
+        except torch.OutOfMemoryError:
+            return {"status": "refused", "reason": "out of memory; try a smaller --batch-size"}
+
+    def _rewrite(self, arm: Arm) -> None:
+        self.progress(f"{arm}: rewriting", self.done, self.total)
+        self.arm, self.model, self.refusal = arm, None, None
+        try:
+            self.model = self.source.rewritten(arm)
+        except KVRewriteError as error:
+            self.refusal = str(error)
+
+
+def _warn_of(settings: Settings, source: Source, planned: list[tuple[Arm, str]], warn: Warn) -> None:
+    """What one should know before reading the numbers."""
+    names = {arm.spec.name for arm, mode in planned if mode == "blind"}
+    blind = [n for n in sorted(names) if n != CONVERTED and policies.POLICIES[n].needs_question]
+    if blind:
+        warn(
+            f"{', '.join(blind)}: made to see the question; in blind mode what is kept depends on the end of the context "
+            "instead"
+        )
+    longest = source.config.get("max_position_embeddings")
+    if longest and max(settings.tokens) > longest:
+        warn(f"--tokens {max(settings.tokens)}: the model was made for {longest} tokens")

@@ -1,0 +1,92 @@
+"""The training graph of retaining heads: the canonical graph with the heads at the sites that own keys, and no cache.
+
+The nodes of a head are those that the policy inserts for inference (`Locret.score`). Heads feed nothing but the loss, so
+there is no backward pass through the backbone: its parameters are frozen, and autograd records the heads alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kvrewrite.capture.frontend import Captured
+from kvrewrite.ir.fx import erase_dead, output_node, placeholder, set_attr
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.insert.cache import site_nodes
+from kvrewrite.passes.insert.policy import PREFIX, SiteHook
+from kvrewrite.policies.base import Policy
+from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
+
+aten = torch.ops.aten
+ops = torch.ops.kvrewrite
+
+
+class TrainingHook(SiteHook):
+    """Weights are trained in fp32 and used in the dtype that inference has them in."""
+
+    def weight(self, name: str) -> fx.Node:
+        """The policy weight called `name`, in the dtype that attention runs in."""
+        node = super().weight(name)
+        return node if self.dtype == torch.float32 else self.call(aten.to.dtype, node, self.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """`kvrewrite::attention` of whole texts without a T x T tensor in memory: SDPA where it says the same, else in blocks."""
+    if sinks is None and alibi is None and not softcap and not window and not chunk:
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    every = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
+    out, _ = ops.gated_attention(q, k, v, every, sinks, alibi, scale, softcap, window, chunk, True)
+    return out
+
+
+def insert_heads(
+    captured: Captured, sites: list[AttentionSite], policy: Policy, weights: Mapping[str, nn.Parameter]
+) -> fx.GraphModule:
+    """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys), each a tuple over owners.
+
+    Of a site that owns its keys: scores (B, Hkv, T) fp32, queries (B, H, T, D) and keys (B, Hkv, T, D) as attention sees
+    them. weights: the parameters that are trained, by the policy's names; they are put into the graph, not copied.
+    """
+    gm = captured.graph
+    for name, parameter in weights.items():
+        set_attr(gm, PREFIX + name, parameter)
+    found: list[tuple[Any, Any, Any]] = []
+    for node, site in zip(site_nodes(gm), sites, strict=True):
+        q, k, v, *rest = node.args
+        if site.shares_kv_with is None:
+            scores = policy.score(TrainingHook(gm, site, q, k, v, node, before=node))
+            found.append((scores.new, q, k))
+        with gm.graph.inserting_before(node):
+            out = gm.graph.call_function(attend, (q, k, v, *rest))
+        out.meta["val"] = node.meta.get("val")
+        node.replace_all_uses_with(out)
+        gm.graph.erase_node(node)
+    output = output_node(gm)
+    output.args = (tuple(tuple(part) for part in zip(*found)),)
+    erase_dead(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def arguments(gm: fx.GraphModule, input_ids: Tensor) -> list[Tensor]:
+    """What the training graph is called with for texts (B, T) whose rows are left-aligned."""
+    given = {"input_ids": input_ids}
+    if placeholder(gm, "position_ids") is not None:
+        given["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return [given[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"]

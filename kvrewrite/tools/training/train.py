@@ -1,0 +1,239 @@
+"""`train`: a policy's weights from a model and files of texts; what `kvrewrite train` calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import kvrewrite
+from kvrewrite.errors import ArtifactError, OptionError, TrainingError
+from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint
+from kvrewrite.tools.training.locret import LocretOptions, LocretTask
+from kvrewrite.tools.training.trainer import (
+    FitOptions,
+    Fitted,
+    Task,
+    check_checkpoints,
+    fit,
+    is_main_process,
+    require_training,
+)
+
+POLICIES = ("locret", "locret_q", "attention_gate")
+MAX_TOKENS = {"locret": 10240, "locret_q": 10240, "attention_gate": 4096}
+
+
+@dataclass
+class Trained:
+    """What `train` did. cut: texts longer than the cap, of `read` texts."""
+
+    policy: str
+    out: Path
+    written: list[Path]
+    trained_parameters: int
+    model_parameters: int
+    fitted: Fitted
+    read: int
+    cut: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "policy": self.policy,
+            "written": [str(p) for p in self.written],
+            "trained_parameters": self.trained_parameters,
+            "model_parameters": self.model_parameters,
+            "steps": self.fitted.log[-1]["step"] if self.fitted.log else 0,
+            "seconds": self.fitted.seconds,
+            "peak_bytes": self.fitted.peak_bytes,
+            "resumed_at": self.fitted.resumed_at,
+            "texts": {"read": self.read, "cut": self.cut},
+            "log": self.fitted.log,
+        }
+
+
+def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
+    """The task of a policy; options: fields of `LocretOptions` or `GateOptions`. tokenizer: saved with a merged model."""
+    if policy not in POLICIES:
+        raise OptionError(f"{policy} is not trained; expected one of {', '.join(POLICIES)}")
+    if policy == "attention_gate":
+        from kvrewrite.tools.training.gate import GateOptions, GateTask
+
+        return GateTask(model, _options(GateOptions, options or {}), tokenizer)
+    from kvrewrite.policies.locret import Locret, LocretQ
+
+    chosen = LocretQ() if policy == "locret_q" else Locret()
+    return LocretTask(model, _options(LocretOptions, options or {}), chosen)
+
+
+def _options(cls: type, given: Mapping[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(given) - known):
+        raise OptionError(f"unknown training option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+    return cls(**given)
+
+
+def train(
+    model: str | Path | nn.Module,
+    policy: str,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_tokens: int | None = None,
+    question_tokens: int = 0,
+    options: Mapping[str, Any] | None = None,
+    fitting: FitOptions | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    plot: str | Path | None = None,
+    force: bool = False,
+    labels: str | Path | None = None,
+) -> Trained:
+    """Trains a policy's weights and writes them as safetensors.
+
+    model: a checkpoint directory of transformers, or a model; its parameters are frozen and shared, never copied. data: .jsonl
+    or .parquet files (`kvrewrite.tools.training.data`). max_tokens: the longest prompt or text, default 10240 (locret) or 4096.
+    options: of the policy's training (`LocretOptions`, `GateOptions`). fitting: steps, batches, optimizer, checkpoints.
+    plot: a PNG of the loss. labels: a file of Locret's labels, which is made from all texts where there is none, and read where
+    there is; one of another model, data or options is refused. Raises TrainingError, OptionError and what `transform` raises for
+    models that have no sites.
+    """
+    require_training()
+    out = Path(out)
+    fitting = fitting or FitOptions()
+    check_out(out, force)
+    check_plot(plot)
+    if labels is not None and policy not in ("locret", "locret_q"):
+        raise OptionError(f"{policy} is trained without labels; leave --labels (labels) out")
+    _, paths = check_files(data)
+    limit = max_tokens or MAX_TOKENS.get(policy, 4096)
+    if isinstance(model, (str, Path)):
+        base, tokenizer = _read(Path(model), dtype, tokenizer)
+        name = Path(model).name
+    else:
+        base, name = model, getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+        if tokenizer is None:
+            raise OptionError("a tokenizer is needed with a model that is given as a module (tokenizer=...)")
+    if device is not None:
+        base.to(torch.device(device))
+    elif torch.cuda.is_available():
+        base.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    total = sum(p.numel() for p in base.parameters())
+    base_hash = weights_hash(base)  # before adapters are added
+    task = make_task(policy, base.eval(), options, tokenizer)
+    longest = getattr(task, "longest", None)
+    if longest is not None and limit > longest:
+        limit = int(longest)
+    encode = Encoder(
+        tokenizer, task.needs, limit, policy == "locret_q", question_tokens, longest, end=policy == "attention_gate"
+    )
+    texts = Texts(paths, encode, fitting.seed)
+    run = {
+        "policy": policy,
+        "options": dataclasses.asdict(task.options),  # type: ignore[call-overload]
+        "fitting": _plain(fitting),
+        "data": fingerprint(paths),
+        "max_tokens": limit,
+        "question_tokens": question_tokens,
+        # Computed a text at a time they may differ in the last bit from those of a batch.
+        **({} if labels is None else {"labels": "from a file"}),
+    }
+    check_checkpoints(fitting, run)
+    if labels is not None:
+        assert isinstance(task, LocretTask)
+        depends = ("policy", "data", "max_tokens", "question_tokens")
+        task.use_labels(Path(labels), texts, {"model": base_hash, **{n: run[n] for n in depends}}, fitting.quiet)
+    fitted = fit(task, texts, fitting)
+    # Before `save`, which may merge adapters.
+    trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
+    written: list[Path] = []
+    if is_main_process():
+        said = {
+            "base_model_name": name,
+            "base_model_hash": base_hash,
+            "data": fingerprint(paths),
+            "steps": str(fitting.steps),
+            "training": json.dumps(run, sort_keys=True, default=str),
+            "trained_with": f"kvrewrite {kvrewrite.__version__}, torch {torch.__version__}",
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        check_out(out, force)
+        written = task.save(out, said)
+        if plot is not None:
+            from kvrewrite.tools.training.report import plot_loss
+
+            plot_loss(fitted.log, plot)
+            written.append(Path(plot))
+    return Trained(policy, out, written, trained, total, fitted, encode.counts.read.value, encode.counts.cut.value)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over the names, dtypes and values of a model's parameters: which base model weights were trained on."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Before anything is done, and again before it is written."""
+    if out.suffix != ".safetensors":
+        raise TrainingError(f"{out} should end in .safetensors, the format that is written")
+    if out.is_dir():
+        raise TrainingError(f"{out} is a directory; expected the name of a file to write")
+    if out.exists() and not force:
+        raise TrainingError(f"{out} exists; choose another name, or overwrite it with --force (force=True)")
+
+
+def check_plot(plot: str | Path | None) -> None:
+    """Before anything is done: whether a plot can be drawn."""
+    if plot is None:
+        return
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("a plot of the loss needs matplotlib: pip install matplotlib, or leave --plot out")
+    if Path(plot).suffix != ".png":
+        raise OptionError(f"{plot} should end in .png")
+
+
+def _plain(fitting: FitOptions) -> dict[str, Any]:
+    plain = dataclasses.asdict(fitting)
+    for name in ("checkpoints", "resume", "report_to", "workers", "quiet", "keep", "save_every", "log_every"):
+        plain.pop(name)
+    return plain
+
+
+def _read(directory: Path, dtype: str, tokenizer: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    from kvrewrite.artifact.companions import read_tokenizer
+    from kvrewrite.artifact.directory import is_artifact
+
+    if not (directory / "config.json").is_file():
+        raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
+    if is_artifact(directory):
+        raise ArtifactError(
+            f"{directory} is a converted model; train on the original, then convert it with the weights"
+        )
+    wanted: Any = dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
+        )
+        found = tokenizer or read_tokenizer(directory)
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error
+    return model, found

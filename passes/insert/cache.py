@@ -1,0 +1,510 @@
+"""Turns attention over a whole sequence into attention over a bounded, paged cache that is an input of the graph.
+
+Requires the canonical graph with positions lifted, each attention node carrying its `AttentionSite`. Ensures that every
+site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it once,
+behind its last reader (so that at most one layer's new keys and values are alive), and that the logits are computed only
+where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvrewrite.capture.frontend import Captured, RotaryTable
+from kvrewrite.errors import OptionError, UnsupportedModelError
+from kvrewrite.ir.fx import (
+    add_placeholder,
+    erase_dead,
+    get_attr,
+    output_node,
+    placeholder,
+    set_attr,
+    shape_of,
+    tensor_of,
+)
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.kernels.quantized.scheme import Scheme
+from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
+from kvrewrite.passes.insert.devices import site_devices
+from kvrewrite.passes.insert.latent import Absorbed
+from kvrewrite.passes.insert.policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.policies.base import Policy
+
+aten = torch.ops.aten
+ops = torch.ops.kvrewrite
+POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
+QUANTIZED_POOLS = ("k_pages", "v_pages", "k_params", "v_params", "score_pages", "pos_pages")
+
+
+@dataclass
+class CacheClass:
+    """Layers whose caches have the same shape and share one pool of pages."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    layers: list[int] = field(default_factory=list)  # sites that own keys and values
+    windows: list[int] = field(default_factory=list)  # most slots that a layer can ever need, 0: no limit
+    device: str | None = None  # where the layers lie, if the model lies on several
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without a device where there is one only."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def site_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The canonical attention nodes in order."""
+    return [n for n in gm.graph.nodes if n.target is ops.attention.default]
+
+
+def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> dict[str, Any]:
+    """Rewrites the graph in place and returns the layout that the runtime needs (plain data).
+
+    ropes: rotation per site, used when the policy wants contiguous positions.
+    """
+    gm = captured.graph
+    nodes = site_nodes(gm)
+    sites: list[AttentionSite] = [n.meta["kvrewrite_site"] for n in nodes]
+    contiguous = policy.positions == "contiguous"
+    devices = site_devices(gm, captured.devices) if captured.devices else {}
+    classes, where = _classes(nodes, sites, devices)
+    policy.check_layers(len(where))
+    scheme = _scheme(policy, sites)
+    inputs = _control_inputs(gm, len(classes), contiguous, policy)
+    rotary: list[dict[str, Any]] = []
+    tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous or policy.needs_rotary else {}
+    shared = _Shared(captured, policy, inputs, scheme)
+    owners: dict[int, dict[str, Any]] = {}
+    for node, site in zip(nodes, sites, strict=True):
+        owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
+        if owner not in owners:
+            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables, shared)
+            cache["rotary"] = tables.get(site.layer)
+            owners[owner] = cache
+            if policy.gates:
+                q, k, v = node.args[:3]
+                hook = SiteHook(gm, site, q, k, v, node, shared.inputs(cache), before=node)
+                cache["hidden"] = policy.gate(hook)
+                site.inserted.append("gate")
+        _read_cache(gm, node, site, inputs, owners[owner])
+    for cache in owners.values():
+        cache["span"] = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
+    _carry(gm, shared)
+    logits: fx.Node | None = None
+    if policy.after_logits:
+        logits = output_node(gm).args[0]  # type: ignore[assignment]
+    last = logits
+    if policy.shares_layers:
+        last = _rate(gm, sites, policy, owners, shared)
+    for layer, cache in owners.items():
+        last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
+    logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
+    lengths = _length_inputs(gm, captured.rotary_tables, rotary)
+    erase_dead(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return {
+        "classes": [c.as_dict() for c in classes],
+        "contiguous": contiguous,
+        "rotary": rotary,
+        "length_tables": lengths,
+        "states": list(shared.states.values()),
+        "row_inputs": list(policy.inputs),
+        "rewrites_slots": shared.rewrites_slots,
+        "ragged": policy.ragged,
+        "quantize": None if scheme is None else {**vars(scheme), "residual": policy.quantize_residual},
+        "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
+    }
+
+
+class _Shared:
+    """What the hooks of all sites share: graph inputs, states, memo."""
+
+    def __init__(self, captured: Captured, policy: Policy, inputs: dict[str, Any], scheme: Scheme | None):
+        gm = captured.graph
+        self.gm, self.scheme, self.max_positions = gm, scheme, captured.max_positions
+        self.pools = POOLS if scheme is None else QUANTIZED_POOLS
+        self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
+        self.dtype = str(captured.dtype).removeprefix("torch.")
+        names = ("positions", "valid", "recent", *policy.inputs)
+        self.nodes = {n: inputs[n] for n in names}
+        ids = placeholder(gm, "input_ids")
+        if ids is not None:
+            self.nodes["input_ids"] = ids
+        self.states: dict[str, dict[str, Any]] = {}
+        self.memo: dict[str, Any] = {}
+        self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0", slots: bool = False) -> fx.Node:
+        """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it. slots: it
+        holds slots of the cache, which are counted with the others."""
+        spec = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill, "slots": slots}
+        self.states[name] = spec
+        return add_placeholder(self.gm, f"state_{name}")
+
+    def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
+        """What the hook of one site gets."""
+        nodes = {**self.nodes, **{n: cache[n] for n in (*self.pools, "table", "lens", "keep")}}
+
+        def observation(rows: fx.Node, above: fx.Node | None, newest: Any) -> tuple[Any, ...]:
+            q, k, _, lse, _, alibi, shape = cache["readers"][0]
+            paged = (cache["k_pages"], cache["pos_pages"], cache["table"], cache["lens"])
+            where = (nodes["positions"], nodes["valid"])
+            return (q, k, lse, rows, cache["k_dense"], *paged, *where, alibi, cache["hidden"], *shape, above, newest)
+
+        def add_input(name: str) -> fx.Node:
+            return add_placeholder(self.gm, name)
+
+        return SiteInputs(
+            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
+            cache["rotary"], cache.get("span", (0, 0)),
+        )  # fmt: skip
+
+
+def _scheme(policy: Policy, sites: list[AttentionSite]) -> Scheme | None:
+    """How keys and values are quantized; OptionError where a layer's can't be."""
+    if policy.quantize == "none":
+        return None
+    scheme = Scheme(policy.quantize, policy.quantize_group)
+    for site in sites:
+        try:
+            scheme.code_width(site.head_dim), scheme.code_width(site.v_head_dim)
+        except ValueError as error:
+            raise OptionError(
+                f"{policy.name}: quantize={policy.quantize}, layer {site.layer} ({site.module}): {error}"
+            ) from None
+    if (
+        isinstance(policy.budget, int)
+        and policy.layer_budgets == "equal"
+        and policy.budget < 2 * policy.quantize_residual
+    ):
+        warnings.warn(
+            f"{policy.name}: of {policy.budget} slots the {policy.quantize_residual} newest stay in full precision "
+            "(quantize_residual), so that little or no memory is saved; use a smaller quantize_residual",
+            stacklevel=2,
+        )
+    return scheme
+
+
+def _classes(
+    nodes: list[fx.Node], sites: list[AttentionSite], devices: dict[int, str]
+) -> tuple[list[CacheClass], dict[int, tuple[int, int]]]:
+    """Groups the owning sites by the shape of their cache and its device; also site -> (class, index in it)."""
+    classes: list[CacheClass] = []
+    where: dict[int, tuple[int, int]] = {}
+    for site in sites:
+        if site.shares_kv_with is not None:
+            continue
+        kind = (site.kv_heads, site.head_dim, site.cached_v_dim, devices.get(site.layer))
+        found = next((c for c in classes if (c.kv_heads, c.k_dim, c.v_dim, c.device) == kind), None)
+        if found is None:
+            found = CacheClass(*kind[:3], device=kind[3])
+            classes.append(found)
+        where[site.layer] = (classes.index(found), len(found.layers))
+        found.layers.append(site.layer)
+        # Readers that share this cache may look further back than its owner.
+        readers = [s for s in sites if s.layer == site.layer or s.shares_kv_with == site.layer]
+        window, chunk = _span([(s.window, s.chunk) for s in readers])
+        found.windows.append(window or chunk)
+    return classes, where
+
+
+def _span(masks: list[tuple[int, int]]) -> tuple[int, int]:
+    """The (window, chunk) outside which none of the readers looks; zeros where some reader looks at everything."""
+    windows, chunks = zip(*masks)
+    if all(windows):
+        return max(windows), 0
+    return (0, chunks[0]) if len(set(chunks)) == 1 else (0, 0)
+
+
+def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool, policy: Policy) -> dict[str, Any]:
+    """Adds the inputs that every rewritten graph has."""
+    inputs: dict[str, Any] = {}
+    position_ids = placeholder(gm, "position_ids")
+    inputs["position_ids"] = position_ids if position_ids is not None else add_placeholder(gm, "position_ids")
+    names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew", "span"] if contiguous else [])
+    for name in [*names, *policy.inputs]:
+        inputs[name] = add_placeholder(gm, name)
+    ragged = ("floor", "spare", "next_table") if policy.ragged else ()
+    pools = POOLS if policy.quantize == "none" else QUANTIZED_POOLS
+    for c in range(n_classes):
+        for name in (*pools, "table", "lens", "keep", *ragged):
+            inputs[f"{name}_{c}"] = add_placeholder(gm, f"{name}_{c}")
+    return inputs
+
+
+def _rotary_inputs(
+    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[dict[str, Any]]
+) -> dict[int, tuple[fx.Node, fx.Node, fx.Node]]:
+    """One (cos, sin, partner) per distinct rotation: site -> nodes; fills `rotary` with the graphs that make them."""
+    from kvrewrite.ir.serialize import graph_to_dict
+
+    by_signature: dict[str, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    for layer, rope in ropes.items():
+        if rope.signature not in by_signature:
+            index = len(rotary)
+            cos, sin = add_placeholder(gm, f"rotary_cos_{index}"), add_placeholder(gm, f"rotary_sin_{index}")
+            for node in rope.table.graph.nodes:
+                if node.op == "get_attr" and str(node.target).startswith("rotary_"):
+                    name = f"rotary_tables.{index}.{node.target}"
+                    set_attr(gm, name, get_attr(rope.table, str(node.target)))
+                    set_attr(rope.table, name, get_attr(rope.table, str(node.target)))
+                    node.target = name
+            lengths = _length_inputs(rope.table, captured.rotary_tables, [])
+            rope.table.recompile()
+            attributes = [str(n.target) for n in rope.table.graph.nodes if n.op == "get_attr"]
+            rotary.append(
+                {
+                    "graph": graph_to_dict(rope.table),
+                    "constants": sorted(set(attributes)),
+                    "length_tables": [t["input"] for t in lengths],
+                }
+            )
+            set_attr(gm, f"rotary_tables.{index}.partner", rope.partner)
+            with gm.graph.inserting_after(sin):
+                partner = gm.graph.get_attr(f"rotary_tables.{index}.partner")
+            by_signature[rope.signature] = (cos, sin, partner)
+        tables[layer] = by_signature[rope.signature]
+    return tables
+
+
+def _length_inputs(gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`."""
+    found = []
+    for i, table in enumerate(tables):
+        nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == table.attribute]
+        used = any(f"length_table_{i}" in r["length_tables"] for r in rotary)
+        if not nodes and not used:
+            continue
+        name = f"length_table_{i}"
+        if nodes:
+            new = add_placeholder(gm, name, nodes[0].meta.get("val"))
+            for node in nodes:
+                node.replace_all_uses_with(new)
+                gm.graph.erase_node(node)
+        set_attr(gm, f"length_tables.{i}.short", table.short)
+        set_attr(gm, f"length_tables.{i}.long", table.long)
+        found.append({"input": name, "index": i, "threshold": table.threshold, "in_graph": bool(nodes)})
+    return found
+
+
+def _open_cache(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    site: AttentionSite,
+    inputs: dict[str, Any],
+    cache_class: int,
+    index: int,
+    ropes: dict[int, Rope],
+    tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]],
+    shared: _Shared,
+) -> dict[str, Any]:
+    """The views of one owner's cache, in front of its attention."""
+    pools = {name: inputs[f"{name}_{cache_class}"] for name in shared.pools}
+    tails: dict[str, fx.Node] = {}
+    if shared.scheme is not None:
+        for name, dim in (("k_tail", site.head_dim), ("v_tail", site.v_head_dim)):
+            shape = (site.kv_heads, shared.tail, dim)
+            tails[name] = shared.state(f"{name}_{site.layer}", shape, shared.dtype, slots=True)
+        tails["qlens"] = shared.state(f"qlens_{site.layer}", (site.kv_heads,), "int32")
+    with gm.graph.inserting_before(node):
+        views = {
+            name: gm.graph.call_function(aten.select.int, (inputs[f"{name}_{cache_class}"], 0, index))
+            for name in ("table", "lens", "keep", "spare", "next_table")
+            if f"{name}_{cache_class}" in inputs
+        }
+        cache: dict[str, Any] = {**pools, **views, **tails, "k": node.args[1], "v": node.args[2], "readers": []}
+        if site.latent_cached:  # a value is the first channels of its key
+            cache["v"] = gm.graph.call_function(aten.slice.Tensor, (node.args[1], 3, 0, 0))
+        cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
+        if shared.scheme is not None:
+            scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
+            cache["k_raw"], cache["v_dense"] = (
+                gm.graph.call_function(
+                    ops.read_quantized.default,
+                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *where, *scheme, x == "v"),
+                )
+                for x in "kv"
+            )
+            cache["k_dense"] = cache["k_raw"]
+            site.inserted.append("dequantize")
+        rope = ropes.get(site.layer)
+        if rope is not None:
+            cos, sin, partner = tables[site.layer]
+            cache["k"] = canonical_layout(gm.graph, rope.pre, rope.layout)
+            positions = gm.graph.call_function(
+                ops.slot_rotary.default,
+                (
+                    pools["pos_pages"],
+                    views["table"],
+                    views["lens"],
+                    inputs["following"],
+                    inputs["renew"],
+                    inputs["span"],
+                ),
+            )
+            raw = cache["k_raw"]
+            if raw is None:
+                raw = gm.graph.call_function(ops.read_pages.default, (pools["k_pages"], views["table"]))
+            cache["k_dense"] = gm.graph.call_function(ops.rotate.default, (raw, cos, sin, positions, partner))
+            site.inserted.append("rotate cached keys")
+    return cache
+
+
+def _read_cache(
+    gm: fx.GraphModule, node: fx.Node, site: AttentionSite, inputs: dict[str, Any], cache: dict[str, Any]
+) -> None:
+    """Replaces one canonical attention node by attention on [cache, new tokens]."""
+    q, k, v, sinks, alibi, scale, softcap, window, chunk = node.args
+    before = (cache["k_pages"], cache["v_pages"], cache["pos_pages"], cache["table"], cache["lens"])
+    where = (inputs["positions"], inputs["valid"])
+    shape = (scale, softcap, window, chunk)
+    replaced = node
+    absorbed: Absorbed | None = node.meta.get("kvrewrite_latent")
+    target: Any = ops.cached_attention.default
+    args: tuple[Any, ...] = (
+        q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape, cache["v_dense"],
+    )  # fmt: skip
+    if absorbed is not None:
+        replaced, target = absorbed.out, ops.latent_attention.default
+        args = (
+            absorbed.q, k, absorbed.up_k, absorbed.up_v, *before, *where, sinks, alibi, *shape, absorbed.rows
+        )  # fmt: skip
+    with gm.graph.inserting_before(node):
+        pair = gm.graph.call_function(target, args)
+        out = gm.graph.call_function(operator.getitem, (pair, 0))
+        lse = gm.graph.call_function(operator.getitem, (pair, 1))
+    pair.meta.update(kvrewrite_site=site, nn_module_stack=node.meta.get("nn_module_stack"))
+    out.meta["val"] = replaced.meta.get("val")
+    replaced.replace_all_uses_with(out)
+    site.inserted.insert(0, "cached_attention" if absorbed is None else "latent_attention")
+    cache["readers"].append((q, k, v, lse, sinks, alibi, shape))
+    cache["last"] = lse
+    if replaced is not node:
+        gm.graph.erase_node(replaced)
+    gm.graph.erase_node(node)
+
+
+def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
+    """What layers carry besides keys and values becomes state beside the cache."""
+    valid, counts = shared.nodes["valid"], {"past": 0, "scan": 0, "sum": 0}
+    for node in list(gm.graph.nodes):
+        if node.target is ops.with_past.default:
+            x, count, dim = node.args
+            shape = list(shape_of(x))
+            shape[dim] = count
+            value = tensor_of(x)
+            assert value is not None
+            kind, dtype = "past", value.dtype
+        elif node.target is ops.linear_scan.default:
+            heads, width = shape_of(node.args[0])[2:]
+            value = tensor_of(node.args[2])
+            assert value is not None
+            kind, dtype = "scan", torch.promote_types(value.dtype, torch.float32)
+            shape = [0, heads, width, value.shape[3]]
+        elif node.target is ops.decayed_sum.default:
+            value = tensor_of(node.args[1])
+            assert value is not None
+            kind, dtype = "sum", torch.promote_types(value.dtype, torch.float32)
+            shape = [s for i, s in enumerate(value.shape) if i != node.args[2]]
+        else:
+            continue
+        name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
+        state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
+        shared.states[name]["carried"] = True
+        with gm.graph.inserting_before(node):
+            if kind == "past":
+                new = gm.graph.call_function(ops.cached_past.default, (x, state, valid, dim))
+            elif kind == "sum":
+                new = gm.graph.call_function(ops.cached_sum.default, (*node.args[:2], state, valid, node.args[2]))
+            else:
+                new = gm.graph.call_function(ops.cached_scan.default, (*node.args, state, valid))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _rate(
+    gm: fx.GraphModule, sites: list[AttentionSite], policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared
+) -> fx.Node:
+    """What layers that share one budget are worth, each behind its attention; returns a node behind all of them."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    ends = []
+    for layer, cache in owners.items():
+        q, k, v = cache["readers"][0][:3]
+        hook = SiteHook(gm, sites[layer], q, k, v, cache["last"], shared.inputs(cache))
+        policy.rate(hook)
+        ends.append((place[cache["last"]], hook.after))
+    return max(ends, key=lambda end: end[0])[1]
+
+
+def _close_cache(
+    gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any],
+    shared: _Shared, logits: fx.Node | None, last: fx.Node | None,
+) -> fx.Node:  # fmt: skip
+    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits or what
+    all layers are worth."""
+    q, k, v = cache["readers"][0][:3]
+    waits = policy.after_logits or policy.shares_layers
+    hook = SiteHook(gm, site, q, k, v, last if waits and last else cache["last"], shared.inputs(cache, logits))
+    scores = insert_policy(hook, policy)
+    shared.rewrites_slots |= scores.slots is not None
+    window, chunk = cache["span"]
+    new = (
+        cache["k"], cache["v"], scores.new, scores.slots, inputs["positions"], inputs["position_ids"], inputs["valid"],
+        cache["keep"] if scores.keep is None else scores.keep, inputs["recent"],
+    )  # fmt: skip
+    pools = (cache[name] for name in shared.pools)
+    rest = (
+        policy.sinks, window, chunk, scores.select, cache["hidden"], cache["floor"],
+        cache.get("spare"), cache.get("next_table"),
+        shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
+    )  # fmt: skip
+    if shared.scheme is None:
+        hook.call(ops.cache_update.default, *new, *pools, cache["table"], cache["lens"], *rest)
+    else:
+        # Where the update waits for other layers, what was dequantized for attention would wait in all of them.
+        read = (None, None) if waits else (cache["k_raw"], cache["v_dense"])
+        where = (cache["k_tail"], cache["v_tail"], cache["table"], cache["lens"], cache["qlens"])
+        scheme = (shared.scheme.kind, shared.scheme.group)
+        hook.call(ops.cache_update_quantized.default, *new, *read, *pools, *where, *scheme, *rest)
+    site.inserted.append("cache_update")
+    return hook.after
+
+
+# ------------------------------------------------------------------------------------------------ logits
+_LOCAL = {
+    aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default, aten._to_copy.default,
+    aten.to.dtype, aten.alias.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
+}  # fmt: skip
+
+
+def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int, whole: bool = False) -> None:
+    """Makes the graph return logits only at `logit_index` (B, K): (B, K, vocabulary).
+
+    The hidden states are gathered in front of the vocabulary projection where it can be found behind local ops only: at
+    128K vocabulary entries the logits of a whole chunk would be larger than its cache. whole: something else needs all of
+    them, so they are gathered at the end.
+    """
+    output = output_node(gm)
+    node: fx.Node = output.args[0]  # type: ignore[assignment]
+    head = node
+    while head.target in _LOCAL and isinstance(head.args[0], fx.Node) and len(head.all_input_nodes) == 1:
+        head = head.args[0]
+    early = head.target is aten.linear.default and not whole
+    at, user = (head.args[0], head) if early else (node, output)
+    if not isinstance(at, fx.Node):
+        raise UnsupportedModelError("the graph's output does not depend on its input")
+    width = int(shape_of(at)[-1])
+    with gm.graph.inserting_before(user):
+        index = gm.graph.call_function(aten.unsqueeze.default, (logit_index, 2))
+        index = gm.graph.call_function(aten.expand.default, (index, [-1, -1, width]))
+        picked = gm.graph.call_function(aten.gather.default, (at, 1, index))
+    user.replace_input_with(at, picked)
