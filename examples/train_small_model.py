@@ -4,11 +4,12 @@
     python examples/train_small_model.py                              # any machine: a check on a tiny model, in seconds
 
 The curriculum: copies of random tokens until the model copies (induction), then the tasks of
-`kvrewrite.tools.evaluation.tasks` at 256, at 1024 and at 4096 tokens, each stage ending when it is learned or its time is over. Several
-questions follow each document. All texts come from random streams that no exam uses. The loss has three parts: the mean over the replies' tokens; a
-small part for text; and a small part for attention sinks. Large models come to rest their idle heads on the first token by
-themselves; this one rested them on the current token (measured after 470M tokens without that part: below 1% on the first
-token in layers 2 to 4), so all layers but the first are held to give the first token a share of 30%.
+`kvrewrite.tools.evaluation.tasks` at 256, at 1024 and at 4096 tokens, each stage ending when it is learned or its
+time is over. Several questions follow each document. All texts come from random streams that no exam uses. The loss
+has three parts: the mean over the replies' tokens; a small part for text; and a small part for attention sinks. Large
+models come to rest their idle heads on the first token by themselves; this one rested them on the current token
+(measured after 470M tokens without that part: below 1% on the first token in layers 2 to 4), so all layers but the
+first are held to give the first token a share of 30%.
 
 A run can be split over calls: `--span 0 0.3`, then `--resume run --stage 3 --span 0.3 1`.
 

@@ -39,8 +39,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 def family_of(item: pytest.Item) -> str | None:
-    """The model family that a test takes its captured model of (tests/rewritten.py)."""
-    from tests import rewritten, zoo
+    """The model family that a test takes its captured model of (tests/support/rewritten.py)."""
+    from tests.support import rewritten, zoo
 
     if not {rewritten.traced, rewritten.captured, rewritten.rewritten} & {
         value for name in ("traced", "captured", "rewritten") if callable(value := getattr(item.module, name, None))

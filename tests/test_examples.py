@@ -36,7 +36,7 @@ def test_example(path, tmp_path):
 
 def test_policy_in_the_readme(tmp_path):
     from kvrewrite.policies import POLICIES
-    from tests.zoo import make
+    from tests.support.zoo import make
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     block = next(b for b in blocks if "class LargestKeys" in b)

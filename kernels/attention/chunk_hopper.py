@@ -17,7 +17,7 @@ arrivals: one of each consumer, when its MMA has read the slot). Visit number i 
 i // STAGES; a consumer waits for phase round & 1 of full, the producer for the other phase of empty, which a fresh barrier
 lets through.
 
-Gluon has no interpreter: this kernel is compiled in CI (tests/test_kernel_chunk_attention.py) and run on GPUs only.
+Gluon has no interpreter: this kernel is compiled in CI (tests/kernels/test_chunk_attention.py) and run on GPUs only.
 """
 
 # mypy: disable-error-code="no-untyped-def"

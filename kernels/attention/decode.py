@@ -45,7 +45,7 @@ class Config(NamedTuple):
         return limit if limit < 255 else None
 
 
-# For pages of 16 to 32 KB (keys and values): (B * Hkv up to, capacity up to, what). tests/gpu_timings/decode.py measures a
+# For pages of 16 to 32 KB (keys and values): (B * Hkv up to, capacity up to, what). benchmarks/decode.py measures a
 # shape of Llama-3.1-8B for each line.
 BY_SIZE: tuple[tuple[int, int, Config], ...] = (
     (16, 8192, Config(2, 4, 3, overlap=1)),

@@ -9,7 +9,7 @@ Barriers of every ring slot: "full" (1 arrival: the producer's, with the bytes t
 each consumer). Visit number i of the ring is slot i % STAGES in round i // STAGES; a consumer waits for phase round & 1 of
 full, the producer for the other phase of empty, which a fresh barrier lets through.
 
-Gluon has no interpreter: this kernel is compiled in CI (tests/test_kernel_gated_linear.py) and run on GPUs only.
+Gluon has no interpreter: this kernel is compiled in CI (tests/kernels/test_gated_linear.py) and run on GPUs only.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -63,7 +63,7 @@ def fma_config(k: int, dtype: torch.dtype, gated: bool, single: bool = False) ->
 
     All warps lie along K, so block_k is 512 bytes a warp; then a thread's piece of x serves all of its rows. Small programs
     (64 threads, 14 on an SM) let 4096 to 7168 rows run in one wave. Measured on an H200, Llama-3.1-8B's shapes, one token: 3.2
-    (o) to 4.6 TB/s (lm_head), 5 to 10% more than the other candidates of tests/gpu_timings/small_linear.py.
+    (o) to 4.6 TB/s (lm_head), 5 to 10% more than the other candidates of benchmarks/small_linear.py.
     """
     warps = 4 if gated or single else 2
     block_k = min(warps * 512 // dtype.itemsize, max(16, triton.next_power_of_2(k)))

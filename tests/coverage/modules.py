@@ -1,4 +1,4 @@
-"""More decoders that are not from transformers, for the table of docs/coverage.md; the first ones are in tests/foreign.py.
+"""More decoders that are not from transformers, for the table of docs/coverage.md; see tests/support/foreign.py for the first.
 
 Each writes attention in a way of its own, after what is common in code outside of transformers. Every class is built
 without arguments, has vocabulary 97 and maps `input_ids` (batch, length) to logits.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, MAX_LENGTH, Decoder, Projections, angles
+from tests.support.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, MAX_LENGTH, Decoder, Projections, angles
 
 KV_HEADS, WINDOW = 2, 8
 

@@ -1,4 +1,4 @@
-"""Records which positions kvpress keeps, for tests/test_kvpress.py. README.md says in which environment.
+"""Records which positions kvpress keeps, for tests/policies/test_kvpress.py. README.md says in which environment.
 
 The peer is left as it is. A hook on every v_proj remembers the value vectors of all tokens that went through, and what is
 kept is found by looking for the rows of the cache among them (bit by bit: a press only gathers rows). Presses that mask

@@ -1,4 +1,4 @@
-"""Records which positions kvpress keeps with trained heads, for tests/test_kvpress.py. README.md says in which environment.
+"""Records which positions kvpress keeps with trained heads, for tests/policies/test_kvpress.py. README.md names the environment.
 
 All three presses only mask: what is kept is what they do not mask. They load their heads from the network by the model's
 name; here they get those of learned_heads.py.

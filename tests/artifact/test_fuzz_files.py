@@ -1,0 +1,26 @@
+"""Hostile graph.json and kvrewrite.json: loading and the first forward work or raise ArtifactError, whatever is in the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.fuzz_files import run
+
+CHUNK = 500
+
+
+def test_mutated_files_load_or_raise_artifact_errors(tmp_path: Path) -> None:
+    counts, failures = run(range(200), tmp_path)
+    assert not failures, "\n".join(failures)
+    # Otherwise the mutations would not be any.
+    assert counts["refused"] > 100 and counts["the same logits"] > 3, counts
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("first", range(0, 10_000, CHUNK))
+def test_ten_thousand_mutations(tmp_path: Path, first: int) -> None:
+    counts, failures = run(range(first, first + CHUNK), tmp_path)
+    print(dict(counts))
+    assert not failures, "\n".join(failures)
