@@ -713,7 +713,7 @@ def test_every_op_is_checked() -> None:
     defined = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvrewrite::")
     }
-    # The backend's own op marks where a cache is, takes a handle instead of tensors and never runs (tests/dynamo/test_backend.py).
+    # The backend's own op marks where a cache is, takes a handle instead of tensors and never runs (tests/dynamo).
     # Those of training are there only once something trains (test_gated_attention_backward.py). Carried states and latents
     # have their own files (tests/passes/test_carry_state.py, tests/cache/test_latent.py).
     elsewhere = {
