@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -509,11 +508,14 @@ def check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: boo
         raise ArtifactError(f"{path} is damaged or was edited (its sha256 differs from the manifest's); copy it again")
 
 
-def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> tuple[Program, dict[str, Any]]:
+def read_artifact(
+    directory: str | Path, device: torch.device | str = "cpu", meanwhile: Callable[[], None] | None = None
+) -> tuple[Program, dict[str, Any]]:
     """Loads a model directory: the program, with all its tensors on `device` in its graph, and the manifest.
 
     Checks the manifest, the sizes of all files, the hashes of all but the base weights, and the headers of those;
-    `verify_hashes` checks the rest. Needs neither the network nor the original model's code.
+    `verify_hashes` checks the rest. Needs neither the network nor the original model's code. meanwhile: called while the
+    weights are on their way to the device.
     """
     directory, device = Path(directory), torch.device(device)
     manifest = read_manifest(directory)
@@ -525,15 +527,9 @@ def read_artifact(directory: str | Path, device: torch.device | str = "cpu") -> 
         check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
     with Copier(device) as copier:  # the graph is read while the weights are on their way
         program = _read_program(directory, manifest, device, copier)
-        _import_ahead(device)
+        if meanwhile is not None:
+            meanwhile()
     return program, manifest
-
-
-def _import_ahead(device: torch.device) -> None:
-    """What a model on a GPU needs next and what takes seconds to import, while its weights are on their way."""
-    if device.type == "cuda":
-        for name in ("kvrewrite.runtime.model", "torch._inductor.compile_fx"):
-            importlib.import_module(name)
 
 
 def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:

@@ -28,10 +28,10 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from kvrewrite import policies
-from kvrewrite.api import _compile, _foreign_config, _quiet
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.capture.frontend import capture, is_transformers_model
 from kvrewrite.capture.third_party import unwrap
+from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.dynamo.append_tokens import AppendRunner, reason_against
 from kvrewrite.dynamo.caches import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of, type_for
 from kvrewrite.dynamo.graphs import has_attention, is_token_wise, source_name, source_of, weights_of
@@ -39,6 +39,7 @@ from kvrewrite.dynamo.modules import plain_view, ran, state_key, wrap_compiled_m
 from kvrewrite.errors import CacheError, CaptureError, InputError, KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.passes.canonical.validate import require_check
 from kvrewrite.policies import Policy
+from kvrewrite.runtime.foreign_config import foreign_config
 from kvrewrite.runtime.model import RewrittenModel
 
 NAME = "kvrewrite"
@@ -577,9 +578,9 @@ class _Rewrite:
     def __init__(self, module: nn.Module, settings: Settings, hooks: bool):
         captured = capture(plain_view(module, hooks))
         config = getattr(module, "config", None)
-        program = _compile(captured, settings.policy, settings.weights, config, None, _quiet, settings.check)
+        program = compile_captured(captured, settings.policy, settings.weights, config, None, quiet, settings.check)
         if not is_transformers_model(module):
-            config = _foreign_config(program, type(module).__name__)
+            config = foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))
         # Where each submodule hangs, and its parameters' dict, which tells it from another one without holding it.
         self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]

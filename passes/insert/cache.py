@@ -8,6 +8,7 @@ where they are asked for. Runs last: graph matchers refuse to cross mutating ops
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -33,8 +34,9 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
-from kvrewrite.passes.insert.policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
 from kvrewrite.policies.base import Policy
+from kvrewrite.policies.site import SiteHook, SiteInputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -161,8 +163,9 @@ class _Shared:
         def add_input(name: str) -> fx.Node:
             return add_placeholder(self.gm, name)
 
+        unrotated = functools.partial(unrotated_query, max_positions=self.max_positions)
         return SiteInputs(
-            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
+            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, unrotated,
             cache["rotary"], cache.get("span", (0, 0)),
         )  # fmt: skip
 

@@ -25,8 +25,8 @@ from kvrewrite.artifact import directory as artifact
 from kvrewrite.artifact import publishing
 from kvrewrite.artifact.checkpoint import Checkpoint
 from kvrewrite.artifact.companions import read_tokenizer
+from kvrewrite.artifact.policy_weights import import_pickle
 from kvrewrite.errors import ArtifactError
-from kvrewrite.policies.weights import import_pickle
 from tests.support.fuzz_files import resign
 from tests.support.tiny import make_checkpoint
 
