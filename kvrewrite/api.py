@@ -118,8 +118,9 @@ def convert(
     The rest as `transform`.
     """
     from kvrewrite.artifact.checkpoint import Checkpoint, read_json
-    from kvrewrite.artifact.directory import check_destination, companion_files, write_artifact
-    from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+    from kvrewrite.artifact.meta_model import build_on_meta
+    from kvrewrite.artifact.parameter_sources import parameter_sources
+    from kvrewrite.artifact.writing import check_destination, companion_files, write_artifact
     from kvrewrite.capture.fake_parameters import capture_on_meta
     from kvrewrite.runtime.aot import check_kind, compile_ahead
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvrewrite import __version__
 from kvrewrite.artifact.checkpoint import lfs_message, read_header, text_is_lfs
-from kvrewrite.artifact.directory import save_tensors
+from kvrewrite.artifact.files import save_tensors
 from kvrewrite.errors import ArtifactError, PolicyWeightsError
 from kvrewrite.policies.weights import LISTED
 

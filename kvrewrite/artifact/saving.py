@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kvrewrite.analysis.model_card import model_card
 from kvrewrite.artifact.checkpoint import Checkpoint, read_json
-from kvrewrite.artifact.directory import Compile, check_destination, companion_files, read_manifest, write_artifact
-from kvrewrite.artifact.meta_model import parameter_sources
+from kvrewrite.artifact.directory import read_manifest
+from kvrewrite.artifact.parameter_sources import parameter_sources
+from kvrewrite.artifact.writing import Compile, check_destination, companion_files, write_artifact
 from kvrewrite.capture.frontend import is_transformers_model
 from kvrewrite.capture.third_party import has_adapters, quantized_weights
 from kvrewrite.errors import ArtifactError

@@ -318,12 +318,12 @@ def test_import_published(tmp_path):
 
 
 def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
-    from kvrewrite.artifact import directory as artifact
+    from kvrewrite.artifact import writing
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "publish", interrupted)
+    monkeypatch.setattr(writing, "publish", interrupted)
     done = call("convert", str(base), *CONVERT, "--out", str(tmp_path / "out"))
     assert done.exit_code == 130
     assert "interrupted" in done.stderr

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from kvrewrite import policies
 from kvrewrite.artifact import directory as artifact
 from kvrewrite.artifact.checkpoint import read_json
+from kvrewrite.artifact.files import load_tensors
 from kvrewrite.artifact.meta_model import build_on_meta
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.compiler import Weights, model_facts, read_weights
@@ -142,5 +143,5 @@ def inspect_directory(
 
 def _stored_weights(directory: Path) -> Mapping[str, Tensor]:
     """The policy weights in a converted directory, by the names that policies give them."""
-    stored = artifact.load_tensors(directory / artifact.POLICY)
+    stored = load_tensors(directory / artifact.POLICY)
     return {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
