@@ -245,7 +245,7 @@ def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
     if is_op(user, aten.sym_size.int):
         return True
     if is_op(user, ops.decode_attention.default):
-        own = ("q", "k")
+        own: tuple[str, ...] = ("q", "k")
     elif is_op(user, ops.cache_update.default) and not shares_or_merges(user):
         own = ("k",)
     else:
