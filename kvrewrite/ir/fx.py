@@ -6,6 +6,7 @@ import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,48 @@ ZEROED = {
 def is_op(node: Any, *targets: Any) -> bool:
     """Whether `node` calls one of `targets` (op overloads or builtins)."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+@cache
+def parameters(target: Any) -> dict[str, tuple[int, Any]]:
+    """The parameters of an op in the order of its schema: name -> (place, default). Required ones default to None."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(target._schema.arguments)}
+
+
+def arg(node: Any, name: str) -> Any:
+    """What a call of an op has for the parameter `name`, its default if it gives nothing. KeyError if the op has none such."""
+    place, default = parameters(node.target)[name]
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def named_args(node: Any) -> dict[str, Any]:
+    """All arguments of a call of an op by name, defaults included."""
+    return {name: arg(node, name) for name in parameters(node.target)}
+
+
+def op_args(target: Any, **named: Any) -> tuple[Any, ...]:
+    """Positional arguments for a call of an op, up to the last one that is named.
+
+    TypeError if the op has no parameter of a name, or if one that it requires is missing."""
+    schema = target._schema.arguments
+    unknown = named.keys() - parameters(target).keys()
+    missing = [a.name for a in schema if a.name not in named and not a.has_default_value()]
+    if unknown or missing:
+        raise TypeError(
+            f"{target}: no parameters {sorted(unknown)}, missing arguments {missing}; its schema: {target._schema}"
+        )
+    last = max((parameters(target)[name][0] for name in named), default=-1)
+    return tuple(named.get(a.name, a.default_value) for a in schema[: last + 1])
+
+
+def set_args(node: fx.Node, **named: Any) -> None:
+    """Changes arguments of a call of an op, in place."""
+    node.args, node.kwargs = op_args(node.target, **{**_given(node), **named}), {}
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call of an op gives, by name."""
+    return dict(zip(parameters(node.target), node.args)) | node.kwargs
 
 
 def is_size(node: Any) -> bool:
