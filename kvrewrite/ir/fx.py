@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 SIZE_OPS = (torch.ops.aten.sym_size.int,)
 # Memory that nobody wrote to may hold anything, also what belongs to others; programs have zeros there.
@@ -176,7 +177,7 @@ def fake_value(node: fx.Node) -> Any:
     """What a call gives for the fake values (`meta["val"]`) of its arguments.
 
     The sizes of the trace stay symbols: torch may otherwise take one for the number that it was traced with, in all values, and
-    then nothing finds the sequence any more.
+    then nothing finds the sequence any more (torch 2.11 does so in composite ops, unless they go through Python).
     """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
     read = node.all_input_nodes
@@ -184,6 +185,7 @@ def fake_value(node: fx.Node) -> Any:
         read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor of sizes alone
     modes = {v.fake_mode for n in read if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(enable_python_dispatcher())
         for mode in modes:
             stack.enter_context(mode)
             if mode.shape_env is not None:
