@@ -31,6 +31,7 @@ from kvrewrite.ir.fx import (
 from kvrewrite.ir.site import NoSite
 from kvrewrite.passes.canonical.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.canonical.probe import (
+    FAILURES,
     MASKED,
     Probe,
     ProbeError,
@@ -38,6 +39,7 @@ from kvrewrite.passes.canonical.probe import (
     integers_in,
     is_projection,
     only_shape,
+    run_op,
     seen_in,
     subgraph_text,
     symbols,
@@ -583,8 +585,8 @@ def _run_subgraph(gm: fx.GraphModule, inputs: list[Any]) -> Tensor:
         else:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
             try:
-                values[node] = node.target(*args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                values[node] = run_op(node, args, kwargs)
+            except FAILURES as error:
                 raise ProbeError(f"a score or mask function could not be evaluated: {error}") from error
     raise ProbeError("a score or mask function has no output")
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.evaluate import EMPTY, widen
+from kvrewrite.ir.evaluate import EMPTY, FAILURES, run_op, widen
 from kvrewrite.ir.fx import ancestors, concretize, get_attr, is_op, is_size, shape_of, tensor_of
 
 aten = torch.ops.aten
@@ -146,8 +146,8 @@ class Probe:
             return torch.zeros(self.shape(node), dtype=widen(node.meta["val"].dtype))
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
         try:
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            out = run_op(node, args, kwargs)
+        except FAILURES as error:
             raise ProbeError(f"{node.name} could not be evaluated: {str(error).splitlines()[0]}") from error
         # What has torch's default dtype for want of another.
         return out.to(widen(out.dtype)) if isinstance(out, Tensor) else out
