@@ -78,6 +78,7 @@ class Proof:
     distinct: int = 0  # of these, how many different ones
     lengths: list[int] = field(default_factory=list)  # tokens of the texts that sites were run on
     rest: list[int] = field(default_factory=list)  # tokens of the texts that the rest was run on
+    masks: int = 0  # tokens up to which masks were compared at every distance; 0: there is none but the causal one
     whole: list[int] = field(default_factory=list)  # pieces that the whole was run in; 0 stands for padding
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def validate(captured: Captured, before: Snapshot, stand_ins: StandIns, check: s
     Ensures that what was rewritten computes what was captured; raises UnsupportedModelError with layer and reason.
     """
     run = _Validation(captured, before, stand_ins)
-    proof = Proof(check)
+    proof = Proof(check, masks=min(captured.compared, captured.max_positions or captured.compared))
     run.sites(proof)
     if check == "full":
         run.positions(proof)
