@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import placeholder, set_attr, shape_of, tensor_of
+from kvrewrite.ir.layout import InputSpec, state_input
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.find_rope import Rope, find_rope, projections
 from kvrewrite.policies.base import Policy, Scores
@@ -48,7 +49,7 @@ class SiteInputs:
     k_dense: fx.Node | None
     memo: dict[str, Any]
     states: dict[str, dict[str, Any]]
-    add_input: Callable[[str], fx.Node]
+    add_input: Callable[[InputSpec], fx.Node]
     logits: fx.Node | None = None
     max_positions: int | None = None  # that the model has
     rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
@@ -176,7 +177,7 @@ class SiteHook:
         states = self.inputs.states
         if name not in states:
             states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": per_token}
-            self.inputs.memo[f"state {name}"] = self.inputs.add_input(f"state_{name}")
+            self.inputs.memo[f"state {name}"] = self.inputs.add_input(state_input(name, shape, dtype, per_token))
         return self.inputs.memo[f"state {name}"]
 
     @property
