@@ -34,7 +34,7 @@ from kvrewrite.kernels.attention.gated import gated_attention
 from kvrewrite.kernels.update import reference as evict
 from kvrewrite.kernels.update import select
 from kvrewrite.ops.dispatch import kernels
-from kvrewrite.passes.lower import decode as lower
+from kvrewrite.passes.lower import prompt as lower
 
 # Launches that a prompt makes for eviction alone. Elementwise work that Inductor fuses with other things is not among them.
 EVICTION = (

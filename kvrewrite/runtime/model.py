@@ -25,7 +25,7 @@ from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import failures_named
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import graph_from_dict, retarget_device
-from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.policies.question import join_question

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.fx import placeholder, set_attr, shape_of, tensor_of
+from kvrewrite.ir.fx import op_args, placeholder, set_attr, shape_of, tensor_of
 from kvrewrite.ir.layout import InputSpec, state_input
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.find_rope import Rope, find_rope, projections
@@ -45,7 +45,7 @@ class SiteInputs:
     """What insert_cache knows once a site reads a cache: graph inputs and nodes. Shared by all sites: `memo`, `states`."""
 
     nodes: dict[str, fx.Node]  # positions, valid, input_ids, pools, table, lens, the policy's own inputs
-    observe: Callable[[fx.Node, fx.Node | None, Any], tuple[Any, ...]]
+    observed: Callable[[], dict[str, Any]]  # what `observe` takes of the site's first reader, by name
     k_dense: fx.Node | None
     memo: dict[str, Any]
     states: dict[str, dict[str, Any]]
@@ -210,7 +210,8 @@ class SiteHook:
 
         above: (B, T) thresholds; counts weights above them instead. newest: at most how many rows have a weight, where
         they are each row's last ones: saves the work for the others."""
-        return self.call(ops.observe.default, *self.inputs.observe(rows, above, newest))
+        observed = self.inputs.observed() | {"rows": rows, "above": above, "newest": newest}
+        return self.call(ops.observe.default, *op_args(ops.observe.default, **observed))
 
     def split(self, mass: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Splits (B, Hkv, C + T) into cached slots and new tokens."""

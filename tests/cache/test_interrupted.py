@@ -24,8 +24,8 @@ from tests.runtime.test_decoding import static
 from tests.support.rewritten import rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
-HOME = str(Path(kvrewrite.__file__).parent)
-FILES = {f"{HOME}/{n}.py" for n in ("cache", "pages", "model", "decoding", "prefilling", "history", "execution")}
+HOME = Path(kvrewrite.__file__).parent
+FILES = {str(p) for folder in ("cache", "runtime") for p in (HOME / folder).glob("*.py")}
 
 
 class Stop(KeyboardInterrupt):

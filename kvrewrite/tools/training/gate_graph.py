@@ -51,7 +51,7 @@ def straight_through(p: Tensor, positions: Tensor, gated: Tensor, threshold: flo
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph
-def _no_observation(*_: Any) -> tuple[Any, ...]:
+def _no_observation() -> dict[str, Any]:
     raise TypeError("a gate looks at nothing behind attention")
 
 
