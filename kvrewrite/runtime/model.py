@@ -939,6 +939,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> None:  # fmt: skip
         """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact.directory`, and
         `kvrewrite.runtime.aot` for compile="aot"."""
-        from kvrewrite.api import save
+        from kvrewrite.artifact.saving import save
+        from kvrewrite.runtime.aot import check_kind, compile_ahead
 
-        save(self, save_directory, force=force, compile=compile, compile_batch=compile_batch)
+        check_kind(compile, self.device)
+        steps = None if compile is None else lambda folder: compile_ahead(self, folder, compile_batch)
+        out, source, config = save_directory, self.source, self.config
+        save(self.program, out, source=source, config=config, force=force, compile_steps=steps)

@@ -8,6 +8,7 @@ where they are asked for. Runs last: graph matchers refuse to cross mutating ops
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -47,8 +48,9 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
-from kvrewrite.passes.insert.policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
 from kvrewrite.policies.base import Policy
+from kvrewrite.policies.site import SiteHook, SiteInputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -178,8 +180,9 @@ class _Shared:
             known = {**nodes, **cache, **cache["readers"][0]}
             return {name: known[name] for name in parameters(ops.observe.default) if name in known}
 
+        unrotated = functools.partial(unrotated_query, max_positions=self.max_positions)
         return SiteInputs(
-            nodes, observed, cache["k_dense"], self.memo, self.states, self.add, logits, self.max_positions,
+            nodes, observed, cache["k_dense"], self.memo, self.states, self.add, logits, unrotated,
             cache["rotary"], cache.get("span", (0, 0)),
         )  # fmt: skip
 

@@ -23,9 +23,9 @@ from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_
 from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import logits_at, site_nodes
-from kvrewrite.passes.insert.policy import PREFIX, SiteHook, SiteInputs
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
+from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
 from kvrewrite.tools.training.heads_graph import TrainingHook
 
