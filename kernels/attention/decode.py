@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvrewrite.kernels.launch import begin, fetch, options
-from kvrewrite.kernels.limits import missing_attention
+from kvrewrite.kernels.limits import missing_attention, split_width
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -461,12 +461,6 @@ def mass_kernel(
     tl.store(mass + head.to(tl.int64) * (capacity + 1) + slot, weight, mask=slot <= capacity)
 
 
-def _parts_of(d: int) -> tuple[int, int]:
-    """A head dim as two powers of two, the second as small as will do (0: none)."""
-    first = max(16, 1 << (d.bit_length() - 1))
-    return first, max(16, triton.next_power_of_2(d - first)) if d > first else 0
-
-
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -541,7 +535,7 @@ def decode_attention(
     if not n_heads:
         return out, lse, found
     c = config(q.dtype, d, dv, group, n_heads, capacity) if launch is None else launch
-    (d1, d2), (dv1, dv2), g2 = _parts_of(d), _parts_of(dv), triton.next_power_of_2(group)
+    (d1, d2), (dv1, dv2), g2 = split_width(d), split_width(dv), triton.next_power_of_2(group)
     if following is not None:
         d1 = d2 = max(16, triton.next_power_of_2(d // 2))
     if key_cos is not None and launch is None:

@@ -25,8 +25,9 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.history import History
-from kvrewrite.cache.pages import PAGE, SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
+from kvrewrite.cache.pages import SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
 from kvrewrite.errors import CacheError
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.

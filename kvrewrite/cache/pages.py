@@ -20,29 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvrewrite.ir.layout import PAGE, pool_shapes
 from kvrewrite.kernels.quantized.scheme import Scheme
 
-PAGE = 64  # slots a page
 SLOT_EXTRA = 4 + 8  # bytes of a slot's score and positions
-
-
-def pool_shapes(
-    k_dim: int, v_dim: int, dtype: torch.dtype, scheme: Scheme | None
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What a page has in each pool. scheme: how keys and values are quantized (kernels/quantized/scheme.py), or None."""
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "k_pages": ((PAGE, k_dim), dtype),
-        "v_pages": ((PAGE, v_dim), dtype),
-        "score_pages": ((PAGE,), torch.float32),
-        "pos_pages": ((PAGE, 2), torch.int32),  # position in the text, position that the key is rotated by
-    }
-    if scheme is not None:
-        p = scheme.parameters
-        shapes["k_pages"] = ((PAGE, scheme.code_width(k_dim)), torch.uint8)
-        shapes["v_pages"] = ((PAGE, scheme.code_width(v_dim)), torch.uint8)
-        shapes["k_params"] = ((PAGE // scheme.group, k_dim, p), dtype)
-        shapes["v_params"] = ((PAGE, v_dim // scheme.value_group(v_dim), p), dtype)
-    return shapes
 
 
 def scheme_of(layout: dict[str, Any]) -> Scheme | None:

@@ -98,15 +98,18 @@ def _settle_lengths(captured: Captured) -> None:
 
 
 def _works_at(captured: Captured, length: int) -> bool:
-    """Whether all shapes of the graph fit for a text of `length` tokens."""
+    """Whether all shapes of the graph fit for a text of `length` tokens, wherever parameters lie."""
     values: dict[fx.Node, Any] = {}
+    ids = placeholder(captured.graph, "input_ids")
+    assert ids is not None
+    device = ids.meta["val"].device
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for node in captured.graph.graph.nodes:
             if node.op == "placeholder":
-                values[node] = torch.zeros(2, length, dtype=torch.long)
+                values[node] = torch.zeros(2, length, dtype=torch.long, device=device)
             elif node.op == "get_attr":
                 value = get_attr(captured.graph, str(node.target))
-                values[node] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+                values[node] = mode.from_tensor(value).to(device) if isinstance(value, Tensor) else value
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
                 try:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.cache.pages import PAGE
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.latent.reference import expanding_is_cheaper
 from kvrewrite.kernels.quantized.scheme import Scheme
