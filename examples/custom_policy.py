@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-from kvrewrite.policies import Policy, Scores, register
+from kvrewrite.policies import Policy, register
 
 
 @register
@@ -26,10 +26,9 @@ class LargestKeys(Policy):
         """The newest slots, which no eviction takes."""
         return self.window
 
-    def score(self, hook):
-        """(B, Hkv, T) in fp32, as graph nodes at one site; hook.k is (B, Hkv, T, D)."""
-        norm = hook.call(torch.ops.aten.linalg_vector_norm.default, hook.k, 2, [-1])
-        return Scores(hook.call(torch.ops.aten.to.dtype, norm, torch.float32))
+    def score(self, site):
+        """(rows, kv heads, new tokens) in fp32; site.k has the new tokens' keys, (rows, kv heads, new tokens, channels)."""
+        return site.k.norm(dim=-1).float()
 
 
 torch.manual_seed(0)

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.evaluate import StandIns
-from kvrewrite.ir.fx import placeholder
+from kvrewrite.ir.fx import named_args, placeholder
 from kvrewrite.ir.pass_log import PassLog
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
@@ -34,9 +34,10 @@ from kvrewrite.passes.canonical.validate import Snapshot, require_check, validat
 from kvrewrite.passes.insert.cache import insert_cache, site_nodes
 from kvrewrite.passes.insert.devices import place
 from kvrewrite.passes.insert.latent import cache_latent
-from kvrewrite.passes.insert.policy import attach_weights
+from kvrewrite.passes.insert.policy import PolicyWriter, attach_weights
+from kvrewrite.passes.insert.site_nodes import SiteNodes
 from kvrewrite.policies import Policy
-from kvrewrite.policies.site import PREFIX, SiteHook
+from kvrewrite.policies.site import PREFIX
 from kvrewrite.policies.weights import check_policy_weights
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -101,11 +102,12 @@ def find_ropes(captured: Captured) -> dict[int, Rope | NoRope]:
 
 def expected_weights(captured: Captured, sites: list[AttentionSite], policy: Policy) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the policy weights for this model."""
-    hooks = [
-        SiteHook(captured.graph, site, node.args[0], node.args[1], node.args[2], node)
-        for site, node in zip(sites, site_nodes(captured.graph), strict=True)
-    ]
-    return policy.weights(sites, hooks)
+    writer = PolicyWriter(captured.graph, sites, policy)
+    found: dict[str, tuple[int, ...]] = {}
+    for site, node in zip(sites, site_nodes(captured.graph), strict=True):
+        if site.shares_kv_with is None:
+            found |= writer.expected_weights(SiteNodes(site, named_args(node)))
+    return found
 
 
 def insert(

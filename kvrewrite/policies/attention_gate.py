@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,50 +80,36 @@ class AttentionGate(Policy):
         return dataclasses.replace(self, gate_heads=heads, gate_dim=dim)
 
     @staticmethod
-    def _name(site: AttentionSite, part: str) -> str:
+    def weight_name(site: Site | AttentionSite, part: str) -> str:
+        """Our own key layout."""
         return f"model.layers.{site.layer}.gate.{part}"
 
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
-        """Our own key layout."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        width = (self.gate_heads or 0) * (self.gate_dim or 0)
-        for site, hook in zip(sites, hooks, strict=True):
-            if site.shares_kv_with is not None:
-                continue
-            hidden = hook.hidden_width()
-            for part in ("q_proj", "k_proj", "v_proj"):
-                shapes[self._name(site, f"{part}.weight")] = (width, hidden)
-            shapes[self._name(site, "o_proj.weight")] = (site.kv_heads, width)
-            shapes[self._name(site, "o_proj.bias")] = (site.kv_heads,)
-        return shapes
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """A gate's projections of the layer's input, and what comes after its attention."""
+        width, hidden = (self.gate_heads or 0) * (self.gate_dim or 0), int(site.hidden_states.shape[-1])
+        shapes: dict[str, tuple[int, ...]] = {f"{part}_proj.weight": (width, hidden) for part in "qkv"}
+        shapes |= {"o_proj.weight": (site.kv_heads, width), "o_proj.bias": (site.kv_heads,)}
+        return {self.weight_name(site, part): shape for part, shape in shapes.items()}
 
-    def probability(self, hook: SiteHook, attend: Callable[[fx.Node, fx.Node, fx.Node], fx.Node]) -> fx.Node:
-        """p of the new tokens, (B, Hkv, T) fp32. attend: adds the gate's attention, (B, T, width) each, fp32 out."""
-        assert self.gate_heads and self.gate_dim  # `adapt` has found them
-        x, site = hook.hidden_states(), hook.site
-        out = attend(*(hook.linear(x, hook.weight(self._name(site, f"{p}_proj.weight"))) for p in "qkv"))
-        weight = hook.fp32(hook.weight(self._name(site, "o_proj.weight")))
-        bias = hook.fp32(hook.weight(self._name(site, "o_proj.bias")))
-        return hook.per_head(hook.call(hook.aten.sigmoid.default, hook.linear(out, weight, bias)))
+    def projections(self, site: Site) -> tuple[Tensor, ...]:
+        """The gate's queries, keys and values of the new tokens, (B, T, width) each."""
+        x = site.hidden_states
+        return tuple(site.linear(x, self.weight_name(site, f"{part}_proj.weight")) for part in "qkv")
 
-    def gate(self, hook: SiteHook) -> fx.Node:
+    def probability(self, site: Site, attended: Tensor) -> Tensor:
+        """p of the new tokens, (B, Hkv, T) fp32. attended: what the gate's attention gives, (B, T, width) fp32."""
+        weight, bias = (site.weight(self.weight_name(site, f"o_proj.{part}")).float() for part in ("weight", "bias"))
+        return site.per_head((site.linear_of(attended, weight, bias)).sigmoid())
+
+    def gate(self, site: Site) -> Tensor:
         """The flags, for prompts only."""
-        site, width = hook.site, (self.gate_heads or 0) * (self.gate_dim or 0)
-
-        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-            dtype = str(hook.dtype).removeprefix("torch.")
-            kept = [hook.state(f"gate_{p}_{site.layer}", (width,), dtype, per_token=True) for p in "kv"]
-            where = (hook.input("positions"), hook.input("valid"))
-            return hook.call(hook.ops.gate.default, q, k, v, *kept, *where, self.gate_heads)
-
-        p = self.probability(hook, attend)
-        hook.inputs.memo[f"gate {site.layer}"] = p
-        low = hook.call(hook.aten.le.Scalar, p, self.threshold)
+        q, k, v = self.projections(site)
+        kept = [site.state(f"gate_{p}_{site.layer}", (q.shape[-1],), site.k.dtype, per_token=True) for p in "kv"]
+        p = self.probability(site, site.ops.gate(q, k, v, *kept, site.positions, site.valid, self.gate_heads))
+        site.remember("p", p)
         # The first tokens stay, and so does everything while decoding.
-        later = hook.call(hook.aten.ge.Scalar, hook.input("positions"), self.start)
-        row = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.gt.Scalar, hook.input("gated"), 0), 1)
-        may = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.logical_and.default, later, row), 1)
-        return hook.call(hook.aten.logical_and.default, low, may)
+        may = (site.positions >= self.start) & (site.input("gated") > 0).unsqueeze(1)
+        return (p <= self.threshold) & may.unsqueeze(1)
 
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Every token of a prompt passes a gate."""
@@ -135,6 +120,6 @@ class AttentionGate(Policy):
         keep = self.slots(row.seen + 1) if self.decode_eviction else UNLIMITED
         return Segment(1, keep, prompt=False)
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """The probability to stay, for where there is a budget, too."""
-        return Scores(hook.inputs.memo[f"gate {hook.site.layer}"])
+        return Scores(site.recall("p"))

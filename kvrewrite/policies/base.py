@@ -1,8 +1,8 @@
 """The interface of an eviction policy.
 
-A policy is a frozen dataclass: its fields are its options. It says what a slot is worth (`score`, as graph nodes at one
-attention site), how a prompt is cut into segments (`plan`), and which slots are protected. Everything else (finding
-attention, caches, positions, padding, batching, kernels) is the compiler's and the runtime's.
+A policy is a frozen dataclass: its fields are its options. It says what a slot is worth (`score`, in torch code on the
+tensors of one attention site), how a prompt is cut into segments (`plan`), and which slots are protected. Everything else
+(finding attention, caches, positions, padding, batching, kernels) is the compiler's and the runtime's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvrewrite.errors import OptionError
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 UNLIMITED = 2**31 - 1  # keep everything
 
@@ -62,17 +62,17 @@ class Segment:
 
 @dataclass
 class Scores:
-    """What a policy's graph nodes compute at one site. C: cached slots, T: new tokens.
+    """What a policy's code computes at one site. C: cached slots, T: new tokens.
 
     new: (B, Hkv, T), the scores of the new tokens. slots: (B, Hkv, C), which replaces the scores of cached slots, or None
     where they stay as they were. select: (B, Hkv, C + T), what this eviction goes by where it is not the stored scores.
     keep: (B, Hkv) int32, how many slots stay where the text decides (`Policy.data_dependent`), else the budget holds.
     """
 
-    new: fx.Node
-    slots: fx.Node | None = None
-    select: fx.Node | None = None
-    keep: fx.Node | None = None
+    new: Tensor
+    slots: Tensor | None = None
+    select: Tensor | None = None
+    keep: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,22 +301,22 @@ class Policy:
             )
 
     # -- graph ---------------------------------------------------------------------------------------------------
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the policy weights that this model needs."""
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the policy weights that a site which owns its keys and values needs."""
         return {}
 
-    def gate(self, hook: SiteHook) -> fx.Node | None:
-        """Adds nodes in front of attention that flag new tokens to drop: (B, Hkv, T) bool, or None. Only they themselves
-        see them, and they never enter the cache."""
-        return None
+    def gate(self, site: Site) -> Tensor:
+        """With `gates`: flags new tokens to drop before attention, (B, Hkv, T) bool. Only they themselves see them, and they
+        never enter the cache."""
+        raise TypeError(f"{type(self).__name__} does not say which tokens to drop")
 
-    def rate(self, hook: SiteHook) -> None:
-        """With `shares_layers`: adds what `score` will need of this site, behind its attention; `hook.inputs.memo` keeps it."""
+    def rate(self, site: Site) -> None:
+        """With `shares_layers`: keeps what `score` will need of this site (`site.remember`), after its attention."""
         raise TypeError(f"{type(self).__name__} does not say how to rate")
 
-    def score(self, hook: SiteHook) -> Scores:
-        """Adds the scoring subgraph at one site, behind its attention (behind the logits with `after_logits`, behind the last
-        layer with `shares_layers`)."""
+    def score(self, site: Site) -> Scores | Tensor:
+        """What slots are worth at one site, in torch code on its tensors; a tensor is `Scores(new)`. Called after the site's
+        attention (after the logits with `after_logits`, after the last layer with `shares_layers`)."""
         raise TypeError(f"{type(self).__name__} does not say how to score")
 
     # -- runtime -------------------------------------------------------------------------------------------------

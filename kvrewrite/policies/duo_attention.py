@@ -12,7 +12,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
 
@@ -105,9 +105,9 @@ class DuoAttention(Policy):
         digits = ["0" if n in small else "1" for n in range(len(flat))]
         return ",".join("".join(digits[at : at + width]) for at in range(0, len(flat), width))
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """A token is worth its position: the oldest goes first."""
-        return Scores(hook.position_scores())
+        return Scores(site.position_scores())
 
     def head_keeps(self, keep: int, layer: int, heads: int) -> list[int]:
         """No limit for heads that keep everything."""

@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,10 @@ class ExpectedAttention(Policy):
                 raise OptionError(f"expected_attention: {option} is {getattr(self, option)}, expected at least {least}")
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """What the Gaussian gives, for the new tokens; only a first prompt is ever evicted from."""
-        q = hook.query_before_rope()
-        cos, sin, partner = hook.inputs.rotary or (None, None, None)
-        scores = hook.call(
-            hook.ops.expected_attention.default, q, hook.k, hook.v, cos, sin, partner, hook.input("valid"),
-            hook.site.scale, self.n_sink, self.n_future, float(self.epsilon),
+        scores = site.ops.expected_attention(
+            site.query_before_rope, site.k, site.v, *site.rotary, site.valid,
+            site.scale, self.n_sink, self.n_future, float(self.epsilon),
         )  # fmt: skip
         return Scores(scores)

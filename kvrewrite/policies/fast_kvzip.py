@@ -10,10 +10,10 @@ from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,62 +120,54 @@ class FastKVzip(Policy):
     def _gated(site: AttentionSite) -> bool:
         return site.shares_kv_with is None and not site.window and not site.chunk
 
-    def _numbers(self, sites: list[AttentionSite]) -> dict[int, int]:
-        """layer -> number of its gate."""
-        return {layer: i for i, layer in enumerate(s.layer for s in sites if self._gated(s))}
+    def _gate_name(self, site: Site) -> str:
+        """gates.<number of the layer among those that have gates>"""
+        return f"gates.{[s.layer for s in site.every if self._gated(s)].index(site.layer)}"
 
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
         """gates.<number>.<the authors' names>."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        numbers = self._numbers(sites)
-        for site, hook in zip(sites, hooks, strict=True):
-            if site.layer not in numbers:
-                continue
-            name, hidden, group = f"gates.{numbers[site.layer]}", hook.hidden_width(), site.heads // site.kv_heads
-            shapes[f"{name}.q_proj.weight"] = (site.heads * self.rank, hidden)
-            shapes[f"{name}.q_proj.bias"] = (site.heads * self.rank,)
-            shapes[f"{name}.k_proj.weight"] = (site.kv_heads * self.rank, hidden)
-            shapes[f"{name}.q_norm.weight"] = shapes[f"{name}.k_norm.weight"] = (self.rank,)
-            shapes[f"{name}.k_base"] = (site.kv_heads, 1, self.gate_sinks, self.rank)
-            shapes[f"{name}.b"] = (site.kv_heads, 1, group)
-        return shapes
+        if not self._gated(site.facts):
+            return {}
+        hidden, heads = int(site.hidden_states.shape[-1]), site.kv_heads
+        shapes = {
+            "q_proj.weight": (site.heads * self.rank, hidden),
+            "q_proj.bias": (site.heads * self.rank,),
+            "k_proj.weight": (heads * self.rank, hidden),
+            "q_norm.weight": (self.rank,),
+            "k_norm.weight": (self.rank,),
+            "k_base": (heads, 1, self.gate_sinks, self.rank),
+            "b": (heads, 1, site.heads // heads),
+        }
+        return {f"{self._gate_name(site)}.{name}": shape for name, shape in shapes.items()}
 
-    def _gate_score(self, hook: SiteHook) -> fx.Node:
+    def _gate_score(self, site: Site) -> Tensor:
         """The gate's score of the new tokens, (B, Hkv, T)."""
-        memo = hook.inputs.memo
-        number = memo["gates"] = memo.get("gates", -1) + 1  # sites come in order
-        w = {n: hook.weight(f"gates.{number}.{n}") for n in (
-            "q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight", "k_base", "b"
-        )}  # fmt: skip
-        x = hook.hidden_states()
-        q, k = hook.linear(x, w["q_proj.weight"], w["q_proj.bias"]), hook.linear(x, w["k_proj.weight"])
-        return hook.call(hook.ops.sink_gate.default, q, k, w["q_norm.weight"], w["k_norm.weight"], w["k_base"], w["b"])
+        name, x = self._gate_name(site), site.hidden_states
+        q = site.linear(x, f"{name}.q_proj.weight", f"{name}.q_proj.bias")
+        k = site.linear(x, f"{name}.k_proj.weight")
+        rest = (site.weight(f"{name}.{part}") for part in ("q_norm.weight", "k_norm.weight", "k_base", "b"))
+        return site.ops.sink_gate(q, k, *rest)
 
-    def rate(self, hook: SiteHook) -> None:
+    def rate(self, site: Site) -> None:
         """Scores and places of all slots of one layer."""
-        if not self._gated(hook.site):
-            return
-        new = self._gate_score(hook)
-        scores = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
-        layers = hook.inputs.memo.setdefault("layers", {})
-        layers[hook.site.layer] = (new, scores, hook.slot_positions(), hook.input("keep"))
+        if self._gated(site.facts):
+            new = self._gate_score(site)
+            site.remember("rated", (new, site.join(site.stored_scores(), new), site.slot_positions(), site.keep))
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """The gate's score; where layers share, how many slots each head has won."""
-        if not self._gated(hook.site):  # keeps its window
-            wide = hook.call(hook.aten.full_like.default, hook.input("keep"), UNLIMITED)
-            return Scores(hook.position_scores(), keep=wide)
+        if not self._gated(site.facts):  # keeps its window
+            return Scores(site.position_scores(), keep=site.keep.new_full(site.keep.shape, UNLIMITED))
         if not self.shares_layers:
-            return Scores(self._gate_score(hook))
-        layers = hook.inputs.memo["layers"]
+            return Scores(self._gate_score(site))
+        layers = [s.layer for s in site.every if self._gated(s)]
 
-        def share() -> fx.Node:
-            _, scores, places, keep = ([entry[i] for entry in layers.values()] for i in range(4))
-            return hook.call(hook.ops.share_layers.default, scores, places, keep, hook.input("recent"), self.n_sink)
+        def share() -> list[Tensor]:
+            _, scores, places, keep = zip(*(site.recall("rated", layer) for layer in layers))
+            return site.ops.share_layers(scores, places, keep, site.recent, self.n_sink)
 
-        won = hook.once("won", share)
-        number = list(layers).index(hook.site.layer)
-        return Scores(layers[hook.site.layer][0], keep=hook.item(won, number))
+        won = site.once("won", share)
+        return Scores(site.recall("rated")[0], keep=won[layers.index(site.layer)])
 
     # -- runtime
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)

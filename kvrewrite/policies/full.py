@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Full(Policy):
         if self.layer_budgets != "equal":
             raise OptionError(f"full: layer_budgets is {self.layer_budgets!r}, but it evicts nothing; expected equal")
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """No score is ever compared; the position is as good as any."""
-        return Scores(hook.position_scores())
+        return Scores(site.position_scores())
 
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Chunks without eviction."""

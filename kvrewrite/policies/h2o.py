@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class H2O(Policy):
             raise OptionError(f"h2o: recent_tokens is {self.recent_tokens}, expected 0 or more")
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """What every slot has received so far plus what these queries give."""
-        mass = hook.observe(hook.ones_rows())
-        cached, new = hook.split(mass)
-        return Scores(new, slots=hook.add(hook.read_scores(), cached))
+        cached, new = site.split(site.observe(site.every_row()))
+        return Scores(new, slots=site.stored_scores() + cached)

@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,9 @@ class Knorm(Policy):
         self.require_budget()
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """Minus the norm."""
-        norm = hook.call(hook.aten.linalg_vector_norm.default, hook.fp32(hook.k), 2, [-1])
-        return Scores(hook.scale(norm, -1.0))
+        return Scores(-site.k.float().norm(dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,7 @@ class KeyDiff(Policy):
             raise OptionError(f"keydiff: recent_tokens is {self.recent_tokens}, expected 0 or more")
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """All keys are compared anew."""
-        scores = hook.call(hook.ops.key_difference.default, hook.keys(), hook.slot_positions())
-        cached, new = hook.split(scores)
+        cached, new = site.split(site.ops.key_difference(site.keys(), site.slot_positions()))
         return Scores(new, slots=cached)

@@ -13,7 +13,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,41 +78,25 @@ class KVzap(Policy):
             return dataclasses.replace(self, hidden_size=int(inner.shape[0]))
         return dataclasses.replace(self, hidden_size=0) if tensors else self
 
-    @staticmethod
-    def _name(site: AttentionSite, part: str) -> str:
-        return f"layers.{site.layer}.{part}"
-
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The authors' key layout."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for site, hook in zip(sites, hooks, strict=True):
-            if site.shares_kv_with is not None:
-                continue
-            last, width = "", hook.hidden_width()
-            if self.hidden_size:
-                shapes[self._name(site, "0.weight")] = (self.hidden_size, width)
-                shapes[self._name(site, "0.bias")] = (self.hidden_size,)
-                last, width = "2.", self.hidden_size
-            shapes[self._name(site, f"{last}weight")] = (site.kv_heads, width)
-            shapes[self._name(site, f"{last}bias")] = (site.kv_heads,)
-        return shapes
+        layer, heads, width = f"layers.{site.layer}", site.kv_heads, int(site.hidden_states.shape[-1])
+        if not self.hidden_size:
+            return {f"{layer}.weight": (heads, width), f"{layer}.bias": (heads,)}
+        first = {f"{layer}.0.weight": (self.hidden_size, width), f"{layer}.0.bias": (self.hidden_size,)}
+        return {**first, f"{layer}.2.weight": (heads, self.hidden_size), f"{layer}.2.bias": (heads,)}
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """The prediction, and how many of a head's slots are good enough."""
-        x, last = hook.hidden_states(), ""
+        x, last = site.hidden_states, f"layers.{site.layer}"
         if self.hidden_size:
-            x = hook.linear(x, *(hook.weight(self._name(hook.site, f"0.{n}")) for n in ("weight", "bias")))
-            x, last = hook.activation(x, "gelu"), "2."
-        found = hook.linear(x, *(hook.weight(self._name(hook.site, f"{last}{n}")) for n in ("weight", "bias")))
-        new = hook.per_head(found)
+            x, last = site.activation(site.linear(x, f"{last}.0.weight", f"{last}.0.bias"), "gelu"), f"{last}.2"
+        new = site.per_head(site.linear(x, f"{last}.weight", f"{last}.bias"))
         if self.threshold is None:
             return Scores(new)
-        scores = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
-        keep = hook.call(
-            hook.ops.kept_above.default, scores, hook.slot_positions(), hook.input("recent"), hook.input("keep"),
-            hook.input("drops"), float(self.threshold), *hook.inputs.span,
-        )  # fmt: skip
-        return Scores(new, keep=keep)
+        scores, drops = site.join(site.stored_scores(), new), site.input("drops")
+        limits = (site.recent, site.keep, drops, float(self.threshold), *site.span)
+        return Scores(new, keep=site.ops.kept_above(scores, site.slot_positions(), *limits))
 
     # -- runtime
     def segment(self, length: int, keep: int, **rest: Any) -> Segment:

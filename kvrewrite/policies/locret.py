@@ -10,7 +10,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,25 +78,22 @@ class Locret(Policy):
             changes["hidden_size"] = facts["policy_hidden_size"]
         return dataclasses.replace(self, **changes)
 
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The authors' key layout."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for site, hook in zip(sites, hooks, strict=True):
-            if site.shares_kv_with is not None:
-                continue
-            shapes[self._name(site, "fc1")] = (self.hidden_size, hook.projected_width())
-            shapes[self._name(site, "fc2")] = (site.kv_heads, self.hidden_size)
-        return shapes
+        width = int(site.projected.shape[-1])
+        return {
+            self._name(site, "fc1"): (self.hidden_size, width),
+            self._name(site, "fc2"): (site.kv_heads, self.hidden_size),
+        }
 
     @staticmethod
-    def _name(site: AttentionSite, part: str) -> str:
+    def _name(site: Site, part: str) -> str:
         return f"model.layers.{site.layer}.self_attn.{part}.weight"
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """fc2(act(fc1([q | k | v]))) of the tokens' own projections; a score never changes afterwards."""
-        wide = hook.linear(hook.projected(), hook.weight(self._name(hook.site, "fc1")))
-        scores = hook.linear(hook.activation(wide, self.activation), hook.weight(self._name(hook.site, "fc2")))
-        return Scores(hook.per_head(scores))
+        wide = site.activation(site.linear(site.projected, self._name(site, "fc1")), self.activation)
+        return Scores(site.per_head(site.linear(wide, self._name(site, "fc2"))))
 
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
         """Algorithm 1: chunks up to the local tail, then the tail."""

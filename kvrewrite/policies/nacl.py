@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,9 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor
 
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 LARGE = 1e30  # above any score
 
@@ -80,39 +79,24 @@ class NACL(Policy):
             return Segment(1, UNLIMITED, values={"proxies": 1}, prompt=False)
         return self._evicting(1, self.slots(row.seen + 1), 1, False)
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """F is summed up in the stored scores; what stays is decided by rank and by lot."""
-        length = hook.call(hook.aten.sym_size.int, hook.q, 2)
-        most = hook.call(operator.add, hook.call(operator.floordiv, length, 5 if self.preset == "paper" else 100), 1)
-        mass = hook.observe(hook.newest_rows(hook.input("proxies")), newest=most)
-        cached, new = hook.split(mass)
-        total = hook.add(hook.read_scores(), cached)
-        received = hook.call(hook.aten.cat.default, [total, new], 2)
-        places = hook.slot_positions()
-        first = hook.call(hook.aten.lt.Tensor, places, hook.per_row(hook.input("first_tokens")))
-        newest = hook.call(
-            hook.aten.lt.Tensor, hook.call(hook.ops.newest_ranks.default, places), hook.per_row(hook.input("recent"))
-        )
-        protected = hook.call(hook.aten.logical_or.default, first, newest)
-        live = hook.call(hook.aten.ge.Scalar, places, 0)
-        others = hook.call(hook.aten.logical_and.default, live, hook.call(hook.aten.logical_not.default, protected))
-        rank = hook.call(hook.ops.ranks.default, received, others)
-        best = hook.call(hook.aten.lt.Tensor, rank, hook.call(hook.aten.unsqueeze.default, self._best(hook), 2))
-        draw = hook.call(hook.ops.uniform.default, places, self.seed, hook.site.layer)
-        exponential = hook.call(hook.aten.neg.default, hook.call(hook.aten.log.default, draw))
-        lot = hook.call(
-            hook.aten.sub.Tensor, received, hook.call(hook.aten.log.default, exponential)
-        )  # F plus a Gumbel variable
-        sure = hook.call(hook.aten.logical_or.default, best, first)
-        select = hook.where(sure, LARGE, lot)
-        restarts = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("evicts")), 0)
-        return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)
+        first_tokens, evicts = site.per_row(site.input("first_tokens")), site.per_row(site.input("evicts")) > 0
+        most = site.q.shape[2] // (5 if self.preset == "paper" else 100) + 1
+        cached, new = site.split(site.observe(site.newest_rows(site.input("proxies")), newest=most))
+        total = site.stored_scores() + cached
+        received, places = site.join(total, new), site.slot_positions()
+        first = places < first_tokens
+        protected = first | (site.ops.newest_ranks(places) < site.per_row(site.recent))
+        best = site.ops.ranks(received, (places >= 0) & ~protected) < self._best(site).unsqueeze(2)
+        exponential = -site.ops.uniform(places, self.seed, site.layer).log()
+        lot = received - exponential.log()  # F plus a Gumbel variable
+        select = lot.masked_fill(best | first, LARGE)
+        return Scores(new.masked_fill(evicts, 0.0), slots=total.masked_fill(evicts, 0.0), select=select)
 
-    def _best(self, hook: SiteHook) -> fx.Node:
+    def _best(self, site: Site) -> Tensor:
         """How many stay by F alone, (B, Hkv): what the layer's budget leaves beside the protected and the random ones."""
-        sure = hook.add(hook.input("recent"), hook.input("first_tokens"))
-        keep = hook.int64(hook.input("keep"))
-        rest = hook.call(hook.aten.sub.Tensor, keep, hook.call(hook.aten.unsqueeze.default, sure, 1))
+        rest = site.keep.long() - (site.recent + site.input("first_tokens")).unsqueeze(1)
         part, whole = (2, 3) if self.preset == "paper" else (12, 19)
-        share = hook.call(hook.aten.floor_divide.default, hook.call(hook.aten.mul.Scalar, rest, part), whole)
-        return hook.call(hook.aten.sub.Tensor, rest, share) if self.preset == "paper" else share
+        share = rest * part // whole
+        return rest - share if self.preset == "paper" else share

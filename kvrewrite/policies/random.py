@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,6 @@ class Random(Policy):
         self.require_budget()
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """A number in (0, 1) by position."""
-        positions = hook.all_heads(hook.call(hook.aten.unsqueeze.default, hook.input("positions"), 1))
-        return Scores(hook.call(hook.ops.uniform.default, positions, self.seed, hook.site.layer))
+        return Scores(site.ops.uniform(site.all_heads(site.positions), self.seed, site.layer))

@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +107,16 @@ class Scissorhands(Policy):
         """Slots after a compression."""
         return max(self._kept(budget), self.recent_tokens + 1)
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """Counts so far and those of the new queries that lie in the window."""
-        positions = hook.input("positions")
-        first = hook.call(hook.aten.unsqueeze.default, hook.input("first_query"), 1)
-        counted = hook.fp32(hook.call(hook.aten.ge.Tensor, positions, first))
-        share = hook.call(hook.aten.reciprocal.default, hook.call(hook.aten.add.Scalar, hook.fp32(positions), 1))
+        first = site.input("first_query").unsqueeze(1)
+        counted = (site.positions >= first).float()
+        share = (site.positions.float() + 1).reciprocal()
         # The window ends at or behind the segment's last token, so no earlier query than the last `history` counts.
-        counts = hook.observe(counted, above=share, newest=self.history)
-        cached, new = hook.split(counts)
+        cached, new = site.split(site.observe(counted, above=share, newest=self.history))
         # Where the window begins among the new queries, what was counted before is too old.
-        begins = hook.call(hook.aten.slice.Tensor, positions, 1, 0, 1)
-        fresh = hook.call(hook.aten.unsqueeze.default, hook.call(hook.aten.ge.Tensor, first, begins), 2)
-        total = hook.add(hook.where(fresh, 0.0, hook.read_scores()), cached)
-        select = hook.call(hook.aten.cat.default, [total, new], 2)
-        restarts = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("compresses")), 0)
-        return Scores(hook.where(restarts, 0.0, new), slots=hook.where(restarts, 0.0, total), select=select)
+        fresh = (first >= site.positions[:, :1]).unsqueeze(2)
+        total = site.stored_scores().masked_fill(fresh, 0.0) + cached
+        restarts = site.per_row(site.input("compresses")) > 0
+        select = site.join(total, new)
+        return Scores(new.masked_fill(restarts, 0.0), slots=total.masked_fill(restarts, 0.0), select=select)

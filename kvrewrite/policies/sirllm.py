@@ -12,7 +12,7 @@ from kvrewrite.policies.streaming_llm import contiguous_where_possible
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,12 @@ class SirLLM(Policy):
             segments[0] = dataclasses.replace(segments[0], values={"turn": 1})
         return segments
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """Surprisal, the same for all heads of all layers."""
-        vocabulary = int(hook.logits.meta["val"].shape[-1])
-        last = hook.state("last_logits", (vocabulary,), "float32")
-        lost = hook.once(
-            "surprisal",
-            lambda: hook.call(
-                hook.ops.surprisal.default, hook.logits, hook.input("input_ids"), hook.input("valid"), last,
-                hook.input("positions"),
-            ),
-        )  # fmt: skip
-        new = hook.all_heads(hook.call(hook.aten.unsqueeze.default, lost, 1))
+        last = site.state("last_logits", (site.logits.shape[-1],), "float32")
+        where = (site.input("input_ids"), site.valid, last, site.positions)
+        new = site.all_heads(site.once("surprisal", lambda: site.ops.surprisal(site.logits, *where)))
         if self.decay == 1:  # nothing fades, so forks can share the scores that are stored
             return Scores(new)
-        old = hook.read_scores()
-        turn = hook.call(hook.aten.gt.Scalar, hook.per_row(hook.input("turn")), 0)
-        return Scores(new, slots=hook.where(turn, hook.scale(old, self.decay), old))
+        old = site.stored_scores()
+        return Scores(new, slots=(old * self.decay).where(site.per_row(site.input("turn")) > 0, old))

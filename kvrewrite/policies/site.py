@@ -1,320 +1,281 @@
-"""What a policy sees of one attention site, and the nodes that it can add there."""
+"""What a policy sees of one attention site: tensors.
+
+A policy's hooks (`score`, `gate`, `rate`) are ordinary torch code on them. The code runs once, on tensors without data; the
+ops that it calls become nodes of the model's graph (`passes/insert/policy.py`).
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import fx
+from torch import Tensor
+from torch.nn import functional
 
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.fx import op_args, shape_of, tensor_of
-from kvrewrite.ir.layout import InputSpec, state_input
-from kvrewrite.ir.projections import projections
 from kvrewrite.ir.site import AttentionSite
 
-aten = torch.ops.aten
-ops = torch.ops.kvrewrite
-PREFIX = "policy_weights."
-# Which argument of a projection is the activation.
-INPUT = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
-CASTS = (aten.to.dtype, aten._to_copy.default)
-ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "silu": (aten.silu.default, {}),
-    "swish": (aten.silu.default, {}),
-    "relu": (aten.relu.default, {}),
-    "gelu": (aten.gelu.default, {}),
-    "gelu_new": (aten.gelu.default, {"approximate": "tanh"}),
-    "gelu_pytorch_tanh": (aten.gelu.default, {"approximate": "tanh"}),
-    "gelu_fast": (aten.gelu.default, {"approximate": "tanh"}),
-    "tanh": (aten.tanh.default, {}),
-    "sigmoid": (aten.sigmoid.default, {}),
+PREFIX = "policy_weights."  # where a graph has the policy's weights
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
+Value = TypeVar("Value")
 
 
-@dataclass
-class SiteInputs:
-    """What `insert_cache` knows once a site reads a cache: graph inputs and nodes. Shared by all sites: `memo`, `states`."""
+class Source(Protocol):
+    """Where a site's tensors come from."""
 
-    nodes: dict[str, fx.Node]  # positions, valid, input_ids, pools, table, lens, the policy's own inputs
-    observed: Callable[[], dict[str, Any]]  # what `observe` takes of the site's first reader, by name
-    k_dense: fx.Node | None
-    memo: dict[str, Any]
-    states: dict[str, dict[str, Any]]
-    add_input: Callable[[InputSpec], fx.Node]
-    logits: fx.Node | None = None
-    unrotated_query: Callable[[SiteHook], fx.Node] | None = None  # adds the queries without their rotation
-    rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
-    # The (window, chunk) outside which nobody looks at the site's slots; in `rate`, `score`.
-    span: tuple[int, int] = (0, 0)
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor of this name, None where the graph has none."""
+
+    def projections(self, adapted: bool) -> list[Tensor]:
+        """What the projections of q, k and v give, each once; adapted: without the low-rank adapters beside them."""
+
+    def hidden_states(self) -> Tensor:
+        """What those projections read, (..., hidden)."""
+
+    def unrotated_query(self) -> tuple[Tensor, list[int]]:
+        """The queries without their rotation, and the order of their dimensions that makes them (B, H, T, D)."""
+
+    def observe(self, **given: Any) -> Tensor:
+        """`kvrewrite::observe` of the site's own attention."""
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
+        """A state of the cache."""
+
+    def remember(self, name: str, layer: int | None, value: Any) -> None:
+        """Keeps a value of a site, or of none, for later hooks."""
+
+    def recall(self, name: str, layer: int | None) -> Any:
+        """That value, None where there is none."""
 
 
-class SiteHook:
-    """What a policy sees of one attention site, and the nodes it can add there.
+class Site:
+    """One attention site, as a policy's code sees it. B rows, T new tokens, C cached slots, N = C + T.
 
-    q (B, H, T, D), k (B, Hkv, T, D) and v (B, Hkv, T, Dv) are the tensors that enter attention. Nodes are added behind
-    `after`, or in front of `before` where that is given.
+    Sizes are numbers that torch's tracing stands for: compute with them, but no `if` may ask for one. Rows are padded:
+    only the first valid[b] of a row's T tokens are real. Dead slots of the cache hold anything.
     """
 
-    # For policies, which are listed and checked without torch.
-    aten, ops = aten, ops
-
     def __init__(
-        self,
-        gm: fx.GraphModule,
-        site: AttentionSite,
-        q: Any,
-        k: Any,
-        v: Any,
-        after: fx.Node,
-        inputs: SiteInputs | None = None,
-        before: fx.Node | None = None,
+        self, facts: AttentionSite, every: list[AttentionSite], source: Source, span: tuple[int, int] = (0, 0)
     ):
-        self.gm, self.site = gm, site
-        self.q, self.k, self.v = q, k, v
-        self.after, self.before = after, before
-        self._inputs = inputs
+        self.facts = facts
+        self.every = every  # what is known of all sites of the model, in order
+        self.span = span  # the (window, chunk) outside which nobody looks at the site's slots; zeros: no end
+        self._source = source
+
+    # -- numbers
+    layer = property(operator.attrgetter("facts.layer"), doc="Number of the site, in the order in which they run.")
+    heads = property(operator.attrgetter("facts.heads"), doc="Query heads H.")
+    kv_heads = property(operator.attrgetter("facts.kv_heads"), doc="Heads Hkv of keys and values.")
+    scale = property(operator.attrgetter("facts.scale"), doc="What attention multiplies q . k by.")
+    ops = torch.ops.kvrewrite  # ops that policies share; `ops/scores.py` says what each does
+
+    # -- the new tokens
+    def input(self, name: str) -> Tensor:
+        """A tensor by its name; also one of the policy's own `inputs`, (B,) int32."""
+        found = self._source.tensor(name)
+        if found is None:
+            raise UnsupportedModelError(
+                f"layer {self.layer} ({self.facts.module}): there is no {name} that a policy could read here; `gate` comes "
+                "before attention, and only policies with `after_logits` or `needs_rotary` have logits, cos and sin"
+            )
+        return found
 
     @property
-    def inputs(self) -> SiteInputs:
-        """What is there once the site reads a cache; not while shapes are asked for (`Policy.weights`)."""
-        if self._inputs is None:
-            raise TypeError("this hook only tells shapes; nodes of the cache are there in `gate` and `score`")
-        return self._inputs
+    def q(self) -> Tensor:
+        """Queries as attention sees them, (B, H, T, D)."""
+        return self.input("q")
 
-    # -- adding nodes
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Adds a node behind the last one that this hook added."""
-        place = self.gm.graph.inserting_after(self.after) if self.before is None else None
-        with place or self.gm.graph.inserting_before(self.before):  # type: ignore[arg-type]
-            self.after = self.gm.graph.call_function(target, args, kwargs)
-        self.after.meta["kvrewrite_policy"] = self.site.layer
-        return self.after
+    @property
+    def k(self) -> Tensor:
+        """Keys of the new tokens as attention sees them, (B, Hkv, T, D)."""
+        return self.input("k")
 
-    def weight(self, name: str) -> fx.Node:
-        """The policy weight called `name`."""
-        place = self.gm.graph.inserting_after(self.after) if self.before is None else None
-        with place or self.gm.graph.inserting_before(self.before):  # type: ignore[arg-type]
-            self.after = self.gm.graph.get_attr(PREFIX + name)
-        return self.after
+    @property
+    def v(self) -> Tensor:
+        """Values of the new tokens, (B, Hkv, T, Dv)."""
+        return self.input("v")
 
-    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
-        """x (..., in) times weight (out, in), plus bias (out,)."""
-        return self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
+    @property
+    def positions(self) -> Tensor:
+        """Place of each new token in its row's text, (B, T) int64."""
+        return self.input("positions")
 
-    def activation(self, x: fx.Node, name: str) -> fx.Node:
+    @property
+    def valid(self) -> Tensor:
+        """How many of a row's new tokens are real, (B,) int32."""
+        return self.input("valid")
+
+    @property
+    def recent(self) -> Tensor:
+        """How many of the newest slots this eviction protects, (B,) int32."""
+        return self.input("recent")
+
+    @property
+    def keep(self) -> Tensor:
+        """How many slots each head keeps, (B, Hkv) int32."""
+        return self.input("keep")
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits of the new tokens (B, T, V), with `after_logits`."""
+        return self.input("logits")
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """cos, sin (P, D) and partner (D,) of the site's rotation, with `needs_rotary`; Nones where it has none."""
+        if self._source.tensor("cos") is None:
+            return None, None, None
+        return self.input("cos"), self.input("sin"), self.input("partner")
+
+    @property
+    def query_before_rope(self) -> Tensor:
+        """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
+        query, order = self._source.unrotated_query()
+        return query if order == [0, 1, 2, 3] else query.permute(order)
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The attention layer's input, which its projections read: (B, T, hidden)."""
+        return self._per_token(self._source.hidden_states())
+
+    @property
+    def projected(self) -> Tensor:
+        """The raw outputs of the q, k and v projections, before norms and RoPE: (B, T, q + k + v channels)."""
+        parts = [self._per_token(x, always=True) for x in self._source.projections(adapted=False)]
+        facts, width = self.facts, sum(int(x.shape[-1]) for x in parts)
+        expected = (facts.heads + facts.kv_heads) * facts.head_dim + facts.kv_heads * facts.v_head_dim
+        if width != expected:
+            raise UnsupportedModelError(
+                f"layer {facts.layer} ({facts.module}): its projections have {width} channels, expected {expected} for q, k "
+                "and v"
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _per_token(self, x: Tensor, always: bool = False) -> Tensor:
+        if x.dim() == 3 and not always:
+            return x
+        return x.reshape(self.q.shape[0], self.q.shape[2], -1)
+
+    # -- the cache and the new tokens
+    def slot_positions(self) -> Tensor:
+        """Positions in the text of [cache, new tokens], -1 where there is nothing: (B, Hkv, N) int64."""
+        return self.ops.slot_positions(*map(self.input, ("pos_pages", "table", "lens", "positions", "valid")))
+
+    def stored_scores(self) -> Tensor:
+        """The scores that cached slots have, (B, Hkv, C) fp32."""
+        return self.ops.read_pages(self.input("score_pages"), self.input("table"))
+
+    def keys(self) -> Tensor:
+        """Keys of [cache, new tokens] as attention sees them: (B, Hkv, N, D)."""
+        cached = self._source.tensor("k_dense")
+        if cached is None:
+            cached = self.ops.read_pages(self.input("k_pages"), self.input("table"))
+        return torch.cat([cached, self.k], 2)
+
+    def observe(self, rows: Tensor, above: Tensor | None = None, newest: int | torch.SymInt = 0) -> Tensor:
+        """Attention that [cache, new tokens] receive from these queries: (B, Hkv, N) fp32, summed over a group's heads.
+
+        rows: (B, T), what each query counts (`every_row`, `newest_rows`). above: (B, T) thresholds; counts the weights above
+        them instead of summing. newest: at most how many rows count, if they are each row's last: saves the rest's work.
+        """
+        return self._source.observe(rows=rows, above=above, newest=newest)
+
+    def every_row(self) -> Tensor:
+        """Every query counts once: (B, T)."""
+        return torch.ones_like(self.positions, dtype=torch.float32)
+
+    def newest_rows(self, count: int | Tensor) -> Tensor:
+        """The last `count`, a number or (B,), real queries of each row count once: (B, T)."""
+        if isinstance(count, int):
+            count = torch.full_like(self.valid, count)
+        return self.ops.newest_rows(self.positions, self.valid, count)
+
+    # -- shapes
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Hkv, N) as what belongs to cached slots (B, Hkv, C) and to new tokens (B, Hkv, T)."""
+        cut = x.shape[2] - self.k.shape[2]
+        return x[:, :, :cut], x[:, :, cut:]
+
+    def join(self, cached: Tensor, new: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([cached, new], 2)
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """(B,) as (B, 1, 1), to go with (B, Hkv, N)."""
+        return x.unsqueeze(1).unsqueeze(2)
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """(B, N) or (B, 1, N), the same for every kv head: (B, Hkv, N)."""
+        return (x.unsqueeze(1) if x.dim() == 2 else x).expand(-1, self.kv_heads, -1)
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """Scores (B, T, Hkv) as (B, Hkv, T) in fp32."""
+        return x.transpose(1, 2).to(torch.float32)
+
+    def position_scores(self) -> Tensor:
+        """Each new token's own position as its score, so that the oldest goes first: (B, Hkv, T) fp32."""
+        return self.all_heads(self.positions.to(torch.float32))
+
+    # -- trained policies
+    def weight(self, name: str) -> Tensor:
+        """The policy weight of this name, as `Policy.weights` lists it."""
+        return self.input(PREFIX + name)
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """x (..., in) times the policy weight of this name (out, in), plus another (out,)."""
+        return functional.linear(x, self.weight(weight), None if bias is None else self.weight(bias))
+
+    @staticmethod
+    def linear_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same of tensors."""
+        return functional.linear(x, weight, bias)
+
+    def cached_channels(self) -> Tensor:
+        """What the cache will hold of the new tokens, [k | v]: (B, Hkv, T, D + Dv)."""
+        return torch.cat([self.k, self.v], -1)
+
+    softplus = staticmethod(functional.softplus)
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
         """An activation by the name that configurations use."""
         if name not in ACTIVATIONS:
             raise UnsupportedModelError(
-                f"layer {self.site.layer} ({self.site.module}): activation {name!r} is not known to policies; expected one "
+                f"layer {self.layer} ({self.facts.module}): activation {name!r} is not known to policies; expected one "
                 f"of {', '.join(ACTIVATIONS)} (option activation=...)"
             )
-        target, kwargs = ACTIVATIONS[name]
-        return self.call(target, x, **kwargs)
+        return ACTIVATIONS[name](x)
 
-    def item(self, x: fx.Node, index: int) -> fx.Node:
-        """One of several results."""
-        return self.call(operator.getitem, x, index)
+    # -- from call to call, and from site to site
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, *, per_token: bool = False) -> Tensor:
+        """Something that the policy remembers from call to call: (B, *shape), or (B, capacity, *shape) with an entry per
+        token that grows with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
+        return self._source.state(name, shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype, per_token)
 
-    def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """a + b."""
-        return self.call(aten.add.Tensor, a, b)
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps tensors (one, or a tuple or list) of this site for `recall` in a later hook."""
+        self._source.remember(name, self.layer, value)
 
-    def scale(self, x: fx.Node, factor: float) -> fx.Node:
-        """factor * x."""
-        return self.call(aten.mul.Scalar, x, factor)
+    def recall(self, name: str, layer: int | None = None) -> Any:
+        """What `remember` kept at this site, or at another; None where it kept nothing."""
+        return self._source.recall(name, self.layer if layer is None else layer)
 
-    def fp32(self, x: fx.Node) -> fx.Node:
-        """x in fp32."""
-        return self.call(aten.to.dtype, x, torch.float32)
-
-    def int64(self, x: fx.Node) -> fx.Node:
-        """x in int64."""
-        return self.call(aten.to.dtype, x, torch.int64)
-
-    def where(self, condition: fx.Node, a: fx.Node | float, b: fx.Node | float) -> fx.Node:
-        """a where the condition holds, else b."""
-        overload = {
-            (True, True): aten.where.self,
-            (True, False): aten.where.ScalarOther,
-            (False, True): aten.where.ScalarSelf,
-        }[isinstance(a, fx.Node), isinstance(b, fx.Node)]
-        return self.call(overload, condition, a, b)
-
-    def per_row(self, x: fx.Node) -> fx.Node:
-        """(B,) as (B, 1, 1), to go with (B, Hkv, N)."""
-        return self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, x, 1), 2)
-
-    def all_heads(self, x: fx.Node) -> fx.Node:
-        """(B, N) or (B, 1, N), the same for every kv head: (B, Hkv, N)."""
-        return self.call(aten.expand.default, x, [-1, self.site.kv_heads, -1])
-
-    def once(self, name: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """A node that all sites share, made by the first that asks. It must not depend on the site."""
-        memo = self.inputs.memo
-        if name not in memo:
-            memo[name] = make()
-        return memo[name]
-
-    # -- what the site offers
-    def input(self, name: str) -> fx.Node:
-        """A graph input: "positions" (B, T), "valid" (B,), "input_ids" (B, T) or one of the policy's own (B,)."""
-        return self.inputs.nodes[name]
-
-    def state(self, name: str, shape: tuple[int, ...], dtype: str, *, per_token: bool = False) -> fx.Node:
-        """Something that the policy remembers: (B, *shape), or (B, capacity, *shape) with an entry per token that grows
-        with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
-        states = self.inputs.states
-        if name not in states:
-            states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": per_token}
-            self.inputs.memo[f"state {name}"] = self.inputs.add_input(state_input(name, shape, dtype, per_token))
-        return self.inputs.memo[f"state {name}"]
-
-    @property
-    def logits(self) -> fx.Node:
-        """The logits of the new tokens (B, T, V), with `after_logits`."""
-        assert self.inputs.logits is not None
-        return self.inputs.logits
-
-    def per_head(self, x: fx.Node) -> fx.Node:
-        """Scores (B, T, Hkv) as (B, Hkv, T) in fp32."""
-        return self.call(aten.to.dtype, self.call(aten.transpose.int, x, 1, 2), torch.float32)
-
-    def position_scores(self) -> fx.Node:
-        """Each new token's own position as its score: (B, Hkv, T)."""
-        return self.all_heads(self.call(aten.unsqueeze.default, self.fp32(self.input("positions")), 1))
-
-    def ones_rows(self) -> fx.Node:
-        """Every query row counts once: (B, T)."""
-        return self.call(aten.ones_like.default, self.input("positions"), dtype=torch.float32)
-
-    def newest_rows(self, count: int | fx.Node) -> fx.Node:
-        """The last `count` valid query rows of each row count once: (B, T)."""
-        valid = self.input("valid")
-        if isinstance(count, int):
-            count = self.call(aten.full_like.default, valid, count)
-        return self.call(ops.newest_rows.default, self.input("positions"), valid, count)
-
-    def observe(self, rows: fx.Node, above: fx.Node | None = None, newest: Any = 0) -> fx.Node:
-        """Attention mass of [cache, new tokens] under these query rows: (B, Hkv, C + T), summed over a group's heads.
-
-        above: (B, T) thresholds; counts weights above them instead. newest: at most how many rows have a weight, where
-        they are each row's last ones: saves the work for the others."""
-        observed = self.inputs.observed() | {"rows": rows, "above": above, "newest": newest}
-        return self.call(ops.observe.default, *op_args(ops.observe.default, **observed))
-
-    def split(self, mass: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Splits (B, Hkv, C + T) into cached slots and new tokens."""
-        length = self.call(aten.sym_size.int, self.k, 2)
-        capacity = self.call(aten.sym_size.int, mass, 2)
-        cut = self.call(operator.sub, capacity, length)
-        return self.call(aten.slice.Tensor, mass, 2, 0, cut), self.call(aten.slice.Tensor, mass, 2, cut)
-
-    def read_scores(self) -> fx.Node:
-        """The stored scores of cached slots: (B, Hkv, C)."""
-        return self.call(ops.read_pages.default, self.input("score_pages"), self.input("table"))
-
-    def slot_positions(self) -> fx.Node:
-        """Positions in the text of [cache, new tokens], -1 where there is nothing: (B, Hkv, C + T) int64."""
-        names = ("pos_pages", "table", "lens", "positions", "valid")
-        return self.call(ops.slot_positions.default, *(self.input(n) for n in names))
-
-    def keys(self) -> fx.Node:
-        """Keys of [cache, new tokens] as attention sees them, rotated: (B, Hkv, C + T, D). Dead slots hold anything."""
-        cached = self.inputs.k_dense
-        if cached is None:
-            cached = self.call(ops.read_pages.default, self.input("k_pages"), self.input("table"))
-        return self.call(aten.cat.default, [cached, self.k], 2)
-
-    def _source(self) -> fx.Node:
-        """What the projections multiply by their weights; its last axis are the layer's input channels."""
-        found = {n.args[INPUT[n.target]] for n in self._projections(adapted=True) if n.target in INPUT}
-        if len(found) != 1:
-            raise UnsupportedModelError(
-                f"layer {self.site.layer} ({self.site.module}): its queries, keys and values are not projections of one "
-                "input, which this policy needs"
-            )
-        node = found.pop()
-        assert isinstance(node, fx.Node)
-        return node
-
-    def hidden_states(self) -> fx.Node:
-        """The attention layer's input, which its projections read: (B, T, hidden)."""
-        node = self._source()
-        value = tensor_of(node)
-        if value is not None and value.dim() == 3:
-            return node
-        batch, length = (self.call(aten.sym_size.int, self.q, i) for i in (0, 2))
-        return self.call(aten.reshape.default, node, [batch, length, -1])
-
-    def hidden_width(self) -> int:
-        """Channels of `hidden_states`."""
-        return int(shape_of(self._source())[-1])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that attention runs in."""
-        value = tensor_of(self.q)
-        assert value is not None
-        return value.dtype
-
-    def query_before_rope(self) -> fx.Node:
-        """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
-        assert self.inputs.unrotated_query is not None
-        return self.inputs.unrotated_query(self)
-
-    def _projections(self, adapted: bool = False) -> list[fx.Node]:
-        """The projections of q, k and v, each once; one node when they are fused. adapted: without the low-rank adapters
-        (LoRA) beside them, for whom only their input counts."""
-        found: list[fx.Node] = []
-        heads = ("queries", self.q), ("keys", self.k), ("values", self.v)
-        for name, node in heads:
-            leaves = projections(node)
-            if adapted:
-                leaves = [n for n in leaves if not any(_adapts(n, other) for other in leaves)]
-            if len(leaves) != 1:
-                raise UnsupportedModelError(
-                    f"layer {self.site.layer} ({self.site.module}): its {name} come from {len(leaves)} projections; this "
-                    "policy needs one projection each (or one fused one), so models with latent attention (MLA) are not "
-                    "supported by it"
-                )
-            if leaves[0] not in found:
-                found.append(leaves[0])
+    def once(self, name: str, make: Callable[[], Value]) -> Value:
+        """Tensors that all sites share, made by the first that asks. They must not depend on the site."""
+        found = self._source.recall(name, None)
+        if found is None:
+            found = make()
+            self._source.remember(name, None, found)
         return found
-
-    def projected_width(self) -> int:
-        """Channels of [q | k | v]."""
-        width = sum(int(shape_of(n)[-1]) for n in self._projections())
-        expected = (
-            self.site.heads + self.site.kv_heads
-        ) * self.site.head_dim + self.site.kv_heads * self.site.v_head_dim
-        if width != expected:
-            raise UnsupportedModelError(
-                f"layer {self.site.layer} ({self.site.module}): its projections have {width} channels, expected "
-                f"{expected} for q, k and v"
-            )
-        return width
-
-    def projected(self) -> fx.Node:
-        """The raw outputs of the q, k and v projections, before norms and RoPE: (B, T, q + k + v channels)."""
-        value = tensor_of(self.q)
-        assert value is not None
-        batch = self.call(aten.sym_size.int, self.q, 0)
-        length = self.call(aten.sym_size.int, self.q, 2)
-        parts = [self.call(aten.reshape.default, n, [batch, length, -1]) for n in self._projections()]
-        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, -1)
-
-
-def _adapts(node: fx.Node, projection: fx.Node) -> bool:
-    """Whether `node` is B (A x) of a projection W x: what LoRA adds to it."""
-
-    def source(of: Any) -> Any:
-        found = of.args[INPUT[of.target]] if isinstance(of, fx.Node) and of.target in INPUT else None
-        while isinstance(found, fx.Node) and found.target in CASTS:
-            found = found.args[0]
-        return found
-
-    return source(node) is not None and source(source(node)) is source(projection) is not None

@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores, Segment, pyramid
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,10 @@ class SnapKV(Policy):
             raise OptionError(f'{self.name}: pooling is {self.pooling!r}, expected "avg" or "max"')
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """The window's attention, pooled. Only a first prompt is ever evicted from, so cached slots have no score."""
-        mass = hook.observe(hook.newest_rows(self.window), newest=self.window)
-        _, new = hook.split(mass)
-        pool = hook.ops.pool_window.default
-        return Scores(hook.call(pool, new, hook.input("valid"), self.window, self.kernel, self.pooling == "max"))
+        _, new = site.split(site.observe(site.newest_rows(self.window), newest=self.window))
+        return Scores(site.ops.pool_window(new, site.valid, self.window, self.kernel, self.pooling == "max"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
@@ -65,6 +65,6 @@ class StreamingLLM(Policy):
         """Contiguous positions where the model's rotation was found, original ones where there is none."""
         return contiguous_where_possible(self, sites, facts)
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """A token is worth its position: the oldest goes first."""
-        return Scores(hook.position_scores())
+        return Scores(site.position_scores())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class TOVA(Policy):
         self.require_budget()
         super().validate()
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """The last query's weights, averaged over heads."""
-        mass = hook.observe(hook.newest_rows(1), newest=1)
-        mean = hook.scale(hook.call(hook.aten.sum.dim_IntList, mass, [1], True), 1 / hook.site.heads)
-        cached, new = hook.split(hook.all_heads(mean))
+        mass = site.observe(site.newest_rows(1), newest=1)
+        mean = mass.sum(dim=1, keepdim=True) * (1 / site.heads)
+        cached, new = site.split(site.all_heads(mean))
         return Scores(new, slots=cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ from kvrewrite.errors import OptionError, PolicyWeightsError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.policies.site import SiteHook
+    from kvrewrite.policies.site import Site
 
 GATES = ("rg", "rg2", "rg3")
 PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one behind it
@@ -111,52 +112,39 @@ class TrimKV(Policy):
         return "rg"
 
     @staticmethod
-    def _name(site: AttentionSite, part: str) -> str:
-        return f"model.layers.{site.layer}.self_attn.retention_gate.{part}"
-
-    def weights(self, sites: list[AttentionSite], hooks: list[SiteHook]) -> dict[str, tuple[int, ...]]:
+    def _names(site: Site) -> Callable[[str], str]:
         """The authors' key layout."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for site, hook in zip(sites, hooks, strict=True):
-            if site.shares_kv_with is not None:
-                continue
-            cached = site.kv_heads * (site.head_dim + site.v_head_dim)
-            width = cached if self.retention_gate in ("rg2", "rg3") else hook.hidden_width()
-            (inner, other), outer = PARTS[self.retention_gate if self.retention_gate in GATES else "rg"]
-            shapes[self._name(site, inner)] = (self.hidden_size, width)
-            shapes[self._name(site, other)] = (
-                (self.hidden_size, width) if self.retention_gate == "rg3" else (self.hidden_size,)
-            )
-            shapes[self._name(site, outer)] = (site.kv_heads, self.hidden_size)
-            shapes[self._name(site, "bias")] = (site.kv_heads,)
-        return shapes
+        return f"model.layers.{site.layer}.self_attn.retention_gate.{{}}".format
 
-    def _source(self, hook: SiteHook) -> fx.Node:
+    def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The gate of a layer."""
+        name, (inner, other), outer = self._names(site), *PARTS.get(self.retention_gate, PARTS["rg"])
+        width = (self.hidden_size, int(self._source(site).shape[-1]))
+        return {
+            name(inner): width,
+            name(other): width if self.retention_gate == "rg3" else width[:1],
+            name(outer): (site.kv_heads, self.hidden_size),
+            name("bias"): (site.kv_heads,),
+        }
+
+    def _source(self, site: Site) -> Tensor:
         """What the gates read, (B, T, channels)."""
-        if self.retention_gate == "rg":
-            return hook.hidden_states()
-        both = hook.call(hook.aten.cat.default, [hook.k, hook.v], -1)
-        batch, length = (hook.call(hook.aten.sym_size.int, hook.k, i) for i in (0, 2))
-        return hook.call(hook.aten.reshape.default, hook.call(hook.aten.transpose.int, both, 1, 2), [batch, length, -1])
+        if self.retention_gate not in ("rg2", "rg3"):
+            return site.hidden_states
+        return site.cached_channels().transpose(1, 2).flatten(2)
 
-    def score(self, hook: SiteHook) -> Scores:
+    def score(self, site: Site) -> Scores:
         """log beta is stored; this eviction goes by what time has made of it."""
-        site, x = hook.site, self._source(hook)
-        (inner, other), outer = PARTS[self.retention_gate]
+        name, x, (inner, other), outer = self._names(site), self._source(site), *PARTS[self.retention_gate]
         if self.retention_gate == "rg3":
-            wide = hook.activation(hook.linear(x, hook.weight(self._name(site, inner))), self.activation)
-            wide = hook.call(hook.aten.mul.Tensor, wide, hook.linear(x, hook.weight(self._name(site, other))))
+            wide = site.activation(site.linear(x, name(inner)), self.activation) * site.linear(x, name(other))
         else:
-            weight, bias = hook.weight(self._name(site, inner)), hook.weight(self._name(site, other))
-            wide = hook.activation(hook.linear(x, weight, bias), self.activation)
-        logit = hook.linear(wide, hook.weight(self._name(site, outer)), hook.weight(self._name(site, "bias")))
-        negative = hook.call(hook.aten.neg.default, hook.per_head(logit))
-        new = hook.call(hook.aten.neg.default, hook.call(hook.aten.softplus.default, negative))
-        held = hook.call(hook.aten.cat.default, [hook.read_scores(), new], 2)
-        begins = hook.call(hook.aten.select.int, hook.input("positions"), 1, 0)
-        following = hook.call(hook.aten.add.Scalar, hook.add(begins, hook.input("valid")), 1)
-        age = hook.call(hook.aten.sub.Tensor, hook.per_row(following), hook.slot_positions())
-        return Scores(new, select=hook.call(hook.aten.mul.Tensor, held, hook.fp32(age)))
+            wide = site.activation(site.linear(x, name(inner), name(other)), self.activation)
+        logit = site.per_head(site.linear(wide, name(outer), name("bias")))
+        new = -site.softplus(-logit)
+        following = site.positions[:, 0] + site.valid + 1
+        age = site.per_row(following) - site.slot_positions()
+        return Scores(new, select=site.join(site.stored_scores(), new) * age.float())
 
     # -- runtime
     def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)

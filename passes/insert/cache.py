@@ -8,7 +8,6 @@ where they are asked for. Runs last: graph matchers refuse to cross mutating ops
 
 from __future__ import annotations
 
-import functools
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from kvrewrite.ir.fx import (
     named_args,
     op_args,
     output_node,
-    parameters,
     placeholder,
     set_attr,
     shape_of,
@@ -48,9 +46,9 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
-from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
+from kvrewrite.passes.insert.policy import PolicyWriter, insert_score
+from kvrewrite.passes.insert.site_nodes import SiteNodes
 from kvrewrite.policies.base import Policy
-from kvrewrite.policies.site import SiteHook, SiteInputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -95,18 +93,16 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     inputs = _control_inputs(add, classes, pools, contiguous, policy)
     rotary: list[dict[str, Any]] = []
     tables = _rotary_inputs(gm, captured, ropes, rotary, add) if contiguous or policy.needs_rotary else {}
-    shared = _Shared(captured, policy, inputs, list(pools[0]), scheme, add)
+    shared = _Shared(captured, sites, policy, inputs, list(pools[0]), scheme, add)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in owners:
             cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables, shared)
-            cache["rotary"] = tables.get(site.layer)
+            cache.update(site=site, rotary=tables.get(site.layer, (None, None, None)))
             owners[owner] = cache
             if policy.gates:
-                q, k, v = (arg(node, name) for name in ("q", "k", "v"))
-                hook = SiteHook(gm, site, q, k, v, node, shared.inputs(cache), before=node)
-                cache["hidden"] = policy.gate(hook)
+                cache["hidden"] = shared.writer.write(policy.gate, shared.site_nodes(cache, named_args(node)), node)
                 site.inserted.append("gate")
         _read_cache(gm, node, site, inputs, owners[owner])
     for cache in owners.values():
@@ -117,9 +113,9 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         logits = output_node(gm).args[0]  # type: ignore[assignment]
     last = logits
     if policy.shares_layers:
-        last = _rate(gm, sites, policy, owners, shared)
-    for layer, cache in owners.items():
-        last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
+        last = _rate(policy, owners, shared)
+    for cache in owners.values():
+        last = _close_cache(policy, inputs, cache, shared, logits, last)
     logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
     lengths = _length_inputs(gm, captured.rotary_tables, rotary, add)
     erase_dead(gm)
@@ -130,7 +126,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         "contiguous": contiguous,
         "rotary": rotary,
         "length_tables": lengths,
-        "states": list(shared.states.values()),
+        "states": list(shared.writer.memory.states.values()),
         "row_inputs": list(policy.inputs),
         "rewrites_slots": shared.rewrites_slots,
         "ragged": policy.ragged,
@@ -140,11 +136,12 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
 
 
 class _Shared:
-    """What the hooks of all sites share: graph inputs, states, memo."""
+    """What all sites share: graph inputs, states, and the policy's writer."""
 
     def __init__(
         self,
         captured: Captured,
+        sites: list[AttentionSite],
         policy: Policy,
         inputs: dict[str, fx.Node],
         pools: list[str],
@@ -152,39 +149,30 @@ class _Shared:
         add: InputMaker,
     ):
         gm = captured.graph
-        self.add, self.scheme, self.max_positions = add, scheme, captured.max_positions
-        self.pools = pools
+        self.writer = PolicyWriter(gm, sites, policy, add, captured.max_positions)
+        self.add, self.scheme, self.pools = add, scheme, pools
         self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
         self.dtype = str(captured.dtype).removeprefix("torch.")
-        names = ("positions", "valid", "recent", *policy.inputs)
-        self.nodes = {n: inputs[n] for n in names}
-        ids = placeholder(gm, "input_ids")
-        if ids is not None:
-            self.nodes["input_ids"] = ids
-        self.states: dict[str, dict[str, Any]] = {}
-        self.memo: dict[str, Any] = {}
+        self.nodes: dict[str, fx.Node | None] = {n: inputs[n] for n in ("positions", "valid", "recent", *policy.inputs)}
+        self.nodes["input_ids"] = placeholder(gm, "input_ids")
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
     def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0", slots: bool = False) -> fx.Node:
         """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it. slots: it
         holds slots of the cache, which are counted with the others."""
         spec = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill, "slots": slots}
-        self.states[name] = spec
+        self.writer.memory.states[name] = spec
         return self.add(state_input(name, shape, dtype, False))
 
-    def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
-        """What the hook of one site gets."""
-        nodes = {**self.nodes, **{n: cache[n] for n in (*self.pools, "table", "lens", "keep")}}
-
-        def observed() -> dict[str, Any]:
-            known = {**nodes, **cache, **cache["readers"][0]}
-            return {name: known[name] for name in parameters(ops.observe.default) if name in known}
-
-        unrotated = functools.partial(unrotated_query, max_positions=self.max_positions)
-        return SiteInputs(
-            nodes, observed, cache["k_dense"], self.memo, self.states, self.add, logits, unrotated,
-            cache["rotary"], cache.get("span", (0, 0)),
-        )  # fmt: skip
+    def site_nodes(self, cache: dict[str, Any], attention: dict[str, Any], logits: fx.Node | None = None) -> SiteNodes:
+        """What the policy sees of one site. attention: the arguments of its first reader."""
+        known = {
+            **self.nodes,
+            **{n: cache[n] for n in (*self.pools, "table", "lens", "keep", "k_dense")},
+            "logits": logits,
+        }
+        known |= {n: attention[n] for n in ("q", "k", "v")} | dict(zip(("cos", "sin", "partner"), cache["rotary"]))
+        return SiteNodes(cache["site"], known, {**known, **cache, **attention}, cache.get("span", (0, 0)))
 
 
 def _scheme(policy: Policy, sites: list[AttentionSite]) -> Scheme | None:
@@ -437,7 +425,7 @@ def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
             continue
         name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
         state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
-        shared.states[name]["carried"] = True
+        shared.writer.memory.states[name]["carried"] = True
         cached = {"past": ops.cached_past, "sum": ops.cached_sum, "scan": ops.cached_scan}[kind].default
         args.pop("count", None)
         args |= {"past" if kind == "past" else "state": state, "valid": valid}
@@ -448,30 +436,27 @@ def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
         gm.graph.erase_node(node)
 
 
-def _rate(
-    gm: fx.GraphModule, sites: list[AttentionSite], policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared
-) -> fx.Node:
-    """What layers that share one budget are worth, each behind its attention; returns a node behind all of them."""
-    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+def _rate(policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared) -> fx.Node:
+    """What layers that share one budget are worth, each after its attention; returns a node after all of them."""
+    place = {node: i for i, node in enumerate(shared.writer.memory.gm.graph.nodes)}
     ends = []
-    for layer, cache in owners.items():
-        q, k, v = (cache["readers"][0][name] for name in ("q", "k", "v"))
-        hook = SiteHook(gm, sites[layer], q, k, v, cache["last"], shared.inputs(cache))
-        policy.rate(hook)
-        ends.append((place[cache["last"]], hook.after))
+    for cache in owners.values():
+        following = cache["last"].next
+        shared.writer.write(policy.rate, shared.site_nodes(cache, cache["readers"][0]), following)
+        ends.append((place[cache["last"]], following.prev))
     return max(ends, key=lambda end: end[0])[1]
 
 
 def _close_cache(
-    gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any],
-    shared: _Shared, logits: fx.Node | None, last: fx.Node | None,
+    policy: Policy, inputs: dict[str, Any], cache: dict[str, Any], shared: _Shared, logits: fx.Node | None,
+    last: fx.Node | None,
 ) -> fx.Node:  # fmt: skip
-    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits or what
-    all layers are worth."""
-    q, k, v = (cache["readers"][0][name] for name in ("q", "k", "v"))
+    """Scores and updates one owner's cache after its last reader, or after `last` where scores need the logits or what
+    all layers are worth. Returns the update."""
+    site = cache["site"]
     waits = policy.after_logits or policy.shares_layers
-    hook = SiteHook(gm, site, q, k, v, last if waits and last else cache["last"], shared.inputs(cache, logits))
-    scores = insert_policy(hook, policy)
+    following = (last if waits and last else cache["last"]).next
+    scores = insert_score(shared.writer, shared.site_nodes(cache, cache["readers"][0], logits), following)
     shared.rewrites_slots |= scores.slots is not None
     window, chunk = cache["span"]
     args: dict[str, Any] = {name: cache[name] for name in ("k", "v", *shared.pools, "table", "lens", "floor")}
@@ -500,9 +485,10 @@ def _close_cache(
             if waits
             else {"k_cached": cache["k_raw"], "v_cached": cache["v_dense"]}
         )
-    hook.call(update, *op_args(update, **args))
+    with shared.writer.memory.gm.graph.inserting_before(following):
+        node = shared.writer.memory.gm.graph.call_function(update, op_args(update, **args))
     site.inserted.append("cache_update")
-    return hook.after
+    return node
 
 
 # ------------------------------------------------------------------------------------------------ logits

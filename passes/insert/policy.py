@@ -1,21 +1,26 @@
-"""Inserts a policy: its scoring subgraph as ordinary nodes at every site, its weights as ordinary parameters.
+"""Inserts a policy: the ops of its code as ordinary nodes at every site, its weights as ordinary parameters.
 
-Requires the canonical graph with positions lifted. Ensures that every site that owns its keys and values has a `Scores`,
-and that each policy weight is an attribute `policy_weights.<name>` of the graph.
+Requires the canonical graph with positions lifted. Ensures that each policy weight is an attribute `policy_weights.<name>`
+of the graph, and that a hook's nodes are ops that a saved graph may have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.fx import placeholder, set_attr
-from kvrewrite.passes.canonical.find_rope import Rope, find_rope
+from kvrewrite.errors import OptionError
+from kvrewrite.ir.fx import set_attr
+from kvrewrite.ir.layout import InputSpec
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.insert.site_nodes import Memory, Reader, SiteNodes
+from kvrewrite.passes.insert.trace import Run, Values, inline, running, trace
 from kvrewrite.policies.base import Policy, Scores
-from kvrewrite.policies.site import PREFIX, SiteHook
+from kvrewrite.policies.site import PREFIX, Site
 
 
 def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -27,25 +32,90 @@ def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[st
     return names
 
 
-def unrotated_query(hook: SiteHook, max_positions: int | None) -> fx.Node:
-    """Adds the queries without their rotation, (B, H, T, D); as they are where the model has none."""
-    site, position_ids = hook.site, placeholder(hook.gm, "position_ids")
-    found = find_rope(hook.gm, hook.q, site.heads, position_ids, max_positions)
-    if isinstance(found, Rope):
-        order = list(found.layout)
-        if order == [0, 1, 2, 3]:
-            return found.pre
-        return hook.call(torch.ops.aten.permute.default, found.pre, order)
-    if found.rotated:
-        raise UnsupportedModelError(
-            f"layer {site.layer} ({site.module}): the queries' rotation was not understood "
-            f"({found.reason}), and this policy needs queries without it"
+class PolicyWriter:
+    """Writes the hooks of one policy into one graph.
+
+    add_input: adds an input for a state. max_positions: see `find_rope`. make_site: another `Site`, for training.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        sites: list[AttentionSite],
+        policy: Policy,
+        add_input: Callable[[InputSpec], fx.Node] | None = None,
+        max_positions: int | None = None,
+        make_site: type[Site] = Site,
+    ):
+        self.sites, self.policy, self.memory = sites, policy, Memory(gm, add_input, max_positions)
+        self._make_site = make_site
+        self._numbers, self._symbols = Values(gm, symbolic=False), Values(gm, symbolic=True)
+        self._traced: dict[Any, fx.Graph] = {}
+
+    def expected_weights(self, nodes: SiteNodes) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the policy weights that a site needs."""
+        with running(self._numbers, self.policy.name):
+            return self.policy.weights(self._site(nodes, Reader(self.memory, nodes, None, self._numbers)))
+
+    def _site(self, nodes: SiteNodes, reader: Reader) -> Site:
+        return self._make_site(nodes.facts, self.sites, reader, nodes.span)
+
+    def write(self, hook: Callable[[Site], Any], nodes: SiteNodes, before: fx.Node) -> Any:
+        """Puts what `hook` computes into the graph, before a node; returns its result with nodes in the place of tensors."""
+        read: dict[fx.Node, Tensor] = {}
+
+        def look(node: fx.Node) -> Tensor:
+            if node not in read:
+                noted.on = False  # making the value is no part of the code
+                read[node] = self._numbers(node)
+                noted.on = True
+            return read[node]
+
+        def run(look: Callable[[fx.Node], Tensor], values: Values) -> tuple[list[Any], Any]:
+            reader = Reader(self.memory, nodes, before, look)
+            with running(values, self.policy.name):
+                result = hook(self._site(nodes, reader))
+            return tree_flatten((result, reader.remembered))
+
+        noted = Run()
+        with noted:
+            flat, form = run(look, self._numbers)
+        inputs = [(noted.name(x), x.dtype, x.shape) for x in read.values()]
+        key = (repr(inputs), *noted.notes, repr([noted.name(x) for x in flat]))
+        if key not in self._traced:
+
+            def traced(*values: Tensor) -> list[Any]:
+                return run(dict(zip(read, values, strict=True)).__getitem__, self._symbols)[0]
+
+            self._traced[key] = trace(traced, [self._symbols(n) for n in read], self.policy.name)
+        result, remembered = tree_unflatten(inline(self._traced[key], list(read), before, nodes.facts.layer), form)
+        self.memory.kept.update(remembered)
+        return result
+
+
+def insert_score(writer: PolicyWriter, nodes: SiteNodes, before: fx.Node) -> Scores:
+    """Adds the policy's scores at one site that already reads its cache, before a node."""
+    policy = writer.policy
+
+    def score(site: Site) -> tuple[Any, ...]:
+        scores = policy.score(site)
+        if not isinstance(scores, Scores):
+            scores = Scores(scores)
+        for name in ("new", "slots", "select"):
+            _check(policy, name, getattr(scores, name))
+        return scores.new, scores.slots, scores.select, scores.keep
+
+    found = writer.write(score, nodes, before)
+    nodes.facts.inserted.append(policy.name)
+    return Scores(*found)
+
+
+def _check(policy: Policy, name: str, found: Any) -> None:
+    """Scores must be what the update takes; OptionError says what they are."""
+    if found is None and name != "new":
+        return
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.dtype != torch.float32:
+        got = f"{found.dim()}-dimensional {found.dtype}" if isinstance(found, Tensor) else repr(found)
+        raise OptionError(
+            f"policy {policy.name}: {name} of its scores is {got}, expected a tensor (rows, kv heads, tokens) in fp32"
         )
-    return hook.q
-
-
-def insert_policy(hook: SiteHook, policy: Policy) -> Scores:
-    """Adds the policy's scoring nodes at one site that already reads its cache."""
-    scores = policy.score(hook)
-    hook.site.inserted.append(policy.name)
-    return scores

@@ -20,16 +20,16 @@ from torch.utils.checkpoint import checkpoint as checkpoint_of
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
-from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import logits_at, site_nodes
+from kvrewrite.passes.insert.policy import PolicyWriter
+from kvrewrite.passes.insert.site_nodes import SiteNodes
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
+from kvrewrite.policies.site import PREFIX
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
-from kvrewrite.tools.training.heads_graph import TrainingHook
+from kvrewrite.tools.training.heads_graph import TrainingSite
 
-aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 
 
@@ -51,10 +51,6 @@ def straight_through(p: Tensor, positions: Tensor, gated: Tensor, threshold: flo
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph
-def _no_observation() -> dict[str, Any]:
-    raise TypeError("a gate looks at nothing behind attention")
-
-
 def insert_gates(
     captured: Captured, sites: list[AttentionSite], policy: AttentionGate, weights: Mapping[str, Tensor], flip: bool
 ) -> fx.GraphModule:
@@ -72,7 +68,7 @@ def insert_gates(
         with gm.graph.inserting_after(last):
             last = nodes[name] = gm.graph.placeholder(name)
     positions = position_ids if position_ids is not None else nodes["position_ids"]
-    inputs = SiteInputs({"positions": positions, "gated": nodes["gated"]}, _no_observation, None, {}, {}, _no_input)
+    writer = PolicyWriter(gm, sites, policy, make_site=TrainingSite)
     for name, tensor in weights.items():
         set_attr(gm, PREFIX + name, nn.Parameter(tensor.detach().float().clone()))
     gates: dict[int, fx.Node] = {}
@@ -80,14 +76,14 @@ def insert_gates(
         q, k, v, *rest = node.args
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in gates:
-            hook = TrainingHook(gm, site, q, k, v, node, inputs, before=node)
-
-            def attend(q: fx.Node, k: fx.Node, v: fx.Node, hook: SiteHook = hook) -> fx.Node:
-                return hook.call(attend_to_all, q, k, v, policy.gate_heads)
-
-            p = policy.probability(hook, attend)
+            seen = {"q": q, "k": k, "v": v}
+            own = writer.write(policy.projections, SiteNodes(site, seen), node)
+            with gm.graph.inserting_before(node):
+                seen["attended"] = gm.graph.call_function(attend_to_all, (*own, policy.gate_heads))
+            p = writer.write(lambda s: policy.probability(s, s.input("attended")), SiteNodes(site, seen), node)
             where = (positions, nodes["gated"], policy.threshold, policy.start)
-            gates[owner] = hook.call(straight_through, p, *where)
+            with gm.graph.inserting_before(node):
+                gates[owner] = gm.graph.call_function(straight_through, (p, *where))
         with gm.graph.inserting_before(node):
             pair = gm.graph.call_function(ops.gated_attention.default, (q, k, v, gates[owner], *rest, flip))
             out = gm.graph.call_function(operator.getitem, (pair, 0))
@@ -102,10 +98,6 @@ def insert_gates(
     gm.graph.lint()
     gm.recompile()
     return gm
-
-
-def _no_input(spec: InputSpec) -> fx.Node:
-    raise TypeError(f"the training graph of gates has no input {spec.name}")
 
 
 def initial_weights(
@@ -253,7 +245,7 @@ def calibrate(model: GatedModel, input_ids: Tensor, real: Tensor, *, spread: flo
             raise InputError(
                 f"layer {site.layer} ({site.module}): its input is {float(size)} in size, so gates can't be trained"
             )
-        q, k, v, o = (weights[policy._name(site, f"{x}_proj.weight")] for x in "qkvo")
+        q, k, v, o = (weights[policy.weight_name(site, f"{x}_proj.weight")] for x in "qkvo")
         v.div_(size)
         q.mul_(alike**0.5 / size)
         k.copy_(q)

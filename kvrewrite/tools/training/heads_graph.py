@@ -16,21 +16,21 @@ from kvrewrite.capture.frontend import Captured
 from kvrewrite.ir.fx import erase_dead, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import site_nodes
+from kvrewrite.passes.insert.policy import PolicyWriter, insert_score
+from kvrewrite.passes.insert.site_nodes import SiteNodes
 from kvrewrite.policies.base import Policy
-from kvrewrite.policies.site import PREFIX, SiteHook
+from kvrewrite.policies.site import PREFIX, Site
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
 
-aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 
 
-class TrainingHook(SiteHook):
+class TrainingSite(Site):
     """Weights are trained in fp32 and used in the dtype that inference has them in."""
 
-    def weight(self, name: str) -> fx.Node:
+    def weight(self, name: str) -> Tensor:
         """The policy weight called `name`, in the dtype that attention runs in."""
-        node = super().weight(name)
-        return node if self.dtype == torch.float32 else self.call(aten.to.dtype, node, self.dtype)
+        return super().weight(name).to(self.q.dtype)
 
 
 def attend(
@@ -65,11 +65,12 @@ def insert_heads(
     gm = captured.graph
     for name, parameter in weights.items():
         set_attr(gm, PREFIX + name, parameter)
+    writer = PolicyWriter(gm, sites, policy, make_site=TrainingSite)
     found: list[tuple[Any, Any, Any]] = []
     for node, site in zip(site_nodes(gm), sites, strict=True):
         q, k, v, *rest = node.args
         if site.shares_kv_with is None:
-            scores = policy.score(TrainingHook(gm, site, q, k, v, node, before=node))
+            scores = insert_score(writer, SiteNodes(site, {"q": q, "k": k, "v": v}), node)
             found.append((scores.new, q, k))
         with gm.graph.inserting_before(node):
             out = gm.graph.call_function(attend, (q, k, v, *rest))

@@ -1,0 +1,163 @@
+"""Where the tensors that a policy sees of a site are in the graph, and how its code reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from kvrewrite.errors import UnsupportedModelError
+from kvrewrite.ir.fx import op_args, parameters, placeholder
+from kvrewrite.ir.layout import InputSpec, state_input
+from kvrewrite.ir.projections import projections
+from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.find_rope import Rope, find_rope
+from kvrewrite.policies.site import PREFIX
+
+aten = torch.ops.aten
+observe = torch.ops.kvrewrite.observe.default
+# Which argument of a projection is the activation.
+INPUT = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
+CASTS = (aten.to.dtype, aten._to_copy.default)
+
+
+@dataclass
+class SiteNodes:
+    """The nodes that a site's tensors are. known: by the names that `Site.input` takes; observed: what `observe` takes of
+    the site's attention, by name."""
+
+    facts: AttentionSite
+    known: Mapping[str, Any]
+    observed: Mapping[str, Any] = field(default_factory=dict)
+    span: tuple[int, int] = (0, 0)
+    _query: tuple[fx.Node, list[int]] | None = None
+
+    def projections(self, adapted: bool) -> list[fx.Node]:
+        """The projections of q, k and v, each once; one node when they are fused. adapted: without the low-rank adapters
+        (LoRA) beside them, for whom only their input counts."""
+        found: list[fx.Node] = []
+        for name, short in (("queries", "q"), ("keys", "k"), ("values", "v")):
+            node = self.known[short]
+            assert node is not None
+            leaves = projections(node)
+            if adapted:
+                leaves = [n for n in leaves if not any(_adapts(n, other) for other in leaves)]
+            if len(leaves) != 1:
+                raise UnsupportedModelError(
+                    f"layer {self.facts.layer} ({self.facts.module}): its {name} come from {len(leaves)} projections; this "
+                    "policy needs one projection each (or one fused one), so models with latent attention (MLA) are not "
+                    "supported by it"
+                )
+            if leaves[0] not in found:
+                found.append(leaves[0])
+        return found
+
+    def hidden_states(self) -> fx.Node:
+        """What the projections multiply by their weights; its last axis are the layer's input channels."""
+        found = {n.args[INPUT[n.target]] for n in self.projections(adapted=True) if n.target in INPUT}
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"layer {self.facts.layer} ({self.facts.module}): its queries, keys and values are not projections of one "
+                "input, which this policy needs"
+            )
+        node = found.pop()
+        assert isinstance(node, fx.Node)
+        return node
+
+    def unrotated_query(self, gm: fx.GraphModule, max_positions: int | None) -> tuple[fx.Node, list[int]]:
+        """The queries without their rotation, as they are where there is none; and what order of dimensions (B, H, T, D) is."""
+        facts, query = self.facts, self.known["q"]
+        assert query is not None
+        if self._query is None:
+            found = find_rope(gm, query, facts.heads, placeholder(gm, "position_ids"), max_positions)
+            if not isinstance(found, Rope) and found.rotated:
+                raise UnsupportedModelError(
+                    f"layer {facts.layer} ({facts.module}): the queries' rotation was not understood ({found.reason}), and "
+                    "this policy needs queries without it"
+                )
+            self._query = (found.pre, list(found.layout)) if isinstance(found, Rope) else (query, [0, 1, 2, 3])
+        return self._query
+
+
+def _adapts(node: fx.Node, projection: fx.Node) -> bool:
+    """Whether `node` is B (A x) of a projection W x: what LoRA adds to it."""
+
+    def source(of: Any) -> Any:
+        found = of.args[INPUT[of.target]] if isinstance(of, fx.Node) and of.target in INPUT else None
+        while isinstance(found, fx.Node) and found.target in CASTS:
+            found = found.args[0]
+        return found
+
+    return source(node) is not None and source(source(node)) is source(projection) is not None
+
+
+@dataclass
+class Memory:
+    """What the hooks of all sites share. kept: (name, layer, or None for what belongs to no site) -> nodes; states: what the
+    policy and others have the cache carry, by name."""
+
+    gm: fx.GraphModule
+    add_input: Callable[[InputSpec], fx.Node] | None = None
+    max_positions: int | None = None
+    kept: dict[tuple[str, int | None], Any] = field(default_factory=dict)
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: dict[tuple[str, int], fx.Node] = field(default_factory=dict)
+
+
+class Reader:
+    """A site's tensors, each standing for a node (`policies.site.Source`). look: node -> tensor; before: where nodes are
+    added that read weights, None where there are no weights yet."""
+
+    def __init__(self, memory: Memory, nodes: SiteNodes, before: fx.Node | None, look: Callable[[fx.Node], Tensor]):
+        self._memory, self._nodes, self._before, self._look = memory, nodes, before, look
+        self.remembered: dict[tuple[str, int | None], Any] = {}
+
+    def tensor(self, name: str) -> Tensor | None:
+        node = self._weight(name) if name.startswith(PREFIX) else self._nodes.known.get(name)
+        return None if node is None else self._look(node)
+
+    def _weight(self, name: str) -> fx.Node:
+        """One node per weight and site."""
+        key = (name, self._nodes.facts.layer)
+        if key not in self._memory.weights:
+            assert self._before is not None
+            with self._memory.gm.graph.inserting_before(self._before):
+                self._memory.weights[key] = self._memory.gm.graph.get_attr(name)
+        return self._memory.weights[key]
+
+    def projections(self, adapted: bool) -> list[Tensor]:
+        return [self._look(n) for n in self._nodes.projections(adapted)]
+
+    def hidden_states(self) -> Tensor:
+        return self._look(self._nodes.hidden_states())
+
+    def unrotated_query(self) -> tuple[Tensor, list[int]]:
+        query, order = self._nodes.unrotated_query(self._memory.gm, self._memory.max_positions)
+        return self._look(query), order
+
+    def observe(self, **given: Any) -> Tensor:
+        known = {n: v for n, v in self._nodes.observed.items() if n in parameters(observe) and n not in given}
+        values = {n: self._look(v) if isinstance(v, fx.Node) else v for n, v in known.items()}
+        found: Tensor = observe(*op_args(observe, **values, **given))
+        return found
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
+        assert self._memory.add_input is not None
+        kind = str(dtype).removeprefix("torch.")
+        self._memory.states.setdefault(
+            name, {"name": name, "shape": list(shape), "dtype": kind, "per_token": per_token}
+        )
+        return self._look(self._memory.add_input(state_input(name, shape, kind, per_token)))
+
+    def remember(self, name: str, layer: int | None, value: Any) -> None:
+        self.remembered[name, layer] = value
+
+    def recall(self, name: str, layer: int | None) -> Any:
+        found = self.remembered.get((name, layer))
+        if found is None and (name, layer) in self._memory.kept:
+            found = tree_map(self._look, self._memory.kept[name, layer])
+        return found
