@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
+from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
 from kvrewrite.errors import CacheError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
@@ -140,6 +141,7 @@ class EvictionCache(Cache):
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
         self.layout: dict[str, Any] = model.program.layout
+        self._policy: Policy = model.policy
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
@@ -168,7 +170,6 @@ class EvictionCache(Cache):
             False  # contiguous positions: keys lie rotated by those ranks (kvrewrite/runtime/decode_graph.py)
         )
         self.ranks_held = False  # contiguous positions: pages hold ranks as decoding keeps them (`Settling.hold_ranks`)
-        self._token: tuple[Any, list[np.ndarray]] | None = None  # what the last single token kept, and its budgets
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
@@ -178,16 +179,18 @@ class EvictionCache(Cache):
         self.leases: list[Lease] = []
         quantize = self.layout.get("quantize")
         scheme = scheme_of(self.layout)
-        # Quantized caches: slots from the end of a head that the next token may write to.
-        self._rewritten_slots = quantize["residual"] + 2 * quantize["group"] if quantize else 0
         for spec in self.layout["classes"]:
             at = len(self.leases)
             shared = self._stores[at] if self._stores is not None else None
             device = torch.device(spec.get("device", self.device))
             store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, device, scheme)
             self.leases.append(self.lease_type(spec, batch, store))
-        # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
-        self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
+        # What heads that compete kept at their last prompt's eviction, -1 before there was one. Never changed in place.
+        self._shares = [np.full_like(lease.bound, -1) for lease in self.leases]
+        self._dealt: dict[int, Tensor] = {}  # tables that the device fills in during a step, by class
+        rewrites, contiguous = bool(self.layout["rewrites_slots"]), bool(self.layout["contiguous"])
+        tail = quantize["residual"] + 2 * quantize["group"] if quantize else 0
+        self._planner = SlotPlanner(self._policy, Rules(rewrites, contiguous, tail), self.leases)
         self.states = [_State(s, batch, torch.device(s.get("device", self.device))) for s in self.layout["states"]]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
@@ -255,7 +258,6 @@ class EvictionCache(Cache):
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
         twin.history, twin.ended = self.history.fork(), None
-        twin._head_keep = [keep.copy() for keep in self._head_keep]
         twin.states = []
         for state in self.states:
             copied: _State = object.__new__(_State)
@@ -285,226 +287,118 @@ class EvictionCache(Cache):
         """What a policy's plan may know of a row."""
         return RowState(self.seen[row], self.generated[row], self.length[row])
 
-    # -- what the runtime needs for a step -----------------------------------------------------------------------
-    def prepare(
-        self, policy: Policy, segments: list[Segment | None], totals: list[int], reserve: int, renew: list[bool] | None
-    ) -> dict[str, Tensor]:
-        """Leases pages for one step and gives its cache inputs. segments: what each row does (None: nothing); totals: its
-        tokens once the prompt at hand is through; renew: rows whose ranks are made anew (contiguous positions)."""
-        valid = np.array([s.length if s else 0 for s in segments], dtype=np.int64)
-        layers = sum(len(lease.layers) for lease in self.leases)
-        order = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
-        keeps = [np.zeros(lease.bound.shape, dtype=np.int64) for lease in self.leases]
-        for b, segment in enumerate(segments):
-            wanted = [UNLIMITED] * layers
-            if segment is not None:
-                wanted = policy.layer_keeps(segment, totals[b], layers)
-            for number, ((_, c, i), keep) in enumerate(zip(order, wanted, strict=True)):
-                keeps[c][i, b] = policy.head_keeps(keep, number, self.leases[c].kv_heads)
-        prompt = np.array([s is not None and s.prompt for s in segments])
-        self._segments, self._kept_most = segments, [int(max(k[:, b].max() for k in keeps)) for b in range(len(valid))]
-        self._after: list[np.ndarray] = []
-        self._dealt: list[Tensor | None] = []
-        self._dealt_rows: list[np.ndarray] = []
-        self._chosen: list[np.ndarray] = []
-        self._equal_again: list[np.ndarray] = []
-        self._adapts = policy.head_budgets != "equal"
-        self._prompt = prompt & policy.ragged
-        self._loose |= policy.data_dependent
-        if policy.shares_layers and any(s is not None and s.keep < UNLIMITED for s in segments):
-            self._unmeasured = PAGE  # much may go at once
-        out: dict[str, Tensor] = {}
-        for c, lease in enumerate(self.leases):
-            out.update(self._prepare_class(c, lease, policy, valid, keeps[c], reserve, renew))
+    # -- steps: plan, hold, run, commit --------------------------------------------------------------------------
+    def plan(
+        self,
+        segments: Sequence[Segment | None],
+        totals: Sequence[int] | None = None,
+        renew: Sequence[bool] | None = None,
+    ) -> StepPlan:
+        """What a step does to the slots; changes nothing. segments: what each row does (None: nothing); totals: its tokens once
+        the prompt at hand is through, None: once this step is; renew: rows whose ranks are made anew (contiguous positions)."""
+        if totals is None:
+            totals = [seen + (s.length if s is not None else 0) for seen, s in zip(self.seen, segments)]
+        return self._planner.plan(self.leases, self._shares, segments, totals, renew)
+
+    def plan_token(self, segments: Sequence[Segment]) -> StepPlan:
+        """The plan of one more token of every row from static buffers, where ranks are made anew or were settled before."""
+        anew = self.layout["contiguous"] and self._planner.policy.renews_ranks_in_decoding
+        return self.plan(segments, renew=[True] * self.batch_size if anew else None)
+
+    def has_room(self, plan: StepPlan) -> bool:
+        """Whether `hold` has nothing to lease, return or copy."""
+        if not all(state.has_room(self._longest(plan)) for state in self.states):
+            return False
+        for lease, part in zip(self.leases, plan.classes):
+            if not np.array_equal(pages_of(part.during), lease.counts):
+                return False
+            if lease.store.is_shared and lease.shared_from(part.first_written).any():
+                return False
+        return True
+
+    def hold(self, plan: StepPlan, reserve: int = 0) -> None:
+        """Leases what a step needs, besides what the device deals out. reserve: slots a head that pools should have room for when
+        they grow anyway."""
         for state in self.states:
-            state.hold(max(n + int(v) for n, v in zip(self.seen, valid)))
-            out[f"state_{state.name}"] = state.value
+            state.hold(self._longest(plan))
+        for lease, part in zip(self.leases, plan.classes):
+            if lease.store.is_shared:
+                lease.unshare(part.first_written)
+            lease.resize(part.during, reserve)
+
+    def _longest(self, plan: StepPlan) -> int:
+        return max(seen + new for seen, new in zip(self.seen, plan.tokens))
+
+    def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
+        """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt out."""
+        out: dict[str, Tensor] = {f"state_{state.name}": state.value for state in self.states}
+        policy, self._dealt = self._planner.policy, {}
+        for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
+            device = lease.store.device
+            if self.layout["ragged"]:
+                spare, dealt = lease.offer(part.deals, part.dealt_slots, part.dealt_most)
+                out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
+                if part.deals.any():
+                    self._dealt[c] = dealt
+                floors = np.where(part.deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
+                out[f"floor_{c}"] = to_device(floors, device)
+            out.update({f"{name}_{c}": getattr(lease.store, name) for name in lease.store.shapes})
+            out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
+            out[f"keep_{c}"] = to_device(part.budgets.keep.astype(np.int32), device)
         return out
 
-    def _prepare_class(
-        self, c: int, lease: Lease, policy: Policy, valid: np.ndarray, keep: np.ndarray, reserve: int,
-        renew: list[bool] | None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        bound, batch = lease.bound, self.batch_size
-        budget = np.minimum(keep, UNLIMITED).astype(np.int32)
-        if policy.shares_layers:  # a head may keep more than its part of the sum
-            keep = np.full_like(keep, UNLIMITED)
-        keep_heads = keep
-        fixed = (self._head_keep[c] >= 0) & ~self._prompt[None, :, None] & (keep_heads < UNLIMITED)
-        keep_heads = np.where(fixed, self._head_keep[c], keep_heads)
-        new = valid[None, :, None]
-        window = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
-        evicts = (new > 0) & (bound + new > np.minimum(keep_heads, window))
-        after = np.where(new > 0, np.minimum(np.minimum(bound + new, keep_heads), window), bound)
-        # Prompts whose eviction is ragged: the device deals out pages.
-        deals = self._prompt & (valid > 0) & (evicts.any((0, 2)) | policy.gates | policy.data_dependent)
-        self._dealt_rows.append(deals)
-        # Layers that have to evict: what their heads get holds from then on.
-        self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
-        tried = (self._prompt & (valid > 0))[None, :, None] & (keep < UNLIMITED)
-        self._equal_again.append(tried & ~evicts.any(2, keepdims=True))
-        rewrites = (
-            evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"]) | policy.data_dependent
-        )
-        rewrites = rewrites & ~deals[None, :, None]
-        if renew is not None:
-            rewrites = rewrites | np.array(renew)[None, :, None]
-        appends = np.maximum(bound - self._rewritten_slots, 0)
-        first = np.where(new > 0, np.where(rewrites, 0, np.where(deals[None, :, None], UNLIMITED, appends)), UNLIMITED)
-        lease.unshare(first)
-        during = np.where(deals[None, :, None], bound, np.maximum(bound, after))
-        lease.resize(during, reserve)
-        names = lease.store.shapes
-        out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
-        if self.layout["ragged"]:
-            most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1).sum(-1))
-            spare, dealt = lease.offer(
-                deals, np.where(deals[None], most, 0), int((bound + new)[:, deals].max(initial=0))
-            )
-            out = {f"{name}_{c}": getattr(lease.store, name) for name in names}  # offering may have grown them
-            out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
-            self._dealt.append(dealt if deals.any() else None)
-            floors = np.where(deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
-            out[f"floor_{c}"] = to_device(floors, lease.store.device)
-        self._after.append(after)
-        out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
-        if not policy.shares_layers:
-            budget = np.minimum(keep_heads, UNLIMITED).astype(np.int32)
-        out[f"keep_{c}"] = to_device(budget, lease.store.device)
-        assert out[f"keep_{c}"].shape == (len(lease.layers), batch, lease.kv_heads)
-        return out
-
-    def commit(self) -> None:
+    def commit(self, plan: StepPlan) -> None:
         """Records a finished step and returns the pages that it emptied."""
         self._changes += 1
-        longest = [-1] * self.batch_size
-        measured = self._measure()
-        for c, lease in enumerate(self.leases):
-            after = self._after[c] if measured is None else np.minimum(self._after[c], measured[c])
-            dealt = self._dealt[c] if self._dealt else None
-            # A prompt that fits a layer's budget gives its heads equal shares again.
-            self._head_keep[c][np.broadcast_to(self._equal_again[c], lease.bound.shape)] = -1
+        longest = [-1] * self.batch_size  # of layers without a window
+        measured, shares = self._measure(plan), []
+        competes = self._planner.policy.head_budgets != "equal"
+        for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
+            after = part.after if measured is None else np.minimum(part.after, measured[c])
+            dealt = self._dealt.pop(c, None)
             if dealt is not None:
                 lease.settle(dealt)
-                after = np.where(self._dealt_rows[c][None, :, None], lease.bound, after)
-                if self._adapts:
-                    self._head_keep[c] = np.where(self._chosen[c], lease.bound, self._head_keep[c])
+                after = part.settle(after, lease.bound)
+            if plan.ragged:
+                given = lease.bound if dealt is not None and competes else None
+                shares.append(part.settle_shares(self._shares[c], given))
             lease.resize(after, 0)
             if dealt is not None and self._stores is None:
                 # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because the next
                 # request needs as much, and what is captured is bound to its place.
                 lease.store.compact(lease.leased)
-            free = lease.windows == 0
-            for b in range(self.batch_size):
-                longest[b] = max(longest[b], int(after[free, b].max(initial=-1)))
-        for b, segment in enumerate(self._segments):
+            free = after[lease.windows == 0]
+            if free.size:
+                longest = [max(have, most) for have, most in zip(longest, free.max(axis=(0, 2)).tolist())]
+        if plan.ragged:
+            self._shares = shares
+        for row, segment in enumerate(plan.segments):
             if segment is None:
                 continue
-            self.seen[b] += segment.length
-            self.generated[b] = 0 if segment.prompt else self.generated[b] + segment.length
-            held = min(self.length[b] + segment.length, self._kept_most[b])
-            self.length[b] = held if longest[b] < 0 else longest[b]  # every layer may have a window
-            self.next_rotary[b] += segment.length
+            self.seen[row] += segment.length
+            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.length
+            if longest[row] < 0:  # every layer has a window
+                longest[row] = min(self.length[row] + segment.length, plan.most_kept(row))
+            self.length[row] = longest[row]
+            self.next_rotary[row] += segment.length
 
-    def _measure(self) -> list[np.ndarray] | None:
+    def _measure(self, plan: StepPlan) -> list[np.ndarray] | None:
         """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a budget
         evict); else None. Between that, pages are leased for the most that a head can have."""
+        self._loose |= plan.loose
         self._unmeasured += 1
-        if not self._loose or self._unmeasured < PAGE:
+        policy, soon = self._planner.policy, False
+        if policy.shares_layers:  # much may go at once
+            soon = any(s is not None and s.keep < UNLIMITED for s in plan.segments)
+        if not self._loose or not (soon or self._unmeasured >= PAGE):
             return None
         self._unmeasured = 0
         return [lease.lens.cpu().numpy().astype(np.int64) for lease in self.leases]
-
-    # -- a single token of every row, without inputs for a graph (kvrewrite/runtime/decode_graph.py) --------------------------
-    def begin_token(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
-        """Leases what one more token of every row needs. Returns the budgets (layers, rows, kv heads) of each class, the same
-        arrays as before where nothing has changed."""
-        keeps = self._token_keeps(policy, segments)
-        self._loose |= policy.data_dependent
-        for state in self.states:
-            state.hold(max(self.seen) + 1)
-        self._after_token: list[np.ndarray] = []
-        for lease, keep in zip(self.leases, keeps):
-            first, after = self._token_slots(lease, policy, keep)
-            if lease.store.is_shared:
-                lease.unshare(first)
-            lease.resize(np.maximum(lease.bound, after), 0)
-            self._after_token.append(after)
-        return keeps
-
-    def _token_slots(self, lease: Lease, policy: Policy, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The first slot that one more token may write to, and the slots that are held then, both (layers, rows, kv heads)."""
-        windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
-        after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
-        rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
-        rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
-        rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
-        return np.where(rewrites, 0, np.maximum(lease.bound - self._rewritten_slots, 0)), after
-
-    def look_ahead(self, policy: Policy, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-        """What `begin_token` would return, and the slots held after the token, without leasing anything; None where pages have
-        to be leased, returned or copied for it."""
-        if not all(state.has_room(max(self.seen) + 1) for state in self.states):
-            return None
-        keeps, held = self._token_keeps(policy, segments), []
-        for lease, keep in zip(self.leases, keeps):
-            first, after = self._token_slots(lease, policy, keep)
-            need = -(-np.maximum(lease.bound, after) // PAGE)
-            if not np.array_equal(need, lease.counts) or (lease.store.is_shared and lease.shared_from(first).any()):
-                return None
-            held.append(after)
-        return keeps, held
 
     @property
     def version(self) -> tuple[int, ...]:
         """Differs as soon as a token went through, rows moved, or pages of the stores did."""
         return (self._changes, *(lease.store.changes for lease in self.leases))
-
-    def begin_planned_token(self, held: list[np.ndarray]) -> None:
-        """The same as `begin_token`, with what `look_ahead` found and nothing has changed since."""
-        self._after_token = held
-
-    def _token_keeps(self, policy: Policy, segments: list[Segment]) -> list[np.ndarray]:
-        """Budgets of every head for this token."""
-        steady = policy.layer_budgets == "equal" and type(policy).layer_keeps is Policy.layer_keeps
-        key = tuple((s.keep, s.recent) for s in segments)
-        steady |= all(s.keep >= UNLIMITED for s in segments)
-        if steady and self._token is not None and self._token[0] == key:
-            return self._token[1]
-        layers = sum(len(lease.layers) for lease in self.leases)
-        order = sorted((layer, c, i) for c, lease in enumerate(self.leases) for i, layer in enumerate(lease.layers))
-        found = [np.zeros(lease.bound.shape, dtype=np.int64) for lease in self.leases]
-        for b, segment in enumerate(segments):
-            wanted = policy.layer_keeps(segment, self.seen[b] + 1, layers)
-            for number, ((_, c, i), keep) in enumerate(zip(order, wanted, strict=True)):
-                found[c][i, b] = policy.head_keeps(keep, number, self.leases[c].kv_heads)
-        for budgets, chosen in zip(found, self._head_keep):
-            fixed = (chosen >= 0) & (budgets < UNLIMITED)
-            budgets[fixed] = chosen[fixed]
-        self._token = (key, found)
-        return found
-
-    def end_token(self, segments: list[Segment]) -> None:
-        """Records that token."""
-        self._changes += 1
-        free = [-1] * self.batch_size
-        measured = self._measure()
-        for c, (lease, after) in enumerate(zip(self.leases, self._after_token)):
-            after = after if measured is None else np.minimum(after, measured[c])
-            lease.resize(after, 0)
-            open_layers = lease.windows == 0
-            if open_layers.any():
-                most = after[open_layers].max(axis=(0, 2))
-                free = [max(f, int(m)) for f, m in zip(free, most)]
-        for b, segment in enumerate(segments):
-            self.seen[b] += 1
-            self.generated[b] += 1
-            if free[b] < 0:  # every layer has a window
-                assert self._token is not None
-                most = int(max(keep[:, b].max() for keep in self._token[1]))
-                free[b] = min(self.length[b] + segment.length, most)
-            self.length[b] = free[b]
-            self.next_rotary[b] += 1
 
     def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin of each rotation for contiguous positions below `length`."""
@@ -634,9 +528,9 @@ class EvictionCache(Cache):
             raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
         self.begin_step()
         self._changes += 1
-        for i, lease in enumerate(self.leases):
+        for lease in self.leases:
             lease.select(source)
-            self._head_keep[i] = self._head_keep[i][:, source]
+        self._shares = [shares[:, source] for shares in self._shares]
         for state in self.states:
             state.batch = len(source)
             if len(state.value):
@@ -645,7 +539,7 @@ class EvictionCache(Cache):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
         self.history.select(source, self.columns)
-        self._rows, self._token, self.ended = len(source), None, None
+        self._rows, self.ended = len(source), None
         self.end_step()
 
     @property

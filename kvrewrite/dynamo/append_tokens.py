@@ -71,14 +71,15 @@ class AppendRunner:
                 raise problem
         segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
         cache.begin_step()
-        cache.begin_token(model.policy, segments)
+        plan = cache.plan_token(segments)
+        cache.hold(plan)
         inputs = self._inputs(ids, cache)
         arguments = [inputs[name] for name in self._names]
         mark_moving(arguments, self._moving)
         with dynamic_sizes():
             logits, *new = self._run(*arguments)
         cache.append(new[: len(new) // 2], new[len(new) // 2 :])
-        cache.end_token(segments)
+        cache.commit(plan)
         cache.record(ids, None, generated=False)
         return logits
 

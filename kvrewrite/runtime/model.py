@@ -866,7 +866,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
             always = self.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
-        inputs: dict[str, Tensor] = cache.prepare(self.policy, segments, totals, reserve, renew)
+        plan = cache.plan(segments, totals, renew)
+        cache.hold(plan, reserve)
+        inputs: dict[str, Tensor] = cache.inputs(plan)
         inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, to_device(index, device))
         inputs["positions"] = inputs["position_ids"] = positions
         inputs["valid"] = to_device(torch.tensor(valid, dtype=torch.int32), device)
@@ -908,7 +910,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             pools = {f"{name}_{c}" for c, lease in enumerate(cache.leases) for name in lease.store.shapes}
             tables = {name for name in names if name.startswith("rotary_")} | cache.length_tables.keys()
             prefill({name: inputs[name] for name in names}, pools, tables)
-        cache.commit()
+        cache.commit(plan)
         return out
 
     def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:
