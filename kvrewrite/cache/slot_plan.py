@@ -68,16 +68,15 @@ def head_budgets(policy: Policy, segment: Segment, total: int, heads: Sequence[i
 def prompt_slots(
     policy: Policy, segments: Sequence[Segment], heads: Sequence[int], windows: Sequence[int]
 ) -> list[list[np.ndarray]]:
-    """Slots of every head of each layer that owns a cache (kv heads,) before each segment of a row's first prompt, and after
-    the last. windows: of each layer, 0: none."""
-    held = [np.zeros(n, dtype=np.int64) for n in heads]
-    found, total = [held], sum(s.length for s in segments)
+    """Slots of the heads of each layer that owns a cache, before each segment of a row's first prompt and after the last: of
+    each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device deals out pages,
+    heads have these on average."""
+    spans = np.repeat([window or UNLIMITED for window in windows], heads)
+    found, total = [np.zeros(sum(heads), dtype=np.int64)], sum(s.length for s in segments)
     for segment in segments:
-        keeps = head_budgets(policy, segment, total, heads)
-        spans = [window or UNLIMITED for window in windows]
-        held = [slots_after(h, segment.length, k, w) for h, k, w in zip(held, keeps, spans, strict=True)]
-        found.append(held)
-    return found
+        keeps = [keep for layer in head_budgets(policy, segment, total, heads) for keep in layer]
+        found.append(slots_after(found[-1], segment.length, keeps, spans))
+    return np.split(np.stack(found), np.cumsum(heads)[:-1], axis=1)
 
 
 # -- a step ----------------------------------------------------------------------------------------------------------

@@ -234,9 +234,10 @@ def test_prompts_without_a_cache(name: str, options: dict[str, Any]) -> None:
     request = Request(policy, windows, 1, 0)
     heads = [c.kv_heads for c in request._of_layers()]
     segments = policy.plan(130)
-    for at, found in enumerate(prompt_slots(policy, segments, heads, windows)):
+    found = prompt_slots(policy, segments, heads, windows)
+    for at in range(len(segments) + 1):
         held = [request.classes[layer % 2].bound[layer // 2, 0] for layer in range(LAYERS)]
-        assert all(np.array_equal(a, b) for a, b in zip(found, held)), at
+        assert all(np.array_equal(a[at], b) for a, b in zip(found, held, strict=True)), at
         if at < len(segments):
             plan = request.planner.plan(request.classes, request.shares, [segments[at]], [130])
             for of_class, part in zip(request.classes, plan.classes):
