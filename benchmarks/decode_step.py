@@ -20,10 +20,10 @@ from torch import Tensor
 
 from kvrewrite.kernels import launch
 from kvrewrite.kernels.linear import small
-from kvrewrite.passes.lower.decode import lower_prefill
+from kvrewrite.passes.lower.prompt import lower_prefill
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.subjects import Arm, PolicySpec
 
 STEPS = 40
 

@@ -34,7 +34,7 @@ from kvrewrite.kernels.attention.gated import gated_attention
 from kvrewrite.kernels.update import reference as evict
 from kvrewrite.kernels.update import select
 from kvrewrite.ops.dispatch import kernels
-from kvrewrite.passes.lower import decode as lower
+from kvrewrite.passes.lower import prompt as lower
 
 # Launches that a prompt makes for eviction alone. Elementwise work that Inductor fuses with other things is not among them.
 EVICTION = (
@@ -193,7 +193,7 @@ def prepared(policy: str, options: dict[str, Any], layers: int, prompt: int, sta
     """The compiled model of `layers` layers, and a cache with a prompt. The prompt runs uncompiled: that is not measured."""
     from kvrewrite.runtime.parts import Execution
     from kvrewrite.tools.benchmark.shapes import ShapeSource
-    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+    from kvrewrite.tools.subjects import Arm, PolicySpec
 
     source = ShapeSource("llama-3.1-8b", device="cuda")
     source.hf_config.num_hidden_layers = layers
@@ -292,7 +292,7 @@ def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str,
 def share(layers: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Prompts of 131072 tokens through compiled layers (no logits but the last); Locret: its last chunk at a full cache."""
     from kvrewrite.tools.benchmark.shapes import ShapeSource
-    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+    from kvrewrite.tools.subjects import Arm, PolicySpec
 
     found = []
     cases: list[tuple[str, dict[str, Any], int, int]] = [

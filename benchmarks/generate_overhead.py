@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.runtime import decode_graph
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.model import RewrittenModel

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.passes.lower import decode
+from kvrewrite.passes.lower import prompt
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.subjects import Arm, PolicySpec
 
 CAPTURE = "capture"
-LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "turn": "_turn_both"}  # in kvrewrite/passes/lower/decode.py
+LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "turn": "_turn_both"}  # in kvrewrite/passes/lower/prompt.py
 
 
 def _nothing(gm: Any) -> None:
@@ -41,7 +41,7 @@ def build(source: ShapeSource, arm: Arm, without: str | None) -> Any:
     model = source.rewritten(arm)
     with contextlib.ExitStack() as stack:
         if without in LOWERINGS:
-            stack.enter_context(unittest.mock.patch.object(decode, LOWERINGS[without], _nothing))
+            stack.enter_context(unittest.mock.patch.object(prompt, LOWERINGS[without], _nothing))
         model.compile()
     if without == CAPTURE:
         model.__dict__["_prefill_runner"] = None

@@ -6,10 +6,12 @@ import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 SIZE_OPS = (torch.ops.aten.sym_size.int,)
 # Memory that nobody wrote to may hold anything, also what belongs to others; programs have zeros there.
@@ -23,6 +25,48 @@ ZEROED = {
 def is_op(node: Any, *targets: Any) -> bool:
     """Whether `node` calls one of `targets` (op overloads or builtins)."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+@cache
+def parameters(target: Any) -> dict[str, tuple[int, Any]]:
+    """The parameters of an op in the order of its schema: name -> (place, default). Required ones default to None."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(target._schema.arguments)}
+
+
+def arg(node: Any, name: str) -> Any:
+    """What a call of an op has for the parameter `name`, its default if it gives nothing. KeyError if the op has none such."""
+    place, default = parameters(node.target)[name]
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def named_args(node: Any) -> dict[str, Any]:
+    """All arguments of a call of an op by name, defaults included."""
+    return {name: arg(node, name) for name in parameters(node.target)}
+
+
+def op_args(target: Any, **named: Any) -> tuple[Any, ...]:
+    """Positional arguments for a call of an op, up to the last one that is named.
+
+    TypeError if the op has no parameter of a name, or if one that it requires is missing."""
+    schema = target._schema.arguments
+    unknown = named.keys() - parameters(target).keys()
+    missing = [a.name for a in schema if a.name not in named and not a.has_default_value()]
+    if unknown or missing:
+        raise TypeError(
+            f"{target}: no parameters {sorted(unknown)}, missing arguments {missing}; its schema: {target._schema}"
+        )
+    last = max((parameters(target)[name][0] for name in named), default=-1)
+    return tuple(named.get(a.name, a.default_value) for a in schema[: last + 1])
+
+
+def set_args(node: fx.Node, **named: Any) -> None:
+    """Changes arguments of a call of an op, in place."""
+    node.args, node.kwargs = op_args(node.target, **{**_given(node), **named}), {}
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call of an op gives, by name."""
+    return dict(zip(parameters(node.target), node.args)) | node.kwargs
 
 
 def is_size(node: Any) -> bool:
@@ -133,7 +177,7 @@ def fake_value(node: fx.Node) -> Any:
     """What a call gives for the fake values (`meta["val"]`) of its arguments.
 
     The sizes of the trace stay symbols: torch may otherwise take one for the number that it was traced with, in all values, and
-    then nothing finds the sequence any more.
+    then nothing finds the sequence any more (torch 2.11 does so in composite ops, unless they go through Python).
     """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
     read = node.all_input_nodes
@@ -141,6 +185,7 @@ def fake_value(node: fx.Node) -> Any:
         read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor of sizes alone
     modes = {v.fake_mode for n in read if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(enable_python_dispatcher())
         for mode in modes:
             stack.enter_context(mode)
             if mode.shape_env is not None:

@@ -25,7 +25,7 @@ from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import failures_named
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import graph_from_dict, retarget_device
-from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
 from kvrewrite.policies.question import join_question
@@ -941,6 +941,10 @@ class RewrittenModel(nn.Module, GenerationMixin):
     ) -> None:  # fmt: skip
         """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact.directory`, and
         `kvrewrite.runtime.aot` for compile="aot"."""
-        from kvrewrite.api import save
+        from kvrewrite.artifact.saving import save
+        from kvrewrite.runtime.aot import check_kind, compile_ahead
 
-        save(self, save_directory, force=force, compile=compile, compile_batch=compile_batch)
+        check_kind(compile, self.device)
+        steps = None if compile is None else lambda folder: compile_ahead(self, folder, compile_batch)
+        out, source, config = save_directory, self.source, self.config
+        save(self.program, out, source=source, config=config, force=force, compile_steps=steps)

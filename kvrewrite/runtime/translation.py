@@ -144,7 +144,7 @@ def _as_they_are(name: str, value: Any) -> Any:
 
 def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
     """The program as a model on the CPU in float64, with stand-in weights that are never multiplied out."""
-    from kvrewrite.api import _foreign_config
+    from kvrewrite.runtime.foreign_config import foreign_config
     from kvrewrite.runtime.model import RewrittenModel
 
     graph = fx.Graph()
@@ -167,7 +167,7 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
         for state in layout["states"]
     ]
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
-    model = RewrittenModel(copied, _foreign_config(program, "rehearsal"))
+    model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
     model.__dict__["_execution"] = _Run(Evaluator(program.graph.graph, program.graph, stand_ins))
     model._rotary_graphs = [_RunRotary(gm) for gm in model._rotary_graphs]
     return model

@@ -11,7 +11,18 @@ from torch import Tensor, fx
 
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.fx import erase_dead, fake_value, is_op, placeholder, set_attr, shape_of, symbol, tensor_of
+from kvrewrite.ir.fx import (
+    arg,
+    erase_dead,
+    fake_value,
+    is_op,
+    named_args,
+    placeholder,
+    set_attr,
+    shape_of,
+    symbol,
+    tensor_of,
+)
 from kvrewrite.ir.site import AttentionSite, NoSite
 from kvrewrite.passes.canonical.find_attention import Attention, Operand, find_attention, forget_probes
 from kvrewrite.passes.canonical.probe import refuse
@@ -82,8 +93,7 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
             replaced[attention.replaced] = made[0].meta[RESULT]
         for node in made:
             site = _site(attention, node, len(sites))
-            assert isinstance(node.args[1], fx.Node) and isinstance(node.args[2], fx.Node)
-            owner = owners.setdefault((node.args[1], node.args[2]), site.layer)
+            owner = owners.setdefault((arg(node, "k"), arg(node, "v")), site.layer)
             site.shares_kv_with = owner if owner != site.layer else None
             node.meta["kvrewrite_site"] = site
             sites.append(site)
@@ -105,9 +115,8 @@ def _up_to_date(attention: Attention, replaced: dict[fx.Node, fx.Node]) -> Atten
 
 
 def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:
-    q, k, v, sinks, alibi, _, _, window, chunk = node.args
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    assert isinstance(window, int) and isinstance(chunk, int)
+    args = named_args(node)
+    q, k, v = args["q"], args["k"], args["v"]
     return AttentionSite(
         layer=layer,
         module=attention.module,
@@ -117,11 +126,11 @@ def _site(attention: Attention, node: fx.Node, layer: int) -> AttentionSite:
         v_head_dim=int(shape_of(v)[3]),
         scale=attention.scale,
         source=attention.source,
-        window=window,
-        chunk=chunk,
+        window=args["window"],
+        chunk=args["chunk"],
         softcap=attention.softcap,
-        sinks=sinks is not None,
-        alibi=alibi is not None,
+        sinks=args["sinks"] is not None,
+        alibi=args["alibi"] is not None,
     )
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.capture.frontend import Captured
-from kvrewrite.ir.fx import ancestors, is_op, shape_of, tensor_of
-from kvrewrite.passes.canonical.find_rope import depends, is_weight_op, projections
+from kvrewrite.ir.fx import ancestors, arg, is_op, shape_of, tensor_of
+from kvrewrite.ir.projections import is_weight_op, projections
+from kvrewrite.passes.canonical.find_rope import depends
 from kvrewrite.passes.canonical.probe import Probe, ProbeError
 
 aten = torch.ops.aten
@@ -66,8 +67,7 @@ class _Unlike(Exception):
 
 def find_latent(captured: Captured, site: fx.Node) -> Latent | NoLatent:
     """The latent behind a canonical attention node."""
-    q, k, v = site.args[:3]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    q, k, v = (arg(site, name) for name in ("q", "k", "v"))
     of_values, of_keys = projections(v), projections(k)
     if len(of_keys) < 2:
         return NoLatent("its keys come from one projection, without a part that all heads share")

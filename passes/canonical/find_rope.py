@@ -16,13 +16,9 @@ from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from kvrewrite.ir.fx import ancestors, fingerprint, get_attr, is_size, same_size, set_attr, shape_of, tensor_of
+from kvrewrite.ir.projections import is_weight_op
 
 aten = torch.ops.aten
-WEIGHT_OPS = (
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default, aten._grouped_mm.default,
-    aten.convolution.default, aten.conv1d.default, aten.baddbmm.default,
-)  # fmt: skip
-TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.to.dtype)
 
 
 @dataclass
@@ -49,26 +45,6 @@ class NoRope:
 
     def __bool__(self) -> bool:
         return False
-
-
-def is_weight_op(node: fx.Node) -> bool:
-    """Whether `node` multiplies by a weight: where a projection begins."""
-    if node.op == "call_function" and node.target is aten.matmul.default:
-        return _is_weight(node.args[1])
-    return node.op == "placeholder" or (node.op == "call_function" and node.target in WEIGHT_OPS)
-
-
-def _is_weight(node: Any) -> bool:
-    """Whether `node` is a parameter, maybe transposed (x @ weight.T)."""
-    while isinstance(node, fx.Node) and node.target in TRANSPOSES:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def projections(node: fx.Node) -> list[fx.Node]:
-    """The outputs of weight ops that `node` is made from, in graph order, without looking behind them."""
-    region = ancestors([node], stop=is_weight_op)
-    return sorted(n for n in region if is_weight_op(n) and n.op == "call_function")
 
 
 def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:

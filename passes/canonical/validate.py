@@ -29,6 +29,7 @@ from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns
 from kvrewrite.ir.fx import (
     ancestors,
+    arg,
     concretize,
     get_attr,
     is_op,
@@ -195,7 +196,7 @@ class _Validation:
         projection and the attention (RoPE, say), so there it is the projection.
         """
         found: dict[fx.Node, None] = {}
-        todo = [(n, False) for n in source.args[:3] if isinstance(n, fx.Node)]
+        todo: list[tuple[fx.Node, bool]] = [(arg(source, name), False) for name in ("q", "k", "v")]
         seen: set[tuple[fx.Node, bool]] = set()
         while todo:
             node, repeated = todo.pop()
@@ -236,7 +237,7 @@ class _Validation:
                     f"{_layer(source)}: its attention fails on a text of {length} tokens, which a cache needs: {error}"
                 ) from error
             # ALiBi's slopes are kept in float32.
-            tolerance = TOLERANCE + 1e-7 * length * (source.args[4] is not None)
+            tolerance = TOLERANCE + 1e-7 * length * (arg(source, "alibi") is not None)
             problem = _difference(got[result], want[replaced], tolerance)
             if problem:
                 raise UnsupportedModelError(
@@ -321,9 +322,10 @@ class _Validation:
         cuts: dict[fx.Node, list[int]] = {}
         for source in self.sources:
             cuts[source] = [0, 2, 1, 3]
-            for name, operand in zip(("queries", "keys", "values"), source.args[:3]):
-                assert isinstance(operand, fx.Node)
-                watched.setdefault(operand, (f"{_layer(source)}: the {name} of its attention", [0, 2, 1, 3]))
+            for name, operand in (("queries", "q"), ("keys", "k"), ("values", "v")):
+                watched.setdefault(
+                    arg(source, operand), (f"{_layer(source)}: the {name} of its attention", [0, 2, 1, 3])
+                )
         data = data_nodes(gm)
         for node in gm.graph.nodes:
             if node.meta.get(CARRIED) != "" or node not in data:

@@ -8,6 +8,7 @@ where they are asked for. Runs last: graph matchers refuse to cross mutating ops
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -20,9 +21,13 @@ from kvrewrite.capture.frontend import Captured, RotaryTable
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import (
     add_placeholder,
+    arg,
     erase_dead,
     get_attr,
+    named_args,
+    op_args,
     output_node,
+    parameters,
     placeholder,
     set_attr,
     shape_of,
@@ -33,8 +38,9 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
-from kvrewrite.passes.insert.policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
 from kvrewrite.policies.base import Policy
+from kvrewrite.policies.site import SiteHook, SiteInputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -88,13 +94,13 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
             cache["rotary"] = tables.get(site.layer)
             owners[owner] = cache
             if policy.gates:
-                q, k, v = node.args[:3]
+                q, k, v = (arg(node, name) for name in ("q", "k", "v"))
                 hook = SiteHook(gm, site, q, k, v, node, shared.inputs(cache), before=node)
                 cache["hidden"] = policy.gate(hook)
                 site.inserted.append("gate")
         _read_cache(gm, node, site, inputs, owners[owner])
     for cache in owners.values():
-        cache["span"] = _span([(r[-1][2], r[-1][3]) for r in cache["readers"]])
+        cache["span"] = _span([(r["window"], r["chunk"]) for r in cache["readers"]])
     _carry(gm, shared)
     logits: fx.Node | None = None
     if policy.after_logits:
@@ -152,17 +158,16 @@ class _Shared:
         """What the hook of one site gets."""
         nodes = {**self.nodes, **{n: cache[n] for n in (*self.pools, "table", "lens", "keep")}}
 
-        def observation(rows: fx.Node, above: fx.Node | None, newest: Any) -> tuple[Any, ...]:
-            q, k, _, lse, _, alibi, shape = cache["readers"][0]
-            paged = (cache["k_pages"], cache["pos_pages"], cache["table"], cache["lens"])
-            where = (nodes["positions"], nodes["valid"])
-            return (q, k, lse, rows, cache["k_dense"], *paged, *where, alibi, cache["hidden"], *shape, above, newest)
+        def observed() -> dict[str, Any]:
+            known = {**nodes, **cache, **cache["readers"][0]}
+            return {name: known[name] for name in parameters(ops.observe.default) if name in known}
 
         def add_input(name: str) -> fx.Node:
             return add_placeholder(self.gm, name)
 
+        unrotated = functools.partial(unrotated_query, max_positions=self.max_positions)
         return SiteInputs(
-            nodes, observation, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
+            nodes, observed, cache["k_dense"], self.memo, self.states, add_input, logits, unrotated,
             cache["rotary"], cache.get("span", (0, 0)),
         )  # fmt: skip
 
@@ -320,9 +325,10 @@ def _open_cache(
             for name in ("table", "lens", "keep", "spare", "next_table")
             if f"{name}_{cache_class}" in inputs
         }
-        cache: dict[str, Any] = {**pools, **views, **tails, "k": node.args[1], "v": node.args[2], "readers": []}
+        k, v = arg(node, "k"), arg(node, "v")
+        cache: dict[str, Any] = {**pools, **views, **tails, "k": k, "v": v, "readers": []}
         if site.latent_cached:  # a value is the first channels of its key
-            cache["v"] = gm.graph.call_function(aten.slice.Tensor, (node.args[1], 3, 0, 0))
+            cache["v"] = gm.graph.call_function(aten.slice.Tensor, (k, 3, 0, 0))
         cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
         if shared.scheme is not None:
             scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
@@ -362,30 +368,28 @@ def _read_cache(
     gm: fx.GraphModule, node: fx.Node, site: AttentionSite, inputs: dict[str, Any], cache: dict[str, Any]
 ) -> None:
     """Replaces one canonical attention node by attention on [cache, new tokens]."""
-    q, k, v, sinks, alibi, scale, softcap, window, chunk = node.args
-    before = (cache["k_pages"], cache["v_pages"], cache["pos_pages"], cache["table"], cache["lens"])
-    where = (inputs["positions"], inputs["valid"])
-    shape = (scale, softcap, window, chunk)
+    args = named_args(node)
+    reader = dict(args)
+    args |= {name: cache[name] for name in ("k_pages", "v_pages", "pos_pages", "table", "lens")}
+    args |= {name: inputs[name] for name in ("positions", "valid")}
     replaced = node
     absorbed: Absorbed | None = node.meta.get("kvrewrite_latent")
     target: Any = ops.cached_attention.default
-    args: tuple[Any, ...] = (
-        q, k, v, cache["k_dense"], *before, *where, sinks, alibi, cache["hidden"], *shape, cache["v_dense"],
-    )  # fmt: skip
     if absorbed is not None:
         replaced, target = absorbed.out, ops.latent_attention.default
-        args = (
-            absorbed.q, k, absorbed.up_k, absorbed.up_v, *before, *where, sinks, alibi, *shape, absorbed.rows
-        )  # fmt: skip
+        del args["v"]
+        args |= {"q": absorbed.q, "up_k": absorbed.up_k, "up_v": absorbed.up_v, "rows": absorbed.rows}
+    else:
+        args |= {name: cache[name] for name in ("k_dense", "v_dense", "hidden")}
     with gm.graph.inserting_before(node):
-        pair = gm.graph.call_function(target, args)
+        pair = gm.graph.call_function(target, op_args(target, **args))
         out = gm.graph.call_function(operator.getitem, (pair, 0))
         lse = gm.graph.call_function(operator.getitem, (pair, 1))
     pair.meta.update(kvrewrite_site=site, nn_module_stack=node.meta.get("nn_module_stack"))
     out.meta["val"] = replaced.meta.get("val")
     replaced.replace_all_uses_with(out)
     site.inserted.insert(0, "cached_attention" if absorbed is None else "latent_attention")
-    cache["readers"].append((q, k, v, lse, sinks, alibi, shape))
+    cache["readers"].append({**reader, "lse": lse})
     cache["last"] = lse
     if replaced is not node:
         gm.graph.erase_node(replaced)
@@ -397,35 +401,36 @@ def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
     valid, counts = shared.nodes["valid"], {"past": 0, "scan": 0, "sum": 0}
     for node in list(gm.graph.nodes):
         if node.target is ops.with_past.default:
-            x, count, dim = node.args
+            args = named_args(node)
+            x, count, dim = args["x"], args["count"], args["dim"]
             shape = list(shape_of(x))
             shape[dim] = count
             value = tensor_of(x)
             assert value is not None
             kind, dtype = "past", value.dtype
         elif node.target is ops.linear_scan.default:
-            heads, width = shape_of(node.args[0])[2:]
-            value = tensor_of(node.args[2])
+            args = named_args(node)
+            heads, width = shape_of(args["q"])[2:]
+            value = tensor_of(args["v"])
             assert value is not None
             kind, dtype = "scan", torch.promote_types(value.dtype, torch.float32)
             shape = [0, heads, width, value.shape[3]]
         elif node.target is ops.decayed_sum.default:
-            value = tensor_of(node.args[1])
+            args = named_args(node)
+            value = tensor_of(args["x"])
             assert value is not None
             kind, dtype = "sum", torch.promote_types(value.dtype, torch.float32)
-            shape = [s for i, s in enumerate(value.shape) if i != node.args[2]]
+            shape = [s for i, s in enumerate(value.shape) if i != args["dim"]]
         else:
             continue
         name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
         state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
         shared.states[name]["carried"] = True
+        cached = {"past": ops.cached_past, "sum": ops.cached_sum, "scan": ops.cached_scan}[kind].default
+        args.pop("count", None)
+        args |= {"past" if kind == "past" else "state": state, "valid": valid}
         with gm.graph.inserting_before(node):
-            if kind == "past":
-                new = gm.graph.call_function(ops.cached_past.default, (x, state, valid, dim))
-            elif kind == "sum":
-                new = gm.graph.call_function(ops.cached_sum.default, (*node.args[:2], state, valid, node.args[2]))
-            else:
-                new = gm.graph.call_function(ops.cached_scan.default, (*node.args, state, valid))
+            new = gm.graph.call_function(cached, op_args(cached, **args))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
@@ -438,7 +443,7 @@ def _rate(
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     ends = []
     for layer, cache in owners.items():
-        q, k, v = cache["readers"][0][:3]
+        q, k, v = (cache["readers"][0][name] for name in ("q", "k", "v"))
         hook = SiteHook(gm, sites[layer], q, k, v, cache["last"], shared.inputs(cache))
         policy.rate(hook)
         ends.append((place[cache["last"]], hook.after))
@@ -451,30 +456,39 @@ def _close_cache(
 ) -> fx.Node:  # fmt: skip
     """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits or what
     all layers are worth."""
-    q, k, v = cache["readers"][0][:3]
+    q, k, v = (cache["readers"][0][name] for name in ("q", "k", "v"))
     waits = policy.after_logits or policy.shares_layers
     hook = SiteHook(gm, site, q, k, v, last if waits and last else cache["last"], shared.inputs(cache, logits))
     scores = insert_policy(hook, policy)
     shared.rewrites_slots |= scores.slots is not None
     window, chunk = cache["span"]
-    new = (
-        cache["k"], cache["v"], scores.new, scores.slots, inputs["positions"], inputs["position_ids"], inputs["valid"],
-        cache["keep"] if scores.keep is None else scores.keep, inputs["recent"],
-    )  # fmt: skip
-    pools = (cache[name] for name in shared.pools)
-    rest = (
-        policy.sinks, window, chunk, scores.select, cache["hidden"], cache["floor"],
-        cache.get("spare"), cache.get("next_table"),
-        shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
-    )  # fmt: skip
-    if shared.scheme is None:
-        hook.call(ops.cache_update.default, *new, *pools, cache["table"], cache["lens"], *rest)
-    else:
+    args: dict[str, Any] = {name: cache[name] for name in ("k", "v", *shared.pools, "table", "lens", "floor")}
+    args |= {name: inputs[name] for name in ("positions", "valid", "recent")}
+    args |= {name: cache.get(name) for name in ("spare", "next_table")}
+    args |= {
+        "new_scores": scores.new,
+        "slot_scores": scores.slots,
+        "rotary": inputs["position_ids"],
+        "keep": cache["keep"] if scores.keep is None else scores.keep,
+        "sinks": policy.sinks,
+        "window": window,
+        "chunk": chunk,
+        "select": scores.select,
+        "drop": cache["hidden"],
+        "threshold": shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
+    }
+    update = ops.cache_update.default
+    if shared.scheme is not None:
+        update = ops.cache_update_quantized.default
+        args |= {"kind": shared.scheme.kind, "group": shared.scheme.group}
+        args |= {name: cache[name] for name in ("k_tail", "v_tail", "qlens")}
         # Where the update waits for other layers, what was dequantized for attention would wait in all of them.
-        read = (None, None) if waits else (cache["k_raw"], cache["v_dense"])
-        where = (cache["k_tail"], cache["v_tail"], cache["table"], cache["lens"], cache["qlens"])
-        scheme = (shared.scheme.kind, shared.scheme.group)
-        hook.call(ops.cache_update_quantized.default, *new, *read, *pools, *where, *scheme, *rest)
+        args |= (
+            {"k_cached": None, "v_cached": None}
+            if waits
+            else {"k_cached": cache["k_raw"], "v_cached": cache["v_dense"]}
+        )
+    hook.call(update, *op_args(update, **args))
     site.inserted.append("cache_update")
     return hook.after
 

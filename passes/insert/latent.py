@@ -20,7 +20,7 @@ from torch import fx
 
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import OptionError
-from kvrewrite.ir.fx import erase_dead, shape_of
+from kvrewrite.ir.fx import arg, erase_dead, named_args, op_args, shape_of
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.canonicalize import SOURCE, add_call
 from kvrewrite.passes.canonical.find_latent import Latent, Rows, find_latent
@@ -65,8 +65,7 @@ def cache_latent(captured: Captured, policy: str) -> None:
 
 def _absorb(gm: fx.GraphModule, node: fx.Node, found: Latent, keys: dict[Any, tuple[fx.Node, fx.Node]]) -> None:
     site: AttentionSite = node.meta["kvrewrite_site"]
-    q, rank, rotary = node.args[0], found.rank, found.rotary_dim
-    assert isinstance(q, fx.Node)
+    q, rank, rotary = arg(node, "q"), found.rank, found.rotary_dim
     before = set(gm.graph.nodes)
     width = int(shape_of(q)[3])
     with gm.graph.inserting_before(node):
@@ -82,7 +81,8 @@ def _absorb(gm: fx.GraphModule, node: fx.Node, found: Latent, keys: dict[Any, tu
         turned = add_call(gm, aten.slice.Tensor, q, 3, width - rotary, width)
         absorbed = add_call(gm, aten.einsum.default, ABSORB, [nope, head_rows(gm, found.keys, site.heads)])
         absorbed = add_call(gm, aten.cat.default, [absorbed, turned], -1)
-        attention = add_call(gm, SOURCE, absorbed, key, value, *node.args[3:])
+        latent = {**named_args(node), "q": absorbed, "k": key, "v": value}
+        attention = add_call(gm, SOURCE, *op_args(SOURCE, **latent))
         out = add_call(gm, aten.einsum.default, PROJECT, [attention, head_rows(gm, found.values, site.heads)])
     for made in gm.graph.nodes:
         if made not in before:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.ir.fx import add_placeholder, erase_dead, is_op, output_node, shape_of, tensor_of
-from kvrewrite.passes.lower.decode import _calls, _fuse_mass, _lowered, _take_the_only_row
+from kvrewrite.ir.fx import add_placeholder, arg, erase_dead, is_op, output_node, shape_of, tensor_of
+from kvrewrite.passes.lower.decode import fuse_mass, take_the_only_row
+from kvrewrite.passes.lower.match import calls, lowered, view_of
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
@@ -25,24 +26,24 @@ def lower_append(gm: fx.GraphModule, classes: list[int], dense: bool) -> fx.Grap
     """A copy for one token a row. classes: layers of each cache class. dense: attention is torch's own ops on inputs
     `k_slots_{c}` and `v_slots_{c}` (layers, B, Hkv, C, D), for Inductor to fuse; else it reads pages, by its kernel."""
 
-    def return_newcomers(lowered: fx.GraphModule) -> None:
-        _return_newcomers(lowered, classes)
+    def return_newcomers(copy: fx.GraphModule) -> None:
+        _return_newcomers(copy, classes)
 
-    steps = [return_newcomers, _attend_densely if dense else _fuse_mass, _take_the_only_row, erase_dead]
-    return _lowered(gm, "append_", steps)
+    steps = [return_newcomers, _attend_densely if dense else fuse_mass, take_the_only_row, erase_dead]
+    return lowered(gm, "append_", steps)
 
 
-def _place(table: Any) -> tuple[int, int]:
+def _class_and_layer(table: Any) -> tuple[int, int]:
     """The class and the layer in it of a page table's view."""
-    return int(str(table.args[0].target).rsplit("_", 1)[1]), int(table.args[2])
+    source, layer = view_of(table)
+    return int(str(source.target).rsplit("_", 1)[1]), layer
 
 
 def _return_newcomers(gm: fx.GraphModule, classes: list[int]) -> None:
     """Updates make way for results."""
     found: dict[tuple[int, int], tuple[Any, Any]] = {}
-    for node in _calls(gm, ops.cache_update.default):
-        k, v = node.args[:2]
-        found[_place(node.args[13])] = (k, v)
+    for node in calls(gm, ops.cache_update.default):
+        found[_class_and_layer(arg(node, "table"))] = (arg(node, "k"), arg(node, "v"))
         gm.graph.erase_node(node)
     output = output_node(gm)
     results: list[Any] = [output.args[0]]
@@ -69,14 +70,15 @@ def _attend_densely(gm: fx.GraphModule) -> None:
             inputs[name, c] = add_placeholder(gm, f"{name}_slots_{c}")
         return inputs[name, c]
 
-    for node in _calls(gm, ops.cached_attention.default):
-        q, k, v, _, _, _, _, table, _, _, _, sinks, _, _, scale, softcap, *_ = node.args
-        c, layer = _place(table)
+    for node in calls(gm, ops.cached_attention.default):
+        q, k, v, sinks = (arg(node, name) for name in ("q", "k", "v", "sinks"))
+        scale, softcap = arg(node, "scale"), arg(node, "softcap")
+        c, layer = _class_and_layer(arg(node, "table"))
         slots = {name: source(name, c) for name in ("k", "v")}
         live = source("live", c)
         out_dtype = tensor_of(q).dtype  # type: ignore[union-attr]
-        _, heads, _, dim = shape_of(q)  # type: ignore[arg-type]
-        _, kv_heads, _, v_dim = shape_of(v)  # type: ignore[arg-type]
+        _, heads, _, dim = shape_of(q)
+        _, kv_heads, _, v_dim = shape_of(v)
         with gm.graph.inserting_before(node):
             cached = {name: call(aten.select.int, x, 0, layer) for name, x in slots.items()}
             rows = call(aten.reshape.default, q, [-1, kv_heads, heads // kv_heads, dim])

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 import kvrewrite.ops  # noqa: F401  (registers the ops)
-from kvrewrite.ir.fx import erase_dead, get_attr, is_op, tensor_of
+from kvrewrite.ir.fx import erase_dead, get_attr, is_op, named_args, op_args, tensor_of
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
@@ -39,12 +39,13 @@ def fuse_norms(gm: fx.GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if not is_op(node, *targets):
             continue
-        normed, *rest = node.args
+        args, target = named_args(node), targets[node.target]
+        normed = args["x"]
         found = _norm(gm, normed) if isinstance(normed, fx.Node) and len(normed.users) == 1 else None
         if found is None:
             continue
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(targets[node.target], (*found, *rest))
+            new = gm.graph.call_function(target, op_args(target, **{**args, **found._asdict()}))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.ir.fx import SIZE_OPS, fingerprint, is_op, is_size, output_node
+from kvrewrite.ir.fx import SIZE_OPS, arg, fingerprint, is_op, is_size, output_node
 from kvrewrite.ir.pass_log import PassLog
-from kvrewrite.passes.lower.decode import without_logits
+from kvrewrite.passes.lower.prompt import without_logits
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
@@ -136,7 +136,7 @@ def _is_view(node: fx.Node) -> bool:
 def _reads_cache(node: fx.Node) -> bool:
     """Whether a part may begin here: at a site's first look at cached keys. (Stored scores are read behind attention.)"""
     if is_op(node, ops.read_pages.default):
-        pool = node.args[0]
+        pool = arg(node, "pool")
         return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
     reads = is_op(node, ops.slot_rotary.default, ops.read_quantized.default, ops.read_rotated.default)
     return reads or _attends(node)

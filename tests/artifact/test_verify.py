@@ -122,6 +122,10 @@ def test_every_policy(policy):
 def test_the_reference_has_the_softcap():
     """sdpa leaves a softcap out, in some versions of transformers without a word: that is not the model."""
     model = make("gemma2")
+    with torch.no_grad():  # scores that a softcap changes
+        for name, weight in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight *= 40
     small = kvrewrite.transform(model, policy="full")
     ids = torch.arange(48).reshape(2, 24)
     eager = model(ids, use_cache=False).logits

@@ -19,8 +19,9 @@ from kvrewrite.ir.schema import TensorFact
 from kvrewrite.ir.serialize import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
 from kvrewrite.ir.value_facts import FactReader
 from kvrewrite.passes.canonical.normalize import normalize
-from kvrewrite.passes.lower.decode import fold, lower_decode, lower_prefill
+from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.passes.lower.partition import partition
+from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from tests.support.rewritten import rewritten, traced
 
 aten = torch.ops.aten

@@ -11,9 +11,10 @@ from torch import fx, nn
 from kvrewrite.capture.frontend import capture
 from kvrewrite.ir.fx import set_attr
 from kvrewrite.ops.dispatch import kernels
-from kvrewrite.passes.lower.decode import fold, lower_decode
+from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.passes.lower.fuse_linears import fuse_linears
 from kvrewrite.passes.lower.fuse_norms import fuse_norms
+from kvrewrite.passes.lower.prompt import fold
 from kvrewrite.passes.pipeline import canonical
 from tests.passes.test_fuse_linears import count, trace, with_biases
 from tests.support.rewritten import build, captured, original, rewrite

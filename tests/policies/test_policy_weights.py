@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kvrewrite.artifact.directory
+from kvrewrite.artifact.policy_weights import import_pickle, read_policy_weights
 from kvrewrite.errors import PolicyWeightsError
-from kvrewrite.policies.weights import check_policy_weights, import_pickle, read_policy_weights
+from kvrewrite.policies.weights import check_policy_weights
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.passes.lower.decode import fold, lower_prefill
+from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.runtime.prompt_graph import PrefillRunner

@@ -14,8 +14,9 @@ import kvrewrite
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.fx import is_op
 from kvrewrite.ops.dispatch import fused, kernels
-from kvrewrite.passes.lower.decode import _half_split, fold, lower_prefill, without_logits
+from kvrewrite.passes.lower.match import half_split
 from kvrewrite.passes.lower.partition import partition
+from kvrewrite.passes.lower.prompt import fold, lower_prefill, without_logits
 from kvrewrite.runtime.parts import Execution
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
@@ -101,10 +102,10 @@ def test_without_logits() -> None:
 
 def test_half_split() -> None:
     """Halves over all channels or over the first ones; interleaved pairs are none."""
-    assert _half_split(torch.tensor([2, 3, 0, 1])) == 2
-    assert _half_split(torch.tensor([1, 0, 2, 3])) == 1
-    assert _half_split(torch.tensor([1, 0, 3, 2])) == 0
-    assert _half_split(torch.tensor([0, 1, 2, 3])) == 0
+    assert half_split(torch.tensor([2, 3, 0, 1])) == 2
+    assert half_split(torch.tensor([1, 0, 2, 3])) == 1
+    assert half_split(torch.tensor([1, 0, 3, 2])) == 0
+    assert half_split(torch.tensor([0, 1, 2, 3])) == 0
 
 
 def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> None:

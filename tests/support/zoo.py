@@ -152,4 +152,6 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     options = {**COMMON, **{**WALKED, **REFUSED, **FAMILIES}.get(name, {}), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(options.pop("model_type", name), **options)
-    return AutoModelForCausalLM.from_config(config).eval()
+    # sdpa has no softcap: some versions of transformers leave it out without a word, and then the original is not the model.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

@@ -13,16 +13,14 @@ from rich.console import Console
 from kvrewrite import policies
 from kvrewrite.analysis import flops
 from kvrewrite.cli import app as cli
-from kvrewrite.cli.bench import parse_bytes, register
+from kvrewrite.cli.bench import parse_bytes
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.tools.benchmark import report, roofline, run, shapes
 from kvrewrite.tools.benchmark.measure import Options, spread
 from kvrewrite.tools.benchmark.run import Settings
-from kvrewrite.tools.evaluation.run import PolicySpec
+from kvrewrite.tools.subjects import PolicySpec
 
-if "bench" not in cli.main.commands:
-    register(cli.main)
 pytestmark = pytest.mark.xdist_group("bench")
 LOCRET = {"budget": 24, "chunk": 16, "stabilizers": 4, "local_tail": 4, "hidden_size": 8}
 OPTIONS = Options(repeat=2, steps=3, new_tokens=3)

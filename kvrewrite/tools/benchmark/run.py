@@ -30,7 +30,7 @@ from kvrewrite.tools.benchmark.roofline import (
     release,
 )
 from kvrewrite.tools.benchmark.shapes import ShapeSource, open_source
-from kvrewrite.tools.evaluation.run import CONVERTED, Arm, PolicySpec, Source, _file_hash, versions, write_json
+from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, versions, write_json
 
 FORMAT = 1
 KIND = "kvrewrite bench"
@@ -90,7 +90,7 @@ def _policy_cell(arm: Arm, source: Source | ShapeSource, context: int, batch: in
     made_up = isinstance(source, ShapeSource) and arm.spec.name != CONVERTED and source.random_weights(arm)
     return {
         "kind": "policy", "name": arm.spec.name, "label": str(arm), "options": dict(arm.spec.options),
-        "budget": arm.budget, "weights": "random" if made_up else _file_hash(arm.spec.weights), "context": context,
+        "budget": arm.budget, "weights": "random" if made_up else file_hash(arm.spec.weights), "context": context,
         "batch": batch,
     }  # fmt: skip
 

@@ -22,9 +22,9 @@ from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import logits_at, site_nodes
-from kvrewrite.passes.insert.policy import PREFIX, SiteHook, SiteInputs
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
+from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
 from kvrewrite.tools.training.heads_graph import TrainingHook
 
@@ -50,7 +50,7 @@ def straight_through(p: Tensor, positions: Tensor, gated: Tensor, threshold: flo
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph
-def _no_observation(*_: Any) -> tuple[Any, ...]:
+def _no_observation() -> dict[str, Any]:
     raise TypeError("a gate looks at nothing behind attention")
 
 
