@@ -67,7 +67,7 @@ def head_budgets(policy: Policy, segment: Segment, total: int, heads: Sequence[i
 
 def prompt_slots(
     policy: Policy, segments: Sequence[Segment], heads: Sequence[int], windows: Sequence[int]
-) -> list[list[np.ndarray]]:
+) -> list[np.ndarray]:
     """Slots of the heads of each layer that owns a cache, before each segment of a row's first prompt and after the last: of
     each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device deals out pages,
     heads have these on average."""
@@ -175,11 +175,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes; contiguous:
-    whether keys are rotated by rank; tail: slots from the end of a head that the next token may write to (quantized caches)."""
+    """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes; tail: slots
+    from the end of a head that the next token may write to (quantized caches)."""
 
     rewrites: bool = False
-    contiguous: bool = False
     tail: int = 0
 
 

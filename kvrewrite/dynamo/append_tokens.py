@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.eviction_cache import exclusive
+from kvrewrite.cache.request import exclusive
 from kvrewrite.dynamo.caches import StockState
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.lower.append import lower_append

@@ -17,8 +17,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, St
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache, Owner, exclusive
+from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import PageStore, scheme_of, to_device
+from kvrewrite.cache.request import Owner, exclusive
 from kvrewrite.capture.third_party import AdapterWatch
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr
