@@ -240,7 +240,7 @@ class Request:
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt out."""
-        out: dict[str, Tensor] = {f"state_{state.name}": state.value for state in self.states}
+        out: dict[str, Tensor] = {}
         policy, self._dealt = self._planner.policy, {}
         for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
             device = lease.store.device
@@ -254,6 +254,8 @@ class Request:
             out.update({f"{name}_{c}": getattr(lease.store, name) for name in lease.store.shapes})
             out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
             out[f"keep_{c}"] = to_device(part.budgets.keep.astype(np.int32), device)
+        # After `lens`, with which a decoding graph gives back the states, too.
+        out.update({f"state_{state.name}": state.value for state in self.states})
         return out
 
     def commit(self, plan: StepPlan) -> None:
