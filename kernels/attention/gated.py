@@ -21,9 +21,8 @@ from kvrewrite.kernels.attention.column_mass import (
     load_parts,
     logits_of,
     soft_cap,
-    split_width,
 )
-from kvrewrite.kernels.limits import missing_attention
+from kvrewrite.kernels.limits import missing_attention, split_width
 
 COMPACT_ROWS = 64  # tokens a program of `_compact` moves
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
+from kvrewrite.cache.pages import SLOT_EXTRA
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.latent.reference import heads_at_once
 from kvrewrite.kernels.quantized.scheme import Scheme

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.pages import SLOT_EXTRA, Lease
 from kvrewrite.cache.request import Request, exclusive
-from kvrewrite.cache.slot_plan import PAGE
 from kvrewrite.errors import CacheError
+from kvrewrite.ir.layout import PAGE
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"

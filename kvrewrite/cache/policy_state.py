@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.cache.slot_plan import PAGE
+from kvrewrite.ir.layout import PAGE
 
 
 class PolicyState:

@@ -24,8 +24,9 @@ from torch import Tensor
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, scheme_of, to_device
 from kvrewrite.cache.policy_state import PolicyState
-from kvrewrite.cache.slot_plan import PAGE, Rules, SlotPlanner, StepPlan, pages_of
+from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
 from kvrewrite.errors import CacheError
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 # Lists that have an entry for each row.

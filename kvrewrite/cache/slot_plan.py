@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies.base import UNLIMITED, Policy, Segment
 
-PAGE = 64  # slots of a page
 NEVER = UNLIMITED // 256  # stands for no budget where budgets of heads are summed up
 
 

@@ -30,10 +30,12 @@ from kvrewrite.capture.side_effects import Watch, depends_on_earlier_calls, unto
 from kvrewrite.capture.third_party import check_layers, plain_4bit_layers, without_hooks
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 from kvrewrite.ir.fx import clean_path, is_op, set_attr, symbol
+from kvrewrite.ir.masks import FARTHEST, UnknownMask, classify_mask, expected_mask, spread, with_ends
 
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
 
 TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")  # of transformers' `experts_implementation`
+NEAR = 1024  # tokens at all pairs of which a mask function is evaluated
 MAX_CHUNK = 2048  # tokens of a chunk, where layers cut the sequence into such
 
 # What an attention function of transformers may be given besides q, k, v, mask, scaling and dropout. Anything else that
@@ -82,6 +84,8 @@ class Captured:
     # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
     trace_length: int = TRACE_LENGTH
     unrolled: bool = False
+    # Tokens up to which masks were compared at every distance, of the mask for which it is the fewest; 0 where there was no mask.
+    compared: int = 0
     # What `passes/canonical/validate.py` compared the canonical graph with, and what it proved; None where that was switched off.
     before: Any = None
     stand_ins: Any = None
@@ -92,28 +96,32 @@ class Captured:
 
 
 # ------------------------------------------------------------------------------------- transformers' attention interface
-def _classify_mask_function(mask_function: Any) -> tuple[int, int]:
-    """(window, chunk) of an index-based mask function of transformers, which is evaluated and compared with what we know."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        sizes = [c for c in _integers_in(mask_function) if 1 < c <= 1 << 24]
-        length = min(max([16, *(2 * s + 3 for s in sizes)]), 4 * 8192)
-        # A few query rows are enough: every mask that we know depends on differences or on whole chunks only.
-        rows = sorted({0, 1, 2, length // 3, length // 2, length - 2, length - 1})
-        q, kv = torch.tensor(rows)[:, None], torch.arange(length)[None]
+def _classify_mask_function(mask_function: Any) -> tuple[int, int, int]:
+    """(window, chunk) of an index-based mask function of transformers, and the number of tokens up to which that holds.
+
+    It is evaluated and compared with what we know: at all pairs of the first tokens, and at every distance up to FARTHEST, or as
+    far as an integer that it closes over asks for.
+    """
+    sizes = [c for c in _integers_in(mask_function) if c <= 1 << 20]
+
+    def seen_at(positions: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long)
         try:
-            mask = mask_function(zero, zero, q, kv)
+            mask = mask_function(zero, zero, positions[:, None], positions[None])
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             raise UnsupportedModelError(f"the mask function could not be evaluated: {error}") from error
-        mask = torch.as_tensor(mask).expand(len(rows), length)
-        for window, chunk in [(0, 0), *((s, 0) for s in sizes), *((0, s) for s in sizes)]:
-            expected = kv <= q
-            if window:
-                expected = expected & (q - kv < window)
-            if chunk:
-                expected = expected & (q // chunk == kv // chunk)
-            if torch.equal(mask, expected.expand_as(mask)):
-                return window, chunk
+        return torch.as_tensor(mask).expand(1, len(positions), len(positions))
+
+    with torch.utils._python_dispatch._disable_current_modes():
+        length = max([FARTHEST, *(2 * s + 3 for s in sizes)])
+        try:
+            positions, seen = with_ends(spread(length), seen_at)
+            window, chunk = classify_mask(seen[0], positions)
+            first = torch.arange(NEAR)
+            if torch.equal(seen_at(first)[0], expected_mask(window, chunk, first)):
+                return window, chunk, length
+        except UnknownMask:
+            pass
     raise UnsupportedModelError(
         "the mask is neither causal nor a sliding window nor chunked (prefix, bidirectional or content-dependent masks "
         "can't be kept with an evicted cache)"
@@ -121,7 +129,7 @@ def _classify_mask_function(mask_function: Any) -> tuple[int, int]:
 
 
 def _integers_in(function: Any, depth: int = 0) -> list[int]:
-    """The integers that a mask function closes over, nested functions included: candidates for windows and chunks."""
+    """The integers that a mask function closes over, nested functions included."""
     found: list[int] = []
     for cell in getattr(function, "__closure__", None) or ():
         value = cell.cell_contents
@@ -146,6 +154,7 @@ class _InterfaceCalls:
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.modules: list[str] = []
         self.masks: list[tuple[Tensor, tuple[int, int]]] = []
+        self.compared = 0  # tokens up to which these masks were compared
 
     def mask(
         self,
@@ -159,9 +168,10 @@ class _InterfaceCalls:
     ) -> Tensor:
         if attention_mask is not None:
             raise UnsupportedModelError("the model makes its own padding mask, which capture does not expect")
-        found = _classify_mask_function(mask_function)
+        *found, compared = _classify_mask_function(mask_function)
+        self.compared = min(self.compared or compared, compared)
         stand_in = torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool, device=device)
-        self.masks.append((stand_in, found))
+        self.masks.append((stand_in, (found[0], found[1])))
         return stand_in
 
     def _window_and_chunk(self, mask: Tensor) -> tuple[int, int] | None:
@@ -498,6 +508,7 @@ def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | N
     finally:
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
+    captured.compared = calls.compared
     nodes = [n for n in captured.graph.graph.nodes if n.target is torch.ops.kvrewrite.attention.default]
     if len(nodes) != len(calls.modules):
         raise CaptureError(f"{len(calls.modules)} attention calls were traced, but {len(nodes)} are in the graph")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
-from kvrewrite.cache.pages import PAGE, Lease, PageStore, to_device
+from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.request import Request
 from kvrewrite.errors import CacheError
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
 from kvrewrite.policies.base import Policy
 

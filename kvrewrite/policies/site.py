@@ -12,6 +12,7 @@ from torch import fx
 
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import op_args, shape_of, tensor_of
+from kvrewrite.ir.layout import InputSpec, state_input
 from kvrewrite.ir.projections import projections
 from kvrewrite.ir.site import AttentionSite
 
@@ -43,7 +44,7 @@ class SiteInputs:
     k_dense: fx.Node | None
     memo: dict[str, Any]
     states: dict[str, dict[str, Any]]
-    add_input: Callable[[str], fx.Node]
+    add_input: Callable[[InputSpec], fx.Node]
     logits: fx.Node | None = None
     unrotated_query: Callable[[SiteHook], fx.Node] | None = None  # adds the queries without their rotation
     rotary: tuple[fx.Node, fx.Node, fx.Node] | None = None  # cos, sin (P, D) and partner (D,), with `needs_rotary`
@@ -169,7 +170,7 @@ class SiteHook:
         states = self.inputs.states
         if name not in states:
             states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": per_token}
-            self.inputs.memo[f"state {name}"] = self.inputs.add_input(f"state_{name}")
+            self.inputs.memo[f"state {name}"] = self.inputs.add_input(state_input(name, shape, dtype, per_token))
         return self.inputs.memo[f"state {name}"]
 
     @property

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.pages import PAGE, Lease, scheme_of, to_device
+from kvrewrite.cache.pages import Lease, scheme_of, to_device
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.fx import is_op
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
 from kvrewrite.kernels.quantized.split import missing as missing_quantized
 from kvrewrite.ops.dispatch import fused

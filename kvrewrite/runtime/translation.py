@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import KVRewriteError, UnsupportedModelError
-from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, widen
+from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.canonical.validate import FARTHEST, TOLERANCE
+from kvrewrite.passes.canonical.validate import FARTHEST
 
 TOKENS = 24
 PIECES = (7, 5, 1, 1, 4)  # tokens of the first chunks; the rest is one more
@@ -108,11 +108,10 @@ def _padded(model: Any, ids: Tensor, want: Tensor) -> None:
 
 
 def _compare(got: Tensor, want: Tensor, how: str) -> None:
-    size, off = float(want.abs().max()), float((got - want).abs().max()) if got.shape == want.shape else float("nan")
-    if not off <= TOLERANCE * max(size, 1e-9):
+    if problem := difference(got, want):
         raise UnsupportedModelError(
-            f"run {how}, the rewritten model does not give the model's logits: they are off by {off:.2g} (the largest is "
-            f"{size:.2g}). Something in it depends on more than attention over cached keys and values"
+            f"run {how}, the rewritten model does not give the model's logits: {problem}. Something in it depends on more than "
+            "attention over cached keys and values"
         )
 
 

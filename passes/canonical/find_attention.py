@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +27,22 @@ from kvrewrite.ir.fx import (
     symbol,
     tensor_of,
 )
+from kvrewrite.ir.masks import (
+    FARTHEST,
+    UnknownMask,
+    classify_mask,
+    described,
+    expected_mask,
+    first_difference,
+    spread,
+    spread_length,
+    with_ends,
+)
 from kvrewrite.ir.site import NoSite
+from kvrewrite.passes.canonical.apart import why_not
 from kvrewrite.passes.canonical.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.canonical.probe import (
+    FAILURES,
     MASKED,
     Probe,
     ProbeError,
@@ -38,6 +50,7 @@ from kvrewrite.passes.canonical.probe import (
     integers_in,
     is_projection,
     only_shape,
+    run_op,
     seen_in,
     subgraph_text,
     symbols,
@@ -50,9 +63,11 @@ SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax", "aten::log_
 CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 MIN_LENGTH, MAX_LENGTH = 24, 8192
-USUAL_LENGTH = 2048  # of a mask's probe: what reaches no farther than half of that shows, however it is written
+USUAL_LENGTH = 2048  # of a mask's probe
 MOST_SHARED = 64  # tokens of a probe that layers share
 USUAL_SCORES = 1 << 24  # elements that such a probe may have
+NEAR_SCORES = 1 << 22  # where larger distances are looked at besides
+LARGEST_WINDOW = 1 << 24  # larger integers are what masks fill in
 SMALL_BATCH, SMALL_LENGTH = 2, 7
 MAX_SCORES = 1 << 29  # elements of a score tensor that a probe may make
 TOLERANCE = 1e-6
@@ -175,66 +190,71 @@ class Bias:
     by_head: list[tuple[int, int]] | None = None
 
 
-def classify(added: Tensor) -> Bias:
-    """What `added` (B, H, S, S or S + 1) is: a known mask, plus nothing or ALiBi, plus sinks in the extra column.
+def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | None = None) -> Bias:
+    """What `added` (B, H, n, n or n + 1) is: a known mask, plus nothing or ALiBi, plus sinks in the extra column.
 
+    positions: of the tokens, ascending from 0, as `classify_mask` needs them; by default all of a text. slopes: ALiBi's (H,),
+    where they are known: far from a token it falls below what masks fill in.
     Softmax ignores what is added to a whole row, so everything is taken relative to each token's view of itself.
     """
     length = added.shape[2]
+    positions = torch.arange(length) if positions is None else positions
     extra = added[..., length:]
-    added = added[..., :length]
-    own = added.diagonal(dim1=-2, dim2=-1)[..., None]
-    if not bool((own > MASKED).all()):
-        raise NoAttention("the mask hides a token from itself, which no causal mask does")
-    added = (added - own).nan_to_num(neginf=-math.inf)
+    added, own = _relative(added)
     if not torch.equal(added, added[:1].expand_as(added)):
         raise NoAttention("the mask or bias differs between the rows of a batch (heads and batch mixed, or padding)")
     bias = added[0]
-    seen = seen_in(bias)
+    seen = _seen(bias, positions, slopes)
     by_head = None
-    if not torch.equal(seen, seen[:1].expand_as(seen)):
-        by_head = [_classify_mask(of_head) for of_head in seen]
-    window, chunk = (0, 0) if by_head else _classify_mask(seen[0])
-    slopes = _classify_bias(bias, seen)
+    try:
+        if not torch.equal(seen, seen[:1].expand_as(seen)):
+            by_head = [classify_mask(of_head, positions) for of_head in seen]
+        window, chunk = (0, 0) if by_head else classify_mask(seen[0], positions)
+    except UnknownMask as error:
+        raise NoAttention(str(error)) from error
+    found = _classify_bias(bias, seen, positions)
     sinks = None
     if extra.shape[-1]:
         relative = (extra - own)[..., 0]
         if extra.shape[-1] != 1 or float((relative - relative[:1, :, :1]).abs().max()) > TOLERANCE:
             raise NoAttention("the scores have extra columns that are not one constant logit a head")
         sinks = relative[0, :, 0]
-    return Bias(window, chunk, slopes, sinks, by_head)
+    return Bias(window, chunk, found, sinks, by_head)
 
 
-def _classify_mask(seen: Tensor) -> tuple[int, int]:
-    """(window, chunk) of a boolean mask (S, S) of queries by keys."""
-    length = seen.shape[0]
-    q, kv = torch.arange(length)[:, None], torch.arange(length)
-    if bool((seen & (kv > q)).any()):
-        raise NoAttention("the attention is not causal: tokens see later ones (bidirectional or prefix attention)")
-    if torch.equal(seen, kv <= q):
-        return 0, 0
-    # The first query that does not see token 0 is as far as a window or chunk reaches.
-    reach = int((~seen[:, 0]).nonzero()[0]) if not bool(seen[:, 0].all()) else length
-    if torch.equal(seen, (kv <= q) & (q - kv < reach)):
-        return reach, 0
-    if torch.equal(seen, (kv <= q) & (q // reach == kv // reach)):
-        return 0, reach
-    raise NoAttention("the mask is neither causal nor a sliding window nor chunked")
+def _relative(added: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the scores (B, H, n, n), less what each query's own token gets; and that (B, H, n, 1)."""
+    added = added[..., : added.shape[2]]
+    own = added.diagonal(dim1=-2, dim2=-1)[..., None]
+    if not bool((own > MASKED).all()):
+        raise NoAttention("the mask hides a token from itself, which no causal mask does")
+    return (added - own).nan_to_num(neginf=-math.inf), own
 
 
-def _classify_bias(bias: Tensor, seen: Tensor) -> Tensor | None:
-    """ALiBi slopes (H,) of a bias (H, S, S) that is 0 on the diagonal and counts where `seen` (H, S, S); None: there is none."""
+def _seen(bias: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
+    """What of a bias (H, n, n) is not masked, beside ALiBi with these slopes."""
+    if slopes is not None:
+        distance = (positions[:, None] - positions).clamp(min=0)
+        bias = bias + slopes.to(bias.dtype)[:, None, None] * distance
+    return seen_in(bias)
+
+
+def _classify_bias(bias: Tensor, seen: Tensor, positions: Tensor) -> Tensor | None:
+    """ALiBi slopes (H,) of a bias (H, n, n) that is 0 on the diagonal and counts where `seen` (H, n, n); None: there is none."""
     visible = torch.where(seen, bias, 0.0)
-    size = float(visible.abs().max())
-    if size <= TOLERANCE:
+    if float(visible.abs().max()) <= TOLERANCE:
         return None
-    length = seen.shape[-1]
-    distance = (torch.arange(length)[:, None] - torch.arange(length)).to(bias.dtype)
-    slopes = -visible[:, 1, 0]
-    expected = torch.where(seen, -slopes[:, None, None] * distance, 0.0)
+    distance = (positions[:, None] - positions).to(bias.dtype)
+    slopes = -visible[:, 1, 0] / distance[1, 0]
+    off = torch.where(seen, visible + slopes[:, None, None] * distance, 0.0).abs()
     # Slopes and positions may have been rounded in the model's dtype.
-    if float((visible - expected).abs().max()) > 5e-3 * max(size, 1.0):
-        raise NoAttention("the attention has a position bias that is not linear in the distance (a learned bias)")
+    most = 5e-3 * (slopes.abs()[:, None] * positions).clamp(min=1.0)[..., None]
+    if not bool((off <= most).all()):
+        nearest = distance[(off > most).any(0)].min()
+        raise NoAttention(
+            "the attention has a position bias that is not linear in the distance (a learned bias): it is another at a distance "
+            f"of {int(nearest)} tokens"
+        )
     return slopes.float()
 
 
@@ -282,27 +302,114 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     return Fit(float(f"{scale:.9g}"), float(f"{softcap:.7g}"))
 
 
-def probe_length(captured: Captured, nodes: set[fx.Node], planes: int = 1) -> int:
-    """A length that shows every window or chunk that `nodes`, the ops before a mask, can hold; planes: how many matrices
-    (length, length) the mask has."""
-    graph = captured.graph
-    largest = max((i for i in integers_in(captured, nodes) if i < 1 << 40), default=0)
-    usual = max(MIN_LENGTH, min(USUAL_LENGTH, math.isqrt(USUAL_SCORES // planes)))
-    length = max(usual, 2 * largest + 3)
-    for node in nodes:
-        # A mask that is kept as a table has its window in its values.
-        value = get_attr(graph, str(node.target)) if node.op == "get_attr" else None
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-1] == value.shape[-2]:
-            length = max(length, value.shape[-1])
+def probe_length(captured: Captured, nodes: set[fx.Node], planes: int, far: bool) -> int:
+    """Tokens of the text on which all pairs of a mask, made by `nodes`, are compared.
+
+    planes: how many matrices (length, length) it has. far: whether larger distances are compared besides; else the text shows
+    every window or chunk that a constant among `nodes` asks for, and is as long as the model can take where that is possible.
+    """
+    most = math.isqrt((NEAR_SCORES if far else USUAL_SCORES) // planes)
+    length = max(MIN_LENGTH, min(USUAL_LENGTH, most), _table_length(captured, nodes))
     limit = captured.max_positions
+    if far:
+        return min(length, MAX_LENGTH, limit or length)
+    largest = max((i for i in integers_in(captured, nodes) if i < 1 << 40), default=0)
+    length = max(length, 2 * largest + 3)
     if limit is not None:
-        length = min(length, limit)
+        length = limit if planes * limit**2 <= USUAL_SCORES else min(length, limit)
     if length > MAX_LENGTH:
         raise NoAttention(
             f"its mask has a constant of {largest}; telling windows from it needs {length} positions, more than "
             f"{MAX_LENGTH}"
         )
     return length
+
+
+def _table_length(captured: Captured, nodes: set[fx.Node]) -> int:
+    """Tokens of a mask that is kept as a table, which may be any; 0 where there is none."""
+    held = [get_attr(captured.graph, str(n.target)) for n in nodes if n.op == "get_attr"]
+    tables = [t for t in held if isinstance(t, Tensor) and t.dim() >= 2 and t.shape[-1] == t.shape[-2]]
+    return max((t.shape[-1] for t in tables), default=0)
+
+
+def _far_length(captured: Captured, nodes: set[fx.Node], planes: int) -> int:
+    """Tokens up to which a mask is compared at every distance: the model's longest length, else FARTHEST, more where a constant
+    among `nodes` asks for it; fewer where the mask has many planes."""
+    wanted = captured.max_positions or max(FARTHEST, 2 * _largest_window(captured, nodes) + 3)
+    return min(wanted, spread_length(math.isqrt(USUAL_SCORES // planes)))
+
+
+def _largest_window(captured: Captured, nodes: set[fx.Node]) -> int:
+    """The largest constant among `nodes` that a mask might have as a window."""
+    return max((i for i in integers_in(captured, nodes) if i < LARGEST_WINDOW), default=0)
+
+
+# What is added to the scores (B, H, n, n or n + 1) of a text of so many tokens, or of n tokens at these positions of one.
+AddedAt = Callable[[int, Tensor | None], Tensor]
+
+
+def classify_everywhere(captured: Captured, nodes: set[fx.Node], planes: int, added_at: AddedAt, far: bool) -> Bias:
+    """What is added to scores, compared at all pairs of the first tokens and at every distance up to the model's longest length.
+
+    nodes: what makes it; planes: how many matrices it has; far: whether it can be evaluated at chosen positions. Where it can't,
+    it is compared as far as all pairs go. `captured.compared` says how far that was.
+    Raises NoAttention where it is nothing that we know, or another thing far from a token than near to it.
+    """
+    far = far and _runs_far(added_at, 2)
+    length = probe_length(captured, nodes, planes, far)
+    if planes * length * length > MAX_SCORES:
+        raise NoAttention(f"telling its mask needs {planes} heads of {length} x {length} scores, which is too much")
+    added = _as_long_as_it_runs(captured, length, lambda n: added_at(n, None))
+    near, length = classify(added), added.shape[2]
+    del added  # the largest tensor of the analysis
+    if far:
+        farthest = _as_far_as_it_runs(captured, length, _far_length(captured, nodes, planes), added_at)
+        if farthest > length:
+            near, length = _classify_far(near, length, farthest, added_at), farthest
+        hidden = _largest_window(captured, nodes)
+        if length <= min(hidden + 2, (captured.max_positions or length + 1) - 1) and not (near.window or near.chunk):
+            raise NoAttention(
+                f"its mask has a constant of {hidden}; it is compared on up to {length} tokens, on which a window of that size "
+                "does not show"
+            )
+    captured.compared = min(captured.compared or length, length)
+    return near
+
+
+def _classify_far(near: Bias, length: int, far: int, added_at: AddedAt) -> Bias:
+    """What is added to scores at every distance below `far`, which is `near` on the first `length` tokens."""
+    last: list[Tensor] = []  # positions, and what is added there
+
+    def at(positions: Tensor) -> Tensor:
+        if not last or last[0] is not positions:
+            last[:] = [positions]
+            last.append(added_at(len(positions), positions))
+        return last[1]
+
+    positions, seen = with_ends(spread(far), lambda p: _seen(_relative(at(p))[0][0], p, near.slopes))
+    known = near.by_head or [(near.window, near.chunk)] * len(seen)
+    differs = first_difference(seen, torch.stack([expected_mask(*m, positions) for m in known]), positions)
+    del seen
+    try:
+        found = classify(at(positions), positions, near.slopes)
+    except NoAttention as error:
+        where = ""
+        if differs is not None:
+            names = " or ".join(dict.fromkeys(described(*m) for m in known))
+            where = (
+                f" (its mask is {names} on the first {length} tokens, but not at a distance of {differs[0] - differs[1]}: token "
+                f"{differs[0]} and token {differs[1]})"
+            )
+        raise NoAttention(f"{error}{where}") from error
+    there = found.by_head or [(found.window, found.chunk)] * len(known)
+    shown = [(w if w < length else 0, c if c < length else 0) for w, c in there]
+    if shown != known:
+        one, other = next(pair for pair in zip(known, shown, strict=True) if pair[0] != pair[1])
+        raise NoAttention(f"its mask is {described(*one)} on the first {length} tokens and {described(*other)} beyond")
+    for what, a, b in (("ALiBi slopes", near.slopes, found.slopes), ("extra column", near.sinks, found.sinks)):
+        if (a is None) != (b is None) or (a is not None and b is not None and not torch.allclose(a, b)):
+            raise NoAttention(f"its {what} on the first {length} tokens are others than on the first {far}")
+    return found
 
 
 def _check_known(captured: Captured, nodes: set[fx.Node]) -> None:
@@ -361,8 +468,8 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         behind = value_inputs([mask])
         _check_known(captured, behind)
 
-        def added_at(batch: int, length: int, values: Values | None = None) -> Tensor:
-            added: Tensor = _shared_probe(captured, batch, length, values)(mask)
+        def added_at(batch: int, length: int, values: Values | None = None, positions: Tensor | None = None) -> Tensor:
+            added: Tensor = _shared_probe(captured, batch, length, values, positions)(mask)
             if added.dtype == torch.bool:
                 added = torch.zeros(added.shape, dtype=torch.float64).masked_fill(~added, -math.inf)
             if given.get("is_causal"):
@@ -376,14 +483,13 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
         live = find_live(captured, behind, None, lambda b, s, values: lambda x: x + added_at(b, s, values), heads)
         heads_of_mask = shape_of(mask)[-3] if len(shape_of(mask)) > 2 else 1
         planes = heads_of_mask if isinstance(heads_of_mask, int) else heads
-        sizes = ((1, probe_length(captured, behind, planes)), (SMALL_BATCH, SMALL_LENGTH))
-        bias, _ = _once(
-            captured,
-            f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}",
-            lambda: [
-                classify(_as_long_as_it_runs(captured, length, partial(added_at, batch))) for batch, length in sizes
-            ],
-        )
+
+        def classified() -> Bias:
+            far = why_not(captured, behind) is None
+            classify(added_at(SMALL_BATCH, SMALL_LENGTH))
+            return classify_everywhere(captured, behind, planes, lambda n, at: added_at(1, n, None, at), far)
+
+        bias = _once(captured, f"{heads} {given.get('is_causal')} {subgraph_text(captured, [mask])}", classified)
         window, chunk, by_head, slopes_node = bias.window, bias.chunk, bias.by_head, live.slopes
         slopes = _with_learned(bias.slopes, live, heads)
     scale = given.get("scale")
@@ -415,10 +521,12 @@ def _find_sdpa(captured: Captured, node: fx.Node) -> Attention:
     )
 
 
-def _shared_probe(captured: Captured, batch: int, length: int, given: Values | None = None) -> Probe:
+def _shared_probe(
+    captured: Captured, batch: int, length: int, given: Values | None = None, positions: Tensor | None = None
+) -> Probe:
     """A probe with no values but these given; layers share their mask, so the last one is kept for the next layer."""
-    if length > MOST_SHARED:  # its values are too large to be kept
-        return Probe(captured, batch, length, given)
+    if length > MOST_SHARED or positions is not None:  # its values are too large to be kept, or asked for once
+        return Probe(captured, batch, length, given, positions=positions)
     key = (batch, length, id(captured.graph), *((n.name, id(v)) for n, v in (given or {}).items()))
     kept: dict[Any, Probe] = captured.graph.meta.setdefault("kvrewrite_probes", {})
     if key not in kept:
@@ -448,6 +556,31 @@ def _as_long_as_it_runs(captured: Captured, length: int, run: Callable[[int], Te
             high = middle
     captured.max_positions = low if captured.max_positions is None else min(low, captured.max_positions)
     return best
+
+
+def _runs_far(added_at: AddedAt, length: int) -> bool:
+    """Whether what is added to scores can be evaluated for the first and the last of `length` tokens alone."""
+    try:
+        added_at(2, torch.tensor([0, length - 1]))
+    except ProbeError:
+        return False
+    return True
+
+
+def _as_far_as_it_runs(captured: Captured, length: int, far: int, added_at: AddedAt) -> int:
+    """`far`, or the most below that for which a table that is read has entries; `length`, which runs, at least."""
+    if far <= length or _runs_far(added_at, far):
+        return far
+    if not _runs_far(added_at, length):
+        raise NoAttention(
+            f"its mask can't be evaluated at chosen positions of a text, though at all of {length} tokens"
+        )
+    low, high = length, far
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _runs_far(added_at, middle) else (low, middle)
+    captured.max_positions = low if captured.max_positions is None else min(low, captured.max_positions)
+    return low
 
 
 def _once(captured: Captured, what: str, compute: Callable[[], Any]) -> Any:
@@ -518,11 +651,14 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
 
     live = Live()
 
-    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
-        probe = _shared_probe(captured, batch, length, live.given if given is None else given)
+    def chain_at(
+        batch: int, length: int, given: Values | None = None, positions: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        probe = _shared_probe(captured, batch, length, live.given if given is None else given, positions)
+        tokens = torch.arange(length) if positions is None else positions
         index = [
-            torch.arange(n).reshape([-1 if i == d else 1 for i in range(4)])
-            for d, n in enumerate((batch, heads, length, length))
+            at.reshape([-1 if i == d else 1 for i in range(4)])
+            for d, at in enumerate((torch.arange(batch), torch.arange(heads), tokens, tokens))
         ]
         read = [[probe(b) if isinstance(b, fx.Node) else b for b in bs] for bs in (score_buffers, mask_buffers)]
 
@@ -534,12 +670,14 @@ def _find_flex(captured: Captured, node: fx.Node) -> Attention:
         return chain
 
     live = find_live(captured, behind, None, chain_at, heads)
-    length = probe_length(captured, behind | inner, heads)
-    bias = classify(
-        _as_long_as_it_runs(
-            captured, length, lambda n: chain_at(1, n)(torch.zeros(1, heads, n, n, dtype=torch.float64))
-        )
-    )
+    # The functions read their buffers at the numbers of tokens.
+    whole = [b.name for b in buffers if tensor_of(b) is not None and any(_mentions(captured, s) for s in shape_of(b))]
+    far = not any(why_not(captured, nodes) for nodes in (behind, {n for n in inner if n.op == "call_function"}))
+
+    def added_at(length: int, positions: Tensor | None) -> Tensor:
+        return chain_at(1, length, None, positions)(torch.zeros(1, heads, length, length, dtype=torch.float64))
+
+    bias = classify_everywhere(captured, behind | inner, heads, added_at, far and not whole)
     small = (SMALL_BATCH, heads, SMALL_LENGTH, SMALL_LENGTH)
     classify(chain_at(SMALL_BATCH, SMALL_LENGTH)(torch.zeros(small, dtype=torch.float64)))
     found = fit(chain_at(SMALL_BATCH, SMALL_LENGTH), small, SMALL_LENGTH)
@@ -583,8 +721,8 @@ def _run_subgraph(gm: fx.GraphModule, inputs: list[Any]) -> Tensor:
         else:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
             try:
-                values[node] = node.target(*args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                values[node] = run_op(node, args, kwargs)
+            except FAILURES as error:
                 raise ProbeError(f"a score or mask function could not be evaluated: {error}") from error
     raise ProbeError("a score or mask function has no output")
 
@@ -832,8 +970,10 @@ def _fold_chain(
 
     live = Live()
 
-    def chain_at(batch: int, length: int, given: Values | None = None) -> Callable[[Tensor], Tensor]:
-        shared = _shared_probe(captured, batch, length, live.given if given is None else given)
+    def chain_at(
+        batch: int, length: int, given: Values | None = None, positions: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        shared = _shared_probe(captured, batch, length, live.given if given is None else given, positions)
         outer = {n for n in behind if n not in dependents([scores])}
         known = {n: shared(n) for n in outer if any(u not in outer for u in n.users)}
 
@@ -842,23 +982,20 @@ def _fold_chain(
                 assert isinstance(added, fx.Node)
                 beta, alpha = float(scores.kwargs.get("beta", 1)), float(scores.kwargs.get("alpha", 1))  # type: ignore[arg-type]
                 x = beta * shared(added) + alpha * x
-            out: Tensor = Probe(captured, batch, length, {**known, scores: x})(source)
+            out: Tensor = Probe(captured, batch, length, {**known, scores: x}, positions=positions)(source)
             return out.reshape(batch, heads, length, out.shape[-1])
 
         return chain
 
     live = find_live(captured, {n for n in behind if n not in dependents([scores])}, scores, chain_at, heads)
-    length = probe_length(captured, behind, heads)
-    if heads * length * length > MAX_SCORES:
-        raise NoAttention(f"telling its mask needs {heads} heads of {length} x {length} scores, which is too much")
 
-    def at_length(length: int) -> Tensor:
+    def added_at(length: int, positions: Tensor | None) -> Tensor:
         shape = Probe(captured, 1, length).shape(scores)
-        return chain_at(1, length)(torch.zeros(shape, dtype=torch.float64))
+        return chain_at(1, length, None, positions)(torch.zeros(shape, dtype=torch.float64))
 
     def classified() -> tuple[Bias, Bias, Fit]:
         shape = Probe(captured, SMALL_BATCH, SMALL_LENGTH).shape(scores)
-        bias = classify(_as_long_as_it_runs(captured, length, at_length))
+        bias = classify_everywhere(captured, behind, heads, added_at, why_not(captured, behind) is None)
         small = chain_at(SMALL_BATCH, SMALL_LENGTH)
         few = classify(small(torch.zeros(shape, dtype=torch.float64)))
         return bias, few, fit(small, shape, SMALL_LENGTH)

@@ -26,12 +26,14 @@ class Rope:
     """The rotation of one site's keys.
 
     pre: the node of the key before the rotation; layout: for each of (B, Hkv, T, D) its axis in `pre`. table: a graph
-    `positions (N,) -> (cos (N, D), sin (N, D))` whose attributes live in the main graph; partner: (D,) channel pairs.
+    `positions (N,) -> (cos (N, D), sin (N, D))` whose attributes live in the main graph, and its dtype; partner: (D,)
+    channel pairs.
     """
 
     pre: fx.Node
     layout: tuple[int, int, int, int]
     table: fx.GraphModule
+    dtype: torch.dtype
     partner: Tensor
     signature: str
 
@@ -109,11 +111,11 @@ def find_rope(
         return replace(known[rotates], pre=pre, layout=layout)
     replay = fx.GraphModule(root, graph, class_name="Rotation")
     try:
-        partner = _pairing(replay, kv_heads, dim, limit)
+        partner, dtype = _pairing(replay, kv_heads, dim, limit)
     except _NotPairs as error:
         return NoRope(str(error), rotated=True)
     table = _table_graph(replay, kv_heads, partner)
-    found = Rope(pre, layout, table, partner, f"{rotates[0]}{partner.tolist()}{kv_heads}")
+    found = Rope(pre, layout, table, dtype, partner, f"{rotates[0]}{partner.tolist()}{kv_heads}")
     if known is not None:
         known[rotates] = found
     return found
@@ -172,8 +174,8 @@ class _NotPairs(Exception):
     pass
 
 
-def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> Tensor:
-    """Which channels the rotation pairs, found by rotating the unit vectors at several positions."""
+def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> tuple[Tensor, torch.dtype]:
+    """Which channels the rotation pairs, found by rotating the unit vectors at several positions; the dtype of cos and sin."""
     replay = _on_cpu(replay)
     partner = torch.arange(dim)
     matrices = []
@@ -203,10 +205,11 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
         turned = replay(x, positions).float()
     except (RuntimeError, IndexError) as error:
         raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
+    dtype = torch.promote_types(cos.dtype, torch.float32)
     cos, sin = cos.float(), sin.float()
     if not torch.allclose(turned, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")
-    return partner
+    return partner, dtype
 
 
 def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

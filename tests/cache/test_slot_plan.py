@@ -12,7 +12,6 @@ import pytest
 
 from kvrewrite.cache import slot_plan
 from kvrewrite.cache.slot_plan import (
-    PAGE,
     ClassPlan,
     Rules,
     SlotPlanner,
@@ -22,6 +21,7 @@ from kvrewrite.cache.slot_plan import (
     slots_decoded,
     walk,
 )
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment, make
 from tests.support.slow_cache import SlowSlots
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels.attention import reference
-from kvrewrite.kernels.attention.column_mass import column_mass, split_width
+from kvrewrite.kernels.attention.column_mass import column_mass
+from kvrewrite.kernels.limits import split_width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.analysis.flops import Work, attention_of, decode_slots, kv_bytes, linears, visible_pairs, work_of
-from kvrewrite.cache.pages import PAGE
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_of
 from kvrewrite.capture.frontend import Captured
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
+from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import logits_at, site_nodes
 from kvrewrite.passes.pipeline import expected_weights
@@ -103,8 +104,8 @@ def insert_gates(
     return gm
 
 
-def _no_input(name: str) -> fx.Node:
-    raise TypeError(f"the training graph of gates has no input {name}")
+def _no_input(spec: InputSpec) -> fx.Node:
+    raise TypeError(f"the training graph of gates has no input {spec.name}")
 
 
 def initial_weights(
