@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.capture.frontend import attention_implementation
+from kvrewrite.capture.attention_interface import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
 from kvrewrite.passes.canonical.probe import Probe, ProbeError, depends_on_data, only_shape, seen_in
 

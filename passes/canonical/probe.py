@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.evaluate import EMPTY, FAILURES, run_op, widen
 from kvrewrite.ir.fx import ancestors, concretize, get_attr, is_op, is_size, shape_of, tensor_of

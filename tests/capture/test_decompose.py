@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import kvrewrite.capture.frontend
+from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.decompose import decompose
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.frontend import capture
 from kvrewrite.capture.functionalize import functionalize
 from kvrewrite.ir.fx import fingerprint, mutates
 from kvrewrite.passes.pipeline import canonical
