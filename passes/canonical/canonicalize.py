@@ -24,7 +24,9 @@ from kvrewrite.ir.fx import (
     tensor_of,
 )
 from kvrewrite.ir.site import AttentionSite, NoSite
-from kvrewrite.passes.canonical.find_attention import Attention, Operand, find_attention, forget_probes
+from kvrewrite.passes.canonical.biases import forget_probes
+from kvrewrite.passes.canonical.find_attention import find_attention
+from kvrewrite.passes.canonical.operands import Attention, Operand
 from kvrewrite.passes.canonical.probe import refuse
 
 aten = torch.ops.aten

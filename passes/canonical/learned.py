@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
+from kvrewrite.passes.canonical.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.canonical.probe import Probe, ProbeError, depends_on_data, only_shape, seen_in
 
 aten = torch.ops.aten
@@ -250,3 +251,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     a, b = a.nan_to_num(neginf=0.0, nan=math.nan), b.nan_to_num(neginf=0.0, nan=math.nan)
     size = max(1.0, float(a.abs().max())) if a.numel() else 1.0
     return bool(((a - b).abs() <= TOLERANCE * size).all())
+
+
+def with_learned(slopes: Tensor | None, live: Live, heads: int) -> Tensor | None:
+    """The slopes of all heads; where they are learned there are some, whatever they are now."""
+    if slopes is None:
+        return torch.zeros(heads) if live.slopes is not None else None
+    return slopes.expand(heads).clone()

@@ -18,9 +18,10 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import ancestors, tensor_of
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.biases import classify, fit
 from kvrewrite.passes.canonical.canonicalize import SOURCE, canonicalize, check_no_scores
-from kvrewrite.passes.canonical.find_attention import NoAttention, classify, fit
 from kvrewrite.passes.canonical.normalize import normalize
+from kvrewrite.passes.canonical.operands import NoAttention
 from tests.support.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
 from tests.support.rewritten import original, traced
 from tests.support.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
