@@ -21,7 +21,6 @@ from torch import Tensor, fx
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
-from kvrewrite.passes.canonical.learned import Live, Values, find_live, other_values
 from kvrewrite.passes.canonical.probe import Probe, ProbeError, depends_on_data, only_shape, seen_in
 
 aten = torch.ops.aten
