@@ -31,7 +31,7 @@ def prepare(folder: Path, shape: str, layers: int | None, policy: str, options: 
     import torch
     from safetensors.torch import save_file
 
-    from kvrewrite.cli.app import parse_options
+    from kvrewrite.cli.options import parse_options
     from kvrewrite.policies import POLICIES, make
     from kvrewrite.tools.benchmark.shapes import ShapeSource
 

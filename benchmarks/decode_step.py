@@ -23,7 +23,7 @@ from kvrewrite.kernels.linear import small
 from kvrewrite.passes.lower.prompt import lower_prefill
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.subjects import Arm, PolicySpec
 
 STEPS = 40
 

@@ -193,7 +193,7 @@ def prepared(policy: str, options: dict[str, Any], layers: int, prompt: int, sta
     """The compiled model of `layers` layers, and a cache with a prompt. The prompt runs uncompiled: that is not measured."""
     from kvrewrite.runtime.parts import Execution
     from kvrewrite.tools.benchmark.shapes import ShapeSource
-    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+    from kvrewrite.tools.subjects import Arm, PolicySpec
 
     source = ShapeSource("llama-3.1-8b", device="cuda")
     source.hf_config.num_hidden_layers = layers
@@ -292,7 +292,7 @@ def profiled(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str,
 def share(layers: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Prompts of 131072 tokens through compiled layers (no logits but the last); Locret: its last chunk at a full cache."""
     from kvrewrite.tools.benchmark.shapes import ShapeSource
-    from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+    from kvrewrite.tools.subjects import Arm, PolicySpec
 
     found = []
     cases: list[tuple[str, dict[str, Any], int, int]] = [

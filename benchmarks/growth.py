@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.subjects import Arm, PolicySpec
 
 STEPS, COLD = 16, 8
 

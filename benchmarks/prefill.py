@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvrewrite.passes.lower import prompt
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec
+from kvrewrite.tools.subjects import Arm, PolicySpec
 
 CAPTURE = "capture"
 LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "turn": "_turn_both"}  # in kvrewrite/passes/lower/prompt.py

@@ -1,4 +1,4 @@
-"""Which shapes the attention kernels take. (Ops ask without loading Triton.)"""
+"""Which shapes the attention kernels take, and how they split a head's channels. (Ops ask without loading Triton.)"""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def why_not(d: int, dv: int, group: int, tokens: int, hidden: bool, bits: int = 
 def why_not_latent(v_dim: int) -> str | None:
     """Why no kernel takes a cache whose values are a part of its keys (mla=latent: values of width 0); None for others."""
     return None if v_dim else "a cache of latents, whose values are a part of the keys (mla=latent)"
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A head dim as two powers of two of at least 16, which is what one tl.dot takes; the second is as small as will do, or 0.
+    96 = 64 + 32 costs less than 128."""
+    first = max(16, 1 << (width.bit_length() - 1))
+    rest = width - first
+    return (first, 0) if rest <= 0 else (first, max(16, 1 << (rest - 1).bit_length()))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.evaluate import StandIns
 from kvrewrite.ir.fx import placeholder
@@ -34,8 +34,9 @@ from kvrewrite.passes.canonical.validate import Snapshot, require_check, validat
 from kvrewrite.passes.insert.cache import insert_cache, site_nodes
 from kvrewrite.passes.insert.devices import place
 from kvrewrite.passes.insert.latent import cache_latent
-from kvrewrite.passes.insert.policy import PREFIX, SiteHook, attach_weights
+from kvrewrite.passes.insert.policy import attach_weights
 from kvrewrite.policies import Policy
+from kvrewrite.policies.site import PREFIX, SiteHook
 from kvrewrite.policies.weights import check_policy_weights
 
 Observer = Callable[[str, fx.GraphModule], None]

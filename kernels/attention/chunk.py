@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvrewrite.kernels.groups import At, Logits, Slots, Tokens
-from kvrewrite.kernels.limits import why_not
+from kvrewrite.kernels.limits import split_width, why_not
 
 ROUTES = ("auto", "hopper", "triton", "cudnn")
 HOPPER_DIMS = (64, 128, 256)  # head dimensions of the warp-specialized kernel, equal for keys and values
@@ -284,13 +284,6 @@ def _chunk_attention(
         tl.store(out_tile + e1[None, :], out_rest, mask=inside[:, None] & (e1 < DV)[None, :])
 
 
-def split_channels(d: int) -> tuple[int, int]:
-    """A head dimension in two parts, each a power of 2 of at least 16 (the second may be 0): what one tl.dot takes."""
-    first = max(16, 1 << (d.bit_length() - 1))
-    rest = d - first
-    return (first, 0) if rest <= 0 else (first, max(16, triton.next_power_of_2(rest)))
-
-
 def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
     """A unit in elements, and the strides of the first three dims of each tensor counted in it.
 
@@ -347,7 +340,7 @@ def portable(
     if heads_at_once is None:
         heads_at_once = heads_together(b * h, h // hkv, capacity + t, (d + dv) * q.element_size())
     blocks = triton.cdiv(t, config.block_m)
-    (d0, d1), (v0, v1) = split_channels(d), split_channels(dv)
+    (d0, d1), (v0, v1) = split_width(d), split_width(dv)
     unit, strides = strides_in_units(q, k, v)
     _chunk_attention[(blocks * b * h,)](
         q, k, v, k_cache, v_cache, lens, lens if cache_pos is None else cache_pos, positions, valid,

@@ -13,17 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kvrewrite.kernels.groups import At, KeySlots, Logits, Watch
+from kvrewrite.kernels.limits import split_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLAT_ROWS = 128  # up to so many query rows, those of all heads of a group are one dimension: no half-empty tiles
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def split_width(width: int) -> tuple[int, int]:
-    """A head dim as two powers of two of at least 16 (the second may be 0): 96 = 64 + 32 costs less than 128."""
-    first = max(16, 1 << (width.bit_length() - 1))
-    rest = width - first
-    return (first, 0) if rest <= 0 else (first, max(16, triton.next_power_of_2(rest)))
 
 
 def config(dtype: torch.dtype, width: int, rows: int, group: int) -> dict[str, int]:

@@ -21,10 +21,9 @@ from kvrewrite.kernels.attention.column_mass import (
     load_parts,
     logits_of,
     soft_cap,
-    split_width,
 )
 from kvrewrite.kernels.groups import At, Logits, Slots, Tokens
-from kvrewrite.kernels.limits import why_not
+from kvrewrite.kernels.limits import split_width, why_not
 
 COMPACT_ROWS = 64  # tokens a program of `_compact` moves
 

@@ -50,6 +50,8 @@ def proof_text(proof: dict[str, Any] | None) -> str:
         parts.append(
             f"{proof['sites']} attention sites ({proof['distinct']} distinct) give what they replaced, on up to {longest} tokens"
         )
+    if proof["masks"]:
+        parts.append(f"masks are what they were recognized as at every distance, on up to {proof['masks']} tokens")
     if proof["rest"]:
         parts.append(f"all else treats every token by itself, on up to {max(proof['rest'])} tokens")
     if proof["whole"]:

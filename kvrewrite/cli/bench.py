@@ -1,4 +1,4 @@
-"""`kvrewrite bench`; `cli` registers it, so this module does not import it when it is loaded."""
+"""The command `kvrewrite bench`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import Any
 
 import click
 
-from kvrewrite.cli.evaluate import AS_JSON, DTYPES, parse_budget, parse_policies
+from kvrewrite.cli.options import AS_JSON, DTYPES, parse_budget, parse_policies
+from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
 from kvrewrite.errors import ArtifactError, OptionError
 
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def register(group: click.Group) -> None:
-    """Adds the command to the command line."""
-    group.command("bench")(bench)
 
 
 def parse_bytes(text: str) -> int:
@@ -28,6 +24,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+@click.command(cls=Command)
 @click.argument("model")
 @click.option(
     "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
@@ -92,17 +89,16 @@ def bench(
     budgets = tuple(parse_budget(t) for t in budget_texts)
     limit = None if limit_text is None else parse_bytes(limit_text)
     _check_files(out, plot, resume, force)
-    from kvrewrite.cli.app import _device
     from kvrewrite.tools.benchmark.baselines import parse_baselines
     from kvrewrite.tools.benchmark.measure import Options
     from kvrewrite.tools.benchmark.run import Settings
-    from kvrewrite.tools.evaluation.run import CONVERTED, PolicySpec
+    from kvrewrite.tools.subjects import CONVERTED, PolicySpec
 
     baselines = parse_baselines(baseline_text)
     if not specs and _is_converted(model):
         specs = (PolicySpec(CONVERTED),)
     settings = Settings(
-        model, specs, budgets, contexts, batches, baselines, str(_device(device or _default_device())), dtype, compiled,
+        model, specs, budgets, contexts, batches, baselines, str(find_device(device or _default_device())), dtype, compiled,
         limit, Options(repeat, steps, new_tokens, seconds, profile, seed),
     )  # fmt: skip
     _run(settings, out, resume, plot, as_json)
@@ -132,7 +128,7 @@ def _check_files(out: Path | None, plot: Path | None, resume: bool, force: bool)
         if not path.resolve().parent.is_dir():
             raise ArtifactError(f"{name} {path}: its directory does not exist")
     if plot is not None:
-        from kvrewrite.tools.evaluation.plots import require_matplotlib
+        from kvrewrite.tools.plotting import require_matplotlib
 
         require_matplotlib()
         if plot.suffix.lower() != ".png":
@@ -140,25 +136,23 @@ def _check_files(out: Path | None, plot: Path | None, resume: bool, force: bool)
 
 
 def _run(settings: Any, out: Path | None, resume: bool, plot: Path | None, as_json: bool) -> None:
-    from kvrewrite.cli.app import _out, _print_json
-    from kvrewrite.cli.evaluate import _long_bar, _quiet_transformers, _warn
     from kvrewrite.tools.benchmark.plot import draw
     from kvrewrite.tools.benchmark.report import explanation, tables
     from kvrewrite.tools.benchmark.run import bench as run
 
-    _quiet_transformers()
+    quiet_transformers()
     started = time.perf_counter()
     try:
-        with _long_bar() as progress:
-            results = run(settings, out=out, resume=resume, progress=progress, warn=_warn)
+        with long_bar() as progress:
+            results = run(settings, out=out, resume=resume, progress=progress, warn=warn)
     except KeyboardInterrupt:
         if out is not None and out.exists():
             click.echo(f"{out} keeps what is done; the same command with --resume continues", err=True)
         raise
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
-        console = _out()
+        console = stdout_console()
         shown, notes = tables(results, console.width)
         for table in shown:
             console.print(table)

@@ -1,4 +1,4 @@
-"""`kvrewrite inspect`; `cli` registers it, so this module does not import it when it is loaded."""
+"""The command `kvrewrite inspect`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvrewrite.cli.evaluate import AS_JSON, parse_budget
+from kvrewrite.cli.options import AS_JSON, parse_budget, parse_options
+from kvrewrite.cli.shared import Command, print_json, settings_text, stderr_console, stdout_console
 from kvrewrite.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -22,11 +23,7 @@ LEGEND = (
 )
 
 
-def register(group: click.Group) -> None:
-    """Adds the command to the command line."""
-    group.command("inspect")(inspect)
-
-
+@click.command(cls=Command)
 @click.argument("model")
 @click.option("--policy", "-p", help="Also show what this policy's insertion does. See `kvrewrite policies`.")
 @click.option("--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the policy.")
@@ -61,16 +58,8 @@ def inspect(
     from kvrewrite import policies
     from kvrewrite.artifact import directory as artifact
     from kvrewrite.artifact.checkpoint import read_json
-    from kvrewrite.cli.app import (
-        _checkpoint_directory,
-        _column,
-        _err,
-        _out,
-        _print_json,
-        _settings,
-        parse_options,
-        sites_table,
-    )
+    from kvrewrite.artifact.local_directory import checkpoint_directory
+    from kvrewrite.tools.tables import escaped, sites_table
 
     if policy is None and (options or budget or chunk is not None or policy_weights is not None):
         raise click.UsageError("--option, --budget, --chunk and --policy-weights need --policy")
@@ -80,7 +69,7 @@ def inspect(
         raise ArtifactError(f"{page} exists; replace it with --force")
     if page is not None and not page.parent.is_dir():
         raise ArtifactError(f"--html {page}: {page.parent} is not a directory; make it first")
-    directory = _checkpoint_directory(model)
+    directory = checkpoint_directory(model)
     chosen = None
     if policy is not None:
         given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
@@ -99,7 +88,7 @@ def inspect(
     else:
         from kvrewrite.tools.inspection.gather import inspect_directory
 
-        with _err().status("compiling") as status:
+        with stderr_console().status("compiling") as status:
             found = inspect_directory(
                 directory, chosen, policy_weights=policy_weights, max_length=max_length, progress=status.update
             )
@@ -123,12 +112,12 @@ def inspect(
     if text:
         data["graph"] = text
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
-    console = _out()
+    console = stdout_console()
     console.print(sites_table(sites))
     if data["policy"]:
-        console.print(f"policy: {_column(_settings(data['policy']))}", soft_wrap=True)
+        console.print(f"policy: {escaped(settings_text(data['policy']))}", soft_wrap=True)
     for group in groups:
         _print_group(console, group)
     if groups:
@@ -136,7 +125,7 @@ def inspect(
     elif foreign and not no_code:
         console.print("the code of a module that is not from transformers can't be shown again; --graph has its graph")
     if page is not None:
-        console.print(f"written: {_column(str(page))}", soft_wrap=True)
+        console.print(f"written: {escaped(str(page))}", soft_wrap=True)
     if text:
         click.echo(text)
 

@@ -1,4 +1,4 @@
-"""`kvrewrite serve`; `cli` registers it."""
+"""The command `kvrewrite serve`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
-
-def register(group: click.Group) -> None:
-    """Adds the command to the command line."""
-    group.command("serve")(serve)
+from kvrewrite.cli.shared import Command, find_device
 
 
+@click.command(cls=Command)
 @click.argument("directory")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen at. There is no authentication."
@@ -69,7 +67,6 @@ def serve(
             "--compile compiles here, --trust-compiled loads what was compiled before; give one of them"
         )
     from kvrewrite.artifact import directory as artifact
-    from kvrewrite.cli.app import _device
     from kvrewrite.errors import OptionError
 
     missing = [m for m in ("starlette", "uvicorn", "pydantic", "jinja2") if importlib.util.find_spec(m) is None]
@@ -79,7 +76,7 @@ def serve(
     from kvrewrite import api, serving
     from kvrewrite.artifact.companions import read_tokenizer
 
-    where = _device(device)
+    where = find_device(device)
     tokenizer = read_tokenizer(directory)
     model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:

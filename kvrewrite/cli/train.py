@@ -1,4 +1,4 @@
-"""`kvrewrite train`; `cli` registers it, so this module does not import it when it is loaded."""
+"""The command `kvrewrite train`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from typing import Any
 
 import click
 
-from kvrewrite.cli.evaluate import AS_JSON
+from kvrewrite.cli.options import AS_JSON, parse_pairs
+from kvrewrite.cli.shared import Command, find_device, print_json, quiet_transformers
 from kvrewrite.errors import OptionError
 
 POLICIES = click.Choice(["locret", "locret_q", "attention_gate"])
 
 
-def register(group: click.Group) -> None:
-    """Adds the command to the command line."""
-    group.command("train")(train)
-
-
 def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     """`key=value` pairs as the fields of the policy's training options want them."""
-    from kvrewrite.cli.app import parse_pairs
     from kvrewrite.policies.base import annotation
 
     if policy == "attention_gate":
@@ -38,6 +33,7 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+@click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--policy", "-p", required=True, type=POLICIES, help="Whose weights are trained.")
 @click.option(
@@ -102,13 +98,11 @@ def train(
     """
     if resume and checkpoints is None:
         raise click.UsageError("--resume needs --checkpoints, the folder to go on from")
-    from kvrewrite.cli.app import _device, _print_json
-    from kvrewrite.cli.evaluate import _quiet_transformers
     from kvrewrite.tools.training import FitOptions
     from kvrewrite.tools.training import train as run
     from kvrewrite.tools.training.trainer import is_main_process
 
-    _quiet_transformers()
+    quiet_transformers()
     options = {"seed": seed, **parse_training_options(policy, pairs)}
     fitting = FitOptions(
         steps=steps, warmup=min(2 * steps // 3, steps - 1) if warmup is None else warmup, batch_size=batch_size,
@@ -119,13 +113,13 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # where the Trainer's progress belongs
         trained = run(
             model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
-            fitting=fitting, device=None if device is None else str(_device(device)), dtype=dtype, plot=plot,
+            fitting=fitting, device=None if device is None else str(find_device(device)), dtype=dtype, plot=plot,
             force=force, labels=labels,
         )  # fmt: skip
     if not is_main_process():
         return
     if as_json:
-        _print_json(trained.as_dict())
+        print_json(trained.as_dict())
         return
     share = trained.trained_parameters / trained.model_parameters
     peak = "" if trained.fitted.peak_bytes is None else f", peak {trained.fitted.peak_bytes / 2**30:.2f} GiB"

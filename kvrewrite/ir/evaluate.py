@@ -22,8 +22,11 @@ from kvrewrite.ir.fx import ancestors, get_attr, is_op, mutates, tensor_of
 aten = torch.ops.aten
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-RANK = 8  # of the stand-in for a large weight
+TOLERANCE = 1e-6  # of the largest number of the reference; everything is computed in float64
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError)  # of ops on arguments that they can't take
+RANK = 8  # of the stand-in for a large weight
+# Products of rows with their groups' weights: torch's, and what transformers has in its place for weights of other dtypes.
+GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 LARGE = 1 << 16  # elements from which a weight gets one
 # Memory that will be written to; it may hold anything, so it holds zeros here.
 EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
@@ -34,6 +37,58 @@ def widen(dtype: torch.dtype) -> torch.dtype:
     if dtype in FLOATS:
         return torch.float64
     return torch.complex128 if dtype == torch.complex64 else dtype
+
+
+def run_op(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node's op gives for these arguments on the CPU. Raises what the op does.
+
+    Some ops count in integers on a GPU and only in floating-point numbers on the CPU (`histc`). Those are computed in float64,
+    which holds integers below 2^53 exactly, and results have the integer dtypes that the node's own have.
+    """
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except NotImplementedError as missing:
+        try:
+            return _run_in_floats(node, args, kwargs)
+        except FAILURES:
+            raise missing from None
+
+
+def _run_in_floats(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    values, spec = tree_flatten((args, kwargs))
+    args, kwargs = tree_unflatten([_as_floats(x) if isinstance(x, Tensor) else x for x in values], spec)
+    found, form = tree_flatten(node.target(*args, **kwargs))  # type: ignore[operator]
+    own, _ = tree_flatten(node.meta.get("val"))
+    if len(own) != len(found) or not all(isinstance(like, Tensor) for like in own):
+        raise TypeError("the dtypes that its results have in the model are not known")
+    return tree_unflatten([x.to(widen(like.dtype)) for x, like in zip(found, own)], form)
+
+
+def _as_floats(value: Tensor) -> Tensor:
+    if value.is_floating_point() or value.is_complex():
+        return value
+    wide = value.to(torch.float64)
+    if not torch.equal(wide.to(value.dtype), value):
+        raise ValueError("its integers are larger than float64 holds exactly")
+    return wide
+
+
+def difference(got: Any, want: Any, tolerance: float = TOLERANCE, least: float = 1e-9) -> str:
+    """How `got` differs from `want`; "" where that is at most `tolerance` of the largest number of `want` (`least`, if that is
+    more)."""
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor) or got.shape != want.shape:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (got, want)]
+        return f"it gives {shapes[0]} where the model gives {shapes[1]}"
+    if not want.numel():
+        return ""
+    if not bool(torch.isfinite(want).all()):
+        return "the model's own result is not finite"
+    if want.dtype == torch.bool or not (want.is_floating_point() or want.is_complex()):
+        return "" if torch.equal(got, want) else "its integers differ"
+    size, off = float(want.abs().max()), float((got - want).abs().max())
+    if off <= tolerance * max(size, least):  # NaN is not
+        return ""
+    return f"it is off by {off:.2g} (the largest number is {size:.2g})"
 
 
 class EvaluationError(Exception):
@@ -153,13 +208,15 @@ class Evaluator:
         if node.op == "get_attr":
             return self.stand_ins(str(node.target), get_attr(self.root, str(node.target)))
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _argument(a, values))  # type: ignore[misc]
+        if str(node.target) in GROUPED and (found := _grouped_product(args)) is not None:
+            return found
         if any(isinstance(a, ThinProduct) for a in args):
             found = _thin(node, args, kwargs)
             if found is not None:
                 return found
         args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)  # type: ignore[assignment]
         try:
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
+            out = run_op(node, args, kwargs)
         except FAILURES as error:
             try:
                 out = _in_own_dtypes(node, args, kwargs)
@@ -248,10 +305,6 @@ def _thin(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (args[0] @ args[1].left) @ args[1].right
     if target is aten.addmm.default and not isinstance(args[1], ThinProduct):
         return args[0] + (args[1] @ args[2].left) @ args[2].right
-    if target is aten._grouped_mm.default and len(args) == 3:
-        if not isinstance(args[1], ThinProduct) or isinstance(args[0], ThinProduct):
-            return None
-        return _grouped(_grouped(args[0], args[1].left, args[2]), args[1].right, args[2])
     if target is aten._to_copy.default or target in (aten.clone.default, aten.detach.default, aten.alias.default):
         return args[0]
     rank = args[0].left.dim() if isinstance(args[0], ThinProduct) else 0
@@ -266,6 +319,16 @@ def _thin(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if order == [*range(rank - 2), rank - 1, rank - 2]:
             return args[0].transposed()
     return None
+
+
+def _grouped_product(args: tuple[Any, ...]) -> Tensor | None:
+    """What one of GROUPED gives, in float64: torch computes it in at most 32 bits. None for other arguments."""
+    if len(args) != 3 or not all(isinstance(args[i], Tensor) for i in (0, 2)) or args[0].dim() != 2:
+        return None
+    x, weights, ends = args
+    if isinstance(weights, ThinProduct):
+        return _grouped(_grouped(x, weights.left, ends), weights.right, ends)
+    return _grouped(x, weights, ends) if weights.dim() == 3 else None
 
 
 def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

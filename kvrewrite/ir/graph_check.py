@@ -27,15 +27,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    GuardOnDataDependentSymNode,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr, symbol
+from kvrewrite.ir.value_facts import NamedSizes
 
 aten = torch.ops.aten
 # What sizes are where memory is estimated and where numbers are checked: about those of a short call, and of a long one.
@@ -111,23 +107,19 @@ class Sizes:
         self.shape_env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=False)
         self.mode.cache_enabled = False  # equal calls are known here already, and filling torch's cache takes longer
-        self._sizes: dict[str, Any] = {}
+        self._sizes = NamedSizes(self.mode)
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def size(self, name: str) -> Any:
-        """The size of this name. Its example is a number that no real size is, and no other one's."""
-        if name not in self._sizes:
-            moving: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            example = torch.empty(1_000_003 + 2 * len(self._sizes), device="meta")
-            self._sizes[name] = self.mode.from_tensor(example, symbolic_context=moving).shape[0]
+        """The size of this name."""
         return self._sizes[name]
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int | str]) -> Tensor:
         """A contiguous tensor."""
         key = (dtype, *shape)
         if key not in self._made:
-            sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
+            sizes = self._sizes.shape(shape)
             with self.mode:
                 self._made[key] = self.same(torch.empty(sizes, dtype=dtype, device=self.device))
         return self._made[key]

@@ -9,6 +9,7 @@ from is lost: "d2" may once have been the product of the other two. Strides are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +48,32 @@ class FactWriter:
         return self._names.setdefault(str(expression), f"d{len(self._names)}")
 
 
+class NamedSizes:
+    """Sizes by name in one fake mode, each a symbol of its own; not to be asked for while the mode is on. known: names that
+    have a size already."""
+
+    def __init__(self, mode: FakeTensorMode, known: Mapping[str, Any] | None = None):
+        self._mode, self._sizes = mode, dict(known or {})
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._sizes:
+            moving: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            example = torch.empty(_FIRST_HINT + 2 * len(self._sizes), device="meta")
+            self._sizes[name] = self._mode.from_tensor(example, symbolic_context=moving).shape[0]
+        return self._sizes[name]
+
+    def shape(self, sizes: Sequence[int | str]) -> list[Any]:
+        """A shape whose names have become sizes."""
+        return [self[size] if isinstance(size, str) else size for size in sizes]
+
+
 class FactReader:
     """The inverse for one graph, whose tensors lie on `device`. Values are fake tensors; alike ones are the same object."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        self._sizes: dict[str, Any] = {}
+        self._sizes = NamedSizes(self._mode)
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, fact: Any, where: str) -> Any:
@@ -70,7 +90,7 @@ class FactReader:
             raise ArtifactError(f"{where}: there is no dtype {fact.dtype!r:.80}")
         key = (fact.dtype, *fact.shape)
         if key not in self._tensors:
-            sizes = [self._size(size) for size in fact.shape]
+            sizes = self._sizes.shape(fact.shape)
             try:
                 with self._mode:
                     self._tensors[key] = torch.empty(sizes, dtype=known, device=self._device)
@@ -79,10 +99,4 @@ class FactReader:
         return self._tensors[key]
 
     def _size(self, size: int | str) -> Any:
-        if isinstance(size, int):
-            return size
-        if size not in self._sizes:
-            moving: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            example = torch.empty(_FIRST_HINT + 2 * len(self._sizes), device="meta")
-            self._sizes[size] = self._mode.from_tensor(example, symbolic_context=moving).shape[0]
-        return self._sizes[size]
+        return self._sizes[size] if isinstance(size, str) else size

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 UNLIMITED = 2**31 - 1  # keep everything
 

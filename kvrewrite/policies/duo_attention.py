@@ -12,7 +12,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
 

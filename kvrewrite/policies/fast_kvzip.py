@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

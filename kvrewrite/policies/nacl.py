@@ -12,7 +12,7 @@ from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
 if TYPE_CHECKING:
     from torch import fx
 
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 LARGE = 1e30  # above any score
 

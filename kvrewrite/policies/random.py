@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

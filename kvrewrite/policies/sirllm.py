@@ -12,7 +12,7 @@ from kvrewrite.policies.streaming_llm import contiguous_where_possible
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

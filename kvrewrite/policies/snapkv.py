@@ -9,7 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores, Segment, pyramid
 
 if TYPE_CHECKING:
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from kvrewrite.policies.base import Policy, Scores
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 
 def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:

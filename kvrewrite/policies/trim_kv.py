@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from kvrewrite.ir.site import AttentionSite
-    from kvrewrite.passes.insert.policy import SiteHook
+    from kvrewrite.policies.site import SiteHook
 
 GATES = ("rg", "rg2", "rg3")
 PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one behind it

@@ -1,6 +1,6 @@
 """Steps compiled ahead of time: an AOTInductor package in a model directory, so that loading it compiles nothing.
 
-`compile_ahead` takes the programs of `exporting.py` through AOTInductor. The packages hold native code and no weights: those
+`compile_ahead` takes the programs of `exported.py` through AOTInductor. The packages hold native code and no weights: those
 are the model's own tensors, which it shares. Native code runs when it is loaded, so that happens only on trust; and it fits
 one version of torch and of kvrewrite (whose ops it calls) and one kind of device, which the manifest says. Nothing is taken
 in silence in its place: what does not fit is an error.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.artifact.checkpoint import read_json
-from kvrewrite.artifact.directory import sha256_of
+from kvrewrite.artifact.files import sha256_of
 from kvrewrite.errors import ArtifactError, CaptureError, InputError
 from kvrewrite.runtime.parts import dynamic_sizes
 

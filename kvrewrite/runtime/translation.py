@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import KVRewriteError, UnsupportedModelError
-from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, widen
+from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.canonical.validate import FARTHEST, TOLERANCE
+from kvrewrite.passes.canonical.validate import FARTHEST
 
 TOKENS = 24
 PIECES = (7, 5, 1, 1, 4)  # tokens of the first chunks; the rest is one more
@@ -108,11 +108,10 @@ def _padded(model: Any, ids: Tensor, want: Tensor) -> None:
 
 
 def _compare(got: Tensor, want: Tensor, how: str) -> None:
-    size, off = float(want.abs().max()), float((got - want).abs().max()) if got.shape == want.shape else float("nan")
-    if not off <= TOLERANCE * max(size, 1e-9):
+    if problem := difference(got, want):
         raise UnsupportedModelError(
-            f"run {how}, the rewritten model does not give the model's logits: they are off by {off:.2g} (the largest is "
-            f"{size:.2g}). Something in it depends on more than attention over cached keys and values"
+            f"run {how}, the rewritten model does not give the model's logits: {problem}. Something in it depends on more than "
+            "attention over cached keys and values"
         )
 
 
@@ -144,7 +143,7 @@ def _as_they_are(name: str, value: Any) -> Any:
 
 def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
     """The program as a model on the CPU in float64, with stand-in weights that are never multiplied out."""
-    from kvrewrite.api import _foreign_config
+    from kvrewrite.runtime.foreign_config import foreign_config
     from kvrewrite.runtime.model import RewrittenModel
 
     graph = fx.Graph()
@@ -167,7 +166,7 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
         for state in layout["states"]
     ]
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
-    model = RewrittenModel(copied, _foreign_config(program, "rehearsal"))
+    model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
     model.__dict__["_execution"] = _Run(Evaluator(program.graph.graph, program.graph, stand_ins))
     model._rotary_graphs = [_RunRotary(gm) for gm in model._rotary_graphs]
     return model

@@ -76,9 +76,9 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     import kvrewrite
     from kvrewrite.analysis.memory import human, plan_memory
     from kvrewrite.assets import small_model
-    from kvrewrite.cli.app import memory_table, sites_table
     from kvrewrite.runtime.model import CACHE_NAME
     from kvrewrite.tools.evaluation import tasks
+    from kvrewrite.tools.tables import memory_table, sites_table
 
     logging.disable_progress_bar()
     started = time.perf_counter()

@@ -16,13 +16,9 @@ from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from kvrewrite.ir.fx import ancestors, fingerprint, get_attr, is_size, same_size, set_attr, shape_of, tensor_of
+from kvrewrite.ir.projections import is_weight_op
 
 aten = torch.ops.aten
-WEIGHT_OPS = (
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default, aten._grouped_mm.default,
-    aten.convolution.default, aten.conv1d.default, aten.baddbmm.default,
-)  # fmt: skip
-TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.to.dtype)
 
 
 @dataclass
@@ -30,12 +26,14 @@ class Rope:
     """The rotation of one site's keys.
 
     pre: the node of the key before the rotation; layout: for each of (B, Hkv, T, D) its axis in `pre`. table: a graph
-    `positions (N,) -> (cos (N, D), sin (N, D))` whose attributes live in the main graph; partner: (D,) channel pairs.
+    `positions (N,) -> (cos (N, D), sin (N, D))` whose attributes live in the main graph, and its dtype; partner: (D,)
+    channel pairs.
     """
 
     pre: fx.Node
     layout: tuple[int, int, int, int]
     table: fx.GraphModule
+    dtype: torch.dtype
     partner: Tensor
     signature: str
 
@@ -49,26 +47,6 @@ class NoRope:
 
     def __bool__(self) -> bool:
         return False
-
-
-def is_weight_op(node: fx.Node) -> bool:
-    """Whether `node` multiplies by a weight: where a projection begins."""
-    if node.op == "call_function" and node.target is aten.matmul.default:
-        return _is_weight(node.args[1])
-    return node.op == "placeholder" or (node.op == "call_function" and node.target in WEIGHT_OPS)
-
-
-def _is_weight(node: Any) -> bool:
-    """Whether `node` is a parameter, maybe transposed (x @ weight.T)."""
-    while isinstance(node, fx.Node) and node.target in TRANSPOSES:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def projections(node: fx.Node) -> list[fx.Node]:
-    """The outputs of weight ops that `node` is made from, in graph order, without looking behind them."""
-    region = ancestors([node], stop=is_weight_op)
-    return sorted(n for n in region if is_weight_op(n) and n.op == "call_function")
 
 
 def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
@@ -133,11 +111,11 @@ def find_rope(
         return replace(known[rotates], pre=pre, layout=layout)
     replay = fx.GraphModule(root, graph, class_name="Rotation")
     try:
-        partner = _pairing(replay, kv_heads, dim, limit)
+        partner, dtype = _pairing(replay, kv_heads, dim, limit)
     except _NotPairs as error:
         return NoRope(str(error), rotated=True)
     table = _table_graph(replay, kv_heads, partner)
-    found = Rope(pre, layout, table, partner, f"{rotates[0]}{partner.tolist()}{kv_heads}")
+    found = Rope(pre, layout, table, dtype, partner, f"{rotates[0]}{partner.tolist()}{kv_heads}")
     if known is not None:
         known[rotates] = found
     return found
@@ -196,8 +174,8 @@ class _NotPairs(Exception):
     pass
 
 
-def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> Tensor:
-    """Which channels the rotation pairs, found by rotating the unit vectors at several positions."""
+def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> tuple[Tensor, torch.dtype]:
+    """Which channels the rotation pairs, found by rotating the unit vectors at several positions; the dtype of cos and sin."""
     replay = _on_cpu(replay)
     partner = torch.arange(dim)
     matrices = []
@@ -227,10 +205,11 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
         turned = replay(x, positions).float()
     except (RuntimeError, IndexError) as error:
         raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
+    dtype = torch.promote_types(cos.dtype, torch.float32)
     cos, sin = cos.float(), sin.float()
     if not torch.allclose(turned, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")
-    return partner
+    return partner, dtype
 
 
 def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ZEROED, clear_memory, erase_dead, fake_value, is_op, mutates, symbol, tensor_of
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def normalize(captured: Captured) -> None:
 
     Ensures: no assertions, no dead nodes, `reshape` in place of `view` (whose arguments were right for the strides of
     the trace only), letters for all axes of an einsum, no product of two transposed matrices, zeros in place of memory that
-    holds anything, and no copies, casts, slices or dropouts that do nothing.
+    holds anything, histograms that a CPU and a GPU know, and no copies, casts, slices or dropouts that do nothing.
     """
     gm = captured.graph
     copies_matter = any(n.target in STRIDE_SENSITIVE or mutates(n) for n in gm.graph.nodes)
@@ -41,6 +41,8 @@ def normalize(captured: Captured) -> None:
             node.target = aten.reshape.default
         elif node.target in ZEROED:
             clear_memory(node)
+        elif is_op(node, aten.histc.default):
+            _count_in_floats(gm, node)
         elif (source := _copied(node, copies_matter)) is not None:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
@@ -77,6 +79,25 @@ def _name_all_axes(node: fx.Node) -> None:
     if any(len(sizes[c]) > 1 for c in letters):
         return
     node.args = (f"{','.join(terms)}->{result.replace('...', letters)}", operands)
+
+
+def _count_in_floats(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A histogram of integers as one of float64: a GPU counts either, the CPU has no kernel for integers, and a graph that was
+    captured on one must run on the other. Routers of mixtures of experts count so on a GPU, by `histc(ids.int())`."""
+    source, own = node.args[0], tensor_of(node)
+    given = tensor_of(source)
+    if given is None or own is None or given.is_floating_point():
+        return
+    assert isinstance(source, fx.Node)
+    with gm.graph.inserting_before(node):
+        wide = gm.graph.call_function(aten._to_copy.default, (source,), {"dtype": torch.float64})
+        counts = gm.graph.call_function(node.target, (wide, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
+        turned = gm.graph.call_function(aten._to_copy.default, (counts,), {"dtype": own.dtype})
+    for made in (wide, counts, turned):
+        made.meta.update(node.meta)
+        made.meta["val"] = fake_value(made)
+    node.replace_all_uses_with(turned)
+    gm.graph.erase_node(node)
 
 
 def _turn_around(gm: fx.GraphModule, node: fx.Node) -> None:

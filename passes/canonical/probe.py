@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.evaluate import EMPTY, widen
+from kvrewrite.ir.evaluate import EMPTY, FAILURES, run_op, widen
 from kvrewrite.ir.fx import ancestors, concretize, get_attr, is_op, is_size, shape_of, tensor_of
+from kvrewrite.passes.canonical.apart import Axes, special
 
 aten = torch.ops.aten
 
@@ -29,8 +30,6 @@ MOST_HASHED = 1 << 24  # elements of a table that is told from others by its val
 SHAPE_ONLY = (
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 )  # fmt: skip
-
-
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 UNDERFLOW = -200.0  # a weight of exp(-200) is nothing, also in float64 beside one
 
@@ -84,6 +83,8 @@ def depends_on_data(root: fx.Node) -> bool:
 class Probe:
     """Evaluates nodes of one graph for one batch size and length; every node at most once.
 
+    positions: ascending, int64 (n,): only the tokens at these positions are evaluated, of a text that ends with the last of them.
+    `length` is n then, and arrays over the sequence have n entries. Only for nodes of which `apart.why_not` finds no fault.
     overrides: values that are given instead of computed. cut: nodes whose value is drawn at random instead of computed.
     Parameters and buffers are used as they are, or drawn at random where they have no data (device `meta`).
     """
@@ -96,10 +97,15 @@ class Probe:
         overrides: Mapping[fx.Node, Any] | None = None,
         cut: Callable[[fx.Node], bool] = lambda _: False,
         seed: int = 0,
+        positions: Tensor | None = None,
     ):
         self.captured = captured
         self.batch, self.length = batch, length
+        self.positions = positions
+        self.axes = Axes(captured) if positions is not None else None
+        # Numbers for the sizes of arrays, and for sizes that are computed with.
         self.sizes = symbols(captured, batch, length)
+        self.numbers = self.sizes if positions is None else symbols(captured, batch, int(positions[-1]) + 1)
         self.values: dict[fx.Node, Any] = dict(overrides or {})
         self.cut = cut
         self.generator = torch.Generator().manual_seed(seed)
@@ -133,24 +139,34 @@ class Probe:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             if node.target == "position_ids":
-                return torch.arange(self.length).repeat(self.batch, 1)
+                positions = torch.arange(self.length) if self.positions is None else self.positions
+                return positions.repeat(self.batch, 1)
             shape = (self.batch, self.length)
             return torch.randint(self.captured.vocab_size or 2, shape, generator=self.generator)
         if node.op == "get_attr":
             return self._attribute(node)
         if is_size(node):
-            return concretize([node.meta["val"]], self.sizes)[0]
+            return concretize([node.meta["val"]], self.numbers)[0]
         if self.cut(node):
             return self.random(node)
         if is_op(node, *EMPTY):
             return torch.zeros(self.shape(node), dtype=widen(node.meta["val"].dtype))
-        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
+        given = tuple(self._sizes_of_arrays(a) if isinstance(a, (list, tuple)) else a for a in node.args)
+        args, kwargs = fx.node.map_aggregate((given, dict(node.kwargs)), self._argument)  # type: ignore[misc]
         try:
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if self.axes is not None and self.positions is not None and (value := tensor_of(node)) is not None:
+                made = special(self.axes, node, args, widen(value.dtype), self.positions)
+                if made is not None:
+                    return made
+            out = run_op(node, args, kwargs)
+        except FAILURES as error:
             raise ProbeError(f"{node.name} could not be evaluated: {str(error).splitlines()[0]}") from error
         # What has torch's default dtype for want of another.
         return out.to(widen(out.dtype)) if isinstance(out, Tensor) else out
+
+    def _sizes_of_arrays(self, value: Any) -> Any:
+        """A list among an op's arguments: the sizes in it are those of an array."""
+        return fx.node.map_arg(value, lambda n: concretize([n.meta["val"]], self.sizes)[0] if is_size(n) else n)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

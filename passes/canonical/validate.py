@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns
+from kvrewrite.ir.evaluate import TOLERANCE, EvaluationError, Evaluator, StandIns, difference
 from kvrewrite.ir.fx import (
     ancestors,
     arg,
@@ -41,14 +41,13 @@ from kvrewrite.ir.fx import (
 )
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.canonicalize import REPLACED, RESULT, SOURCE
-from kvrewrite.passes.canonical.carry_state import layout_of
 from kvrewrite.passes.canonical.check import CARRIED, data_nodes
 from kvrewrite.passes.canonical.probe import integers_in, is_projection, subgraph_text, symbols
+from kvrewrite.passes.canonical.regions import layout_of
 
 aten = torch.ops.aten
 
 CHECKS = ("full", "sites", "off")
-TOLERANCE = 1e-6  # of the largest number of the reference; everything is computed in float64
 LENGTHS = (1, 2, 3, 17)  # tokens of texts that a site is run on, and the rest but for 3
 LONGEST = 4096  # tokens of the longest text that a site is run on
 MOST_SCORES = 1 << 24  # elements of a site's scores
@@ -79,6 +78,7 @@ class Proof:
     distinct: int = 0  # of these, how many different ones
     lengths: list[int] = field(default_factory=list)  # tokens of the texts that sites were run on
     rest: list[int] = field(default_factory=list)  # tokens of the texts that the rest was run on
+    masks: int = 0  # tokens up to which masks were compared at every distance; 0: there is none but the causal one
     whole: list[int] = field(default_factory=list)  # pieces that the whole was run in; 0 stands for padding
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def validate(captured: Captured, before: Snapshot, stand_ins: StandIns, check: s
     Ensures that what was rewritten computes what was captured; raises UnsupportedModelError with layer and reason.
     """
     run = _Validation(captured, before, stand_ins)
-    proof = Proof(check)
+    proof = Proof(check, masks=min(captured.compared, captured.max_positions or captured.compared))
     run.sites(proof)
     if check == "full":
         run.positions(proof)
@@ -238,7 +238,7 @@ class _Validation:
                 ) from error
             # ALiBi's slopes are kept in float32.
             tolerance = TOLERANCE + 1e-7 * length * (arg(source, "alibi") is not None)
-            problem = _difference(got[result], want[replaced], tolerance)
+            problem = difference(got[result], want[replaced], tolerance)
             if problem:
                 raise UnsupportedModelError(
                     f"{_layer(source)}: its attention is not {_described(source)}, as which it was recognized: on a text of "
@@ -285,7 +285,7 @@ class _Validation:
                     f"the model can't be run on a text of {length} tokens, which a cache needs: {_at(error.node)}{error}"
                 ) from error
             for ours, theirs in pairs.items():
-                problem = _difference(made[ours], wanted[theirs])
+                problem = difference(made[ours], wanted[theirs])
                 if problem:
                     where = layers.get(ours, "the logits")
                     raise UnsupportedModelError(
@@ -399,7 +399,7 @@ class _Locality:
         ids.view(-1)[places], positions.view(-1)[places] = self.tokens[chosen], self.positions[chosen]
 
         def differs(found: dict[fx.Node, Tensor], alone: dict[fx.Node, Tensor], node: fx.Node) -> str:
-            return _difference(found[node].flatten(0, 1)[places], alone[node][:, 0][chosen])
+            return difference(found[node].flatten(0, 1)[places], alone[node][:, 0][chosen])
 
         together = self._evaluate(ids, positions)
         for node in self.watched:
@@ -471,23 +471,6 @@ def _token_value(node: fx.Node, order: Iterable[int], inputs: dict[str, Tensor],
 def _number(name: str) -> int:
     """A number for a name, the same in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-
-
-def _difference(got: Any, want: Any, tolerance: float = TOLERANCE) -> str:
-    """How `got` differs from `want`, "" where it does not."""
-    if not isinstance(got, Tensor) or not isinstance(want, Tensor) or got.shape != want.shape:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (got, want)]
-        return f"it gives {shapes[0]} where the model gives {shapes[1]}"
-    if not want.numel():
-        return ""
-    if not bool(torch.isfinite(want).all()):
-        return "the model's own result is not finite"
-    if want.dtype == torch.bool or not (want.is_floating_point() or want.is_complex()):
-        return "" if torch.equal(got, want) else "its integers differ"
-    size, off = float(want.abs().max()), float((got - want).abs().max())
-    if off <= tolerance * max(size, 1e-9):  # NaN is not
-        return ""
-    return f"it is off by {off:.2g} (the largest number is {size:.2g})"
 
 
 def _described(source: fx.Node) -> str:

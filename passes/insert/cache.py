@@ -8,6 +8,7 @@ where they are asked for. Runs last: graph matchers refuse to cross mutating ops
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured, RotaryTable
+from kvrewrite.capture.captured import Captured, RotaryTable
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import (
     add_placeholder,
@@ -32,18 +33,27 @@ from kvrewrite.ir.fx import (
     shape_of,
     tensor_of,
 )
+from kvrewrite.ir.layout import (
+    InputMaker,
+    PoolShapes,
+    call_inputs,
+    class_inputs,
+    length_input,
+    pool_shapes,
+    rotary_inputs,
+    state_input,
+)
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
-from kvrewrite.passes.insert.policy import SiteHook, SiteInputs, insert_policy
+from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
 from kvrewrite.policies.base import Policy
+from kvrewrite.policies.site import SiteHook, SiteInputs
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
-POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages")
-QUANTIZED_POOLS = ("k_pages", "v_pages", "k_params", "v_params", "score_pages", "pos_pages")
 
 
 @dataclass
@@ -80,10 +90,12 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     classes, where = _classes(nodes, sites, devices)
     policy.check_layers(len(where))
     scheme = _scheme(policy, sites)
-    inputs = _control_inputs(gm, len(classes), contiguous, policy)
+    add = InputMaker(gm)
+    pools = [pool_shapes(c.k_dim, c.v_dim, captured.dtype, scheme) for c in classes]
+    inputs = _control_inputs(add, classes, pools, contiguous, policy)
     rotary: list[dict[str, Any]] = []
-    tables = _rotary_inputs(gm, captured, ropes, rotary) if contiguous or policy.needs_rotary else {}
-    shared = _Shared(captured, policy, inputs, scheme)
+    tables = _rotary_inputs(gm, captured, ropes, rotary, add) if contiguous or policy.needs_rotary else {}
+    shared = _Shared(captured, policy, inputs, list(pools[0]), scheme, add)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
@@ -109,7 +121,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     for layer, cache in owners.items():
         last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
     logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
-    lengths = _length_inputs(gm, captured.rotary_tables, rotary)
+    lengths = _length_inputs(gm, captured.rotary_tables, rotary, add)
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
@@ -130,10 +142,18 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
 class _Shared:
     """What the hooks of all sites share: graph inputs, states, memo."""
 
-    def __init__(self, captured: Captured, policy: Policy, inputs: dict[str, Any], scheme: Scheme | None):
+    def __init__(
+        self,
+        captured: Captured,
+        policy: Policy,
+        inputs: dict[str, fx.Node],
+        pools: list[str],
+        scheme: Scheme | None,
+        add: InputMaker,
+    ):
         gm = captured.graph
-        self.gm, self.scheme, self.max_positions = gm, scheme, captured.max_positions
-        self.pools = POOLS if scheme is None else QUANTIZED_POOLS
+        self.add, self.scheme, self.max_positions = add, scheme, captured.max_positions
+        self.pools = pools
         self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
         self.dtype = str(captured.dtype).removeprefix("torch.")
         names = ("positions", "valid", "recent", *policy.inputs)
@@ -150,7 +170,7 @@ class _Shared:
         holds slots of the cache, which are counted with the others."""
         spec = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill, "slots": slots}
         self.states[name] = spec
-        return add_placeholder(self.gm, f"state_{name}")
+        return self.add(state_input(name, shape, dtype, False))
 
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
@@ -160,11 +180,9 @@ class _Shared:
             known = {**nodes, **cache, **cache["readers"][0]}
             return {name: known[name] for name in parameters(ops.observe.default) if name in known}
 
-        def add_input(name: str) -> fx.Node:
-            return add_placeholder(self.gm, name)
-
+        unrotated = functools.partial(unrotated_query, max_positions=self.max_positions)
         return SiteInputs(
-            nodes, observed, cache["k_dense"], self.memo, self.states, add_input, logits, self.max_positions,
+            nodes, observed, cache["k_dense"], self.memo, self.states, self.add, logits, unrotated,
             cache["rotary"], cache.get("span", (0, 0)),
         )  # fmt: skip
 
@@ -225,24 +243,18 @@ def _span(masks: list[tuple[int, int]]) -> tuple[int, int]:
     return (0, chunks[0]) if len(set(chunks)) == 1 else (0, 0)
 
 
-def _control_inputs(gm: fx.GraphModule, n_classes: int, contiguous: bool, policy: Policy) -> dict[str, Any]:
-    """Adds the inputs that every rewritten graph has."""
-    inputs: dict[str, Any] = {}
-    position_ids = placeholder(gm, "position_ids")
-    inputs["position_ids"] = position_ids if position_ids is not None else add_placeholder(gm, "position_ids")
-    names = ["positions", "valid", "recent", "logit_index"] + (["following", "renew", "span"] if contiguous else [])
-    for name in [*names, *policy.inputs]:
-        inputs[name] = add_placeholder(gm, name)
-    ragged = ("floor", "spare", "next_table") if policy.ragged else ()
-    pools = POOLS if policy.quantize == "none" else QUANTIZED_POOLS
-    for c in range(n_classes):
-        for name in (*pools, "table", "lens", "keep", *ragged):
-            inputs[f"{name}_{c}"] = add_placeholder(gm, f"{name}_{c}")
-    return inputs
+def _control_inputs(
+    add: InputMaker, classes: list[CacheClass], pools: list[PoolShapes], contiguous: bool, policy: Policy
+) -> dict[str, fx.Node]:
+    """Adds the inputs that every rewritten graph has; by name."""
+    specs = call_inputs(contiguous, policy.inputs)
+    for c, (spec, shapes) in enumerate(zip(classes, pools)):
+        specs += class_inputs(c, len(spec.layers), spec.kv_heads, shapes, policy.ragged)
+    return {spec.name: add(spec) for spec in specs}
 
 
 def _rotary_inputs(
-    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[dict[str, Any]]
+    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[dict[str, Any]], add: InputMaker
 ) -> dict[int, tuple[fx.Node, fx.Node, fx.Node]]:
     """One (cos, sin, partner) per distinct rotation: site -> nodes; fills `rotary` with the graphs that make them."""
     from kvrewrite.ir.serialize import graph_to_dict
@@ -252,14 +264,14 @@ def _rotary_inputs(
     for layer, rope in ropes.items():
         if rope.signature not in by_signature:
             index = len(rotary)
-            cos, sin = add_placeholder(gm, f"rotary_cos_{index}"), add_placeholder(gm, f"rotary_sin_{index}")
+            cos, sin = (add(spec) for spec in rotary_inputs(index, len(rope.partner), rope.dtype))
             for node in rope.table.graph.nodes:
                 if node.op == "get_attr" and str(node.target).startswith("rotary_"):
                     name = f"rotary_tables.{index}.{node.target}"
                     set_attr(gm, name, get_attr(rope.table, str(node.target)))
                     set_attr(rope.table, name, get_attr(rope.table, str(node.target)))
                     node.target = name
-            lengths = _length_inputs(rope.table, captured.rotary_tables, [])
+            lengths = _length_inputs(rope.table, captured.rotary_tables, [], None)
             rope.table.recompile()
             attributes = [str(n.target) for n in rope.table.graph.nodes if n.op == "get_attr"]
             rotary.append(
@@ -277,8 +289,11 @@ def _rotary_inputs(
     return tables
 
 
-def _length_inputs(gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`."""
+def _length_inputs(
+    gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[dict[str, Any]], add: InputMaker | None
+) -> list[dict[str, Any]]:
+    """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`. add: None for a graph of
+    rotary tables, whose inputs have no values."""
     found = []
     for i, table in enumerate(tables):
         nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == table.attribute]
@@ -287,7 +302,7 @@ def _length_inputs(gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[d
             continue
         name = f"length_table_{i}"
         if nodes:
-            new = add_placeholder(gm, name, nodes[0].meta.get("val"))
+            new = add_placeholder(gm, name) if add is None else add(length_input(name, table.short))
             for node in nodes:
                 node.replace_all_uses_with(new)
                 gm.graph.erase_node(node)

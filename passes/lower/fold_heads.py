@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.ir.fx import erase_dead, get_attr, is_op, set_attr, tensor_of
-from kvrewrite.passes.insert.policy import PREFIX
+from kvrewrite.policies.site import PREFIX
 
 aten = torch.ops.aten
 FOLDED = "folded."

@@ -222,16 +222,17 @@ def _moving(node: fx.Node, views: dict[str, tuple[str, int]], rows_move: bool) -
     """The dimensions of an input that are no constants."""
     if node.op == "get_attr":
         return ()
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        return tuple(d for d, size in enumerate(value.shape) if rows_move and isinstance(size, torch.SymInt))
     name = views[node.name][0] if node.name in views else _name(node)
     if name == "span":
         return (1,)
     if name in _ROWS or name.startswith("state_"):
         return (0, 1) if rows_move else ()
     match = _CACHE_INPUT.match(name)
-    dims = _MOVING.get(match[1], ()) if match else ()
+    value = node.meta.get("val")
+    if not (match and match[1] in _MOVING):
+        shape = value.shape if isinstance(value, Tensor) and rows_move else ()
+        return tuple(d for d, size in enumerate(shape) if isinstance(size, torch.SymInt))
+    dims = _MOVING[match[1]]
     if not rows_move:
         dims = tuple(d for d in dims if d != 1)
     return tuple(d - 1 for d in dims) if node.name in views else dims

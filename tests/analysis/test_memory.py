@@ -10,7 +10,7 @@ from kvrewrite.analysis import memory
 from kvrewrite.analysis.memory import MemoryPlan, human, plan_memory
 from kvrewrite.analysis.model_card import model_card
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
-from kvrewrite.cli.app import memory_table
+from kvrewrite.tools.tables import memory_table
 from tests.support.rewritten import rewritten
 from tests.support.zoo import make
 

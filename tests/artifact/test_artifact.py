@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from kvrewrite.artifact import directory as artifact
-from kvrewrite.artifact import publishing
+from kvrewrite.artifact import files, publishing, writing
 from kvrewrite.artifact.checkpoint import Checkpoint
-from kvrewrite.artifact.directory import companion_files, read_artifact, read_manifest, verify_hashes, write_artifact
-from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+from kvrewrite.artifact.directory import read_artifact, read_manifest, verify_hashes
+from kvrewrite.artifact.meta_model import build_on_meta
+from kvrewrite.artifact.parameter_sources import parameter_sources
+from kvrewrite.artifact.writing import companion_files, write_artifact
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.program import Program
@@ -278,9 +279,9 @@ def test_a_failure_leaves_what_was_there(
         raise failure
 
     if step in STEPS:
-        monkeypatch.setattr(artifact._Writer, step, fail)
+        monkeypatch.setattr(files.Writer, step, fail)
     elif step == "middle of a copy":
-        monkeypatch.setattr(artifact, "_CHUNK", 100)
+        monkeypatch.setattr(files, "_CHUNK", 100)
         real_open, written = Path.open, []
 
         class Full:
@@ -310,7 +311,7 @@ def test_a_failure_leaves_what_was_there(
 
         monkeypatch.setattr(Path, "open", open_full)
     elif step == "manifest":
-        monkeypatch.setattr(artifact, "_manifest", fail)
+        monkeypatch.setattr(writing, "_manifest", fail)
     else:
         monkeypatch.setattr(publishing, "exchange", lambda *_: False)  # as on file systems that can't
         real_rename, real_replace, calls = os.rename, os.replace, []

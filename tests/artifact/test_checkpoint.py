@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvrewrite.artifact.checkpoint import Checkpoint, check_recipe, load_parameters, put_tensors, read_header
-from kvrewrite.artifact.meta_model import build_on_meta, parameter_sources
+from kvrewrite.artifact.checkpoint import Checkpoint, read_header
+from kvrewrite.artifact.meta_model import build_on_meta
+from kvrewrite.artifact.parameter_sources import parameter_sources
+from kvrewrite.artifact.recipes import check_recipe, load_parameters
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
-from kvrewrite.ir.fx import get_attr
+from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.serialize import graph_to_dict, retarget_device
 from tests.support.rewritten import traced
 from tests.support.zoo import FAMILIES, VOCAB, make
@@ -80,7 +82,10 @@ def test_capture_on_meta_is_capture(tmp_path: Path, name: str) -> None:
             assert type(value) in (Tensor, nn.Parameter)
             assert value.is_meta == (node.target in sources), node.target
     assert all(type(p) is nn.Parameter and p.is_meta for p in model.parameters())
-    put_tensors(captured.graph, load_parameters(Checkpoint.open(path), sources))
+    loaded = load_parameters(Checkpoint.open(path), sources)
+    for name in {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"} & loaded.keys():
+        parameter = isinstance(get_attr(captured.graph, name), nn.Parameter)
+        set_attr(captured.graph, name, nn.Parameter(loaded[name]) if parameter else loaded[name])
     retarget_device(captured.graph, "cpu")
     real.set_attn_implementation("eager")  # the sdpa of transformers 5.17 drops Gemma 2's softcap
     ids = torch.randint(0, VOCAB, (2, 11))

@@ -21,12 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kvrewrite
-from kvrewrite.artifact import directory as artifact
-from kvrewrite.artifact import publishing
+from kvrewrite.artifact import files, publishing, writing
 from kvrewrite.artifact.checkpoint import Checkpoint
 from kvrewrite.artifact.companions import read_tokenizer
+from kvrewrite.artifact.policy_weights import import_pickle
 from kvrewrite.errors import ArtifactError
-from kvrewrite.policies.weights import import_pickle
 from tests.support.fuzz_files import resign
 from tests.support.tiny import make_checkpoint
 
@@ -58,7 +57,7 @@ def sign(directory: Path, *names: str, change: Callable[[Json], Any] = lambda _:
     body = json.loads((directory / "kvrewrite.json").read_text())
     for name in names:
         path = directory / name
-        body["files"][name] = {"size": path.stat().st_size, "sha256": artifact.sha256_of(path)}
+        body["files"][name] = {"size": path.stat().st_size, "sha256": files.sha256_of(path)}
     change(body)
     (directory / "kvrewrite.json").write_bytes(resign(body))
 
@@ -390,14 +389,14 @@ def test_what_appears_while_a_model_is_written_is_kept(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    seal = artifact._Writer.seal
+    seal = files.Writer.seal
 
     def thesis(self: Any) -> None:
         seal(self)
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
 
-    monkeypatch.setattr(artifact._Writer, "seal", thesis)
+    monkeypatch.setattr(files.Writer, "seal", thesis)
     with pytest.raises(ArtifactError, match="something appeared"):
         write(base, out)
     assert (out / "thesis.txt").read_text() == "years of work" and os.listdir(tmp_path) == ["out"]
@@ -411,7 +410,7 @@ def test_force_checks_again_what_it_replaces(
     base: Path, honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(honest, tmp_path / "out"))
-    seal = artifact._Writer.seal
+    seal = files.Writer.seal
 
     def swapped(self: Any) -> None:
         seal(self)
@@ -419,7 +418,7 @@ def test_force_checks_again_what_it_replaces(
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
 
-    monkeypatch.setattr(artifact._Writer, "seal", swapped)
+    monkeypatch.setattr(files.Writer, "seal", swapped)
     with pytest.raises(ArtifactError, match="not a model directory"):
         write(base, out, force=True)
     assert os.listdir(out) == ["thesis.txt"]
@@ -478,7 +477,7 @@ def test_a_source_that_changes_while_it_is_copied(base: Path, tmp_path: Path, mo
     def cut(cls: Any, *args: Any) -> Checkpoint:
         found = open_checkpoint(cls, *args)
         if found.directory == source and shard.stat().st_size == found.stamps[shard.name][2]:
-            monkeypatch.setattr(artifact, "_check_space", lambda *_: os.truncate(shard, 5000))
+            monkeypatch.setattr(writing, "_check_space", lambda *_: os.truncate(shard, 5000))
         return found
 
     monkeypatch.setattr(Checkpoint, "open", classmethod(cut))

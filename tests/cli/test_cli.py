@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from kvrewrite.cli import app as cli
+from kvrewrite.cli.options import parse_options, parse_value
 from kvrewrite.errors import OptionError
 from tests.support.tiny import make_checkpoint
 
@@ -275,14 +276,14 @@ def test_policies():
     ],
 )
 def test_values_of_options(hint, text, value):
-    assert cli.parse_value(text, hint) == value
+    assert parse_value(text, hint) == value
 
 
 def test_values_that_do_not_fit():
     for pair in ("budget=much", "start=none", "decode_eviction=2"):
         with pytest.raises(OptionError, match=pair.split("=")[0]):
-            cli.parse_options("streaming_llm", [pair])
-    assert cli.parse_options("streaming_llm", ["decode-eviction=off"], budget=8, chunk=None) == {
+            parse_options("streaming_llm", [pair])
+    assert parse_options("streaming_llm", ["decode-eviction=off"], budget=8, chunk=None) == {
         "budget": 8,
         "decode_eviction": False,
     }
@@ -317,12 +318,12 @@ def test_import_published(tmp_path):
 
 
 def test_interruption_leaves_nothing(base, tmp_path, monkeypatch):
-    from kvrewrite.artifact import directory as artifact
+    from kvrewrite.artifact import writing
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "publish", interrupted)
+    monkeypatch.setattr(writing, "publish", interrupted)
     done = call("convert", str(base), *CONVERT, "--out", str(tmp_path / "out"))
     assert done.exit_code == 130
     assert "interrupted" in done.stderr

@@ -19,7 +19,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import kvrewrite
 from kvrewrite.cache.eviction_cache import CACHE_NAME
-from kvrewrite.dynamo import append_tokens, backend
+from kvrewrite.dynamo import append_tokens, backend, caches, traced_call
 from kvrewrite.dynamo.caches import StockState
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from tests.support.rewritten import build, original, rewritten
@@ -152,7 +152,7 @@ def test_single_tokens_only_join(model: Any, monkeypatch: pytest.MonkeyPatch, de
     user, small = compiled(model, policy="snapkv", **options), rewritten("llama", "snapkv", **options)
     expected, theirs = run(small, prompt, 30, attention_mask=mask)
     found, ours = run(user, prompt, 30, attention_mask=mask)
-    state = backend.state_of([t for layer in ours.layers for t in (layer.keys, layer.values)])
+    state = caches.state_of([t for layer in ours.layers for t in (layer.keys, layer.values)])
     assert torch.equal(found, expected) and state.positions() == theirs.positions() and len(steps) == 29
     with torch.no_grad():
         for new in (turn, turn[:, :1]):
@@ -214,7 +214,7 @@ def test_nothing_evicted_is_the_original(model: Any) -> None:
 def test_cache_holds_views_of_its_state(model: Any) -> None:
     """No second copy: what the DynamicCache holds is the memory that the policy works on, and is what the policy kept."""
     _, cache = run(compiled(model, **STREAMING), ids(2, 31), 5)
-    state = backend.state_of([t for layer in cache.layers for t in (layer.keys, layer.values)])
+    state = caches.state_of([t for layer in cache.layers for t in (layer.keys, layer.values)])
     keys = cache.layers[1].keys
     assert keys.untyped_storage().data_ptr() == state.leases[0].store.k_pages.untyped_storage().data_ptr()
     read = torch.ops.kvrewrite.read_pages(state.leases[0].store.k_pages, state.leases[0].table[1])
@@ -382,7 +382,7 @@ def test_torchs_limit_of_recompiles_is_no_way_out(fresh_dynamo: None, model: Any
 
 
 def test_graph_without_attention(model: Any) -> None:
-    backend._told.discard("no attention")
+    traced_call.told.discard("no attention")
 
     def route(x: Tensor, experts: Tensor) -> Tensor:
         return (torch.softmax(x, -1) * experts).sum()

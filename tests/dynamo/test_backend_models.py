@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, LogitsProcessor
 
 import kvrewrite
 from kvrewrite.cache.eviction_cache import CACHE_NAME
-from kvrewrite.dynamo import backend
+from kvrewrite.dynamo import rewrites, traced_call
 from kvrewrite.dynamo.caches import BackendCache, type_for
 from kvrewrite.dynamo.graphs import is_token_wise
 from kvrewrite.errors import CacheError, UnsupportedModelError
@@ -274,7 +274,7 @@ def test_changes_after_the_first_call_are_followed() -> None:
     assert not torch.allclose(check(), first, atol=1e-2)
     hook.remove()
     assert torch.equal(check(), first)
-    assert len(backend._rewrites[model]) == 3
+    assert len(rewrites._rewrites[model]) == 3
 
 
 # ------------------------------------------------------------------------------------------------ threads
@@ -330,7 +330,7 @@ def test_first_calls_of_several_threads() -> None:
         thread.join()
     for i, text in enumerate(texts):
         torch.testing.assert_close(found[i], small(text).logits, rtol=0, atol=1e-5)
-    assert len(backend._rewrites[model]) == 1
+    assert len(rewrites._rewrites[model]) == 1
 
 
 def test_limits_of_recompiling_hold_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,12 +338,12 @@ def test_limits_of_recompiling_hold_for_all_threads(monkeypatch: pytest.MonkeyPa
     config: Any = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit")
     limits = {name: (getattr(config, name), config._config[name].default) for name in names}
-    monkeypatch.setattr(backend, "_debug_get_cache_entry_list", lambda code: [None] * 300)
-    monkeypatch.setattr(backend, "_told", set())
+    monkeypatch.setattr(traced_call, "_debug_get_cache_entry_list", lambda code: [None] * 300)
+    monkeypatch.setattr(traced_call, "told", set())
     seen: list[int] = []
     try:
         with pytest.warns(UserWarning, match="has made 300 graphs"):
-            backend._keep_compiling(test_first_calls_of_several_threads.__code__)
+            traced_call._keep_compiling(test_first_calls_of_several_threads.__code__)
         thread = threading.Thread(target=lambda: seen.extend(getattr(config, name) for name in names))
         thread.start()
         thread.join()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels.attention import reference
-from kvrewrite.kernels.attention.column_mass import column_mass, split_width
+from kvrewrite.kernels.attention.column_mass import column_mass
 from kvrewrite.kernels.groups import At, KeySlots, Logits, Watch
+from kvrewrite.kernels.limits import split_width
 from tests.support.flat import flat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

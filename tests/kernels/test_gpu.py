@@ -14,7 +14,8 @@ from torch import Tensor
 
 import kvrewrite
 import kvrewrite.dynamo.backend  # where the package is not installed, torch.compile does not know its name
-from kvrewrite.artifact.checkpoint import STAGED, Checkpoint, Copier
+from kvrewrite.artifact.checkpoint import Checkpoint
+from kvrewrite.artifact.copier import STAGED, Copier
 from tests.support.rewritten import captured, original, rewrite, rewritten
 from tests.support.zoo import make
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import types
+
 import pytest
 import torch
 
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.scores.reference import pool_window
 from kvrewrite.ops.dispatch import kernels
+from tests.support import head_dims
 from tests.support.head_dims import DIMS, SMALL_SHAPES, UNEQUAL, Found, sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -37,6 +41,36 @@ def test_in_the_interpreter(d: int, dv: int, dtype: torch.dtype) -> None:
     found = list(sweep(d, dv, dtype, "cpu", SMALL_SHAPES, quantized=False))
     assert not wrong(found)
     assert not [x for x in found if x.missing]
+
+
+@pytest.mark.parametrize(("added", "right"), [(0.0, True), (1e-6, True), (1e-3, False)])
+def test_log_sum_exps_are_compared_with_all_of_them(added: float, right: bool) -> None:
+    """The one nearest to 0 may be off by what others are rounded by, and not by more."""
+
+    def off(lse: torch.Tensor) -> torch.Tensor:
+        assert lse.dtype == torch.float32 and lse.abs().max() > 1
+        lse.view(-1)[lse.abs().argmin()] += added
+        return lse
+
+    def run(a: head_dims.Layer) -> dict[str, torch.Tensor]:
+        with kernels("reference"):
+            found = head_dims.token(a, turned=False)
+        return {**found, "lse": off(found["lse"])} if next(calls) == 0 else found  # the kernel's is the first
+
+    calls = itertools.count()
+    layer = head_dims.Layer(head_dims.SHAPES[2], 256, 8, torch.float32, "cpu", 256)
+    found = head_dims.against_exact("token", "token", run, layer)
+    assert found.right == right and next(calls) == 3
+
+    def quantized(*given: object) -> tuple[torch.Tensor, ...]:
+        with kernels("reference"):
+            out, lse, mass = torch.ops.kvrewrite.decode_attention_quantized(*given)
+        return out, off(lse), mass
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(head_dims, "ops", types.SimpleNamespace(decode_attention_quantized=quantized))
+        found = head_dims.quantized_attention("int8", 256, 8, torch.float32, "cpu", 256)
+    assert found.right == right
 
 
 def kept(scores: torch.Tensor, budget: int, mode: str, device: str) -> set[tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kvrewrite
 from kvrewrite.analysis.memory import carried_bytes, plan_memory
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.kernels.recurrence import reference
 from kvrewrite.runtime.parts import reason_against_graphs
@@ -500,6 +501,26 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     torch.testing.assert_close(loaded(text).logits, small(text).logits, rtol=0, atol=0)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(loaded.generate(text, **settings), original("lfm2").generate(text, **settings))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta", "parameters on meta"])
+def test_a_loop_over_chunks_leaves_no_limit_wherever_parameters_lie(where: str) -> None:
+    """What was a loop holds for all lengths once it is a scan: as well where a trace was made without weights, or on a GPU."""
+    from kvrewrite.capture.fake_parameters import capture_on_meta
+    from kvrewrite.passes.pipeline import canonical
+    from tests.coverage import measure
+
+    model: nn.Module = measure.make("qwen3_next")
+    if where == "meta":
+        model = model.to("meta")
+    for module in model.modules() if where == "parameters on meta" else ():
+        for name, value in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=False))
+    found = (capture_on_meta if where == "parameters on meta" else capture)(model)
+    assert found.unrolled
+    found.max_positions = 5000  # as where torch bounds the length that it unrolled the loop for
+    canonical(found, check="off")
+    assert found.max_positions is None
 
 
 @pytest.mark.gpu

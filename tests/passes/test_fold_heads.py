@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from kvrewrite.capture.frontend import capture
 from kvrewrite.ir.fx import get_attr, set_attr
-from kvrewrite.passes.insert.policy import PREFIX
 from kvrewrite.passes.lower.fold_heads import fold_heads
 from kvrewrite.passes.pipeline import canonical
+from kvrewrite.policies.site import PREFIX
 from tests.passes.test_fuse_linears import with_biases
 from tests.support.rewritten import build, rewrite
 

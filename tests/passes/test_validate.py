@@ -3,6 +3,7 @@ are exact. Each is compared with the unmodified module, in chunks and token by t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvrewrite
+from kvrewrite.analysis.model_card import proof_text
 from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
+from kvrewrite.ir.fx import tensor_of
 from kvrewrite.passes.pipeline import canonical
+from tests.support.zoo import make
 
 VOCAB, WIDTH, HEADS, DIM, MOST = 61, 16, 4, 4, 128
 
@@ -275,6 +279,7 @@ def test_what_was_proved_is_said() -> None:
     proof = small.program.proof
     assert proof is not None and proof["check"] == "full" and proof["sites"] == proof["distinct"] == 1
     assert {1, 2, 3, 40, 41, 42, MOST} <= set(proof["lengths"]) and MOST in proof["rest"] and 1 in proof["whole"]
+    assert proof["masks"] == MOST and f"at every distance, on up to {MOST} tokens" in proof_text(proof)
 
 
 def test_what_is_done_for_one_token_id_alone_is_seen() -> None:
@@ -331,6 +336,114 @@ def test_large_weights_are_never_multiplied_out() -> None:
     assert out.shape == (1, 5, 1000) and bool(torch.isfinite(out).all())
     thin = stand_ins("2.weight", wide[2].weight)
     assert isinstance(thin, ThinProduct) and thin.left.shape == (1000, 8)
+
+
+class _Routed(Model):
+    """Sends each token to one of four experts, and counts how many each has as transformers does: elsewhere than on the CPU in
+    integers, for which the CPU has no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.attention.windows, self.attention.logn
+        self.router, self.experts = nn.Linear(WIDTH, 4), nn.Parameter(torch.zeros(4, WIDTH, WIDTH))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+
+    def mix(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        expert, order = self.router(rows).argmax(-1).sort(stable=True)
+        counted = expert.float() if x.device.type == "cpu" else expert.int()
+        ends = torch.histc(counted, bins=4, min=0, max=3).cumsum(0, dtype=torch.int32)
+        mine = torch.searchsorted(ends, torch.arange(rows.shape[0], device=x.device), right=True)
+        out = torch.bmm(rows[order].unsqueeze(1), self.experts[mine]).squeeze(1)
+        return x + out[order.argsort()].view_as(x)
+
+
+def test_experts_counted_in_integers_run_on_the_cpu() -> None:
+    """Captured on meta, where it counts in integers as on a GPU; run on the CPU, where the module itself counts in floats."""
+    model = made(_Routed())
+    small = kvrewrite.transform(copy.deepcopy(model).to("meta"), "full", budget=200)
+    weights = {f"graph_module.{name}": value for name, value in model.state_dict().items()}
+    small.load_state_dict({name: weights[name] for name in small.state_dict()}, assign=True)
+    small.to("cpu")
+    ids = torch.randint(VOCAB, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want, cache = model(ids), small.new_cache(2)
+        out = [small(part, past_key_values=cache).logits for part in ids.split([29, 7, *[1] * 24], 1)]
+        model.experts.zero_()
+        assert not torch.allclose(model(ids), want, atol=1e-2)  # experts matter
+    assert float((torch.cat(out, 1) - want).abs().max()) <= 1e-4 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_families_with_experts_elsewhere_than_on_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """On other devices experts are counted in integers, and in bf16 multiplied by another op; meta stands for a GPU here."""
+    captured = capture(make(name).to("meta", dtype))
+    assert canonical(captured) and captured.proof.check == "full"
+    counts = [n for n in captured.graph.graph.nodes if n.target is torch.ops.aten.histc.default]
+    assert counts and all(tensor_of(n.args[0]).dtype == torch.float64 for n in counts)  # which every device can
+
+
+def test_differences() -> None:
+    from kvrewrite.ir.evaluate import TOLERANCE, difference
+
+    want = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert difference(want * (1 + TOLERANCE / 2), want) == ""
+    assert "off by 4e-05 (the largest number is 4)" in difference(want * (1 + 10 * TOLERANCE), want)
+    assert "off by nan" in difference(want * float("nan"), want)
+    assert "not finite" in difference(want, want / 0)
+    assert "gives (1,) where the model gives (2,)" in difference(want[:1], want)
+    assert "gives NoneType" in difference(None, want)
+    assert difference(want > 0, want > 0) == "" and difference(want > 0, want < 0) == "its integers differ"
+    assert difference(want * 1e-9, want * 0) and difference(want * 1e-9, want * 0, least=1.0) == ""
+
+
+def _counting(meta: Tensor | None) -> tuple[torch.fx.Graph, torch.fx.Node]:
+    """A graph that counts ids in four bins; meta: what its result is in the model."""
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten.histc.default, (graph.placeholder("ids"), 4, 0, 3))
+    node.meta["val"] = meta
+    graph.output(node)
+    return graph, node
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_ops_without_a_kernel_for_integers_are_computed_in_floats(dtype: torch.dtype) -> None:
+    from kvrewrite.ir.evaluate import EvaluationError, Evaluator
+    from kvrewrite.passes.canonical.probe import run_op
+
+    ids = torch.tensor([0, 3, 3, 1, 7, 3, 0], dtype=dtype)
+    graph, node = _counting(torch.empty(4, dtype=dtype, device="meta"))
+    with pytest.raises(NotImplementedError, match="not implemented for"):
+        torch.histc(ids, 4, 0, 3)
+    got = Evaluator(graph, nn.Module(), lambda _, value: value).result({"ids": ids})
+    assert got.dtype == dtype and got.tolist() == [2, 1, 0, 3]
+    assert torch.equal(run_op(node, (ids, 4, 0, 3), {}), got)
+    # Not where that is not exact, nor where the result's own dtype is not known.
+    for given, value in ((ids, None), (torch.tensor([2**53 + 1]), torch.empty(4, dtype=torch.int64))):
+        graph, _ = _counting(value)
+        with pytest.raises(EvaluationError, match="not implemented for"):
+            Evaluator(graph, nn.Module(), lambda _, value: value).result({"ids": given})
+
+
+def test_products_of_groups_are_computed_in_float64() -> None:
+    """Those of the experts of a bf16 model, which torch itself rounds to bf16."""
+    from kvrewrite.ir.evaluate import Evaluator, ThinProduct
+
+    x, left, right = (
+        torch.randn(n, generator=torch.Generator().manual_seed(0)).double() for n in ((6, 16), (3, 16, 2), (3, 2, 8))
+    )
+    ends = torch.tensor([1, 1, 5], dtype=torch.int32)
+    want = torch.cat([x[:1] @ left[0] @ right[0], x[1:5] @ left[2] @ right[2]])
+    for weights in (left @ right, ThinProduct(left, right)):
+        graph = torch.fx.Graph()
+        given = [graph.placeholder(n) for n in ("x", "weights", "ends")]
+        graph.output(graph.call_function(torch.ops.aten._grouped_mm.default, tuple(given)))
+        run = Evaluator(graph, nn.Module(), lambda _, value: value)
+        got = run.result({"x": x, "weights": weights, "ends": ends})
+        torch.testing.assert_close(got[:5], want, rtol=1e-12, atol=1e-12)
 
 
 class _Functional(nn.Module):

@@ -91,7 +91,9 @@ def test_further_prompts_are_added(policy: str) -> None:
         assert held(cache) == before + 60 and cache.seen == [160]
     for cache, turn in ((one, text), (longer, answered)):
         question = torch.cat([turn, ids(30, seed=1)], 1)
-        if CACHE_NAME == "past_key_values":  # in these versions transformers' chunks begin at position 0 whatever is cached
+        if (
+            CACHE_NAME == "past_key_values"
+        ):  # in these versions transformers' chunks begin at position 0 whatever is cached
             with pytest.raises(InputError, match="positions are counted by the cache"):
                 model.generate(question, cache=cache, prefill_chunk_size=10, **GREEDY)
             continue

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import kvrewrite
 from kvrewrite import policies
-from kvrewrite.api import _facts
+from kvrewrite.artifact.policy_weights import read_policy_weights
+from kvrewrite.artifact.published import import_published
+from kvrewrite.compiler import model_facts
 from kvrewrite.errors import KVRewriteError, OptionError, PolicyWeightsError
 from kvrewrite.passes.pipeline import insert
 from kvrewrite.policies import UNLIMITED
-from kvrewrite.policies.published import import_published
-from kvrewrite.policies.weights import read_policy_weights
 from kvrewrite.runtime.model import RewrittenModel
 from tests.support import learned
 from tests.support.rewritten import captured, fork, original, rewritten
@@ -35,7 +35,7 @@ def transform(policy: str, weights: Any = None, **options: Any) -> Any:
     given = weights if weights is None or not isinstance(weights, dict) else (weights, {})
     if isinstance(weights, Path):
         given = read_policy_weights(weights)
-    program = insert(copied, sites, policies.make(policy, **options), given, _facts(model.config))
+    program = insert(copied, sites, policies.make(policy, **options), given, model_facts(model.config))
     return RewrittenModel(program, model.config, model.generation_config, source=model)
 
 

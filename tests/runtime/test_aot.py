@@ -136,7 +136,7 @@ def changed(out: Path, tmp_path: Path, **compiled: Any) -> Path:
     body = json.loads((twin / artifact.MANIFEST).read_text())
     body["compiled"].update(compiled)
     del body["manifest_sha256"]
-    (twin / artifact.MANIFEST).write_text(json.dumps({**body, "manifest_sha256": artifact._digest(body)}))
+    (twin / artifact.MANIFEST).write_text(json.dumps({**body, "manifest_sha256": artifact.manifest_digest(body)}))
     return twin
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite import policies
-from kvrewrite.api import _facts, _foreign_config
-from kvrewrite.capture.frontend import Captured, capture, is_transformers_model
+from kvrewrite.capture.attention_interface import is_transformers_model
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
+from kvrewrite.compiler import model_facts
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, insert
+from kvrewrite.runtime.foreign_config import foreign_config
 from kvrewrite.runtime.model import RewrittenModel
 from tests.support.foreign import FOREIGN, make_foreign
 from tests.support.zoo import make
@@ -89,9 +92,9 @@ def rewrite(model: nn.Module, source: Captured, policy: str, weights: dict[str, 
         if policy == "duo_attention" and not options.get("heads"):
             heads = [s.kv_heads for s in sites if s.shares_kv_with is None]
             weights = {"full_attention_heads": torch.rand(len(heads), heads[0], generator=generator)}
-    program = insert(copied, sites, chosen, (weights, {}) if weights is not None else None, _facts(config))
+    program = insert(copied, sites, chosen, (weights, {}) if weights is not None else None, model_facts(config))
     if not is_transformers_model(model):
-        return RewrittenModel(program, _foreign_config(program, type(model).__name__), source=model)
+        return RewrittenModel(program, foreign_config(program, type(model).__name__), source=model)
     return RewrittenModel(program, config, model.generation_config, source=model)  # type: ignore[arg-type]
 
 

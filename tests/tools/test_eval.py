@@ -13,13 +13,14 @@ import torch
 from click.testing import CliRunner
 
 from kvrewrite.cli import app as cli
-from kvrewrite.cli.evaluate import parse_budget, parse_policies, split_policy
+from kvrewrite.cli.options import parse_budget, parse_policies, split_policy
 from kvrewrite.errors import OptionError
 from kvrewrite.policies import POLICIES
 from kvrewrite.policies.question import join_question
 from kvrewrite.tools.evaluation import intervals, run
 from kvrewrite.tools.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
-from kvrewrite.tools.evaluation.run import Arm, PolicySpec, Settings, Source, arms
+from kvrewrite.tools.evaluation.run import Settings
+from kvrewrite.tools.subjects import Arm, PolicySpec, Source, arms
 from tests.support.tiny import TEXT, make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("eval")  # whose fixtures are made once

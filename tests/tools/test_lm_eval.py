@@ -13,7 +13,8 @@ from kvrewrite import policies
 from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
 from kvrewrite.tools.evaluation import harness
-from kvrewrite.tools.evaluation.run import PolicySpec, Settings
+from kvrewrite.tools.evaluation.run import Settings
+from kvrewrite.tools.subjects import PolicySpec
 from tests.support.tiny import TEXT, make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # whose fixtures are made once
@@ -56,7 +57,7 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(("options", "changes"), [({"budget": 16}, False), ({"budget": 16, "chunk": 8}, True)])
 def test_logits_of_one_pass_change_only_where_the_rule_says_so(base, options, changes):
     import kvrewrite
-    from kvrewrite.tools.evaluation.run import Source
+    from kvrewrite.tools.subjects import Source
 
     source = Source(base)
     small = kvrewrite.transform(source.base, "h2o", **options)
@@ -115,7 +116,7 @@ def task_files(base):
     """A task whose answers are what the unmodified model generates, so that the full cache must get all of them."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
-    from kvrewrite.tools.evaluation.run import Source
+    from kvrewrite.tools.subjects import Source
 
     source = Source(base)
     folder = base.parent / "tasks"
@@ -196,7 +197,7 @@ def test_scores_are_those_of_the_unmodified_model(base, task_files):
     from types import SimpleNamespace
 
     import kvrewrite
-    from kvrewrite.tools.evaluation.run import Source
+    from kvrewrite.tools.subjects import Source
 
     source = Source(base)
     model = kvrewrite.transform(source.base, "h2o", budget=8)
@@ -219,7 +220,7 @@ def test_a_model_that_lm_eval_is_given_says_what_scores_are(base, task_files):
     from lm_eval.models.huggingface import HFLM
 
     import kvrewrite
-    from kvrewrite.tools.evaluation.run import Source
+    from kvrewrite.tools.subjects import Source
 
     source = Source(base)
     with torch.no_grad():  # fresh weights attend to all tokens alike, and then it hardly matters what is kept

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from kvrewrite.cli import app as cli
 from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.tools import plotting
 from kvrewrite.tools.evaluation import intervals, plots, run
 from tests.support.tiny import TEXT, make_checkpoint
 
@@ -136,7 +137,7 @@ class TestDrawn:
             tmp_path / "m.png",
         )
         assert done.exit_code == 0, done.output
-        from kvrewrite.tools.evaluation.run import Arm, PolicySpec, Source
+        from kvrewrite.tools.subjects import Arm, PolicySpec, Source
 
         figure = plots.estimated_memory(Source(base), [Arm(PolicySpec("h2o"), 64)], [64, 256], tmp_path / "n.png")
         full, h2o = figure.axes[0].lines
@@ -198,7 +199,7 @@ class TestDrawn:
         assert "kvrewrite eval --out" in done.stderr
 
     def test_each_line_looks_different(self):
-        looks = plots._styles([str(i) for i in range(28)])
+        looks = plotting.styles([str(i) for i in range(28)])
         assert len({(s["color"], s["linestyle"]) for s in looks.values()}) == 28
 
 

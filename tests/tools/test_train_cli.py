@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from kvrewrite.artifact.policy_weights import read_policy_weights
 from kvrewrite.cli.app import main
-from kvrewrite.policies.weights import read_policy_weights
 from tests.support.tiny import make_checkpoint
 
 pytestmark = [

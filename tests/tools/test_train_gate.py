@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import kvrewrite
+from kvrewrite.artifact.policy_weights import read_policy_weights
 from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.policies.weights import read_policy_weights
 from kvrewrite.tools.training import lora
 from kvrewrite.tools.training.gate import (
     GateOptions,

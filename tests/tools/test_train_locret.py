@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
+from kvrewrite.artifact.policy_weights import read_policy_weights
 from kvrewrite.errors import KVRewriteError, OptionError, TrainingError
-from kvrewrite.policies.weights import read_policy_weights
 from kvrewrite.tools.training.labels import answer_index, causal_importance
 from kvrewrite.tools.training.locret import LocretOptions, LocretTask, head_loss, top_overlap
 from kvrewrite.tools.training.trainer import IGNORED, FitOptions, collate, fit, last_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.tools.evaluation.plots import GREY, _figure, _legend, _save, _styles, _tidy
+from kvrewrite.tools.plotting import GREY, add_legend, new_figure, save_figure, styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,12 +29,12 @@ def draw(results: Mapping[str, Any], out: Path) -> Figure:
     batches = list(dict.fromkeys(c["batch"] for c in drawn))
     has_memory = any(_value(c, "memory") is not None for c in drawn)
     panels = [p for p in PANELS if p[0] != "memory" or has_memory]
-    looks = _styles(list(dict.fromkeys(c["label"] for c in drawn)))
-    figure, axes = _figure(3.6 * len(panels) + 2.6, 3.4 * len(batches), len(batches), len(panels))
+    looks = styles(list(dict.fromkeys(c["label"] for c in drawn)))
+    figure, axes = new_figure(3.6 * len(panels) + 2.6, 3.4 * len(batches), len(batches), len(panels))
     for row, batch in enumerate(batches):
         for column, (part, title, factor) in enumerate(panels):
             a = axes[row * len(panels) + column]
-            _tidy(a)
+            tidy(a)
             for label, look in looks.items():
                 mine = sorted(
                     (c for c in drawn if c["label"] == label and c["batch"] == batch), key=lambda c: c["context"]
@@ -58,8 +58,8 @@ def draw(results: Mapping[str, Any], out: Path) -> Figure:
             a.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts])
             a.set_xlabel("tokens", color=GREY)
             a.set_title(title if len(batches) == 1 else f"{title} (batch {batch})", fontsize=10, loc="left")
-    _legend(figure, axes)
-    _save(figure, out)
+    add_legend(figure, axes)
+    save_figure(figure, out)
     return figure
 
 

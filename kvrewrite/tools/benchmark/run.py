@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvrewrite import policies
+from kvrewrite.analysis.flops import sites_of
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.tools.benchmark.baselines import FULL, PRESSES, Skipped, forget_compiled, subject_of
@@ -27,10 +28,9 @@ from kvrewrite.tools.benchmark.roofline import (
     is_out_of_memory,
     limits,
     release,
-    sites_of,
 )
 from kvrewrite.tools.benchmark.shapes import ShapeSource, open_source
-from kvrewrite.tools.evaluation.run import CONVERTED, Arm, PolicySpec, Source, _file_hash, versions, write_json
+from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, versions, write_json
 
 FORMAT = 1
 KIND = "kvrewrite bench"
@@ -90,7 +90,7 @@ def _policy_cell(arm: Arm, source: Source | ShapeSource, context: int, batch: in
     made_up = isinstance(source, ShapeSource) and arm.spec.name != CONVERTED and source.random_weights(arm)
     return {
         "kind": "policy", "name": arm.spec.name, "label": str(arm), "options": dict(arm.spec.options),
-        "budget": arm.budget, "weights": "random" if made_up else _file_hash(arm.spec.weights), "context": context,
+        "budget": arm.budget, "weights": "random" if made_up else file_hash(arm.spec.weights), "context": context,
         "batch": batch,
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kvrewrite
 from kvrewrite import policies
 from kvrewrite.errors import OptionError
-from kvrewrite.tools.evaluation.run import Arm, Source
+from kvrewrite.tools.subjects import Arm, Source
 
 STD = 0.02  # of the random weights
 # Attention-Gates have no usual size: heads and their width where neither the options nor weights say one.
@@ -111,7 +111,7 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> n
 
 
 class ShapeSource:
-    """A named shape, with the interface of `kvrewrite.tools.evaluation.run.Source`. The model is made once, rewritten ones share
+    """A named shape, with the interface of `kvrewrite.tools.subjects.Source`. The model is made once, rewritten ones share
     its weights; policies that need trained weights get random ones."""
 
     manifest = None
@@ -185,6 +185,6 @@ def open_source(model: str, *, device: str | torch.device, dtype: str = "auto", 
             f"{model!r} is neither a directory nor a named shape; give a checkpoint directory, or one of: "
             f"{', '.join(SHAPES)}"
         )
-    from kvrewrite.cli.app import _checkpoint_directory
+    from kvrewrite.artifact.local_directory import checkpoint_directory
 
-    return Source(_checkpoint_directory(model), device=device, dtype=dtype)
+    return Source(checkpoint_directory(model), device=device, dtype=dtype)

@@ -23,21 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import Policy
-from kvrewrite.tools.evaluation.run import (
-    BASELINE,
-    CONVERTED,
-    Arm,
-    PolicySpec,
-    Progress,
-    Settings,
-    Source,
-    Warn,
-    arms,
-    budget_text,
-    describe,
-    versions,
-    write_json,
-)
+from kvrewrite.tools.evaluation.run import BASELINE, Progress, Settings, Warn, describe
+from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, arms, budget_text, versions, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,96 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.tools.evaluation.run import BASELINE, Arm, Source, budget_text
+from kvrewrite.tools.evaluation.run import BASELINE
+from kvrewrite.tools.plotting import GREY, add_legend, new_figure, require_matplotlib, save_figure, styles, tidy
+from kvrewrite.tools.subjects import Arm, Source, budget_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart (their yellow is left out: too faint on white). Policies
-# beyond these differ by dash and marker as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#666666"
 HEAT = "cividis"  # made to look the same to people with and without colour blindness
 DODGE = 1.012  # by what factor a policy's points are moved aside from its neighbour's
 BINS = 256  # columns of a retention map at most
-
-
-def require_matplotlib() -> None:
-    """Raises OptionError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("plots need matplotlib: pip install 'matplotlib>=3.9' (or: pip install 'kvrewrite[plot]')")
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, without pyplot's state, and its axes in one list."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    return figure, [a for row in axes for a in row]
-
-
-def _save(figure: Figure, out: Path) -> None:
-    """Writes the PNG at once or not at all."""
-    out = out.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".png", dir=out.parent)
-    os.close(handle)
-    try:
-        figure.savefig(name)
-        os.chmod(name, 0o644)
-        os.replace(name, out)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A look for each label; no two alike among the first 28 of them."""
-    looks = {}
-    for i, label in enumerate(labels):
-        turn = i // len(COLOURS)
-        looks[label] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[turn % len(DASHES)],
-            "marker": MARKERS[(i + turn) % len(MARKERS)],
-            "markersize": 5,
-            "linewidth": 1.6,
-        }
-    return looks
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, to their right, so that it never covers a line."""
-    seen: dict[str, Any] = {}
-    for a in axes:
-        for handle, label in zip(*a.get_legend_handles_labels()):
-            seen.setdefault(label, handle)
-    figure.legend(
-        list(seen.values()), list(seen), loc="outside right upper", frameon=False, fontsize=9, handlelength=3.2
-    )
 
 
 def _only(results: Mapping[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -129,10 +57,10 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     modes = [m for m in ("aware", "blind") if any(r["mode"] == m for r in rows)] or [BASELINE]
     lengths = list(dict.fromkeys(r["tokens"] for r in rows))
     panels = [(length, mode) for length in lengths for mode in modes]
-    figure, axes = _figure(
+    figure, axes = new_figure(
         4.3 * len(modes) + 2.4, 0.8 + 3.4 * len(lengths), len(lengths), len(modes), sharey=True, sharex=True
     )
-    looks = _styles(list(dict.fromkeys(r["label"] for r in rows if r["mode"] != BASELINE)))
+    looks = styles(list(dict.fromkeys(r["label"] for r in rows if r["mode"] != BASELINE)))
     ticks: set[float] = set()
     order = {label: i - (len(looks) - 1) / 2 for i, label in enumerate(looks)}
     for a, (length, mode) in zip(axes, panels):
@@ -161,15 +89,15 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
         a.set_ylabel("accuracy (%)")
         a.label_outer()
         a.set_ylim(-3, 103)
-        _tidy(a)
+        tidy(a)
     _share_axis(axes, sorted(ticks), [100 * r["kept"] for r in rows if r["mode"] != BASELINE and r["kept"]])
     shown = f"{len(wanted)} tasks (mean)" if len(wanted) > 1 else next(iter(wanted))
     length_text = f"{lengths[0]:,} tokens, " if len(lengths) == 1 else ""
     figure.suptitle(
         f"{shown}; {length_text}{results['settings']['samples']} samples a task, 95% intervals", fontsize=11
     )
-    _legend(figure, axes)
-    _save(figure, out)
+    add_legend(figure, axes)
+    save_figure(figure, out)
     return figure
 
 
@@ -203,7 +131,7 @@ def _memory_axes(a: Axes, contexts: Sequence[int]) -> None:
     a.yaxis.set_minor_locator(NullLocator())
     a.set_xlabel("context (tokens)")
     a.set_ylabel("cache memory a row")
-    _tidy(a)
+    tidy(a)
 
 
 def _bytes(size: float) -> str:
@@ -238,16 +166,16 @@ def _alike(curves: Curves) -> dict[str, Mapping[int, float]]:
 def _lines(curves: Curves, full: Mapping[int, float], title: str, out: Path) -> Figure:
     drawn = _alike(curves)
     legend = 1.0 + sum(0.08 + 0.165 * (1 + label.count("\n")) for label in drawn)
-    figure, (a,) = _figure(8.6, max(4.4, legend))
+    figure, (a,) = new_figure(8.6, max(4.4, legend))
     contexts = sorted(set(full) | {n for curve in drawn.values() for n in curve})
     if full:
         a.plot(sorted(full), [full[n] for n in sorted(full)], color=GREY, linewidth=2.2, label="full cache")
-    for (label, curve), look in zip(drawn.items(), _styles(list(drawn)).values()):
+    for (label, curve), look in zip(drawn.items(), styles(list(drawn)).values()):
         a.plot(sorted(curve), [curve[n] for n in sorted(curve)], label=label, **look)
     _memory_axes(a, contexts)
     a.set_title(title, loc="left", fontsize=11)
-    _legend(figure, [a])
-    _save(figure, out)
+    add_legend(figure, [a])
+    save_figure(figure, out)
     return figure
 
 
@@ -322,7 +250,7 @@ def draw_eviction(rows: Sequence[Sequence[float]], layers: Sequence[int], out: P
 
     most = max(len(row) for row in rows)
     ratios = 100 * numpy.array([[*row, *[math.nan] * (most - len(row))] for row in rows])
-    figure, (axes,) = _figure(1.8 + 0.35 * max(8, most), 1.4 + 0.24 * max(6, len(rows)))
+    figure, (axes,) = new_figure(1.8 + 0.35 * max(8, most), 1.4 + 0.24 * max(6, len(rows)))
     image = axes.imshow(ratios, cmap=HEAT, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     axes.set_xlabel("kv head")
     axes.set_ylabel("layer")
@@ -334,7 +262,7 @@ def draw_eviction(rows: Sequence[Sequence[float]], layers: Sequence[int], out: P
                 axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share < 50 else "black")
     figure.colorbar(image, ax=axes, label="tokens evicted, %")
     axes.set_title(f"{name}{', ' if name else ''}evicted: {numpy.nanmean(ratios):.1f}%", fontsize=10)
-    _save(figure, out)
+    save_figure(figure, out)
     return figure
 
 
@@ -376,7 +304,7 @@ def draw_retention(
     heights = [sum(len(heads) for heads in kept.values()) for _, kept in panels]
     ratios = [max(h, 4) for h in heights]
     inches = [0.75 + max(1.1, min(5.0, 0.16 * h)) for h in heights]
-    figure, axes = _figure(9.5, sum(inches) + 0.5, len(panels), 1, sharex=True, height_ratios=ratios)
+    figure, axes = new_figure(9.5, sum(inches) + 0.5, len(panels), 1, sharex=True, height_ratios=ratios)
     colours = matplotlib.colormaps[HEAT].resampled(2 if bins == length else 256)
     image: Any = None
     for a, (title, kept) in zip(axes, panels):
@@ -409,5 +337,5 @@ def draw_retention(
     bar = figure.colorbar(image, ax=axes, label=width, fraction=0.03, pad=0.01, aspect=30)
     if bins == length:
         bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
-    _save(figure, out)
+    save_figure(figure, out)
     return figure

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvrewrite.tools.evaluation.run import BASELINE, budget_text, cell_key
+from kvrewrite.tools.evaluation.run import BASELINE, cell_key
+from kvrewrite.tools.subjects import budget_text
 
 if TYPE_CHECKING:
     from rich.table import Table

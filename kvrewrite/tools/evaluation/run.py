@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import kvrewrite
 from kvrewrite import policies
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.tools.evaluation import intervals
 from kvrewrite.tools.evaluation.ask import POINTS, Answers, Question, ask_aware, ask_blind, encode
+from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, arms, file_hash, versions, write_json
 
 FORMAT = 1
 MODES = ("aware", "blind")
 BASELINE = "full"  # the mode of the baseline's cells: it stands in both
-CONVERTED = "converted"  # as a policy: the one that a converted directory has already
 SEED_STEP = 1_000_003  # sample i of a task has seed `seed * SEED_STEP + i`
 
 Progress = Callable[[str, int, int], None]
@@ -44,63 +39,6 @@ def _quiet(*_: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- what is to be run
-@dataclass(frozen=True)
-class PolicySpec:
-    """A policy and its options, as one asked for it. weights: safetensors file of trained heads."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weights: Path | None = None
-
-    @property
-    def label(self) -> str:
-        """As on the command line."""
-        given = ",".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.name}:{given}" if given else self.name
-
-    def check(self) -> None:
-        """Raises OptionError for names of policies and options that do not exist."""
-        if self.name == CONVERTED:
-            if self.options:
-                raise OptionError(f"the policy of a converted model has its options already; leave {self.label} bare")
-            return
-        if self.name not in policies.POLICIES:
-            policies.make(self.name)  # raises, with the likely spelling
-        known = {f.name for f in dataclasses.fields(policies.POLICIES[self.name])}
-        if not set(self.options) <= known:
-            policies.make(self.name, **self.options)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One transformed model: a policy at a budget. budget: None is the policy's own."""
-
-    spec: PolicySpec
-    budget: int | float | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All options that are given."""
-        return {**self.spec.options, **({} if self.budget is None else {"budget": self.budget})}
-
-    def __str__(self) -> str:
-        return self.spec.label if self.budget is None else f"{self.spec.label} at {budget_text(self.budget)}"
-
-
-def budget_text(budget: int | float | None) -> str:
-    """A budget for people: 0.25 -> "25%", 1024 -> "1,024"."""
-    if budget is None:
-        return "-"
-    return f"{budget * 100:g}%" if isinstance(budget, float) else f"{budget:,}"
-
-
-def arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
-    """Every policy at every budget; one that names its own budget, or that has none (`full`), runs once."""
-    found = []
-    for spec in specs:
-        once = spec.name in ("full", CONVERTED) or "budget" in spec.options
-        found += [Arm(spec, b) for b in ([None] if once or not budgets else budgets)]
-    return list({str(arm): arm for arm in found if str(arm) != "full"}.values())
 
 
 @dataclass(frozen=True)
@@ -139,82 +77,6 @@ def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) or tuple(known)
 
 
-class Source:
-    """A checkpoint or converted directory: its tokenizer, the original model (loaded once), and rewritten models."""
-
-    def __init__(self, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto"):
-        from kvrewrite.artifact import directory as artifact
-
-        self.directory, self.device = Path(directory), torch.device(device)
-        self.manifest = artifact.read_manifest(self.directory) if artifact.is_artifact(self.directory) else None
-        if dtype == "auto" and self.manifest is not None:
-            dtype = artifact.read_artifact(self.directory)[0].dtype
-        self.dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
-        self._tokenizer: Any = None
-        self._base: Any = None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json."""
-        return json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer in the directory."""
-        if self._tokenizer is None:
-            from kvrewrite.artifact.companions import read_tokenizer
-
-            self._tokenizer = read_tokenizer(self.directory)
-        return self._tokenizer
-
-    @property
-    def base(self) -> Any:
-        """The unmodified model."""
-        if self._base is None:
-            if not self.config.get("model_type"):
-                raise ArtifactError(
-                    f"{self.directory} was made from a module that is not from transformers, and its code is not here: only "
-                    f"its own policy can be run (--policy {CONVERTED}), not the full cache and no other policy"
-                )
-            from transformers import AutoModelForCausalLM
-
-            try:
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    self.directory, dtype=self.dtype, local_files_only=True, trust_remote_code=False
-                )
-            except ValueError as error:
-                raise ArtifactError(f"{self.directory}: {str(error).splitlines()[0]}") from error
-            self._base = model.eval().to(self.device)
-        return self._base
-
-    def rewritten(self, arm: Arm) -> Any:
-        """The model with an arm's policy; shares the base's weights. Raises KVRewriteError where it can't be."""
-        if arm.spec.name == CONVERTED:
-            if self.manifest is None:
-                raise OptionError(f"{self.directory} is no converted model; name the policies to run with --policy")
-            return kvrewrite.load(self.directory, device=self.device)
-        name = arm.spec.name
-        if policies.POLICIES[name].needs_weights and arm.spec.weights is None:
-            raise OptionError(f"{name} needs trained weights: --policy-weights {name}=FILE")
-        policy = policies.make(name, **arm.options)
-        return kvrewrite.transform(self.base, policy, policy_weights=arm.spec.weights)
-
-    def fingerprint(self) -> str:
-        """Tells models apart: sha256 of the small files, and of both ends of the large ones."""
-        edge = 1 << 20
-        digest = hashlib.sha256()
-        for path in sorted(self.directory.iterdir()):
-            if path.suffix not in (".json", ".safetensors", ".model") or not path.is_file():
-                continue
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(edge))
-                file.seek(max(0, size - edge))
-                digest.update(file.read(edge))
-        return digest.hexdigest()
-
-
 def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Question]:
     """The samples of a task: the same for every policy, budget and mode."""
     module = task_module()
@@ -230,13 +92,6 @@ def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -
 
 
 # ----------------------------------------------------------------------------------------------------------------- cells
-def _file_hash(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise OptionError(f"--policy-weights {path}: {error.strerror or error}") from error
 
 
 def cell_key(cell: Mapping[str, Any]) -> str:
@@ -251,7 +106,7 @@ def cell_of(arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
         "policy": arm.spec.name,
         "label": arm.spec.label,
         "options": dict(arm.spec.options),
-        "weights": _file_hash(arm.spec.weights),
+        "weights": file_hash(arm.spec.weights),
         "budget": arm.budget,
         "mode": mode,
         "task": task,
@@ -339,16 +194,6 @@ def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- results
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    import transformers
-
-    return {
-        "kvrewrite": kvrewrite.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def describe(settings: Settings, source: Source) -> dict[str, Any]:
@@ -370,21 +215,6 @@ def describe(settings: Settings, source: Source) -> dict[str, Any]:
 
 
 FIXED = ("fingerprint", "samples", "seed", "dtype", "device")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a file at once or not at all."""
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite import policies
-from kvrewrite.api import Weights, _facts, _read_weights
 from kvrewrite.artifact import directory as artifact
 from kvrewrite.artifact.checkpoint import read_json
+from kvrewrite.artifact.files import load_tensors
 from kvrewrite.artifact.meta_model import build_on_meta
 from kvrewrite.capture.fake_parameters import capture_on_meta
+from kvrewrite.compiler import Weights, model_facts, read_weights
 from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.insert.policy import PREFIX
 from kvrewrite.passes.pipeline import canonical, insert
 from kvrewrite.policies import Policy
+from kvrewrite.policies.site import PREFIX
 from kvrewrite.tools.inspection.code import Group, SiteCode, fold, sites_code
 
 PASSES = {
@@ -123,7 +124,7 @@ def inspect_directory(
     if policy is not None:
         progress(f"inserting {policy.name}")
         clock = time.perf_counter()
-        program = insert(captured, sites, policy, _read_weights(policy_weights), _facts(config), observe)
+        program = insert(captured, sites, policy, read_weights(policy_weights), model_facts(config), observe)
         policy = policies.make(program.policy["name"], **program.policy["options"])  # as it fits the model
     groups = fold(before, after)
     return Inspection(
@@ -142,5 +143,5 @@ def inspect_directory(
 
 def _stored_weights(directory: Path) -> Mapping[str, Tensor]:
     """The policy weights in a converted directory, by the names that policies give them."""
-    stored = artifact.load_tensors(directory / artifact.POLICY)
+    stored = load_tensors(directory / artifact.POLICY)
     return {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}

@@ -292,7 +292,7 @@ class GateTask(Task):
     def __init__(self, model: nn.Module, options: GateOptions, tokenizer: Any = None):
         super().__init__()
         if options.plot:
-            from kvrewrite.tools.evaluation.plots import require_matplotlib
+            from kvrewrite.tools.plotting import require_matplotlib
 
             require_matplotlib()
         self.options, self.tokenizer = options, tokenizer
@@ -375,8 +375,9 @@ def plot_eviction(ratios: Tensor, out: str | Path, layers: Sequence[int]) -> Non
 # ---------------------------------------------------------------------------------------------------------------- saving
 def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) -> None:
     """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: what else to say."""
+    from kvrewrite.artifact.policy_weights import save_policy_weights
     from kvrewrite.passes.pipeline import model_fingerprint
-    from kvrewrite.policies.weights import BASE_MODEL, save_policy_weights
+    from kvrewrite.policies.weights import BASE_MODEL
 
     tensors = {n: p.detach().to("cpu", model.dtype).contiguous() for n, p in model.gate_weights().items()}
     said = {

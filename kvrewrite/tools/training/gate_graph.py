@@ -17,14 +17,15 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
+from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import logits_at, site_nodes
-from kvrewrite.passes.insert.policy import PREFIX, SiteHook, SiteInputs
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
+from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
 from kvrewrite.tools.training.heads_graph import TrainingHook
 
@@ -103,8 +104,8 @@ def insert_gates(
     return gm
 
 
-def _no_input(name: str) -> fx.Node:
-    raise TypeError(f"the training graph of gates has no input {name}")
+def _no_input(spec: InputSpec) -> fx.Node:
+    raise TypeError(f"the training graph of gates has no input {spec.name}")
 
 
 def initial_weights(

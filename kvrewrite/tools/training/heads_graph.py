@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import erase_dead, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import site_nodes
-from kvrewrite.passes.insert.policy import PREFIX, SiteHook
 from kvrewrite.policies.base import Policy
+from kvrewrite.policies.site import PREFIX, SiteHook
 from kvrewrite.tools.training import gated_attention  # noqa: F401  (registers the op)
 
 aten = torch.ops.aten

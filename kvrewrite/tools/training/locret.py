@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kvrewrite.api import _facts
+from kvrewrite.artifact.policy_weights import save_policy_weights
 from kvrewrite.capture.frontend import capture
+from kvrewrite.compiler import model_facts
 from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.ir.fx import set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, model_fingerprint
 from kvrewrite.policies.locret import Locret
-from kvrewrite.policies.weights import BASE_MODEL, save_policy_weights
+from kvrewrite.policies.weights import BASE_MODEL
 from kvrewrite.tools.training.heads_graph import arguments, insert_heads
 from kvrewrite.tools.training.label_file import LabelFile, said_of, write_labels
 from kvrewrite.tools.training.labels import LABELS, answer_index, causal_importance
@@ -118,7 +119,7 @@ class LocretTask(Task):
         captured = capture(model)
         self.sites = canonical(captured)
         config: Any = getattr(model, "config", None)
-        facts = {**_facts(config), "policy_hidden_size": options.hidden_size}
+        facts = {**model_facts(config), "policy_hidden_size": options.hidden_size}
         adapted = (policy or Locret()).adapt(self.sites, facts)
         assert isinstance(adapted, Locret)
         self.policy = adapted

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvrewrite.artifact.checkpoint import lfs_message, text_is_lfs
+from kvrewrite.artifact.policy_weights import check_destination, flatten, read_pickle, save_policy_weights
 from kvrewrite.errors import OptionError, PolicyWeightsError
 from kvrewrite.policies.duo_attention import PATTERN
 from kvrewrite.policies.trim_kv import GATES, PARTS
-from kvrewrite.policies.weights import check_destination, flatten, read_pickle, save_policy_weights
 
 Found = tuple[dict[str, Tensor], dict[str, str]]  # tensors, metadata
 Shape = tuple[str | int, ...]  # of letters, which must mean the same size throughout a file

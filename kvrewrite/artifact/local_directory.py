@@ -1,0 +1,24 @@
+"""A model that was named on the command line, as a local directory. Imports no torch, so a wrong name is said at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kvrewrite.errors import ArtifactError
+
+
+def checkpoint_directory(model: str) -> Path:
+    """MODEL as a directory; says how to download what looks like a hub name."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ArtifactError(f"{model} is a file; expected the checkpoint directory that holds config.json and weights")
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        name = path.name
+        raise ArtifactError(
+            f"{model} is not a local directory, and kvrewrite downloads nothing. If it is a name on the Hugging Face "
+            f"Hub, download it first:\n  hf download {model} --local-dir {name}\nand then give the directory {name}"
+        )
+    raise ArtifactError(f"{model} does not exist; expected a local checkpoint directory (config.json and safetensors)")

@@ -1,0 +1,93 @@
+"""The command `kvrewrite generate`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from kvrewrite.cli.options import TRUST
+from kvrewrite.cli.shared import Command, find_device
+from kvrewrite.errors import OptionError
+
+
+@click.command(cls=Command)
+@click.argument("directory")
+@click.option("--prompt", help="The prompt.")
+@click.option("--prompt-file", type=click.Path(allow_dash=True), help="A file with the prompt; - reads stdin.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
+@click.option("--temperature", type=float, help="With --sample.")
+@click.option("--top-p", type=float, help="With --sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@TRUST
+def generate(
+    directory: str, prompt: str | None, prompt_file: str | None, max_new_tokens: int, sample: bool,
+    temperature: float | None, top_p: float | None, seed: int, device: str, chat: bool, trust_compiled: bool,
+) -> None:  # fmt: skip
+    """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give one of --prompt and --prompt-file")
+    if not sample and (temperature is not None or top_p is not None):
+        raise click.UsageError("--temperature and --top-p need --sample")
+    if prompt_file is not None:
+        with click.open_file(prompt_file, encoding="utf-8") as file:
+            prompt = file.read()
+    from kvrewrite.artifact import directory as artifact
+
+    artifact.read_manifest(directory)
+    import torch
+    from transformers import TextStreamer
+
+    from kvrewrite import api
+    from kvrewrite.artifact.companions import read_tokenizer
+
+    where = find_device(device)
+    tokenizer = read_tokenizer(directory)
+    if chat:
+        if not tokenizer.chat_template:
+            raise OptionError("--chat: this model's tokenizer has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        tokens = tokenizer(prompt, return_tensors="pt")
+    ids = tokens["input_ids"]
+    if ids.shape[1] == 0:
+        raise OptionError("the prompt has no tokens")
+    model: Any = api.load(directory, device=where, trust_compiled=trust_compiled)
+    cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
+    chosen = {"temperature": temperature, "top_p": top_p}
+    settings = {k: v for k, v in chosen.items() if v is not None}
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    out = model.generate(
+        ids.to(where),
+        attention_mask=torch.ones_like(ids).to(where),
+        cache=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **settings,
+    )
+    seconds = time.perf_counter() - started
+    made = out.shape[1] - ids.shape[1]
+    click.echo(memory_line(model, cache, int(ids.shape[1]), int(made), seconds), err=True)
+
+
+def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:
+    """What a generation's cache held, beside what a full cache would have."""
+    from kvrewrite.analysis.memory import carried_bytes, human, plan_memory
+
+    memory = cache.memory()
+    seen, carried = max(cache.seen), carried_bytes(model.program.layout)
+    full = plan_memory(model.sites, model.policy, model.dtype.itemsize, seen, cache.batch_size, carried).full
+    return (
+        f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache: {human(memory.live)} live, "
+        f"{human(memory.leased)} leased; a full cache of {seen} tokens: {human(full)}"
+    )

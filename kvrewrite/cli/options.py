@@ -1,0 +1,156 @@
+"""What users type, as values: options of policies, budgets, models; and the flags that several commands have."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvrewrite.errors import OptionError
+
+if TYPE_CHECKING:
+    from kvrewrite.tools.subjects import PolicySpec
+
+
+def parse_value(text: str, hint: str) -> Any:
+    """`text` as one of the types in an annotation such as "int | None"; ValueError where it is none."""
+    kinds = [k.strip() for k in hint.split("|")]
+    if "None" in kinds and text.lower() in ("none", "null"):
+        return None
+    for kind in kinds:
+        if kind == "bool":
+            if text.lower() in ("true", "yes", "on", "1"):
+                return True
+            if text.lower() in ("false", "no", "off", "0"):
+                return False
+            raise ValueError("true or false")
+        if kind == "int" and re.fullmatch(r"[+-]?\d[\d_]*", text):
+            return int(text)
+        if kind == "float":
+            try:
+                return float(text)
+            except ValueError:
+                continue
+        if kind == "str":
+            return text
+    raise ValueError(hint.replace("int", "an integer").replace("float", "a number").replace(" | ", " or "))
+
+
+def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, Any]:
+    """`key=value` pairs as the policy's fields want them. given: options with a flag of their own, None if unset."""
+    from kvrewrite.policies import ALIASES, POLICIES
+    from kvrewrite.policies.base import annotation
+
+    policy = ALIASES.get(policy, policy)
+    hints = {f.name: annotation(f) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
+    # An unknown option goes through as it is: the policy names it and its likely spelling.
+    return parse_pairs(policy, pairs, hints, {k: v for k, v in given.items() if v is not None})
+
+
+def parse_pairs(
+    policy: str, pairs: Iterable[str], hints: Mapping[str, str], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`key=value` pairs as values of the types in `hints`; a key without a hint keeps its text. given: what is set already."""
+    options = dict(given or {})
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key:
+            raise click.BadParameter(f"{pair!r} is not of the form key=value", param_hint="--option")
+        if key in options:
+            raise click.BadParameter(f"{key} is given twice", param_hint="--option")
+        try:
+            options[key] = parse_value(text.strip(), hints[key]) if key in hints else text
+        except ValueError as error:
+            raise OptionError(f"{policy}: {key} is {text!r}, expected {error}") from error
+    return options
+
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+TRUST = click.option(
+    "--trust-compiled", is_flag=True,
+    help="Load the steps that DIRECTORY has compiled (--compile aot): native code, so only from whom you trust.",
+)  # fmt: skip
+ALL = "all"  # every policy that needs no trained weights
+DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+def parse_budget(text: str) -> int | float:
+    """A fraction of the cache ("0.25", "25%") or a number of slots ("1024")."""
+    try:
+        if text.endswith("%"):
+            value: int | float = float(text[:-1]) / 100
+        elif re.fullmatch(r"\d[\d_]*", text):
+            value = int(text)
+        else:
+            value = float(text)
+    except ValueError:
+        value = 0
+    if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+        raise OptionError(f"--budget {text}: expected a fraction such as 0.25 or a whole number of slots such as 1024")
+    return value
+
+
+def split_policy(text: str) -> tuple[str, list[str]]:
+    """`name:key=value,key=value` as a name and pairs; a part without "=" belongs to the value before it."""
+    name, _, rest = text.partition(":")
+    pairs: list[str] = []
+    for part in rest.split(",") if rest else []:
+        if "=" in part or not pairs:
+            pairs.append(part)
+        else:
+            pairs[-1] += f",{part}"
+    return name.strip(), pairs
+
+
+def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[PolicySpec, ...]:
+    """The policies that --policy and --policy-weights name; raises OptionError for names that do not exist."""
+    from kvrewrite.policies import ALIASES, POLICIES
+    from kvrewrite.tools.subjects import PolicySpec
+
+    files = {}
+    for text in weights:
+        name, sign, file = text.partition("=")
+        if not sign or not file:
+            raise OptionError(f"--policy-weights {text}: expected NAME=FILE, such as locret=heads.safetensors")
+        files[ALIASES.get(name, name)] = Path(file)
+    specs = []
+    for text in texts:
+        if text == ALL:
+            names = {
+                p.name for p in POLICIES.values() if p.name != "full" and not (p.needs_weights and p.name not in files)
+            }
+            specs += [PolicySpec(n, {}, files.get(n)) for n in POLICIES if n in names]
+            continue
+        name, pairs = split_policy(text)
+        name = ALIASES.get(name, name)
+        spec = PolicySpec(name, parse_options(name, pairs), files.get(name))
+        spec.check()
+        specs.append(spec)
+    unused = set(files) - {s.name for s in specs}
+    if unused:
+        raise OptionError(f"--policy-weights for {', '.join(sorted(unused))}, which --policy does not name")
+    return tuple(specs)
+
+
+def with_shipped_weights(specs: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...]:
+    """For the small model: policies without weights of their own take those that are part of kvrewrite."""
+    from kvrewrite.assets import small_policies
+
+    shipped = small_policies()
+    return tuple(dataclasses.replace(s, weights=s.weights or shipped.get(s.name)) for s in specs)
+
+
+def model_directory(model: str | None) -> Path:
+    """MODEL, or the small model that is part of kvrewrite."""
+    if model is not None:
+        from kvrewrite.artifact.local_directory import checkpoint_directory
+
+        return checkpoint_directory(model)
+    from kvrewrite.assets import small_model
+
+    return small_model()

@@ -1,0 +1,72 @@
+"""The command `kvrewrite policies`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvrewrite.cli.options import AS_JSON
+from kvrewrite.cli.shared import Command, print_json, stdout_console
+from kvrewrite.tools.tables import escaped
+
+if TYPE_CHECKING:
+    from kvrewrite.policies import Policy
+
+
+def _policy_data(policy: type[Policy]) -> dict[str, Any]:
+    from kvrewrite.policies.base import annotation
+
+    options = {f.name: {"type": annotation(f), "default": f.default} for f in dataclasses.fields(policy)}
+    return {
+        "name": policy.name,
+        "summary": policy.summary,
+        "source": policy.source,
+        "needs_weights": policy.needs_weights,
+        "options": options,
+    }
+
+
+@click.command(cls=Command)
+@click.argument("name", required=False)
+@AS_JSON
+def policies(name: str | None, as_json: bool) -> None:
+    """Lists the eviction policies, or describes one."""
+    import inspect as inspection
+
+    from rich.table import Table
+
+    from kvrewrite.policies import ALIASES, POLICIES, Policy, make
+
+    name = ALIASES.get(name, name) if name else None
+    if name is not None and name not in POLICIES:
+        make(name)  # raises, with the likely spelling
+    chosen = [POLICIES[name]] if name else list(POLICIES.values())
+    data = [_policy_data(p) for p in chosen]
+    if as_json:
+        print_json(data[0] if name else data)
+        return
+    console = stdout_console()
+    if name is None:
+        table = Table()
+        for title in ("policy", "what it keeps", "source", "trained weights", "options"):
+            table.add_column(title, overflow="fold")
+        shared = {f.name: f.default for f in dataclasses.fields(Policy)}
+        for d in data:
+            own = {k: v["default"] for k, v in d["options"].items() if k not in shared or v["default"] != shared[k]}
+            options = ", ".join(f"{k}={v}" for k, v in own.items())
+            table.add_row(
+                d["name"], escaped(d["summary"]), d["source"], "needed" if d["needs_weights"] else "-", options
+            )
+        console.print(table)
+        listed = ", ".join(f"{k}={v}" for k, v in shared.items())
+        console.print(f"Options that every policy has, with their defaults unless the table says otherwise: {listed}")
+        return
+    console.print(inspection.cleandoc(chosen[0].__doc__ or ""), soft_wrap=True, markup=False)
+    table = Table()
+    for title in ("option", "type", "default"):
+        table.add_column(title)
+    for option, value in data[0]["options"].items():
+        table.add_row(option, value["type"], str(value["default"]))
+    console.print(table)

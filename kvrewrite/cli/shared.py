@@ -1,0 +1,151 @@
+"""What commands share: errors as one message, consoles, progress bars, devices."""
+
+from __future__ import annotations
+
+import errno
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvrewrite.errors import KVRewriteError, OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Command(click.Command):
+    """A command whose errors are one message and an exit status, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"copyreg|torch\..*")
+        try:
+            return super().invoke(ctx)
+        except KVRewriteError as error:
+            self._fail(ctx, error, str(error))
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing half-written was left", err=True)
+            ctx.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            self._fail(ctx, error, str(error))
+
+    @staticmethod
+    def _fail(ctx: click.Context, error: Exception, message: str) -> None:
+        if ctx.params.get("as_json"):
+            click.echo(json.dumps({"error": message, "type": type(error).__name__}))
+        click.echo(f"error: {message}", err=True)
+        ctx.exit(1)
+
+
+def stderr_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """stdout; wide when it is not a terminal, so that tables in files and pipes are not cut."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+@contextmanager
+def named_steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar of named steps on stderr."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+        task = progress.add_task("starting", total=total + 1)
+
+        def step(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        yield step
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr that is told (what, done, of)."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+        task = progress.add_task("starting", total=1)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=max(1, total))
+
+        yield report
+
+
+def settings_text(policy: dict[str, Any]) -> str:
+    return f"{policy['name']} (" + ", ".join(f"{k}={v}" for k, v in policy["options"].items()) + ")"
+
+
+def find_device(name: str, option: str = "--device") -> Any:
+    """The device called `name`, if it is here; option: what it was given by."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"{option} {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextmanager
+def long_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr with the time that is left, told (what, done, of)."""
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from kvrewrite.cli.shared import stderr_console
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=stderr_console(), transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=escape(what), completed=done, total=max(1, total))
+
+        yield report
+
+
+def warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+def quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
