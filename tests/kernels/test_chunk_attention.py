@@ -20,7 +20,6 @@ from kvrewrite.kernels.attention import reference
 from kvrewrite.kernels.attention.chunk import Config, choose_route
 from kvrewrite.kernels.groups import Logits, Placed, Tokens
 from tests.support.flat import flat
-from tests.support.products import covering
 
 chunk_attention, portable = flat(kernel.chunk_attention), flat(kernel.portable)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,7 +133,6 @@ def check(a: dict[str, Any], got: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(lse[~blind], want_lse[~blind], atol=2e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
 
 
-@covering({"shape": 2})
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
