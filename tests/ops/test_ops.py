@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.ops.unversioned import SPARES
+from kvrewrite.ops.dispatch import SPARES
 
 ops = torch.ops.kvrewrite
 B, HKV, GROUP, D, DV, PAGE, P = 3, 2, 3, 8, 6, 4, 4
