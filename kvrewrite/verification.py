@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.cache.slot_plan import prompt_slots
-from kvrewrite.capture.frontend import attention_implementation
+from kvrewrite.capture.attention_interface import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy

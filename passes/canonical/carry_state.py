@@ -8,7 +8,7 @@ there is one entry per token again (`regions.py`). What a region computes is fou
 - a **linear recurrence** (`recurrences.py`): on random inputs of several lengths the region gives what `linear_scan` gives
   for one assignment of its inputs to queries, keys, values, decays and rates. `linear_scan` takes its place.
 
-A `decayed_sum` is in the graph already where the model calls torch's associative_scan (`kvrewrite/capture/frontend.py`).
+A `decayed_sum` is in the graph already where the model calls torch's associative_scan (`kvrewrite/capture/export.py`).
 
 Regions that are neither stay as they are, and `check` refuses them with the reason that is noted here.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.functions import Max, Min
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import erase_dead, get_attr, is_op, is_size, placeholder, shape_of, symbol
 from kvrewrite.passes.canonical.canonicalize import size_node
 from kvrewrite.passes.canonical.check import CARRIED

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, get_attr, is_size, shape_of, symbol, tensor_of
 from kvrewrite.kernels.recurrence.reference import linear_scan
 from kvrewrite.passes.canonical.canonicalize import add_call

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import is_size, symbol, tensor_of
 from kvrewrite.passes.canonical.check import data_nodes, mixes
 from kvrewrite.passes.canonical.probe import Probe, only_shape

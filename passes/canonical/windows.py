@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import fake_value, is_op, shape_of, tensor_of
 from kvrewrite.passes.canonical.canonicalize import add_call
 from kvrewrite.passes.canonical.check import CARRIED, PADS

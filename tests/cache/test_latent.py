@@ -17,7 +17,8 @@ import kvrewrite
 from kvrewrite.analysis.flops import attention_of
 from kvrewrite.analysis.memory import plan_layers, plan_memory
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.cli.app import main
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
