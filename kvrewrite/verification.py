@@ -216,8 +216,8 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
 
 
 def single_steps(length: int) -> list[tuple[int, int]]:
-    """Yields the text token by token, up to STEPS tokens. A longer text has single tokens at its beginning, middle and
-    end, and one chunk for each stretch between them. Each step reads all weights, so a thousand steps would take
+    """Splits the text into single tokens, up to STEPS of them. A longer text has single tokens at its beginning, middle
+    and end, and one chunk for each stretch between them. Each step reads all weights, so a thousand steps would take
     minutes."""
     if length <= STEPS:
         return [(at, at + 1) for at in range(length)]
