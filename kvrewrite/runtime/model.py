@@ -832,8 +832,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             parts = [found[d : d + n] for found, d, n in zip(where, done, valid)]
             # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
             wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(lowest, done, valid)]
-            picks = max(1, max(len(w) for w in wanted))
-            out = self._run_segment(ids, parts, row_segments, totals, wanted, picks, cache, decoding, reserve)
+            out = self._run_segment(ids, parts, row_segments, totals, wanted, cache, decoding, reserve)
             if out is not None:
                 if logits is None:
                     logits = out.new_zeros(batch, columns, out.shape[-1])
@@ -850,7 +849,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _run_segment(
         self, ids: Tensor, parts: list[np.ndarray], segments: list[Segment | None], totals: list[int],
-        wanted: list[list[int]], picks: int, cache: EvictionCache, decoding: list[bool], reserve: int,
+        wanted: list[list[int]], cache: EvictionCache, decoding: list[bool], reserve: int,
     ) -> Tensor | None:  # fmt: skip
         """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
         each row. None where no logits are wanted, and what runs the graph can do without them."""
@@ -877,6 +876,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         for name in self.program.layout["row_inputs"]:
             values = [s.values.get(name, 0) if s else 0 for s in segments]
             inputs[name] = to_device(torch.tensor(values, dtype=torch.int32), device)
+        picks = max(1, max(len(w) for w in wanted))
         padded = [w + [0] * (picks - len(w)) for w in wanted]
         inputs["logit_index"] = to_device(torch.tensor(padded, dtype=torch.int64), device)
         if self.program.layout["contiguous"]:
