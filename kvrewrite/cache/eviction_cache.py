@@ -25,9 +25,9 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.history import History
-from kvrewrite.cache.pages import SLOT_EXTRA, Lease, PageStore, scheme_of, to_device
+from kvrewrite.cache.pages import SLOT_EXTRA, Lease, PageStore, to_device
 from kvrewrite.errors import CacheError
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, CacheLayout, State
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
@@ -79,13 +79,11 @@ class MemoryReport:
 class _State:
     """What a policy remembers beside the slots: a tensor (B, ...) a row, or (B, capacity, ...) that grows with the text."""
 
-    def __init__(self, spec: dict[str, Any], batch: int, device: torch.device):
-        self.name: str = spec["name"]
-        self.per_token: bool = spec["per_token"]
-        self.slots: bool = spec.get("slots", False)
-        self.shape = tuple(spec["shape"])
-        self.dtype: torch.dtype = getattr(torch, spec["dtype"])
-        self.fill, self.batch = float(spec.get("fill", 0)), batch
+    def __init__(self, spec: State, batch: int, device: torch.device):
+        self.input, self.per_token, self.slots = spec.input, spec.per_token, spec.slots
+        self.shape = tuple(spec.shape)
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.fill, self.batch = float(spec.fill), batch
         lead = (batch, 0) if self.per_token else (0,)  # nothing is held before the first token
         self.value = torch.empty(*lead, *self.shape, dtype=self.dtype, device=device)
 
@@ -140,7 +138,7 @@ class EvictionCache(Cache):
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
-        self.layout: dict[str, Any] = model.program.layout
+        self.layout: CacheLayout = model.program.layout
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
@@ -177,19 +175,18 @@ class EvictionCache(Cache):
         self.history = History(batch)  # what went in, column by column
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
-        quantize = self.layout.get("quantize")
-        scheme = scheme_of(self.layout)
+        quantize, scheme = self.layout.quantize, self.layout.scheme
         # Quantized caches: slots from the end of a head that the next token may write to.
-        self._rewritten_slots = quantize["residual"] + 2 * quantize["group"] if quantize else 0
-        for spec in self.layout["classes"]:
+        self._rewritten_slots = quantize.residual + 2 * quantize.group if quantize else 0
+        for spec in self.layout.classes:
             at = len(self.leases)
             shared = self._stores[at] if self._stores is not None else None
-            device = torch.device(spec.get("device", self.device))
-            store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, device, scheme)
+            device = torch.device(spec.device or self.device)
+            store = shared or PageStore(spec.k_dim, spec.v_dim, self.dtype, device, scheme)
             self.leases.append(self.lease_type(spec, batch, store))
         # Ragged policies: what each head kept at its last prompt eviction, -1 before there was one.
         self._head_keep = [np.full_like(lease.bound, -1) for lease in self.leases]
-        self.states = [_State(s, batch, torch.device(s.get("device", self.device))) for s in self.layout["states"]]
+        self.states = [_State(s, batch, torch.device(s.device or self.device)) for s in self.layout.states]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
         self._unfinished = False
@@ -319,7 +316,7 @@ class EvictionCache(Cache):
             out.update(self._prepare_class(c, lease, policy, valid, keeps[c], reserve, renew))
         for state in self.states:
             state.hold(max(n + int(v) for n, v in zip(self.seen, valid)))
-            out[f"state_{state.name}"] = state.value
+            out[state.input] = state.value
         return out
 
     def _prepare_class(
@@ -344,9 +341,7 @@ class EvictionCache(Cache):
         self._chosen.append(deals[None, :, None] & evicts.any(2, keepdims=True))
         tried = (self._prompt & (valid > 0))[None, :, None] & (keep < UNLIMITED)
         self._equal_again.append(tried & ~evicts.any(2, keepdims=True))
-        rewrites = (
-            evicts | (lease.windows > 0)[:, None, None] | bool(self.layout["rewrites_slots"]) | policy.data_dependent
-        )
+        rewrites = evicts | (lease.windows > 0)[:, None, None] | self.layout.rewrites_slots | policy.data_dependent
         rewrites = rewrites & ~deals[None, :, None]
         if renew is not None:
             rewrites = rewrites | np.array(renew)[None, :, None]
@@ -357,7 +352,7 @@ class EvictionCache(Cache):
         lease.resize(during, reserve)
         names = lease.store.shapes
         out = {f"{name}_{c}": getattr(lease.store, name) for name in names}
-        if self.layout["ragged"]:
+        if self.layout.ragged:
             most = np.minimum((bound + new).sum(-1), (np.minimum(keep, UNLIMITED // 256) + 1).sum(-1))
             spare, dealt = lease.offer(
                 deals, np.where(deals[None], most, 0), int((bound + new)[:, deals].max(initial=0))
@@ -438,8 +433,8 @@ class EvictionCache(Cache):
         windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
         after = np.minimum(np.minimum(lease.bound + 1, keep), windows)
         rewrites = (lease.bound + 1 > np.minimum(keep, windows)) | (lease.windows > 0)[:, None, None]
-        rewrites |= bool(self.layout["rewrites_slots"]) | policy.data_dependent
-        rewrites |= bool(self.layout["contiguous"]) and policy.renews_ranks_in_decoding
+        rewrites |= self.layout.rewrites_slots | policy.data_dependent
+        rewrites |= self.layout.contiguous and policy.renews_ranks_in_decoding
         return np.where(rewrites, 0, np.maximum(lease.bound - self._rewritten_slots, 0)), after
 
     def look_ahead(self, policy: Policy, segments: list[Segment]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
@@ -545,9 +540,9 @@ class EvictionCache(Cache):
     def _live_bytes(self, lease: Lease) -> int:
         """Bytes of the slots that hold a token: a part of a page, or in a quantized cache's tail."""
         in_pages, tail = lease.lens.cpu().numpy().astype(np.int64), 0
-        if self.layout.get("quantize"):
-            held = {s.name: s.value for s in self.states}
-            quantized = [held[f"qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
+        if self.layout.quantize:
+            held = {s.input: s.value for s in self.states}
+            quantized = [held[f"state_qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
             quantized = [
                 n if n.size else np.zeros_like(in_pages[0]) for n in quantized
             ]  # nothing before the first token

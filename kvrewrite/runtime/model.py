@@ -18,13 +18,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache, Owner, exclusive
-from kvrewrite.cache.pages import PageStore, scheme_of, to_device
+from kvrewrite.cache.pages import PageStore, to_device
 from kvrewrite.capture.third_party import AdapterWatch
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import failures_named
 from kvrewrite.ir.program import Program
-from kvrewrite.ir.serialize import graph_from_dict, retarget_device
+from kvrewrite.ir.serialize import retarget_device
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.policies import Policy, RowState, Segment
 from kvrewrite.policies import make as make_policy
@@ -140,15 +140,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         # Not submodules: they are the same graph.
         self.__dict__.update(dict.fromkeys(RUNTIME))
         # Tables that the compiler made lie on the CPU.
-        if self.on_one_device:
+        if program.layout.devices is None:
             self.graph_module.to(self.device)
         else:
-            self.__dict__["_staged"] = Staged(self.graph_module, program.layout["devices"])
+            self.__dict__["_staged"] = Staged(self.graph_module, program.layout.devices)
         self._note_gpu()
-        self._rotary_graphs: list[Any] = []
-        for entry in program.layout["rotary"]:
-            tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
-            self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
+        self._rotary_graphs: list[Any] = [r.module(self.graph_module, self.device) for r in program.layout.rotary]
         self.eval()
 
     # -- copies --------------------------------------------------------------------------------------------------
@@ -177,8 +174,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """The device of the parameters; of a model on several, that of the inputs and the logits."""
-        if not self.on_one_device:
-            return torch.device(self.program.layout["devices"]["inputs"])
+        devices = self.program.layout.devices
+        if devices is not None:
+            return torch.device(devices.inputs)
         return next(self.graph_module.parameters()).device
 
     def _note_gpu(self) -> None:
@@ -189,7 +187,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     @property
     def on_one_device(self) -> bool:
         """Whether all layers and their caches lie on one device."""
-        return "devices" not in self.program.layout
+        return self.program.layout.devices is None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -361,10 +359,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
             return None
         if self.__dict__["_stores"] is None:
             layout = self.program.layout
-            scheme = scheme_of(layout)
             self.__dict__["_stores"] = [
-                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme, lasting=True)
-                for spec in layout["classes"]
+                PageStore(spec.k_dim, spec.v_dim, self.dtype, self.device, layout.scheme, lasting=True)
+                for spec in layout.classes
             ]
         stores: list[PageStore] = self.__dict__["_stores"]
         return stores
@@ -412,19 +409,19 @@ class RewrittenModel(nn.Module, GenerationMixin):
     def length_tables(self, max_length: int | None) -> dict[str, Tensor]:
         """Rotary frequencies for requests of up to `max_length` tokens (None: as long as the model goes)."""
         tables = {}
-        for table in self.program.layout["length_tables"]:
-            kind = "short" if max_length is not None and max_length <= table["threshold"] else "long"
-            found = get_attr(self.graph_module, f"length_tables.{table['index']}.{kind}")
-            tables[table["input"]] = found.to(self.device)  # those of a model on several devices lie on the CPU
+        for table in self.program.layout.length_tables:
+            kind = "short" if max_length is not None and max_length <= table.threshold else "long"
+            found = get_attr(self.graph_module, f"length_tables.{table.index}.{kind}")
+            tables[table.input] = found.to(self.device)  # those of a model on several devices lie on the CPU
         return tables
 
     def make_rotary(self, length: int, tables: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """cos and sin (length, D) of each rotation."""
         positions = torch.arange(length, device=self.device)
         made = []
-        for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
+        for graph, entry in zip(self._rotary_graphs, self.program.layout.rotary):
             with failures_named(self.source):
-                made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
+                made.append(graph(positions, *(tables[name] for name in entry.length_tables)))
         return made
 
     def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -678,7 +675,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
     @property
     def cache_owners(self) -> int:
         """How many layers own a cache."""
-        return sum(len(spec["layers"]) for spec in self.program.layout["classes"])
+        return self.program.layout.owners
 
     def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
         """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show it."""
@@ -789,7 +786,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
 
     def _reach(self, cache: EvictionCache, row: int, count: int, decoding: bool) -> int:
         """One more than the largest position that `count` new tokens of a row will have."""
-        if not self.program.layout["contiguous"]:
+        if not self.program.layout.contiguous:
             return cache.seen[row] + count
         if decoding and cache.settled[row] and not self.policy.renews_ranks_in_decoding:
             return cache.next_rotary[row] + count
@@ -862,7 +859,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             index[row, : len(part)] = part
         positions = to_device(torch.tensor(cache.seen)[:, None] + column, device)
         renew: list[bool] | None = None
-        if self.program.layout["contiguous"]:
+        if self.program.layout.contiguous:
             always = self.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
@@ -871,12 +868,12 @@ class RewrittenModel(nn.Module, GenerationMixin):
         inputs["positions"] = inputs["position_ids"] = positions
         inputs["valid"] = to_device(torch.tensor(valid, dtype=torch.int32), device)
         inputs["recent"] = to_device(torch.tensor([s.recent if s else 0 for s in segments], dtype=torch.int32), device)
-        for name in self.program.layout["row_inputs"]:
+        for name in self.program.layout.row_inputs:
             values = [s.values.get(name, 0) if s else 0 for s in segments]
             inputs[name] = to_device(torch.tensor(values, dtype=torch.int32), device)
         padded = [w + [0] * (picks - len(w)) for w in wanted]
         inputs["logit_index"] = to_device(torch.tensor(padded, dtype=torch.int64), device)
-        if self.program.layout["contiguous"]:
+        if self.program.layout.contiguous:
             assert renew is not None
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
             cache.settled = [d if n else s for d, n, s in zip(decoding, valid, cache.settled)]
@@ -893,7 +890,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
         if limit is not None:  # padding behind a row's end may not index out of a table of positions
             inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
         inputs.update(cache.length_tables)
-        names = self.program.layout["inputs"]
+        names = self.program.layout.input_names
         execution: Execution | None = self.__dict__["_execution"]
         prefill = self.prefill_runner
         out: Tensor | None = None
@@ -905,15 +902,13 @@ class RewrittenModel(nn.Module, GenerationMixin):
         elif prefill is None or any(wanted):
             out = execution({name: inputs[name] for name in names}, logits=any(wanted))
         else:
-            pools = {f"{name}_{c}" for c, lease in enumerate(cache.leases) for name in lease.store.shapes}
-            tables = {name for name in names if name.startswith("rotary_")} | cache.length_tables.keys()
-            prefill({name: inputs[name] for name in names}, pools, tables)
+            prefill({name: inputs[name] for name in names})
         cache.commit()
         return out
 
     def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:
         """Positions that the tables of cos and sin must have in this step."""
-        begins = cache.next_rotary if self.program.layout["contiguous"] else cache.seen
+        begins = cache.next_rotary if self.program.layout.contiguous else cache.seen
         reach = max(begins) + longest + self.policy.rotary_ahead
         return min(reach, self.program.max_positions or reach)
 
