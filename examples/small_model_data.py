@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from kvrewrite.tools.evaluation import tasks
+from kvrewrite.tools.evaluation import noise, tasks
 from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
 BOS, EOS, PAD = 0, 1, 2
@@ -44,8 +44,8 @@ def train_tokenizer(vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     often = "".join(f" {word}" for word in ADJECTIVES + NOUNS) + "".join(f" {n:02}x{n:02}" for n in range(100))
-    often += "".join(tasks.NOISE)
-    text = [*tasks.prose(), *tasks.code()]
+    often += "".join(noise.NOISE)
+    text = [*noise.prose(), *noise.code()]
     tokenizer.train_from_iterator([often] * 4000 + text, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
@@ -60,7 +60,7 @@ class Pieces(dict[str, list[int]]):
         super().__init__()
         self.tokenizer = tokenizer
         for piece, encoding in zip(
-            known := [*tasks.prose(), *tasks.code()],
+            known := [*noise.prose(), *noise.code()],
             tokenizer.encode_batch(known, add_special_tokens=False),
             strict=True,
         ):
@@ -95,7 +95,7 @@ def copy_example(rng: random.Random, tokens: int, vocabulary: int) -> Example:
 
 def text_example(rng: random.Random, tokens: int, pieces: Pieces) -> Example:
     """Consecutive lines of prose or code."""
-    lines = rng.choice([lines for lines in (tasks.prose(), tasks.code()) if lines])
+    lines = rng.choice([lines for lines in (noise.prose(), noise.code()) if lines])
     at = rng.randrange(len(lines))
     ids = [BOS]
     while len(ids) < tokens:

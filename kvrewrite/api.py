@@ -15,8 +15,9 @@ from torch import nn
 from kvrewrite import policies
 from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.analysis.model_card import model_card
+from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
-from kvrewrite.capture.frontend import capture, is_transformers_model
+from kvrewrite.capture.frontend import capture
 from kvrewrite.capture.third_party import AdapterWatch, has_adapters, unwrap
 from kvrewrite.compiler import Progress, Weights, compile_captured, find_sites, quiet
 from kvrewrite.errors import OptionError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import Observer, canonical, insert

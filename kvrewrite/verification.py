@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.capture.frontend import attention_implementation
+from kvrewrite.cache.slot_plan import prompt_slots
+from kvrewrite.capture.attention_interface import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy
@@ -373,16 +374,13 @@ def _eviction(model: RewrittenModel) -> Check:
     cache = model.new_cache(1)
     ids = _random_ids(model.program.vocab_size, 1, length, 1).to(model.device)
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    bound = 0
-    layers = len(cache.live_slots())
-    for segment in policy.plan(length):
-        keeps = enumerate(policy.layer_keeps(segment, length, layers))
-        heads = max(site.kv_heads for site in model.sites)
-        bound = min(bound + segment.length, max(max(policy.head_keeps(keep, i, heads)) for i, keep in keeps))
+    owners = [site for site in model.sites if site.shares_kv_with is None]
+    heads = [site.kv_heads for site in owners]
+    bound = max(int(held[-1].max()) for held in prompt_slots(policy, policy.plan(length), heads, [0] * len(heads)))
     if policy.head_budgets != "equal":  # what one head has more another has less
-        bound *= max(site.kv_heads for site in model.sites)
+        bound *= max(heads)
     if policy.shares_layers:
-        bound *= sum(site.kv_heads for site in model.sites if site.shares_kv_with is None)
+        bound *= sum(heads)
     most = max(int(lens.max()) for lens in cache.live_slots().values())
     finite = bool(torch.isfinite(logits).all())
     detail = f"{length} tokens, at most {most} live slots a head, {bound} allowed"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.evaluate import StandIns
 from kvrewrite.ir.fx import placeholder

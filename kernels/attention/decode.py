@@ -81,7 +81,7 @@ def _turning(c: Config, step_bytes: int) -> Config:
     return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 168 << 10 else c.num_stages)
 
 
-def _worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
+def worker_count(limit: int, n_heads: int, width: int, pages: int) -> int:
     """How many workers, at most `limit`, for n_heads heads with up to `width` pages, in steps of `pages`.
 
     If it makes use of most of `limit`, a multiple of the heads, or a divisor: then heads of equal lengths are cut
@@ -110,7 +110,7 @@ def _fetch_page(pool, page, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr)
 
 
 @triton.jit
-def _live(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
+def live_slots(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
     """Cached slots that a head attends to (none in rows without a new token), and whether its row has one."""
     b = head // HKV
     there = head < n_heads
@@ -120,7 +120,7 @@ def _live(lens, valid, head, n_heads, HKV: tl.constexpr, lens_b, lens_h):
 
 
 @triton.jit
-def _first_page(worker, total, workers):
+def first_page(worker, total, workers):
     """The first page of a worker's part of the list; every worker before `workers` has at least one."""
     return tl.where(worker < workers, total * worker // tl.maximum(workers, 1), total)
 
@@ -162,7 +162,7 @@ def _turned_keys(low, high, at, low_d, high_d, mask, tables, D: tl.constexpr):
 
 
 @triton.jit
-def _logit(x, softcap, scale, SOFTCAP: tl.constexpr):
+def logit(x, softcap, scale, SOFTCAP: tl.constexpr):
     """Logits in units of log 2 of dot products x, before ALiBi."""
     if SOFTCAP:
         x = x * scale / softcap
@@ -216,13 +216,13 @@ def _attend_kernel(
     )  # fmt: skip
 
     ids = tl.arange(0, HEADS)
-    n_live = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
+    n_live = live_slots(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
     counts = (n_live + _PAGE - 1) // _PAGE
     ends = tl.cumsum(counts, 0)
     total = tl.sum(counts, 0)
     workers = tl.minimum(n_workers, total)
-    lo = _first_page(worker, total, workers)
-    hi = _first_page(worker + 1, total, workers)
+    lo = first_page(worker, total, workers)
+    hi = first_page(worker + 1, total, workers)
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
     if PDL:
@@ -249,7 +249,7 @@ def _attend_kernel(
     while lo < hi:
         b = head // HKV
         hk = head % HKV
-        n = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)[0]
+        n = live_slots(lens, valid, head, n_heads, HKV, lens_b, lens_h)[0]
         n_pages = (n + _PAGE - 1) // _PAGE
         first = lo - start
         last = tl.minimum(hi - start, n_pages)
@@ -308,7 +308,7 @@ def _attend_kernel(
             x = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=precision)
             if D2 > 0:
                 x = tl.dot(q2, tl.trans(k2.to(q1.dtype)), x, input_precision=precision)
-            x = _logit(x, softcap, scale, SOFTCAP)
+            x = logit(x, softcap, scale, SOFTCAP)
             seen = here
             if WINDOW or CHUNK or ALIBI:
                 if PAGES == 2:
@@ -363,7 +363,7 @@ def _attend_kernel(
 
 
 @triton.jit(do_not_specialize=["n_workers", "n_heads", "capacity", "lens_b", "lens_h", "cos_b", "sin_b"])
-def _combine_kernel(
+def combine_kernel(
     q, k, v, parts, lens, valid, sinks, cos, sin, out, lse, logits, scale, softcap, n_workers, n_heads, logits_row,
     capacity, cos_b, sin_b, q_b, q_h, k_b, k_h, v_b, v_h, lens_b, lens_h,
     HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
@@ -382,7 +382,7 @@ def _combine_kernel(
     hk = head % HKV
     real = tl.load(valid + b) > 0
     ids = tl.arange(0, HEADS)
-    n_live = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
+    n_live = live_slots(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
     counts = (n_live + _PAGE - 1) // _PAGE
     start = tl.sum(tl.where(ids < head, counts, 0), 0)
     end = tl.sum(tl.where(ids <= head, counts, 0), 0)
@@ -394,7 +394,7 @@ def _combine_kernel(
     new_q = rotated(q + b.to(tl.int64) * q_b + (hk * G + g) * q_h, d, turn, turn_s, d < D, HALF)
     new_k = rotated(k + b.to(tl.int64) * k_b + hk * k_h, d, turn, turn_s, d < tl.where(real, D, 0), HALF)
     new_v = tl.load(v + b.to(tl.int64) * v_b + hk * v_h + e, mask=e < tl.where(real, DV, 0), other=0.0).to(tl.float32)
-    x = _logit(tl.sum(new_q * new_k, 0), softcap, scale, SOFTCAP)
+    x = logit(tl.sum(new_q * new_k, 0), softcap, scale, SOFTCAP)
     m = tl.where(real, x, float("-inf"))
     denom = tl.where(real, 1.0, 0.0)
     acc = new_v
@@ -437,7 +437,7 @@ def _combine_kernel(
 
 
 @triton.jit(do_not_specialize=["n_heads", "lens_b", "lens_h"])
-def _mass_kernel(
+def mass_kernel(
     logits, lse, lens, valid, mass, n_heads, logits_row, capacity, lens_b, lens_h,
     HKV: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -445,7 +445,7 @@ def _mass_kernel(
     begin(PDL)
     head = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n, real = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)
+    n, real = live_slots(lens, valid, head, n_heads, HKV, lens_b, lens_h)
     seen = (slot < n) | (slot == tl.where(real, capacity, -1))
     weight = tl.zeros([BLOCK], tl.float32)
     for g0 in range(0, G, GB):
@@ -462,7 +462,7 @@ def _mass_kernel(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -541,7 +541,7 @@ def decode_attention(
     if key_cos is not None and launch is None:
         turned_bytes = (d1 + d2) * (q.element_size() + 2 * key_cos.element_size())
         c = _turning(c, PAGE * (turned_bytes + (dv1 + dv2) * q.element_size()) * c.pages)
-    workers = _worker_count(c.per_sm * _multiprocessors(q.device), n_heads, max(width, 1), c.pages)
+    workers = worker_count(c.per_sm * multiprocessors(q.device), n_heads, max(width, 1), c.pages)
     parts = torch.empty((workers + n_heads) * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
     logits = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
@@ -564,8 +564,8 @@ def decode_attention(
         TURN=following is not None, EARLY=early,
         num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.registers, **pdl,
     )  # fmt: skip
-    n_parts, piece = _tile(workers, n_heads, group, dv)
-    _combine_kernel[(n_heads, group, -(-dv // piece))](
+    n_parts, piece = tile(workers, n_heads, group, dv)
+    combine_kernel[(n_heads, group, -(-dv // piece))](
         q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, logits, scale, softcap,
         workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -576,7 +576,7 @@ def decode_attention(
     )  # fmt: skip
     if found is not None:
         block = 1024
-        _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
+        mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
             logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
@@ -606,7 +606,7 @@ def check_rotation(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
                 )
 
 
-def _tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:
+def tile(workers: int, n_heads: int, group: int, dv: int) -> tuple[int, int]:
     """How many parts, and how many output dims of one query head, a program of the second kernel takes at a time: all
     parts of a head at once if heads are about equally long, and narrow slices if there are few heads."""
     n_parts = min(64, triton.next_power_of_2(workers // n_heads + 2))

@@ -45,7 +45,7 @@ def expanding_is_cheaper(tokens: int, cached: int, n: int, dv: int, rank: int, r
       expanded: every pair costs (n + P) + Dv; every key, cached or new, R (n + Dv) to expand.
     With DeepSeek's 512 + 64 and 128, 128 a pair costs 1088 or 320 and a key 131072 to expand, so that expanding is worth it
     from 171 new tokens on at the latest, however many slots there are, and at once where nothing is cached. A single token
-    never expands (kvrewrite/passes/lower.py counts on it).
+    never expands (passes/lower/decode.py counts on it).
     """
     if tokens == 1:
         return False

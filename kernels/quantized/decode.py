@@ -20,14 +20,14 @@ from torch import Tensor
 from kvrewrite.kernels.attention.decode import (
     PAGE,
     Config,
-    _combine_kernel,
-    _first_page,
-    _live,
-    _logit,
-    _mass_kernel,
-    _multiprocessors,
-    _tile,
-    _worker_count,
+    combine_kernel,
+    first_page,
+    live_slots,
+    logit,
+    mass_kernel,
+    multiprocessors,
+    tile,
+    worker_count,
 )
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
@@ -183,13 +183,13 @@ def _attend_kernel(
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
     ids = tl.arange(0, HEADS)
-    n_live = _live(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
+    n_live = live_slots(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
     counts = (n_live + _PAGE - 1) // _PAGE
     ends = tl.cumsum(counts, 0)
     total = tl.sum(counts, 0)
     workers = tl.minimum(n_workers, total)
-    lo = _first_page(worker, total, workers)
-    hi = _first_page(worker + 1, total, workers)
+    lo = first_page(worker, total, workers)
+    hi = first_page(worker + 1, total, workers)
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
 
@@ -207,7 +207,7 @@ def _attend_kernel(
     while lo < hi:
         b = head // HKV
         hk = head % HKV
-        n = _live(lens, valid, head, n_heads, HKV, lens_b, lens_h)[0]
+        n = live_slots(lens, valid, head, n_heads, HKV, lens_b, lens_h)[0]
         nq = tl.minimum(tl.load(qlens + b * qlens_b + hk * qlens_h), n)
         n_pages = (n + _PAGE - 1) // _PAGE
         first = lo - start
@@ -258,7 +258,7 @@ def _attend_kernel(
                 x += tl.sum(qa * k_zero[None, :] + qb * k_zero_b[None, :], 1)[:, None]
             elif KIND != "fp8":
                 x += tl.sum(qa * k_zero[None, :], 1)[:, None]
-            x = _logit(x, softcap, scale, SOFTCAP)
+            x = logit(x, softcap, scale, SOFTCAP)
             seen = here
             if WINDOW or CHUNK or ALIBI:
                 pos = tl.load(pos_pages + held * (2 * _PAGE) + inside * 2, mask=here, other=0)
@@ -317,7 +317,7 @@ def _attend_kernel(
             if HALVES == 2:
                 keys = tl.load(k_at + KW, mask=in_key, other=0.0)
                 x = tl.dot(qb.to(DTYPE), tl.trans(keys), x, input_precision=precision)
-            x = _logit(x, softcap, scale, SOFTCAP)
+            x = logit(x, softcap, scale, SOFTCAP)
             seen = here
             if WINDOW or CHUNK or ALIBI:
                 held = tl.load(pages + i * table_p).to(tl.int64)
@@ -446,7 +446,7 @@ def decode_attention_quantized(
     values, g2 = split(scheme, dv), triton.next_power_of_2(group)
     key_width = scheme.code_width(d)
     row = triton.next_power_of_2(dv)
-    workers = _worker_count(c.per_sm * _multiprocessors(q.device), n_heads, max(width, 1), 1)
+    workers = worker_count(c.per_sm * multiprocessors(q.device), n_heads, max(width, 1), 1)
     parts = torch.empty((workers + n_heads) * g2 * (2 + row), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
     logits = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
@@ -466,8 +466,8 @@ def decode_attention_quantized(
         IEEE=q.dtype == torch.float32, FAST=_is_fast(q), num_warps=c.num_warps, num_stages=c.num_stages,
         maxnreg=c.registers, **pdl,
     )  # fmt: skip
-    n_parts, piece = _tile(workers, n_heads, group, dv)
-    _combine_kernel[(n_heads, group, -(-dv // piece))](
+    n_parts, piece = tile(workers, n_heads, group, dv)
+    combine_kernel[(n_heads, group, -(-dv // piece))](
         q, k, v, parts, lens, valid, q if sinks is None else sinks, q, q, out, lse, logits, scale, softcap,
         workers, n_heads, logits_row, capacity, 0, 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), lens.stride(0), lens.stride(1),
@@ -477,7 +477,7 @@ def decode_attention_quantized(
     )  # fmt: skip
     if found is not None:
         block = 1024
-        _mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
+        mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
             logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip

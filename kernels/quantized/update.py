@@ -20,7 +20,7 @@ from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.decode import check_pools
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
 from kvrewrite.kernels.quantized.split import missing
-from kvrewrite.kernels.update.decode import MOST_SLOTS, _cut, _key, _least_slot, _visible
+from kvrewrite.kernels.update.decode import MOST_SLOTS, eviction_cut, least_slot, sort_key, visible_slots
 
 _PAGE = tl.constexpr(PAGE)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -52,8 +52,8 @@ def _stay(
             by = tl.load(select + slot, mask=stays, other=0.0).to(tl.float32)
         else:
             by = tl.load(score_pages + at, mask=stays, other=0.0)
-        seen = _visible(pos, following, window, chunk, WINDOW, CHUNK)
-        stays = stays & (_key(by, pos, seen, (pos < sinks) | (pos >= newest_from)) >= cut)
+        seen = visible_slots(pos, following, window, chunk, WINDOW, CHUNK)
+        stays = stays & (sort_key(by, pos, seen, (pos < sinks) | (pos >= newest_from)) >= cut)
     return stays
 
 
@@ -224,8 +224,8 @@ def _update_kernel(
     if DROP:
         arrives = real & (tl.load(drop + b * drop_b + h * drop_h) == 0)
     following = new_pos + 1
-    new_seen = arrives & _visible(new_pos, following, window, chunk, WINDOW, CHUNK)
-    least, victim, lost, _, over, newest_from = _least_slot(
+    new_seen = arrives & visible_slots(new_pos, following, window, chunk, WINDOW, CHUNK)
+    least, victim, lost, _, over, newest_from = least_slot(
         n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks,
         window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
     )  # fmt: skip
@@ -233,7 +233,7 @@ def _update_kernel(
         by = new_score
         if SELECT:
             by = tl.load(select + capacity).to(tl.float32)
-        new_key = _key(by, new_pos, new_seen, (new_pos < sinks) | (new_pos >= newest_from))
+        new_key = sort_key(by, new_pos, new_seen, (new_pos < sinks) | (new_pos >= newest_from))
         tl.debug_barrier()  # everything has been read, and slot_scores stored, before something is written
         going = lost + over
         many = going > 1
@@ -246,7 +246,7 @@ def _update_kernel(
             else:
                 gone = victim
         if many:
-            cut = _cut(
+            cut = eviction_cut(
                 n, new_seen, new_key, budget, over, newest_from, new_pos, pages, places, score_pages, slot_scores, select,
                 table_p, sinks, window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
             )  # fmt: skip

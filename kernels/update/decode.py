@@ -29,7 +29,7 @@ _NOT_THERE = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def _visible(pos, following, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def visible_slots(pos, following, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """Which positions the query at `following` sees."""
     seen = pos == pos
     if WINDOW:
@@ -40,7 +40,7 @@ def _visible(pos, following, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.cons
 
 
 @triton.jit
-def _key(score, pos, seen, protected):
+def sort_key(score, pos, seen, protected):
     """The key of slots, int64: the worth as an integer of the same order, above what is left until the last position."""
     worth = tl.where(score == float("inf"), 3e38, tl.where(score == float("-inf"), -3e38, score))
     worth = tl.where(score != score, -3.3e38, worth)
@@ -77,8 +77,8 @@ def _slots_at(
     by = score
     if SELECT:
         by = tl.load(select + slot, mask=live, other=0.0).to(tl.float32)
-    seen = _visible(pos, following, window, chunk, WINDOW, CHUNK) & live
-    key = tl.where(live, _key(by, pos, seen, (pos < sinks) | (pos >= newest_from)), _NOT_THERE)
+    seen = visible_slots(pos, following, window, chunk, WINDOW, CHUNK) & live
+    key = tl.where(live, sort_key(by, pos, seen, (pos < sinks) | (pos >= newest_from)), _NOT_THERE)
     return live, at, place, pos, score, seen, key
 
 
@@ -130,7 +130,7 @@ def _pool_row(slot, pages, table_p):
 
 
 @triton.jit
-def _least_slot(
+def least_slot(
     n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks, window,
     chunk, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def _least_slot(
 
 
 @triton.jit
-def _cut(
+def eviction_cut(
     n, new_seen, new_key, budget, over, newest_from, new_pos, pages, places, score_pages, slot_scores, select, table_p, sinks,
     window, chunk, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr,
     SELECT: tl.constexpr,
@@ -254,9 +254,9 @@ def _update_kernel(
     if DROP:
         arrives = real & (tl.load(drop + b * drop_b + h * drop_h) == 0)
     following = new_pos + 1
-    new_seen = arrives & _visible(new_pos, following, window, chunk, WINDOW, CHUNK)
+    new_seen = arrives & visible_slots(new_pos, following, window, chunk, WINDOW, CHUNK)
 
-    least, victim, lost, there, over, newest_from = _least_slot(
+    least, victim, lost, there, over, newest_from = least_slot(
         n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks,
         window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
     )  # fmt: skip
@@ -265,7 +265,7 @@ def _update_kernel(
         by = new_score
         if SELECT:
             by = tl.load(select + capacity).to(tl.float32)
-        new_key = _key(by, new_pos, new_seen, (new_pos < sinks) | (new_pos >= newest_from))
+        new_key = sort_key(by, new_pos, new_seen, (new_pos < sinks) | (new_pos >= newest_from))
         tl.debug_barrier()  # everything has been read, and slot_scores stored, before something is written
         going = lost + over
         stays = new_seen
@@ -295,7 +295,7 @@ def _update_kernel(
                     tl.store(places + target, tl.load(places + source))
                     tl.store(score_pages + target, tl.load(score_pages + source))
         elif going > 1:
-            cut = _cut(
+            cut = eviction_cut(
                 n, new_seen, new_key, budget, over, newest_from, new_pos, pages, places, score_pages, slot_scores, select,
                 table_p, sinks, window, chunk, PAGES, WINDOW, CHUNK, SLOT_SCORES, SELECT,
             )  # fmt: skip

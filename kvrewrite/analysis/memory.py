@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from kvrewrite.cache.pages import SLOT_EXTRA
+from kvrewrite.cache.slot_plan import pages_of, prompt_slots
 from kvrewrite.ir.layout import PAGE, CacheLayout
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.latent.reference import heads_at_once
 from kvrewrite.kernels.quantized.scheme import Scheme
-from kvrewrite.policies import UNLIMITED, Policy
+from kvrewrite.policies import Policy
 
 
 @dataclass
@@ -52,28 +53,20 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
     (head_budgets=adakv, gates), slots are those of a head on average.
     """
     owners = [site for site in sites if site.shares_kv_with is None]
-    # Heads that all have the same budget count as one.
-    alike = [1 if policy.head_pattern else site.kv_heads for site in owners]
-    kept = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
-    most = [[0] * (site.kv_heads // n) for site, n in zip(owners, alike)]
-    for segment in policy.plan(context):
-        for i, keep in enumerate(policy.layer_keeps(segment, context, len(owners))):
-            for h, limit in enumerate(policy.head_keeps(keep, i, len(kept[i]))):
-                kept[i][h] = min(kept[i][h] + segment.length, limit)
-                most[i][h] = max(most[i][h], kept[i][h])
+    spans = [site.window or site.chunk for site in owners]
+    found = prompt_slots(policy, policy.plan(context), [site.kv_heads for site in owners], spans)
     plans = []
-    for i, site in enumerate(owners):
-        span = site.window or site.chunk or UNLIMITED
-        slots, widest = ([min(n, span) for n in heads] for heads in (kept[i], most[i]))
-        pages, widest_pages = (sum(-(-n // PAGE) for n in heads) * alike[i] for heads in (slots, widest))
+    for site, span, held in zip(owners, spans, found):
+        slots, widest = held[-1], held.max(0)
+        pages, widest_pages = (int(pages_of(heads).sum()) for heads in (slots, widest))
         page, row = _page_bytes(site, policy, itemsize) // site.kv_heads, _row_bytes(site, policy, itemsize)
         plans.append(
             LayerPlan(
                 site=site,
-                slots=[n for n in slots for _ in range(alike[i])],
-                most=max(widest),
+                slots=slots.tolist(),
+                most=int(widest.max()),
                 pages=pages,
-                full=min(context, span) * _token_bytes(site, itemsize),
+                full=min(context, span or context) * _token_bytes(site, itemsize),
                 evicted=pages * page + row,
                 largest=widest_pages * page + row,
             )

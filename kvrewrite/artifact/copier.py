@@ -13,8 +13,6 @@ from kvrewrite.artifact.checkpoint import Reader
 from kvrewrite.errors import ArtifactError
 
 COPIERS = 4  # threads that copy tensors to a GPU
-
-
 STAGED = 16 << 20  # bytes of each of a thread's two buffers for that
 
 

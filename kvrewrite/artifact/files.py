@@ -19,8 +19,6 @@ from kvrewrite.artifact.checkpoint import read_header
 from kvrewrite.errors import ArtifactError
 
 _CHUNK = 8 << 20
-
-
 _EXECUTABLE = {".bin", ".pt", ".pth", ".pt2", ".pkl", ".pickle", ".ckpt", ".py", ".so"}
 
 

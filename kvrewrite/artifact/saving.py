@@ -18,7 +18,7 @@ from kvrewrite.artifact.checkpoint import Checkpoint, read_json
 from kvrewrite.artifact.directory import read_manifest
 from kvrewrite.artifact.parameter_sources import parameter_sources
 from kvrewrite.artifact.writing import Compile, check_destination, companion_files, write_artifact
-from kvrewrite.capture.frontend import is_transformers_model
+from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.third_party import has_adapters, quantized_weights
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.program import Program

@@ -45,8 +45,6 @@ COMPANIONS = (
     "*.tiktoken", "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-
-
 Compile = Callable[[Path], Mapping[str, Any]]
 
 

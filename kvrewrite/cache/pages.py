@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvrewrite.cache.slot_plan import pages_of
 from kvrewrite.ir.layout import PAGE, CacheClass, pool_shapes
 from kvrewrite.kernels.quantized.scheme import Scheme
 
@@ -208,7 +209,7 @@ class Lease:
         reserve: slots a head that the store should have room for when it must grow anyway.
         """
         self.bound = bound
-        need = -(-bound // PAGE)
+        need = pages_of(bound)
         if np.array_equal(need, self.counts):
             return
         width = max(1, int(need.max()))
@@ -229,7 +230,7 @@ class Lease:
     def wanted(self, need: np.ndarray, reserve: int) -> int:
         """Pages that the store should have once every head may hold `reserve` slots."""
         limit = np.where(self.windows > 0, np.minimum(self.windows, reserve), reserve)[:, None, None]
-        return 1 + int(np.maximum(need, -(-limit // PAGE)).sum())
+        return 1 + int(np.maximum(need, pages_of(limit)).sum())
 
     def _write_table(self) -> None:
         width = max(1, int(self.counts.max()))
@@ -264,7 +265,7 @@ class Lease:
         Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 behind the
         last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W').
         """
-        need = np.where(rows, -(-slots // PAGE) + self.kv_heads, 0)  # each head's last page may be nearly empty
+        need = np.where(rows, pages_of(slots) + self.kv_heads, 0)  # each head's last page may be nearly empty
         width = max(int(need.max()), self.pages.shape[-1])
         spare = np.full((*need.shape, width), -1, dtype=np.int32)
         for layer, row in zip(*np.nonzero(need)):
@@ -286,7 +287,7 @@ class Lease:
         pages[..., : self.pages.shape[-1]] = self.pages
         for (layer, row), offered in self._offered.items():
             old = self.pages[layer, row]
-            need = -(-lens[layer, row] // PAGE)
+            need = pages_of(lens[layer, row])
             pages[layer, row] = 0
             at = 0
             for head, n in enumerate(need):

@@ -17,7 +17,7 @@ from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import get_attr, set_attr
 
 if TYPE_CHECKING:
-    from kvrewrite.capture.frontend import Captured
+    from kvrewrite.capture.captured import Captured
 
 
 @contextlib.contextmanager

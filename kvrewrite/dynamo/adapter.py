@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.cache.eviction_cache import EvictionCache
-from kvrewrite.capture.frontend import is_transformers_model
+from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.dynamo.caches import USE_NEW_CACHE, BackendCache, StockState, cache_of, state_of
 from kvrewrite.dynamo.graphs import source_of
 from kvrewrite.dynamo.modules import ran

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.eviction_cache import exclusive
+from kvrewrite.cache.request import exclusive
 from kvrewrite.dynamo.caches import StockState
 from kvrewrite.ir.layout import spec_of
 from kvrewrite.ir.program import Program
@@ -67,14 +67,15 @@ class AppendRunner:
                 raise problem
         segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
         cache.begin_step()
-        cache.begin_token(model.policy, segments)
+        plan = cache.plan_token(segments)
+        cache.hold(plan)
         inputs = self._inputs(ids, cache)
         arguments = [inputs[name] for name in self._names]
         mark_moving(arguments, self._moving)
         with dynamic_sizes():
             logits, *new = self._run(*arguments)
         cache.append(new[: len(new) // 2], new[len(new) // 2 :])
-        cache.end_token(segments)
+        cache.commit(plan)
         cache.record(ids, None, generated=False)
         return logits
 

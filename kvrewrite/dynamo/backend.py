@@ -25,11 +25,7 @@ from kvrewrite.dynamo.caches import BackendCache, type_for
 from kvrewrite.dynamo.graphs import has_attention, is_token_wise, weights_of
 from kvrewrite.dynamo.modules import ran, wrap_compiled_modules
 from kvrewrite.dynamo.rewrites import Settings
-from kvrewrite.dynamo.traced_call import (
-    is_resumed,
-    root_frame,
-    told,
-)
+from kvrewrite.dynamo.traced_call import is_resumed, root_frame, told
 from kvrewrite.errors import KVRewriteError
 
 NAME = "kvrewrite"

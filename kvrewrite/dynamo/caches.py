@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers import Cache
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import Lease, PageStore, to_device
+from kvrewrite.cache.request import Request
 from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE, CacheClass
 from kvrewrite.ir.program import Program
@@ -249,7 +250,7 @@ class BackendCache(EvictionCache):
         if self.bound:
             super().reset()
 
-    def fork(self) -> EvictionCache:
+    def fork(self) -> Self:
         """An independent copy that shares pages until one of the two writes to them."""
         self._check_bound()
         twin: Any = super().fork()
@@ -323,7 +324,7 @@ def type_for(model: nn.Module) -> type[BackendCache]:
     own = [c for c in own if issubclass(c, Cache) and not issubclass(c, EvictionCache)]
     if not own:
         return BackendCache
-    ours = vars(EvictionCache).keys() | vars(BackendCache).keys()
+    ours = {name for c in (Request, EvictionCache, BackendCache) for name in vars(c)}
     inherited = {n: v for n, v in vars(Cache).items() if (callable(v) or isinstance(v, property)) and n not in ours}
     return type(BackendCache.__name__, (BackendCache, *own), inherited)
 

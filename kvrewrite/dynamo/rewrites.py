@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch._dynamo.convert_frame import compile_lock
 
 from kvrewrite import policies
-from kvrewrite.capture.frontend import capture, is_transformers_model
+from kvrewrite.capture.attention_interface import is_transformers_model
+from kvrewrite.capture.frontend import capture
 from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.dynamo.append_tokens import AppendRunner, reason_against
 from kvrewrite.dynamo.modules import plain_view, state_key

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.cache.pages import Lease, to_device
+from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.fx import is_op
 from kvrewrite.ir.layout import PAGE, spec_of
 from kvrewrite.ir.program import Program
@@ -252,18 +253,16 @@ class _Step:
 
 
 @dataclass
-class _Plan:
+class _Ahead:
     """The next token of a cache, planned while the device was at work on the one before. Its row numbers are on the device.
 
-    version: the cache's, then; held: slots (layers, rows, kv heads) that each class holds after the token; next_rotary: what
-    the cache's becomes, or None.
+    version: the cache's, then; next_rotary: what the cache's becomes, or None.
     """
 
     cache: weakref.ref[EvictionCache]
     version: tuple[int, ...]
     step: _Step
-    segments: list[Segment]
-    held: list[np.ndarray]
+    plan: StepPlan
     next_rotary: list[int] | None
 
 
@@ -292,7 +291,7 @@ class DecodeRunner:
             Tensor | None
         ] = []  # what the bound cache's states are while they lie in the step's buffers
         self._seen_keeps: list[Any] = []
-        self._plan: _Plan | None = None
+        self._ahead: _Ahead | None = None
 
     def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
@@ -300,16 +299,17 @@ class DecodeRunner:
             self.settling.settle(cache)
         if self.settling is not None and not self.settles and not cache.ranks_held:
             self.settling.hold_ranks(cache)
-        self._plan = None
-        keeps = cache.begin_token(self.model.policy, segments)
+        self._ahead = None
+        plan = cache.plan_token(segments)
+        cache.hold(plan)
         step = self._steps.get(cache.batch_size)
         if step is None or not step.fits(cache):
             self.release()
             self._steps.pop(cache.batch_size, None)
-            step = self._steps[cache.batch_size] = self._make(cache, keeps)
-        self._bind(step, cache, keeps)
+            step = self._steps[cache.batch_size] = self._make(cache, plan)
+        self._bind(step, cache, plan)
         next_rotary = self._send_rows(step, cache, segments)
-        return self._launch(step, ids, cache, segments, next_rotary)
+        return self._launch(step, ids, cache, plan, next_rotary)
 
     def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
@@ -329,58 +329,55 @@ class DecodeRunner:
         return following if anew else None
 
     def _launch(
-        self, step: _Step, ids: Tensor, cache: EvictionCache, segments: list[Segment], next_rotary: list[int] | None
+        self, step: _Step, ids: Tensor, cache: EvictionCache, plan: StepPlan, next_rotary: list[int] | None
     ) -> Tensor:
         """Runs the step; what the host can do about the token after it is done while the device is at work."""
         step.ids.copy_(ids)
         logits = step()
         if next_rotary is not None:
             cache.next_rotary, cache.settled = next_rotary, [True] * cache.batch_size
-        cache.end_token(segments)
-        self._plan = self._look_ahead(step, cache)
+        cache.commit(plan)
+        self._ahead = self._look_ahead(step, cache)
         return logits
 
-    def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Plan | None:
+    def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Ahead | None:
         """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
         rows = range(cache.batch_size)
         if any(self.model.no_room(cache, row, 1, True) for row in rows) or not step.fits(cache):
             return None
         segments = [self.model.policy.decode_segment(cache.row(row)) for row in rows]
-        found = cache.look_ahead(self.model.policy, segments)
-        if found is None or self._bound is None or self._bound() is not cache:
+        plan = cache.plan_token(segments)
+        if not cache.has_room(plan) or self._bound is None or self._bound() is not cache:
             return None
-        keeps, held = found
-        self._bind(step, cache, keeps)
+        self._bind(step, cache, plan)
         next_rotary = self._send_rows(step, cache, segments)
-        return _Plan(weakref.ref(cache), cache.version, step, segments, held, next_rotary)
+        return _Ahead(weakref.ref(cache), cache.version, step, plan, next_rotary)
 
     def has_planned(self, ids: Tensor, cache: EvictionCache | None) -> bool:
         """Whether `ids` can be the token that was planned: of that cache, and nothing happened to it in between."""
-        plan, bound = self._plan, self._bound
-        if plan is None or bound is None or cache is None or plan.cache() is not cache or bound() is not cache:
+        ahead, bound = self._ahead, self._bound
+        if ahead is None or bound is None or cache is None or ahead.cache() is not cache or bound() is not cache:
             return False
-        return ids.shape == plan.step.ids.shape and plan.version == cache.version
+        return ids.shape == ahead.step.ids.shape and ahead.version == cache.version
 
     def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """The same as `step`, where `has_planned`."""
-        plan, self._plan = self._plan, None
-        assert plan is not None
-        cache.begin_planned_token(plan.held)
-        return self._launch(plan.step, ids, cache, plan.segments, plan.next_rotary)
+        ahead, self._ahead = self._ahead, None
+        assert ahead is not None
+        return self._launch(ahead.step, ids, cache, ahead.plan, ahead.next_rotary)
 
-    def _make(self, cache: EvictionCache, keeps: list[np.ndarray]) -> _Step:
+    def _make(self, cache: EvictionCache, plan: StepPlan) -> _Step:
         """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds it."""
         widths = []
-        for lease, keep in zip(cache.leases, keeps):
-            windows = np.where(lease.windows > 0, lease.windows, UNLIMITED)[:, None, None]
-            limit, held = int(np.minimum(keep, windows).max()), int(lease.bound.max())
+        for lease, part in zip(cache.leases, plan.classes):
+            held = int(lease.bound.max())
             coming = max(ROOM, (cache.max_length or 0) - max(cache.seen), held // 2)
-            slots = max(held, min(limit, held + coming))
+            slots = int(slots_decoded(held, coming, part.budgets.most.max()))
             widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
         span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
         return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
 
-    def _bind(self, step: _Step, cache: EvictionCache, keeps: list[np.ndarray]) -> None:
+    def _bind(self, step: _Step, cache: EvictionCache, plan: StepPlan) -> None:
         """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
         if self._bound is None or self._bound() is not cache or not self._is_bound(cache):
             self.release()
@@ -391,13 +388,14 @@ class DecodeRunner:
             self._bound, self._lease = weakref.ref(cache), weakref.ref(cache.leases[0])
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)
             self._seen_states = [None] * len(cache.states)
-        for c, lease in enumerate(cache.leases):
+        for c, (lease, part) in enumerate(zip(cache.leases, plan.classes)):
+            keep = part.budgets.keep
             if self._seen_tables[c] is not lease.table:
                 step.tables[c][..., : lease.table.shape[-1]].copy_(lease.table)
                 self._seen_tables[c] = lease.table
-            if self._seen_keeps[c] is not keeps[c]:
-                step.keeps[c].copy_(to_device(np.minimum(keeps[c], UNLIMITED).astype(np.int32), cache.device))
-                self._seen_keeps[c] = keeps[c]
+            if self._seen_keeps[c] is not keep:
+                step.keeps[c].copy_(to_device(keep.astype(np.int32), cache.device))
+                self._seen_keeps[c] = keep
         for i, (state, room) in enumerate(zip(cache.states, step.states)):
             if self._seen_states[i] is not state.value:
                 mine = room[:, : state.value.shape[1]] if state.per_token else room

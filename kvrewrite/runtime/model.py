@@ -17,8 +17,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, St
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache, Owner, exclusive
+from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import PageStore, to_device
+from kvrewrite.cache.request import Owner, exclusive
 from kvrewrite.capture.third_party import AdapterWatch
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr
@@ -863,7 +864,9 @@ class RewrittenModel(nn.Module, GenerationMixin):
             always = self.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(decoding, cache.settled)]
-        inputs: dict[str, Tensor] = cache.prepare(self.policy, segments, totals, reserve, renew)
+        plan = cache.plan(segments, totals, renew)
+        cache.hold(plan, reserve)
+        inputs: dict[str, Tensor] = cache.inputs(plan)
         inputs["input_ids"] = torch.gather(ids.to(device).long(), 1, to_device(index, device))
         inputs["positions"] = inputs["position_ids"] = positions
         inputs["valid"] = to_device(torch.tensor(valid, dtype=torch.int32), device)
@@ -903,7 +906,7 @@ class RewrittenModel(nn.Module, GenerationMixin):
             out = execution({name: inputs[name] for name in names}, logits=any(wanted))
         else:
             prefill({name: inputs[name] for name in names})
-        cache.commit()
+        cache.commit(plan)
         return out
 
     def _rotary_reach(self, cache: EvictionCache, longest: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import KVRewriteError, UnsupportedModelError
 from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr

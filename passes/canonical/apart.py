@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import is_size, shape_of, symbol, tensor_of
 
 POINTWISE = {

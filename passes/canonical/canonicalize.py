@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import (
     arg,
@@ -24,7 +24,9 @@ from kvrewrite.ir.fx import (
     tensor_of,
 )
 from kvrewrite.ir.site import AttentionSite, NoSite
-from kvrewrite.passes.canonical.find_attention import Attention, Operand, find_attention, forget_probes
+from kvrewrite.passes.canonical.biases import forget_probes
+from kvrewrite.passes.canonical.find_attention import find_attention
+from kvrewrite.passes.canonical.operands import Attention, Operand
 from kvrewrite.passes.canonical.probe import refuse
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import CaptureError, UnsupportedModelError
 from kvrewrite.ir.fx import is_size, module_path, placeholder, shape_of, symbol, tensor_of
 from kvrewrite.ir.site import AttentionSite

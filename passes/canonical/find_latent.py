@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, arg, is_op, shape_of, tensor_of
 from kvrewrite.ir.projections import is_weight_op, projections
 from kvrewrite.passes.canonical.find_rope import depends

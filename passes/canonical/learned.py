@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ancestors, dependents, get_attr, is_op, shape_of, symbol, tensor_of
 from kvrewrite.passes.canonical.probe import Probe, ProbeError, depends_on_data, only_shape, seen_in
 
@@ -250,3 +250,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     a, b = a.nan_to_num(neginf=0.0, nan=math.nan), b.nan_to_num(neginf=0.0, nan=math.nan)
     size = max(1.0, float(a.abs().max())) if a.numel() else 1.0
     return bool(((a - b).abs() <= TOLERANCE * size).all())
+
+
+def with_learned(slopes: Tensor | None, live: Live, heads: int) -> Tensor | None:
+    """The slopes of all heads; where they are learned there are some, whatever they are now."""
+    if slopes is None:
+        return torch.zeros(heads) if live.slopes is not None else None
+    return slopes.expand(heads).clone()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import ZEROED, clear_memory, erase_dead, fake_value, is_op, mutates, symbol, tensor_of
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.evaluate import EMPTY, FAILURES, run_op, widen
 from kvrewrite.ir.fx import ancestors, concretize, get_attr, is_op, is_size, shape_of, tensor_of
@@ -30,8 +30,6 @@ MOST_HASHED = 1 << 24  # elements of a table that is told from others by its val
 SHAPE_ONLY = (
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 )  # fmt: skip
-
-
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 UNDERFLOW = -200.0  # a weight of exp(-200) is nothing, also in float64 beside one
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.evaluate import TOLERANCE, EvaluationError, Evaluator, StandIns, difference
 from kvrewrite.ir.fx import (
@@ -41,9 +41,9 @@ from kvrewrite.ir.fx import (
 )
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.canonicalize import REPLACED, RESULT, SOURCE
-from kvrewrite.passes.canonical.carry_state import layout_of
 from kvrewrite.passes.canonical.check import CARRIED, data_nodes
 from kvrewrite.passes.canonical.probe import integers_in, is_projection, subgraph_text, symbols
+from kvrewrite.passes.canonical.regions import layout_of
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured, RotaryTable
+from kvrewrite.capture.captured import Captured, RotaryTable
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import (
     add_placeholder,

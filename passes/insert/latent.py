@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.fx import arg, erase_dead, named_args, op_args, shape_of
 from kvrewrite.ir.site import AttentionSite

@@ -26,6 +26,7 @@ from tests.support.rewritten import rewritten
 pytestmark = pytest.mark.xdist_group("llama")
 HOME = Path(kvrewrite.__file__).parent
 FILES = {str(p) for folder in ("cache", "runtime") for p in (HOME / folder).glob("*.py")}
+assert {str(HOME / "cache/pages.py"), str(HOME / "runtime/model.py")} < FILES
 
 
 class Stop(KeyboardInterrupt):

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
+from kvrewrite.analysis.flops import attention_of
 from kvrewrite.analysis.memory import plan_layers, plan_memory
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.cli.app import main
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
@@ -27,7 +29,6 @@ from kvrewrite.passes.insert.cache import site_nodes
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies import make as make_policy
 from kvrewrite.runtime import decode_graph, prompt_graph
-from kvrewrite.tools.benchmark.roofline import attention_of
 from kvrewrite.verification import verify
 from tests.runtime.test_decoding import same, static
 from tests.support import rewritten, zoo

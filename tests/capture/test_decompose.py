@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kvrewrite.capture.frontend
+import kvrewrite.capture.export
+from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.decompose import decompose
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.frontend import capture
 from kvrewrite.capture.functionalize import functionalize
 from kvrewrite.ir.fx import fingerprint, mutates
 from kvrewrite.passes.pipeline import canonical
@@ -30,9 +31,9 @@ def test_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = build(name), []
     for own in (False, True):
         if not own:
-            monkeypatch.setattr(kvrewrite.capture.frontend, "decompose", lambda program: program.run_decompositions({}))
+            monkeypatch.setattr(kvrewrite.capture.export, "decompose", lambda program: program.run_decompositions({}))
         else:
-            monkeypatch.setattr(kvrewrite.capture.frontend, "decompose", decompose)
+            monkeypatch.setattr(kvrewrite.capture.export, "decompose", decompose)
         captured = capture(model)
         sites = canonical(captured)
         names = [n.target for n in captured.graph.graph.nodes if n.op == "placeholder"]

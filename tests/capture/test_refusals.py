@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvrewrite
-from kvrewrite.capture.frontend import _InterfaceCalls, capture
+from kvrewrite.capture.attention_interface import InterfaceCalls
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import CaptureError, UnsupportedModelError
 from kvrewrite.ir.fx import placeholder, shape_of
 from kvrewrite.passes.canonical.canonicalize import canonicalize
@@ -236,7 +237,7 @@ def test_the_error_says_what_kept_it_from_being_traced(model: type[Decoder], rea
 
 def test_masks_may_be_sliced_to_their_whole_size_only() -> None:
     """Models slice the mask of our tracing; what is still all of it counts, and anything else is refused."""
-    calls = _InterfaceCalls(nn.Module())
+    calls = InterfaceCalls(nn.Module())
     mask = calls.mask(2, 9, 9, mask_function=lambda b, h, q, kv: kv <= q)
     calls.mask(2, 9, 9, mask_function=lambda b, h, q, kv: kv <= q)
     for whole in (mask, mask[:, :, slice(0, None), :], mask[:, :, :, : mask.shape[-1]]):

@@ -157,15 +157,15 @@ def test_the_second_kernel_waits_for_the_first(overlap: int) -> None:
 
 def test_worker_counts() -> None:
     # Equal heads are cut evenly: 132 multiprocessors, Llama-3.1-8B's 8 heads, 1, 8 and 32 rows.
-    assert [decode._worker_count(264, 8 * b, 64, 1) for b in (1, 8, 32)] == [256, 256, 256]
-    assert decode._worker_count(132, 8, 64, 1) == 128
-    assert decode._worker_count(528, 8, 64, 2) == 256
+    assert [decode.worker_count(264, 8 * b, 64, 1) for b in (1, 8, 32)] == [256, 256, 256]
+    assert decode.worker_count(132, 8, 64, 1) == 128
+    assert decode.worker_count(528, 8, 64, 2) == 256
     for limit in (1, 5, 132, 264):
         for n_heads in (1, 3, 8, 130, 200, 265, 600):
             for width in (1, 2, 63, 1000):
-                count = decode._worker_count(limit, n_heads, width, 1 + width % 2)
+                count = decode.worker_count(limit, n_heads, width, 1 + width % 2)
                 assert 1 <= count <= min(limit, n_heads * width)
-    assert decode._worker_count(264, 1024, 1 << 20, 1) * 1024 << 20 < 2**31
+    assert decode.worker_count(264, 1024, 1 << 20, 1) * 1024 << 20 < 2**31
 
 
 @pytest.mark.parametrize("group", [1, 7, 16, 20])

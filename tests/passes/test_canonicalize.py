@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvrewrite.capture import frontend as capture_module
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.attention_interface import transformers_tracing
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.export import export_model
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import ancestors, tensor_of
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.biases import classify, fit
 from kvrewrite.passes.canonical.canonicalize import SOURCE, canonicalize, check_no_scores
-from kvrewrite.passes.canonical.find_attention import NoAttention, classify, fit
 from kvrewrite.passes.canonical.normalize import normalize
+from kvrewrite.passes.canonical.operands import NoAttention
 from tests.support.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
 from tests.support.rewritten import original, traced
 from tests.support.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
@@ -125,8 +128,8 @@ def test_walker_agrees_with_the_interface(name: str) -> None:
     """The walker, on the softmax of the model's own eager code, finds what the interface says."""
     model = make(name)
     _, told = canonical(name)
-    with capture_module._transformers_tracing(model, "eager"):
-        captured = capture_module._export(model, "trace", None)
+    with transformers_tracing(model, "eager"):
+        captured = export_model(model, "trace", None)
     normalize(captured)
     found = canonicalize(captured)
     assert {s.source for s in found} == {"softmax"}

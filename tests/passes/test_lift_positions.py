@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import placeholder, shape_of, symbol, tensor_of
 from kvrewrite.passes.canonical.canonicalize import canonicalize

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from kvrewrite.capture.frontend import capture
 from kvrewrite.ir.masks import BLOCK, classify_mask, expected_mask, spread, spread_length, with_ends
 from kvrewrite.ir.site import NoSite
-from kvrewrite.passes.canonical.find_attention import Attention, find_attention
+from kvrewrite.passes.canonical.find_attention import find_attention
 from kvrewrite.passes.canonical.normalize import normalize
+from kvrewrite.passes.canonical.operands import Attention
 
 VOCAB, HEADS, DIM = 31, 4, 4
 WIDTH = HEADS * DIM

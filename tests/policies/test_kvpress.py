@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.passes.pipeline import canonical
 from tests.peers import learned_heads as heads
 from tests.peers.tiny_llama import fingerprint, prompt, tiny_llama

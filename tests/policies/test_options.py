@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import kvrewrite
 from kvrewrite import policies
 from kvrewrite.analysis.memory import plan_memory
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.layout import Quantize
 from kvrewrite.passes.pipeline import canonical

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite import policies
-from kvrewrite.capture.frontend import Captured, capture
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import OptionError
 from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical

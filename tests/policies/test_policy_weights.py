@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import kvrewrite.artifact.directory
+import kvrewrite.artifact.files
 from kvrewrite.artifact.policy_weights import import_pickle, read_policy_weights
 from kvrewrite.errors import PolicyWeightsError
 from kvrewrite.policies.weights import check_policy_weights
@@ -117,7 +117,7 @@ def test_import_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(kvrewrite.artifact.directory, "_sync", fail)
+    monkeypatch.setattr(kvrewrite.artifact.files, "sync", fail)
     with pytest.raises((PolicyWeightsError, KeyboardInterrupt)):
         import_pickle(tmp_path / "w.pt", tmp_path / "w.safetensors", force=True)
     assert (tmp_path / "w.safetensors").read_text() == "mine"

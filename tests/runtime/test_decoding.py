@@ -121,6 +121,19 @@ def test_requests_take_turns_and_fork(policy: str, options: dict[str, Any]) -> N
         same(*pair)
 
 
+@pytest.mark.parametrize("policy", ["h2o", "knorm"])
+def test_every_prompt_deals_anew(policy: str) -> None:
+    """Heads that compete go on with what their last prompt gave them, not the one before."""
+    options = {"budget": 16, "head_budgets": "adakv"}
+    plain, ours = rewritten("llama", policy, **options), static("llama", policy, **options)
+    caches = [m.new_cache(2) for m in (plain, ours)]
+    for begin, end in ((0, 30), (30, 31), (31, 32), (32, 60), *((t, t + 1) for t in range(60, 64))):
+        part = tokens()[:, begin:end]
+        expected, got = [m(part, past_key_values=c).logits for m, c in zip((plain, ours), caches)]
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        same(*caches)
+
+
 @pytest.mark.parametrize("quantize", ["none", "fp8"])
 def test_states_and_lengths_follow_the_request(quantize: str) -> None:
     """Another request takes its turn, one is forked while it is bound, and one begins anew."""

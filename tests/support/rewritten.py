@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite import policies
-from kvrewrite.capture.frontend import Captured, capture, is_transformers_model
+from kvrewrite.capture.attention_interface import is_transformers_model
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.compiler import model_facts
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, insert

@@ -96,3 +96,31 @@ class SlowHead:
         self.ends[g] = found
         for member in members:
             member[:] = [rounded(x, ends, self.kind) for x, ends in zip(member, found)]
+
+
+class SlowSlots:
+    """The slots of one head: a list of token numbers, in which anything but the newest may go."""
+
+    def __init__(self, random: np.random.Generator):
+        self.random = random
+        self.tokens: list[int] = []
+        self.seen = 0
+
+    def add(self, count: int) -> None:
+        """New tokens join."""
+        self.tokens += range(self.seen, self.seen + count)
+        self.seen += count
+
+    def keep(self, count: int) -> None:
+        """One after another goes until `count` are left; those after it move up."""
+        while len(self.tokens) > count:
+            del self.tokens[int(self.random.integers(0, max(1, len(self.tokens) - 1)))]
+
+    def slide(self, window: int) -> None:
+        """A layer with a window needs its newest `window` tokens."""
+        self.tokens = self.tokens[max(0, len(self.tokens) - window) :]
+
+    def first_changed(self, before: list[int]) -> int:
+        """The first slot that holds another token than `before`, or one more."""
+        same = [a == b for a, b in zip(before, self.tokens)]
+        return same.index(False) if False in same else len(same)

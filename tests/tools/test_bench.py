@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from kvrewrite import policies
+from kvrewrite.analysis import flops
 from kvrewrite.cli import app as cli
 from kvrewrite.cli.bench import parse_bytes
 from kvrewrite.errors import OptionError
@@ -207,25 +208,25 @@ def site(layer=0, window=0, chunk=0, shares=None):
 
 
 def test_pairs():
-    assert roofline.visible_pairs(4, 0) == 1 + 2 + 3 + 4
-    assert roofline.visible_pairs(3, 10) == 11 + 12 + 13
-    assert roofline.visible_pairs(4, 0, 0, window=2) == 1 + 2 + 2 + 2
-    assert roofline.visible_pairs(3, 6, 6, chunk=4) == 3 + 4 + 1  # positions 6, 7, 8
+    assert flops.visible_pairs(4, 0) == 1 + 2 + 3 + 4
+    assert flops.visible_pairs(3, 10) == 11 + 12 + 13
+    assert flops.visible_pairs(4, 0, 0, window=2) == 1 + 2 + 2 + 2
+    assert flops.visible_pairs(3, 6, 6, chunk=4) == 3 + 4 + 1  # positions 6, 7, 8
 
 
 def test_attention_of_chunks():
     policy = policies.make("streaming_llm", budget=8, chunk=4)
-    found = roofline.attention_of([site(0), site(1, window=6)], 10, policy)
+    found = flops.attention_of([site(0), site(1, window=6)], 10, policy)
     wide = (1 + 2 + 3 + 4) + (5 + 6 + 7 + 8) + (9 + 10)  # 0, 4 and 8 slots are cached
     narrow = (1 + 2 + 3 + 4) + (5 + 6 + 6 + 6) + (6 + 6)
     assert found.flops == [2 * 32 * 4 * wide, 2 * 32 * 4 * narrow]
     assert found.call[0] == (4, 4) and found.held == [8, 6]
-    full = roofline.attention_of([site(0), site(1, shares=0)], 10)
+    full = flops.attention_of([site(0), site(1, shares=0)], 10)
     assert full.flops == [2 * 32 * 4 * 55] * 2 and full.call == [(10, 0)] * 2 and full.held == [10, 10]
 
 
 def test_floor_and_limit():
-    work = roofline.Work(linear_flops=1000, head_flops=100, weight_bytes=4000)
+    work = flops.Work(linear_flops=1000, head_flops=100, weight_bytes=4000)
     floor = roofline.prefill_floor(work, 10, 2, 1e4, [(500, 1e3), (300, 1e2)])
     assert floor == {"linear": 2 * 10100 / 1e4, "attention": 2 * (0.5 + 3.0), "floor": 2.02 + 7.0}
     slow = roofline.decode_limit(work, 600, 2, 1e3, 1e6)
@@ -237,13 +238,13 @@ def test_floor_and_limit():
 def test_slots_and_bytes_of_a_step():
     sites = [site(0), site(1, window=6)]
     policy = policies.make("streaming_llm", budget=8, chunk=4)
-    attention = roofline.attention_of(sites, 10, policy)
-    assert roofline.decode_slots(attention, sites, 5, 10, policy) == [9, 7]
-    full = roofline.attention_of(sites, 10)
-    assert roofline.decode_slots(full, sites, 5, 10, None) == [16, 7]
-    assert roofline.kv_bytes(sites, [16, 7], 2) == 2 * 32 * 2 * 23
+    attention = flops.attention_of(sites, 10, policy)
+    assert flops.decode_slots(attention, sites, 5, 10, policy) == [9, 7]
+    full = flops.attention_of(sites, 10)
+    assert flops.decode_slots(full, sites, 5, 10, None) == [16, 7]
+    assert flops.kv_bytes(sites, [16, 7], 2) == 2 * 32 * 2 * 23
     int8 = policies.make("snapkv", quantize="int8", quantize_residual=0)
-    assert roofline.kv_bytes(sites[:1], [64], 2, int8) < roofline.kv_bytes(sites[:1], [64], 2) * 0.75
+    assert flops.kv_bytes(sites[:1], [64], 2, int8) < flops.kv_bytes(sites[:1], [64], 2) * 0.75
 
 
 def test_work_of_the_named_shapes():
@@ -259,10 +260,10 @@ def test_work_of_the_named_shapes():
         config = shapes.SHAPES[name]()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        work, head = roofline.work_of(model), config.vocab_size * config.hidden_size
+        work, head = flops.work_of(model), config.vocab_size * config.hidden_size
         assert (work.linear_flops, work.head_flops) == (2 * weights, 2 * head)
         assert work.weight_bytes == 2 * (weights + head)
-        sites = roofline.sites_of(config)
+        sites = flops.sites_of(config)
         assert len(sites) == config.num_hidden_layers and not sites[0].window
         assert (sites[0].kv_heads, sites[0].head_dim) == ((32, 96) if name == "phi-3-mini" else (8, 128))
 

@@ -17,13 +17,13 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvrewrite import policies
+from kvrewrite.analysis.flops import cost_of
 from kvrewrite.analysis.memory import plan_layers, plan_memory
 from kvrewrite.cli import app as cli
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.tools.inspection.code import SiteCode, fold, ranges, sites_code
-from kvrewrite.tools.inspection.cost import cost_of
 from tests.support.rewritten import traced
 from tests.support.tiny import make_checkpoint
 

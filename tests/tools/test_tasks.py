@@ -11,8 +11,9 @@ from random import Random
 
 import pytest
 
-from kvrewrite.tools.evaluation import tasks
-from kvrewrite.tools.evaluation.tasks import TASKS, Sample, make, score
+from kvrewrite.tools.evaluation import noise, room, tasks
+from kvrewrite.tools.evaluation.room import Sample
+from kvrewrite.tools.evaluation.tasks import TASKS, make, score
 from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
 NUMBER = re.compile(r"The magic number of (\w+ \w+) is (\d{4})\.")
@@ -103,7 +104,7 @@ def test_needle_single_has_all_kinds_of_filler():
         start = lines.strip()[:20]
         kinds |= {
             kind
-            for kind, of in (("noise", tasks.NOISE), ("prose", tasks.prose()), ("code", tasks.code()))
+            for kind, of in (("noise", noise.NOISE), ("prose", noise.prose()), ("code", noise.code()))
             if start in "".join(of)
         }
     assert kinds == {"noise", "prose", "code"}
@@ -192,7 +193,7 @@ def test_few_shot():
 @pytest.mark.parametrize("task", ["few_shot_rare", "few_shot_varied", "few_shot_held_out"])
 def test_few_shot_of_rare_classes(task):
     held_out = task == "few_shot_held_out"
-    lines = set(tasks.code() + tuple("\n" + line for line in tasks.NOISE))
+    lines = set(noise.code() + tuple("\n" + line for line in noise.NOISE))
     for seed in range(5):
         sample = make(task, tokens=600, seed=seed, tokenizer=SPLITTER)
         asked = re.fullmatch(r"\nQ: (\w+): (?:\w+ )+(\w+) (\S+)", sample.question)
@@ -204,7 +205,7 @@ def test_few_shot_of_rare_classes(task):
         assert classes[sample.answers[0]] == 1 and sorted(classes.values())[-3] > 1
         assert len(dict(found)) == len(set(found))  # a noun has one label
         rest = re.sub(rf"\n{lead}: (?:\w+ ){{1,4}}\w+ {re.escape(mark)} \w+", "", sample.context)
-        prose = rest.strip().split("\n")[0] in {line.strip() for line in tasks.prose()} - {x.strip() for x in lines}
+        prose = rest.strip().split("\n")[0] in {line.strip() for line in noise.prose()} - {x.strip() for x in lines}
         assert prose == held_out
         assert 0.15 < len(rest) / len(sample.context) < 0.6
 
@@ -246,11 +247,11 @@ def test_training_documents_fit_with_their_replies(task):
 
 
 def test_missing_standard_library_leaves_noise(monkeypatch):
-    monkeypatch.setattr(tasks, "prose", lambda: ())
-    monkeypatch.setattr(tasks, "code", lambda: ())
+    monkeypatch.setattr(room, "prose", lambda: ())
+    monkeypatch.setattr(room, "code", lambda: ())
     context = make("needle_single", tokens=300, seed=0, tokenizer=SPLITTER).context
     rest = NUMBER.sub("", context)
-    for line in tasks.NOISE:
+    for line in noise.NOISE:
         rest = rest.replace(line, "")
     assert not rest.strip()
 

@@ -9,23 +9,20 @@ The scores of a policy, its own weights and evictions are not in them: what they
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvrewrite.analysis.flops import Work, attention_of, decode_slots, kv_bytes, linears, visible_pairs, work_of
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.kernels.latent.reference import expanding_is_cheaper
-from kvrewrite.kernels.quantized.scheme import Scheme
-from kvrewrite.policies import UNLIMITED, Policy, RowState
+from kvrewrite.policies import Policy
 
 COPY_BYTES = 1 << 30  # of the copy that tells the bandwidth
 GEMM_TOKENS = 8192  # from so many rows on the rate of a GEMM does not grow
@@ -33,158 +30,7 @@ SECONDS = 0.3  # that a rate is measured for, at least
 SHAPES_AT_MOST = 12  # different linear layers that are timed
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
-@dataclass(frozen=True)
-class Work:
-    """What one token costs in linear layers: FLOPs without and of the output layer, bytes of weights that a step reads."""
-
-    linear_flops: float
-    head_flops: float
-    weight_bytes: float
-
-
-def _linears(model: Any) -> list[Tensor]:
-    """Weights (out, in) of every linear layer but the output layer, as often as they are used."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    found: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            found.append(module.weight)
-        elif isinstance(module, Conv1D):
-            found.append(module.weight.t())
-    return found
-
-
-def work_of(model: Any) -> Work:
-    """The work of a model of transformers. Of experts, those that a token goes through."""
-    config = model.config.get_text_config(decoder=True)
-    linear = sum(float(w.numel()) for w in _linears(model))
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    used = getattr(config, "num_experts_per_tok", None)
-    if experts and used:
-        linear += sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == experts) * used / experts
-    head = float(config.vocab_size * config.hidden_size)
-    return Work(2 * linear, 2 * head, (linear + head) * next(model.parameters()).element_size())
-
-
-def sites_of(config: Any) -> list[AttentionSite]:
-    """The attention layers that a configuration of transformers describes, for what is not rewritten."""
-    c = config.get_text_config(decoder=True)
-    heads = c.num_attention_heads
-    dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    v_dim = getattr(c, "v_head_dim", None) or dim
-    if getattr(c, "qk_nope_head_dim", None):  # latent attention
-        dim = c.qk_nope_head_dim + c.qk_rope_head_dim
-    types = getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers
-    sites = []
-    for i, kind in enumerate(types):
-        window = int(getattr(c, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
-        chunk = int(getattr(c, "attention_chunk_size", None) or 0) if kind == "chunked_attention" else 0
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        sites.append(AttentionSite(i, "", heads, kv_heads, dim, v_dim, dim**-0.5, "config", window, chunk))
-    return sites
-
-
-# ----------------------------------------------------------------------------------------------------------- the request
-@functools.lru_cache(maxsize=4096)
-def visible_pairs(tokens: int, cached: int, seen: int = 0, window: int = 0, chunk: int = 0) -> int:
-    """(query, key) pairs of `tokens` new tokens on `cached` slots and themselves; `seen` tokens came before them."""
-    keys = cached + np.arange(1, tokens + 1, dtype=np.int64)
-    if window:
-        keys = np.minimum(keys, window)
-    if chunk:
-        keys = np.minimum(keys, (seen + np.arange(tokens)) % chunk + 1)
-    return int(keys.sum())
-
-
-@dataclass
-class Attention:
-    """Attention of one row's prompt. flops: of each site; call: the (tokens, cached slots) of each site's dearest segment;
-    held: slots a head that each site has at the end; read: slots and new tokens a head that each site reads, segments
-    together."""
-
-    flops: list[float]
-    call: list[tuple[int, int]]
-    held: list[int]
-    read: list[int]
-
-
-def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | None = None) -> Attention:
-    """What the attention of a prompt of `context` tokens costs under a policy; None: a full cache, the prompt at once."""
-    owners = [s.layer for s in sites if s.shares_kv_with is None]
-    kept = dict.fromkeys((s.layer for s in sites), 0)
-    out = Attention([0.0] * len(sites), [(0, 0)] * len(sites), [0] * len(sites), [0] * len(sites))
-    dearest = [0.0] * len(sites)
-    seen = 0
-    plan = [(context, [UNLIMITED] * len(owners))]
-    if policy is not None:
-        segments = policy.plan(context)
-        plan = [(s.length, policy.layer_keeps(s, context, len(owners))) for s in segments]
-    for length, keeps in plan:
-        for i, site in enumerate(sites):
-            cached = kept[site.layer if site.shares_kv_with is None else site.shares_kv_with]
-            pairs = visible_pairs(length, cached, seen, site.window, site.chunk)
-            flops = _attention_flops(site, length, cached, pairs)
-            out.flops[i] += flops
-            out.read[i] += cached + length
-            if flops > dearest[i]:
-                dearest[i], out.call[i] = flops, (length, cached)
-        for site, keep in zip((s for s in sites if s.shares_kv_with is None), keeps, strict=True):
-            span = site.window or site.chunk or UNLIMITED
-            kept[site.layer] = min(kept[site.layer] + length, keep, span)
-        seen += length
-    out.held = [kept[s.layer if s.shares_kv_with is None else s.shares_kv_with] for s in sites]
-    return out
-
-
-def _attention_flops(site: AttentionSite, tokens: int, cached: int, pairs: int) -> float:
-    """Of `pairs` (query, key) pairs. Where a cache holds latents they run absorbed or expanded, as `latent_attention` chooses;
-    the projection of the latent, or what takes its place, counts as the linear layer that it is."""
-    absorbed = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs
-    if site.expanded is None:
-        return absorbed
-    heads, k, v = site.expanded
-    rank, rotary = site.latent, site.latent_rotary
-    if not expanding_is_cheaper(tokens, cached, k - rotary, v, rank, rotary):
-        return absorbed
-    return 2.0 * (k + v) * site.heads * pairs + 2.0 * heads * cached * rank * (k - rotary + v)
-
-
-def decode_slots(
-    attention: Attention, sites: Sequence[AttentionSite], step: int, context: int, policy: Policy | None
-) -> list[int]:
-    """Slots a head that each site reads in the decode step after `step` others."""
-    keep = UNLIMITED
-    if policy is not None:
-        held = max(attention.held, default=0) + step
-        keep = policy.decode_segment(RowState(seen=context + step, generated=step, held=held)).keep
-    slots = []
-    for held, site in zip(attention.held, sites):
-        slots.append(min(held + step, max(keep, held), site.window or site.chunk or UNLIMITED) + 1)
-    return slots
-
-
-def kv_bytes(
-    sites: Sequence[AttentionSite], slots: Sequence[int], itemsize: int, policy: Policy | None = None
-) -> float:
-    """Bytes of keys and values that a decode step of one row reads."""
-    total = 0.0
-    quantized = policy is not None and policy.quantize != "none"
-    for site, held in zip(sites, slots, strict=True):
-        dense = site.cached_channels * itemsize
-        if quantized:
-            assert policy is not None
-            scheme = Scheme(policy.quantize, policy.quantize_group)
-            packed = scheme.key_bytes(site.head_dim, itemsize) + scheme.value_bytes(site.v_head_dim, itemsize)
-            tail = min(held, policy.quantize_residual)
-            total += site.kv_heads * (tail * dense + (held - tail) * packed)
-        else:
-            total += site.kv_heads * held * dense
-    return total
-
-
+# ---------------------------------------------------------------------------------------------------------------- times
 def prefill_floor(
     work: Work, context: int, batch: int, gemm: float, attention: Sequence[tuple[float, float]]
 ) -> dict[str, float]:
@@ -274,7 +120,7 @@ class Rates:
         def measure() -> float:
             counts: dict[tuple[int, ...], int] = {}
             weights: dict[tuple[int, ...], Tensor] = {}
-            for weight in _linears(model):
+            for weight in linears(model):
                 counts[tuple(weight.shape)] = counts.get(tuple(weight.shape), 0) + 1
                 weights.setdefault(tuple(weight.shape), weight)
             seconds = flops = 0.0

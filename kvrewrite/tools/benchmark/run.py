@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvrewrite import policies
+from kvrewrite.analysis.flops import sites_of
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.tools.benchmark.baselines import FULL, PRESSES, Skipped, forget_compiled, subject_of
@@ -27,7 +28,6 @@ from kvrewrite.tools.benchmark.roofline import (
     is_out_of_memory,
     limits,
     release,
-    sites_of,
 )
 from kvrewrite.tools.benchmark.shapes import ShapeSource, open_source
 from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, versions, write_json

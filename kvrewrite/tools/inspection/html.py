@@ -6,11 +6,11 @@ import dataclasses
 from html import escape
 
 from kvrewrite import __version__
+from kvrewrite.analysis.flops import cost_table
 from kvrewrite.analysis.memory import LayerPlan, MemoryPlan, carried_bytes, human, plan_layers, plan_memory
 from kvrewrite.policies import Policy
 from kvrewrite.tools.inspection import svg
 from kvrewrite.tools.inspection.code import Group, SiteCode
-from kvrewrite.tools.inspection.cost import cost_table
 from kvrewrite.tools.inspection.gather import Inspection
 from kvrewrite.tools.inspection.style import STYLE
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.ir.layout import InputSpec

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture.frontend import Captured
+from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import erase_dead, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import site_nodes

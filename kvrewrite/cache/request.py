@@ -1,0 +1,343 @@
+"""What one request (or a batch of requests) holds: pages, counters of its rows, states, and what went in.
+
+A step is planned (`plan`, which changes nothing), given its pages (`hold`), run by the runtime with `inputs`, and recorded
+(`commit`). A slot holds one token of one kv head: its key, its value, a score (fp32) and two positions (int32: in the text, and
+the one its key is rotated by). Pages are leased from a pool per class (layers with equal shapes) and returned as soon as
+eviction leaves them empty.
+
+Threads may share a model and forks of a cache: whatever reads or writes pages holds the model's lock. A step that is
+interrupted leaves its own request unfinished, which is refused until it is reset, and all others as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrewrite.cache.history import History
+from kvrewrite.cache.pages import Lease, PageStore, to_device
+from kvrewrite.cache.policy_state import PolicyState
+from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
+from kvrewrite.errors import CacheError
+from kvrewrite.ir.layout import PAGE, CacheLayout
+from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
+
+# Lists that have an entry for each row.
+PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
+
+
+class Owner:
+    """Who a model is to its caches. lock: held by whoever is in a step of the model or changes one of its caches.
+
+    A copy of a model, deep or pickled, is an owner of its own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return Owner, ()
+
+
+def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of something with an `owner` that no other thread may disturb. What it makes can be written to anywhere, also
+    where the caller is in `torch.inference_mode`."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.owner.lock, torch.inference_mode(False), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+class Request:
+    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on it."""
+
+    # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
+    before_chunk: Callable[[], None] | None = None
+    lease_type = Lease
+    owner: Owner = Owner()  # until it has a model
+    _unfinished = False
+
+    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
+        if batch_size < 1:
+            raise CacheError(f"batch_size is {batch_size}, expected at least 1")
+        self.owner = model.owner
+        self.layout: CacheLayout = model.program.layout
+        self._policy: Policy = model.policy
+        self._rows = batch_size
+        self.device, self.dtype = torch.device(model.device), model.dtype
+        self.max_length = max_length
+        self._model_tables = model.length_tables(max_length)
+        self._make_rotary = model.make_rotary
+        self._max_positions: int = model.program.max_positions or UNLIMITED
+        self._stores: list[PageStore] | None = model.shared_stores()
+        self._changes = 0
+        self._reset()
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        """Rows of this cache."""
+        return self._rows
+
+    @exclusive
+    def _reset(self) -> None:
+        self._changes += 1
+        batch = self.batch_size
+        self.seen = [0] * batch  # tokens of each row so far
+        self.generated = [0] * batch  # of them, those since the last prompt
+        self.length = [0] * batch  # most live slots of a layer without a window
+        self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
+        self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
+        # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps them (both
+        # in kvrewrite/runtime/decode_graph.py).
+        self.keys_settled = self.ranks_held = False
+        self._loose = False  # whether heads can have fewer slots than their pages are leased for
+        self._unmeasured = 0  # steps since the device was asked how many
+        self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
+        self.columns = 0  # columns of the caller's ids and masks so far, padding included
+        self.history = History(batch)  # what went in, column by column
+        self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
+        self.leases: list[Lease] = []
+        quantize, scheme = self.layout.quantize, self.layout.scheme
+        for c, spec in enumerate(self.layout.classes):
+            shared = self._stores[c] if self._stores is not None else None
+            device = torch.device(spec.device or self.device)
+            store = shared or PageStore(spec.k_dim, spec.v_dim, self.dtype, device, scheme)
+            self.leases.append(self.lease_type(spec, batch, store))
+        # What heads that compete kept at their last prompt's eviction, -1 before there was one. Never changed in place.
+        self._shares = [np.full_like(lease.bound, -1) for lease in self.leases]
+        self._dealt: dict[int, Tensor] = {}  # tables that the device fills in during a step, by class
+        tail = quantize.residual + 2 * quantize.group if quantize else 0
+        rules = Rules(self.layout.rewrites_slots, tail)
+        self._planner = SlotPlanner(self._policy, rules, self.leases)
+        self.states = [PolicyState(s, batch, torch.device(s.device or self.device)) for s in self.layout.states]
+        self._rotary: list[tuple[Tensor, Tensor]] = []
+        self._rotary_length = 0
+        self._unfinished = False
+
+    @exclusive
+    def reset(self) -> None:
+        """Forgets everything and returns the memory. Forks of this cache keep what they have."""
+        self._unfinished = True
+        self._touch()
+        for lease in self.leases:
+            lease.close()
+            lease.store.end()
+        self._reset()
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # module globals may be gone by then
+        if not finalizing():
+            for lease in self.__dict__.get("leases", ()):
+                lease.abandon()
+
+    # -- steps, which may be interrupted ---------------------------------------------------------------------------
+    def check_finished(self) -> None:
+        """Raises CacheError after a step that was interrupted."""
+        if self._unfinished:
+            raise CacheError(
+                "a step of this cache was interrupted (by an exception, Ctrl-C, or because memory ran out), so some layers have "
+                "its tokens and others don't. Call reset() and pass the whole text again, or go on from a fork() made before"
+            )
+
+    def begin_step(self) -> None:
+        """Until `end_step` this cache is unfinished."""
+        self.check_finished()
+        self._unfinished = True
+        self._touch()
+
+    def _touch(self) -> None:
+        for lease in self.leases:
+            lease.store.begin()
+
+    def record(self, ids: Tensor, real: np.ndarray | None, generated: bool) -> None:
+        """Ends a step that took the columns `ids` (B, T), see `History.add`."""
+        self.history.add(ids, real, self.columns, generated)
+        self.columns += ids.shape[1]
+        self.end_step()
+
+    def end_step(self) -> None:
+        """The step is complete."""
+        for lease in self.leases:
+            lease.store.end()
+        self._unfinished = False
+
+    @exclusive
+    def fork(self) -> Self:
+        """An independent copy that shares this cache's pages until one of the two writes to them (copy on write)."""
+        self.check_finished()
+        self._touch()
+        twin: Self = object.__new__(type(self))
+        # Should what follows fail, it must not return this cache's pages.
+        twin.__dict__.update(self.__dict__, leases=[])
+        for name in PER_ROW:
+            setattr(twin, name, list(getattr(self, name)))
+        twin.leases = [lease.fork() for lease in self.leases]
+        twin.history, twin.ended = self.history.fork(), None
+        twin.states = [state.fork() for state in self.states]
+        for lease in self.leases:
+            lease.store.end()
+        return twin
+
+    def end_prompt(self) -> None:
+        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes more tokens
+        from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
+        self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
+
+    def row(self, row: int) -> RowState:
+        """What a policy's plan may know of a row."""
+        return RowState(self.seen[row], self.generated[row], self.length[row])
+
+    # -- steps: plan, hold, run, commit --------------------------------------------------------------------------
+    def plan(
+        self,
+        segments: Sequence[Segment | None],
+        totals: Sequence[int] | None = None,
+        renew: Sequence[bool] | None = None,
+    ) -> StepPlan:
+        """What a step does to the slots; changes nothing. segments: what each row does (None: nothing); totals: its tokens once
+        the prompt at hand is through, None: once this step is; renew: rows whose ranks are made anew (contiguous positions)."""
+        if totals is None:
+            totals = [seen + (s.length if s is not None else 0) for seen, s in zip(self.seen, segments)]
+        return self._planner.plan(self.leases, self._shares, segments, totals, renew)
+
+    def plan_token(self, segments: Sequence[Segment]) -> StepPlan:
+        """The plan of one more token of every row from static buffers, where ranks are made anew or were settled before."""
+        anew = self.layout.contiguous and self._planner.policy.renews_ranks_in_decoding
+        return self.plan(segments, renew=[True] * self.batch_size if anew else None)
+
+    def has_room(self, plan: StepPlan) -> bool:
+        """Whether `hold` has nothing to lease, return or copy."""
+        if not all(state.has_room(self._longest(plan)) for state in self.states):
+            return False
+        for lease, part in zip(self.leases, plan.classes):
+            if not np.array_equal(pages_of(part.during), lease.counts):
+                return False
+            if lease.store.is_shared and lease.shared_from(part.first_written).any():
+                return False
+        return True
+
+    def hold(self, plan: StepPlan, reserve: int = 0) -> None:
+        """Leases what a step needs, besides what the device deals out. reserve: slots a head that pools should have room for when
+        they grow anyway."""
+        for state in self.states:
+            state.hold(self._longest(plan))
+        for lease, part in zip(self.leases, plan.classes):
+            if lease.store.is_shared:
+                lease.unshare(part.first_written)
+            lease.resize(part.during, reserve)
+
+    def _longest(self, plan: StepPlan) -> int:
+        return max(seen + new for seen, new in zip(self.seen, plan.tokens))
+
+    def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
+        """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt out."""
+        out: dict[str, Tensor] = {}
+        policy, self._dealt = self._planner.policy, {}
+        for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
+            device = lease.store.device
+            if self.layout.ragged:
+                spare, dealt = lease.offer(part.deals, part.dealt_slots, part.dealt_most)
+                out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
+                if part.deals.any():
+                    self._dealt[c] = dealt
+                floors = np.where(part.deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
+                out[f"floor_{c}"] = to_device(floors, device)
+            out.update({f"{name}_{c}": getattr(lease.store, name) for name in lease.store.shapes})
+            out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
+            out[f"keep_{c}"] = to_device(part.budgets.keep.astype(np.int32), device)
+        # After `lens`, with which a decoding graph gives back the states, too.
+        out.update({state.input: state.value for state in self.states})
+        return out
+
+    def commit(self, plan: StepPlan) -> None:
+        """Records a finished step and returns the pages that it emptied."""
+        self._changes += 1
+        longest = [-1] * self.batch_size  # of layers without a window
+        measured, shares = self._measure(plan), []
+        competes = self._planner.policy.head_budgets != "equal"
+        for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
+            after = part.after if measured is None else np.minimum(part.after, measured[c])
+            dealt = self._dealt.pop(c, None)
+            if dealt is not None:
+                lease.settle(dealt)
+                after = part.settle(after, lease.bound)
+            if plan.ragged:
+                given = lease.bound if dealt is not None and competes else None
+                shares.append(part.settle_shares(self._shares[c], given))
+            lease.resize(after, 0)
+            if dealt is not None and self._stores is None:
+                # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because the next
+                # request needs as much, and what is captured is bound to its place.
+                lease.store.compact(lease.leased)
+            free = after[lease.windows == 0]
+            if free.size:
+                longest = [max(have, most) for have, most in zip(longest, free.max(axis=(0, 2)).tolist())]
+        if plan.ragged:
+            self._shares = shares
+        for row, segment in enumerate(plan.segments):
+            if segment is None:
+                continue
+            self.seen[row] += segment.length
+            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.length
+            if longest[row] < 0:  # every layer has a window
+                longest[row] = min(self.length[row] + segment.length, plan.most_kept(row))
+            self.length[row] = longest[row]
+            self.next_rotary[row] += segment.length
+
+    def _measure(self, plan: StepPlan) -> list[np.ndarray] | None:
+        """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a budget
+        evict); else None. Between that, pages are leased for the most that a head can have."""
+        self._loose |= plan.loose
+        self._unmeasured += 1
+        policy, soon = self._planner.policy, False
+        if policy.shares_layers:  # much may go at once
+            soon = any(s is not None and s.keep < UNLIMITED for s in plan.segments)
+        if not self._loose or not (soon or self._unmeasured >= PAGE):
+            return None
+        self._unmeasured = 0
+        return [lease.lens.cpu().numpy().astype(np.int64) for lease in self.leases]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Differs as soon as a token went through, rows moved, or pages of the stores did."""
+        return (self._changes, *(lease.store.changes for lease in self.leases))
+
+    def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin of each rotation for contiguous positions below `length`."""
+        if length > self._rotary_length:
+            self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
+            self._rotary = self._make_rotary(self._rotary_length, self._model_tables)
+        return self._rotary
+
+    @property
+    def length_tables(self) -> dict[str, Tensor]:
+        """Rotary frequencies chosen for this cache's `max_length`."""
+        return self._model_tables
+
+    @exclusive
+    def select(self, source: list[int]) -> None:
+        """Row i goes on from what row source[i] holds, for as many rows as `source` has."""
+        if not source or not all(0 <= s < self.batch_size for s in source):
+            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
+        self.begin_step()
+        self._changes += 1
+        for lease in self.leases:
+            lease.select(source)
+        self._shares = [shares[:, source] for shares in self._shares]
+        for state in self.states:
+            state.select(source)
+        for name in PER_ROW:
+            values = getattr(self, name)
+            setattr(self, name, [values[s] for s in source])
+        self.history.select(source, self.columns)
+        self._rows, self.ended = len(source), None
+        self.end_step()

@@ -1,0 +1,218 @@
+"""A flat graph of token ids and positions to logits, from an exported program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from kvrewrite.capture.attention_interface import MAX_CHUNK
+from kvrewrite.capture.captured import Captured
+from kvrewrite.errors import CaptureError, UnsupportedModelError
+from kvrewrite.ir.fx import clean_path, is_op, set_attr, symbol
+
+
+def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | None) -> fx.Node:
+    """The logits among the tensors that a model returns.
+
+    table: rows and columns of the token embedding. Logits have one entry for each of its rows; a head may have others (a padded
+    or a cut vocabulary), but what has the embedding's columns is hidden states.
+    """
+
+    def size(node: fx.Node) -> int | None:
+        value: Tensor = node.meta["val"]
+        if value.dim() != 3 or [symbol(s) for s in value.shape[:2]] != [symbol(s) for s in ids.shape]:
+            return None
+        return value.shape[2] if isinstance(value.shape[2], int) and value.is_floating_point() else None
+
+    sizes = [size(node) for node in found]
+    if table is not None and table[0] in sizes:
+        return found[sizes.index(table[0])]
+    first: Tensor = found[0].meta["val"]
+    shape = tuple(map(str, first.shape))
+    if sizes[0] is None:
+        last = first.dim() == 3 and first.shape[1] == 1
+        raise CaptureError(
+            f"the logits have the shape {shape} for token ids of shape {tuple(map(str, ids.shape))}; expected (batch, length, "
+            "vocabulary), the logits of every token"
+            + (
+                ". It returns those of one token of each row alone, as nanoGPT's forward does without targets: wrap it in a "
+                "module whose forward(input_ids) gives those of all tokens"
+                if last
+                else ""
+            )
+        )
+    if table is not None and sizes[0] == table[1]:
+        raise CaptureError(
+            f"forward returned {shape}, which are hidden states: the token embedding has {table[0]} rows of {table[1]}, so "
+            f"logits have {table[0]} entries a token. Wrap the model in a module whose forward(input_ids) returns its logits."
+        )
+    return found[0]
+
+
+def unrolled_chunk(program: Any) -> int:
+    """The size of the chunks that a loop of the trace was unrolled over, 0 where there is none.
+
+    While it traces, torch notes what it assumed of sizes; that a number made of the length by dividing it is a constant is such
+    a loop. (That a length is within a table's reads alike, but for the division.)
+    """
+    ids = ids_of(program)
+    length = symbol(ids.shape[1])
+    if not hasattr(length, "free_symbols"):
+        return 0
+    found = 0
+    size: Any = ids.shape[1]
+    for guard in size.node.shape_env.guards:
+        assumed = guard.expr
+        if not isinstance(assumed, sympy.Eq) or assumed.free_symbols != {length}:
+            continue
+        if not assumed.has(sympy.Function):  # torch's quotients and remainders are functions; Max and Min are not
+            continue
+        chunk = max((int(n) for n in assumed.atoms(sympy.Integer)), default=0)
+        if 1 < chunk <= MAX_CHUNK and not all(assumed.subs({length: n * chunk + 3}) for n in range(1, 5)):
+            found = max(found, chunk)
+    return found
+
+
+def vocab_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding, from the config or else the first embedding of the model; None where it has none."""
+    config = getattr(model, "config", None)
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is not None and config is not None:
+        embedding = get_embeddings()
+        if hasattr(embedding, "weight"):
+            return int(embedding.weight.shape[0])
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return int(module.num_embeddings)
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
+    """Rows and columns of the table that the token ids are looked up in as they are; None where there is none."""
+    aten = torch.ops.aten
+    unchanged = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default, aten.contiguous.default,
+                 aten.unsqueeze.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.alias.default,
+                 aten.to.dtype, aten._unsafe_view.default, aten.detach.default}  # fmt: skip
+    ids = {n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
+    for node in graph.nodes:
+        if is_op(node, *unchanged) and node.args[0] in ids:
+            ids.add(node)
+        index = None
+        if is_op(node, aten.embedding.default):
+            index = node.args[1]
+        elif is_op(node, aten.index.Tensor) and len(node.args[1]) == 1:
+            index = node.args[1][0]
+        elif is_op(node, aten.index_select.default) and node.args[1] == 0:
+            index = node.args[2]
+        if index in ids:
+            shape = node.args[0].meta["val"].shape
+            if len(shape) == 2 and all(isinstance(s, int) for s in shape):
+                return int(shape[0]), int(shape[1])
+    return None
+
+
+def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool) -> Captured:
+    """An exported program as a plain GraphModule whose parameters and buffers are attributes under their own names."""
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            raise UnsupportedModelError(
+                f"the model writes to its own state ({spec.target}) in forward: recurrent state or counters can't be "
+                "carried by an evicted cache"
+            )
+    targets: dict[str, str] = {}
+    for spec in signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            targets[spec.arg.name] = clean_path(spec.target)
+    root = nn.Module()
+    state = {**program.state_dict, **program.constants}
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    order = iter(["input_ids", "position_ids"])
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in targets:
+            target = targets[node.name]
+            # A parameter of the model itself must not have the name of an input: generated code would read one for the other.
+            env[node] = new.create_node("get_attr", target, name=target if "." in target else f"model_{target}")
+        elif node.op == "placeholder":
+            env[node] = new.placeholder(next(order))
+        elif node.op == "output":
+            found = [env[n] for n in node.args[0] if isinstance(n, fx.Node)]
+            continue
+        elif node.op == "get_attr":
+            # Subgraphs of higher-order ops.
+            if isinstance(getattr(program.graph_module, node.target, None), fx.GraphModule):
+                root.add_module(node.target, getattr(program.graph_module, node.target))
+            env[node] = new.node_copy(node, lambda n: env[n])
+        else:
+            env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    for spec in signature.input_specs:
+        if targets.get(spec.arg.name):
+            value = state[spec.target]
+            set_attr(root, targets[spec.arg.name], value)
+    inputs = {n.target: n for n in new.nodes if n.op == "placeholder"}
+    ids = inputs["input_ids"].meta["val"]
+    table = _token_table(new)
+    new.output(_choose_logits(found, ids, table))
+    new.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
+    gm = fx.GraphModule(root, new, class_name=type(model).__name__)
+    vocab = table[0] if table is not None else vocab_size(model)
+    if vocab is None:
+        raise CaptureError(
+            "no token embedding was found; expected a table that the ids are looked up in, or a config with vocab_size"
+        )
+    if not takes_positions:
+        unused = inputs["position_ids"]
+        if unused.users:
+            raise CaptureError("position_ids is used by a model that does not take it")
+        gm.graph.erase_node(unused)
+    gm.graph.lint()
+    gm.recompile()
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    return Captured(
+        graph=gm,
+        frontend=frontend,
+        dtype=first.dtype,
+        vocab_size=vocab,
+        batch_symbol=ids.shape[0].node.expr,
+        length_symbol=ids.shape[1].node.expr,
+        max_positions=upper_bound(ids.shape[1]),
+        aliases=_aliases(model),
+        persistent=set(model.state_dict().keys()),
+    )
+
+
+def ids_of(program: Any) -> Tensor:
+    """The value of the token ids in an exported program."""
+    name = program.graph_signature.user_inputs[0]
+    return next(n for n in program.graph.nodes if n.name == name).meta["val"]
+
+
+def longest_text(program: Any) -> int | None:
+    """The longest text that an exported program holds for, None where there is no bound."""
+    name = program.graph_signature.user_inputs[0]
+    length = next(n for n in program.graph.nodes if n.name == name).meta["val"].shape[1]
+    return upper_bound(length) if isinstance(length, torch.SymInt) and length.node.maybe_as_int() is None else None
+
+
+def upper_bound(size: torch.SymInt) -> int | None:
+    """The largest length that the traced graph allows (a table of learned positions, a causal buffer), if any."""
+    ranges = size.node.shape_env.var_to_range.get(size.node.expr)
+    if ranges is None:
+        return None
+    return int(ranges.upper) if isinstance(ranges.upper, sympy.Integer) and ranges.upper < 1 << 30 else None
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Names of each parameter that has several (tied weights)."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}
