@@ -57,8 +57,8 @@ _INPUTS = {
     "renew": "renew", "span": "span",
 }  # fmt: skip
 _STATES = {
-    "k_tail": "state_k_tail_", "v_tail": "state_v_tail_", "qlens": "state_qlens_", "threshold": "state_merge_",
-    "past": "state_past_", "last": "state_last_logits", "k_state": "state_gate_k_", "v_state": "state_gate_v_",
+    "k_tail": "k_tail_", "v_tail": "v_tail_", "qlens": "qlens_", "threshold": "merge_",
+    "past": "past_", "last": "last_logits", "k_state": "gate_k_", "v_state": "gate_v_",
 }  # fmt: skip
 _CACHE_OPS = {
     "cached_attention", "latent_attention", "observe", "cache_update", "cache_update_quantized", "read_quantized", "read_pages",
@@ -342,12 +342,13 @@ class _Check:
                 if not _is_input(source) or source.target != _INPUTS[name]:
                     raise ArtifactError(f"{name} is {source}; expected the input {_INPUTS[name]!r}")
             elif name in ("cos", "sin"):
-                if not _is_input(source) or not str(source.target).startswith(f"rotary_{name}_"):
+                spec = spec_of(source)
+                if spec is None or spec.part != f"rotary_{name}":
                     raise ArtifactError(f"{name} is {source}; expected an input rotary_{name}_...")
             elif name in _STATES or name == "state" or name == "tail":
-                wanted = _STATES.get(name, "state_")
-                if not _is_input(source) or not str(source.target).startswith(wanted):
-                    raise ArtifactError(f"{name} is {source}; expected an input {wanted}...")
+                spec, wanted = spec_of(source), _STATES.get(name, "")
+                if spec is None or spec.kind != "state" or not spec.part.startswith(wanted):
+                    raise ArtifactError(f"{name} is {source}; expected an input state_{wanted}...")
         if base == "rotate":
             self._check_rotation(nodes)
         classes, layers = {c for c, _ in found}, {i for _, i in found if i is not None}

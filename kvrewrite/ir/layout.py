@@ -13,6 +13,7 @@ A shape has numbers and letters. A letter is a size that may differ from call to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -180,7 +181,7 @@ class CacheLayout:
         """How many layers own a cache."""
         return sum(len(c.layers) for c in self.classes)
 
-    @property
+    @functools.cached_property
     def input_names(self) -> list[str]:
         """The graph's inputs in order."""
         return [spec.name for spec in self.inputs]
