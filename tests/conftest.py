@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+from tests.support import products
+
 if (
     not torch.cuda.is_available()
 ):  # kernels run in Triton's interpreter, which has to be chosen before triton is imported
@@ -56,6 +58,7 @@ def family_of(item: pytest.Item) -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Groups tests by the family whose capture they share, skips tests marked `gpu` on machines without one, and leaves those
     marked `coverage`, `slow` or `thorough` out unless they are asked for."""
+    products.thin(items)
     for item in items:
         if not item.get_closest_marker("xdist_group") and (family := family_of(item)):
             item.add_marker(pytest.mark.xdist_group(family))

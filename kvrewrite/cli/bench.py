@@ -91,7 +91,7 @@ def bench(
     _check_files(out, plot, resume, force)
     from kvrewrite.tools.benchmark.baselines import parse_baselines
     from kvrewrite.tools.benchmark.measure import Options
-    from kvrewrite.tools.benchmark.run import Settings
+    from kvrewrite.tools.benchmark.results import Settings
     from kvrewrite.tools.subjects import CONVERTED, PolicySpec
 
     baselines = parse_baselines(baseline_text)

@@ -1,27 +1,17 @@
 """Graphs as plain JSON data, and back.
 
-A saved graph is data, never code: each node names an op on an explicit allow-list, and reading one checks everything
-before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python source and
-executes it: node names, attribute names and keyword names all end up in that source, so each must look like a name.
-
-The allow-list is by namespace: the `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional `aten`
-overloads of base names that decoders use
-(`ATEN`), a few `prims`, transformers' grouped matmul, and Python's arithmetic on sizes (`BUILTINS`). Allowing an op
-means: its result depends on its arguments only, and nothing else changes. So not on it, on purpose: whatever writes to
-an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared), reads or writes files
-(`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), makes views by strides
-(`as_strided`, `_reshape_alias`, which does not even look at the end of the memory) or leaves memory as it was
-(`empty_strided`; `empty` is read as zeros), and every higher-order op, because those carry subgraphs.
+A saved graph is data, never code: each node names an op on an explicit allow-list (`allow_list.py`), and reading one
+checks everything before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python
+source and executes it: node names, attribute names and keyword names all end up in that source, so each must look like
+a name.
 """
 
 from __future__ import annotations
 
-import importlib
 import keyword
 import math
-import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,70 +21,11 @@ from torch import Tensor, fx, nn
 import kvrewrite.ops  # noqa: F401  (registers the ops that graphs are made of)
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir import schema
+from kvrewrite.ir.allow_list import NAME, op_name, resolve_op
 from kvrewrite.ir.fx import ZEROED, clear_memory, set_attr
 from kvrewrite.ir.value_facts import DTYPES, FactReader, FactWriter
 
 GRAPH_FORMAT = 2
-
-ATEN = frozenset(
-    """
-    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv alias all amax amin aminmax any arange argmax argmin
-    argsort asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift bitwise_not
-    bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu chunk clamp
-    clamp_max clamp_min clone column_stack complex concat constant_pad_nd contiguous conv1d convolution copy cos cosh
-    count_nonzero cross cummax cummin cumprod cumsum detach detach_copy diag diag_embed diagonal diff div divide dot
-    dstack einsum elu embedding empty empty_like eq equal erf erfc erfinv exp exp2 expand
-    expand_as expand_copy expm1 eye fill flatten flip floor floor_divide fmax fmin fmod frac full full_like gather ge
-    gelu glu greater greater_equal group_norm gt hardsigmoid hardswish hardtanh histc hstack hypot imag index
-    index_add index_copy index_fill index_put index_reduce index_select isclose isfinite isin isinf isnan isneginf
-    isposinf kthvalue layer_norm le leaky_relu lerp less less_equal lift_fresh_copy linalg_norm linalg_vector_norm
-    linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and
-    logical_not logical_or logical_xor logit logspace logsumexp lt masked_fill masked_scatter masked_select matmul max
-    maximum mean median min minimum mish mm moveaxis movedim mul multiply mv narrow narrow_copy native_group_norm
-    native_layer_norm ne neg negative new_empty new_full new_ones new_zeros nonzero norm not_equal
-    numpy_T one_hot ones ones_like outer pad permute permute_copy pixel_shuffle polar positive pow prelu prod ravel
-    real reciprocal relu relu6 remainder repeat repeat_interleave reshape resolve_conj resolve_neg rms_norm roll rot90
-    round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select
-    select_copy select_scatter selu sgn sigmoid sign signbit silu sin sinh slice slice_copy slice_scatter softmax
-    softplus sort split split_copy split_with_sizes split_with_sizes_copy sqrt square squeeze squeeze_copy stack std
-    std_mean sub subtract sum swapaxes swapdims sym_numel sym_size sym_storage_offset sym_stride t t_copy take
-    take_along_dim tan tanh tensor_split threshold tile to topk transpose transpose_copy tril tril_indices triu
-    triu_indices true_divide trunc type_as unbind unbind_copy unflatten unfold unfold_copy unsafe_chunk unsafe_split
-    unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d var var_mean vdot view view_as view_as_complex
-    view_as_real view_copy vstack where xlogy zeros zeros_like
-    _assert_async _assert_scalar _assert_tensor_metadata _conj _grouped_mm _local_scalar_dense _log_softmax
-    _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_grouped_mm _scaled_mm _softmax
-    _to_copy _unsafe_index _unsafe_index_put _unsafe_view _weight_int8pack_mm item
-    sym_constrain_range sym_constrain_range_for_size
-    """.split()  # noqa: SIM905 (300 quoted strings are unreadable)
-)
-# Ops of ours in graphs that are saved. Those that lowering makes are not among them: a file that has them was not written by us.
-KVREWRITE = frozenset(
-    """
-    attention cache_update cache_update_quantized cached_attention cached_past cached_scan cached_sum decayed_sum
-    expected_attention gate kept_above key_difference latent_attention linear_scan newest_ranks newest_rows observe pool_window
-    ranks read_pages read_quantized rotate share_layers sink_gate slot_positions slot_rotary surprisal uniform with_past
-    """.split()  # noqa: SIM905
-)
-PRIMS = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "view_of"})
-# Ops that other libraries register, and the module that registers them.
-LIBRARY_OPS = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
-
-BUILTINS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in (
-            "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg",
-            "not_", "or_", "pow", "sub", "truediv",
-        )
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
-    **{f"torch.{name}": getattr(torch, name) for name in (
-        "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum",
-    )},
-    "torch._sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
-}  # fmt: skip
-_BUILTIN_NAMES = {id(function): name for name, function in BUILTINS.items()}
 _ONE_ARGUMENT = {
     "operator.abs", "operator.neg", "operator.not_", "math.ceil", "math.floor", "math.sqrt", "math.trunc",
     "torch._sym_sqrt", "torch.sym_float", "torch.sym_int", "torch.sym_not", "torch.sym_sum",
@@ -105,7 +36,6 @@ MEMORY_FORMATS = {
     name: getattr(torch, name) for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 }
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _PATH = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\Z")
 
 
@@ -113,67 +43,9 @@ def _is_name(value: Any) -> bool:
     return (
         isinstance(value, str)
         and len(value) <= schema.MAX_STRING
-        and bool(_NAME.match(value))
+        and bool(NAME.match(value))
         and not keyword.iskeyword(value)
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- allow-list
-def op_name(target: Any) -> str:
-    """How a graph file names the function that a node calls; ArtifactError when it is not on the allow-list."""
-    if isinstance(target, torch._ops.OpOverload):
-        name = str(target)
-        resolve_op(name)
-        return name
-    if id(target) in _BUILTIN_NAMES:
-        return _BUILTIN_NAMES[id(target)]
-    shown = (
-        str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__qualname__", repr(target))
-    )
-    module = getattr(target, "__module__", None)
-    raise ArtifactError(_refusal(f"{module}.{shown}" if module and not shown.startswith(module) else shown))
-
-
-def _refusal(name: str) -> str:
-    return (
-        f"the op {name!r} is not on the list of ops that a saved graph may use (functional aten ops, kvrewrite's own, "
-        "arithmetic on sizes). Files of kvrewrite never contain others; if your model needs it, ask for it to be added "
-        "to kvrewrite/ir/serialize.py"
-    )
-
-
-def resolve_op(name: Any) -> Callable[..., Any]:
-    """The function that a graph file calls `name`; ArtifactError when it is not on the allow-list."""
-    if not isinstance(name, str) or len(name) > schema.MAX_STRING:
-        raise ArtifactError(f"an op's name must be a string, got {type(name).__name__}")
-    if name in BUILTINS:
-        return BUILTINS[name]
-    parts = name.split(".")
-    if len(parts) != 3 or not all(_NAME.match(p) for p in parts):
-        raise ArtifactError(_refusal(name))
-    namespace, base, overload = parts
-    if namespace == "aten":
-        allowed = base in ATEN
-    elif namespace == "prims":
-        allowed = base in PRIMS
-    elif namespace == "kvrewrite":
-        allowed = base in KVREWRITE and overload == "default"
-    else:
-        allowed = name in LIBRARY_OPS
-    if not allowed:
-        raise ArtifactError(_refusal(name))
-    if name in LIBRARY_OPS:
-        importlib.import_module(LIBRARY_OPS[name])
-    try:
-        packet = getattr(getattr(torch.ops, namespace), base)
-        found = getattr(packet, overload) if overload in packet.overloads() else None
-    except AttributeError:
-        found = None
-    if not isinstance(found, torch._ops.OpOverload):
-        raise ArtifactError(f"the op {name!r} does not exist in this installation (torch {torch.__version__})")
-    if namespace != "kvrewrite" and found._schema.is_mutable:
-        raise ArtifactError(_refusal(name) + " (it writes to one of its arguments)")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

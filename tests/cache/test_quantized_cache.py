@@ -12,6 +12,7 @@ from torch import Tensor
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.quantized.reference import Pools, cache_update, place
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
+from tests.support.products import pairwise
 from tests.support.slow_cache import SlowHead
 
 B, HKV, D, DV, PAGE = 2, 2, 6, 4, 8
@@ -119,6 +120,7 @@ class Cache:
         self.seen = [s + n for s, n in zip(self.seen, valid)]
 
 
+@pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", [0, 4, 8])
 @pytest.mark.parametrize("seed", range(3))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.errors import ArtifactError
+from kvrewrite.ir.allow_list import ATEN, op_name, resolve_op
 from kvrewrite.ir.fx import fingerprint, get_attr
 from kvrewrite.ir.schema import TensorFact
-from kvrewrite.ir.serialize import ATEN, graph_from_dict, graph_to_dict, op_name, resolve_op, retarget_device
+from kvrewrite.ir.serialize import graph_from_dict, graph_to_dict, retarget_device
 from kvrewrite.ir.value_facts import FactReader
 from kvrewrite.passes.canonical.normalize import normalize
 from kvrewrite.passes.lower.decode import lower_decode

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvrewrite.kernels.attention import chunk as kernel
 from kvrewrite.kernels.attention import reference
 from kvrewrite.kernels.attention.chunk import Config, choose_route, chunk_attention, portable
+from tests.support.products import covering
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -136,6 +137,7 @@ def check(a: dict[str, Any], got: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(lse[~blind], want_lse[~blind], atol=2e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
 
 
+@covering({"shape": 2})
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",

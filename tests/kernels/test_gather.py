@@ -12,6 +12,7 @@ from kvrewrite.kernels import pages
 from kvrewrite.kernels.rotary import gather, ranks, rotate_cached_keys
 from kvrewrite.kernels.rotary import reference as settle_reference
 from kvrewrite.kernels.update import reference
+from tests.support.products import pairwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -98,6 +99,7 @@ def rotation(dim: int, half: int, kind: str, dtype: torch.dtype, seed: int = 3) 
     return cos.to(DEVICE, dtype), sin.to(DEVICE, dtype), partner.to(DEVICE)
 
 
+@pairwise
 @pytest.mark.parametrize(("dim", "half"), [(16, 8), (64, 32), (96, 48), (80, 16), (192, 32)], ids=str)
 @pytest.mark.parametrize("kind", ["half", "pairs", "half, not told"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,6 +222,7 @@ def check_random(seed: int, scale: int, dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ keys where they lie
+@pairwise
 @pytest.mark.parametrize(("dim", "half"), [(16, 8), (96, 48), (80, 16), (128, 64)], ids=str)
 @pytest.mark.parametrize("kind", ["half", "pairs"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvrewrite.kernels.update import reference as evict
 from kvrewrite.kernels.update import select
+from tests.support.products import covering
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -207,6 +208,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@covering({"case": 1, ("valid", "tokens"): 8})
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("valid", "tokens"), [([40, 9], 40), ([1, 1], 1), ([0, 3], 5)], ids=["chunk", "token", "idle"])
 def test_cases(case: dict[str, Any], valid: list[int], tokens: int) -> None:

@@ -23,6 +23,7 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.passes.pipeline import canonical
 from tests.peers import learned_heads as heads
 from tests.peers.tiny_llama import fingerprint, prompt, tiny_llama
+from tests.support.products import covering
 from tests.support.rewritten import rewrite
 
 pytestmark = pytest.mark.xdist_group("kvpress")
@@ -169,6 +170,7 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@covering({"press": 1})
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("press", SAME)
 def test_identical(press: str, ratio: str) -> None:

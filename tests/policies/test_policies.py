@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from tests.support.oracle_rules import (
     TovaRule,
     uniform,
 )
+from tests.support.products import covering
 from tests.support.rewritten import rewrite
 from tests.support.zoo import VOCAB, make
 
@@ -581,6 +583,11 @@ def follow(case: tuple[str, dict[str, Any], Rule], ids: Tensor, calls: tuple[int
         at += width
 
 
+def policy_of(case: Mapping[str, Any]) -> str:
+    return CASES[case["name"]][0]
+
+
+@covering({"name": 1, ("policy", "seed", "calls"): 1}, derived={"policy": policy_of})
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("seed", "calls"), [(0, (31,)), (1, (19, 12, 5)), (2, (2, 23)), (3, (9, 1, 1, 14))])
 def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
@@ -588,6 +595,7 @@ def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
     follow(CASES[name], tokens(2 - seed % 2, sum(calls) + DECODE, seed), (*calls, *[1] * DECODE))
 
 
+@covering({"policy": 2, "name": 0}, derived={"policy": policy_of})
 @pytest.mark.parametrize("name", [n for n in CASES if n != "full"])
 def test_second_turn(name: str) -> None:
     """Prompt, answer, prompt, answer on one cache."""
@@ -621,6 +629,7 @@ def left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
 @pytest.mark.parametrize("name", CASES)
 def test_padded_rows_are_the_rows_alone(name: str) -> None:
     """Three prompts of different lengths, answers, three further prompts, answers: what a row keeps is its own affair."""

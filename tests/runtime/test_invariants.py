@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from tests.support.foreign import FOREIGN
+from tests.support.products import covering
 from tests.support.rewritten import build, captured, logits, original, rewritten
 from tests.support.zoo import FAMILIES, VOCAB, WALKED
 
@@ -116,6 +118,16 @@ def in_core(chosen: list[tuple[str, str]]) -> list[Any]:
     return [pytest.param(*pair, marks=pytest.mark.xdist_group(pair[0])) for pair in pairs]
 
 
+def refused(case: Mapping[str, Any]) -> bool:
+    """Whether the compiler refuses this family with this policy."""
+    name, policy, positions = case["name"], case["policy"], case["positions"]
+    return (positions == "contiguous" and name in CONTIGUOUS_REFUSED) or name in REFUSED.get(policy, {})
+
+
+# Every family with two policies and every policy with three families; the others are thorough. What is refused, by itself.
+families_and_policies = covering({"name": 2, ("policy", "positions"): 3}, apart=refused)
+
+
 def get(name: str, policy: str, positions: str, **options: Any) -> Any:
     """The rewritten family; skips what is known to be refused, with the compiler's reason."""
     expected = []
@@ -166,6 +178,7 @@ def same(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ without eviction
+@families_and_policies
 @pytest.mark.parametrize(("policy", "positions"), POLICIES)
 @pytest.mark.parametrize("name", families(ALL))
 def test_exact_without_eviction(name: str, policy: str, positions: str) -> None:
@@ -179,6 +192,7 @@ def test_exact_without_eviction(name: str, policy: str, positions: str) -> None:
         assert cache.seen == [26, 26] and cache.get_seq_length() == 26
 
 
+@families_and_policies
 @pytest.mark.parametrize(("name", "policy", "positions"), in_core([p for p in MORE if p[0] != "attention_gate"]))
 def test_more_are_exact_without_eviction(name: str, policy: str, positions: str) -> None:
     """The same for the other policies; gates evict whatever the budget, see test_attention_gate.py."""
@@ -274,6 +288,10 @@ def check_rows_alone(model: Any, calls: list[list[tuple[list[int], str]]], must_
         row.check(alone)
 
 
+@covering(
+    {"name": 2, ("policy", "positions"): 3},
+    apart=lambda case: refused(case) or (case["name"], case["policy"]) in TIES,
+)
 @pytest.mark.parametrize(("name", "policy", "positions"), in_core(EVICTING + MORE))
 def test_padded_rows_are_the_rows_alone(name: str, policy: str, positions: str) -> None:
     if (name, policy) in TIES:
@@ -285,6 +303,7 @@ def test_padded_rows_are_the_rows_alone(name: str, policy: str, positions: str) 
     check_rows_alone(model, [prompt, *decoding(prompts, 6)], must_evict=policy != "attention_gate")
 
 
+@covering({"name": 1, ("policy", "positions", "decode_eviction"): 1})
 @pytest.mark.parametrize("decode_eviction", [True, False])
 @pytest.mark.parametrize(("policy", "positions"), [("streaming_llm", "contiguous"), ("h2o", "original"),
                                                    ("locret", "contiguous")])  # fmt: skip
@@ -307,6 +326,7 @@ def test_rows_that_start_late(name: str, policy: str, positions: str, decode_evi
     check_rows_alone(model, calls, must_evict=decode_eviction or policy != "locret")
 
 
+@covering({"name": 1, "policy": 1})
 @pytest.mark.parametrize("policy", OPTIONS)
 @pytest.mark.parametrize("name", families(["llama", "gpt2"]))
 def test_a_row_without_any_token(name: str, policy: str) -> None:
@@ -322,6 +342,7 @@ def test_a_row_without_any_token(name: str, policy: str) -> None:
     assert bool(torch.isfinite(out).all()) and cache.seen == [25, 0]
 
 
+@families_and_policies
 @pytest.mark.parametrize(
     ("name", "policy", "positions"),
     [pytest.param(n, *p, marks=pytest.mark.xdist_group(n)) for n in CORE for p in EVICTING]
@@ -349,6 +370,7 @@ def test_reset_and_interleaved_requests(name: str, policy: str, positions: str) 
         assert torch.equal(torch.cat(out, dim=1), expected) and cache.positions() == kept
 
 
+@covering({"name": 2, ("policy", "positions"): 1}, apart=refused)
 @pytest.mark.parametrize(("policy", "positions"), EVICTING)
 @pytest.mark.parametrize("name", families(["llama", "gemma3_text", "gpt2", "gemma3n_text"]))
 def test_a_long_answer_stays_within_the_budget(name: str, policy: str, positions: str) -> None:

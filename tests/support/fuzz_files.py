@@ -26,7 +26,7 @@ import torch
 import kvrewrite
 from kvrewrite.assets import small_model
 from kvrewrite.errors import ArtifactError, InputError
-from kvrewrite.ir.serialize import ATEN, BUILTINS, KVREWRITE
+from kvrewrite.ir.allow_list import ATEN, BUILTINS, KVREWRITE
 
 SECONDS = 60.0  # of the process, far more than any should take
 POLICIES: list[tuple[str, dict[str, Any]]] = [

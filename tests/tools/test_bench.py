@@ -18,7 +18,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.tools.benchmark import report, roofline, run, shapes
 from kvrewrite.tools.benchmark.measure import Options, spread
-from kvrewrite.tools.benchmark.run import Settings
+from kvrewrite.tools.benchmark.results import Settings
 from kvrewrite.tools.subjects import PolicySpec
 
 pytestmark = pytest.mark.xdist_group("bench")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,26 +13,16 @@ import torch
 
 from kvrewrite import policies
 from kvrewrite.analysis.flops import sites_of
-from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
+from kvrewrite.errors import KVRewriteError, OptionError
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.tools.benchmark.baselines import FULL, PRESSES, Skipped, forget_compiled, subject_of
-from kvrewrite.tools.benchmark.measure import Options, Rewritten, measure, tokens_of
-from kvrewrite.tools.benchmark.roofline import (
-    Rates,
-    first_line,
-    is_fatal,
-    is_out_of_memory,
-    limits,
-    release,
-)
+from kvrewrite.tools.benchmark.measure import Rewritten, measure, tokens_of
+from kvrewrite.tools.benchmark.results import FORMAT, KIND, Settings, Warn, cell_key, describe, earlier_cells, machine
+from kvrewrite.tools.benchmark.roofline import Rates, first_line, is_fatal, is_out_of_memory, limits, release
 from kvrewrite.tools.benchmark.shapes import ShapeSource, open_source
-from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, versions, write_json
-
-FORMAT = 1
-KIND = "kvrewrite bench"
+from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, write_json
 
 Progress = Callable[[str, int, int], None]
-Warn = Callable[[str], None]
 
 
 def _quiet(*_: Any) -> None:
@@ -45,28 +31,6 @@ def _quiet(*_: Any) -> None:
 
 class DeviceBroken(KVRewriteError):
     """The GPU answers every call with an error; only a new process helps."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured. compile: None is on a GPU only. memory_limit: bytes that torch may take from the GPU."""
-
-    model: str
-    policies: tuple[PolicySpec, ...] = ()
-    budgets: tuple[int | float, ...] = ()
-    contexts: tuple[int, ...] = (4096,)
-    batches: tuple[int, ...] = (1,)
-    baselines: tuple[str, ...] = (FULL,)
-    device: str = "cpu"
-    dtype: str = "auto"
-    compile: bool | None = None
-    memory_limit: int | None = None
-    options: Options = field(default_factory=Options)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether rewritten models are compiled."""
-        return torch.device(self.device).type == "cuda" if self.compile is None else self.compile
 
 
 def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
@@ -80,10 +44,6 @@ def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> l
 
 
 # ----------------------------------------------------------------------------------------------------------------- cells
-def cell_key(cell: Mapping[str, Any]) -> str:
-    """What a cell is, as text: equal keys are the same measurement."""
-    names = ("kind", "name", "options", "budget", "weights", "context", "batch")
-    return json.dumps([cell.get(n) for n in names], sort_keys=True, default=str)
 
 
 def _policy_cell(arm: Arm, source: Source | ShapeSource, context: int, batch: int) -> dict[str, Any]:
@@ -154,87 +114,6 @@ def median(cell: Mapping[str, Any], part: str) -> float | None:
     return found["seconds"]["median"] if found else None
 
 
-# --------------------------------------------------------------------------------------------------------------- results
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were made on."""
-    found: dict[str, Any] = {**versions(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpu": None}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
-        found["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    return found
-
-
-def describe(settings: Settings, source: Source | ShapeSource) -> dict[str, Any]:
-    """The settings as data. Those in `FIXED` must be the same to resume."""
-    o = settings.options
-    return {
-        "model": settings.model,
-        "fingerprint": source.fingerprint(),
-        "random_weights": isinstance(source, ShapeSource),
-        "device": settings.device,
-        "dtype": source.dtype,
-        "compile": settings.compiled,
-        "memory_limit": settings.memory_limit,
-        "seed": o.seed,
-        "repeat": o.repeat,
-        "steps": o.steps,
-        "new_tokens": o.new_tokens,
-        "seconds_a_cell": o.seconds,
-        "profile": o.profile,
-        "policies": [s.label for s in settings.policies],
-        "budgets": list(settings.budgets),
-        "contexts": list(settings.contexts),
-        "batches": list(settings.batches),
-        "baselines": list(settings.baselines),
-    }
-
-
-FIXED = ("fingerprint", "device", "dtype", "compile", "memory_limit", "seed", "repeat", "steps", "new_tokens")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Results of an earlier benchmark; raises ArtifactError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ArtifactError(f"{path} has no results of `{KIND}`")
-    if data.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
-    return data
-
-
-def _earlier(path: Path, wanted: Mapping[str, Any], here: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, Any]]:
-    """The cells of an interrupted run that can stay, by key."""
-    data = read_results(path)
-    for name in FIXED:
-        if data["settings"].get(name) != wanted[name]:
-            what = "model" if name == "fingerprint" else name
-            raise OptionError(
-                f"--resume: {path} was made with another {what} ({data['settings'].get(name)} there, {wanted[name]} now); "
-                "give another --out or --force"
-            )
-    if data["machine"].get("gpu") != here["gpu"]:
-        raise OptionError(
-            f"--resume: {path} was made on {data['machine'].get('gpu') or 'a CPU'}, this is {here['gpu'] or 'a CPU'}; give "
-            "another --out or --force"
-        )
-    changed = [f"{k} {data['machine'].get(k)} -> {v}" for k, v in here.items() if data["machine"].get(k) != v]
-    if changed:
-        warn(f"{path} was begun on another machine or with other versions: {', '.join(changed)}")
-    return {cell_key(c): c for c in data["cells"] if c["status"] == "ok"}
-
-
 # ------------------------------------------------------------------------------------------------------------------- run
 def check(settings: Settings, source: Source | ShapeSource) -> None:
     """Raises OptionError for what can be known before anything is loaded."""
@@ -282,7 +161,7 @@ def bench(
     check(settings, source)
     device = torch.device(settings.device)
     described, here = describe(settings, source), machine(device)
-    kept = _earlier(out, described, here, warn) if resume and out is not None and out.exists() else {}
+    kept = earlier_cells(out, described, here, warn) if resume and out is not None and out.exists() else {}
     limit_memory(device, settings.memory_limit)
     results: dict[str, Any] = {
         "kind": KIND,
@@ -460,4 +339,4 @@ class _Runner:
         release(self.device)
 
 
-__all__ = ["Settings", "bench", "bench_arms", "compare", "read_results"]
+__all__ = ["Settings", "bench", "bench_arms", "compare"]

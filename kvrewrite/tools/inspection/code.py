@@ -14,7 +14,8 @@ from torch import fx
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.ir.fx import ancestors, get_attr, is_size, module_path
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.tools.inspection.source import Line, Renderer, Sizes, layout, op_name, wrapped
+from kvrewrite.tools.inspection.lines import Line, layout, wrapped
+from kvrewrite.tools.inspection.source import Renderer, Sizes, op_name
 
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 MULTIPLIES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default)

@@ -11,18 +11,16 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvrewrite.ir.fx import is_size, mutates, symbol, tensor_of
+from kvrewrite.tools.inspection.lines import WIDTH, Line
 
 aten = torch.ops.aten
-WIDTH = 104
 END = 2**63 - 1  # of a slice: to the end
 
 # How tightly an expression holds together, as in Python's grammar.
@@ -44,32 +42,6 @@ NONE_IS_ZERO = {"softcap", "window", "chunk", "sinks"}  # where 0 means that the
 DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "fp8",
 }  # fmt: skip
-
-
-@dataclass
-class Line:
-    """One statement. names: what it assigns; op: the op of its last node; nodes: those written in it, by their names in the
-    graph; shape, dtype: of its value; parameters: the weights that it reads, with their shapes; note: a comment for people;
-    new: whether the compiler put it there."""
-
-    names: list[str]
-    code: str
-    op: str
-    nodes: list[str]
-    shape: str | None = None
-    dtype: str | None = None
-    parameters: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-    new: bool = False
-
-    @property
-    def comment(self) -> str:
-        """Shape, parameters and note, as one comment."""
-        parts = [self.shape] if self.shape else []
-        if self.shape and self.dtype:
-            parts[0] = f"{self.shape} {self.dtype}"
-        parts += [f"{name} {shape}" for name, shape in self.parameters.items()]
-        return "; ".join([*parts, self.note] if self.note else parts)
 
 
 def op_name(node: fx.Node) -> str:
@@ -397,45 +369,3 @@ def _plain(text: str) -> str:
     """Text as a name."""
     name = re.sub(r"\W+", "_", text).strip("_").removesuffix("_default") or "x"
     return f"{name}_" if keyword.iskeyword(name) or name[0].isdigit() else name
-
-
-def layout(lines: list[Line], marks: bool = False, indent: str = "", width: int = WIDTH) -> str:
-    """Statements as text: comments in one column where they fit, long calls on several lines. marks: "+" in front of
-    those that the compiler put there."""
-    short = [len(line.code) for line in lines if len(line.code) <= 72]
-    column = max(short, default=0) + 2
-    out: list[str] = []
-    for line in lines:
-        sign = ("+ " if line.new else "  ") if marks else ""
-        rows = wrapped(line.code, width)
-        comment = line.comment
-        if comment and len(rows) == 1 and len(line.code) <= 72 and column + len(comment) <= 128:
-            rows[0] = f"{line.code:<{column}}# {comment}"
-        elif comment:
-            out.append(f"{sign}{indent}# {comment}")
-        out += [f"{sign}{indent}{row}" for row in rows]
-    return "\n".join(out)
-
-
-def wrapped(code: str, width: int = WIDTH) -> list[str]:
-    """A statement on as many lines as it needs, broken inside the parentheses of its outermost call."""
-    if len(code) <= width:
-        return [code]
-    at = code.find("(")
-    if at < 0 or _closing(code, at) < len(code.removesuffix(":")) - 1:
-        at = code.find(" = ") + 3
-        code = f"{code[:at]}({code[at:]})"
-    tail = "):" if code.endswith("):") else ")"
-    head, body = code[: at + 1], code[at + 1 : -len(tail)]
-    inner = textwrap.wrap(body, width - 4, break_long_words=False, break_on_hyphens=False)
-    return [head, *(f"    {row}" for row in inner), tail]
-
-
-def _closing(code: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` is closed."""
-    depth = 0
-    for i in range(at, len(code)):
-        depth += (code[i] == "(") - (code[i] == ")")
-        if depth == 0:
-            return i
-    return -1
