@@ -46,8 +46,7 @@ class AppendRunner:
         self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
     ):
         self.model = model
-        dense = model.device.type != "cuda"
-        lowered = lower_append(gm, model.program.layout.classes, model.dtype, dense)
+        lowered = lower_append(gm, model.program.layout.classes, dense=model.device.type != "cuda")
         for node in [n for n in lowered.graph.find_nodes(op="placeholder") if not n.users]:
             lowered.graph.erase_node(node)
         specs = [spec for n in lowered.graph.find_nodes(op="placeholder") if (spec := spec_of(n)) is not None]

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from kvrewrite.ir.fx import arg, erase_dead, is_op, output_node, shape_of, tensor_of
-from kvrewrite.ir.layout import CacheClass, InputMaker, InputSpec, dense_inputs, spec_of
+from kvrewrite.ir.layout import CacheClass, InputMaker, dense_inputs, spec_of
 from kvrewrite.passes.lower.decode import fuse_mass, take_the_only_row
 from kvrewrite.passes.lower.match import calls, lowered, view_of
 
@@ -23,15 +23,15 @@ ops = torch.ops.kvrewrite
 aten = torch.ops.aten
 
 
-def lower_append(gm: fx.GraphModule, classes: list[CacheClass], dtype: torch.dtype, dense: bool) -> fx.GraphModule:
-    """A copy for one token per row. classes, dtype: of the caches. dense: attention is torch's own ops on inputs
+def lower_append(gm: fx.GraphModule, classes: list[CacheClass], dense: bool) -> fx.GraphModule:
+    """A copy for one token per row. classes: of its caches. dense: attention is torch's own ops on inputs
     `k_slots_{c}` and `v_slots_{c}` (layers, B, Hkv, C, D), for Inductor to fuse; else it reads pages, by its kernel."""
 
     def return_newcomers(copy: fx.GraphModule) -> None:
         _return_newcomers(copy, classes)
 
     def attend_densely(copy: fx.GraphModule) -> None:
-        _attend_densely(copy, [dense_inputs(c, spec, dtype) for c, spec in enumerate(classes)])
+        _attend_densely(copy, classes)
 
     steps = [return_newcomers, attend_densely if dense else fuse_mass, take_the_only_row, erase_dead]
     return lowered(gm, "append_", steps)
@@ -62,7 +62,7 @@ def _return_newcomers(gm: fx.GraphModule, classes: list[CacheClass]) -> None:
     erase_dead(gm)
 
 
-def _attend_densely(gm: fx.GraphModule, specs: list[list[InputSpec]]) -> None:
+def _attend_densely(gm: fx.GraphModule, classes: list[CacheClass]) -> None:
     """Attention of one token on the live slots and on itself, the query heads of a group side by side as rows of one product.
 
     What dead slots hold is finite: zeros, or what was alive once. So a weight of 0 is enough to leave it out."""
@@ -76,7 +76,7 @@ def _attend_densely(gm: fx.GraphModule, specs: list[list[InputSpec]]) -> None:
         scale, softcap = arg(node, "scale"), arg(node, "softcap")
         c, layer = _class_and_layer(arg(node, "table"))
         if c not in inputs:
-            inputs[c] = [add(spec) for spec in specs[c]]
+            inputs[c] = [add(spec) for spec in dense_inputs(c, classes[c], tensor_of(v).dtype)]  # type: ignore[union-attr]
         *slots, live = inputs[c]
         out_dtype = tensor_of(q).dtype  # type: ignore[union-attr]
         _, heads, _, dim = shape_of(q)
