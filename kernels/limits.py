@@ -8,9 +8,9 @@ FEWEST_CHANNELS = 8  # of a head in 16 bits, where its new tokens are several: o
 MOST_GROUP = 128  # query heads that share a kv head, of one token
 
 
-def missing_attention(d: int, dv: int, group: int, tokens: int, hidden: bool, bits: int = 32) -> str:
+def why_not(d: int, dv: int, group: int, tokens: int, hidden: bool, bits: int = 32) -> str | None:
     """Why no kernel attends from so many new tokens at these head dims and query heads per kv head (`group`), in numbers of
-    that many bits; "" where one does."""
+    that many bits; None where one does."""
     one = tokens == 1 and not hidden
     most = MOST_CHANNELS if one or hidden else MOST_CHANNELS_OF_A_CHUNK
     if max(d, dv) > most:
@@ -19,7 +19,12 @@ def missing_attention(d: int, dv: int, group: int, tokens: int, hidden: bool, bi
         return f"it takes head dims from {FEWEST_CHANNELS} on in {bits} bits, not {d} and {dv}"
     if one and group > MOST_GROUP:
         return f"it takes groups of up to {MOST_GROUP} query heads, not of {group}"
-    return ""
+    return None
+
+
+def why_not_latent(v_dim: int) -> str | None:
+    """Why no kernel takes a cache whose values are a part of its keys (mla=latent: values of width 0); None for others."""
+    return None if v_dim else "a cache of latents, whose values are a part of the keys (mla=latent)"
 
 
 def split_width(width: int) -> tuple[int, int]:

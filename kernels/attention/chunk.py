@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvrewrite.kernels.limits import missing_attention, split_width
+from kvrewrite.kernels.groups import At, Logits, Slots, Tokens
+from kvrewrite.kernels.limits import split_width, why_not
 
 ROUTES = ("auto", "hopper", "triton", "cudnn")
 HOPPER_DIMS = (64, 128, 256)  # head dimensions of the warp-specialized kernel, equal for keys and values
@@ -308,23 +309,10 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def portable(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lens: Tensor,
-    cache_pos: Tensor | None,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
+    tokens: Tokens,
+    slots: Slots,
+    at: At,
+    logits: Logits,
     config: Config | None = None,
     heads_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -335,16 +323,16 @@ def portable(
     differ in layout, take turns in the same memory. There ptxas 12.8, which comes with Triton 3.6, loses the address of the
     second part: wrong results and illegal accesses on Hopper.)
     """
+    (q, k, v), (k_cache, v_cache, lens, cache_pos), (positions, valid) = tokens, slots, at
+    sinks, alibi, hidden, scale, softcap, window, chunk = logits
     b, h, t, d = q.shape
     hkv, capacity, dv = k_cache.shape[1], k_cache.shape[2], v.shape[3]
     if not all(_in_words(x) for x in (q, k, v, k_cache, v_cache)):
-        out, lse = portable(
-            _padded(q), _padded(k), _padded(v), _padded(k_cache), _padded(v_cache), lens, cache_pos, positions, valid, sinks,
-            alibi, hidden, scale=scale, softcap=softcap, window=window, chunk=chunk, config=config, heads_at_once=heads_at_once,
-        )  # fmt: skip
+        wide = slots._replace(k_cache=_padded(k_cache), v_cache=_padded(v_cache))
+        out, lse = portable(Tokens(*map(_padded, tokens)), wide, at, logits, config, heads_at_once)
         return out[..., :dv].transpose(1, 2).contiguous().transpose(1, 2), lse
     if config is None:
-        config = portable_config(q.dtype, d, dv, t, features_in_use(alibi, hidden, softcap, window, chunk))
+        config = portable_config(q.dtype, d, dv, t, features_in_use(logits))
     out = torch.empty(b, t, h, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, t, dtype=torch.float32, device=q.device)
     if b == 0 or t == 0:
@@ -438,24 +426,16 @@ def choose_route(
 ) -> str:
     """ "hopper" or "triton", by the device's compute capability (None: not a CUDA device), the dtype, the head dimensions of
     keys and values and the options in use (as `features_in_use` names them). aligned: TMA can read the tensors."""
-    return "triton" if _not_hopper(capability, dtype, d, dv, features) or not aligned else "hopper"
+    return "triton" if _why_not_hopper(capability, dtype, d, dv, features) or not aligned else "hopper"
 
 
-def features_in_use(
-    alibi: Tensor | None, hidden: Tensor | None, softcap: float, window: int, chunk: int
-) -> tuple[str, ...]:
+def features_in_use(logits: Logits) -> tuple[str, ...]:
     """The options that only the portable kernel has, by name."""
-    named = {
-        "alibi": alibi is not None,
-        "hidden": hidden is not None,
-        "softcap": softcap,
-        "window": window,
-        "chunk": chunk,
-    }
-    return tuple(name for name, used in named.items() if used)
+    named = {name: getattr(logits, name) for name in ("alibi", "hidden", "softcap", "window", "chunk")}
+    return tuple(name for name, value in named.items() if isinstance(value, Tensor) or value)
 
 
-def _not_hopper(
+def _why_not_hopper(
     capability: tuple[int, int] | None, dtype: torch.dtype, d: int, dv: int, features: tuple[str, ...]
 ) -> str | None:
     """Why the warp-specialized kernel can't compute such a call, or None."""
@@ -468,7 +448,7 @@ def _not_hopper(
     return ", ".join(features) or None
 
 
-def _unaligned(*tensors: Tensor) -> str | None:
+def _why_not_aligned(*tensors: Tensor) -> str | None:
     """TMA reads rows that start at multiples of 16 bytes: which of the tensors (B, heads, N, D) has others, or None."""
     for x in tensors:
         step = 16 // x.element_size()
@@ -478,7 +458,7 @@ def _unaligned(*tensors: Tensor) -> str | None:
     return None
 
 
-def _not_cudnn(q: Tensor, sinks: Tensor | None, features: tuple[str, ...], full: bool) -> str | None:
+def _why_not_cudnn(q: Tensor, sinks: Tensor | None, features: tuple[str, ...], full: bool) -> str | None:
     """Why two calls of cuDNN can't compute such a call, or None."""
     if not q.is_cuda:
         return "tensors that are not on a CUDA device"
@@ -493,11 +473,10 @@ def _not_cudnn(q: Tensor, sinks: Tensor | None, features: tuple[str, ...], full:
     return None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lens: Tensor, cache_pos: Tensor | None,
-    positions: Tensor, valid: Tensor, hidden: Tensor | None, placed: bool,
-) -> None:  # fmt: skip
+def _check(tokens: Tokens, slots: Slots, at: At, logits: Logits) -> None:
     """Raises ValueError where shapes, dtypes or layouts are not what `chunk_attention` says."""
+    (q, k, v), (k_cache, v_cache, lens, cache_pos), (positions, valid) = tokens, slots, at
+    hidden = logits.hidden
     b, h, t, d = q.shape
     hkv, capacity, dv = k_cache.shape[1], k_cache.shape[2], v.shape[3]
     expected = {
@@ -518,7 +497,7 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} for q of shape {tuple(q.shape)}")
     if h % hkv:
         raise ValueError(f"{h} query heads are not a multiple of {hkv} kv heads")
-    if why := missing_attention(d, dv, h // hkv, 2, False, 8 * q.itemsize):
+    if why := why_not(d, dv, h // hkv, 2, False, 8 * q.itemsize):
         raise ValueError(f"chunk_attention: {why}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {q.dtype}; these kernels have bfloat16, float16 and float32")
@@ -532,40 +511,18 @@ def _check(
         raise ValueError("q, k, v, positions and hidden must be contiguous in their last dimension")
     if valid.stride(0) != 1 and b > 1:
         raise ValueError("valid must be contiguous")
-    if placed and cache_pos is None and capacity:
+    if logits.placed and cache_pos is None and capacity:
         raise ValueError("window, chunk and alibi need cache_pos, the positions of the cached slots")
 
 
 def chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lens: Tensor,
-    cache_pos: Tensor | None,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    route: str = "auto",
-    full: bool = False,
+    tokens: Tokens, slots: Slots, at: At, logits: Logits, route: str = "auto", full: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens on the live cache slots and on the new tokens up to themselves.
 
-    q: (B, H, T, D); k: (B, Hkv, T, D), v: (B, Hkv, T, Dv): the new tokens, of which the first valid[b] (B,) int32 of each row
-    are real; all contiguous in their last dimension only. k_cache: (B, Hkv, C, D), v_cache: (B, Hkv, C, Dv), contiguous;
-    slots [0, lens[b, h]) of them are live, lens (B, Hkv) int32; what is in the others is never used. cache_pos: (B, Hkv, C)
-    int32 the live slots' positions in the text, in any order; None where no window, chunk or ALiBi asks for them, then every
-    query sees every live slot. positions: (B, T) int64, ascending over the real tokens. sinks: (H,) extra logits in the
-    softmax's denominator. alibi: (H,) slopes. hidden: (B, Hkv, T) bool: new tokens that only they themselves see. scale > 0
-    multiplies q.k; softcap, window, chunk: 0 for none. q, k, v and the caches are all bf16, fp16 or fp32.
+    q, k, v are contiguous in their last dimension only. What slots hold that are not live is never used; live ones may lie in
+    any order; without cache_pos every query sees every live slot. positions ascend over the real tokens; scale > 0. q, k, v
+    and the slots are all bf16, fp16 or fp32.
 
     route: "auto", "hopper", "triton" or "cudnn"; full: the caller knows that all slots are live and all tokens real, which
     "cudnn" needs. A route that can't compute the call raises ValueError with the reason.
@@ -573,27 +530,24 @@ def chunk_attention(
     Returns out (B, H, T, Dv) in q's dtype, a view of a contiguous (B, T, H, Dv), and the natural log-sum-exp (B, H, T) fp32. A
     row that sees nothing gets 0 and -inf; so do the rows from valid[b] on (from "cudnn" there are none).
     """
-    features = features_in_use(alibi, hidden, softcap, window, chunk)
-    placed = bool(window or chunk or alibi is not None)
-    _check(q, k, v, k_cache, v_cache, lens, cache_pos, positions, valid, hidden, placed)
+    q, k, v = tokens
+    features = features_in_use(logits)
+    _check(tokens, slots, at, logits)
     if route not in ROUTES:
         raise ValueError(f"route {route!r}; expected one of {ROUTES}")
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if route == "cudnn":
-            if reason := _not_cudnn(q, sinks, features, full):
+            if reason := _why_not_cudnn(q, logits.sinks, features, full):
                 raise ValueError(f"route 'cudnn' can't have {reason}")
-            return merged_sdpa(q, k, v, k_cache, v_cache, scale=scale)
+            return merged_sdpa(q, k, v, slots.k_cache, slots.v_cache, scale=logits.scale)
         if route != "triton":
             capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-            reason = _not_hopper(capability, q.dtype, q.shape[3], v.shape[3], features)
-            reason = reason or _unaligned(q, k, v, k_cache, v_cache)
+            reason = _why_not_hopper(capability, q.dtype, q.shape[3], v.shape[3], features)
+            reason = reason or _why_not_aligned(*tokens, slots.k_cache, slots.v_cache)
             if reason is None:
                 from kvrewrite.kernels.attention import chunk_hopper  # Gluon is loaded where it is used
 
-                return chunk_hopper.launch(q, k, v, k_cache, v_cache, lens, valid, sinks, scale=scale)
+                return chunk_hopper.launch(tokens, slots, at.valid, logits.sinks, logits.scale)
             if route == "hopper":
                 raise ValueError(f"route 'hopper' can't have {reason}")
-        return portable(
-            q, k, v, k_cache, v_cache, lens, cache_pos, positions, valid, sinks, alibi, hidden,
-            scale=scale, softcap=softcap, window=window, chunk=chunk,
-        )  # fmt: skip
+        return portable(tokens, slots, at, logits)

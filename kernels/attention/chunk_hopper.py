@@ -39,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvrewrite.kernels.attention.chunk import heads_together
+from kvrewrite.kernels.groups import Slots, Tokens
 
 # Triton 3.6's name, and what it became
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -317,20 +318,16 @@ def _row(x: Tensor) -> int:
 
 
 def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lens: Tensor,
+    tokens: Tokens,
+    slots: Slots,
     valid: Tensor,
     sinks: Tensor | None,
-    *,
     scale: float,
     config: HopperConfig | None = None,
     heads_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as chunk_attention.chunk_attention has them, already checked by it."""
+    (q, k, v), (k_cache, v_cache, lens, _) = tokens, slots
     b, h, t, d = q.shape
     hkv, capacity = k_cache.shape[1], k_cache.shape[2]
     config = config or CONFIGS[d]

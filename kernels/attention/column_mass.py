@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrewrite.kernels.groups import At, KeySlots, Logits, Watch
 from kvrewrite.kernels.limits import split_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -270,47 +271,29 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def column_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    k_cache: Tensor,
-    lens: Tensor,
-    cache_pos: Tensor | None,
-    positions: Tensor,
-    valid: Tensor,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    above: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    newest: int = 0,
+    watch: Watch,
+    slots: KeySlots,
+    at: At,
+    logits: Logits,
     tiles: dict[str, int] | None = None,
 ) -> Tensor:
     """Attention mass of every cached slot and new token under weighted query rows: (B, Hkv, C + T) fp32, summed over the
     query heads of each group; 0 for what is not live.
 
-    q: (B, H, T, D), k: (B, Hkv, T, D), both fp16, bf16 or fp32 with contiguous channels: the new tokens, of which the first
-    valid (B,) int32 of each row are real. lse: (B, H, T) fp32, natural log-sum-exp of each query row. rows: (B, T)
-    weights; a row of weight 0 or behind `valid` may hold anything. k_cache: (B, Hkv, C, D) contiguous, of which the first
-    lens (B, Hkv) int32 of each head are live. positions: (B, T) integers that grow along a row; cache_pos: (B, Hkv, C)
-    int32 contiguous, all before positions[:, 0]; it may be None without window, chunk and alibi. alibi: (H,) slopes; hidden: (B,
-    Hkv, T) bool, new tokens that only they themselves see; above: (B, T) thresholds of at least 0: larger weights count as
-    1, others as 0. scale, softcap, window, chunk as in `torch.ops.kvrewrite.attention`. newest: only the last so many valid
-    tokens of each row count (0: all). tiles replaces what `config` gives.
+    q and k are both fp16, bf16 or fp32 with contiguous channels; a row of weight 0 or after `valid` may hold anything. positions
+    grow along a row, all slots are before positions[:, 0]. Thresholds are at least 0. tiles replaces what `config` gives.
 
     ValueError: a dtype that there is no kernel for, or cache_pos missing where it is needed.
     """
+    (q, k, lse, rows, above, newest), (k_cache, lens, cache_pos), (positions, valid) = watch, slots, at
+    _, alibi, hidden, scale, softcap, window, chunk = logits
     b, h, t, d = q.shape
     hkv, c = k.shape[1], k_cache.shape[2]
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise ValueError(f"column_mass: q is {q.dtype} and k {k.dtype}, expected the same of {DTYPES}")
     if q.stride(3) != 1 or k.stride(3) != 1 or not k_cache.is_contiguous():
         raise ValueError("column_mass: expected q and k with contiguous channels, and k_cache contiguous")
-    if (window or chunk or alibi is not None) and c and (cache_pos is None or not cache_pos.is_contiguous()):
+    if logits.placed and c and (cache_pos is None or not cache_pos.is_contiguous()):
         raise ValueError("column_mass: window, chunk and alibi need cache_pos, contiguous")
     out = torch.empty(b, hkv, c + t, dtype=torch.float32, device=q.device)
     if not out.numel():

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrewrite.kernels.launch import begin, fetch, options
-from kvrewrite.kernels.limits import missing_attention, split_width
+from kvrewrite.kernels.groups import PLAIN, At, Dense, Logits, Pages, TokenOptions, Tokens
+from kvrewrite.kernels.launch import begin, fetch
+from kvrewrite.kernels.launch import options as launch_options
+from kvrewrite.kernels.limits import split_width, why_not
 
 PAGE = 64  # slots a page
 LOG2E = 1.4426950408889634
@@ -467,40 +469,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_dense: Tensor | None,
-    v_dense: Tensor | None,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    mass: bool = False,
+    tokens: Tokens,
+    dense: Dense,
+    cache: Pages,
+    at: At,
+    logits: Logits,
+    options: TokenOptions = PLAIN,
     launch: Config | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    early: bool = False,
-    following: Tensor | None = None,
-    key_cos: Tensor | None = None,
-    key_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
-    q: (B, H, 1, D), k: (B, Hkv, 1, D), v: (B, Hkv, 1, Dv), bf16, fp16 or fp32, last dim contiguous: the new tokens, of
-    which row b has one if valid (B,) int32 is 1; they are not in the cache yet and are later than everything that is.
-    Pools, table (B, Hkv, P) int32, lens (B, Hkv) int32 and positions (B, 1) int64 as in ops.py; k_dense (B, Hkv, C, D)
-    and v_dense (B, Hkv, C, Dv) stand for the cached keys or values where given. sinks, alibi: (H,) or None.
+    q, k, v: bf16, fp16 or fp32, last dim contiguous: the new tokens, of which row b has one if valid is 1; they are not in the
+    cache yet and are later than everything that is. Nothing is hidden.
 
     cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
     a head away. early: the kernel in front writes none of pools, table, lens and valid, so that the first pages may come in
@@ -513,6 +493,10 @@ def decode_attention(
     new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
     token get 0, -inf (or the sink) and 0.
     """
+    (q, k, v), (k_dense, v_dense), (positions, valid) = tokens, dense, at
+    k_pages, v_pages, pos_pages, table, lens = cache
+    sinks, alibi, _, scale, softcap, window, chunk = logits
+    mass, cos, sin, early, following, key_cos, key_sin = options
     b, h, _, d = q.shape
     hkv, dv = k.shape[1], v.shape[3]
     n_heads, capacity = b * hkv, table.shape[2] * PAGE
@@ -520,7 +504,7 @@ def decode_attention(
         raise ValueError(f"decode_attention takes bf16, fp16 or fp32, got {q.dtype}")
     if q.shape[2] != 1 or h % hkv:
         raise ValueError(f"decode_attention takes one token a row and whole groups of heads, got q {tuple(q.shape)}")
-    if why := missing_attention(d, dv, h // hkv, 1, False):
+    if why := why_not(d, dv, h // hkv, 1, False):
         raise ValueError(f"decode_attention: {why}")
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_attention takes pages of {PAGE} slots, got {k_pages.shape[1]}")
@@ -544,18 +528,18 @@ def decode_attention(
     workers = worker_count(c.per_sm * multiprocessors(q.device), n_heads, max(width, 1), c.pages)
     parts = torch.empty((workers + n_heads) * g2 * (2 + dv1 + dv2), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
-    logits = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
+    scratch = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
     # Two sizes serve most batches; one warp can scan the small one.
     heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     kd, vd = k if k_dense is None else k_dense, v if v_dense is None else v_dense
-    pdl = options(q.device)
+    pdl = launch_options(q.device)
     turn, turn_s = (q, q) if cos is None or sin is None else (cos, sin)
     half = 0 if cos is None else d // 2
     turned = (valid, q, q) if following is None else (following, key_cos, key_sin)
     _attend_kernel[(workers,)](
         q, kd, vd, k_pages, v_pages, pos_pages, table, lens, positions, valid, q if alibi is None else alibi, turn, turn_s,
-        *turned, logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
+        *turned, scratch, parts, scale, softcap, window, chunk, n_heads, width, logits_row, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), kd.stride(0), kd.stride(1), kd.stride(2), vd.stride(0), vd.stride(1), vd.stride(2),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, D1=d1, D2=d2, DV=dv, DV1=dv1, DV2=dv2, HEADS=heads, PAGES=c.pages,
@@ -566,7 +550,7 @@ def decode_attention(
     )  # fmt: skip
     n_parts, piece = tile(workers, n_heads, group, dv)
     combine_kernel[(n_heads, group, -(-dv // piece))](
-        q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, logits, scale, softcap,
+        q, k, v, parts, lens, valid, q if sinks is None else sinks, turn, turn_s, out, lse, scratch, scale, softcap,
         workers, n_heads, logits_row, capacity, turn.stride(0), turn_s.stride(0),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         lens.stride(0), lens.stride(1),
@@ -577,7 +561,7 @@ def decode_attention(
     if found is not None:
         block = 1024
         mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
-            logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
+            scratch, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found

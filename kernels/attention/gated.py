@@ -22,7 +22,8 @@ from kvrewrite.kernels.attention.column_mass import (
     logits_of,
     soft_cap,
 )
-from kvrewrite.kernels.limits import missing_attention, split_width
+from kvrewrite.kernels.groups import At, Logits, Slots, Tokens
+from kvrewrite.kernels.limits import split_width, why_not
 
 COMPACT_ROWS = 64  # tokens a program of `_compact` moves
 
@@ -263,44 +264,26 @@ def compact(
 
 
 def gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lens: Tensor,
-    cache_pos: Tensor | None,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    hidden: Tensor,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    tiles: dict[str, int] | None = None,
+    tokens: Tokens, slots: Slots, at: At, logits: Logits, tiles: dict[str, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens on [live cache slots] + [the new tokens that stay, causal] + [themselves].
 
-    q: (B, H, T, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv), all fp16, bf16 or fp32 with contiguous channels, of which the
-    first valid (B,) int32 tokens of each row are real. k_cache: (B, Hkv, C, D) and v_cache: (B, Hkv, C, Dv) contiguous, of which
-    the first lens (B, Hkv) int32 slots of each head are live. hidden: (B, Hkv, T) bool, new tokens that only they themselves
-    see. positions: (B, T) integers that grow along a row; cache_pos: (B, Hkv, C) int32 contiguous, all before positions[:, 0];
-    it may be None without window, chunk and alibi. sinks and alibi: (H,); scale (positive), softcap, window, chunk as in
-    `torch.ops.kvrewrite.attention`. tiles replaces what `config` gives.
+    q, k and v are all fp16, bf16 or fp32 with contiguous channels; hidden is given and scale positive. positions grow along a
+    row, all slots are before positions[:, 0]. tiles replaces what `config` gives.
 
     Returns out (B, H, T, Dv), a view of (B, T, H, Dv) in memory, and the natural log-sum-exp (B, H, T) fp32. Rows that see
     nothing give 0 and -inf (with sinks, the sink's logit).
 
     ValueError: a dtype, head dims or a scale that there is no kernel for, or cache_pos missing where it is needed.
     """
+    (q, k, v), (k_cache, v_cache, lens, cache_pos), (positions, valid) = tokens, slots, at
+    sinks, alibi, hidden, scale, softcap, window, chunk = logits
+    assert hidden is not None
     b, h, t, d = q.shape
     hkv, c, dv = k.shape[1], k_cache.shape[2], v.shape[3]
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"gated_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected the same of {DTYPES}")
-    if why := missing_attention(d, dv, h // hkv, t, True, 8 * q.itemsize):
+    if why := why_not(d, dv, h // hkv, t, True, 8 * q.itemsize):
         raise ValueError(f"gated_attention: {why}")
     if scale <= 0:
         raise ValueError(f"gated_attention: scale is {scale}, expected a positive number")
@@ -308,8 +291,7 @@ def gated_attention(
         raise ValueError("gated_attention: expected q, k and v with contiguous channels")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("gated_attention: expected k_cache and v_cache contiguous")
-    located = bool(window or chunk or alibi is not None)
-    if located and c and (cache_pos is None or not cache_pos.is_contiguous()):
+    if logits.placed and c and (cache_pos is None or not cache_pos.is_contiguous()):
         raise ValueError("gated_attention: window, chunk and alibi need cache_pos, contiguous")
     out = torch.empty(b, t, h, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, t, dtype=torch.float32, device=q.device)

@@ -9,28 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels.groups import Logits, Placed, Tokens, Watch
+
 BLOCK_BYTES = 128 << 20
 BLOCK_BYTES_CPU = 16 << 20  # what malloc maps anew each time costs more than the arithmetic
 
 
-def _logits(
-    q: Tensor,
-    k: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    live: Tensor,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-) -> Tensor:
+def _logits(q: Tensor, k: Tensor, placed: Placed, how: Logits) -> Tensor:
     """Masked logits (B, Hkv, G, T, N) of q (B, Hkv, G, T, D) against k (B, Hkv, N, D).
 
     A key is visible when it is live, not after the query, within the window or chunk by original position, and not
     hidden by a gate (a token always sees itself).
     """
+    (q_pos, k_pos, live), (_, alibi, hidden, scale, softcap, window, chunk) = placed, how
     b, hkv, group, t, d = q.shape
     logits = (q.reshape(b, hkv, group * t, d) @ k.mT).view(b, hkv, group, t, k.shape[2]) * scale
     if softcap:
@@ -61,30 +52,14 @@ def _math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    live: Tensor,
-    *,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    own: bool = False,
-) -> tuple[Tensor, Tensor]:
+def attend(tokens: Tokens, placed: Placed, how: Logits, own: bool = False) -> tuple[Tensor, Tensor]:
     """Attention of queries on keys that carry their own positions.
 
-    q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); q_pos: (B, T); k_pos, live, hidden: (B, Hkv, N).
-    sinks: (H,) extra logits in the softmax's denominator. own: the last T keys are the queries' own tokens in order, so
-    that a block of queries need not look at the keys behind it. Returns out (B, H, T, Dv) in q's dtype and the natural
-    log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
+    q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); hidden: (B, Hkv, N). own: the last T keys are the queries' own
+    tokens in order, so that a block of queries need not look at the keys after it. Returns out (B, H, T, Dv) in q's dtype and
+    the natural log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
     """
+    (q, k, v), (q_pos, k_pos, live) = tokens, placed
     b, h, t, d = q.shape
     hkv = k.shape[1]
     dtype = _math_dtype(q)
@@ -97,12 +72,11 @@ def attend(
     outs, lses = [], []
     for lo, hi in _blocks(q, k.shape[2]):
         end = k.shape[2] - t + hi if own else k.shape[2]
-        logits = _logits(
-            grouped[:, :, :, lo:hi], kf[:, :, :end], q_pos[:, lo:hi], k_pos[:, :, :end], live[:, :, :end], alibi,
-            None if hidden is None else hidden[:, :, :end], scale, softcap, window, chunk,
-        )  # fmt: skip
-        if sinks is not None:
-            extra = sinks.to(dtype).view(1, hkv, h // hkv, 1, 1).expand(b, -1, -1, hi - lo, 1)
+        part = Placed(q_pos[:, lo:hi], k_pos[:, :, :end], live[:, :, :end])
+        seen = how if how.hidden is None else how._replace(hidden=how.hidden[:, :, :end])
+        logits = _logits(grouped[:, :, :, lo:hi], kf[:, :, :end], part, seen)
+        if how.sinks is not None:
+            extra = how.sinks.to(dtype).view(1, hkv, h // hkv, 1, 1).expand(b, -1, -1, hi - lo, 1)
             lse = torch.logsumexp(torch.cat([logits, extra], dim=-1), dim=-1)
         else:
             lse = torch.logsumexp(logits, dim=-1)
@@ -116,29 +90,15 @@ def attend(
     return out.to(q.dtype), torch.cat(lses, dim=3).reshape(b, h, t).float()
 
 
-def column_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    live: Tensor,
-    rows: Tensor,
-    above: Tensor | None = None,
-    *,
-    alibi: Tensor | None,
-    hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-) -> Tensor:
+def column_mass(watch: Watch, placed: Placed, how: Logits) -> Tensor:
     """How much attention each key received: the column sums of the softmax matrix, rebuilt from the rows' LSE.
 
-    rows: (B, T) weight of each query row (0 leaves it out). above: (B, T); where given, a weight counts as 1 when it is
-    larger than its row's threshold, else as 0. Returns (B, Hkv, N) fp32, summed over the query heads of a group (NACL,
+    k: (B, Hkv, N, D) all keys; rows of weight 0 are left out. Returns (B, Hkv, N) fp32, summed over the
+    query heads of a group (NACL,
     arXiv 2408.03675, appendix A.7 (b); H2O's and SnapKV's scores are the same sum over other rows).
     """
+    q, k, lse, rows, above, _ = watch
+    live = placed.live
     b, h, t, d = q.shape
     hkv = k.shape[1]
     dtype = _math_dtype(q)
@@ -147,9 +107,7 @@ def column_mass(
     norm = lse.to(dtype).reshape(b, hkv, h // hkv, t)
     mass = torch.zeros(b, hkv, k.shape[2], dtype=dtype, device=q.device)
     for lo, hi in _blocks(q, k.shape[2]):
-        logits = _logits(
-            grouped[:, :, :, lo:hi], kf, q_pos[:, lo:hi], k_pos, live, alibi, hidden, scale, softcap, window, chunk
-        )
+        logits = _logits(grouped[:, :, :, lo:hi], kf, placed._replace(q_pos=placed.q_pos[:, lo:hi]), how)
         row_lse = norm[:, :, :, lo:hi]
         weights = torch.exp(logits - torch.where(torch.isinf(row_lse), 0.0, row_lse)[..., None])
         if above is not None:

@@ -29,9 +29,10 @@ from kvrewrite.kernels.attention.decode import (
     tile,
     worker_count,
 )
+from kvrewrite.kernels.groups import At, Codes, Logits, QuantizedPages, Tokens
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
-from kvrewrite.kernels.quantized.split import missing, split
+from kvrewrite.kernels.quantized.split import split, why_not
 
 _PAGE = tl.constexpr(PAGE)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -367,11 +368,9 @@ def paired(params: Tensor) -> Tensor:
     return params.view(torch.int64 if params.dtype == torch.float32 else torch.int32).squeeze(-1)
 
 
-def check_pools(
-    scheme: Scheme, dtype: torch.dtype, d: int, dv: int, k_pages: Tensor, v_pages: Tensor, k_params: Tensor,
-    v_params: Tensor, k_tail: Tensor, v_tail: Tensor,
-) -> None:  # fmt: skip
+def check_pools(scheme: Scheme, dtype: torch.dtype, d: int, dv: int, codes: Codes) -> None:
     """Raises ValueError unless the pools and tails are those of heads of d and dv channels in dtype."""
+    k_pages, v_pages, k_params, v_params, k_tail, v_tail = codes
     p = scheme.parameters
     expected = (
         ("k_pages", k_pages, (PAGE, scheme.code_width(d)), torch.uint8),
@@ -388,41 +387,27 @@ def check_pools(
 
 
 def decode_attention_quantized(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_params: Tensor,
-    v_params: Tensor,
-    k_tail: Tensor,
-    v_tail: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    qlens: Tensor,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
+    tokens: Tokens,
+    codes: Codes,
+    cache: QuantizedPages,
+    at: At,
+    logits: Logits,
     scheme: Scheme,
-    *,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
     mass: bool = False,
     launch: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`decode_attention` on a quantized cache.
 
-    q, k, v, table, lens, positions, valid, sinks and alibi as there; pools, parameters, tails (B, Hkv, R + group, D) and qlens
-    (B, Hkv) int32 as `kvrewrite::read_quantized` has them, all in q's dtype where they are not codes. Products with codes are
+    All is in q's dtype where it is not codes. Products with codes are
     of bf16 numbers (fp32 for fp32), summed in fp32: scales of keys and values need bf16's range, be the model in fp16 or not.
 
     Returns out (B, H, 1, Dv), the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the new token received,
     (B, Hkv, C + 1) fp32. Rows without a new token get 0, -inf (or the sink) and 0.
     """
+    (q, k, v), (positions, valid) = tokens, at
+    k_pages, v_pages, k_params, v_params, k_tail, v_tail = codes
+    pos_pages, table, lens, qlens = cache
+    sinks, alibi, _, scale, softcap, window, chunk = logits
     b, h, _, d = q.shape
     hkv, dv = k.shape[1], v.shape[3]
     n_heads, width = b * hkv, table.shape[2]
@@ -433,9 +418,9 @@ def decode_attention_quantized(
         raise ValueError(
             f"decode_attention_quantized takes one token a row and whole groups of heads, got q {tuple(q.shape)}"
         )
-    if why := missing(scheme, d, dv, h // hkv):
+    if why := why_not(scheme, d, dv, h // hkv):
         raise ValueError(f"decode_attention_quantized: {why}")
-    check_pools(scheme, q.dtype, d, dv, k_pages, v_pages, k_params, v_params, k_tail, v_tail)
+    check_pools(scheme, q.dtype, d, dv, codes)
     group = h // hkv
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
@@ -449,13 +434,13 @@ def decode_attention_quantized(
     workers = worker_count(c.per_sm * multiprocessors(q.device), n_heads, max(width, 1), 1)
     parts = torch.empty((workers + n_heads) * g2 * (2 + row), dtype=torch.float32, device=q.device)
     logits_row = capacity + 16  # rows begin at multiples of 64 bytes
-    logits = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
+    scratch = torch.empty(b * h * logits_row, dtype=torch.float32, device=q.device) if mass else parts
     heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     pdl = options(q.device)
     _attend_kernel[(workers,)](
         q, k_pages, v_pages, paired(k_params), paired(v_params), k_tail, v_tail, pos_pages, table, lens, qlens, positions,
-        valid, q if alibi is None else alibi, logits, parts, scale, softcap, window, chunk, n_heads, width, logits_row,
+        valid, q if alibi is None else alibi, scratch, parts, scale, softcap, window, chunk, n_heads, width, logits_row,
         q.stride(0), q.stride(1), table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1),
         qlens.stride(0), qlens.stride(1), positions.stride(0),
         HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, KW=key_width, KWP=max(16, triton.next_power_of_2(key_width)), DV=dv,
@@ -468,7 +453,7 @@ def decode_attention_quantized(
     )  # fmt: skip
     n_parts, piece = tile(workers, n_heads, group, dv)
     combine_kernel[(n_heads, group, -(-dv // piece))](
-        q, k, v, parts, lens, valid, q if sinks is None else sinks, q, q, out, lse, logits, scale, softcap,
+        q, k, v, parts, lens, valid, q if sinks is None else sinks, q, q, out, lse, scratch, scale, softcap,
         workers, n_heads, logits_row, capacity, 0, 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), lens.stride(0), lens.stride(1),
         HKV=hkv, G=group, G2=g2, D=d, DP=triton.next_power_of_2(d), DV=dv, ROW=row, HEADS=heads,
@@ -478,7 +463,7 @@ def decode_attention_quantized(
     if found is not None:
         block = 1024
         mass_kernel[(math.ceil((capacity + 1) / block), n_heads)](
-            logits, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
+            scratch, lse, lens, valid, found, n_heads, logits_row, capacity, lens.stride(0), lens.stride(1),
             HKV=hkv, G=group, GB=min(g2, 4), BLOCK=block, num_warps=4, **pdl,
         )  # fmt: skip
     return out, lse, found

@@ -12,11 +12,13 @@ than `residual` of them; then the oldest take the places of what was evicted, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import EQUAL, Codes, Eviction, NewTokens, QuantizedCache, Ragged, Rows
 from kvrewrite.kernels.quantized.scheme import (
     Scheme,
     dequantize_keys,
@@ -88,16 +90,38 @@ def place(kept: Tensor, pos: Tensor, qlens: Tensor, residual: int, group: int, w
     return source[..., :width], q
 
 
-def write(
-    pools: Pools, dense: Tensor, changed: Tensor | None, source: Tensor, qlens: Tensor, q: Tensor, n_kept: Tensor,
-    table: Tensor, next_table: Tensor, dealt: Tensor | None, scheme: Scheme, values: bool,
-) -> None:  # fmt: skip
+class Moves(NamedTuple):
+    """What `place` says of a layer: source (B, Hkv, width); qlens before, q after; n_kept (B, Hkv) live slots after; table
+    before, next_table after, with new pages in `dealt` (B, 1, 1) rows."""
+
+    source: Tensor
+    qlens: Tensor
+    q: Tensor
+    n_kept: Tensor
+    table: Tensor
+    next_table: Tensor
+    dealt: Tensor | None
+
+
+class _Groups(NamedTuple):
+    """What becomes of keys: groups that are coded anew; slots that stay in place, and that are quantized; slots, and groups'
+    parameters, that go to a new page as they are."""
+
+    touched: Tensor
+    stays: Tensor
+    quantized: Tensor
+    moved: Tensor
+    moved_groups: Tensor
+
+
+def write(pools: Pools, dense: Tensor, changed: Tensor | None, moves: Moves, scheme: Scheme, values: bool) -> None:
     """Stores what `place` says.
 
-    dense: (B, Hkv, C + T, D) in full precision; changed (B, Hkv, C + T): what no longer is what its codes say; qlens before,
-    q after; table before, next_table after, with new pages in `dealt` (B, 1, 1) rows. What stays where it is keeps its codes.
+    dense: (B, Hkv, C + T, D) in full precision; changed (B, Hkv, C + T): what no longer is what its codes say.
+    What stays where it is keeps its codes.
     Where keys join a group its ends only widen, as long as one of it stays, and all of it is coded anew.
     """
+    source, qlens, q, n_kept, table, _, dealt = moves
     group, width = scheme.group, source.shape[2]
     slot = torch.arange(width, device=table.device)
     quantized = slot < q[..., None]
@@ -108,13 +132,14 @@ def write(
     stays = coded & (source == slot)
     renewed = torch.zeros_like(stays) if dealt is None else dealt.expand_as(stays)
     if values:
-        _recode_values(pools, dense, source, quantized & ~coded, table, next_table, coded & (~stays | renewed), scheme)
+        _recode_values(pools, dense, moves, quantized & ~coded, coded & (~stays | renewed), scheme)
     else:
         by_group = (*source.shape[:2], width // group, group)
         touched = (quantized & ~stays).reshape(by_group).any(-1)
         kept_codes = stays & renewed & ~touched.repeat_interleave(group, dim=-1)
         old_params = renewed.reshape(by_group)[..., 0] & quantized.reshape(by_group).any(-1) & ~touched
-        _recode_keys(pools, dense, source, touched, stays, quantized, table, next_table, kept_codes, old_params, scheme)
+        recoded = _Groups(touched, stays, quantized, kept_codes, old_params)
+        _recode_keys(pools, dense, moves, recoded, scheme)
     entry = torch.arange(pools.tail.shape[2], device=table.device)
     at = (q[..., None] + entry).clamp(max=width - 1)
     newest = torch.gather(source, -1, at).clamp(min=0)
@@ -129,11 +154,9 @@ def _where(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return b, h, i
 
 
-def _recode_values(
-    pools: Pools, dense: Tensor, source: Tensor, fresh: Tensor, table: Tensor, next_table: Tensor, moved: Tensor,
-    scheme: Scheme,
-) -> None:  # fmt: skip
+def _recode_values(pools: Pools, dense: Tensor, moves: Moves, fresh: Tensor, moved: Tensor, scheme: Scheme) -> None:
     """Values are coded once, and then move as bytes."""
+    source, table, next_table = moves.source, moves.table, moves.next_table
     page = pools.codes.shape[1]
     b, h, s = _where(moved)
     old = source[b, h, s]
@@ -148,11 +171,10 @@ def _recode_values(
     pools.codes[to], pools.params[to] = codes, params
 
 
-def _recode_keys(
-    pools: Pools, dense: Tensor, source: Tensor, touched: Tensor, stays: Tensor, quantized: Tensor, table: Tensor,
-    next_table: Tensor, moved: Tensor, moved_groups: Tensor, scheme: Scheme,
-) -> None:  # fmt: skip
-    """Keys are coded group by group. moved: slots, and moved_groups: groups, that go to a new page as they are."""
+def _recode_keys(pools: Pools, dense: Tensor, moves: Moves, groups: _Groups, scheme: Scheme) -> None:
+    """Keys are coded group by group."""
+    source, table, next_table = moves.source, moves.table, moves.next_table
+    touched, stays, quantized, moved, moved_groups = groups
     page, group = pools.codes.shape[1], scheme.group
     per_page = page // group
     b, h, g = _where(touched)
@@ -177,43 +199,27 @@ def _recode_keys(
     pools.params[next_table[gb, gh, gg // per_page].long(), gg % per_page] = params_as_they_are
 
 
+def pools(codes: Codes) -> tuple[tuple[str, Pools], tuple[str, Pools]]:
+    """Keys' and values' pools, by "k" and "v"."""
+    return ("k", Pools(*codes[::2])), ("v", Pools(*codes[1::2]))
+
+
 def cache_update(
-    k: Tensor,
-    v: Tensor,
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    keys: Pools,
-    values: Pools,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    qlens: Tensor,
-    k_cached: Tensor | None,
-    v_cached: Tensor | None,
-    sinks: int,
-    window: int,
-    chunk: int,
+    new: NewTokens,
+    rows: Rows,
+    cache: QuantizedCache,
+    codes: Codes,
     scheme: Scheme,
-    select_by: Tensor | None = None,
-    drop: Tensor | None = None,
-    floor: Tensor | None = None,
-    spare: Tensor | None = None,
-    next_table: Tensor | None = None,
-    threshold: Tensor | None = None,
+    eviction: Eviction,
+    ragged: Ragged = EQUAL,
 ) -> None:
-    """See `kvrewrite::cache_update_quantized` in ops.py, which this implements."""
+    """See `kvrewrite::cache_update_quantized`, which this implements."""
+    score_pages, pos_pages, table, lens, qlens, k_cached, v_cached = cache
+    k, v, next_table, threshold = new.k, new.v, ragged.next_table, ragged.threshold
+    (_, keys), (_, values) = pools(codes)
     k_cached = keys.read(table, qlens, scheme, False) if k_cached is None else k_cached
     v_cached = values.read(table, qlens, scheme, True) if v_cached is None else v_cached
-    choice: Choice = choose(
-        new_scores, slot_scores, positions, rotary, valid, keep, recent, score_pages, pos_pages, table, lens, sinks, window,
-        chunk, select_by, drop, floor, spare, next_table,
-    )  # fmt: skip
+    choice: Choice = choose(new, rows, cache, eviction, ragged)
     dense_k = torch.cat([k_cached, k.to(k_cached.dtype)], dim=2)
     dense_v = torch.cat([v_cached, v.to(v_cached.dtype)], dim=2)
     changed: Tensor | None = None
@@ -224,8 +230,9 @@ def cache_update(
     residual = keys.tail.shape[2] - scheme.group
     source, q = place(choice.kept, choice.pos, qlens, residual, scheme.group, width)
     n_kept, dealt = choice.n_kept, choice.dealt
-    for pools, dense in ((keys, dense_k), (values, dense_v)):
-        write(pools, dense, changed, source, qlens, q, n_kept, table, written, dealt, scheme, pools is values)
+    moves = Moves(source, qlens, q, n_kept, table, written, dealt)
+    for pool, dense in ((keys, dense_k), (values, dense_v)):
+        write(pool, dense, changed, moves, scheme, pool is values)
     slot = torch.arange(width, device=table.device).expand(source.shape)
     moved = (source >= 0) & ((source != slot) if dealt is None else (source != slot) | dealt)
     index = source.clamp(min=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from kvrewrite.kernels.limits import missing_attention
+from kvrewrite.kernels import limits
 from kvrewrite.kernels.quantized.scheme import Scheme
 
 LEAST_GROUP = 16  # slots of a key group: what tensor cores take
@@ -32,13 +32,13 @@ def split(scheme: Scheme, dv: int) -> Split:
     return Split(halves, half // width, width)
 
 
-def missing(scheme: Scheme, d: int, dv: int, group: int = 1) -> str:
-    """Why there is no kernel for these head dims, and query heads a kv head; "" where there is one."""
+def why_not(scheme: Scheme, d: int, dv: int, group: int = 1) -> str | None:
+    """Why there is no kernel for these head dims, and query heads per kv head; None where there is one."""
     if not LEAST_GROUP <= scheme.group <= MOST_GROUP or MOST_GROUP % scheme.group:
         return f"it takes key groups of 16, 32 or 64 slots, not of {scheme.group}"
-    if why := missing_attention(d, dv, group, 1, False):
+    if why := limits.why_not(d, dv, group, 1, False):
         return why
     parts = split(scheme, dv).parts
     if parts > MOST_PARTS:
         return f"it takes values in up to {MOST_PARTS} parts, not in {parts} (head dim {dv})"
-    return ""
+    return None

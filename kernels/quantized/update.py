@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kvrewrite.kernels.attention.decode import PAGE
+from kvrewrite.kernels.groups import Codes, Eviction, NewTokens, QuantizedCache, Rows
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.decode import check_pools
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
-from kvrewrite.kernels.quantized.split import missing
+from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.kernels.update.decode import MOST_SLOTS, eviction_cut, least_slot, sort_key, visible_slots
 
 _PAGE = tl.constexpr(PAGE)
@@ -431,33 +431,7 @@ def _update_kernel(
 
 
 def decode_update_quantized(
-    k: Tensor,
-    v: Tensor,
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_params: Tensor,
-    v_params: Tensor,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    k_tail: Tensor,
-    v_tail: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    qlens: Tensor,
-    scheme: Scheme,
-    *,
-    sinks: int,
-    window: int,
-    chunk: int,
-    select: Tensor | None = None,
-    drop: Tensor | None = None,
+    new: NewTokens, rows: Rows, cache: QuantizedCache, codes: Codes, scheme: Scheme, eviction: Eviction
 ) -> None:
     """`kvrewrite::cache_update_quantized` for one new token a row, in heads that neither share budgets nor merge slots.
 
@@ -466,6 +440,11 @@ def decode_update_quantized(
     rest may be anything. Positions of a head's slots are different from one another, not negative, and earlier than the
     newcomer's.
     """
+    k, v, new_scores, slot_scores = new
+    positions, rotary, valid, keep, recent = rows
+    score_pages, pos_pages, table, lens, qlens, _, _ = cache
+    k_pages, v_pages, k_params, v_params, k_tail, v_tail = codes
+    first, window, chunk, select, drop = eviction
     b, hkv, t, d = k.shape
     dv, capacity = v.shape[3], table.shape[2] * PAGE
     if t != 1:
@@ -474,9 +453,9 @@ def decode_update_quantized(
         raise ValueError(f"decode_update_quantized takes fewer than {MOST_SLOTS} slots a head, got room for {capacity}")
     if k.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"decode_update_quantized takes bf16, fp16 or fp32, got {k.dtype}")
-    if why := missing(scheme, d, dv):
+    if why := why_not(scheme, d, dv):
         raise ValueError(f"decode_update_quantized: {why}")
-    check_pools(scheme, k.dtype, d, dv, k_pages, v_pages, k_params, v_params, k_tail, v_tail)
+    check_pools(scheme, k.dtype, d, dv, codes)
     if not b * hkv:
         return
     by_slot, chosen = score_pages if slot_scores is None else slot_scores, score_pages if select is None else select
@@ -487,7 +466,7 @@ def decode_update_quantized(
     _update_kernel[(b * hkv,)](
         k, v, new_scores, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
         k_params, v_params, score_pages, pos_pages.view(torch.int64), k_tail, v_tail, table, lens, qlens, chosen, dropped,
-        sinks, window, chunk, capacity,
+        first, window, chunk, capacity,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), new_scores.stride(0), new_scores.stride(1),
         by_slot.stride(0), by_slot.stride(1), positions.stride(0), rotary.stride(0), keep.stride(0), keep.stride(1),
         table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1), qlens.stride(0), qlens.stride(1),

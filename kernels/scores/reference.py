@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels.groups import Forecast, Rotation, Tokens
 from kvrewrite.kernels.update.reference import ranks_from_newest, visible_later
 
 M1, M2, M3, M4 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93
@@ -71,10 +72,7 @@ def key_difference(keys: Tensor, live: Tensor) -> Tensor:
     return -torch.nn.functional.cosine_similarity(unit, anchor, dim=-1)
 
 
-def expected_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, partner: Tensor | None, valid: Tensor,
-    scale: float, sinks: int, future: int, epsilon: float,
-) -> Tensor:  # fmt: skip
+def expected_attention(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> Tensor:
     """Expected attention (arXiv 2510.00636, section 3): what Gaussian future queries will give to a key, times its value's
     norm.
 
@@ -82,6 +80,8 @@ def expected_attention(
     y = cos * x + sin * x[partner], None without one; valid: (B,). The queries' mean and covariance are those of the tokens
     from `sinks` on, turned by the mean rotation of the `future` positions behind the row. Returns (B, Hkv, T) fp32.
     """
+    (q, k, v), (cos, sin, partner) = tokens, rotation
+    scale, sinks, future, epsilon = forecast
     b, h, t, d = q.shape
     hkv = k.shape[1]
     index = torch.arange(t, device=q.device)
@@ -95,10 +95,10 @@ def expected_attention(
     if cos is not None and sin is not None and partner is not None:
         # A model with a table of positions has none beyond its end.
         ahead = (valid.long()[:, None] + torch.arange(future, device=q.device)).clamp(max=cos.shape[0] - 1)
-        rotation = torch.diag_embed(cos.float()[ahead].mean(1))  # (B, D, D)
-        rotation[:, torch.arange(d, device=q.device), partner] += sin.float()[ahead].mean(1)
-        mean = torch.einsum("bij,bhj->bhi", rotation, mean)
-        covariance = rotation[:, None] @ covariance @ rotation[:, None].transpose(2, 3)
+        turn = torch.diag_embed(cos.float()[ahead].mean(1))  # (B, D, D)
+        turn[:, torch.arange(d, device=q.device), partner] += sin.float()[ahead].mean(1)
+        mean = torch.einsum("bij,bhj->bhi", turn, mean)
+        covariance = turn[:, None] @ covariance @ turn[:, None].transpose(2, 3)
     keys = torch.where(real[..., None], k.float(), 0.0)
     grouped, spread = mean.reshape(b, hkv, h // hkv, d), covariance.reshape(b, hkv, h // hkv, d, d)
     logits = torch.einsum("bhtd,bhgd->bhgt", keys, grouped) * scale

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kvrewrite.kernels.attention.decode import check_rotation, rotated
+from kvrewrite.kernels.groups import NOTHING, Cache, Eviction, NewTokens, Preceding, Rows
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.linear.small import activate
 
@@ -354,39 +354,17 @@ def _update_kernel(
 
 
 def decode_update(
-    k: Tensor,
-    v: Tensor,
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    *,
-    sinks: int,
-    window: int,
-    chunk: int,
-    select: Tensor | None = None,
-    drop: Tensor | None = None,
-    head: Tensor | None = None,
-    activation: str = "silu",
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    new: NewTokens,
+    rows: Rows,
+    cache: Cache,
+    eviction: Eviction,
+    preceding: Preceding = NOTHING,
     ranks: bool = False,
 ) -> None:
     """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
 
-    k: (B, Hkv, 1, D), v: (B, Hkv, 1, Dv), last dim contiguous; new_scores: (B, Hkv, 1); positions, rotary: (B, 1) int64;
-    valid, recent: (B,) int32; keep: (B, Hkv) int32; pools, table (B, Hkv, P) and lens (B, Hkv) as in ops.py; slot_scores
-    (B, Hkv, C) and select (B, Hkv, C + 1), last dim contiguous, or None; drop (B, Hkv, 1) bool or None. The positions of a
-    head's slots are different from one another, not negative, and earlier than the newcomer's.
+    k, v, slot_scores and select: last dim contiguous. The positions of a head's slots are
+    different from one another, not negative, and earlier than the newcomer's.
 
     head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden layer of a
     retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores) head^T, rounded to that
@@ -397,6 +375,11 @@ def decode_update(
     the pools and lens, and nothing else in them than what that needs. There must be a page for the newcomer where it
     goes behind the last slot.
     """
+    k, v, new_scores, slot_scores = new
+    positions, rotary, valid, keep, recent = rows
+    k_pages, v_pages, score_pages, pos_pages, table, lens = cache
+    first, window, chunk, select, drop = eviction
+    head, activation, cos, sin = preceding
     b, hkv, t, d = k.shape
     dv, capacity = v.shape[3], table.shape[2] * PAGE
     if t != 1:
@@ -429,7 +412,7 @@ def decode_update(
     block = max(256, min(8192, triton.next_power_of_2(capacity)))
     _update_kernel[(b * hkv,)](
         k, v, new_scores, head, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
-        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, turn, turn_s, sinks, window, chunk,
+        score_pages, pos_pages.view(torch.int64), table, lens, chosen, dropped, turn, turn_s, first, window, chunk,
         capacity, turn.stride(0), turn_s.stride(0),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), new_scores.stride(0), new_scores.stride(1),
         by_slot.stride(0), by_slot.stride(1), positions.stride(0), rotary.stride(0), keep.stride(0), keep.stride(1),

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrewrite.kernels.groups import Cache
+
 DEAD = tl.constexpr(-(2**31))  # as in select.py
 PROTECTED = tl.constexpr(0x7F800000)
 
@@ -213,12 +215,12 @@ def _copy_out(
 
 
 def copy_out(
-    k_pages: Tensor, v_pages: Tensor, score_pages: Tensor, pos_pages: Tensor, slot_scores: Tensor | None, table: Tensor,
-    spare: Tensor, sources: Tensor, moves: Tensor, per_turn: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    cache: Cache, slot_scores: Tensor | None, spare: Tensor, sources: Tensor, moves: Tensor, per_turn: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copies the slots that are to be moved out of their pages, since those may have been dealt to other heads; in rows that are
     offered pages only. Move r of a head, sources (B * Hkv, moves), is entry r of what is returned: keys (B * Hkv, C, D), values,
     scores (slot_scores where given) and positions (B * Hkv, C, 2)."""
+    k_pages, v_pages, score_pages, pos_pages, table, _ = cache
     b, hkv, width = table.shape
     page, rows, listed = k_pages.shape[1], b * hkv, sources.shape[1]
     capacity, k_dim, v_dim = width * page, k_pages.shape[2], v_pages.shape[2]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import EQUAL, Cache, Eviction, NewTokens, QuantizedCache, Ragged, Rows
 from kvrewrite.kernels.update.merge import merge
 
 
@@ -115,28 +116,13 @@ class Choice:
     dealt: Tensor | None  # (B, 1, 1) bool: rows whose slots move to the pages of next_table; None: none can
 
 
-def choose(
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    sinks: int,
-    window: int,
-    chunk: int,
-    select_by: Tensor | None,
-    drop: Tensor | None,
-    floor: Tensor | None,
-    spare: Tensor | None,
-    next_table: Tensor | None,
-) -> Choice:
+def choose(new: NewTokens, rows: Rows, cache: Cache | QuantizedCache, eviction: Eviction, ragged: Ragged) -> Choice:
     """What `cache_update` keeps. Fills in next_table, and stores slot_scores; everything else stays as it is."""
+    _, _, new_scores, slot_scores = new
+    positions, rotary, valid, keep, recent = rows
+    score_pages, pos_pages, table, lens = cache.score_pages, cache.pos_pages, cache.table, cache.lens
+    sinks, window, chunk, select_by, drop = eviction
+    floor, spare, next_table, _ = ragged
     b, hkv, t = new_scores.shape
     page, device = pos_pages.shape[1], table.device
     capacity = table.shape[2] * page
@@ -202,37 +188,11 @@ def merge_victims(k: Tensor, v: Tensor, choice: Choice, threshold: Tensor) -> tu
     return merged_k, merged_v, changed & choice.kept
 
 
-def cache_update(
-    k: Tensor,
-    v: Tensor,
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    sinks: int,
-    window: int,
-    chunk: int,
-    select_by: Tensor | None = None,
-    drop: Tensor | None = None,
-    floor: Tensor | None = None,
-    spare: Tensor | None = None,
-    next_table: Tensor | None = None,
-    threshold: Tensor | None = None,
-) -> None:
-    """See `kvrewrite::cache_update` in ops.py, which this implements."""
-    choice = choose(
-        new_scores, slot_scores, positions, rotary, valid, keep, recent, score_pages, pos_pages, table, lens, sinks, window,
-        chunk, select_by, drop, floor, spare, next_table,
-    )  # fmt: skip
+def cache_update(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, ragged: Ragged = EQUAL) -> None:
+    """See `kvrewrite::cache_update`, which this implements."""
+    choice = choose(new, rows, cache, eviction, ragged)
+    k, v, next_table, threshold = new.k, new.v, ragged.next_table, ragged.threshold
+    k_pages, v_pages, score_pages, pos_pages, table, lens = cache
     b, hkv, t, _ = k.shape
     page, kept, dealt, n_kept = k_pages.shape[1], choice.kept, choice.dealt, choice.n_kept
     capacity = table.shape[2] * page
@@ -256,8 +216,8 @@ def cache_update(
         # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
         place = torch.where(victims.any(-1), torch.argmax(victims.to(torch.int8), dim=-1), lens.long())[..., None]
         where = pages.address(table, place, kept[..., capacity:], page)
-        for pool, new in news:
-            pages.put(pool, where, new)
+        for pool, added in news:
+            pages.put(pool, where, added)
         if dense is not None and changed is not None:
             slot = torch.arange(capacity, device=k.device).expand(b, hkv, -1)
             for pool, merged in zip((k_pages, v_pages), dense):
@@ -292,6 +252,6 @@ def cache_update(
 
     olds = (None, None, choice.scores[..., :capacity], choice.places[:, :, :capacity])
     where = pages.address(written, target, moved, page)
-    for (pool, new), old in zip(news, olds if dense is None else (*dense, *olds[2:])):
-        pages.put(pool, where, pick(pages.read(pool, table) if old is None else old, new))
+    for (pool, added), old in zip(news, olds if dense is None else (*dense, *olds[2:])):
+        pages.put(pool, where, pick(pages.read(pool, table) if old is None else old, added))
     lens.copy_((n_kept if next_table is not None else n_kept.clamp(max=capacity)).to(lens.dtype))

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrewrite.kernels.update import ragged
+from kvrewrite.kernels.groups import EQUAL, Cache, Eviction, NewTokens, Ragged, Rows
+from kvrewrite.kernels.update.ragged import copy_out, deal, share_budgets
 
 DEAD = tl.constexpr(-(2**31))
 PROTECTED = tl.constexpr(0x7F800000)  # the key of +inf, which no score has: infinite scores count as finite
@@ -492,44 +493,28 @@ def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
 
 
 def cache_update(
-    k: Tensor,
-    v: Tensor,
-    new_scores: Tensor,
-    slot_scores: Tensor | None,
-    positions: Tensor,
-    rotary: Tensor,
-    valid: Tensor,
-    keep: Tensor,
-    recent: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    score_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    *,
-    sinks: int,
-    window: int,
-    chunk: int,
-    select: Tensor | None = None,
-    drop: Tensor | None = None,
-    floor: Tensor | None = None,
-    spare: Tensor | None = None,
-    next_table: Tensor | None = None,
+    new: NewTokens,
+    rows: Rows,
+    cache: Cache,
+    eviction: Eviction,
+    ragged: Ragged = EQUAL,
     plan: tuple[int, int, int] | None = None,
     move: tuple[int, int] | None = None,
 ) -> None:
-    """`kvrewrite::cache_update` (ops.py) for T >= 1 new tokens, without threshold; in place.
+    """`kvrewrite::cache_update` for T >= 1 new tokens, without threshold; in place.
 
-    k (B, Hkv, T, D), v (B, Hkv, T, Dv): last dim contiguous; new_scores (B, Hkv, T), slot_scores (B, Hkv, C) or None,
-    select (B, Hkv, C + T) or None, positions and rotary (B, T) int64, drop (B, Hkv, T) bool or None, keep (B, Hkv), table
-    (B, Hkv, P) and lens (B, Hkv) int32: strided as they like; valid and recent (B,) int32 and the pools contiguous.
+    k, v: last dim contiguous; valid, recent and the pools contiguous; the others strided as they like.
     The kept slots of a head are the reference's; their order is not. Positions are unique within a head and not negative.
     Where more is kept than the table has room for (the caller leases pages first), what does not fit is lost.
-    floor (B,) float64, contiguous; spare (B, W) int32, last dim contiguous, and next_table (B, Hkv, W') int32, W' >= P: both or
-    none of the two. Pages that are dealt may be a row's own, but nobody else's. plan, move: other
-    configurations than `plan_config` and `move_config` give, for measurements.
+    floor: contiguous; spare (B, W), last dim contiguous, and next_table (B, Hkv, W'), W' >= P: both or none of the two.
+    Pages that are dealt may be a row's own, but nobody else's. plan, move: other configurations than `plan_config` and
+    `move_config` give, for measurements.
     """
+    k, v, new_scores, slot_scores = new
+    positions, rotary, valid, keep, recent = rows
+    k_pages, v_pages, score_pages, pos_pages, table, lens = cache
+    first, window, chunk, select, drop = eviction
+    floor, spare, next_table, _ = ragged
     b, hkv, tokens, k_dim = k.shape
     page, v_dim = k_pages.shape[1], v.shape[3]
     if k.stride(3) != 1 or v.stride(3) != 1:
@@ -541,35 +526,35 @@ def cache_update(
         raise ValueError("got one of spare and next_table, expected both or none")
     if spare is not None and spare.stride(1) != 1:
         raise ValueError(f"the last dim of spare must be contiguous, got strides {spare.stride()}")
-    rows, capacity, device = b * hkv, table.shape[2] * page, table.device
+    heads, capacity, device = b * hkv, table.shape[2] * page, table.device
     block, tail, warps = plan_config(capacity + tokens) if plan is None else plan
     if capacity + tokens + 2 * block >= 2**21:
         raise ValueError(f"at most 2**21 entries a head can be counted, got {capacity} slots and {tokens} new tokens")
     room = capacity if next_table is None else next_table.shape[2] * page
     listed = max(capacity, min(room, capacity + tokens))
     stride = triton.cdiv(capacity, block) * block + triton.cdiv(tokens, block) * block
-    keys, places = torch.empty(2, rows, stride, dtype=torch.int32, device=device)
-    indices = torch.empty(rows, tail, dtype=torch.int32, device=device)
-    orders = torch.empty(rows, tail, dtype=torch.int64, device=device)
-    facts = torch.empty(rows, 8, dtype=torch.int32, device=device)
-    moves = torch.empty(rows, 2, dtype=torch.int32, device=device)  # slots to fill, entries to fill them with
-    filled = torch.empty(rows, dtype=torch.int32, device=device)
-    sources, targets = torch.empty(2, rows, listed, dtype=torch.int32, device=device)
+    keys, places = torch.empty(2, heads, stride, dtype=torch.int32, device=device)
+    indices = torch.empty(heads, tail, dtype=torch.int32, device=device)
+    orders = torch.empty(heads, tail, dtype=torch.int64, device=device)
+    facts = torch.empty(heads, 8, dtype=torch.int32, device=device)
+    moves = torch.empty(heads, 2, dtype=torch.int32, device=device)  # slots to fill, entries to fill them with
+    filled = torch.empty(heads, dtype=torch.int32, device=device)
+    sources, targets = torch.empty(2, heads, listed, dtype=torch.int32, device=device)
     unused = moves
     slots = unused if slot_scores is None else slot_scores
     by = unused if select is None else select
     dropped = unused if drop is None else drop.view(torch.uint8)
-    budgets = unused if floor is None else torch.empty(rows, dtype=torch.int32, device=device)
+    budgets = unused if floor is None else torch.empty(heads, dtype=torch.int32, device=device)
     dealt = (unused, 0) if spare is None else (spare, spare.stride(0))
 
     def planned(stage: int) -> None:
-        _plan[(rows,)](
+        _plan[(heads,)](
             new_scores, *new_scores.stride(), slots, *_strides(slot_scores, 3), by, *_strides(select, 3),
             dropped, *_strides(drop, 3), positions, *positions.stride(), valid, keep, *keep.stride(), recent, score_pages,
             pos_pages.view(torch.int64), table, *table.stride(), lens, *lens.stride(), keys, places, indices, orders,
             filled, facts, sources, targets, moves, unused if floor is None else floor, budgets, *dealt, stride, capacity, room,
             listed, tokens, hkv, window, chunk,
-            SINKS=sinks, MASKED=bool(window or chunk), RESCORE=slot_scores is not None, SELECT=select is not None,
+            SINKS=first, MASKED=bool(window or chunk), RESCORE=slot_scores is not None, SELECT=select is not None,
             DROP=drop is not None, PAGE=page, BLOCK=block, TAIL=tail, DEAL=spare is not None, STAGE=stage, num_warps=warps,
         )  # fmt: skip
 
@@ -577,10 +562,10 @@ def cache_update(
         planned(0)
     else:
         planned(1)
-        ragged.share_budgets(keys, facts, floor, valid, keep, budgets, block)
+        share_budgets(keys, facts, floor, valid, keep, budgets, block)
         planned(2)
     span = block if stride > 32768 else min(block, 1024)
-    _lists[(triton.cdiv(stride, span), rows, 2)](
+    _lists[(triton.cdiv(stride, span), heads, 2)](
         keys, facts, sources, targets, moves, stride, listed, SPAN=span, BLOCK=block, num_warps=4 if block < 4096 else 8,
     )  # fmt: skip
     per_turn, warps = move_config(k_dim, k_pages.element_size()) if move is None else move
@@ -588,10 +573,10 @@ def cache_update(
     programs = min(triton.cdiv(listed, per_turn), max(triton.cdiv(tokens, per_turn), 8))
     copied: tuple[Tensor, Tensor, Tensor, Tensor] = (k_pages, v_pages, score_pages, pos_pages)
     if spare is not None and next_table is not None:
-        ragged.deal(spare, table, next_table, lens, page)
-        copied = ragged.copy_out(*copied, slot_scores, table, spare, sources, moves, per_turn)
+        deal(spare, table, next_table, lens, page)
+        copied = copy_out(cache, slot_scores, spare, sources, moves, per_turn)
     following = table if next_table is None else next_table
-    _move[(programs, rows)](
+    _move[(programs, heads)](
         k, *k.stride()[:3], v, *v.stride()[:3], new_scores, *new_scores.stride(), positions, *positions.stride(), rotary,
         *rotary.stride(), k_pages, v_pages, score_pages, pos_pages, table, *table.stride(), sources, targets, moves,
         listed, hkv, *dealt, following, *following.stride(), *copied, capacity,

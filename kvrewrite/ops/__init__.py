@@ -4,5 +4,8 @@ import kvrewrite.ops.attention
 import kvrewrite.ops.decode
 import kvrewrite.ops.latent
 import kvrewrite.ops.linear
+import kvrewrite.ops.quantized
+import kvrewrite.ops.rotary
 import kvrewrite.ops.scores
-import kvrewrite.ops.state  # noqa: F401
+import kvrewrite.ops.state
+import kvrewrite.ops.update  # noqa: F401

@@ -10,29 +10,28 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import At, Dense, Logits, Pages, Tokens
 from kvrewrite.kernels.latent import reference
+from kvrewrite.ops.attention import ALL_VISIBLE, cached_attention, fake_attended
+from kvrewrite.ops.groups import define
+
+latent_attention_op = define(
+    "latent_attention",
+    "Tensor q",
+    "Tensor k",
+    "Tensor up_k",
+    "Tensor up_v",
+    Pages,
+    At,
+    ALL_VISIBLE,
+    "SymInt[] rows",
+    returns="(Tensor, Tensor)",
+)
 
 
-@torch.library.custom_op("kvrewrite::latent_attention", mutates_args=())
+@latent_attention_op
 def latent_attention(
-    q: Tensor,
-    k: Tensor,
-    up_k: Tensor,
-    up_v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    pos_pages: Tensor,
-    table: Tensor,
-    lens: Tensor,
-    positions: Tensor,
-    valid: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    rows: list[int],
+    q: Tensor, k: Tensor, up_k: Tensor, up_v: Tensor, cache: Pages, at: At, logits: Logits, rows: list[int]
 ) -> tuple[Tensor, Tensor]:
     """`cached_attention` of all heads on a latent cache: [live slots] + [the new tokens, causal].
 
@@ -47,29 +46,27 @@ def latent_attention(
     """
     heads, rank, n, dv = rows[0], rows[1], rows[4], rows[7]
     w_k, w_v = reference.head_rows(up_k, heads, *rows[2:5]), reference.head_rows(up_v, heads, *rows[5:])
-    cached = table.shape[2] * k_pages.shape[1]
-    where, shape = (positions, valid), (scale, softcap, window, chunk)
+    cached = cache.table.shape[2] * cache.k_pages.shape[1]
     if not reference.expanding_is_cheaper(q.shape[2], cached, n, dv, rank, k.shape[3] - rank):
-        out, lse = torch.ops.kvrewrite.cached_attention(
-            reference.absorb(q, w_k), k, k[..., :rank], None, k_pages, v_pages, pos_pages, table, lens, *where, sinks, alibi,
-            None, *shape,
-        )  # fmt: skip
+        tokens = Tokens(reference.absorb(q, w_k), k, k[..., :rank])
+        out, lse = cached_attention(tokens, Dense(), cache, at, logits)
         return _tokens_first(reference.project(out, w_v)), lse
-    slots = pages.read(k_pages, table)
-    live = torch.arange(cached, device=q.device) < lens[..., None]
+    slots = pages.read(cache.k_pages, cache.table)
+    live = torch.arange(cached, device=q.device) < cache.lens[..., None]
     slots = torch.where(live[..., None], slots, 0).to(k.dtype)  # a dead slot may hold anything
     step = reference.heads_at_once(heads, q.shape[0], cached + q.shape[2], q.shape[3] + dv, q.element_size())
     outs, lses = [], []
-    for at in range(0, heads, step):
-        part = slice(at, min(heads, at + step))
+    for begin in range(0, heads, step):
+        part = slice(begin, min(heads, begin + step))
         own, values = reference.expand(k, w_k[part], w_v[part])
-        own_cached, values_cached = reference.expand(slots, w_k[part], w_v[part])
+        dense = Dense(*reference.expand(slots, w_k[part], w_v[part]))
         each = own.shape[1]
-        out, lse = torch.ops.kvrewrite.cached_attention(
-            q[:, part], own, values, own_cached, k_pages, v_pages, pos_pages, table.expand(-1, each, -1).contiguous(),
-            lens.expand(-1, each).contiguous(), *where, None if sinks is None else sinks[part],
-            None if alibi is None else alibi[part], None, *shape, values_cached,
-        )  # fmt: skip
+        expanded = cache._replace(
+            table=cache.table.expand(-1, each, -1).contiguous(), lens=cache.lens.expand(-1, each).contiguous()
+        )
+        sinks, alibi = (None if x is None else x[part] for x in (logits.sinks, logits.alibi))
+        tokens = Tokens(q[:, part], own, values)
+        out, lse = cached_attention(tokens, dense, expanded, at, logits._replace(sinks=sinks, alibi=alibi))
         outs.append(out)
         lses.append(lse)
     return _tokens_first(torch.cat(outs, dim=1)), torch.cat(lses, dim=1)
@@ -80,10 +77,8 @@ def _tokens_first(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@latent_attention.register_fake
-def _(  # type: ignore[no-untyped-def]
-    q, k, up_k, up_v, k_pages, v_pages, pos_pages, table, lens, positions, valid, sinks, alibi, scale, softcap, window, chunk,
-    rows
-):  # fmt: skip
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], rows[7]).transpose(1, 2)
-    return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
+@latent_attention_op.fake
+def _(
+    q: Tensor, k: Tensor, up_k: Tensor, up_v: Tensor, cache: Pages, at: At, logits: Logits, rows: list[int]
+) -> tuple[Tensor, Tensor]:
+    return fake_attended(q, rows[7])

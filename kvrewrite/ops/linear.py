@@ -28,7 +28,7 @@ KERNEL_TOKENS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 2}
 def _fused(op: str, x: Tensor) -> bool:
     most = KERNEL_TOKENS.get(x.dtype, 0)
     fits = 0 < x.shape[:-1].numel() <= most
-    return fused(op, x, "" if fits or not most else f"no tokens, or more than {most}")
+    return fused(op, x, None if fits or not most else f"no tokens, or more than {most}")
 
 
 @torch.library.custom_op("kvrewrite::linears", mutates_args=())

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import Forecast, Rotation, Tokens
 from kvrewrite.kernels.scores import reference
 from kvrewrite.kernels.update import reference as reference_evict
-from kvrewrite.ops.unversioned import unversioned
+from kvrewrite.ops.dispatch import unversioned
+from kvrewrite.ops.groups import define
 
 
 @torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
@@ -94,18 +96,18 @@ def _(keys, positions):  # type: ignore[no-untyped-def]
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("kvrewrite::expected_attention", mutates_args=())
-def expected_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, partner: Tensor | None, valid: Tensor,
-    scale: float, sinks: int, future: int, epsilon: float,
-) -> Tensor:  # fmt: skip
+expected_attention_op = define("expected_attention", Tokens, Rotation, "Tensor valid", Forecast, returns="Tensor")
+
+
+@expected_attention_op
+def expected_attention(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> Tensor:
     """Expected attention of the new tokens' keys: (B, Hkv, T) fp32. See kernels/scores/reference.py."""
-    return reference.expected_attention(q, k, v, cos, sin, partner, valid, scale, sinks, future, epsilon)
+    return reference.expected_attention(tokens, rotation, valid, forecast)
 
 
-@expected_attention.register_fake
-def _(q, k, v, cos, sin, partner, valid, scale, sinks, future, epsilon):  # type: ignore[no-untyped-def]
-    return k.new_empty(k.shape[:3], dtype=torch.float32)
+@expected_attention_op.fake
+def _(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> Tensor:
+    return tokens.k.new_empty(tokens.k.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))
@@ -187,4 +189,4 @@ def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
     return [torch.empty_like(k) for k in keep]
 
 
-unversioned("surprisal", "gate")
+unversioned("kvrewrite::surprisal", "kvrewrite::gate")

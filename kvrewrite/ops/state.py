@@ -7,13 +7,12 @@ it in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from kvrewrite.kernels.recurrence import reference
-from kvrewrite.ops.unversioned import unversioned
+from kvrewrite.ops.attention import gradients
+from kvrewrite.ops.dispatch import unversioned
 
 _library = torch.library.Library("kvrewrite", "FRAGMENT")
 _library.define("with_past(Tensor x, int count, int dim) -> Tensor")
@@ -52,20 +51,9 @@ def _sum_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return (
-        *_gradients(lambda a, x: _decayed_sum(a, x, ctx.dim), ctx.saved_tensors, ctx.needs_input_grad[:2], grad),
+        *gradients(lambda a, x: _decayed_sum(a, x, ctx.dim), ctx.saved_tensors, ctx.needs_input_grad[:2], grad),
         None,
     )
-
-
-def _gradients(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of those tensors that need one, from computing the function once more."""
-    given = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(tensors, needed, strict=True)]
-    with torch.enable_grad():
-        out = function(*given)
-    found = iter(torch.autograd.grad(out, [x for x in given if x is not None and x.requires_grad], grad))
-    return tuple(next(found) if x is not None and x.requires_grad else None for x in given)
 
 
 decayed_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
@@ -97,7 +85,7 @@ def _scan_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _scan_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return _gradients(_linear_scan, ctx.saved_tensors, ctx.needs_input_grad, grad)
+    return gradients(_linear_scan, ctx.saved_tensors, ctx.needs_input_grad, grad)
 
 
 linear_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -155,4 +143,4 @@ def _(decay, x, state, valid, dim):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 
-unversioned("cached_past", "cached_scan", "cached_sum")
+unversioned("kvrewrite::cached_past", "kvrewrite::cached_scan", "kvrewrite::cached_sum")

@@ -23,7 +23,7 @@ from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.fx import is_op
 from kvrewrite.ir.layout import PAGE, spec_of
 from kvrewrite.ir.program import Program
-from kvrewrite.kernels.quantized.split import missing as missing_quantized
+from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
@@ -50,7 +50,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
         # What the reference writes depends on what it reads, which a captured graph can't do.
         sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
         for spec in program.layout.classes:
-            why = missing_quantized(scheme, spec.k_dim, spec.v_dim)
+            why = why_not(scheme, spec.k_dim, spec.v_dim)
             if not fused("cache_update_quantized", sample, why):
                 why = why or f"not in {program.dtype}, or kernels are off"
                 return f"there is no kernel for the update of this quantized cache ({why})"

@@ -354,7 +354,7 @@ def test_generation_configs_that_are_wrong(model: Path, content: str) -> None:
 EVIL = "import os; os.environ['EVIL'] = '1'; open(__file__ + '.ran', 'w')\nfrom transformers import PreTrainedConfig as Evil\n"
 
 
-@pytest.mark.parametrize("answer", ["y\n", ""])
+@pytest.mark.parametrize("answer", ["y\n", pytest.param("", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("what", ["config", "tokenizer"])
 def test_code_of_a_directory_never_runs_and_nobody_is_asked(model: Path, what: str, answer: str) -> None:
     (model / "evil.py").write_text(EVIL)

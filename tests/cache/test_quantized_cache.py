@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import Codes, Eviction, NewTokens, QuantizedCache, Ragged, Rows
 from kvrewrite.kernels.quantized.reference import Pools, cache_update, place
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
 from tests.support.products import pairwise
@@ -102,12 +103,22 @@ class Cache:
             spare = torch.full((B, count), -1, dtype=torch.int32)
             spare[0] = offered[:count]
             next_table = torch.zeros(B, HKV, count, dtype=torch.int32)
+        limits = torch.full((B, HKV), keep, dtype=torch.int32), torch.full((B,), 2, dtype=torch.int32)
         cache_update(
-            k, v, torch.randn(B, HKV, t, generator=self.generator), None, positions, positions + 7,
-            torch.tensor(valid, dtype=torch.int32), torch.full((B, HKV), keep, dtype=torch.int32),
-            torch.full((B,), 2, dtype=torch.int32), self.keys, self.values, self.scores, self.pos, self.table, self.lens,
-            self.qlens, read[0], read[1], 1, 0, 0, self.scheme, spare=spare, next_table=next_table,
-        )  # fmt: skip
+            NewTokens(k, v, torch.randn(B, HKV, t, generator=self.generator)),
+            Rows(positions, positions + 7, torch.tensor(valid, dtype=torch.int32), *limits),
+            QuantizedCache(self.scores, self.pos, self.table, self.lens, self.qlens, *read[:2]),
+            Codes(
+                *(
+                    x
+                    for name in ("codes", "params", "tail")
+                    for x in (getattr(self.keys, name), getattr(self.values, name))
+                )
+            ),
+            self.scheme,
+            Eviction(protected_first=1),
+            Ragged(spare=spare, next_table=next_table),
+        )
         if next_table is not None:
             need = (-(-self.lens[0] // PAGE)).tolist()
             dealt = [next_table[0, h, :n].tolist() for h, n in enumerate(need)]

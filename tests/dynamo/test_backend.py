@@ -182,16 +182,17 @@ def test_original_is_left_alone(model: Any) -> None:
     assert set(vars(model)) == before
 
 
-def test_three_ways_are_one(model: Any, tmp_path: Path) -> None:
-    """`transform`, what it saves, and the backend: the same 256 tokens."""
+@pytest.mark.parametrize("steps", [48, pytest.param(256, marks=pytest.mark.thorough)])
+def test_three_ways_are_one(model: Any, tmp_path: Path, steps: int) -> None:
+    """`transform`, what it saves, and the backend: the same tokens."""
     prompt = ids(1, 40)
     options: dict[str, Any] = {"policy": "random", "budget": 32, "seed": 5, "chunk": 16}
     small = kvrewrite.transform(model, **options)
-    expected, _ = run(small, prompt, 256)
+    expected, _ = run(small, prompt, steps)
     small.save_pretrained(tmp_path / "out")
-    loaded, _ = run(kvrewrite.load(tmp_path / "out"), prompt, 256)
-    found, cache = run(compiled(model, **options), prompt, 256)
-    assert found.shape == (1, 296) and lengths(cache) == {32}
+    loaded, _ = run(kvrewrite.load(tmp_path / "out"), prompt, steps)
+    found, cache = run(compiled(model, **options), prompt, steps)
+    assert found.shape == (1, 40 + steps) and lengths(cache) == {32}
     assert torch.equal(loaded, expected) and torch.equal(found, expected)
 
 
@@ -350,7 +351,7 @@ def test_compile_config(model: Any) -> None:
     "options",
     [
         {"policy": "streaming_llm", "budget": 24, "positions": "original"},
-        {"policy": "snapkv", "budget": 24, "window": 4},
+        pytest.param({"policy": "snapkv", "budget": 24, "window": 4}, marks=pytest.mark.thorough),
     ],
     ids=["evicts", "only adds"],
 )

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kvrewrite.kernels.attention import chunk as kernel
 from kvrewrite.kernels.attention import reference
-from kvrewrite.kernels.attention.chunk import Config, choose_route, chunk_attention, portable
-from tests.support.products import covering
+from kvrewrite.kernels.attention.chunk import Config, choose_route
+from kvrewrite.kernels.groups import Logits, Placed, Tokens
+from tests.support.flat import flat
 
+chunk_attention, portable = flat(kernel.chunk_attention), flat(kernel.portable)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = [
@@ -105,17 +107,11 @@ def expected(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
         torch.zeros(b, hkv, c, device=DEVICE, dtype=torch.int64) if a["cache_pos"] is None else a["cache_pos"].long()
     )
     hidden = None if a["hidden"] is None else torch.nn.functional.pad(a["hidden"], (c, 0))
-    return reference.attend(
-        a["q"].double(),
-        torch.cat([a["k_cache"], a["k"]], 2).double(),
-        torch.cat([a["v_cache"], a["v"]], 2).double(),
-        a["positions"],
-        torch.cat([slots, a["positions"][:, None].expand(b, hkv, t)], 2),
-        torch.cat([cached, real], 2),
-        hidden=hidden,
-        own=True,
-        **{name: a[name] for name in ("sinks", "alibi", "scale", "softcap", "window", "chunk")},
-    )
+    keys, values = (torch.cat([a[f"{x}_cache"], a[x]], 2).double() for x in "kv")
+    places = torch.cat([slots, a["positions"][:, None].expand(b, hkv, t)], 2)
+    logits = Logits(**{name: a[name] for name in Logits._fields} | {"hidden": hidden})
+    placed = Placed(a["positions"], places, torch.cat([cached, real], 2))
+    return reference.attend(Tokens(a["q"].double(), keys, values), placed, logits, own=True)
 
 
 def check(a: dict[str, Any], got: tuple[Tensor, Tensor]) -> None:
@@ -137,7 +133,6 @@ def check(a: dict[str, Any], got: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(lse[~blind], want_lse[~blind], atol=2e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
 
 
-@covering({"shape": 2})
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
@@ -253,8 +248,8 @@ def test_the_route() -> None:
     assert choose_route((9, 0), bf16, 192, 128) == "triton"
     assert choose_route((9, 0), bf16, 128, 128, ("window",)) == "triton"
     assert choose_route((9, 0), bf16, 128, 128, aligned=False) == "triton"
-    assert kernel.features_in_use(None, None, 0.0, 0, 0) == ()
-    assert kernel.features_in_use(torch.ones(1), torch.ones(1), 1.0, 2, 3) == (
+    assert kernel.features_in_use(Logits()) == ()
+    assert kernel.features_in_use(Logits(None, torch.ones(1), torch.ones(1), 0.5, 1.0, 2, 3)) == (
         "alibi", "hidden", "softcap", "window", "chunk",
     )  # fmt: skip
 
@@ -369,9 +364,10 @@ def test_hopper_at_random(seed: int) -> None:
         valid=[r.randint(0, t) for _ in range(b)],
     )  # fmt: skip
     check(a, chunk_attention(**a, route="hopper"))
-    names = ("q", "k", "v", "k_cache", "v_cache", "lens", "valid", "sinks")
+    names = ("q", "k", "v", "k_cache", "v_cache", "lens", "valid", "sinks", "scale")
     config = hopper.HopperConfig(r.choice([64, 128]), 2)
-    check(a, hopper.launch(*(a[n] for n in names), scale=a["scale"], config=config, heads_at_once=r.randint(1, 5)))
+    arguments = {n: a[n] for n in names}
+    check(a, flat(hopper.launch)(**arguments, config=config, heads_at_once=r.randint(1, 5)))
 
 
 @pytest.mark.gpu

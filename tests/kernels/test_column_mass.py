@@ -12,7 +12,10 @@ from torch import Tensor
 
 from kvrewrite.kernels.attention import reference
 from kvrewrite.kernels.attention.column_mass import column_mass
+from kvrewrite.kernels.groups import At, KeySlots, Logits, Watch
 from kvrewrite.kernels.limits import split_width
+from tests.support.flat import flat
+from tests.support.products import covering
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -58,7 +61,7 @@ class Problem:
     def attend(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of the reference in fp64."""
         values = torch.cat([self.v_cache, self.v], dim=2).double()
-        return reference.attend(self.q.double(), v=values, sinks=self.sinks, own=True, **self.oracle())
+        return flat(reference.attend)(q=self.q.double(), v=values, sinks=self.sinks, own=True, **self.oracle())
 
 
 def problem(
@@ -135,22 +138,22 @@ def check(p: Problem, *, newest: int = 0, above: bool = False, weights: str = "o
     q = p.q.transpose(1, 2)
     q[counted == 0] = NAN  # rows that don't count may hold anything
     lse = torch.where((counted == 0)[:, None], NAN, clean)
-    want = reference.column_mass(p.q.double(), lse=clean.double(), rows=counted, above=threshold, **p.oracle())
+    want = flat(reference.column_mass)(q=p.q.double(), lse=clean.double(), rows=counted, above=threshold, **p.oracle())
     position_free = not (p.options["window"] or p.options["chunk"] or p.alibi is not None)
-    arguments = (
-        p.q, p.k, lse, rows, p.k_cache, p.lens, None if position_free else p.cache_pos, p.positions, p.valid, p.alibi,
-        p.hidden, threshold,
-    )  # fmt: skip
-    got = column_mass(*arguments, **p.options, newest=newest)
+    watch = Watch(p.q, p.k, lse, rows, threshold, newest)
+    slots = KeySlots(p.k_cache, p.lens, None if position_free else p.cache_pos)
+    arguments = (watch, slots, At(p.positions, p.valid), Logits(alibi=p.alibi, hidden=p.hidden, **p.options))
+    got = column_mass(*arguments)
     assert got.shape == want.shape and got.dtype == torch.float32
     if above and p.q.dtype != torch.float32:
         assert (got - want).abs().sum() <= 2e-3 * want.sum() + 1  # a weight beside its threshold may go either way
     else:
         assert error(got, want) < ERROR[p.q.dtype]
     assert torch.equal(got[want == 0], want[want == 0])
-    assert torch.equal(got, column_mass(*arguments, **p.options, newest=newest))
+    assert torch.equal(got, column_mass(*arguments))
 
 
+@covering({("group", "d"): 1, "dtype": 3}, apart=lambda case: case["dtype"] == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group,d", [(1, 16), (4, 64), (7, 24), (2, 96)])
 def test_matches_reference(dtype: torch.dtype, group: int, d: int) -> None:
@@ -218,8 +221,8 @@ def test_boolean_rows() -> None:
     p = problem()
     rows = torch.arange(40, device=DEVICE).expand(2, 40) % 3 == 0
     lse = torch.where((torch.arange(40, device=DEVICE) < p.valid[:, None])[:, None], p.attend()[1], 0.0)
-    tail = (p.k_cache, p.lens, None, p.positions, p.valid, None, None, None)
-    got, want = (column_mass(p.q, p.k, lse, r, *tail, **p.options) for r in (rows, rows.float()))
+    tail = (KeySlots(p.k_cache, p.lens), At(p.positions, p.valid), Logits(**p.options))
+    got, want = (column_mass(Watch(p.q, p.k, lse, r), *tail) for r in (rows, rows.float()))
     assert torch.equal(got, want)
 
 
@@ -234,11 +237,11 @@ def test_refusals() -> None:
     """What there is no kernel for."""
     p = problem()
     lse, rows = torch.zeros(2, 4, 40, device=DEVICE), torch.ones(2, 40, device=DEVICE)
-    tail = (p.positions, p.valid, None, None, None)
+    slots, at = KeySlots(p.k_cache, p.lens), At(p.positions, p.valid)
     with pytest.raises(ValueError, match="float64"):
-        column_mass(p.q.double(), p.k.double(), lse, rows, p.k_cache, p.lens, None, *tail, **p.options)
+        column_mass(Watch(p.q.double(), p.k.double(), lse, rows), slots, at, Logits(**p.options))
     with pytest.raises(ValueError, match="cache_pos"):
-        column_mass(p.q, p.k, lse, rows, p.k_cache, p.lens, None, *tail, **{**p.options, "window": 4})
+        column_mass(Watch(p.q, p.k, lse, rows), slots, at, Logits(**{**p.options, "window": 4}))
 
 
 def random_case(seed: int, largest: int) -> None:

@@ -10,11 +10,15 @@ import torch
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.attention import decode
-from kvrewrite.kernels.update import decode as decode_update
+from kvrewrite.kernels.groups import Cache as Written
+from kvrewrite.kernels.groups import Eviction, NewTokens, Preceding, Rows
+from kvrewrite.kernels.update.decode import decode_update as update
 from kvrewrite.ops.decode import turn
 from kvrewrite.ops.dispatch import kernels
 from kvrewrite.ops.linear import ACTIVATIONS
+from tests.support.flat import flat
 
+attend = flat(decode.decode_attention)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -114,7 +118,7 @@ class Case:
 
     def run(self, launch: decode.Config, mass: bool = True) -> tuple:
         """The kernel's out, LSE and mass."""
-        return decode.decode_attention(*self.on_device().values(), **self.options, mass=mass, launch=launch)
+        return attend(**self.on_device(), **self.options, mass=mass, launch=launch)
 
     def check(self, workers: int = 3, pages: int = 1, overlap: int = 0) -> None:
         """Compares with the reference, row by row; workers: how many a multiprocessor; pages: how many a step."""
@@ -184,7 +188,7 @@ def test_head_dims(d: int, dv: int) -> None:
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)])
 def test_large_head_dims(d: int, dv: int, dtype: torch.dtype) -> None:
     case = Case([[1300, 70, 4000]], h=12, d=d, dv=dv, dtype=dtype)
-    found = decode.decode_attention(*case.on_device().values(), **case.options)
+    found = attend(**case.on_device(), **case.options)
     assert relative(found[0].cpu(), case.expected()[0]) < TOLERANCE[dtype]
 
 
@@ -213,15 +217,15 @@ def test_rotates_queries_and_keys(d: int, dv: int) -> None:
     g = torch.Generator().manual_seed(5)
     cos, sin = torch.randn(2, 3, d, generator=g)[:, 1:2].to(DEVICE), torch.randn(2, 1, d, generator=g).to(DEVICE)
     given = case.on_device()
-    got = decode.decode_attention(*given.values(), **case.options, mass=True, cos=cos, sin=sin)
+    got = attend(**given, **case.options, mass=True, cos=cos, sin=sin)
     given["q"], given["k"] = turn(given["q"], cos, sin), turn(given["k"], cos, sin)
-    expected = decode.decode_attention(*given.values(), **case.options, mass=True)
+    expected = attend(**given, **case.options, mass=True)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one of cos and sin"):
-        decode.decode_attention(*given.values(), **case.options, cos=cos)
+        attend(**given, **case.options, cos=cos)
     with pytest.raises(ValueError, match="expected"):
-        decode.decode_attention(*given.values(), **case.options, cos=cos, sin=sin[..., :8])
+        attend(**given, **case.options, cos=cos, sin=sin[..., :8])
 
 
 @pytest.mark.parametrize(("d", "dv", "page_step"), [(16, 16, 1), (96, 32, 2)])
@@ -236,7 +240,7 @@ def test_rotates_cached_keys(d: int, dv: int, page_step: int) -> None:
     tables = [torch.randn(int(given["positions"].max()), d, generator=g).to(DEVICE) for _ in range(2)]
     launch = decode.Config(3, 4, 2 if d == 16 else 1, page_step)  # fp32 keys and tables fill the shared memory
     turned = {"following": following, "key_cos": tables[0], "key_sin": tables[1]}
-    got = decode.decode_attention(*given.values(), **case.options, mass=True, launch=launch, **turned)
+    got = attend(**given, **case.options, mass=True, launch=launch, **turned)
     with kernels("reference"):
         expected = torch.ops.kvrewrite.decode_attention(
             *given.values(), *case.options.values(), True, None, None, False, *turned.values()
@@ -244,7 +248,7 @@ def test_rotates_cached_keys(d: int, dv: int, page_step: int) -> None:
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="expected contiguous key_cos and key_sin"):
-        decode.decode_attention(*given.values(), **case.options, **(turned | {"key_sin": None}))
+        attend(**given, **case.options, **(turned | {"key_sin": None}))
 
 
 def test_rows_without_a_new_token() -> None:
@@ -300,14 +304,14 @@ def test_many_random_shapes(seed: int) -> None:
 def test_under_a_cuda_graph() -> None:
     case = Case([[1500, 100, 64, 900]], h=16, d=128, dtype=torch.bfloat16)
     a = case.on_device()
-    eager = decode.decode_attention(*a.values(), **case.options)
+    eager = attend(**a, **case.options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode.decode_attention(*a.values(), **case.options)
+        captured = attend(**a, **case.options)
     a["lens"][0, 0] = 700
     for _ in range(3):
         graph.replay()
-    eager = decode.decode_attention(*a.values(), **case.options)
+    eager = attend(**a, **case.options)
     assert torch.equal(eager[0], captured[0]) and torch.equal(eager[1], captured[1])
 
 
@@ -315,7 +319,7 @@ def test_refuses_what_it_does_not_do() -> None:
     case = Case([[5]])
     a = {**case.on_device(), "q": case.args["q"].double()}
     with pytest.raises(ValueError, match="bf16, fp16 or fp32"):
-        decode.decode_attention(*a.values(), **case.options)
+        attend(**a, **case.options)
     assert math.isclose(case.options["scale"], 32**-0.5)
 
 
@@ -418,11 +422,10 @@ def run_updates(
             following = torch.where(valid > 0, positions[:, 0] + 1, 0)
             torch.ops.kvrewrite.slot_rotary(ref.pos_pages, ref.table, ref.lens, following, valid > 0, None)
         of_slots, by = arguments(mine)
-        decode_update.decode_update(
-            k.to(DEVICE), v.to(DEVICE), new.to(DEVICE), of_slots, *(x.to(DEVICE) for x in shared), *mine.state(),
-            sinks=sinks, window=window, chunk=chunk, select=by, drop=None if drop is None else drop.to(DEVICE),
-            ranks=ranks,
-        )  # fmt: skip
+        added = NewTokens(k.to(DEVICE), v.to(DEVICE), new.to(DEVICE), of_slots)
+        eviction = Eviction(sinks, window, chunk, by, None if drop is None else drop.to(DEVICE))
+        rows = Rows(*(x.to(DEVICE) for x in shared))
+        update(added, rows, Written(*mine.state()), eviction, ranks=ranks)
         assert mine.lens.tolist() == ref.lens.tolist(), step
         for head, (found, expected) in enumerate(zip(mine.held(), ref.held())):
             assert sorted(found) == sorted(expected), (step, head)
@@ -495,16 +498,15 @@ def test_makes_scores_and_rotates(width: int, activation: str) -> None:
         now = torch.full((2, 1), caches[0].next + step)
         rows = (now, now, torch.ones(2), torch.full((2, 2), 64), torch.full((2,), 3))
         shared = [x.to(DEVICE, torch.int64 if x is now else torch.int32) for x in rows]
-        options = {"sinks": 1, "window": 0, "chunk": 0}
+        eviction = Eviction(protected_first=1)
         first, second = (cache.state() for cache in caches)
-        decode_update.decode_update(turn(k, cos, sin), v, scores, None, *shared, *first, **options)
-        decode_update.decode_update(
-            k, v, hidden, None, *shared, *second, **options, head=head, activation=activation, cos=cos, sin=sin
-        )
+        update(NewTokens(turn(k, cos, sin), v, scores), Rows(*shared), Written(*first), eviction)
+        preceding = Preceding(head, activation, cos, sin)
+        update(NewTokens(k, v, hidden), Rows(*shared), Written(*second), eviction, preceding)
         for a, b in zip(first, second):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
     with pytest.raises(ValueError, match="hidden layer and head"):
-        decode_update.decode_update(k, v, scores, None, *shared, *second, **options, head=head)
+        update(NewTokens(k, v, scores), Rows(*shared), Written(*second), eviction, Preceding(head))
 
 
 def test_ranks_follow_what_goes() -> None:

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from kvrewrite.kernels.attention.gated import gated_attention
+from kvrewrite.kernels.groups import At, Logits, Slots, Tokens
 from tests.kernels.test_column_mass import DEVICE, ERROR, Problem, error, problem
+from tests.support.products import covering
 
 
-def arguments(p: Problem) -> tuple[Any, ...]:
-    """The kernel's arguments; positions of cached keys only where they matter."""
+def run(p: Problem, **changed: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's results; it gets the positions of cached keys only where they matter."""
     located = p.options["window"] or p.options["chunk"] or p.alibi is not None
-    cache_pos = p.cache_pos if located else None
-    return (
-        p.q, p.k, p.v, p.k_cache, p.v_cache, p.lens, cache_pos, p.positions, p.valid, p.sinks, p.alibi, p.hidden
-    )  # fmt: skip
+    slots = Slots(p.k_cache, p.v_cache, p.lens, p.cache_pos if located else None)
+    logits = Logits(p.sinks, p.alibi, p.hidden, **p.options)._replace(**changed)
+    return gated_attention(Tokens(p.q, p.k, p.v), slots, At(p.positions, p.valid), logits)
 
 
 def check(p: Problem) -> None:
     """Output and log-sum-exp of real rows against the oracle's, and the same bits twice."""
     want, want_lse = p.attend()
-    got, lse = gated_attention(*arguments(p), **p.options)
+    got, lse = run(p)
     assert got.shape == want.shape and got.transpose(1, 2).is_contiguous() and got.dtype == p.q.dtype
     real = (torch.arange(p.q.shape[2], device=DEVICE) < p.valid[:, None])[:, None].expand(lse.shape)
     assert error(got[real], want[real]) < ERROR[p.q.dtype]
     assert (lse - want_lse)[real].abs().max() < (1e-4 if p.q.dtype == torch.float32 else 2e-2)
     assert not got.isnan().any() and not lse.isnan().any()
-    again, lse_again = gated_attention(*arguments(p), **p.options)
+    again, lse_again = run(p)
     assert torch.equal(got, again) and torch.equal(lse, lse_again)
 
 
+@covering({("group", "d", "dv"): 1, "dtype": 3}, apart=lambda case: case["dtype"] == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group,d,dv", [(1, 16, 16), (4, 64, 64), (7, 24, 24), (2, 96, 96), (2, 48, 32), (2, 16, 96)])
 def test_matches_reference(dtype: torch.dtype, group: int, d: int, dv: int) -> None:
@@ -82,11 +85,11 @@ def test_refusals() -> None:
     """What there is no kernel for."""
     p = problem(hide=0.5)
     with pytest.raises(ValueError, match="float64"):
-        gated_attention(p.q.double(), *arguments(p)[1:], **p.options)
+        run(replace(p, q=p.q.double()))
     with pytest.raises(ValueError, match="scale"):
-        gated_attention(*arguments(p), **{**p.options, "scale": -1.0})
+        run(p, scale=-1.0)
     with pytest.raises(ValueError, match="cache_pos"):
-        gated_attention(*arguments(p), **{**p.options, "window": 4})
+        run(p, window=4)
 
 
 def random_case(seed: int, largest: int) -> None:

@@ -17,7 +17,6 @@ from kvrewrite.kernels.quantized.scheme import (
     quantize_keys,
     quantize_values,
 )
-from tests.support.products import pairwise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-50}
@@ -125,7 +124,6 @@ def test_keys_against_loops(kind: str, dtype: torch.dtype) -> None:
         check_group(member, code, params[b, h, g, d].tolist(), kind, got, dtype)
 
 
-@pairwise
 @kinds()
 @dtypes()
 @pytest.mark.parametrize(("d", "group", "expected"), [(12, 4, 4), (12, 32, 12), (10, 4, 2), (14, 13, 7)])
@@ -146,7 +144,6 @@ def test_values_against_loops(kind: str, dtype: torch.dtype, d: int, group: int,
         check_group(member, code, params[b, h, s, g].tolist(), kind, got, dtype)
 
 
-@pairwise
 @kinds()
 @dtypes()
 @pytest.mark.parametrize("offset", [0.0, 3.0])

@@ -9,10 +9,12 @@ import torch
 
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.kernels.attention.decode import Config
+from kvrewrite.kernels.groups import Codes, QuantizedCache
 from kvrewrite.kernels.quantized import decode
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme, quantize_keys, quantize_values
 from kvrewrite.kernels.quantized.update import decode_update_quantized
 from tests.kernels.test_decode import DEVICE, NAN, PAGE, TOLERANCE, page_table, paged, relative
+from tests.support.flat import flat
 
 
 class Case:
@@ -99,8 +101,8 @@ class Case:
     def run(self, per_sm: int = 3, mass: bool = True, warps: int = 4, stages: int = 3) -> tuple:
         """The kernel's out, LSE and mass."""
         launch = Config(per_sm, warps, stages)
-        return decode.decode_attention_quantized(
-            *self.on_device().values(), self.scheme, **self.options, mass=mass, launch=launch
+        return decode_attention_quantized(
+            **self.on_device(), scheme=self.scheme, **self.options, mass=mass, launch=launch
         )
 
     def check(self, per_sm: int = 3, **launch: int) -> None:
@@ -145,7 +147,7 @@ def test_head_dims(d: int, dv: int, kind: str) -> None:
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)])
 def test_large_head_dims(d: int, dv: int, dtype: torch.dtype, kind: str) -> None:
     case = Case([[1300, 70, 4000]], kind=kind, h=12, d=d, dv=dv, dtype=dtype)
-    found = decode.decode_attention_quantized(*case.on_device().values(), case.scheme, **case.options)
+    found = decode_attention_quantized(**case.on_device(), scheme=case.scheme, **case.options)
     limit = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
     assert relative(found[0].cpu(), case.expected()[0]) < limit
 
@@ -221,7 +223,7 @@ def test_under_a_cuda_graph(kind: str) -> None:
     a = case.on_device()
 
     def attend() -> tuple:
-        return decode.decode_attention_quantized(*a.values(), case.scheme, **case.options)
+        return decode_attention_quantized(**a, scheme=case.scheme, **case.options)
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -239,7 +241,7 @@ def test_refuses_what_it_does_not_do() -> None:
     a = case.on_device()
 
     def attend(scheme: Scheme = case.scheme, **changed: torch.Tensor) -> None:
-        decode.decode_attention_quantized(*{**a, **changed}.values(), scheme, **case.options)
+        decode_attention_quantized(**a | changed, scheme=scheme, **case.options)
 
     with pytest.raises(ValueError, match="bf16, fp16 or fp32"):
         attend(q=a["q"].double())
@@ -300,8 +302,9 @@ class Cache:
         pools = (self.k_pages, self.v_pages, self.k_params, self.v_params, self.score_pages, self.pos_pages)
         where = (self.k_tail, self.v_tail, self.table, self.lens, self.qlens)
         if kernel:
-            options = {"sinks": 2, "window": 0, "chunk": 0, **more}
-            decode_update_quantized(*new.values(), keep.to(device), near, *pools, *where, self.scheme, **options)
+            stored = {n: getattr(self, n) for n in (*Codes._fields, *QuantizedCache._fields[:5])}
+            rows = {**new, "keep": keep.to(device), "recent": near}
+            flat(decode_update_quantized)(**rows, **stored, scheme=self.scheme, protected_first=2, **more)
         else:
             options = {"window": 0, "chunk": 0, "select": None, "drop": None, **more}
             torch.ops.kvrewrite.cache_update_quantized(
@@ -329,6 +332,7 @@ class Cache:
         return found
 
 
+decode_attention_quantized = flat(decode.decode_attention_quantized)
 UPDATES = [("int8", 0, torch.float16), ("int4", 16, torch.float32), ("fp8", 16, torch.float16)]
 
 

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from kvrewrite.kernels.update import reference as evict
 from kvrewrite.kernels.update import select
+from tests.support.flat import flat
 from tests.support.products import covering
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 3.2e38, -3.2e38, -3.35e38)
+
+
+cache_update = flat(select.cache_update, sinks="protected_first")
 
 
 def draw(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -148,15 +152,14 @@ def contents(args: dict[str, Any]) -> list[Tensor]:
 
 def reference(args: dict[str, Any]) -> dict[str, Any]:
     mine: dict[str, Any] = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in copies(args).items()}
-    named: dict[str, Any] = {("select_by" if n == "select" else n): x for n, x in mine.items()}
-    evict.cache_update(**named)
+    flat(evict.cache_update, sinks="protected_first")(**mine)
     return mine
 
 
 def check(args: dict[str, Any], **options: Any) -> dict[str, Any]:
     mine, wanted = copies(args), reference(args)
     rest = {n: x.clone() for n, x in mine.items() if isinstance(x, Tensor) and n not in (*POOLS, "lens", "next_table")}
-    select.cache_update(**mine, **options)
+    cache_update(**mine, **options)
     assert torch.equal(mine["lens"].cpu(), wanted["lens"])
     expected = contents({n: x.to(DEVICE) if isinstance(x, Tensor) else x for n, x in wanted.items()})
     for head, (got, want) in enumerate(zip(contents(mine), expected)):
@@ -293,7 +296,7 @@ def test_positions_that_are_not_unique_do_no_harm() -> None:
     args["pos_pages"].zero_()
     args["positions"] = torch.zeros_like(args["positions"])
     before = args["k_pages"][0].clone()
-    select.cache_update(**args)
+    cache_update(**args)
     assert args["lens"].tolist() == [[50, 64]]
     assert torch.equal(args["k_pages"][0].nan_to_num(5.0), before.nan_to_num(5.0))
 
@@ -301,9 +304,9 @@ def test_positions_that_are_not_unique_do_no_harm() -> None:
 def test_refuses_strides_it_cannot_read() -> None:
     args = setting(15, [[10]], [3], 3, 1, keep=[[5]])
     with pytest.raises(ValueError, match="last dim of k and v must be contiguous"):
-        select.cache_update(**(args | {"k": args["k"].transpose(2, 3).contiguous().transpose(2, 3)}))
+        cache_update(**(args | {"k": args["k"].transpose(2, 3).contiguous().transpose(2, 3)}))
     with pytest.raises(ValueError, match="v_pages must be contiguous"):
-        select.cache_update(**(args | {"v_pages": args["v_pages"][:, ::2]}))
+        cache_update(**(args | {"v_pages": args["v_pages"][:, ::2]}))
 
 
 def random_setting(seed: int, scale: int) -> dict[str, Any]:

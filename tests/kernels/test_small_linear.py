@@ -21,6 +21,7 @@ from kvrewrite.kernels.linear.small import (
     small_linear,
 )
 from kvrewrite.ops import linear as linear_ops
+from tests.support.products import pairwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -112,6 +113,7 @@ def test_residual(m: int, dtype: torch.dtype) -> None:
         assert error(out, expected) < ERROR[dtype] and error(parts, expected) < ERROR[dtype]
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", linear_ops.ACTIVATIONS)
 @pytest.mark.parametrize("m", [1, 2, 4])

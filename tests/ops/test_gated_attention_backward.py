@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import kvrewrite.ops  # noqa: F401
 from kvrewrite.kernels.attention import reference
+from kvrewrite.kernels.groups import Logits, Placed, Tokens
 from kvrewrite.tools.training import gated_attention as module
 from kvrewrite.tools.training.gated_attention import gated_attention
 
@@ -110,10 +111,9 @@ def test_a_closed_gate_is_a_hidden_key_of_the_inference_op() -> None:
     q, k, v, gate, _ = (x if x is None else x.detach() for x in tensors)
     b, hkv, t = gate.shape
     at = torch.arange(t, device=DEVICE)
-    expected, lse = reference.attend(
-        q, k, v, at.expand(b, t), at.expand(b, hkv, t), torch.ones(b, hkv, t, dtype=torch.bool, device=DEVICE), sinks=None,
-        alibi=None, hidden=gate == 0, scale=rest[1], softcap=0.0, window=0, chunk=0,
-    )  # fmt: skip
+    live = torch.ones(b, hkv, t, dtype=torch.bool, device=DEVICE)
+    placed, logits = Placed(at.expand(b, t), at.expand(b, hkv, t), live), Logits(hidden=gate == 0, scale=rest[1])
+    expected, lse = reference.attend(Tokens(q, k, v), placed, logits)
     out, got = gated_attention(q, k, v, gate, None, *rest, False)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got.float(), lse)

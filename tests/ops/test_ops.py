@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import kvrewrite.ops  # noqa: F401
-from kvrewrite.ops.unversioned import SPARES
-from tests.support.products import covering, pairwise
+from kvrewrite.ops.dispatch import SPARES
 
 ops = torch.ops.kvrewrite
 B, HKV, GROUP, D, DV, PAGE, P = 3, 2, 3, 8, 6, 4, 4
@@ -217,7 +216,6 @@ def run_cached(cache: State, fresh: New, mask: dict[str, Any], dense: bool, hidd
     )  # fmt: skip
 
 
-@pairwise
 @masks()
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(("valid", "width"), [([4, 2, 5], 5), ([1, 1, 1], 1), ([0, 3, 1], 3)])
@@ -401,7 +399,6 @@ def draw(kind: str | None, size: tuple[int, ...], seed: int) -> Tensor:
     return found
 
 
-@covering({"case": 2, ("valid", "width"): 3})
 @pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
 @pytest.mark.parametrize(
     ("valid", "width"),

@@ -342,7 +342,7 @@ def test_a_row_without_any_token(name: str, policy: str) -> None:
     assert bool(torch.isfinite(out).all()) and cache.seen == [25, 0]
 
 
-@families_and_policies
+@covering({"name": 2, ("policy", "positions"): 1}, apart=refused)
 @pytest.mark.parametrize(
     ("name", "policy", "positions"),
     [pytest.param(n, *p, marks=pytest.mark.xdist_group(n)) for n in CORE for p in EVICTING]
