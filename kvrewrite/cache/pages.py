@@ -4,7 +4,7 @@ A `PageStore` owns the pages of one cache class (layers with equal shapes) and c
 forked from one another share it. A `Lease` is what one cache has of it: which pages hold the slots of each (layer, row, kv
 head). A page with several references is copied before it is written to.
 
-One thread at a time changes a store: caches hold their model's lock (kvrewrite/cache/eviction_cache.py). A change can be
+One thread at a time changes a store: caches hold their model's lock (kvrewrite/cache/request.py). A change can be
 interrupted at any point; whoever comes next counts the references anew from what the leases have (`PageStore.begin`).
 """
 

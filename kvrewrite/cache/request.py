@@ -251,12 +251,17 @@ class Request:
                     self._dealt[c] = dealt
                 floors = np.where(part.deals & (policy.head_budgets != "equal"), policy.head_floor, -1.0)
                 out[f"floor_{c}"] = to_device(floors, device)
-            out.update({f"{name}_{c}": getattr(lease.store, name) for name in lease.store.shapes})
-            out[f"table_{c}"], out[f"lens_{c}"] = lease.table, lease.lens
+            out.update(self.class_inputs(c))
             out[f"keep_{c}"] = to_device(part.budgets.keep.astype(np.int32), device)
         # After `lens`, with which a decoding graph gives back the states, too.
         out.update({state.input: state.value for state in self.states})
         return out
+
+    def class_inputs(self, c: int) -> dict[str, Tensor]:
+        """Pools, page table and lengths of a class."""
+        lease = self.leases[c]
+        pools = {f"{name}_{c}": getattr(lease.store, name) for name in lease.store.shapes}
+        return {**pools, f"table_{c}": lease.table, f"lens_{c}": lease.lens}
 
     def commit(self, plan: StepPlan) -> None:
         """Records a finished step and returns the pages that it emptied."""

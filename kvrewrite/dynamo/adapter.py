@@ -27,6 +27,7 @@ from kvrewrite.dynamo.traced_call import (
     traced_call,
 )
 from kvrewrite.errors import CacheError, CaptureError, InputError, UnsupportedModelError
+from kvrewrite.runtime.inputs import check_ids
 from kvrewrite.runtime.model import RewrittenModel
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed the argument
@@ -201,7 +202,7 @@ class Adapter:
         mask = self._real_columns(inputs, ids)
         if rewrite.appends is not None and self.cached and _is_one_token(ids, mask, cache):
             model._check_cache(cache, ids.shape[0])
-            model._check_ids(ids, True)
+            check_ids(ids, model.program.vocab_size, decoding=True)
             logits = rewrite.appends.step(ids, cache)
         else:
             logits = model(

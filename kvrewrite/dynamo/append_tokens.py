@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvrewrite.cache.pages import to_device
 from kvrewrite.cache.request import exclusive
 from kvrewrite.dynamo.caches import StockState
 from kvrewrite.ir.layout import spec_of
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.lower.append import lower_append
 from kvrewrite.policies import Policy
+from kvrewrite.runtime.inputs import no_room, row_inputs
 from kvrewrite.runtime.model import RewrittenModel, on_its_device
 from kvrewrite.runtime.parts import dynamic_sizes, mark_moving
 
@@ -61,7 +63,7 @@ class AppendRunner:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
         model, rows = self.model, range(cache.batch_size)
         for row in rows:
-            problem = model.no_room(cache, row, 1, True)
+            problem = no_room(model, cache, row, 1, True)
             if problem is not None:
                 raise problem
         segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
@@ -82,17 +84,10 @@ class AppendRunner:
         device, batch = cache.device, cache.batch_size
         if batch not in self._ones:
             self._ones[batch] = torch.ones(batch, dtype=torch.int32, device=device)
-        positions = cache.next_positions()
-        inputs = {
-            "input_ids": ids.long(),
-            "positions": positions,
-            "position_ids": positions,
-            "valid": self._ones[batch],
-        }
+        rows = {"positions": to_device(cache.seen, device), "valid": self._ones[batch]}
+        inputs = {"input_ids": ids.long(), **row_inputs(rows, None)}
         for c, lease in enumerate(cache.stock_leases):
-            inputs[f"table_{c}"], inputs[f"lens_{c}"] = lease.table, lease.lens
-            for name in lease.store.shapes:
-                inputs[f"{name}_{c}"] = getattr(lease.store, name)
+            inputs.update(cache.class_inputs(c))
             inputs[f"k_slots_{c}"], inputs[f"v_slots_{c}"] = lease.dense("k_pages"), lease.dense("v_pages")
             inputs[f"live_slots_{c}"] = cache.live(c)
         return inputs
