@@ -74,11 +74,12 @@ def verify(
 ) -> Report:
     """Compares a rewritten model with its original on random token ids.
 
-    directory_or_model: a model directory or a rewritten model. original: the unmodified model; default: the same directory
-    opened with stock transformers, or the module that `transform` was given. The directory of a foreign module has no
-    original: then only the checks that need none are made, and the report says so. tokens: length of the compared text
-    (longer if a sliding window or chunk would otherwise hide nothing). hashes: also hashes all files of a directory.
-    progress: called with (what, done, of). Raises ArtifactError if there is nothing to open; failures are in the report.
+    directory_or_model: a model directory or a rewritten model. original: the unmodified model; default: the same
+    directory opened with stock transformers, or the module that `transform` was given. The directory of a foreign
+    module has no original: then only the checks that need none are made, and the report says so. tokens: length of the
+    compared text (longer if a sliding window or chunk would otherwise hide nothing). hashes: also hashes all files of a
+    directory. progress: called with (what, done, of). Raises ArtifactError if there is nothing to open; failures are in
+    the report.
     """
     start = time.perf_counter()
     report = Report(str(directory_or_model) if isinstance(directory_or_model, (str, Path)) else "model in memory")
@@ -144,7 +145,8 @@ def _in_memory(
 
 
 def _length(tokens: int, windows: list[int], limit: int | None) -> int:
-    """Chooses a text length: long enough that windows of up to 1024 tokens hide something, short enough for the model."""
+    """Chooses a text length: long enough that windows of up to 1024 tokens hide something, short enough for the
+    model."""
     longest = max([tokens, *(w + 8 for w in windows if w <= 1024)])
     return longest if limit is None else min(longest, limit)
 
@@ -172,9 +174,9 @@ def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Modu
 def _original_logits(original: nn.Module, ids: Tensor, sites: list[AttentionSite]) -> Tensor:
     """Returns the logits of the whole text from one call without a cache, with the model in eval mode.
 
-    If transformers' attention interface is given a softcap, the reference is the "eager" implementation: sdpa has no softcap,
-    and some versions of transformers (5.17) silently drop it, so that they run a different model. In float64 the reference
-    is sdpa where possible, because transformers' eager softmax is float32.
+    If transformers' attention interface is given a softcap, the reference is the "eager" implementation: sdpa has no
+    softcap, and some versions of transformers (5.17) silently drop it, so that they run a different model. In float64
+    the reference is sdpa where possible, because transformers' eager softmax is float32.
     """
     training = original.training
     original.eval()
@@ -214,8 +216,9 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
 
 
 def single_steps(length: int) -> list[tuple[int, int]]:
-    """Yields the text token by token, up to STEPS tokens. A longer text has single tokens at its beginning, middle and end, and
-    one chunk for each stretch between them. Each step reads all weights, so a thousand steps would take minutes."""
+    """Splits the text into single tokens, up to STEPS of them. A longer text has single tokens at its beginning, middle
+    and end, and one chunk for each stretch between them. Each step reads all weights, so a thousand steps would take
+    minutes."""
     if length <= STEPS:
         return [(at, at + 1) for at in range(length)]
     part, middle = STEPS // 3, (length - STEPS // 3) // 2

@@ -95,8 +95,10 @@ def test_round_trip_of_captured_models(name: str) -> None:
 def test_what_was_read_is_compiled_like_what_was_written(name: str, policy: str) -> None:
     """Kernels are fused by shapes, and parts are compiled by the sizes that move: a file must not lose either."""
     options = {"locret": {"stabilizers": 2}, "snapkv": {"window": 6}}.get(policy, {})
-    gm = rewritten(name, policy, budget=16, **options).graph_module
+    program = rewritten(name, policy, budget=16, **options).program
+    gm = program.graph
     again = graph_from_dict(json.loads(json.dumps(graph_to_dict(gm), allow_nan=False)), tensors_of(gm))
+    program.layout.attach(again)
     for lower in (lower_prefill, lambda graph: lower_decode(graph, False)):
         wanted, found = (partition(lower(fold(graph))) for graph in (gm, again))
         assert any(len(dims) > 1 for part in wanted.parts for dims in part.moving)
