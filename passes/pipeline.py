@@ -132,8 +132,6 @@ def insert(
         layer = min(problems)
         facts["rope_problem"] = f"layer {layer} ({sites[layer].module}): {problems[layer].reason}"
     if weights is not None:
-        facts["policy_hidden_size"] = _hidden_size(weights[0])
-        facts.update(_gate_sizes(*weights))
         facts["policy_tensors"], facts["policy_metadata"] = weights
     policy = policy.adapt(sites, facts)
     if policy.weights_are_options:
@@ -176,7 +174,7 @@ def insert(
     gm = captured.graph
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     extra = {n for n, _ in gm.named_buffers() if n.startswith(("rotary_tables.", "length_tables."))}
-    extra |= {n for entry in layout["rotary"] for n in entry["constants"]}
+    extra |= {n for entry in layout.rotary for n in entry.constants}
     _drop_unused(gm, used | extra)
     names = {n for n, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
     base = sorted(n for n in names if n in captured.persistent)
@@ -199,21 +197,6 @@ def insert(
 def model_fingerprint(sites: list[AttentionSite]) -> str:
     """The shapes that policy weights depend on, as text: which base models they fit."""
     return ";".join(f"{s.heads},{s.kv_heads},{s.head_dim},{s.v_head_dim}" for s in sites)
-
-
-def _hidden_size(tensors: Mapping[str, Tensor]) -> int | None:
-    """Width of the retaining heads in these weights, if they have any."""
-    sizes = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("fc1.weight") and t.dim() == 2}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _gate_sizes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-    """What weights of Attention-Gates say about their sizes."""
-    found = {k: int(metadata[k]) for k in ("gate_heads", "gate_dim") if metadata.get(k, "").isdigit()}
-    widths = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("gate.q_proj.weight") and t.dim() == 2}
-    if len(widths) == 1:
-        found["gate_width"] = widths.pop()
-    return found
 
 
 def _drop_unused(gm: fx.GraphModule, used: set[str]) -> None:

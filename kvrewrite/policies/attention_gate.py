@@ -65,9 +65,13 @@ class AttentionGate(Policy):
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """Takes the gate's sizes from the weights' metadata or shapes."""
-        width, heads, dim = facts.get("gate_width"), self.gate_heads, self.gate_dim
-        heads = heads or int(facts.get("gate_heads", 0)) or (width // dim if width and dim else 0)
-        dim = dim or int(facts.get("gate_dim", 0)) or (width // heads if width and heads else 0)
+        tensors, metadata = facts.get("policy_tensors") or {}, facts.get("policy_metadata") or {}
+        widths = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("gate.q_proj.weight") and t.dim() == 2}
+        width = widths.pop() if len(widths) == 1 else 0
+        told = {name: int(metadata[name]) for name in ("gate_heads", "gate_dim") if metadata.get(name, "").isdigit()}
+        heads, dim = self.gate_heads, self.gate_dim
+        heads = heads or told.get("gate_heads", 0) or (width // dim if dim else 0)
+        dim = dim or told.get("gate_dim", 0) or (width // heads if heads else 0)
         if not heads or not dim:
             raise OptionError(
                 "attention_gate: the gates' heads and their size are not known; give -o gate_heads=N (and gate_dim=N), or "

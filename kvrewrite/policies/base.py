@@ -141,6 +141,21 @@ class Policy:
         return 0
 
     @property
+    def capacity(self) -> int | None:
+        """The most tokens that a row may have where nothing is ever evicted; None: as many as it likes."""
+        return None
+
+    @property
+    def evicts_ever(self) -> bool:
+        """Whether a slot can go at all."""
+        return True
+
+    @property
+    def uniform_layers(self) -> bool:
+        """Whether all layers keep as many slots."""
+        return self.layer_budgets == "equal"
+
+    @property
     def data_dependent(self) -> bool:
         """Whether the text decides how many slots a head keeps (`Scores.keep`), at most its budget."""
         return False

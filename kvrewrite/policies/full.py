@@ -26,6 +26,16 @@ class Full(Policy):
     decode_eviction: bool = False
 
     @property
+    def capacity(self) -> int | None:
+        """The budget."""
+        return self.budget if isinstance(self.budget, int) else None
+
+    @property
+    def evicts_ever(self) -> bool:
+        """Nothing goes."""
+        return False
+
+    @property
     def rates_prompts_only(self) -> bool:
         """Nothing ever goes."""
         return True

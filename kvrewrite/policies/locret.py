@@ -74,8 +74,10 @@ class Locret(Policy):
         changes: dict[str, Any] = {}
         if self.activation == "auto":
             changes["activation"] = facts.get("activation") or "silu"
-        if facts.get("policy_hidden_size"):
-            changes["hidden_size"] = facts["policy_hidden_size"]
+        tensors = facts.get("policy_tensors") or {}
+        sizes = {int(t.shape[0]) for n, t in tensors.items() if n.endswith("fc1.weight") and t.dim() == 2}
+        if len(sizes) == 1:
+            changes["hidden_size"] = sizes.pop()
         return dataclasses.replace(self, **changes)
 
     def weights(self, site: Site) -> dict[str, tuple[int, ...]]:

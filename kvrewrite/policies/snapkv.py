@@ -74,6 +74,11 @@ class PyramidKV(SnapKV):
     pooling: str = "max"
     beta: int = 20
 
+    @property
+    def uniform_layers(self) -> bool:
+        """Budgets fall from layer to layer."""
+        return False
+
     def validate(self) -> None:
         """The layers' budgets are this policy's own."""
         if self.beta < 1:

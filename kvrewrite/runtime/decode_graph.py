@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.pages import Lease, scheme_of, to_device
+from kvrewrite.cache.pages import Lease, to_device
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.fx import is_op
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, spec_of
 from kvrewrite.ir.program import Program
 from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
+from kvrewrite.runtime.inputs import WIDE, no_room, row_inputs, row_numbers
 from kvrewrite.runtime.parts import Execution, reason_against_graphs, record_graph
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
     """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
     if policy.merge:
         return "merging asks the device how many slots go"
-    scheme = scheme_of(program.layout)
-    if scheme is not None and program.layout["contiguous"]:
+    scheme = program.layout.scheme
+    if scheme is not None and program.layout.contiguous:
         return f"{policy.name} rotates cached keys by their rank, and their codes can't be rotated"
     if scheme is not None and device.type == "cuda":
         # What the reference writes depends on what it reads, which a captured graph can't do.
         sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
-        for spec in program.layout["classes"]:
-            why = why_not(scheme, spec["k_dim"], spec["v_dim"])
+        for spec in program.layout.classes:
+            why = why_not(scheme, spec.k_dim, spec.v_dim)
             if not fused("cache_update_quantized", sample, why):
                 why = why or f"not in {program.dtype}, or kernels are off"
                 return f"there is no kernel for the update of this quantized cache ({why})"
@@ -61,7 +62,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
 
 def settles(program: Program, policy: Policy) -> bool:
     """Whether ranks are frozen while decoding, so that keys can lie rotated in their pages."""
-    return bool(program.layout["contiguous"]) and not policy.renews_ranks_in_decoding
+    return program.layout.contiguous and not policy.renews_ranks_in_decoding
 
 
 class Settling:
@@ -75,8 +76,10 @@ class Settling:
             if is_op(node, ops.rotate.default):
                 _, cos, _, positions, partner = node.args
                 table = positions.args[1]
-                cache_class = int(str(table.args[0].target).rsplit("_", 1)[1])
-                site = (cache_class, int(table.args[2]), int(str(cos.target).rsplit("_", 1)[1]), str(partner.target))
+                cache, rotation = spec_of(table.args[0]), spec_of(cos)
+                assert cache is not None and cache.cls is not None and rotation is not None
+                assert rotation.rotation is not None
+                site = (cache.cls, int(table.args[2]), rotation.rotation, str(partner.target))
                 if site not in self.sites:
                     self.sites.append(site)
 
@@ -144,9 +147,6 @@ class _Rows:
         if event is not None:
             event.record()
 
-    def get(self, name: str) -> Tensor:
-        return self.device[self.names.index(name)]
-
 
 class _Step:
     """A decode step of one batch size, with its buffers."""
@@ -156,7 +156,7 @@ class _Step:
         device, batch = cache.device, cache.batch_size
         layout = runner.model.program.layout
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        names = ["positions", "position_ids", "recent", "valid", "following", *layout["row_inputs"]]
+        names = list(row_numbers(layout, cache, [None] * batch, cache.next_rotary))
         self.rows = _Rows(names, batch, device)
         self.tables, self.lens, self.keeps, self.pools = [], [], [], []
         for lease, width in zip(cache.leases, widths):
@@ -198,18 +198,12 @@ class _Step:
         return same and wide and lengths and max(cache.seen) < self.span
 
     def _inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        inputs = {"input_ids": self.ids, **self.fixed}
-        for name in ("positions", "position_ids"):
-            inputs[name] = self.rows.get(name)[:, None]
+        wide, narrow = self.rows.device, self.rows.device.to(torch.int32)  # one launch for all
+        rows = {name: (wide if name in WIDE else narrow)[i] for i, name in enumerate(self.rows.names)}
         limit = self.runner.model.program.max_positions
-        if limit is not None:
-            inputs["position_ids"] = inputs["position_ids"].clamp(max=limit - 1)
-        inputs["following"] = self.rows.get("following")
-        narrow = self.rows.device.to(torch.int32)  # one launch for all
-        for name in ("recent", "valid", *self.runner.model.program.layout["row_inputs"]):
-            inputs[name] = narrow[self.rows.names.index(name)]
-        for spec, state in zip(self.runner.model.program.layout["states"], self.states, strict=True):
-            inputs[f"state_{spec['name']}"] = state
+        inputs = {"input_ids": self.ids, **self.fixed, **row_inputs(rows, limit)}
+        for spec, state in zip(self.runner.model.program.layout.states, self.states, strict=True):
+            inputs[spec.input] = state
         layers: dict[str, Any] = {}
         for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
             layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
@@ -217,7 +211,7 @@ class _Step:
             for name, pool in self.pools[c].items():
                 inputs[f"{name}_{c}"] = pool
         for c, table in enumerate(self.tables):
-            if f"spare_{c}" in self.runner.execution.partition.sources:
+            if f"spare_{c}" in self.runner.sources:
                 none = torch.full((self.batch, table.shape[3]), -1, dtype=torch.int32, device=table.device)
                 layers[f"spare_{c}"] = [none] * len(table)
                 layers[f"next_table_{c}"] = [torch.zeros_like(t) for t in table]
@@ -277,8 +271,9 @@ class DecodeRunner:
     ):
         self.model, self.capture, self.captures = model, capture, 0
         self.settles = settles(model.program, model.policy)
-        self.settling = Settling(model) if model.program.layout["contiguous"] else None
+        self.settling = Settling(model) if model.program.layout.contiguous else None
         self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
+        self.sources = self.execution.partition.sources
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._lease: weakref.ref[Lease] | None = (
@@ -311,19 +306,10 @@ class DecodeRunner:
 
     def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
-        contiguous = self.model.program.layout["contiguous"]
+        contiguous = self.model.program.layout.contiguous
         anew = contiguous and not self.settles
         following = list(cache.length) if anew else cache.next_rotary
-        values = {
-            "positions": cache.seen,
-            "position_ids": following if contiguous else cache.seen,
-            "recent": [s.recent for s in segments],
-            "valid": [1] * cache.batch_size,
-            "following": following,
-        }
-        for name in self.model.program.layout["row_inputs"]:
-            values[name] = [s.values.get(name, 0) for s in segments]
-        step.rows.send(values)
+        step.rows.send(row_numbers(self.model.program.layout, cache, segments, following))
         return following if anew else None
 
     def _launch(
@@ -341,7 +327,7 @@ class DecodeRunner:
     def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Ahead | None:
         """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
         rows = range(cache.batch_size)
-        if any(self.model.no_room(cache, row, 1, True) for row in rows) or not step.fits(cache):
+        if any(no_room(self.model, cache, row, 1, True) for row in rows) or not step.fits(cache):
             return None
         segments = [self.model.policy.decode_segment(cache.row(row)) for row in rows]
         plan = cache.plan_token(segments)
@@ -351,12 +337,12 @@ class DecodeRunner:
         next_rotary = self._send_rows(step, cache, segments)
         return _Ahead(weakref.ref(cache), cache.version, step, plan, next_rotary)
 
-    def has_planned(self, ids: Tensor, cache: EvictionCache | None) -> bool:
+    def has_planned(self, ids: Tensor | None, cache: EvictionCache | None) -> bool:
         """Whether `ids` can be the token that was planned: of that cache, and nothing happened to it in between."""
         ahead, bound = self._ahead, self._bound
         if ahead is None or bound is None or cache is None or ahead.cache() is not cache or bound() is not cache:
             return False
-        return ids.shape == ahead.step.ids.shape and ahead.version == cache.version
+        return ids is not None and ids.shape == ahead.step.ids.shape and ahead.version == cache.version
 
     def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """The same as `step`, where `has_planned`."""

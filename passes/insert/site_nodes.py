@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import op_args, parameters, placeholder
-from kvrewrite.ir.layout import InputSpec, state_input
+from kvrewrite.ir.layout import InputSpec, State
 from kvrewrite.ir.projections import projections
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.find_rope import Rope, find_rope
@@ -104,7 +104,7 @@ class Memory:
     add_input: Callable[[InputSpec], fx.Node] | None = None
     max_positions: int | None = None
     kept: dict[tuple[str, int | None], Any] = field(default_factory=dict)
-    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
     weights: dict[tuple[str, int], fx.Node] = field(default_factory=dict)
 
 
@@ -147,11 +147,8 @@ class Reader:
 
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
         assert self._memory.add_input is not None
-        kind = str(dtype).removeprefix("torch.")
-        self._memory.states.setdefault(
-            name, {"name": name, "shape": list(shape), "dtype": kind, "per_token": per_token}
-        )
-        return self._look(self._memory.add_input(state_input(name, shape, kind, per_token)))
+        made = State(name, list(shape), str(dtype).removeprefix("torch."), per_token)
+        return self._look(self._memory.add_input(self._memory.states.setdefault(name, made).spec))
 
     def remember(self, name: str, layer: int | None, value: Any) -> None:
         self.remembered[name, layer] = value

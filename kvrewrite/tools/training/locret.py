@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ class LocretTask(Task):
         captured = capture(model)
         self.sites = canonical(captured)
         config: Any = getattr(model, "config", None)
-        facts = {**model_facts(config), "policy_hidden_size": options.hidden_size}
-        adapted = (policy or Locret()).adapt(self.sites, facts)
+        chosen = dataclasses.replace(policy or Locret(), hidden_size=options.hidden_size)
+        adapted = chosen.adapt(self.sites, model_facts(config))
         assert isinstance(adapted, Locret)
         self.policy = adapted
         self.dtype, self.vocab_size = captured.dtype, captured.vocab_size
@@ -164,7 +165,7 @@ class LocretTask(Task):
         answers = answer_index(answer)
         importance = [
             causal_importance(
-                q.detach(), k.detach(), real & ~answer, answers, scale=site.scale, window=site.window, chunk=site.chunk,
+                q.detach(), k.detach(), real & ~answer, answers, scale=site.scale, mask=(site.window, site.chunk),
                 kind=self.options.label,
             )
             for site, q, k in zip(self.owners, queries, keys, strict=True)

@@ -1,0 +1,193 @@
+"""What transformers' `generate` asks of a rewritten model: a cache, the inputs of a token, and refusals of what it can't do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+
+from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
+from kvrewrite.errors import CacheError, InputError
+from kvrewrite.policies import Policy
+from kvrewrite.runtime.arguments import check_ids_form
+
+
+class _Ending(StoppingCriteriaList):
+    """Stopping criteria that tell a cache which rows have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: EvictionCache):
+        super().__init__(criteria)
+        self.cache = cache
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        ended, before = super().__call__(input_ids, scores, **kwargs), self.cache.ended
+        self.cache.ended = ended if before is None else before | ended
+        return ended
+
+
+def drop_unsupported(own: GenerationConfig) -> None:
+    """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a word."""
+    for name, off in (
+        ("cache_implementation", None), ("prompt_lookup_num_tokens", None), ("output_attentions", False),
+        ("output_hidden_states", False),
+    ):  # fmt: skip
+        if value := getattr(own, name, None):
+            setattr(own, name, off)
+            warnings.warn(
+                f"the model's generation_config has {name}={value!r}, which a rewritten model does not support (it has a cache "
+                "of its own, and returns logits alone); left out",
+                stacklevel=3,
+            )
+
+
+class Generation(GenerationMixin):
+    """The part of a `RewrittenModel` that `generate` calls."""
+
+    main_input_name = "input_ids"
+    input_modalities = "text"  # pipelines print it
+    _is_stateful = True
+    _supports_cache_class = True
+    base_model_prefix = ""
+
+    policy: Policy
+    cache_owners: Any
+    new_cache: Callable[..., EvictionCache]
+    _check_cache: Callable[[Any, int | None], None]
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `generate_batch` and its manager keep pages of their own, in which nothing would be evicted."""
+        raise CacheError(
+            "continuous batching (generate_batch) has a paged cache of its own, and a rewritten model an EvictionCache; call "
+            "generate with a padded batch"
+        )
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No code comes from a hub."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, Any]:
+        """Experts are part of the graph."""
+        return {}
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
+
+    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with every
+        version of transformers, which renamed it.
+
+        A cache that has seen tokens wants the whole text, which must begin with them, or the new ids alone with an
+        attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams, several
+        sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have ended pause: what
+        fills them up does not go into the cache.
+        """
+        if cache is not None and past_key_values is not None:
+            raise InputError("got both cache and past_key_values, expected one of them: they are the same")
+        given = past_key_values if cache is None else cache
+        if given is not None:
+            kwargs[CACHE_NAME] = given
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if ids is not None:
+            check_ids_form(ids)
+        if given is not None:
+            self._check_cache(given, None)
+            self._check_text(ids, kwargs.get("attention_mask"), given)
+        return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:
+        """Refuses a text that does not go on from what the cache holds. (Other faults are found where there is no cache, too.)"""
+        if not cache.columns or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] % cache.batch_size:
+            return
+        width = ids.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == cache.columns + width:
+            return  # new ids alone
+        cache.history.check_text(ids, cache.columns)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int, *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Called by `generate`: gives it an EvictionCache unless the caller brought one."""
+        if getattr(generation_config, "cache_implementation", None) is not None:
+            raise CacheError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a rewritten model has its own cache; "
+                "leave cache_implementation out (of the call and of the generation_config that it was given)"
+            )
+        if generation_config.use_cache is False:
+            raise CacheError("use_cache=False: a rewritten model always has its own cache; leave use_cache out")
+        given = model_kwargs.get(CACHE_NAME)
+        beams = generation_config.num_beams or 1
+        rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
+        if given is None:
+            cache = self.new_cache(rows, max_length=max_cache_length + 1)
+        else:
+            cache = given
+            if cache.batch_size in (1, batch_size) and rows > cache.batch_size:
+                cache = given.fork()
+                cache.batch_repeat_interleave(rows // cache.batch_size)
+            self._check_cache(cache, rows)
+        cache.ended = None
+        model_kwargs[CACHE_NAME] = cache
+        # Somebody may go on with the cache, which then should hold no padding.
+        pauses = rows > 1 and beams == 1 and (given is not None or generation_config.return_dict_in_generate)
+        generation_config._kvrewrite_pausing = cache if pauses else None
+        self._check_prefill_chunks(generation_config.prefill_chunk_size, model_kwargs)
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate`."""
+        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        cache = generation_config.__dict__.pop("_kvrewrite_pausing", None)
+        return found if cache is None else _Ending(found, cache)
+
+    def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
+        """The same as `_check_pieces`, before the first piece has run."""
+        cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
+        columns = mask if mask is not None else model_kwargs.get("position_ids")
+        if size is None or columns is None or not self.policy.whole_prompt or any(cache.seen):
+            return
+        longest = columns.shape[-1] if mask is None else int(mask.sum(1).max())
+        if columns.shape[-1] > size and self.policy.evicts(self.policy.plan(longest), self.cache_owners):
+            raise CacheError(
+                f"prefill_chunk_size={size} would cut the prompt of {longest} tokens, but {self.policy.name} evicts once, from a "
+                f"row's first prompt as a whole, and would keep the pieces whatever its budget ({self.policy.budget}). Leave "
+                "prefill_chunk_size out (whole keys and values are alive in one layer at a time), or use a policy that evicts "
+                "between chunks (tova, h2o, keydiff, locret)"
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing else."""
+        if generated and next_sequence_length == 1:
+            cache: EvictionCache = kwargs[CACHE_NAME]
+            cache.history.follow(input_ids, cache.columns)
+            chosen: dict[str, Any] = {"input_ids": input_ids[:, -1:], CACHE_NAME: cache, "generated": True}
+            if cache.ended is not None and bool(cache.ended.any()):
+                chosen["attention_mask"] = ~cache.ended[:, None]
+            return chosen
+        found: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        return found
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Called by `generate` behind every step. Every column from here on is a real token of every row and the cache counts
+        positions, so masks and positions that grow with the text have served."""
+        cache = model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
+        if not model_kwargs.get("generated"):
+            cache.end_prompt()
+        for name in ("attention_mask", "position_ids"):
+            model_kwargs.pop(name, None)
+        model_kwargs["generated"] = True
+        return model_kwargs
