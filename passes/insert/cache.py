@@ -83,7 +83,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in owners:
-            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables, shared)
+            cache = _open_cache(gm, node, inputs, where[owner], ropes if contiguous else {}, tables, shared)
             cache["rotary"] = tables.get(site.layer)
             owners[owner] = cache
             if policy.gates:
@@ -237,15 +237,15 @@ def _control_inputs(
 def _open_cache(
     gm: fx.GraphModule,
     node: fx.Node,
-    site: AttentionSite,
     inputs: dict[str, Any],
-    cache_class: int,
-    index: int,
+    where: tuple[int, int],
     ropes: dict[int, Rope],
     tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]],
     shared: _Shared,
 ) -> dict[str, Any]:
-    """The views of one owner's cache, in front of its attention."""
+    """The views of one owner's cache, before its attention. where: its class, and its index in that."""
+    site: AttentionSite = node.meta["kvrewrite_site"]
+    cache_class, index = where
     pools = {name: inputs[f"{name}_{cache_class}"] for name in shared.pools}
     tails: dict[str, fx.Node] = {}
     if shared.scheme is not None:
@@ -265,11 +265,11 @@ def _open_cache(
             cache["v"] = gm.graph.call_function(aten.slice.Tensor, (k, 3, 0, 0))
         cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
         if shared.scheme is not None:
-            scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
+            scheme, stored = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
             cache["k_raw"], cache["v_dense"] = (
                 gm.graph.call_function(
                     ops.read_quantized.default,
-                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *where, *scheme, x == "v"),
+                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *stored, *scheme, x == "v"),
                 )
                 for x in "kv"
             )
