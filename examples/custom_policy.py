@@ -12,7 +12,7 @@ from kvrewrite.policies import Policy, register
 @register
 @dataclass(frozen=True, kw_only=True)
 class LargestKeys(Policy):
-    """Scores a token by the norm of its key; the window's tokens are safe."""
+    """Scores a token by the norm of its key; never evicts the window's tokens."""
 
     name = "largest_keys"
     summary = "largest keys + recent window"
@@ -23,7 +23,7 @@ class LargestKeys(Policy):
 
     @property
     def recent(self) -> int:
-        """The newest slots, which no eviction takes."""
+        """Returns the number of newest slots that are never evicted."""
         return self.window
 
     def score(self, site):

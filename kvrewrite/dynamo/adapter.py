@@ -41,7 +41,7 @@ class Adapter:
         self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any], *, attention_seen: bool = True
     ):
         self.settings, self.attention_seen = settings, attention_seen
-        # The settings' key with numbers of the model, a parameter, and its model's rewrite; written at once, for other
+        # (The settings' key with numbers of the model, a parameter, its model's rewrite); assigned at once, for other
         # threads.
         self.served: tuple[Any, weakref.ref[Tensor], weakref.ref[Rewrite]] | None = None
         self.checked = False
@@ -151,7 +151,7 @@ class Adapter:
 
     # -- outputs -------------------------------------------------------------------------------------------------
     def _read_outputs(self, gm: fx.GraphModule) -> int:
-        """Which output is what: the logits, and what goes to the cache in the order in which it was computed. Returns
+        """Finds the logits and the outputs that belong to the cache, in the order in which they were computed. Returns
         the width of the logits."""
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         outputs: list[Any] = list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])

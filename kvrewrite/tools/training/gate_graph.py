@@ -21,7 +21,8 @@ from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.insert.cache import logits_at, site_nodes
+from kvrewrite.passes.insert.cache import site_nodes
+from kvrewrite.passes.insert.logits import logits_at
 from kvrewrite.passes.insert.policy import PolicyWriter
 from kvrewrite.passes.insert.site_nodes import SiteNodes
 from kvrewrite.passes.pipeline import expected_weights
