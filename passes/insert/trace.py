@@ -54,7 +54,7 @@ class Values:
             )
         self._mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self._names = NamedSizes(self._mode)
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[Any, int] = {}
         self._gm, self._values = gm, dict[fx.Node, Any]()
         self._device = next(n.meta["val"].device for n in gm.graph.nodes if n.op == "placeholder")
 
@@ -76,11 +76,13 @@ class Values:
         found = symbol(size)
         if isinstance(found, int) or found.is_Integer:
             return int(found)
-        return (
-            self._names[str(found)]
-            if self.shapes
-            else self._numbers.setdefault(str(found), 5003 + 2 * len(self._numbers))
-        )
+        if self.shapes is None:
+            for part in found.free_symbols:
+                self._numbers.setdefault(part, 5003 + 2 * len(self._numbers))
+            return int(found.xreplace(self._numbers))
+        own = {part: self._names[str(part)] for part in found.free_symbols}
+        example = int(found.xreplace({part: size.node.hint for part, size in own.items()}))
+        return self.shapes.create_symintnode(found.xreplace({p: symbol(s) for p, s in own.items()}), hint=example)
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """While it is on, nobody notes what is asked about symbols."""
