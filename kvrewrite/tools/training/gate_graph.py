@@ -22,7 +22,8 @@ from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.insert.cache import logits_at, site_nodes
+from kvrewrite.passes.insert.cache import site_nodes
+from kvrewrite.passes.insert.logits import logits_at
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
