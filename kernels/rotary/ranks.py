@@ -1,7 +1,8 @@
 """`kvrewrite::slot_rotary` on the GPU: the ranks of cached slots by position, whatever their order.
 
-Positions are unique within a head, so a rank is a number of positions that are there: one byte a position is set to 1 by
-the slots that hold it, bytes are summed up eight at a time, and a slot reads off how many lie behind its own. No atomics.
+Positions are unique within a head, so a rank is a number of positions that are there: one byte per position is set to 1
+by the slots that hold it, bytes are summed up eight at a time, and a slot reads off how many lie after its own. No
+atomics.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _mark(
 
 @triton.jit
 def _accumulate(words, before, renew, count, kv_heads, BLOCK: tl.constexpr):
-    """before[i] = bytes set in the words before the i-th of a head's `count`: one program a head."""
+    """before[i] = bytes set in the words before the i-th of a head's `count`: one program per head."""
     row = tl.program_id(0)
     if tl.load(renew + row // kv_heads) != 0:
         words += row.to(tl.int64) * count
@@ -96,13 +97,13 @@ def slot_rotary(
     max_position: int,
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """`kvrewrite::slot_rotary` (ops.py): rotary positions (B, Hkv, C) int64 of cached slots, those of rows with renew (B,)
-    bool ranked anew and stored in pos_pages first.
+    """`kvrewrite::slot_rotary`: rotary positions (B, Hkv, C) int64 of cached slots, those of rows with renew (B,)
+    bool ranked again and stored in pos_pages first.
 
-    pos_pages (pages, PAGE, 2) int32, contiguous; table (B, Hkv, P) and lens (B, Hkv) int32, strided as they like; following
-    (B,) int64. max_position: every live slot's position must be below it; B * Hkv * max_position bytes of scratch memory
-    are used, so round up, but not far. Slots are in any order, positions are unique within a head and not negative.
-    config: another than `rank_config` gives, for measurements.
+    pos_pages (pages, PAGE, 2) int32, contiguous; table (B, Hkv, P) and lens (B, Hkv) int32, strided as they like;
+    following (B,) int64. max_position: every live slot's position must be below it; B * Hkv * max_position bytes of
+    scratch memory are used, so round up, but not far. Slots are in any order, positions are unique within a head and
+    not negative. config: another than `rank_config` gives, for measurements.
     """
     b, hkv, width = table.shape
     page = pos_pages.shape[1]

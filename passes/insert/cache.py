@@ -1,9 +1,9 @@
 """Turns attention over a whole sequence into attention over a bounded, paged cache that is an input of the graph.
 
 Requires the canonical graph with positions lifted, each attention node carrying its `AttentionSite`. Ensures that every
-site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it once,
-behind its last reader (so that at most one layer's new keys and values are alive), and that the logits are computed only
-where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
+site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it
+once, after its last reader (so that at most one layer's new keys and values are alive), and that the logits are
+computed only where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
 """
 
 from __future__ import annotations
