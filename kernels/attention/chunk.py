@@ -4,7 +4,7 @@ routes.
 `chunk_attention` is the entry point. It has three routes to the same result:
 
 - "hopper": chunk_attention_hopper.py, warp-specialized, for the plain case on compute capability 9.0;
-- "triton": the kernel below, for everything: window, chunk, softcap, ALiBi, sinks, hidden tokens, any head dimension;
+- "triton": the kernel below, for everything: window, chunk, softcap, ALiBi, attention sinks, hidden tokens, any head dimension;
 - "cudnn": two calls of cuDNN's attention and a merge by LSE (`merged_sdpa`), where every cache is full: a baseline.
 
 "auto" takes what `choose_route` says, a function of shapes, dtypes and options only.
