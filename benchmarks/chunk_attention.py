@@ -20,9 +20,12 @@ import triton
 from torch import Tensor
 
 from kvrewrite.kernels.attention import chunk as portable
-from kvrewrite.kernels.attention.chunk import Config, chunk_attention, heads_together
+from kvrewrite.kernels.attention.chunk import Config, heads_together
 from kvrewrite.kernels.attention.reference import attend
+from kvrewrite.kernels.groups import Logits, Placed, Slots, Tokens
+from tests.support.flat import flat
 
+chunk_attention = flat(portable.chunk_attention)
 PARTS = ("ragged", "routes", "orders", "hopper", "portable", "dims", "small", "features")
 MAIN = [(3072, 16384), (4096, 16384)]
 MORE = [(3072, 6016), (4096, 6016), (3072, 0), (1948, 16384)]
@@ -109,13 +112,13 @@ def measured(
 def hopper_run(case: Case, config: tuple[int, int, int | None], heads: int | None = None) -> Callable[[], Any]:
     from kvrewrite.kernels.attention import chunk_hopper as hopper
 
-    tensors = (case.q, case.k, case.v, case.k_cache, case.v_cache, case.lens, case.valid, None)
+    new, slots = Tokens(case.q, case.k, case.v), Slots(case.k_cache, case.v_cache, case.lens)
     settings = hopper.HopperConfig(*config)
-    return lambda: hopper.launch(*tensors, scale=case.scale, config=settings, heads_at_once=heads)
+    return lambda: hopper.launch(new, slots, case.valid, None, case.scale, settings, heads)
 
 
 def portable_run(case: Case, config: Config | None, heads: int | None = None, **options: Any) -> Callable[[], Any]:
-    return lambda: portable.portable(**case.arguments(**options), config=config, heads_at_once=heads)
+    return lambda: flat(portable.portable)(**case.arguments(**options), config=config, heads_at_once=heads)
 
 
 def flash_run(case: Case) -> Callable[[], Any]:
@@ -150,12 +153,12 @@ def ragged() -> Iterator[dict[str, Any]]:
         for x in (case.q, case.k, case.v):
             x.masked_fill_(padding[..., None], float("nan"))
         sinks = torch.randn(case.h, device="cuda")
-        want, want_lse = attend(
-            case.q.double(), torch.cat([case.k_cache, case.k], 2).double(), torch.cat([case.v_cache, case.v], 2).double(),
-            case.positions, torch.cat([case.cache_pos.long(), case.positions[:, None].expand(3, 2, -1)], 2),
-            torch.cat([~dead, ~padding.expand(3, 2, -1)], 2), sinks=sinks, alibi=None, hidden=None, scale=case.scale,
-            softcap=0.0, window=0, chunk=0, own=True,
-        )  # fmt: skip
+        keys = torch.cat([case.k_cache, case.k], 2).double()
+        values = torch.cat([case.v_cache, case.v], 2).double()
+        places = torch.cat([case.cache_pos.long(), case.positions[:, None].expand(3, 2, -1)], 2)
+        placed = Placed(case.positions, places, torch.cat([~dead, ~padding.expand(3, 2, -1)], 2))
+        logits = Logits(sinks, scale=case.scale)
+        want, want_lse = attend(Tokens(case.q.double(), keys, values), placed, logits, own=True)
         real = ~padding.expand(3, case.h, -1)
         for route in ("hopper", "triton") if d != 96 else ("triton",):
             row: dict[str, Any] = {

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvrewrite.kernels.attention import reference
 from kvrewrite.kernels.attention.column_mass import column_mass
 from kvrewrite.kernels.attention.gated import compact, gated_attention
+from kvrewrite.kernels.groups import At, KeySlots, Logits, Placed, Slots, Tokens, Watch
 
 H, HKV, D = 32, 8, 128
 PLAIN: dict[str, Any] = {"scale": D**-0.5, "softcap": 0.0, "window": 0, "chunk": 0}
@@ -39,36 +40,32 @@ class Observed:
         self.lens = torch.full((1, HKV), c, device="cuda", dtype=torch.int32)
         self.lse = torch.full((1, H, t), float("nan"), device="cuda")
         values = torch.zeros(1, HKV, c + t, 1, device="cuda", dtype=torch.bfloat16)
-        _, self.lse[:, :, t - rows :] = reference.attend(
-            self.q[:, :, t - rows :], v=values, sinks=None, own=rows == t, **self.shared()
-        )
+        keys, placed = self.shared()
+        newest = Tokens(self.q[:, :, t - rows :], keys, values)
+        _, self.lse[:, :, t - rows :] = reference.attend(newest, placed, Logits(**PLAIN), own=rows == t)
         self.weights = (torch.arange(t, device="cuda") >= t - rows).float()[None]
 
-    def shared(self) -> dict[str, Any]:
-        """What both reference functions take."""
+    def shared(self) -> tuple[Tensor, Placed]:
+        """What both reference functions take: all keys, and where they and the rows stand."""
         places = torch.arange(self.c + self.t, device="cuda").expand(1, HKV, -1)
         live = torch.ones_like(places, dtype=torch.bool)
         k = torch.cat([self.cache, self.k], dim=2)
-        return {
-            "k": k, "q_pos": self.positions[:, self.t - self.rows :], "k_pos": places, "live": live, "alibi": None,
-            "hidden": None, **PLAIN,
-        }  # fmt: skip
+        return k, Placed(self.positions[:, self.t - self.rows :], places, live)
 
     def reference(self, above: Tensor | None = None) -> Tensor:
         """In torch."""
         start = self.t - self.rows
-        return reference.column_mass(
-            self.q[:, :, start:], lse=self.lse[:, :, start:], rows=self.weights[:, start:],
-            above=None if above is None else above[:, start:], **self.shared(),
-        )  # fmt: skip
+        keys, placed = self.shared()
+        above = None if above is None else above[:, start:]
+        watch = Watch(self.q[:, :, start:], keys, self.lse[:, :, start:], self.weights[:, start:], above)
+        return reference.column_mass(watch, placed, Logits(**PLAIN))
 
     def kernel(self, above: Tensor | None = None, tiles: dict[str, int] | None = None) -> Tensor:
         """Ours."""
         newest = 0 if self.rows == self.t else self.rows
-        return column_mass(
-            self.q, self.k, self.lse, self.weights, self.cache, self.lens, None, self.positions, self.valid, None, None, above,
-            **PLAIN, newest=newest, tiles=tiles,
-        )  # fmt: skip
+        watch = Watch(self.q, self.k, self.lse, self.weights, above, newest)
+        at = At(self.positions, self.valid)
+        return column_mass(watch, KeySlots(self.cache, self.lens), at, Logits(**PLAIN), tiles)
 
     def rate(self, us: float) -> str:
         """Arithmetic and key bytes by time."""
@@ -192,16 +189,14 @@ def gated_rows() -> list[dict]:
                 v_cache: Tensor = v_cache, lens: Tensor = lens, positions: Tensor = positions, valid: Tensor = valid,
                 hidden: Tensor = hidden,
             ) -> tuple[Tensor, Tensor]:  # fmt: skip
-                return gated_attention(
-                    q, k, v, k_cache, v_cache, lens, None, positions, valid, None, None, hidden, **PLAIN, tiles=tiles
-                )  # fmt: skip
+                slots, logits = Slots(k_cache, v_cache, lens), Logits(hidden=hidden, **PLAIN)
+                return gated_attention(Tokens(q, k, v), slots, At(positions, valid), logits, tiles)
 
             places = torch.arange(c + t, device="cuda").expand(1, HKV, -1)
-            want, _ = reference.attend(
-                q[:, :, -last:], torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2), positions[:, -last:], places,
-                torch.ones_like(places, dtype=torch.bool), sinks=None, alibi=None,
-                hidden=torch.nn.functional.pad(hidden, (c, 0)), **PLAIN,
-            )  # fmt: skip
+            everything = Tokens(q[:, :, -last:], torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2))
+            placed = Placed(positions[:, -last:], places, torch.ones_like(places, dtype=torch.bool))
+            logits = Logits(hidden=torch.nn.functional.pad(hidden, (c, 0)), **PLAIN)
+            want, _ = reference.attend(everything, placed, logits)
             for tiles in candidates if share in (0.0, 0.5) and not c else [None]:
                 found.append(
                     _row(

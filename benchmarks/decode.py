@@ -17,6 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvrewrite.kernels.attention.decode import PAGE, Config, config, decode_attention
+from kvrewrite.kernels.groups import (
+    At,
+    Cache,
+    Dense,
+    Eviction,
+    Logits,
+    NewTokens,
+    Pages,
+    Rows,
+    TokenOptions,
+    Tokens,
+)
 from kvrewrite.kernels.update.decode import decode_update
 
 H, HKV, D = 32, 8, 128
@@ -89,11 +101,10 @@ class Rotation:
 
     def attend(self, i: int, launch: Config | None = None, mass: bool = False, window: int = 0) -> tuple:
         """Our attention on cache i."""
-        return decode_attention(
-            self.q, self.k, self.v, None, None, self.k_pages, self.v_pages, self.pos_pages, self.tables[i], self.lens[i],
-            self.positions, self.valid, None, None, scale=D**-0.5, softcap=0.0, window=window, chunk=0, mass=mass,
-            launch=launch,
-        )  # fmt: skip
+        cache = Pages(self.k_pages, self.v_pages, self.pos_pages, self.tables[i], self.lens[i])
+        tokens, at = Tokens(self.q, self.k, self.v), At(self.positions, self.valid)
+        logits = Logits(scale=D**-0.5, window=window)
+        return decode_attention(tokens, Dense(), cache, at, logits, TokenOptions(mass), launch)
 
     def attend_us(self, launch: Config | None = None, mass: bool = False, window: int = 0) -> float:
         """Microseconds of our attention."""
@@ -238,11 +249,10 @@ def _updates_of(b: int, slots: int) -> list[dict[str, Any]]:
 
         def update(i: int) -> None:
             step(i)
-            decode_update(
-                caches.k, caches.v, new, slot_scores, now[i], now[i], caches.valid, budget, near, caches.k_pages,
-                caches.v_pages, caches.score_pages, caches.pos_pages, caches.tables[i], caches.lens[i], sinks=4,
-                window=window, chunk=0,
-            )  # fmt: skip
+            pools = (caches.k_pages, caches.v_pages, caches.score_pages, caches.pos_pages)
+            rows = Rows(now[i], now[i], caches.valid, budget, near)
+            cache = Cache(*pools, caches.tables[i], caches.lens[i])
+            decode_update(NewTokens(caches.k, caches.v, new, slot_scores), rows, cache, Eviction(4, window))
 
         at = torch.arange(slots, device="cuda", dtype=torch.int32).view(slots // PAGE, PAGE)
         for i, table in enumerate(caches.tables):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import KeyRotation
 from kvrewrite.kernels.rotary import gather, ranks
 from kvrewrite.kernels.update import reference, select
+from tests.support.flat import flat
 
 HKV, D, PAGE = 8, 128, 64
 
@@ -134,7 +136,8 @@ def gather_rows() -> list[dict[str, Any]]:
         def run() -> tuple[float, str, Any]:
             def call(i: int) -> tuple[Tensor | None, Tensor | None]:
                 at = caches[i % 2]
-                return gather.gather(at["k_pages"], at["v_pages"], at["table"], at["lens"], config=config, **options)
+                rotation = KeyRotation(**options)
+                return gather.gather(at["k_pages"], at["v_pages"], at["table"], at["lens"], rotation, config)
 
             k, v = call(0)
             assert k is not None and v is not None
@@ -182,7 +185,7 @@ def arguments(slots: int, tokens: int, keep: int, seed: int, scores: str, recent
         "k": k, "v": v, "new_scores": draw(scores, (1, HKV, tokens), g), "slot_scores": None, "positions": positions,
         "rotary": positions, "valid": torch.tensor([tokens], dtype=torch.int32, device="cuda"),
         "keep": torch.full((1, HKV), keep, dtype=torch.int32, device="cuda"),
-        "recent": torch.tensor([recent], dtype=torch.int32, device="cuda"), "sinks": 0, "window": 0, "chunk": 0,
+        "recent": torch.tensor([recent], dtype=torch.int32, device="cuda"), "window": 0, "chunk": 0,
     }  # fmt: skip
 
 
@@ -207,12 +210,12 @@ def differing(args: dict[str, Any], **options: Any) -> str:
     """Against the reference; restores the arguments."""
     back = restore(args)
     values = {n: args[n].clone() for n in ("k_pages", "v_pages")}
-    reference.cache_update(**args)
+    flat(reference.cache_update)(**args)
     want = survivors(args)
     back()
     for n, x in values.items():
         args[n].copy_(x)
-    select.cache_update(**args, **options)
+    flat(select.cache_update)(**args, **options)
     got = survivors(args)
     back()
     for n, x in values.items():
@@ -268,7 +271,7 @@ def select_rows() -> list[dict[str, Any]]:
             def timed(args: dict[str, Any] = args, config: Any = config, back: Any = back, idle: float = idle) -> float:
                 def call(_: int) -> None:
                     back()
-                    select.cache_update(**args, plan=config)
+                    flat(select.cache_update)(**args, plan=config)
 
                 us = time_us(call) - idle
                 back()

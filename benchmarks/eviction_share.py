@@ -31,10 +31,13 @@ from kvrewrite.kernels.attention import reference
 from kvrewrite.kernels.attention.chunk import chunk_attention
 from kvrewrite.kernels.attention.column_mass import column_mass
 from kvrewrite.kernels.attention.gated import gated_attention
+from kvrewrite.kernels.groups import At, KeySlots, Logits, Placed, Slots, Tokens, Watch
 from kvrewrite.kernels.update import reference as evict
 from kvrewrite.kernels.update import select
 from kvrewrite.ops.dispatch import kernels
+from kvrewrite.passes.lower import decode as lower_decode
 from kvrewrite.passes.lower import prompt as lower
+from tests.support.flat import flat
 
 # Launches that a prompt makes for eviction alone. Elementwise work that Inductor fuses with other things is not among them.
 EVICTION = (
@@ -82,17 +85,14 @@ def mass() -> list[dict[str, Any]]:
             q: Tensor = q, k: Tensor = k, lse: Tensor = lse, weights: Tensor = weights, cache: Tensor = cache,
             lens: Tensor = lens, positions: Tensor = positions, valid: Tensor = valid, newest: int = newest,
         ) -> Tensor:  # fmt: skip
-            return column_mass(
-                q, k, lse, weights, cache, lens, None, positions, valid, None, None, None, **PLAIN, newest=newest
-            )
+            watch = Watch(q, k, lse, weights, newest=newest)
+            return column_mass(watch, KeySlots(cache, lens), At(positions, valid), Logits(**PLAIN))
 
         want = torch.zeros(1, HKV, c + t, device="cuda")
         for at in range(t - rows, t, 128) if rows <= 3072 else ():  # the matrix of 128 rows at a time
             cut = slice(at, min(at + 128, t))
-            want += reference.column_mass(
-                q[:, :, cut], keys, lse[:, :, cut], positions[:, cut], places, live, weights[:, cut], None, alibi=None,
-                hidden=None, **PLAIN,
-            )  # fmt: skip
+            watch = Watch(q[:, :, cut], keys, lse[:, :, cut], weights[:, cut])
+            want += reference.column_mass(watch, Placed(positions[:, cut], places, live), Logits(**PLAIN))
         wrong = error(run(), want) if rows <= 3072 else None
         ms = milliseconds(run)
         pairs = rows * (c + t) - rows * (rows - 1) // 2
@@ -112,22 +112,18 @@ def gated() -> list[dict[str, Any]]:
         q, k, v, none = tokens(t, H), tokens(t, HKV), tokens(t, HKV), tokens(64, HKV).contiguous()
         lens = torch.zeros(1, HKV, device="cuda", dtype=torch.int32)
         positions, valid = torch.arange(t, device="cuda")[None], torch.tensor([t], device="cuda", dtype=torch.int32)
-        rest = (lens, None, positions, valid, None, None)
+        rest = (Slots(none, none, lens), At(positions, valid))
         hidden = (torch.rand(1, t, HKV, device="cuda") < 0.6).transpose(1, 2)
 
-        def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v, none: Tensor = none, rest: Any = rest) -> Any:
-            return chunk_attention(q, k, v, none, none, *rest, None, **PLAIN)
+        def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v, rest: Any = rest) -> Any:
+            return chunk_attention(Tokens(q, k, v), *rest, Logits(**PLAIN))
 
-        def sparse(
-            q: Tensor = q, k: Tensor = k, v: Tensor = v, none: Tensor = none, rest: Any = rest, hidden: Tensor = hidden
-        ) -> Any:
-            return gated_attention(q, k, v, none, none, *rest, hidden, **PLAIN)
+        def sparse(q: Tensor = q, k: Tensor = k, v: Tensor = v, rest: Any = rest, hidden: Tensor = hidden) -> Any:
+            return gated_attention(Tokens(q, k, v), *rest, Logits(hidden=hidden, **PLAIN))
 
         places = torch.arange(t, device="cuda").expand(1, HKV, -1)
-        want, _ = reference.attend(
-            q[:, :, -64:], k, v, positions[:, -64:], places, torch.ones_like(places, dtype=torch.bool), sinks=None,
-            alibi=None, hidden=hidden, **PLAIN,
-        )  # fmt: skip
+        placed = Placed(positions[:, -64:], places, torch.ones_like(places, dtype=torch.bool))
+        want, _ = reference.attend(Tokens(q[:, :, -64:], k, v), placed, Logits(hidden=hidden, **PLAIN))
         wrong = error(sparse()[0][:, :, -64:], want)
         whole, part = milliseconds(dense, 300), milliseconds(sparse, 300)
         found.append(row("gated", "dense chunk attention", f"{t} tokens", whole))
@@ -166,9 +162,9 @@ def ragged() -> list[dict[str, Any]]:
         idle = milliseconds(back)
         times = {}
         calls = (
-            ("equal heads", select.cache_update, args),
-            ("heads share", select.cache_update, shared),
-            ("heads share, torch", evict.cache_update, shared),
+            ("equal heads", flat(select.cache_update), args),
+            ("heads share", flat(select.cache_update), shared),
+            ("heads share, torch", flat(evict.cache_update), shared),
         )
         lens = {}
         for name, update, given in calls:
@@ -225,7 +221,7 @@ def as_before() -> Any:
     """Lowers decoding with keys that are rotated into a copy at every token."""
     from unittest.mock import patch
 
-    return patch.object(lower, "_turn_keys_in_attention", lambda gm: None)
+    return patch.object(lower_decode, "_turn_keys_in_attention", lambda gm: None)
 
 
 def decode(layers: int) -> list[dict[str, Any]]:

@@ -19,6 +19,17 @@ from torch import Tensor
 import kvrewrite.ops  # noqa: F401  (registers the reference ops)
 from benchmarks.decode import DTYPE, HKV, MORE_THAN_L2, D, H, Rotation, graph_us
 from kvrewrite.kernels.attention.decode import PAGE, Config
+from kvrewrite.kernels.groups import (
+    At,
+    Codes,
+    Eviction,
+    Logits,
+    NewTokens,
+    QuantizedCache,
+    QuantizedPages,
+    Rows,
+    Tokens,
+)
 from kvrewrite.kernels.quantized.decode import config, decode_attention_quantized
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
 from kvrewrite.kernels.quantized.update import decode_update_quantized
@@ -67,17 +78,16 @@ class Quantized:
         self.positions = torch.full((b, 1), slots, device="cuda")
         self.valid = torch.ones(b, dtype=torch.int32, device="cuda")
 
-    def pools(self) -> tuple[Tensor, ...]:
-        """Codes and parameters."""
-        return self.k_pages, self.v_pages, self.k_params, self.v_params
+    def codes(self) -> Codes:
+        """Codes, parameters and tails."""
+        return Codes(self.k_pages, self.v_pages, self.k_params, self.v_params, self.k_tail, self.v_tail)
 
     def attend(self, i: int, launch: Config | None = None, mass: bool = False) -> tuple:
         """Attention on cache i."""
-        return decode_attention_quantized(
-            self.q, self.k, self.v, *self.pools(), self.k_tail, self.v_tail, self.pos_pages, self.tables[i], self.lens[i],
-            self.qlens[i], self.positions, self.valid, None, None, self.scheme, scale=D**-0.5, softcap=0.0, window=0,
-            chunk=0, mass=mass, launch=launch,
-        )  # fmt: skip
+        tokens, at = Tokens(self.q, self.k, self.v), At(self.positions, self.valid)
+        cache = QuantizedPages(self.pos_pages, self.tables[i], self.lens[i], self.qlens[i])
+        logits = Logits(scale=D**-0.5)
+        return decode_attention_quantized(tokens, self.codes(), cache, at, logits, self.scheme, mass, launch)
 
     def attend_us(self, launch: Config | None = None, mass: bool = False) -> float:
         """Microseconds of attention."""
@@ -86,7 +96,7 @@ class Quantized:
     def error(self) -> float:
         """Relative error of the output on cache 0 against the reference op."""
         arguments = (
-            self.q, self.k, self.v, *self.pools(), self.k_tail, self.v_tail, self.pos_pages, self.tables[0], self.lens[0],
+            self.q, self.k, self.v, *self.codes(), self.pos_pages, self.tables[0], self.lens[0],
             self.qlens[0], self.positions, self.valid, None, None, self.scheme.kind, GROUP, D**-0.5, 0.0, 0, 0, False,
         )  # fmt: skip
         from kvrewrite.ops.dispatch import kernels
@@ -104,10 +114,10 @@ class Quantized:
     def update(self, i: int, new: Tensor, keep: Tensor, near: Tensor, now: Tensor | None = None) -> None:
         """The update of cache i by one token."""
         now = self.positions if now is None else now
-        decode_update_quantized(
-            self.k, self.v, new, None, now, now, self.valid, keep, near, *self.pools(), self.score_pages, self.pos_pages,
-            self.k_tail, self.v_tail, self.tables[i], self.lens[i], self.qlens[i], self.scheme, sinks=4, window=0, chunk=0,
-        )  # fmt: skip
+        rows = Rows(now, now, self.valid, keep, near)
+        where = QuantizedCache(self.score_pages, self.pos_pages, self.tables[i], self.lens[i], self.qlens[i])
+        new_tokens = NewTokens(self.k, self.v, new)
+        decode_update_quantized(new_tokens, rows, where, self.codes(), self.scheme, Eviction(protected_first=4))
 
     def update_us(self, evicts: bool) -> float:
         """Microseconds of the update of one token: with an eviction, or behind the last slot of half as many."""

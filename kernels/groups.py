@@ -258,6 +258,21 @@ class Rotation(NamedTuple):
     partner: Tensor | None = None
 
 
+class KeyRotation(NamedTuple):
+    """How cached keys are rotated as they are gathered: by rotary (B, Hkv, C) int64, with cos and sin (N, D), contiguous, and
+    partner (D,) int64. half: h where partner is [h..2h - 1, 0..h - 1, 2h..] and the channels from 2h on are not rotated; 0: it
+    may be anything."""
+
+    rotary: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    partner: Tensor | None = None
+    half: int = 0
+
+
+UNROTATED = KeyRotation()
+
+
 class Forecast(NamedTuple):
     """What expected attention is estimated from, see kernels/scores/reference.py."""
 

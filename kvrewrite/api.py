@@ -1,4 +1,4 @@
-"""The verbs: transform a model in memory, convert a checkpoint directory, load and inspect."""
+"""The public functions: transform a model in memory, convert a checkpoint directory, load and inspect."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def transform(
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
-    model: any causal LM of transformers (with adapters of peft, quantized by torchao, its layers on several devices), or any
-    `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
-    policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
-    policy_weights: safetensors file or tensors of the policy's trained heads. max_length: where the model's RoPE depends
-    on the length (dynamic NTK), the length to fix it at. observe: called with (pass name, graph) after each pass.
-    check: what is proved by running the rewritten graph beside the captured one, on the CPU in float64 with stand-ins for large
-    weights: "full", "sites" (each attention alone) or "off".
+    model: any causal LM of transformers (also with peft adapters, quantized by torchao, or with layers on several
+    devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary). policy: a name (`kvrewrite
+    policies` lists them) or a `Policy`; options: its options, such as budget=1024. policy_weights: a safetensors file
+    or tensors of the policy's trained heads. max_length: the length at which to fix RoPE if it depends on the length
+    (dynamic NTK). observe: called with (pass name, graph) after each pass. check: what to prove by running the
+    rewritten graph beside the captured one (on the CPU, in float64, with stand-ins for large weights): "full", "sites"
+    (each attention alone) or "off".
 
-    Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError, each with the layer and the reason.
+    Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
     from kvrewrite.runtime.model import RewrittenModel
 
@@ -72,7 +72,8 @@ def transform(
 
 
 def _own_parameters(gm: nn.Module) -> None:
-    """Gives the graph parameters of its own over the same storage, so that moving one model does not move the other."""
+    """Gives the graph its own Parameter objects over the same storage, so that moving one model does not move the
+    other."""
     own: dict[int, nn.Parameter] = {}
     for module in gm.modules():
         for name, parameter in module._parameters.items():
@@ -83,7 +84,7 @@ def _own_parameters(gm: nn.Module) -> None:
 
 @dataclass
 class Conversion:
-    """What `convert` did, or would do."""
+    """What `convert` did, or would do in a dry run."""
 
     program: Program
     out: Path | None
@@ -110,13 +111,13 @@ def convert(
     check: str = "full",
     **options: Any,
 ) -> Conversion:
-    """Converts a checkpoint directory of transformers to a kvrewrite model directory, without loading its weights.
+    """Converts a transformers checkpoint directory to a kvrewrite model directory without loading its weights.
 
-    out: where to; None does everything but writing (a dry run). contexts: context lengths for the memory estimate,
-    default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot" adds the steps as
-    AOTInductor compiles them for `compile_device`, which loads the weights there and takes minutes; compile_batch: 1, or 2 for
-    any number of rows from 2 on. check: as for `transform`; weights have no data here, so random ones stand in for all of them.
-    The rest as `transform`.
+    out: the new directory; None does everything but write (a dry run). contexts: context lengths for the memory
+    estimate, default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot"
+    adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and takes minutes.
+    compile_batch: 1, or 2 for any number of rows from 2 on. check: as for `transform`, but with random stand-ins for
+    all weights, which have no data here. The other arguments are those of `transform`.
     """
     from kvrewrite.artifact.checkpoint import Checkpoint, read_json
     from kvrewrite.artifact.meta_model import build_on_meta
@@ -176,9 +177,9 @@ def load(
 ) -> RewrittenModel:
     """Loads a model directory that kvrewrite wrote: offline, without the original model's code.
 
-    verify_hashes: also hashes the base weights (reads all of them). trust_compiled: also loads the steps that the directory
-    has compiled (`convert(compile="aot")`), which is native code: only from whom you would run code. Without it they are left
-    alone, and a warning says so. Raises ArtifactError.
+    verify_hashes: also hashes the base weights (reads all of them). trust_compiled: also loads the compiled steps in
+    the directory (`convert(compile="aot")`). They are native code: trust only sources whose code you would run. Without
+    it they are ignored, with a warning. Raises ArtifactError.
     """
     from kvrewrite.artifact import directory as artifact
 
@@ -200,20 +201,20 @@ def load(
 
 
 def _import_ahead(device: torch.device) -> None:
-    """What a model on a GPU needs next and what takes seconds to import, while its weights are on their way."""
+    """Imports what a model on a GPU needs next; the import takes seconds, which overlap with copying the weights."""
     if device.type == "cuda":
         for name in ("kvrewrite.runtime.model", "torch._inductor.compile_fx"):
             importlib.import_module(name)
 
 
 def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
-    """The model of a directory, and its manifest."""
+    """Returns the model of a directory and its manifest."""
     from kvrewrite.artifact import directory as artifact
 
     program, manifest = artifact.read_artifact(
         directory, device, functools.partial(_import_ahead, torch.device(device))
     )
-    # After it: these take seconds to import, which pass while weights are on their way to a GPU.
+    # After the weights' copy begins: these imports take seconds, which overlap with the copy to a GPU.
     from kvrewrite.artifact.companions import read_config, read_generation_config
     from kvrewrite.runtime.model import RewrittenModel
 
@@ -225,9 +226,9 @@ def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, 
 def inspect(
     model: nn.Module | str | Path, *, max_length: int | None = None, observe: Observer | None = None
 ) -> list[AttentionSite]:
-    """Every attention site of a model or checkpoint directory, as the compiler finds it; raises where it can't.
+    """Returns every attention site of a model or checkpoint directory as the compiler finds it; raises where it can't.
 
-    A checkpoint directory is read without its weights.
+    It does not read the weights of a checkpoint directory.
     """
     if isinstance(model, nn.Module):
         model = unwrap(model)

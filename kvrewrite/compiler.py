@@ -1,6 +1,6 @@
-"""From a captured graph to a program: passes, policy weights and the proof of the whole.
+"""Compiles a captured graph to a program: runs the passes, adds the policy weights and proves the result.
 
-`transform`, `convert`, `inspect` and the torch.compile backend all compile through here.
+`transform`, `convert`, `inspect` and the torch.compile backend all compile with this module.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Weights = str | Path | Mapping[str, Tensor] | None
 
 
 def quiet(_: str) -> None:
-    """No progress."""
+    """Reports no progress."""
 
 
 def model_facts(config: Any) -> dict[str, Any]:
-    """What policies may ask of a model's configuration."""
+    """Returns what policies may ask about a model's configuration."""
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         value = getattr(config, name, None)
         if isinstance(value, str):
@@ -37,7 +37,7 @@ def model_facts(config: Any) -> dict[str, Any]:
 
 
 def read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, str]] | None:
-    """Policy weights and their metadata, from a file where they are one."""
+    """Returns policy weights and their metadata; reads them if `weights` is a file."""
     if weights is None:
         return None
     if isinstance(weights, (str, Path)):
@@ -56,7 +56,7 @@ def compile_captured(
     progress: Progress,
     check: str = "full",
 ) -> Program:
-    """Runs the passes over a captured graph and proves the result; `transform` says what the arguments are."""
+    """Runs the passes over a captured graph and proves the result; `transform` documents the arguments."""
     from kvrewrite.runtime.translation import prove_whole, reference_logits
 
     progress("finding attention and proving it" if check != "off" else "finding attention")
@@ -75,7 +75,7 @@ def compile_captured(
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """torch's own default dtype, whatever the caller's is: passes run parts of a graph on numbers that they make up."""
+    """Sets torch's default dtype to float32: passes evaluate parts of a graph on numbers that they make up."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -85,6 +85,6 @@ def _float32() -> Iterator[None]:
 
 
 def find_sites(captured: Captured, observe: Observer | None) -> list[AttentionSite]:
-    """Every attention site of a captured graph, which becomes canonical."""
+    """Returns every attention site of a captured graph and makes the graph canonical."""
     with _float32():
         return canonical(captured, observe)

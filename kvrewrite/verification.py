@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 # Largest accepted |difference|, relative to the largest |logit| of the reference.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LONGEST = 2048  # tokens that the eviction check may take
-STEPS = 96  # that are taken one by one; of a longer text these are a sample
-UNEVEN = {0: 7, 7: 5, 12: 1, 13: 1, 14: 10}  # sizes of the first chunks, by where they begin
+LONGEST = 2048  # longest text of the eviction check, in tokens
+STEPS = 96  # at most this many single-token steps; for a longer text they are a sample
+UNEVEN = {0: 7, 7: 5, 12: 1, 13: 1, 14: 10}  # first token of a chunk -> its size, for the first chunks
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class Check:
-    """One comparison. ok: None where it could not be made, and `detail` says why."""
+    """One comparison. ok: None if it could not be made; `detail` says why."""
 
     name: str
     ok: bool | None
@@ -44,7 +44,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What `verify` found. `ok`: nothing failed; checks that could not be made are not failures."""
+    """What `verify` found. `ok`: nothing failed; a check that could not be made is not a failure."""
 
     what: str
     dtype: str = ""
@@ -58,7 +58,7 @@ class Report:
         return all(check.ok is not False for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Returns the report as plain data."""
         return {"ok": self.ok, **asdict(self)}
 
 
@@ -74,12 +74,12 @@ def verify(
 ) -> Report:
     """Compares a rewritten model with its original on random token ids.
 
-    directory_or_model: a model directory, or a rewritten model. original: the unmodified model; default: the same
-    directory opened with stock transformers, or the module that `transform` was given. A directory of a foreign module
-    has no original, so only what needs none is checked, and the report says so. tokens: length of the compared text
-    (longer where a sliding window or a chunk is, so that it matters). hashes: hashes all files of a directory.
-    progress: called with (what, done, of). Raises ArtifactError where there is nothing to open; failures are in the
-    report.
+    directory_or_model: a model directory or a rewritten model. original: the unmodified model; default: the same
+    directory opened with stock transformers, or the module that `transform` was given. The directory of a foreign
+    module has no original: then only the checks that need none are made, and the report says so. tokens: length of the
+    compared text (longer if a sliding window or chunk would otherwise hide nothing). hashes: also hashes all files of a
+    directory. progress: called with (what, done, of). Raises ArtifactError if there is nothing to open; failures are in
+    the report.
     """
     start = time.perf_counter()
     report = Report(str(directory_or_model) if isinstance(directory_or_model, (str, Path)) else "model in memory")
@@ -98,7 +98,7 @@ def _directory(
     report: Report, directory: Path, original: nn.Module | None, tokens: int, seed: int, hashes: bool,
     device: torch.device, say: Progress,
 ) -> None:  # fmt: skip
-    """The checks of a model directory. Original and rewritten model are never in memory together."""
+    """Checks a model directory. The original and the rewritten model are never in memory together."""
     from kvrewrite.api import load
     from kvrewrite.artifact import directory as artifact
 
@@ -130,7 +130,7 @@ def _directory(
 def _in_memory(
     report: Report, model: RewrittenModel, original: nn.Module | None, tokens: int, seed: int, say: Progress
 ) -> None:
-    """The checks of a model in memory."""
+    """Checks a model in memory."""
     if original is None and isinstance(model.source, nn.Module):
         original = model.source
     if original is None and isinstance(model.source, Path):
@@ -145,7 +145,8 @@ def _in_memory(
 
 
 def _length(tokens: int, windows: list[int], limit: int | None) -> int:
-    """Long enough that windows of up to 1024 tokens hide something, short enough for the model."""
+    """Chooses a text length: long enough that windows of up to 1024 tokens hide something, short enough for the
+    model."""
     longest = max([tokens, *(w + 8 for w in windows if w <= 1024)])
     return longest if limit is None else min(longest, limit)
 
@@ -156,7 +157,7 @@ def _random_ids(vocabulary: int, rows: int, length: int, seed: int) -> Tensor:
 
 
 def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Module | None:
-    """The directory as stock transformers sees it; None for a foreign module, which it can't open."""
+    """Opens the directory with stock transformers; None for a foreign module, which transformers can't open."""
     from transformers import AutoModelForCausalLM
 
     from kvrewrite.artifact.checkpoint import read_json
@@ -171,11 +172,11 @@ def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Modu
 
 @torch.no_grad()
 def _original_logits(original: nn.Module, ids: Tensor, sites: list[AttentionSite]) -> Tensor:
-    """Logits of the whole text in one call without a cache, from the model in eval mode.
+    """Returns the logits of the whole text from one call without a cache, with the model in eval mode.
 
-    Where transformers' attention interface is given a softcap, the "eager" implementation is the original: sdpa has none, and
-    some versions of transformers (5.17) then leave it out without a word, so that what runs is not the model. In float64 sdpa
-    is the original where it can be: transformers' eager softmax is float32.
+    If transformers' attention interface is given a softcap, the reference is the "eager" implementation: sdpa has no
+    softcap, and some versions of transformers (5.17) silently drop it, so that they run a different model. In float64
+    the reference is sdpa where possible, because transformers' eager softmax is float32.
     """
     training = original.training
     original.eval()
@@ -197,7 +198,7 @@ def _original_logits(original: nn.Module, ids: Tensor, sites: list[AttentionSite
 
 
 def _layers(original: nn.Module) -> int | None:
-    """How many decoder layers the original says it has."""
+    """Returns how many decoder layers the original says it has."""
     config = getattr(original, "config", None)
     if config is None:
         return None
@@ -206,7 +207,7 @@ def _layers(original: nn.Module) -> int | None:
 
 
 def pieces(length: int) -> Iterator[tuple[int, int]]:
-    """Uneven chunks: 7, 5, 1, 1, 10, then 9 at a time; after 96 tokens no more than 16 of them, each longer if need be."""
+    """Yields uneven chunks: 7, 5, 1, 1, 10, then 9 tokens each; after token 96 at most 16 chunks, longer if needed."""
     at = 0
     while at < length:
         size = UNEVEN[at] if at in UNEVEN else 9 if at < 96 else max(9, -(-(length - 96) // 16))
@@ -215,8 +216,9 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
 
 
 def single_steps(length: int) -> list[tuple[int, int]]:
-    """Token by token, all of them up to STEPS; of a longer text stretches at its beginning, in the middle and at its end, and
-    what lies between in one piece each. A step takes as long as its weights take to be read, so a thousand take minutes."""
+    """Splits the text into single tokens, up to STEPS of them. A longer text has single tokens at its beginning, middle
+    and end, and one chunk for each stretch between them. Each step reads all weights, so a thousand steps would take
+    minutes."""
     if length <= STEPS:
         return [(at, at + 1) for at in range(length)]
     part, middle = STEPS // 3, (length - STEPS // 3) // 2
@@ -230,7 +232,7 @@ def single_steps(length: int) -> list[tuple[int, int]]:
 
 
 def _steps_in_words(cuts: list[tuple[int, int]]) -> str:
-    """What was fed token by token."""
+    """Describes which tokens were fed one by one."""
     single = [a for a, b in cuts if b == a + 1]
     if len(single) == len(cuts):
         return f"{len(single)} steps"
@@ -239,14 +241,14 @@ def _steps_in_words(cuts: list[tuple[int, int]]) -> str:
 
 
 def without_eviction(model: RewrittenModel) -> RewrittenModel:
-    """The same program and weights, run so that nothing is ever evicted and a prompt is one chunk."""
+    """Returns the same program and weights with a policy that never evicts and a prompt that is one chunk."""
     probe = copy.copy(model)
     probe.policy = Full(chunk=None, positions=model.policy.positions)
     return probe
 
 
 def run_in_pieces(model: RewrittenModel, ids: Tensor, cuts: list[tuple[int, int]], max_length: int) -> Tensor:
-    """Logits of a text that goes through one cache piece by piece."""
+    """Returns the logits of a text that goes through one cache piece by piece."""
     cache = model.new_cache(ids.shape[0], max_length=max_length)
     return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in cuts], 1)
 
@@ -254,7 +256,7 @@ def run_in_pieces(model: RewrittenModel, ids: Tensor, cuts: list[tuple[int, int]
 def _logits(
     report: Report, model: RewrittenModel, reference: Tensor | None, layers: int | None, ids: Tensor, say: Progress
 ) -> None:
-    """The comparisons of logits, in the order of what they depend on."""
+    """Compares logits; a check comes after those that it depends on."""
     length, add, steps = ids.shape[1], report.checks.append, 6
     add(_sites(model, layers))
     open_model = without_eviction(model)
@@ -267,15 +269,15 @@ def _logits(
     else:
         detail = f"{length} tokens, batch {ids.shape[0]}"
         first = _compare("original, full budget", reference, whole, detail)
-        # Where sdpa can't be the original: scores that it has no form of, or a softmax in the model's own code.
+        # If sdpa can't be the original: it does not support these scores, or the model's own code has the softmax.
         eager = any(s.softcap or s.sinks or s.source == "softmax" for s in model.program.sites)
         if first.ok is False and reference.dtype == torch.float64 and eager:
             detail += "; in float32's tolerance: an eager softmax of transformers is float32 in any model"
             narrow = _compare("original, full budget", reference, whole, detail, torch.float32)
-            if narrow.ok:  # what follows is compared with the rewritten model's own logits of the whole text
+            if narrow.ok:  # the next checks compare with the rewritten model's own logits of the whole text
                 first, reference = narrow, whole
         add(first)
-    # Of a quantized cache the newest slots are exact, and the first call never reads what it stores.
+    # In a quantized cache the newest slots are exact, and the first call never reads what it stores.
     exact = length if model.policy.quantize == "none" else min(length, model.policy.quantize_residual)
     pairs = {"chunked": list(pieces(exact)), "token by token": single_steps(exact)}
     for step, (name, cuts) in enumerate(pairs.items(), 1):
@@ -298,7 +300,7 @@ def _logits(
 
 
 def _sites(model: RewrittenModel, layers: int | None) -> Check:
-    """Every site reads a cache, and there are as many as the original has layers."""
+    """Checks that every site reads a cache and that there is one site per layer of the original."""
     ops = torch.ops.kvrewrite
     readers = (ops.cached_attention.default, ops.latent_attention.default)
     reading = sum(n.target in readers for n in model.graph_module.graph.nodes)
@@ -309,7 +311,7 @@ def _sites(model: RewrittenModel, layers: int | None) -> Check:
 
 
 def _compare(name: str, reference: Tensor, got: Tensor, detail: str, dtype: torch.dtype | None = None) -> Check:
-    """dtype: whose tolerance holds; default: that of the reference."""
+    """Compares two tensors. dtype: whose tolerance applies; default: the reference's."""
     tolerance = TOLERANCES.get(dtype or reference.dtype, TOLERANCES[torch.float32])
     if got.shape != reference.shape:
         return Check(name, False, f"logits of shape {tuple(got.shape)}, expected {tuple(reference.shape)}")
@@ -321,7 +323,7 @@ def _compare(name: str, reference: Tensor, got: Tensor, detail: str, dtype: torc
 
 
 def _padded(model: RewrittenModel, ids: Tensor, reference: Tensor) -> Check:
-    """A row padded on the left against the same row alone."""
+    """Compares a left-padded row with the same row alone."""
     pad = min(5, ids.shape[1] - 1)
     row, mask = ids.clone(), torch.ones_like(ids)
     row[1, :pad], row[1, pad:], mask[1, :pad] = 0, ids[1, :-pad], 0
@@ -332,7 +334,7 @@ def _padded(model: RewrittenModel, ids: Tensor, reference: Tensor) -> Check:
 
 
 def _within_budget(model: RewrittenModel, ids: Tensor, reference: Tensor, length: int) -> Check:
-    """The artifact's own policy on a prompt that its budget holds: nothing may change."""
+    """Runs the artifact's own policy on a prompt that fits its budget: nothing may change."""
     if model.policy.gates:
         return Check("own policy, within its budget", None, "its gates drop tokens of any text")
     if model.policy.data_dependent and not model.policy.shares_layers:
@@ -347,7 +349,7 @@ def _within_budget(model: RewrittenModel, ids: Tensor, reference: Tensor, length
 
 
 def _held(policy: Policy, length: int) -> int:
-    """The longest prompt of up to `length` tokens from which the policy evicts nothing."""
+    """Returns the longest prompt of up to `length` tokens from which the policy evicts nothing."""
     for size in range(length, 0, -1):
         live = 0
         for segment in policy.plan(size):
@@ -361,7 +363,7 @@ def _held(policy: Policy, length: int) -> int:
 
 @torch.no_grad()
 def _eviction(model: RewrittenModel) -> Check:
-    """A prompt beyond the budget: the cache stays within it, and the logits are numbers."""
+    """Runs a prompt beyond the budget: the cache must stay within it and the logits must be finite."""
     name, policy = "eviction", model.policy
     if policy.budget is None and (policy.gates or policy.data_dependent):
         return Check(name, None, "the text decides how much goes, and there is no budget")
@@ -377,7 +379,7 @@ def _eviction(model: RewrittenModel) -> Check:
     owners = [site for site in model.sites if site.shares_kv_with is None]
     heads = [site.kv_heads for site in owners]
     bound = max(int(held[-1].max()) for held in prompt_slots(policy, policy.plan(length), heads, [0] * len(heads)))
-    if policy.head_budgets != "equal":  # what one head has more another has less
+    if policy.head_budgets != "equal":  # heads share one budget, so one may hold more than another
         bound *= max(heads)
     if policy.shares_layers:
         bound *= sum(heads)

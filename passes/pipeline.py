@@ -174,7 +174,7 @@ def insert(
     gm = captured.graph
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     extra = {n for n, _ in gm.named_buffers() if n.startswith(("rotary_tables.", "length_tables."))}
-    extra |= {n for entry in layout["rotary"] for n in entry["constants"]}
+    extra |= {n for entry in layout.rotary for n in entry.constants}
     _drop_unused(gm, used | extra)
     names = {n for n, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
     base = sorted(n for n in names if n in captured.persistent)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvrewrite.kernels.groups import UNROTATED, KeyRotation
+
 
 @triton.jit
 def _copy(
@@ -82,23 +84,17 @@ def gather(
     v_pages: Tensor | None,
     table: Tensor,
     lens: Tensor,
-    *,
-    rotary: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    partner: Tensor | None = None,
-    half: int = 0,
+    rotation: KeyRotation = UNROTATED,
     config: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The slots of every head, dense and contiguous: (B, Hkv, C, D) and (B, Hkv, C, Dv) in the pools' dtypes, or None for a
     pool that is None. Slots from lens on become zeros.
 
     k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv): contiguous; table (B, Hkv, P), lens (B, Hkv) int32: strided as they
-    like; C = P * PAGE. With rotary (B, Hkv, C) int64, keys are rotated exactly as `kvrewrite::rotate` does it: cos, sin
-    (N, D), contiguous; partner (D,) int64. Positions of live slots must be below N.
-    half: says that partner is [half..2 * half - 1, 0..half - 1, 2 * half..], as in Llama, and that sin is 0 and cos 1 for
-    channels from 2 * half on; 0: it may be anything. The caller checks this once, on the host. config: for measurements.
+    like; C = P * PAGE. With rotary, keys are rotated exactly as `kvrewrite::rotate` does it. Positions of live slots must be
+    below N. The caller checks once, on the host, whether `half` may be given. config: for measurements.
     """
+    rotary, cos, sin, partner, half = rotation
     pools = [x for x in (k_pages, v_pages) if x is not None]
     if not pools:
         return None, None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kvrewrite.cache.pages import SLOT_EXTRA
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, CacheLayout
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.latent.reference import heads_at_once
 from kvrewrite.kernels.quantized.scheme import Scheme
@@ -75,11 +74,11 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
     return plans
 
 
-def carried_bytes(layout: Mapping[str, Any]) -> int:
+def carried_bytes(layout: CacheLayout) -> int:
     """Bytes a row that the layers of a program without attention carry, whatever the length of the text: windows of inputs and
     the states of recurrences. layout: the program's."""
-    carried = [state for state in layout["states"] if state.get("carried")]
-    return sum(math.prod(state["shape"]) * getattr(torch, state["dtype"]).itemsize for state in carried)
+    carried = [state for state in layout.states if state.carried]
+    return sum(math.prod(state.shape) * getattr(torch, state.dtype).itemsize for state in carried)
 
 
 def plan_memory(

@@ -32,6 +32,7 @@ from kvrewrite.artifact.publishing import leftovers
 from kvrewrite.artifact.recipes import load_parameters
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir import schema
+from kvrewrite.ir.layout_file import read_layout
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import attach, read_graph
 from kvrewrite.ir.site import AttentionSite
@@ -159,7 +160,7 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
     program = Program(
         graph=graph,
         sites=[AttentionSite.from_dict(site) for site in manifest["sites"]],
-        layout=manifest["layout"],
+        layout=read_layout(manifest["layout"], graph, getattr(torch, manifest["dtype"]), device, str(directory)),
         policy=manifest["policy"],
         dtype=manifest["dtype"],
         vocab_size=manifest["vocab_size"],

@@ -54,7 +54,7 @@ def save(
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
             compile_steps=compile_steps,
         )
-    if "devices" in program.layout:
+    if program.layout.devices is not None:
         raise ArtifactError(
             "the model lies on several devices, and transfers between them are part of its graph. Convert the original's "
             "directory instead (kvrewrite convert), for which no weights are loaded"

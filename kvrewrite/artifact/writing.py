@@ -33,6 +33,7 @@ from kvrewrite.artifact.publishing import publish, recover, staging
 from kvrewrite.artifact.recipes import Recipe, check_recipe
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr
+from kvrewrite.ir.layout_file import layout_to_dict, read_layout
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import attach, graph_from_dict, graph_to_dict
 
@@ -179,7 +180,10 @@ def _check_as_read(program: Program, graph: dict[str, Any]) -> None:
     again = graph_from_dict(graph, read, "cpu")
     for name in set(program.constants) - read.keys():
         attach(again, name, get_attr(program.graph, name))
-    check_program(replace(program, graph=again), torch.device("cpu"), "the rewritten program can't be saved")
+    what, cpu = "the rewritten program can't be saved", torch.device("cpu")
+    layout = layout_to_dict(program.layout, program.graph)
+    read_again = read_layout(layout, again, getattr(torch, program.dtype), cpu, what)
+    check_program(replace(program, graph=again, layout=read_again), cpu, what)
 
 
 def _config_section(program: Program) -> dict[str, Any]:
@@ -205,7 +209,7 @@ def _manifest(
         "max_positions": program.max_positions,
         "frontend": program.frontend,
         "sites": [site.as_dict() for site in program.sites],
-        "layout": program.layout,
+        "layout": layout_to_dict(program.layout, program.graph),
         "base": program.base,
         "policy_weights": program.policy_weights,
         "constants": program.constants,

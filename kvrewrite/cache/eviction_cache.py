@@ -91,9 +91,9 @@ class EvictionCache(Request, Cache):
     def _live_bytes(self, lease: Lease) -> int:
         """Bytes of the slots that hold a token: a part of a page, or in a quantized cache's tail."""
         in_pages, tail = lease.lens.cpu().numpy().astype(np.int64), 0
-        if self.layout.get("quantize"):
-            held = {s.name: s.value for s in self.states}
-            quantized = [held[f"qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
+        if self.layout.quantize:
+            held = {s.input: s.value for s in self.states}
+            quantized = [held[f"state_qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
             quantized = [
                 n if n.size else np.zeros_like(in_pages[0]) for n in quantized
             ]  # nothing before the first token

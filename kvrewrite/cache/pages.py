@@ -21,16 +21,10 @@ import torch
 from torch import Tensor
 
 from kvrewrite.cache.slot_plan import pages_of
-from kvrewrite.ir.layout import PAGE, pool_shapes
+from kvrewrite.ir.layout import PAGE, CacheClass, pool_shapes
 from kvrewrite.kernels.quantized.scheme import Scheme
 
 SLOT_EXTRA = 4 + 8  # bytes of a slot's score and positions
-
-
-def scheme_of(layout: dict[str, Any]) -> Scheme | None:
-    """How a program with this layout quantizes keys and values, if it does."""
-    quantize = layout.get("quantize")
-    return Scheme(quantize["kind"], quantize["group"]) if quantize else None
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
@@ -180,12 +174,12 @@ class PageStore:
 class Lease:
     """The pages that one cache has in a store: (layer, row, kv head) -> pages in slot order."""
 
-    def __init__(self, spec: dict[str, Any], batch: int, store: PageStore):
+    def __init__(self, spec: CacheClass, batch: int, store: PageStore):
         self.store, self.batch = store, batch
         store.leases.add(self)
-        self.kv_heads: int = spec["kv_heads"]
-        self.layers: list[int] = spec["layers"]
-        self.windows = np.array(spec["windows"], dtype=np.int64)  # most slots that a layer ever needs, 0: no limit
+        self.kv_heads: int = spec.kv_heads
+        self.layers: list[int] = spec.layers
+        self.windows = np.array(spec.windows, dtype=np.int64)  # most slots that a layer ever needs, 0: no limit
         shape = (len(self.layers), batch, self.kv_heads)
         # Most slots that a head can hold; pages are leased for that many.
         self.bound = np.zeros(shape, dtype=np.int64)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, State
 
 
 class PolicyState:
     """A tensor (B, ...), or (B, capacity, ...) that grows with the text."""
 
-    def __init__(self, spec: dict[str, Any], batch: int, device: torch.device):
-        self.name: str = spec["name"]
-        self.per_token: bool = spec["per_token"]
-        self.slots: bool = spec.get("slots", False)
-        self.shape = tuple(spec["shape"])
-        self.dtype: torch.dtype = getattr(torch, spec["dtype"])
-        self.fill, self.batch = float(spec.get("fill", 0)), batch
+    def __init__(self, spec: State, batch: int, device: torch.device):
+        self.input, self.per_token, self.slots = spec.input, spec.per_token, spec.slots
+        self.shape = tuple(spec.shape)
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.fill, self.batch = float(spec.fill), batch
         lead = (batch, 0) if self.per_token else (0,)  # nothing is held before the first token
         self.value = torch.empty(*lead, *self.shape, dtype=self.dtype, device=device)
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from kvrewrite.cache.history import History
-from kvrewrite.cache.pages import Lease, PageStore, scheme_of, to_device
+from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
 from kvrewrite.errors import CacheError
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, CacheLayout
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
 
 # Lists that have an entry for each row.
@@ -71,7 +71,7 @@ class Request:
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
-        self.layout: dict[str, Any] = model.program.layout
+        self.layout: CacheLayout = model.program.layout
         self._policy: Policy = model.policy
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
@@ -107,20 +107,19 @@ class Request:
         self.history = History(batch)  # what went in, column by column
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
-        quantize = self.layout.get("quantize")
-        scheme = scheme_of(self.layout)
-        for c, spec in enumerate(self.layout["classes"]):
+        quantize, scheme = self.layout.quantize, self.layout.scheme
+        for c, spec in enumerate(self.layout.classes):
             shared = self._stores[c] if self._stores is not None else None
-            device = torch.device(spec.get("device", self.device))
-            store = shared or PageStore(spec["k_dim"], spec["v_dim"], self.dtype, device, scheme)
+            device = torch.device(spec.device or self.device)
+            store = shared or PageStore(spec.k_dim, spec.v_dim, self.dtype, device, scheme)
             self.leases.append(self.lease_type(spec, batch, store))
         # What heads that compete kept at their last prompt's eviction, -1 before there was one. Never changed in place.
         self._shares = [np.full_like(lease.bound, -1) for lease in self.leases]
         self._dealt: dict[int, Tensor] = {}  # tables that the device fills in during a step, by class
-        tail = quantize["residual"] + 2 * quantize["group"] if quantize else 0
-        rules = Rules(bool(self.layout["rewrites_slots"]), tail)
+        tail = quantize.residual + 2 * quantize.group if quantize else 0
+        rules = Rules(self.layout.rewrites_slots, tail)
         self._planner = SlotPlanner(self._policy, rules, self.leases)
-        self.states = [PolicyState(s, batch, torch.device(s.get("device", self.device))) for s in self.layout["states"]]
+        self.states = [PolicyState(s, batch, torch.device(s.device or self.device)) for s in self.layout.states]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
         self._unfinished = False
@@ -212,7 +211,7 @@ class Request:
 
     def plan_token(self, segments: Sequence[Segment]) -> StepPlan:
         """The plan of one more token of every row from static buffers, where ranks are made anew or were settled before."""
-        anew = self.layout["contiguous"] and self._planner.policy.renews_ranks_in_decoding
+        anew = self.layout.contiguous and self._planner.policy.renews_ranks_in_decoding
         return self.plan(segments, renew=[True] * self.batch_size if anew else None)
 
     def has_room(self, plan: StepPlan) -> bool:
@@ -245,7 +244,7 @@ class Request:
         policy, self._dealt = self._planner.policy, {}
         for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
             device = lease.store.device
-            if self.layout["ragged"]:
+            if self.layout.ragged:
                 spare, dealt = lease.offer(part.deals, part.dealt_slots, part.dealt_most)
                 out[f"spare_{c}"], out[f"next_table_{c}"] = spare, dealt
                 if part.deals.any():
@@ -255,7 +254,7 @@ class Request:
             out.update(self.class_inputs(c))
             out[f"keep_{c}"] = to_device(part.budgets.keep.astype(np.int32), device)
         # After `lens`, with which a decoding graph gives back the states, too.
-        out.update({f"state_{state.name}": state.value for state in self.states})
+        out.update({state.input: state.value for state in self.states})
         return out
 
     def class_inputs(self, c: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Stands in for the attention and the masks of a model of transformers while it is traced."""
+"""Replaces the attention and masks of a transformers model during the trace."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.masks import FARTHEST, UnknownMask, classify_mask, expected_mask, spread, with_ends
 
-TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")  # of transformers' `experts_implementation`
-NEAR = 1024  # tokens at all pairs of which a mask function is evaluated
-MAX_CHUNK = 2048  # tokens of a chunk, where layers cut the sequence into such
-# What an attention function of transformers may be given besides q, k, v, mask, scaling and dropout. Anything else that
-# is not None would change the result in silence.
+TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")  # values of transformers' `experts_implementation`
+NEAR = 1024  # a mask function is evaluated at all pairs of so many tokens
+MAX_CHUNK = 2048  # largest chunk, for layers that cut the sequence into chunks
+# Arguments, besides q, k, v, mask, scaling and dropout, that a transformers attention function may be given. Any other
+# that is not None would silently change the result.
 KNOWN_ATTENTION_KWARGS = {
     "sliding_window", "softcap", "s_aux", "sinks", "is_causal", "position_ids", "position_embeddings", "use_cache",
     "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_hidden_states",
@@ -26,10 +26,10 @@ KNOWN_ATTENTION_KWARGS = {
 
 
 def _classify_mask_function(mask_function: Any) -> tuple[int, int, int]:
-    """(window, chunk) of an index-based mask function of transformers, and the number of tokens up to which that holds.
+    """Returns (window, chunk) of a transformers mask function, and the number of tokens up to which they hold.
 
-    It is evaluated and compared with what we know: at all pairs of the first tokens, and at every distance up to FARTHEST, or as
-    far as an integer that it closes over asks for.
+    The function is evaluated and compared with known masks: at all pairs of the first tokens, and at every distance up
+    to FARTHEST, or further if an integer in its closure asks for it.
     """
     sizes = [c for c in _integers_in(mask_function) if c <= 1 << 20]
 
@@ -58,7 +58,7 @@ def _classify_mask_function(mask_function: Any) -> tuple[int, int, int]:
 
 
 def _integers_in(function: Any, depth: int = 0) -> list[int]:
-    """The integers that a mask function closes over, nested functions included."""
+    """Returns the integers in a mask function's closure, nested functions included."""
     found: list[int] = []
     for cell in getattr(function, "__closure__", None) or ():
         value = cell.cell_contents
@@ -72,11 +72,11 @@ def _integers_in(function: Any, depth: int = 0) -> list[int]:
 
 
 class InterfaceCalls:
-    """Our attention and mask function for one capture.
+    """Our attention and mask functions for one capture.
 
-    modules: paths of the modules that called the attention function, in order. masks: what stands for each mask, an empty
-    tensor of its shape, and the window and chunk of that mask. Models may slice a mask to its whole size, so it is known by
-    its storage.
+    modules: paths of the modules that called the attention function, in order. masks: for each mask an empty tensor of
+    its shape, with the mask's window and chunk. A mask is recognized by its storage, because models may slice it to its
+    whole size.
     """
 
     def __init__(self, model: nn.Module):
@@ -104,7 +104,7 @@ class InterfaceCalls:
         return stand_in
 
     def _window_and_chunk(self, mask: Tensor) -> tuple[int, int] | None:
-        """What `mask` stands for; None where it is not ours as it was, from its first to its last row and column."""
+        """Returns the window and chunk of `mask`; None unless it is our mask, unchanged and whole."""
         for ours, found in self.masks:
             if mask.untyped_storage()._cdata == ours.untyped_storage()._cdata:
                 same = mask.shape == ours.shape and mask.stride() == ours.stride() and mask._version == 0
@@ -154,13 +154,13 @@ class InterfaceCalls:
             window,
             chunk,
         )
-        # Contiguous as transformers' own functions return it: models `view` it. Normalizing drops the copy.
+        # Contiguous, as transformers' own functions return it, because models `view` it. Normalizing drops the copy.
         return out.transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
 def replaced(obj: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute for a while."""
+    """Sets an attribute while open."""
     before = getattr(obj, name)
     setattr(obj, name, value)
     try:
@@ -170,14 +170,14 @@ def replaced(obj: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def configs(model: nn.Module) -> list[Any]:
-    """Every configuration object that a part of a transformers model looks at."""
+    """Returns every configuration object that any part of a transformers model reads."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
 
 
 @contextlib.contextmanager
 def attention_implementation(model: nn.Module, name: str, instead_of: str | None = None) -> Iterator[None]:
-    """Runs a transformers model with another attention for a while. instead_of: only where a part has this one now."""
+    """Runs a transformers model with another attention while open. instead_of: replaces only this implementation."""
     with contextlib.ExitStack() as stack:
         for config in configs(model):
             if instead_of in (None, config._attn_implementation_internal):
@@ -187,13 +187,13 @@ def attention_implementation(model: nn.Module, name: str, instead_of: str | None
 
 @contextlib.contextmanager
 def transformers_tracing(model: nn.Module, attention: str) -> Iterator[None]:
-    """Sets the attention implementation of a transformers model for the trace, and puts everything back afterwards.
+    """Sets the attention implementation of a transformers model during the trace, and restores everything afterwards.
 
-    Experts keep the implementation that the model was loaded with where that can be traced. transformers' own loop over
-    experts can't (it looks at what was routed), nor can kernels that a graph does not show; grouped_mm computes the same.
-    Packed-sequence detection is switched off: while tracing, transformers can't look at the positions, so it would put
-    their differences into every mask. Recurrent layers are traced in the form that torch.compile gets, whose scans are few ops;
-    for other export targets they are spelled out token by token.
+    Experts keep the implementation that the model was loaded with if it can be traced. transformers' own loop over
+    experts can't (it reads the routing), nor can kernels that a graph does not show; grouped_mm computes the same.
+    Packed-sequence detection is off: a trace can't read the positions, so their differences would enter every mask.
+    Recurrent layers are traced in their torch.compile form, whose scans are few ops; other export targets unroll them
+    token by token.
     """
     from transformers import masking_utils
 
@@ -211,12 +211,12 @@ def transformers_tracing(model: nn.Module, attention: str) -> Iterator[None]:
 
 
 def of_transformers(model: nn.Module) -> bool:
-    """Whether a model's class is one of transformers' own."""
+    """Whether a model's class is defined in transformers."""
     return is_transformers_model(model) and type(model).__module__.startswith("transformers.")
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether `model` is a `transformers.PreTrainedModel`, without importing transformers."""
+    """Whether `model` is a `transformers.PreTrainedModel`; does not import transformers."""
     return any(
         c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__
     )

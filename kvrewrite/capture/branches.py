@@ -1,8 +1,8 @@
-"""Branches on how many tokens or rows a call has: a trace takes one way, and a graph must hold for all calls.
+"""Checks branches on the number of tokens or rows: a trace takes one way, but a graph must hold for all calls.
 
-While it traces, torch notes each comparison of sizes that the model's code made. Here the model is traced again with sizes for
-which a comparison comes out otherwise. If the graph is the same, or gives the same for such a text, the branch is harmless; if
-the model raises, such texts were never for it; else it computes something else for them, which is refused.
+torch records each comparison of sizes in the model's code. This module traces the model again with sizes for which a
+comparison comes out differently. If the graph or its results are the same, the branch is harmless. If the model raises,
+it does not support such texts. Otherwise it computes something else for them and is refused.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import symbol
 
 MOST_TRACES = 12
-LONGEST = 1 << 20  # tokens; constants beyond it are no lengths
+LONGEST = 1 << 20  # tokens; larger constants are not lengths
 BATCHES = (2, 3, 4, 5, 8, 16, 64)
 
 Trace = Callable[[int, int], Any]  # (rows, tokens) -> torch.export.ExportedProgram
 
 
 def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
-    """`program`, traced by `trace(rows, tokens)`; or the same graph traced with more tokens, where a branch that proved harmless
-    would keep the first from holding for them. Raises UnsupportedModelError with the line of a branch that matters."""
+    """Returns `program`, traced by `trace(rows, tokens)`; or the same graph traced with more tokens, if a harmless
+    branch would limit the first one to fewer. Raises UnsupportedModelError with the line of a branch that matters."""
     text = program_text(program)
     tried = {(rows, tokens)}
     longest = tokens, program
@@ -49,7 +49,7 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
                 if other is None:
                     continue
                 if not place and not getattr(_sizes(other)[2], "free_symbols", None):
-                    continue  # torch, not the model, takes so few tokens for a constant
+                    continue  # torch, not the model, treats so few tokens as a constant
                 if program_text(other) == text:
                     if size[1] > longest[0]:
                         longest = size[1], other
@@ -60,8 +60,9 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
 
 
 def shorter(model: int | None, graph: int | None, trace: Trace, rows: int) -> str:
-    """Why a graph for texts of up to `graph` tokens is not the model, for which `model` is the bound that its trace noted (None:
-    none); "" where it is. A model that raises for texts of several times that length has a bound of its own, a table's end."""
+    """The reason why a graph for at most `graph` tokens is not the model, or "". model: the bound that the model's
+    trace found, or None. A model that raises for texts several times that long has a bound of its own (the end of a
+    table)."""
     if graph is None or (model is not None and graph >= model):
         return ""
     if _traced(trace, (rows, 4 * graph), "") is None:
@@ -73,10 +74,10 @@ def shorter(model: int | None, graph: int | None, trace: Trace, rows: int) -> st
 
 
 def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
-    """Why `program`, traced by `trace(rows, tokens)`, does not hold for one token, or for one row; "" where it does.
+    """The reason why `program`, traced by `trace(rows, tokens)`, does not hold for one token or for one row, or "".
 
-    To torch a size of one is a constant from the start, so a branch on it is never noted: those sizes are traced by themselves.
-    A trace that the model raises for, or that can't be computed here, is no reason against it.
+    torch treats a size of one as a constant from the start and never records a branch on it, so these sizes are traced
+    separately. A size for which the model raises, or which can't be computed here, is no reason against the program.
     """
     for size in ((rows, 1), (1, tokens)):
         other = _traced(trace, size, "")
@@ -86,8 +87,8 @@ def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
 
 
 def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:
-    """Whether two traces of a model that differ (one pads by nothing, say) give the same for texts of this size; None where that
-    can't be computed."""
+    """Whether two different traces of a model (one pads by zero, say) give the same results for texts of this size;
+    None if that can't be computed."""
     from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, difference
 
     stand_ins = StandIns()
@@ -119,7 +120,7 @@ def _reason(size: tuple[int, int], usual: tuple[int, int], place: str) -> str:
 
 
 def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
-    """The program for `size`, None where the model raises for it."""
+    """Traces the program for `size`; None if the model raises for it."""
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what a model raises, which is no fault here
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -139,7 +140,7 @@ def _traced(trace: Trace, size: tuple[int, int], place: str) -> Any | None:
 
 
 def _sizes(program: Any) -> tuple[Any, Any, Any]:
-    """The shape environment of a program, and what stands for rows and tokens: symbols, or numbers."""
+    """Returns a program's shape environment and its numbers of rows and tokens: symbols or ints."""
     name = program.graph_signature.user_inputs[0]
     ids: Tensor = next(n for n in program.graph.nodes if n.name == name).meta["val"]
     node: Any = getattr(ids.shape[1], "node", None)
@@ -147,7 +148,8 @@ def _sizes(program: Any) -> tuple[Any, Any, Any]:
 
 
 def _comparisons(program: Any) -> list[tuple[Any, str]]:
-    """What the model's own code found true of rows and tokens, each with its line; and that texts have a least length."""
+    """Returns the comparisons of rows and tokens in the model's own code, each with its line, and the texts' least
+    length."""
     environment, rows, tokens = _sizes(program)
     if environment is None:
         return []
@@ -164,7 +166,8 @@ def _comparisons(program: Any) -> list[tuple[Any, str]]:
 
 
 def _otherwise(program: Any, expression: Any, seen: list[int]) -> list[tuple[int, int]]:
-    """Sizes (rows, tokens) for which an expression that was true is not: the nearest to those of the trace, fewer and more."""
+    """Returns sizes (rows, tokens) for which a true expression is false: those nearest to the trace's, smaller and
+    larger."""
     _, rows, tokens = _sizes(program)
     constants = {abs(int(n)) for n in expression.atoms(sympy.Integer) if abs(int(n)) <= LONGEST}
     near = {c * k + d for c in constants for k in (1, 2) for d in (-1, 0, 1)} | set(range(2, 25))
@@ -186,7 +189,8 @@ def _holds(expression: Any, sizes: dict[Any, int]) -> bool:
 
 
 def program_text(program: Any) -> str:
-    """A program as text: equal for programs that compute the same results from the same values, in whatever order."""
+    """Returns a program as text; programs that compute the same results from the same values have equal text in any
+    order."""
     constants = []
     for name, value in program.constants.items():
         if isinstance(value, Tensor) and value.device.type != "meta" and type(value) is torch.Tensor:
@@ -197,7 +201,7 @@ def program_text(program: Any) -> str:
 
 
 def _digest(module: fx.GraphModule) -> str:
-    """A number for what a graph gives, made of those of its inputs, constants and calls."""
+    """Returns a hash of what a graph computes, from the hashes of its inputs, constants and calls."""
     known: dict[fx.Node, str] = {}
     inputs = 0
     for node in module.graph.nodes:

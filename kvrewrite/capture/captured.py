@@ -1,4 +1,4 @@
-"""What a capture gives: a graph, and what the passes must know of its model."""
+"""The result of a capture: a graph, and what the passes must know about its model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor, fx
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that captured graphs have)
 
-TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (size 1 silently becomes a constant); 17 is no model's dimension
+TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (export makes size 1 a constant); no model has a dimension of 17
 
 
 @dataclass
 class RotaryTable:
-    """Inverse frequencies that depend on the length (longrope, dynamic NTK): graph attribute, and how to choose.
+    """Inverse frequencies that depend on the length (longrope, dynamic NTK): a graph attribute, and how to choose its
+    values.
 
-    `short` applies up to `threshold` tokens, `long` beyond. `dynamic` types recompute theirs for every length, so they are
-    fixed at `fixed_length` instead.
+    `short` applies up to `threshold` tokens, `long` beyond. `dynamic` types recompute the frequencies for every length,
+    so they are fixed at `fixed_length`.
     """
 
     attribute: str
@@ -31,9 +32,9 @@ class RotaryTable:
 class Captured:
     """A captured model.
 
-    graph: flat GraphModule with placeholders `input_ids` and, where the model takes positions, `position_ids`, both
-    (batch, length) int64; one output, logits (batch, length, vocabulary). aliases: parameter name -> other names of the
-    same parameter (tied weights). devices: parameter -> device, where they are not all the same.
+    graph: a flat GraphModule. Its placeholders are `input_ids` and, if the model takes positions, `position_ids`, both
+    (batch, length) int64; its one output is logits (batch, length, vocabulary). aliases: parameter name -> other names
+    of the same parameter (tied weights). devices: parameter -> device, if not all are the same.
     """
 
     graph: fx.GraphModule
@@ -47,15 +48,15 @@ class Captured:
     persistent: set[str] = field(default_factory=set)
     rotary_tables: list[RotaryTable] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)
-    # Tokens of the trace; what is `unrolled`, a loop over chunks, holds for sequences of as many chunks only.
+    # Length of the trace. If a loop over chunks is `unrolled`, the graph only holds for as many chunks.
     trace_length: int = TRACE_LENGTH
     unrolled: bool = False
-    # Tokens up to which masks were compared at every distance, of the mask for which it is the fewest; 0 where there was no mask.
+    # Distance up to which masks were compared, the least over all masks; 0 if there was no mask.
     compared: int = 0
-    # What `passes/canonical/validate.py` compared the canonical graph with, and what it proved; None where that was switched off.
+    # The reference graph of `passes/canonical/validate.py`, and what it proved; None if the check was switched off.
     before: Any = None
     stand_ins: Any = None
     proof: Any = None
-    # Why the graph does not hold for all numbers of tokens and rows; "" where it does. `canonical` refuses it, after what is
-    # wrong with the attention, which may be why the model goes another way.
+    # Why the graph does not hold for all numbers of tokens and rows; "" if it does. `canonical` raises this after
+    # faults of the attention, which may be the cause of the model's branch.
     branch: str = ""

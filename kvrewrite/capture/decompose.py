@@ -1,10 +1,11 @@
-"""Takes composite ops apart, node by node: what `ExportedProgram.run_decompositions({})` does, without tracing anew.
+"""Decomposes composite ops node by node, like `ExportedProgram.run_decompositions({})`, without tracing the model
+again.
 
-That method runs the whole model twice more, with symbolic shapes: three quarters of the time of a capture. Here each
-composite op is traced alone, once for all nodes with the same arguments (layers repeat), and put in the node's place. In-place
-ops are made functional before (`in_place.py`). A graph with writes that are not known there takes the long way; and so does one
-whose sizes depend on which of two is larger (a table that is sliced to the text's length): only the second trace finds out how
-long texts may be.
+That method runs the whole model twice more with symbolic shapes: three quarters of a capture's time. Here each
+composite op is traced alone, once for all nodes with the same arguments (layers repeat), and inlined in the node's
+place. In-place ops are made functional first (`functionalize.py`). Two kinds of graph still use the method: those with
+unknown writes, and those with a size that depends on which of two is larger (a table sliced to the text's length),
+because only the second trace finds out how long texts may be.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from kvrewrite.ir.fx import symbol
 
 aten = torch.ops.aten
 COMPOSITE = "CompositeImplicitAutograd"
-# Arithmetic with sizes, and the parts of what an op returns several of.
+# Arithmetic on sizes, and picking one of an op's several results.
 PLAIN = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
     operator.neg, operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_,
     operator.or_, torch.sym_not, torch.sym_float, torch.sym_int,
 }  # fmt: skip
-# Ops that functionalization or export treat in ways of their own.
+# Ops that functionalization or export treats specially.
 SPECIAL = (aten.lift_fresh.default, aten.lift.default)
 
 
 def decompose(program: Any) -> Any:
-    """A program (`torch.export.ExportedProgram`, fresh from export) in functional ops, without composite ops that may return
-    their input or a view of it; those that never do (linear, scaled_dot_product_attention) stay."""
-    # Weights that are more than one tensor (torchao's) come apart in the second trace.
+    """Makes a fresh `torch.export.ExportedProgram` functional and removes composite ops that may return their input or
+    a view of it. Composite ops that never do (linear, scaled_dot_product_attention) stay."""
+    # The second trace decomposes weights that are more than one tensor (torchao's).
     wrapped = any(is_traceable_wrapper_subclass(value) for value in program.state_dict.values())
     if not wrapped and all(_is_local(node) for node in program.graph.nodes) and functionalize(program.graph_module):
         _decompose_nodes(program.graph_module)
@@ -46,7 +47,7 @@ def decompose(program: Any) -> Any:
 
 
 def _is_local(node: fx.Node) -> bool:
-    """Whether `node` may be taken apart without regard to the rest of the graph."""
+    """Whether `node` can be decomposed without looking at the rest of the graph."""
     if node.op in ("placeholder", "output"):
         return True
     if node.op != "call_function":
@@ -59,7 +60,7 @@ def _is_local(node: fx.Node) -> bool:
 
 
 def _compares(value: Any) -> bool:
-    """Whether a size in this value is the larger or the smaller of two."""
+    """Whether a size in this value is the maximum or minimum of two."""
     sizes = value.shape if isinstance(value, Tensor) else [value]
     parts = (
         part
@@ -99,14 +100,14 @@ def _decompose_nodes(gm: fx.GraphModule) -> None:
 
 
 def _key(node: fx.Node, inputs: list[fx.Node]) -> Any:
-    """Equal for nodes that come apart in the same way."""
+    """Returns a key that is equal for nodes that decompose in the same way."""
     number = {n: i for i, n in enumerate(inputs)}
     arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {number[n]}")  # type: ignore[arg-type, return-value]
     return node.target, repr(arguments), tuple(repr(_facts(n.meta["val"])) for n in inputs)
 
 
 def _facts(value: Any) -> Any:
-    """What the trace of an op can depend on in an argument."""
+    """Returns everything about an argument that the trace of an op can depend on."""
     if isinstance(value, Tensor):
         sizes = [*value.shape, *value.stride(), value.storage_offset()]
         return [str(value.dtype), str(value.device), *(str(symbol(s)) for s in sizes)]
@@ -116,7 +117,7 @@ def _facts(value: Any) -> Any:
 
 
 def _trace(node: fx.Node, inputs: list[fx.Node]) -> fx.Graph:
-    """The graph of one op, with a placeholder for each of `inputs`."""
+    """Traces one op; the graph has a placeholder per entry of `inputs`."""
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
 
     def call(*values: Any) -> Any:
@@ -130,7 +131,7 @@ def _trace(node: fx.Node, inputs: list[fx.Node]) -> fx.Graph:
 
 
 def _inline(node: fx.Node, inputs: list[fx.Node], body: fx.Graph, sizes: dict[Any, fx.Node]) -> None:
-    """Puts `body` in the place of `node`. sizes: the first node of each size, for those that the trace read off tensors."""
+    """Replaces `node` with `body`. sizes: the first node of each size, for sizes that the trace read from tensors."""
     env: dict[fx.Node, fx.Node] = dict(zip((n for n in body.nodes if n.op == "placeholder"), inputs, strict=True))
     graph = node.graph
     with graph.inserting_before(node):
@@ -150,7 +151,7 @@ def _inline(node: fx.Node, inputs: list[fx.Node], body: fx.Graph, sizes: dict[An
 
 
 def _replace(node: fx.Node, result: Any) -> None:
-    """Lets the users of `node` use `result`: a node, or several that they pick from."""
+    """Replaces `node` with `result`: a node, or several that getitem nodes pick from."""
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:

@@ -1,4 +1,4 @@
-"""What kept `torch.export` from tracing a model, in words: what happened, where in the model's code, and what to do."""
+"""Explains why `torch.export` could not trace a model: what happened, where in the model's code, and what to do."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
-# torch's exceptions for code that needs the values of a tensor, of which a trace has none.
+# torch's exceptions for code that needs a tensor's values, which a trace does not have.
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 NO_RULE = (UnsupportedOperatorException, UnsupportedFakeTensorException)
 PACKAGE = Path(__file__).parents[1]
 TORCH, STANDARD = (Path(f).parent for f in (torch.__file__, os.__file__))
-LONGEST = 200  # characters of an error's own text
+LONGEST = 200  # characters of an error's own text that are quoted
 
 
 def explain(error: BaseException) -> str:
-    """Why tracing failed with `error`, as the end of a sentence that begins with "torch.export could not trace it:"."""
+    """Returns why tracing failed with `error`; completes the sentence "torch.export could not trace it:"."""
     chain = causes(error)
     known: BaseException | None = next((e for e in chain if isinstance(e, DATA_DEPENDENT)), None)
     if known is not None:
@@ -62,7 +62,7 @@ def explain(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """`error` and all that it came from, outermost first."""
+    """Returns `error` and its chain of causes, outermost first."""
     found: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in found:
@@ -72,7 +72,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def _raised(error: BaseException) -> BaseException:
-    """The exception that was raised first: what was caught and handled on the way to another is not it."""
+    """Returns the exception that was raised first, not one that was caught and handled on the way."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -85,7 +85,7 @@ def _said(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The last line of the model's own code that `error` came through; empty where it came through none."""
+    """Returns the last line of the model's own code in the traceback of `error`; empty if there is none."""
     here = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         if _is_models(frame):
@@ -99,7 +99,7 @@ def _place(error: BaseException) -> str:
 
 
 def noted_place(frame: Any) -> str:
-    """The line of a model's own code that torch noted for something that it assumed; empty where it noted another or none."""
+    """Returns the line of the model's own code where torch recorded an assumption; empty if it is not in that code."""
     if not isinstance(frame, traceback.FrameSummary) or not _is_own(Path(frame.filename)):
         return ""
     code = frame.line or ""
@@ -108,8 +108,8 @@ def noted_place(frame: Any) -> str:
 
 
 class FixedSize(TorchFunctionMode):
-    """Looks, while a model is traced, for the first function after which a size of `ids` is a constant. where: its name and the
-    line of the model's code that called it, as the end of a sentence; "" while there is none."""
+    """Finds, during a trace, the first function after which a size of `ids` is a constant. where: the function's name
+    and the line of the model's code that called it, as the end of a sentence; "" until one is found."""
 
     def __init__(self, ids: Tensor):
         super().__init__()
@@ -131,12 +131,12 @@ class FixedSize(TorchFunctionMode):
 
 
 def _is_models(frame: FrameType) -> bool:
-    """Whether a frame is of a model's code: not of torch, of this package, of Python's own library, or generated."""
+    """Whether a frame is the model's code: not torch, this package, Python's library or generated code."""
     return "__name__" in frame.f_globals and _is_own(Path(frame.f_code.co_filename))
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file is of a model's code."""
+    """Whether a file belongs to the model's code."""
     installed = bool({"site-packages", "dist-packages"} & set(path.parts))
     others = [TORCH, PACKAGE] if installed else [TORCH, PACKAGE, STANDARD]
     return not any(path.is_relative_to(p) for p in others)

@@ -27,8 +27,9 @@ from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 
 @contextlib.contextmanager
 def _scans_as_ops() -> Iterator[None]:
-    """Makes torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), one op of ours for the trace."""
-    # Not an attribute of its package, where the function has its name.
+    """While open, traces torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), as one op
+    of ours."""
+    # Patched in the function's own module: the package exports the function under the module's name.
     module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
     original = module.associative_scan
 
@@ -43,7 +44,7 @@ def _scans_as_ops() -> Iterator[None]:
 
 
 def _is_linear(combine_fn: Any) -> bool:
-    """Whether a function of two pairs is that of a linear recurrence, by evaluating it."""
+    """Whether a function of two pairs is a linear recurrence, found by evaluating it."""
     with torch.utils._python_dispatch._disable_current_modes():
         a, x, b, y = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         product, total = combine_fn((a, x), (b, y))
@@ -51,7 +52,7 @@ def _is_linear(combine_fn: Any) -> bool:
 
 
 class _LogitsOnly(nn.Module):
-    """The model as a function of token ids and positions to logits."""
+    """Wraps the model as a function from token ids and positions to logits."""
 
     def __init__(self, model: nn.Module, takes_positions: bool, first_position: int, extra: dict[str, Any]):
         super().__init__()
@@ -60,7 +61,7 @@ class _LogitsOnly(nn.Module):
         self.first_position = first_position
         self.extra = extra
         self.watch = Watch()
-        self.culprit: Callable[[Tensor], FixedSize] | None = None  # looks for what makes a size of the ids a constant
+        self.culprit: Callable[[Tensor], FixedSize] | None = None  # finds what makes a size of the ids constant
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
         if self.first_position:
@@ -73,10 +74,11 @@ class _LogitsOnly(nn.Module):
 
 
 def _logits(out: Any) -> list[Tensor]:
-    """What may be the logits in what a model returns: a tensor, `.logits` or ["logits"], or any tensor of a tuple."""
+    """Returns the possible logits in a model's output: a tensor, `.logits`, ["logits"], or any tensor of a tuple."""
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     found = [out] if isinstance(out, Tensor) else [named] if isinstance(named, Tensor) else []
-    # A tuple that begins with nothing begins with a loss that was not asked for: what else is in it is no certain thing.
+    # A tuple that starts with None starts with a loss that was not asked for; what its other entries are is not
+    # certain.
     if not found and isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
         found = [x for x in out if isinstance(x, Tensor)]
     if not found:
@@ -88,10 +90,10 @@ def _logits(out: Any) -> list[Tensor]:
 
 
 def _first_position(model: nn.Module) -> int:
-    """What a model calls the position of a text's first token when it is not told.
+    """Returns the position that a model gives a text's first token by default.
 
-    Models after fairseq number tokens from their padding index + 1, and take what they are given as it is. They say so in a
-    function that transformers knows by this name.
+    Models derived from fairseq number tokens from their padding index + 1, but take given positions as they are. They
+    have a function that transformers knows by this name.
     """
     found = set()
     for module in model.modules():
@@ -116,8 +118,9 @@ def export_model(
 ) -> Captured:
     """Traces the model on `TRACE_LENGTH` tokens.
 
-    Where that unrolls a loop over chunks, of which there are few, the model is traced once more at a length at which there is a
-    first, a middle and a last one. calls: what the trace has to come to; CaptureError as soon as it is seen that it did not.
+    If the trace unrolls a loop over chunks, which few models have, the model is traced again at a length with a first,
+    a middle and a last chunk. calls: what the trace must contain; raises CaptureError as soon as it is clear that it
+    does not.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
@@ -131,10 +134,10 @@ def export_model(
     trace_length, chunk, branch = TRACE_LENGTH, 0, ""
     with fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
-            # no_grad: otherwise regions under no_grad, RoPE among them, hide in submodules of the graph. When a trace
-            # fails torch prints the whole graph to stderr; our error says what failed.
+            # no_grad: otherwise regions under no_grad, RoPE among them, become submodules of the graph. If a trace
+            # fails, torch prints the whole graph to stderr; our error says what failed.
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-                # torch's own use of what it deprecates.
+                # torch itself uses what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
                 def again(rows: int, tokens: int) -> Any:
@@ -166,7 +169,7 @@ def export_model(
                         calls.modules[:] = called
                 longest = longest_text(program)
                 program = decompose(program)
-                if not branch and not chunk:  # of several, the first to be found is said
+                if not branch and not chunk:  # report only the first fault
                     branch = shorter(longest, longest_text(program), again, TRACE_BATCH)
                     if calls is not None:
                         calls.modules[:] = called
@@ -202,7 +205,7 @@ def export_model(
 def _trace(
     wrapper: _LogitsOnly, length: int, vocab: int, device: torch.device, rows: int = TRACE_BATCH, fixed: bool = False
 ) -> Any:
-    """The wrapped model as torch.export.export gives it, traced on `rows` of `length` tokens; fixed: for these numbers alone."""
+    """Exports the wrapped model, traced on `rows` of `length` tokens; fixed: for these sizes only."""
     ids = torch.arange(rows * length, device=device).reshape(rows, length) % vocab
     positions = torch.arange(length, device=device).repeat(rows, 1)
     auto = torch.export.Dim.AUTO
@@ -212,7 +215,7 @@ def _trace(
 
 
 def _check_state(wrapper: _LogitsOnly, program: Any, vocab: int, device: torch.device) -> None:
-    """Refuses a model whose forward uses what an earlier call has left in its modules; transformers' modules leave nothing."""
+    """Refuses a model whose forward uses state from an earlier call; transformers' own modules keep none."""
     if of_transformers(wrapper.model_under_capture):
         return
 
@@ -232,10 +235,10 @@ def _check_state(wrapper: _LogitsOnly, program: Any, vocab: int, device: torch.d
 
 @contextlib.contextmanager
 def _quick_tracing() -> Iterator[None]:
-    """Spares the trace what nothing here reads: a third of its time.
+    """Skips parts of tracing that nothing here reads; saves a third of its time.
 
-    Fake tensors are computed instead of kept for equal calls: with symbolic sizes what is kept costs more than it saves. And
-    nodes do not note the stack that they were made on, in versions of torch that can leave that out.
+    Fake tensors are not cached for equal calls: with symbolic sizes the cache costs more than it saves. Nodes do not
+    record the stack that made them, in versions of torch that can leave it out.
     """
     from torch._dynamo import config as dynamo_config
     from torch.fx import config as fx_config
@@ -248,12 +251,12 @@ def _quick_tracing() -> Iterator[None]:
 
 
 def _moves(size: Any) -> bool:
-    """Whether a size is still a symbol."""
+    """Whether a size is still symbolic."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _why_constant(program: Any, culprit: str) -> str:
-    """The message for a size of the token ids that became a constant; culprit: what made it one, where that was found."""
+    """Returns the message for a size of the token ids that became constant; culprit: what made it so, if known."""
     ids = ids_of(program)
     label, size = next((n, s) for n, s in zip(("batch", "length"), ids.shape, strict=True) if not _moves(s))
     where = culprit or _place_of_constant(ids, int(size))
@@ -264,7 +267,8 @@ def _why_constant(program: Any, culprit: str) -> str:
 
 
 def _place_of_constant(ids: Tensor, number: int) -> str:
-    """Where the trace assumed that a size of the token ids is `number`, as it noted that; empty where it did not."""
+    """Returns where the trace assumed that a size of the token ids is `number`, as torch recorded it; empty if it did
+    not."""
     shape_env = getattr(getattr(ids, "fake_mode", None), "shape_env", None)
     for guard in getattr(shape_env, "guards", ()):
         assumed = guard.expr

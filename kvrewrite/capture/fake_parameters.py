@@ -1,6 +1,6 @@
-"""Captures models whose parameters can't be traced where they are: on meta, or on several devices.
+"""Captures models whose parameters are on meta or on several devices.
 
-The trace sees fake parameters on the CPU; in the graph that comes out the model's own take their places.
+The trace sees fake parameters on the CPU; the model's own parameters then replace them in the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _stand_ins(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> Iterator[dict[int, nn.Parameter]]:
-    """Inside, parameters that are wanted are fake ones on the CPU; gives the real one of each by the fake one's id."""
+    """While open, the wanted parameters are fake ones on the CPU; yields {id of the fake: real parameter}."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -50,7 +50,7 @@ def _stand_ins(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> Iter
 
 
 def _put_back(captured: Captured, model: nn.Module, real: dict[int, nn.Parameter]) -> Captured:
-    """Gives the graph the model's parameters in the places of the fake ones."""
+    """Replaces the graph's fake parameters with the model's."""
     originals = dict(model.named_parameters(remove_duplicate=False))
     for node in captured.graph.graph.nodes:
         if node.op == "get_attr" and node.target in originals:
@@ -61,10 +61,10 @@ def _put_back(captured: Captured, model: nn.Module, real: dict[int, nn.Parameter
 
 
 def capture_on_meta(model: nn.Module, **options: Any) -> Captured:
-    """`capture` of a model from `build_on_meta`: parameters of the graph are on meta, buffers and literals are real.
+    """Captures a model from `build_on_meta`: the graph's parameters are on meta; buffers and literals are real.
 
-    Tracing on meta would do otherwise than the model does: transformers' code asks for the device's type (routers count in
-    integers elsewhere than on the CPU), and literals would lose their values.
+    Tracing on meta would give a different graph: transformers' code branches on the device type (routers count in
+    integers except on the CPU), and literals would lose their values.
     """
     from kvrewrite.capture.frontend import capture
 
@@ -74,10 +74,10 @@ def capture_on_meta(model: nn.Module, **options: Any) -> Captured:
 
 
 def capture_on_devices(model: nn.Module, **options: Any) -> Captured:
-    """`capture` of a model whose parameters lie on several devices, which are noted in `Captured.devices`.
+    """Captures a model whose parameters lie on several devices and records these in `Captured.devices`.
 
-    Buffers are copied to the CPU for the trace; in the graph they are constants, which
-    `passes/insert/devices.py` puts where they are read.
+    Buffers are copied to the CPU for the trace. In the graph they are constants, which `passes/insert/devices.py` moves
+    to the devices that read them.
     """
     from kvrewrite.capture.frontend import capture
 
@@ -109,5 +109,5 @@ def capture_on_devices(model: nn.Module, **options: Any) -> Captured:
 
 
 def devices_of(model: nn.Module) -> list[str]:
-    """The devices of a model's parameters."""
+    """Returns the devices of a model's parameters."""
     return sorted({str(p.device) for p in model.parameters()})

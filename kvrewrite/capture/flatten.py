@@ -1,4 +1,4 @@
-"""A flat graph of token ids and positions to logits, from an exported program."""
+"""Turns an exported program into a flat graph from token ids and positions to logits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvrewrite.ir.fx import clean_path, is_op, set_attr, symbol
 
 
 def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | None) -> fx.Node:
-    """The logits among the tensors that a model returns.
+    """Chooses the logits among the tensors that a model returns.
 
-    table: rows and columns of the token embedding. Logits have one entry for each of its rows; a head may have others (a padded
-    or a cut vocabulary), but what has the embedding's columns is hidden states.
+    table: rows and columns of the token embedding. Logits have one entry per row of it; a head may have more or fewer
+    (a padded or cut vocabulary), but a tensor with the embedding's columns is hidden states.
     """
 
     def size(node: fx.Node) -> int | None:
@@ -53,10 +53,10 @@ def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | N
 
 
 def unrolled_chunk(program: Any) -> int:
-    """The size of the chunks that a loop of the trace was unrolled over, 0 where there is none.
+    """Returns the chunk size of a loop over chunks that the trace unrolled, 0 if there is none.
 
-    While it traces, torch notes what it assumed of sizes; that a number made of the length by dividing it is a constant is such
-    a loop. (That a length is within a table's reads alike, but for the division.)
+    torch records what a trace assumes about sizes. An assumption that a quotient of the length is constant means such a
+    loop. (An assumption that the length fits a table looks the same, but without the division.)
     """
     ids = ids_of(program)
     length = symbol(ids.shape[1])
@@ -77,7 +77,7 @@ def unrolled_chunk(program: Any) -> int:
 
 
 def vocab_size(model: nn.Module) -> int | None:
-    """Rows of the token embedding, from the config or else the first embedding of the model; None where it has none."""
+    """Returns the rows of the token embedding, from the config or the model's first embedding; None if it has none."""
     config = getattr(model, "config", None)
     get_embeddings = getattr(model, "get_input_embeddings", None)
     if get_embeddings is not None and config is not None:
@@ -92,7 +92,7 @@ def vocab_size(model: nn.Module) -> int | None:
 
 
 def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
-    """Rows and columns of the table that the token ids are looked up in as they are; None where there is none."""
+    """Returns rows and columns of the table that looks up the unchanged token ids; None if there is none."""
     aten = torch.ops.aten
     unchanged = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default, aten.contiguous.default,
                  aten.unsqueeze.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.alias.default,
@@ -116,7 +116,7 @@ def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
 
 
 def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool) -> Captured:
-    """An exported program as a plain GraphModule whose parameters and buffers are attributes under their own names."""
+    """Turns an exported program into a plain GraphModule whose parameters and buffers keep their own names."""
     from torch.export.graph_signature import InputKind, OutputKind
 
     signature = program.graph_signature
@@ -138,7 +138,7 @@ def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in targets:
             target = targets[node.name]
-            # A parameter of the model itself must not have the name of an input: generated code would read one for the other.
+            # Rename a parameter of the model itself that has an input's name: generated code would confuse the two.
             env[node] = new.create_node("get_attr", target, name=target if "." in target else f"model_{target}")
         elif node.op == "placeholder":
             env[node] = new.placeholder(next(order))
@@ -190,20 +190,21 @@ def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool
 
 
 def ids_of(program: Any) -> Tensor:
-    """The value of the token ids in an exported program."""
+    """Returns the value of the token ids in an exported program."""
     name = program.graph_signature.user_inputs[0]
     return next(n for n in program.graph.nodes if n.name == name).meta["val"]
 
 
 def longest_text(program: Any) -> int | None:
-    """The longest text that an exported program holds for, None where there is no bound."""
+    """Returns the longest text that an exported program holds for, None if there is no bound."""
     name = program.graph_signature.user_inputs[0]
     length = next(n for n in program.graph.nodes if n.name == name).meta["val"].shape[1]
     return upper_bound(length) if isinstance(length, torch.SymInt) and length.node.maybe_as_int() is None else None
 
 
 def upper_bound(size: torch.SymInt) -> int | None:
-    """The largest length that the traced graph allows (a table of learned positions, a causal buffer), if any."""
+    """Returns the largest length that the traced graph allows (a table of learned positions, a causal buffer), if
+    any."""
     ranges = size.node.shape_env.var_to_range.get(size.node.expr)
     if ranges is None:
         return None
@@ -211,7 +212,7 @@ def upper_bound(size: torch.SymInt) -> int | None:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Names of each parameter that has several (tied weights)."""
+    """Returns all names of each parameter that has several (tied weights)."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

@@ -1,9 +1,9 @@
-"""Front ends: an unmodified decoder in, a flat `torch.fx` graph out.
+"""Captures an unmodified decoder as a flat `torch.fx` graph.
 
 The graph computes `logits = f(input_ids, position_ids)` without a cache, for any batch and length, and keeps the
-parameters' own names and storage. Models of transformers that use its attention interface are traced with an attention
-function that is one canonical op and a mask function that only says which mask it stands for; everything else is traced
-as it is, and `passes/canonical/find_attention.py` finds the attention in what comes out.
+parameters' names and storage. Models that use transformers' attention interface are traced with an attention function
+that is one canonical op and a mask function that only records which mask is meant. All other models are traced as they
+are, and `passes/canonical/find_attention.py` finds their attention in the graph.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from kvrewrite.errors import CaptureError, UnsupportedModelError
 def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
     """Captures a decoder as a flat graph.
 
-    model: in eval mode or not (dropout is switched off for the trace), on any device, `meta` included. max_length: the
+    model: in train or eval mode (dropout is off during the trace), on any device, including `meta`. max_length: the
     length at which dynamic NTK frequencies are fixed; default: the model's `max_position_embeddings`.
 
-    Raises CaptureError when torch.export can't trace it, UnsupportedModelError when its attention can't be rewritten.
+    Raises CaptureError if torch.export can't trace the model, UnsupportedModelError if its attention can't be
+    rewritten.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -42,14 +43,14 @@ def _capture(model: nn.Module, max_length: int | None) -> Captured:
     captured = _capture_interface(model, max_length)
     if captured is not None:
         return captured
-    # Traced with the attention that the user's model has; kernels that a graph can't show become sdpa.
+    # Traces with the user's attention implementation; kernels that a graph can't show become sdpa.
     own = getattr(model.config, "_attn_implementation", None)
     with transformers_tracing(model, own if own in ("eager", "sdpa") else "sdpa"):
         return export_model(model, "trace", max_length)
 
 
 def _capture_interface(model: nn.Module, max_length: int | None) -> Captured | None:
-    """Capture through transformers' attention interface; None when the model does not use it."""
+    """Captures through transformers' attention interface; None if the model does not use it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     calls = InterfaceCalls(model)

@@ -1,10 +1,10 @@
-"""Makes the in-place ops of a traced graph functional, node by node, without tracing it anew.
+"""Makes the in-place ops of a traced graph functional, node by node, without tracing it again.
 
-What shares memory is read off the trace: the fake tensors of such nodes share their storage. Memory that is written to has an
-owner, the first node that lies there; everything else there is made of the owner by views. A write to the owner makes a new
-owner, and a write to a view is scattered into what it is a view of. What is read behind a write is made of the new owner by the
-same views again. Where a write is of a kind not known here, or the memory is that of an input, the graph stays as it was, and
-the caller has to make it functional in another way.
+The trace shows which nodes share memory: their fake tensors share storage. The first node in a storage that is written
+to is its owner; all other nodes there are views of the owner. A write to the owner makes a new owner. A write to a view
+is scattered into the tensor that it is a view of. Nodes that read after a write use the same views of the new owner. If
+a write is of an unknown kind, or writes to an input's memory, the graph stays unchanged and the caller must make it
+functional in another way.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch import Tensor, fx
 from kvrewrite.ir.fx import fake_value, mutates, symbol
 
 aten = torch.ops.aten
-IDENTITIES = (aten.detach.default, aten.detach_.default)  # under no_grad
-# A view's op -> what turns a new value of the view into one of its input.
+IDENTITIES = (aten.detach.default, aten.detach_.default)  # no-ops under no_grad
+# View op -> function that turns a new value of the view into a new value of its input.
 SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
-# They read memory by its layout, which a new value may not have.
+# These read memory by its strides, which a new value may not have.
 BY_LAYOUT = (aten.as_strided.default,)
 
 
 class _NotKnown(Exception):
-    """The graph has a write that can't be made functional here."""
+    """The graph has a write that this module can't make functional."""
 
 
 def functionalize(gm: fx.GraphModule) -> bool:
-    """Takes in-place ops and `detach` out of a graph; False where a write is not known here, and then the graph is as before.
+    """Removes in-place ops and `detach` from a graph; returns False and leaves the graph unchanged if it meets an
+    unknown write.
 
-    gm: flat, as torch.export traced it under no_grad, with the fake tensors of the trace in `meta["val"]`. What replaces the
-    result of an in-place op has its dtype, shape and strides.
+    gm: flat, traced by torch.export under no_grad, with the trace's fake tensors in `meta["val"]`. The node that
+    replaces an in-place op has the same dtype, shape and strides.
     """
     graph = gm.graph
     written = [n for n in graph.nodes if mutates(n) and n.target not in IDENTITIES]
@@ -51,16 +52,17 @@ def functionalize(gm: fx.GraphModule) -> bool:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is aten.lift_fresh_copy.default:  # outside of a trace a copy like any other
+        elif node.target is aten.lift_fresh_copy.default:  # outside a trace this is an ordinary copy
             node.target = aten.clone.default
     return True
 
 
 class _Writes:
-    """A walk over a graph, in order, that knows the current value of what lies in memory that is written to.
+    """Walks a graph in order and tracks the current value of every storage that is written to.
 
-    functional: in-place node -> its functional op. first, owner: storage -> the first node there, and its current value. made:
-    node -> its current value, and the owner that this was made of. before: node -> arguments as they were, where they changed.
+    functional: in-place node -> its functional op. first, owner: storage -> its first node, and its current value.
+    made: node -> its current value, and the owner it was made from. before: node -> its arguments before they were
+    changed.
     """
 
     def __init__(self, graph: fx.Graph):
@@ -74,14 +76,14 @@ class _Writes:
         self.before: dict[fx.Node, tuple[Any, Any]] = {}
 
     def find(self, written: list[fx.Node]) -> None:
-        """Notes what the in-place nodes write to."""
+        """Records what the in-place nodes write to."""
         for node in written:
             self.functional[node] = _functional(node.target)
             self.memory |= _storages(node.args[0])
 
     def visit(self, node: fx.Node) -> None:
-        """Lets `node` read current values; a write makes new ones."""
-        single = isinstance(node.meta.get("val"), Tensor)  # what an op returns several of is no owner, its parts are
+        """Makes `node` read current values; if it writes, makes new ones."""
+        single = isinstance(node.meta.get("val"), Tensor)  # an op with several results is no owner; each result is
         for storage in _storages(node) & self.memory if single else ():
             if storage not in self.first:
                 if node.op != "call_function" or node in self.functional:
@@ -100,7 +102,7 @@ class _Writes:
             self.made[node] = node, self.owner[storage]
 
     def _current(self, node: fx.Node, reader: fx.Node) -> fx.Node:
-        """The value of `node` at the place of `reader`."""
+        """Returns the value of `node` that `reader` must see."""
         lies_in = _storages(node) & self.first.keys()
         if not any(self.owner[s] is not self.first[s] for s in lies_in):
             return node
@@ -123,13 +125,13 @@ class _Writes:
         return value
 
     def _inputs_in(self, storage: int, args: Any, kwargs: Any) -> list[fx.Node]:
-        """The arguments that lie in `storage`."""
+        """Returns the arguments whose memory is `storage`."""
         found: list[fx.Node] = []
         fx.node.map_arg((args, dict(kwargs)), lambda n: found.append(n) if storage in _storages(n) else None)
         return found
 
     def _write(self, node: fx.Node) -> None:
-        """Makes the values that memory has behind an in-place node."""
+        """Makes the new values of a storage after an in-place node."""
         view: fx.Node = node.args[0]  # type: ignore[assignment]
         (storage,) = _storages(view)
         value = self._insert(node, node, self.functional[node], node.args, node.kwargs)
@@ -147,11 +149,11 @@ class _Writes:
         if not _alike(value.meta["val"], view.meta["val"]):
             raise _NotKnown
         self.owner[storage] = value
-        # A new value that does not lie as the view did is not read: the view is made of the owner again.
+        # If the new value's strides differ from the view's, use the view of the new owner instead.
         self.made.update({n: (v, value) for n, v in made.items() if _alike(v.meta["val"], n.meta["val"])})
 
     def _scatter(self, writer: fx.Node, view: fx.Node, arguments: tuple[Any, Any], value: fx.Node) -> fx.Node:
-        """The new value of what `view` is a view of, by those arguments, from a new `value` of the view."""
+        """Returns the new value of the base of `view`, given the view's arguments and its new `value`."""
         (source, *rest), kwargs = arguments
         here, there = view.meta["val"], source.meta["val"]
         if _alike(here, there) and symbol(here.storage_offset()) == symbol(there.storage_offset()):
@@ -170,7 +172,7 @@ class _Writes:
         raise _NotKnown
 
     def _insert(self, before: fx.Node, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        """A node in front of `before` that reads current values; `like` it where it came from."""
+        """Inserts a node before `before` that reads current values; copies the origin of `like`."""
         args, kwargs = fx.node.map_arg((args, dict(kwargs)), lambda n: self._current(n, before))  # type: ignore[misc]
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
@@ -180,7 +182,7 @@ class _Writes:
         return node
 
     def undo(self) -> None:
-        """Puts the graph back to what it was."""
+        """Restores the original graph."""
         for node, (args, kwargs) in self.before.items():
             node.args, node.kwargs = args, kwargs
         for node in reversed(self.inserted):
@@ -188,14 +190,14 @@ class _Writes:
 
 
 def _storages(node: Any) -> set[int]:
-    """The memory that what `node` produces lies in."""
+    """Returns the storages of the tensors that `node` produces."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     values = value if isinstance(value, (tuple, list)) else [value]
     return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
 
 
 def _alike(a: Tensor, b: Tensor, strides: bool = True) -> bool:
-    """Whether two tensors have the same dtype, device, shape and, unless told otherwise, strides."""
+    """Whether two tensors have the same dtype, device, shape and (if `strides`) strides."""
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
     sizes = [*zip(a.shape, b.shape), *(zip(a.stride(), b.stride()) if strides else ())]
@@ -203,7 +205,7 @@ def _alike(a: Tensor, b: Tensor, strides: bool = True) -> bool:
 
 
 def _is_view(op: Any) -> bool:
-    """Whether every result of `op` lies in the memory of an argument."""
+    """Whether every result of `op` shares memory with an argument."""
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return False
     implicit = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
@@ -211,7 +213,7 @@ def _is_view(op: Any) -> bool:
 
 
 def _functional(op: Any) -> Any:
-    """The op that returns what the in-place `op` writes to its first argument, which is all that it writes to."""
+    """Returns the functional form of `op`, which writes only to its first argument."""
     name, overload = op._schema.name, op._overloadname
     arguments = op._schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]

@@ -1,4 +1,4 @@
-"""Inverse frequencies that depend on the length, fixed while a model is traced."""
+"""Fixes inverse frequencies that depend on the length while a model is traced."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 def fixed_rotary(
     model: nn.Module, max_length: int | None
 ) -> Iterator[list[tuple[nn.Module, str, int, Tensor, Tensor]]]:
-    """Takes the length-dependent choice out of rotary embeddings for the trace.
+    """Removes the length-dependent choice of frequencies from rotary embeddings during the trace.
 
-    transformers picks longrope's and dynamic NTK's frequencies by looking at the largest position of each call, which
-    a graph can't do and which makes whole and chunked prefill disagree. The frequencies become data: yields
+    transformers chooses longrope's and dynamic NTK's frequencies by the largest position of each call. A graph can't do
+    that, and it makes whole and chunked prefill disagree. Here the frequencies become data: yields
     (module, buffer name, threshold, short, long) for each such table.
     """
     tables: list[tuple[nn.Module, str, int, Tensor, Tensor]] = []

@@ -1,7 +1,7 @@
-"""What a forward leaves behind: flags, attributes and lists as they were before a trace, and whether a result depends on them.
+"""Undoes a forward's side effects on flags, attributes and lists, and checks whether a result depends on them.
 
-A trace runs the model's forward on tensors without data. What that writes to modules and to the lists of hooks would stay there,
-so it is put back. And a model that reads what an earlier call has left is no function of its tokens: no cache can carry that.
+A trace runs the model's forward on tensors without data. What that writes to modules and to the hooks' lists is
+restored. A model that reads state from an earlier call is not a function of its tokens: no cache can carry that state.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 OWN = ("_parameters", "_buffers", "_modules")
 CONTAINERS = (list, dict, set, deque)
-DEPTH = 4  # of functions and containers in each other
+DEPTH = 4  # nesting of functions and containers
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[Snapshot]:
-    """Runs the model in eval mode; afterwards it is as it was: each module's train or eval flag, its attributes, what they
-    contain, and the lists and dicts that its hooks write to."""
+    """Runs the model in eval mode and restores it afterwards: each module's training flag, its attributes and their
+    contents, and the lists and dicts that its hooks write to."""
     snapshot = Snapshot(model)
     model.eval()
     try:
@@ -43,7 +43,7 @@ class Snapshot:
                 self._keep(value, DEPTH if name.endswith("_hooks") else 2)
 
     def _keep(self, value: Any, depth: int) -> None:
-        """Remembers the contents of a container, of an object, and of those that a function refers to."""
+        """Records the contents of a container, of an object, and of those that a function refers to."""
         if depth < 0 or id(value) in self.contents or type(value) is _Left:
             return
         if isinstance(value, CONTAINERS):
@@ -68,7 +68,7 @@ class Snapshot:
             self._keep(vars(value), depth - 1)
 
     def changed(self) -> dict[str, tuple[nn.Module, str]]:
-        """Attributes that were given another value or other contents since, by the module's name and theirs."""
+        """Returns attributes with a new value or new contents, by the module's name and theirs."""
         found = {}
         for module, before in self.attributes:
             for name, value in _attributes(module).items():
@@ -88,7 +88,7 @@ class Snapshot:
         return _same_contents(value, kept[1]) and all(self._as_before(v, depth - 1) for v in inner)
 
     def restore(self) -> None:
-        """Puts everything back."""
+        """Restores everything."""
         for module, before in self.attributes:
             for name in [n for n in _attributes(module) if n not in before]:
                 del module.__dict__[name]
@@ -105,7 +105,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` is an object of the model's own kind, with attributes of its own."""
+    """Whether `value` is an object of the model's own class with its own attributes."""
     if type(value) is _Left or isinstance(value, (nn.Module, Tensor, type, *CONTAINERS)):
         return False
     if callable(value) or not hasattr(value, "__dict__"):
@@ -124,11 +124,11 @@ def _same_contents(value: Any, contents: Any) -> bool:
 
 
 class _Read(Exception):
-    """Something of an earlier call was used."""
+    """Something from an earlier call was used."""
 
 
 class _Left:
-    """Stands for what an earlier call has left: using it raises."""
+    """Stands for what an earlier call left; any use of it raises."""
 
     def _used(self, *_: Any, **__: Any) -> Any:
         raise _Read
@@ -147,20 +147,20 @@ class _Left:
 
 
 class Watch:
-    """Watches one module's forward: which attributes a call writes, and what happens where an earlier call has left others.
+    """Watches one module's forward: records the attributes that a call writes, and can plant others for the next call.
 
-    torch.export puts some attributes back, so both are done around the call itself, while it is traced.
+    torch.export restores some attributes, so both are done around the call itself, during the trace.
     """
 
     def __init__(self) -> None:
         self.written: dict[
             str, tuple[nn.Module, str, Any]
         ] = {}  # by name: the module, the attribute and what was written
-        self.left: dict[str, tuple[nn.Module, str, Any]] = {}  # what the next call shall find
+        self.left: dict[str, tuple[nn.Module, str, Any]] = {}  # what the next call finds
 
     @contextlib.contextmanager
     def call(self, model: nn.Module) -> Iterator[None]:
-        """One call of `model`, which is as it was afterwards."""
+        """Runs one call of `model` and restores it afterwards."""
         snapshot = Snapshot(model)
         try:
             for module, name, value in self.left.values():
@@ -173,15 +173,15 @@ class Watch:
 
 
 def depends_on_earlier_calls(watch: Watch, text: str, trace: Callable[[], str], alone: Callable[[], Any]) -> str | None:
-    """The attribute, written by a traced call, that the result of the next one would depend on; None where there is none.
+    """Returns the attribute, written by a traced call, that the next call's result depends on; None if there is none.
 
-    text: of the trace that has written; trace: traces once more, as text; alone: traces one token a row.
+    text: of the trace that wrote it; trace: traces again and returns the text; alone: traces one token per row.
     """
     written = dict(watch.written)
     tensors = {n for n, (_, _, value) in written.items() if _holds_tensors(value)}
     others = {n: at for n, at in written.items() if n not in tensors}
     try:
-        # Numbers and the like go on from what the last call has left.
+        # Numbers and the like continue from what the last call left.
         watch.left = others
         if others and trace() != text:
             return next(iter(others))

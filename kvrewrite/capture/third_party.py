@@ -1,6 +1,6 @@
-"""What other libraries put around a model or into it: accelerate's hooks, peft's adapters, quantized layers.
+"""Handles what other libraries add to a model: accelerate's hooks, peft's adapters, quantized layers.
 
-None of these libraries is imported here. What changes only where tensors are is taken off for the capture; what is part of the
+None of these libraries is imported here. What only moves tensors is removed for the capture; what is part of the
 function is captured with it; anything else is refused with what to do instead.
 """
 
@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvrewrite.errors import UnsupportedModelError
 
-# Adapters that are nothing but what they put into the layers; others also change what the model is given, or when they act.
+# Adapters that only change layers; others also change the model's inputs or when they act.
 ADAPTERS_IN_LAYERS = {"LORA", "IA3", "LOHA", "LOKR"}
 # Hooks of accelerate that only move tensors.
 _MOVING_HOOKS = {"ModelHook", "AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook"}
-# Modules that a graph can't show, by how their full name begins.
+# Modules that a graph can't show, by the beginning of their full name.
 _OPAQUE = {
     "bitsandbytes.nn.modules.Linear8bitLt": "which columns it multiplies in 16 bits is chosen by all tokens of a call, so a "
     "token would depend on its chunk",
-    # Where it can, Linear4bit has a stand-in: plain_4bit_layers.
+    # If possible, Linear4bit is replaced: plain_4bit_layers.
     "bitsandbytes.": "of bitsandbytes only Linear4bit is known, and this one is no such layer, is not quantized yet, or is "
     "packed for a CPU",
     "torch.ao.nn.quantized.": "torch.ao packs its weights into an object that is no tensor",
@@ -40,7 +40,8 @@ def _is(model: object, package: str, name: str) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model of transformers inside a `peft.PeftModel`, whose layers contain the adapters; any other model as it is."""
+    """Returns the transformers model inside a `peft.PeftModel` (its layers contain the adapters); any other model
+    unchanged."""
     if not _is(model, "peft.", "PeftModel"):
         return model
     wrapped: Any = model
@@ -62,13 +63,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any layer holds an adapter of peft."""
+    """Whether any layer holds a peft adapter."""
     return any(_is(m, "peft.", "BaseTunerLayer") for m in model.modules())
 
 
 def adapter_state(layer: Any) -> tuple[Any, ...]:
-    """What of a layer with adapters of peft is part of a graph and no parameter: which adapters act, which are merged, how they
-    are scaled, and the modules that hold their weights."""
+    """Returns what a graph fixes about a layer with peft adapters, besides parameters: which are active or merged,
+    their scales, and the modules that hold their weights."""
     active = tuple(layer.active_adapters)
     scaling = getattr(layer, "scaling", {})
     held = [getattr(layer, name, None) for name in layer.adapter_layer_names]
@@ -83,15 +84,15 @@ def adapter_state(layer: Any) -> tuple[Any, ...]:
 
 
 class AdapterWatch:
-    """Notices that adapters in a model's layers were switched, merged, scaled or replaced after it was rewritten. Its graph has
-    them as they were, and merging changes weights that it shares, so that an adapter would act twice."""
+    """Detects adapters that were switched, merged, scaled or replaced after the rewrite. The graph has them as they
+    were; and merging changes the shared weights, so that an adapter would act twice."""
 
     def __init__(self, model: nn.Module):
         layers = [(name, m) for name, m in model.named_modules() if _is(m, "peft.", "BaseTunerLayer")]
         self.layers: list[tuple[str, Any, tuple[Any, ...]]] = [(name, m, adapter_state(m)) for name, m in layers]
 
     def check(self) -> None:
-        """Raises UnsupportedModelError where adapters are not what they were."""
+        """Raises UnsupportedModelError if the adapters have changed."""
         for name, layer, before in self.layers:
             for (what, was), (_, now) in zip(before, adapter_state(layer)):
                 if now == was:
@@ -105,8 +106,8 @@ class AdapterWatch:
 
 
 def quantized_weights(model: nn.Module) -> str | None:
-    """The name of a weight that is quantized by torchao or bitsandbytes, or the method of transformers' quantizer; None where
-    there is none."""
+    """Returns the name of a weight that is quantized by torchao or bitsandbytes, or the method of transformers'
+    quantizer; None if there is none."""
     method = getattr(model, "quantization_method", None)
     if method is not None:
         return str(getattr(method, "value", method))
@@ -118,18 +119,18 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
 
 
 class _Linear4bit(nn.Module):
-    """What a `Linear4bit` of bitsandbytes computes, from tensors alone: its weight (codes, two a byte), the largest magnitude
-    of each block, and, where these are quantized, too (double quantization), what they are made from."""
+    """Computes a bitsandbytes `Linear4bit` from tensors alone: the weight (codes, two per byte), the largest magnitude
+    of each block and, if these are quantized too (double quantization), what they are made from."""
 
     def __init__(self, layer: Any):
         super().__init__()
         state = layer.weight.quant_state
-        # An alias: on some CPUs bitsandbytes gives the layer's own parameter other data later.
+        # An alias: on some CPUs bitsandbytes later gives the layer's own parameter other data.
         self.weight = nn.Parameter(layer.weight.detach().as_subclass(Tensor), requires_grad=False)
         self.bias = layer.bias
         self.register_buffer("absmax", state.absmax)
         self.form = (state.blocksize, state.quant_type, list(state.shape), state.dtype)
-        self.compute_dtype: torch.dtype | None = layer.compute_dtype  # None: that of the input
+        self.compute_dtype: torch.dtype | None = layer.compute_dtype  # None: the input's dtype
         self.inner: tuple[int, torch.dtype] | None = None
         if state.nested:
             self.inner = (state.state2.blocksize, state.state2.dtype)
@@ -150,8 +151,9 @@ class _Linear4bit(nn.Module):
 
 @contextlib.contextmanager
 def plain_4bit_layers(model: nn.Module) -> Iterator[None]:
-    """Puts modules that a graph can show, with the same weights, in the place of bitsandbytes' 4-bit layers, and puts these
-    back. Layers that are not quantized yet, or whose weight is packed for a CPU, are left for `check_layers` to refuse."""
+    """Replaces bitsandbytes' 4-bit layers with modules that a graph can show, with the same weights, and restores them
+    afterwards. Layers that are not quantized yet, or whose weight is packed for a CPU, are left for `check_layers` to
+    refuse."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for parent in list(model.modules()):
@@ -168,8 +170,8 @@ def plain_4bit_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _check_compressed_tensors(model: nn.Module) -> None:
-    """Refuses models that compute with weights as compressed-tensors (llm-compressor) stores them: its layers unpack them in
-    Python of their own, at every call."""
+    """Refuses models that compute with weights as compressed-tensors (llm-compressor) stores them: its layers unpack
+    them in Python at every call."""
     method = getattr(model, "quantization_method", None)
     if str(getattr(method, "value", method)) != "compressed-tensors":
         return
@@ -184,7 +186,7 @@ def _check_compressed_tensors(model: nn.Module) -> None:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuses modules that a graph can't show, and models that lie on several devices."""
+    """Refuses modules that a graph can't show, and models on several devices."""
     _check_compressed_tensors(model)
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
@@ -206,10 +208,10 @@ def check_layers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes accelerate's hooks off the forwards of a dispatched model, and puts them back.
+    """Removes accelerate's hooks from the forwards of a dispatched model, and restores them afterwards.
 
-    They move inputs and weights, which the graph must not contain; a hook that does anything else is refused, and so are
-    weights that are not there between calls.
+    These hooks move inputs and weights, which the graph must not contain. A hook that does anything else is refused,
+    and so are weights that are only present during a call.
     """
     undo: list[tuple[nn.Module, Any]] = []
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from kvrewrite.cache.pages import to_device
 from kvrewrite.cache.request import exclusive
 from kvrewrite.dynamo.caches import StockState
+from kvrewrite.ir.layout import spec_of
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.lower.append import lower_append
 from kvrewrite.policies import Policy
@@ -29,20 +30,15 @@ def reason_against(program: Program, policy: Policy) -> str:
     layout = program.layout
     if not policy.rates_prompts_only:
         return f"{policy.name} scores or evicts single tokens"
-    if layout["contiguous"] or layout["length_tables"]:
+    if layout.contiguous or layout.length_tables:
         return "cached keys are rotated at every token"
-    if layout.get("quantize") or policy.merge or policy.ragged:
+    if layout.quantize or policy.merge or policy.ragged:
         return "slots are quantized, merged, or different in number from head to head"
-    if layout["states"]:
+    if layout.states:
         return "something besides slots is carried"
-    if any(not c["v_dim"] for c in layout["classes"]) or any(s.alibi or s.window or s.chunk for s in program.sites):
+    if any(not c.v_dim for c in layout.classes) or any(s.alibi or s.window or s.chunk for s in program.sites):
         return "latents, windows or ALiBi"
     return ""
-
-
-# Dimensions whose size changes from call to call, and that of the rows.
-_MOVING = {"k_pages": (0,), "v_pages": (0,), "pos_pages": (0,), "table": (1, 3), "lens": (1,), "live_slots": (0, 3)}
-_MOVING |= {"k_slots": (1, 3), "v_slots": (1, 3)}
 
 
 class AppendRunner:
@@ -52,12 +48,11 @@ class AppendRunner:
         self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
     ):
         self.model = model
-        classes = [len(c["layers"]) for c in model.program.layout["classes"]]
-        lowered = lower_append(gm, classes, dense=model.device.type != "cuda")
-        self._names = [str(n.target) for n in lowered.graph.nodes if n.op == "placeholder" and n.users]
-        for node in [n for n in lowered.graph.nodes if n.op == "placeholder" and not n.users]:
+        lowered = lower_append(gm, model.program.layout.classes, dense=model.device.type != "cuda")
+        for node in [n for n in lowered.graph.find_nodes(op="placeholder") if not n.users]:
             lowered.graph.erase_node(node)
-        self._moving = [_MOVING.get(name.rstrip("0123456789").rstrip("_"), (0,)) for name in self._names]
+        specs = [spec for n in lowered.graph.find_nodes(op="placeholder") if (spec := spec_of(n)) is not None]
+        self._names, self._moving = [s.name for s in specs], [s.moving for s in specs]
         self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
         self._gpu, self.owner = model.__dict__["_gpu"], model.owner  # for the decorators of `step`

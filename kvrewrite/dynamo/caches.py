@@ -22,7 +22,7 @@ from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.request import Request
 from kvrewrite.errors import CacheError
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, CacheClass
 from kvrewrite.ir.program import Program
 from kvrewrite.policies.base import Policy
 
@@ -35,7 +35,7 @@ class IdentityLease(Lease):
     """A lease that owns its whole store: every head has equally many pages, in the order layer, row, head. So the slots of a
     layer are one strided view."""
 
-    def __init__(self, spec: dict[str, Any], batch: int, store: PageStore):
+    def __init__(self, spec: CacheClass, batch: int, store: PageStore):
         super().__init__(spec, batch, store)
         self._dense: dict[str, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}  # pool, its slots, those of each layer
 
@@ -178,7 +178,7 @@ def state_of(tensors: list[Tensor]) -> StockState:
 def refuse_stock(program: Program, policy: Policy) -> None:
     """Raises CacheError where an ordinary DynamicCache can't hold what the policy keeps of this model."""
     reason = ""
-    windows = [w for c in program.layout["classes"] for w in c["windows"]]
+    windows = [w for c in program.layout.classes for w in c.windows]
     if policy.ragged or policy.head_pattern:
         reason = "the heads of a layer keep different numbers of slots"
     elif policy.quantize != "none":
@@ -189,7 +189,7 @@ def refuse_stock(program: Program, policy: Policy) -> None:
         reason = "the model has layers with a window, and transformers counts their tokens by what they hold"
     elif any(site.alibi for site in program.sites):
         reason = "the model has ALiBi, which transformers makes for the whole text"
-    elif program.layout["length_tables"]:
+    elif program.layout.length_tables:
         reason = (
             "the model's rotary frequencies depend on the length of the request, which a DynamicCache does not know"
         )

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr, symbol
+from kvrewrite.ir.layout import CacheClass, spec_of
 from kvrewrite.ir.value_facts import NamedSizes
 
 aten = torch.ops.aten
@@ -56,8 +57,8 @@ _INPUTS = {
     "renew": "renew", "span": "span",
 }  # fmt: skip
 _STATES = {
-    "k_tail": "state_k_tail_", "v_tail": "state_v_tail_", "qlens": "state_qlens_", "threshold": "state_merge_",
-    "past": "state_past_", "last": "state_last_logits", "k_state": "state_gate_k_", "v_state": "state_gate_v_",
+    "k_tail": "k_tail_", "v_tail": "v_tail_", "qlens": "qlens_", "threshold": "merge_",
+    "past": "past_", "last": "last_logits", "k_state": "gate_k_", "v_state": "gate_v_",
 }  # fmt: skip
 _CACHE_OPS = {
     "cached_attention", "latent_attention", "observe", "cache_update", "cache_update_quantized", "read_quantized", "read_pages",
@@ -141,7 +142,7 @@ class Place:
 
     what: str
     sizes: Sizes
-    classes: Sequence[Mapping[str, Any]] = ()
+    classes: Sequence[CacheClass] = ()
     memory: int = _LEAST_MEMORY
     _memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -184,11 +185,11 @@ class _Check:
             self.held -= sum(self._bytes(self.values[n]) for n in released.get(node, ()) if n.op == "call_function")
             if time.monotonic() > deadline:
                 raise ArtifactError(f"{self._where(node)}: the graph takes too long to look at; the file is damaged")
-        owned = {(c, i) for c, each in enumerate(self.place.classes) for i in range(len(each["layers"]))}
+        owned = {(c, i) for c, each in enumerate(self.place.classes) for i in range(len(each.layers))}
         if lacking := sorted(owned - self.updated):
             c, i = lacking[0]
             raise ArtifactError(
-                f"{self.place.what}: nothing updates the cache of layer {self.place.classes[c]['layers'][i]}; the file is damaged"
+                f"{self.place.what}: nothing updates the cache of layer {self.place.classes[c].layers[i]}; the file is damaged"
             )
         return result
 
@@ -341,12 +342,13 @@ class _Check:
                 if not _is_input(source) or source.target != _INPUTS[name]:
                     raise ArtifactError(f"{name} is {source}; expected the input {_INPUTS[name]!r}")
             elif name in ("cos", "sin"):
-                if not _is_input(source) or not str(source.target).startswith(f"rotary_{name}_"):
+                spec = spec_of(source)
+                if spec is None or spec.part != f"rotary_{name}":
                     raise ArtifactError(f"{name} is {source}; expected an input rotary_{name}_...")
             elif name in _STATES or name == "state" or name == "tail":
-                wanted = _STATES.get(name, "state_")
-                if not _is_input(source) or not str(source.target).startswith(wanted):
-                    raise ArtifactError(f"{name} is {source}; expected an input {wanted}...")
+                spec, wanted = spec_of(source), _STATES.get(name, "")
+                if spec is None or spec.kind != "state" or not spec.part.startswith(wanted):
+                    raise ArtifactError(f"{name} is {source}; expected an input state_{wanted}...")
         if base == "rotate":
             self._check_rotation(nodes)
         classes, layers = {c for c, _ in found}, {i for _, i in found if i is not None}
@@ -356,11 +358,10 @@ class _Check:
             self._check_update(base, classes.pop(), layers.pop(), values)
 
     def _class_of(self, name: str, source: Any, kinds: Sequence[str]) -> int:
-        prefix, _, number = str(getattr(source, "target", "")).rpartition("_")
-        known = _is_input(source) and prefix in kinds and number.isdigit() and int(number) < len(self.place.classes)
-        if not known:
+        spec = spec_of(source)
+        if spec is None or spec.cls is None or spec.part not in kinds:
             raise ArtifactError(f"{name} is {source}; expected an input {' or '.join(kinds)}_..., pages of the cache")
-        return int(number)
+        return spec.cls
 
     def _layer_of(self, name: str, source: Any, kind: str) -> tuple[int, int]:
         """Of a layer's part of an input that all layers share: its class, and its place there."""
@@ -370,8 +371,8 @@ class _Check:
                 f"{name} is {source}; expected a layer's part of the input {kind}_... (aten.select.int)"
             )
         c, index = self._class_of(name, source.args[0], (kind,)), source.args[2]
-        if not 0 <= index < len(self.place.classes[c]["layers"]):
-            raise ArtifactError(f"{name} is that of layer {index}, of {len(self.place.classes[c]['layers'])}")
+        if not 0 <= index < len(self.place.classes[c].layers):
+            raise ArtifactError(f"{name} is that of layer {index}, of {len(self.place.classes[c].layers)}")
         return c, index
 
     def _budget(self, source: Any) -> Any:
@@ -388,7 +389,7 @@ class _Check:
                     return budgets[index]
         if source.target is aten.full_like.default:  # unlimited: the window bounds it
             c, index = self._layer_of("keep", source.args[0], "keep")
-            if self.place.classes[c]["windows"][index]:
+            if self.place.classes[c].windows[index]:
                 return source.args[0]
         return source
 
@@ -406,17 +407,15 @@ class _Check:
     def _check_update(self, base: str, c: int, index: int, values: dict[str, Any]) -> None:
         spec = self.place.classes[c]
         if (c, index) in self.updated:
-            raise ArtifactError(f"the cache of layer {spec['layers'][index]} is updated twice")
+            raise ArtifactError(f"the cache of layer {spec.layers[index]} is updated twice")
         self.updated.add((c, index))
-        for name, width in (("k", spec["k_dim"]), ("v", spec["v_dim"])):
+        for name, width in (("k", spec.k_dim), ("v", spec.v_dim)):
             shape = values[name].shape
-            if shape[1] != spec["kv_heads"] or shape[3] != width:
-                raise ArtifactError(
-                    f"{name} is {_shown(values[name])}; the cache has {spec['kv_heads']} heads of {width}"
-                )
-        if (values["window"] or values["chunk"]) != spec["windows"][index]:
+            if shape[1] != spec.kv_heads or shape[3] != width:
+                raise ArtifactError(f"{name} is {_shown(values[name])}; the cache has {spec.kv_heads} heads of {width}")
+        if (values["window"] or values["chunk"]) != spec.windows[index]:
             raise ArtifactError(
-                f"window and chunk are {values['window']} and {values['chunk']}; the cache has pages for {spec['windows'][index]}"
+                f"window and chunk are {values['window']} and {values['chunk']}; the cache has pages for {spec.windows[index]}"
             )
 
 
@@ -440,8 +439,8 @@ def _is_own_memory(node: Any) -> bool:
     """Whether a node is an input of the runtime, or a layer's part of one, that a program may write to."""
     if isinstance(node, fx.Node) and node.target is aten.select.int:
         node = node.args[0]
-    names = (*(f"{p}_" for p in _POOLS), "lens_", "next_table_", "state_")
-    return _is_input(node) and str(node.target).startswith(names)
+    spec = spec_of(node)
+    return spec is not None and spec.written
 
 
 def _any_layer(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.ir.site import AttentionSite
 
 
@@ -17,13 +18,13 @@ class Program:
     graph: flat GraphModule; its `get_attr` targets are parameters and buffers under dotted names, each in exactly one of
     `base` (the original checkpoint's parameters and persistent buffers), `policy_weights` (what the policy inserted) and
     `constants` (tables the model computes when it is built, such as inverse frequencies, and literals in its code).
-    layout: plain JSON data that the runtime needs (cache classes, layers of each, rotary tables, limits).
+    layout: what the runtime needs (the graph's inputs, cache classes, states, rotary tables).
     policy: {"name": str, "options": dict}, plain JSON data. aliases: names of tied parameters, each to all its names.
     """
 
     graph: fx.GraphModule
     sites: list[AttentionSite]
-    layout: dict[str, Any]
+    layout: CacheLayout
     policy: dict[str, Any]
     dtype: str
     vocab_size: int

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import KeyRotation
 from kvrewrite.kernels.rotary.reference import settle
 from kvrewrite.kernels.update.reference import ranks_from_newest
 from kvrewrite.ops.dispatch import fused, unversioned
@@ -95,7 +96,7 @@ def read_rotated(
     if fused("read_rotated", k_pages):
         from kvrewrite.kernels.rotary.gather import gather
 
-        k_dense, _ = gather(k_pages, None, table, lens, rotary=positions, cos=cos, sin=sin, partner=partner, half=half)
+        k_dense, _ = gather(k_pages, None, table, lens, KeyRotation(positions, cos, sin, partner, half))
         assert k_dense is not None
         return k_dense
     return torch.ops.kvrewrite.rotate(pages.read(k_pages, table), cos, sin, positions, partner)

@@ -12,7 +12,7 @@ from torch import fx
 
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import op_args, shape_of, tensor_of
-from kvrewrite.ir.layout import InputSpec, state_input
+from kvrewrite.ir.layout import InputSpec, State
 from kvrewrite.ir.projections import projections
 from kvrewrite.ir.site import AttentionSite
 
@@ -43,7 +43,7 @@ class SiteInputs:
     observed: Callable[[], dict[str, Any]]  # what `observe` takes of the site's first reader, by name
     k_dense: fx.Node | None
     memo: dict[str, Any]
-    states: dict[str, dict[str, Any]]
+    states: dict[str, State]
     add_input: Callable[[InputSpec], fx.Node]
     logits: fx.Node | None = None
     unrotated_query: Callable[[SiteHook], fx.Node] | None = None  # adds the queries without their rotation
@@ -169,8 +169,8 @@ class SiteHook:
         with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
         states = self.inputs.states
         if name not in states:
-            states[name] = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": per_token}
-            self.inputs.memo[f"state {name}"] = self.inputs.add_input(state_input(name, shape, dtype, per_token))
+            states[name] = State(name, list(shape), dtype, per_token)
+            self.inputs.memo[f"state {name}"] = self.inputs.add_input(states[name].spec)
         return self.inputs.memo[f"state {name}"]
 
     @property

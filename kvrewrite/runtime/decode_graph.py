@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.pages import Lease, scheme_of, to_device
+from kvrewrite.cache.pages import Lease, to_device
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.fx import is_op
-from kvrewrite.ir.layout import PAGE
+from kvrewrite.ir.layout import PAGE, spec_of
 from kvrewrite.ir.program import Program
 from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.ops.dispatch import fused
@@ -44,14 +44,14 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
     """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
     if policy.merge:
         return "merging asks the device how many slots go"
-    scheme = scheme_of(program.layout)
-    if scheme is not None and program.layout["contiguous"]:
+    scheme = program.layout.scheme
+    if scheme is not None and program.layout.contiguous:
         return f"{policy.name} rotates cached keys by their rank, and their codes can't be rotated"
     if scheme is not None and device.type == "cuda":
         # What the reference writes depends on what it reads, which a captured graph can't do.
         sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
-        for spec in program.layout["classes"]:
-            why = why_not(scheme, spec["k_dim"], spec["v_dim"])
+        for spec in program.layout.classes:
+            why = why_not(scheme, spec.k_dim, spec.v_dim)
             if not fused("cache_update_quantized", sample, why):
                 why = why or f"not in {program.dtype}, or kernels are off"
                 return f"there is no kernel for the update of this quantized cache ({why})"
@@ -62,7 +62,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
 
 def settles(program: Program, policy: Policy) -> bool:
     """Whether ranks are frozen while decoding, so that keys can lie rotated in their pages."""
-    return bool(program.layout["contiguous"]) and not policy.renews_ranks_in_decoding
+    return program.layout.contiguous and not policy.renews_ranks_in_decoding
 
 
 class Settling:
@@ -76,8 +76,10 @@ class Settling:
             if is_op(node, ops.rotate.default):
                 _, cos, _, positions, partner = node.args
                 table = positions.args[1]
-                cache_class = int(str(table.args[0].target).rsplit("_", 1)[1])
-                site = (cache_class, int(table.args[2]), int(str(cos.target).rsplit("_", 1)[1]), str(partner.target))
+                cache, rotation = spec_of(table.args[0]), spec_of(cos)
+                assert cache is not None and cache.cls is not None and rotation is not None
+                assert rotation.rotation is not None
+                site = (cache.cls, int(table.args[2]), rotation.rotation, str(partner.target))
                 if site not in self.sites:
                     self.sites.append(site)
 
@@ -200,8 +202,8 @@ class _Step:
         rows = {name: (wide if name in WIDE else narrow)[i] for i, name in enumerate(self.rows.names)}
         limit = self.runner.model.program.max_positions
         inputs = {"input_ids": self.ids, **self.fixed, **row_inputs(rows, limit)}
-        for spec, state in zip(self.runner.model.program.layout["states"], self.states, strict=True):
-            inputs[f"state_{spec['name']}"] = state
+        for spec, state in zip(self.runner.model.program.layout.states, self.states, strict=True):
+            inputs[spec.input] = state
         layers: dict[str, Any] = {}
         for c, (table, lens, keep) in enumerate(zip(self.tables, self.lens, self.keeps)):
             layers[f"table_{c}"], layers[f"keep_{c}"] = table.unbind(0), keep.unbind(0)
@@ -269,7 +271,7 @@ class DecodeRunner:
     ):
         self.model, self.capture, self.captures = model, capture, 0
         self.settles = settles(model.program, model.policy)
-        self.settling = Settling(model) if model.program.layout["contiguous"] else None
+        self.settling = Settling(model) if model.program.layout.contiguous else None
         self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
         self.sources = self.execution.partition.sources
         self._steps: dict[int, _Step] = {}
@@ -304,7 +306,7 @@ class DecodeRunner:
 
     def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
-        contiguous = self.model.program.layout["contiguous"]
+        contiguous = self.model.program.layout.contiguous
         anew = contiguous and not self.settles
         following = list(cache.length) if anew else cache.next_rotary
         step.rows.send(row_numbers(self.model.program.layout, cache, segments, following))

@@ -30,7 +30,7 @@ from kvrewrite.runtime.parts import dynamic_sizes
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
 
-LENGTHS = (150, 230)  # tokens of two example prompts, more than two pages of slots; sizes that differ are dynamic
+LENGTH = 150  # tokens of the example prompt, more than two pages of slots; sizes that may differ are dynamic
 NAMES = ("prefill", "decode")
 LISTING = "steps.json"
 
@@ -171,22 +171,21 @@ def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps
         raise InputError(f"batch_size is {batch_size!r}, expected a whole number from 1 on")
     if not model.on_one_device:
         raise InputError("a model on several devices can't be exported; load it on one")
-    first = _record(model, batch_size, 0)
-    second = _record(model, batch_size + (batch_size > 1), 1)
+    examples = _record(model, batch_size)
     programs: dict[str, Any] = {}
     inputs: dict[str, list[dict[str, Any]]] = {}
     for name in NAMES:
-        programs[name], inputs[name] = _export(model, name, first[name], second[name])
+        programs[name], inputs[name] = _export(model, name, examples[name])
     return ExportedSteps(**programs, inputs=inputs, batch_size=batch_size, policy=model.program.policy)
 
 
-def _record(model: RewrittenModel, rows: int, which: int) -> dict[str, dict[str, Tensor]]:
+def _record(model: RewrittenModel, rows: int) -> dict[str, dict[str, Tensor]]:
     """The inputs of the segment of a prompt with the largest page table, and of the token behind it, as before the step."""
-    limit = min(LENGTHS[1], (model.program.max_positions or LENGTHS[1]) - 1)
-    length = min(LENGTHS[which], limit) if limit > LENGTHS[0] else limit - (limit // 3 if which == 0 else 0)
+    limit = (model.program.max_positions or 2 * LENGTH) - 1
+    length = LENGTH if limit > LENGTH else limit - limit // 3
     if model.policy.name == "full" and isinstance(model.policy.budget, int):
         length = min(length, model.policy.budget - 1)
-    names = model.program.layout["inputs"]
+    names = model.program.layout.input_names
     found: list[dict[str, Tensor]] = []
 
     def record(values: dict[str, Tensor], logits: bool = True) -> Tensor:
@@ -200,47 +199,31 @@ def _record(model: RewrittenModel, rows: int, which: int) -> dict[str, dict[str,
         ids = torch.arange(rows * (length + 1), device=model.device).reshape(rows, -1) % model.program.vocab_size
         cache = model.new_cache(rows)
         model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
-        widest = max((v for v in found if v["input_ids"].shape[1] > 1), key=_table_width)
+        tables = [spec.name for spec in model.program.layout.inputs if spec.part == "table"]
+        prompt = [values for values in found if values["input_ids"].shape[1] > 1]
+        widest = max(prompt, key=lambda values: max(values[name].shape[-1] for name in tables))
         model(ids[:, length:], past_key_values=cache, logits_to_keep=1)
     finally:
         model.__dict__.update(_execution=before[0], _decoder=before[1])
     return {"prefill": widest, "decode": found[-1]}
 
 
-def _table_width(values: dict[str, Tensor]) -> int:
-    return max(value.shape[-1] for name, value in values.items() if name.startswith("table_"))
-
-
-def _moving(name: str, a: Tensor, b: Tensor) -> list[int]:
-    """Dimensions of an input that are no constants: those that differ in two examples, and what a cache's size decides."""
-    dims = {d for d in range(a.dim()) if a.shape[d] != b.shape[d]}
-    if "_pages_" in name or name.startswith("rotary_"):
-        dims.add(0)
-    if name in ("input_ids", "positions", "position_ids", "span"):
-        dims.add(1)
-    if name.startswith("table_"):
-        dims.add(a.dim() - 1)
-    return sorted(d for d in dims if a.shape[d] > 1)
-
-
-def _export(
-    model: RewrittenModel, what: str, first: dict[str, Tensor], second: dict[str, Tensor]
-) -> tuple[Any, list[dict[str, Any]]]:
+def _export(model: RewrittenModel, what: str, example: dict[str, Tensor]) -> tuple[Any, list[dict[str, Any]]]:
     listed = [
         {
             "name": name,
             "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
-            "moving": _moving(name, value, second[name]),
+            "moving": [d for d in spec.moving if value.shape[d] > 1],
         }
-        for name, value in first.items()
+        for spec, (name, value) in zip(model.program.layout.inputs, example.items(), strict=True)
     ]
     auto = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(entry["moving"], auto) for entry in listed)  # type: ignore[attr-defined]
     with torch.no_grad(), dynamic_sizes():
         try:
             program = torch.export.export(
-                model.graph_module, tuple(first.values()), dynamic_shapes=shapes, strict=False
+                model.graph_module, tuple(example.values()), dynamic_shapes=shapes, strict=False
             )
         except Exception as error:  # torch.export raises many types
             summary = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from kvrewrite.cache.request import Request
 from kvrewrite.cache.slot_plan import walk
 from kvrewrite.errors import CacheError, InputError
+from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.policies import Policy, RowState, Segment
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def no_room(model: RewrittenModel, cache: Request, row: int, count: int, decodin
 
 def _reach(model: RewrittenModel, cache: Request, row: int, count: int, decoding: bool) -> int:
     """One more than the largest position that `count` new tokens of a row will have."""
-    if not model.program.layout["contiguous"]:
+    if not model.program.layout.contiguous:
         return cache.seen[row] + count
     if decoding and cache.settled[row] and not model.policy.renews_ranks_in_decoding:
         return cache.next_rotary[row] + count
@@ -137,7 +138,7 @@ def _reach(model: RewrittenModel, cache: Request, row: int, count: int, decoding
 
 # -- inputs of the graph ---------------------------------------------------------------------------------------------
 def row_numbers(
-    layout: Any, cache: Request, segments: Sequence[Segment | None], following: list[int]
+    layout: CacheLayout, cache: Request, segments: Sequence[Segment | None], following: list[int]
 ) -> dict[str, list[int]]:
     """What the host tells the graph about each row. positions: that of its first new token in the text; following: the one that
     its key is rotated by (contiguous positions); valid: new tokens; recent: newest slots that are protected; and the policy's own
@@ -147,9 +148,9 @@ def row_numbers(
         "valid": [s.length if s else 0 for s in segments],
         "recent": [s.recent if s else 0 for s in segments],
     }
-    if layout["contiguous"]:
+    if layout.contiguous:
         numbers["following"] = following
-    for name in layout["row_inputs"]:
+    for name in layout.row_inputs:
         numbers[name] = [s.values.get(name, 0) if s else 0 for s in segments]
     return numbers
 

@@ -17,14 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
-from kvrewrite.cache.pages import PageStore, scheme_of
+from kvrewrite.cache.pages import PageStore
 from kvrewrite.cache.request import Owner, exclusive
 from kvrewrite.capture.third_party import AdapterWatch
 from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import failures_named
 from kvrewrite.ir.program import Program
-from kvrewrite.ir.serialize import graph_from_dict, retarget_device
+from kvrewrite.ir.serialize import retarget_device
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
@@ -109,15 +109,12 @@ class RewrittenModel(nn.Module, Generation):
         # Not submodules: they are the same graph.
         self.__dict__.update(dict.fromkeys(RUNTIME))
         # Tables that the compiler made lie on the CPU.
-        if self.on_one_device:
+        if program.layout.devices is None:
             self.graph_module.to(self.device)
         else:
-            self.__dict__["_staged"] = Staged(self.graph_module, program.layout["devices"])
+            self.__dict__["_staged"] = Staged(self.graph_module, program.layout.devices)
         self._note_gpu()
-        self._rotary_graphs: list[Any] = []
-        for entry in program.layout["rotary"]:
-            tensors = {n: get_attr(self.graph_module, n).to(self.device) for n in entry["constants"]}
-            self._rotary_graphs.append(graph_from_dict(entry["graph"], tensors, self.device))
+        self._rotary_graphs: list[Any] = [r.module(self.graph_module, self.device) for r in program.layout.rotary]
         self.eval()
 
     # -- copies --------------------------------------------------------------------------------------------------
@@ -146,8 +143,9 @@ class RewrittenModel(nn.Module, Generation):
     @property
     def device(self) -> torch.device:
         """The device of the parameters; of a model on several, that of the inputs and the logits."""
-        if not self.on_one_device:
-            return torch.device(self.program.layout["devices"]["inputs"])
+        devices = self.program.layout.devices
+        if devices is not None:
+            return torch.device(devices.inputs)
         return next(self.graph_module.parameters()).device
 
     def _note_gpu(self) -> None:
@@ -158,7 +156,7 @@ class RewrittenModel(nn.Module, Generation):
     @property
     def on_one_device(self) -> bool:
         """Whether all layers and their caches lie on one device."""
-        return "devices" not in self.program.layout
+        return self.program.layout.devices is None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -307,10 +305,9 @@ class RewrittenModel(nn.Module, Generation):
             return None
         if self.__dict__["_stores"] is None:
             layout = self.program.layout
-            scheme = scheme_of(layout)
             self.__dict__["_stores"] = [
-                PageStore(spec["k_dim"], spec["v_dim"], self.dtype, self.device, scheme, lasting=True)
-                for spec in layout["classes"]
+                PageStore(spec.k_dim, spec.v_dim, self.dtype, self.device, layout.scheme, lasting=True)
+                for spec in layout.classes
             ]
         stores: list[PageStore] = self.__dict__["_stores"]
         return stores
@@ -358,19 +355,19 @@ class RewrittenModel(nn.Module, Generation):
     def length_tables(self, max_length: int | None) -> dict[str, Tensor]:
         """Rotary frequencies for requests of up to `max_length` tokens (None: as long as the model goes)."""
         tables = {}
-        for table in self.program.layout["length_tables"]:
-            kind = "short" if max_length is not None and max_length <= table["threshold"] else "long"
-            found = get_attr(self.graph_module, f"length_tables.{table['index']}.{kind}")
-            tables[table["input"]] = found.to(self.device)  # those of a model on several devices lie on the CPU
+        for table in self.program.layout.length_tables:
+            kind = "short" if max_length is not None and max_length <= table.threshold else "long"
+            found = get_attr(self.graph_module, f"length_tables.{table.index}.{kind}")
+            tables[table.input] = found.to(self.device)  # those of a model on several devices lie on the CPU
         return tables
 
     def make_rotary(self, length: int, tables: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """cos and sin (length, D) of each rotation."""
         positions = torch.arange(length, device=self.device)
         made = []
-        for graph, entry in zip(self._rotary_graphs, self.program.layout["rotary"]):
+        for graph, entry in zip(self._rotary_graphs, self.program.layout.rotary):
             with failures_named(self.source):
-                made.append(graph(positions, *(tables[name] for name in entry["length_tables"])))
+                made.append(graph(positions, *(tables[name] for name in entry.length_tables)))
         return made
 
     def _check_cache(self, cache: Any, batch: int | None) -> None:
@@ -524,7 +521,7 @@ class RewrittenModel(nn.Module, Generation):
     @property
     def cache_owners(self) -> int:
         """How many layers own a cache."""
-        return sum(len(spec["layers"]) for spec in self.program.layout["classes"])
+        return self.program.layout.owners
 
     def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
         """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show it."""
@@ -551,9 +548,9 @@ class RewrittenModel(nn.Module, Generation):
             return prefill
         return f"transform with chunk=1 (every token then sees what was kept before it), or {prefill}"
 
-    def run_graph(self, given: dict[str, Tensor], cache: EvictionCache, logits: bool) -> Tensor | None:
+    def run_graph(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:
         """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be None."""
-        given = {name: given[name] for name in self.program.layout["inputs"]}
+        given = {name: given[name] for name in self.program.layout.input_names}
         execution: Execution | None = self.__dict__["_execution"]
         prefill = self.prefill_runner
         if execution is None:
@@ -563,9 +560,7 @@ class RewrittenModel(nn.Module, Generation):
             return out
         if prefill is None or logits:
             return execution(given, logits=logits)
-        pools = {f"{name}_{c}" for c, lease in enumerate(cache.leases) for name in lease.store.shapes}
-        tables = {name for name in given if name.startswith("rotary_")} | cache.length_tables.keys()
-        prefill(given, pools, tables)
+        prefill(given)
         return None
 
     # -- saving --------------------------------------------------------------------------------------------------

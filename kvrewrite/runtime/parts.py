@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.ir.layout import Devices
 from kvrewrite.passes.insert.devices import DEVICE
 from kvrewrite.passes.lower.partition import Partition, partition, without_result
 
 T = TypeVar("T")
-WRITTEN = ("lens_", "next_table_")  # inputs with a part for each layer that the program writes to
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ class Execution:
     def __call__(
         self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None, logits: bool = True
     ) -> Tensor | None:
-        """inputs: what `layout["inputs"]` of the program names. layers: what each layer has of inputs that all share, where
+        """inputs: what the layout of the program names. layers: what each layer has of inputs that all share, where
         that is there already. logits: whether they are wanted; without them the result is None, and nothing is computed that
         only they need."""
         program = self.partition if logits else self.silent
@@ -120,7 +120,7 @@ class Execution:
                     del values[name]
         if self._marks:
             for source, written in copies.items():
-                if source.startswith(WRITTEN):
+                if program.inputs[source].written:
                     inputs[source].copy_(torch.stack(list(written)))
         return None if program.result is None else values[program.result]
 
@@ -149,8 +149,8 @@ class Staged(fx.Interpreter):
     devices: of the program's layout; attributes that it names (tables, policy weights) are moved there first.
     """
 
-    def __init__(self, gm: fx.GraphModule, devices: Mapping[str, Any]):
-        for name, device in devices["attributes"].items():
+    def __init__(self, gm: fx.GraphModule, devices: Devices):
+        for name, device in devices.attributes.items():
             value = get_attr(gm, name)
             moved = value.to(device)
             if isinstance(value, nn.Parameter):

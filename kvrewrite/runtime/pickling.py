@@ -7,25 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.ir.layout_file import layout_to_dict, read_layout
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import graph_from_dict, graph_to_dict
 
 
 def program_state(program: Program) -> dict[str, Any]:
     """A program without its graph module: plain data and tensors. Raises ArtifactError where the graph can't be written."""
-    if "devices" in program.layout:
+    if program.layout.devices is not None:
         raise ArtifactError("a model on several devices can't be pickled: transfers between them are part of its graph")
     names = [*program.base, *program.policy_weights, *program.constants]
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
     tensors: dict[str, Tensor] = {
         name: get_attr(program.graph, name) for name in dict.fromkeys([*names, *sorted(read)])
     }
-    fields = {name: value for name, value in vars(program).items() if name != "graph"}
-    return {"fields": fields, "graph": graph_to_dict(program.graph), "tensors": tensors}
+    fields = {name: value for name, value in vars(program).items() if name not in ("graph", "layout")}
+    plain = {"graph": graph_to_dict(program.graph), "layout": layout_to_dict(program.layout, program.graph)}
+    return {"fields": fields, **plain, "tensors": tensors}
 
 
 def program_of(state: dict[str, Any]) -> Program:
@@ -35,4 +38,7 @@ def program_of(state: dict[str, Any]) -> Program:
     read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     for name in tensors.keys() - read:  # tables that the runtime reads and no node does
         set_attr(graph, name, tensors[name])
-    return Program(graph=graph, **state["fields"])
+    dtype = getattr(torch, state["fields"]["dtype"])
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    layout = read_layout(state["layout"], graph, dtype, device, "the pickled model")
+    return Program(graph=graph, layout=layout, **state["fields"])

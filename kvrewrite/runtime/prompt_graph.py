@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.cache.pages import scheme_of
+from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.program import Program
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.policies import Policy
 from kvrewrite.runtime import decode_graph
-from kvrewrite.runtime.parts import WRITTEN, Execution, record_graph
+from kvrewrite.runtime.parts import Execution, record_graph
 
 KEPT = 8  # shapes whose buffers and graphs are kept; the one that was not used for longest goes first
 
@@ -31,7 +31,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
     """Why chunks of this program are not captured; "" where they are. What speaks against captured tokens does here, too."""
     if reason := decode_graph.reason_against(program, policy, device):
         return reason
-    if scheme_of(program.layout) is not None:
+    if program.layout.quantize is not None:
         return "what is coded anew in a quantized cache is looked up on the host"
     sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
     if device.type == "cuda" and not fused("cache_update", sample):
@@ -65,10 +65,10 @@ class _Chunk:
             if name in tables:
                 self.held[name] = weakref.ref(x)
 
-    def give_back(self, given: Mapping[str, Tensor]) -> None:
+    def give_back(self, given: Mapping[str, Tensor], specs: Mapping[str, InputSpec]) -> None:
         """Copies what the chunk has written, but for the pools, to where the caller has it."""
         for name, x in given.items():
-            if name.startswith((*WRITTEN, "state_")):
+            if specs[name].written:
                 x.copy_(self.buffers[name])
 
 
@@ -78,6 +78,9 @@ class PrefillRunner:
 
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0
+        self._specs = execution.partition.inputs
+        self._pools = {name for name, spec in self._specs.items() if spec.kind == "pool"}
+        self._tables = {name for name, spec in self._specs.items() if spec.kind in ("rotary", "length_table")}
         self._chunks: OrderedDict[Any, _Chunk] = OrderedDict()
         # Chunks run one at a time and leave nothing in their memory: they share it.
         self._memory: torch.cuda.MemPool | None = None
@@ -87,12 +90,11 @@ class PrefillRunner:
         """Names of inputs that the program reads."""
         return self.execution.silent.sources
 
-    def __call__(self, inputs: Mapping[str, Tensor], pools: Set[str], tables: Set[str]) -> None:
-        """One chunk of every row. inputs: as `Execution` takes them; pools: names of those that lie in the model's pools;
-        tables: names of those that are never written to."""
+    def __call__(self, inputs: Mapping[str, Tensor]) -> None:
+        """One chunk of every row. inputs: as `Execution` takes them."""
         needed = self._sources & inputs.keys()
-        given = {name: inputs[name] for name in sorted(needed - pools)}
-        fixed = {name: inputs[name] for name in sorted(needed & pools)}
+        given = {name: inputs[name] for name in sorted(needed - self._pools)}
+        fixed = {name: inputs[name] for name in sorted(needed & self._pools)}
         first = {id(x): name for name, x in reversed(given.items())}
         shape = tuple((name, first[id(x)], x.shape, x.stride(), x.dtype) for name, x in given.items())
         known = self._chunks.pop(shape, None)
@@ -102,7 +104,7 @@ class PrefillRunner:
         self._chunks[shape] = chunk
         if len(self._chunks) > KEPT:
             self._chunks.popitem(last=False)
-        chunk.fill(given, tables)
+        chunk.fill(given, self._tables)
         if self.capture and known is not None:
             if chunk.graph is None:
                 chunk.graph = self._captured({**fixed, **chunk.buffers})
@@ -110,7 +112,7 @@ class PrefillRunner:
         else:
             # From the buffers, too: whatever is compiled for them is there when they are captured.
             self.execution({**fixed, **chunk.buffers}, logits=False)
-        chunk.give_back(given)
+        chunk.give_back(given, self._specs)
 
     def _captured(self, inputs: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
         if self._memory is None:

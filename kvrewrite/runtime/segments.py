@@ -80,7 +80,7 @@ class SegmentedCall:
         """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
         each row. None where no logits are wanted, and what runs the graph can do without them."""
         cache, renew = self.cache, None
-        if self.model.program.layout["contiguous"]:
+        if self.model.program.layout.contiguous:
             always = self.model.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
             renew = [always or not (d and settled) for d, settled in zip(self.tokens.decoding, cache.settled)]
@@ -92,7 +92,7 @@ class SegmentedCall:
             cache.settled = [d if n else s for d, n, s in zip(self.tokens.decoding, plan.tokens, cache.settled)]
             inputs["renew"] = to_device(torch.tensor(renew), cache.device)
         inputs.update(self._inputs(segments, parts, wanted))
-        out = self.model.run_graph(inputs, cache, logits=any(wanted))
+        out = self.model.run_graph(inputs, logits=any(wanted))
         cache.commit(plan)
         return out
 
@@ -114,7 +114,7 @@ class SegmentedCall:
         picks = max(1, max(len(w) for w in wanted))
         inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)
         begins = cache.seen
-        if program.layout["contiguous"]:
+        if program.layout.contiguous:
             begins = cache.next_rotary
             # The same for all chunks of a prompt, and for prompts that are about as long: captured chunks ask for one shape.
             reach = max(max(self.totals), max(cache.seen) + longest)

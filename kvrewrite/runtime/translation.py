@@ -160,11 +160,11 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
             made = torch.empty(0, dtype=torch.float64) if isinstance(made, ThinProduct) else made
             set_attr(root, name, nn.Parameter(made, requires_grad=False) if made.is_floating_point() else made)
     root.register_parameter("kvrewrite_device", nn.Parameter(torch.empty(0, dtype=torch.float64), requires_grad=False))
-    layout = {k: v for k, v in program.layout.items() if k != "devices"}
-    layout["states"] = [
-        {**state, "dtype": str(widen(getattr(torch, state["dtype"]))).removeprefix("torch.")}
-        for state in layout["states"]
+    states = [
+        dataclasses.replace(state, dtype=str(widen(getattr(torch, state.dtype))).removeprefix("torch."))
+        for state in program.layout.states
     ]
+    layout = dataclasses.replace(program.layout, states=states, devices=None)
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
     model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
     model.__dict__["_execution"] = _Run(Evaluator(program.graph.graph, program.graph, stand_ins))

@@ -1,9 +1,9 @@
-"""Evaluating a graph for some tokens of a long text without evaluating it for all of them.
+"""Evaluates a graph for chosen tokens of a long text without evaluating it for all of them.
 
-A subgraph keeps positions apart where what it gives for one token or one pair of tokens follows from these tokens and their
-positions. Then it can be evaluated for chosen positions alone: arrays over the sequence hold the entries of these. `why_not` says
-whether each op is such; `special` evaluates those to which the positions matter. An axis over the sequence may have more entries
-after it (columns of sinks), never before it.
+A subgraph keeps positions apart if its result for one token, or one pair of tokens, depends only on these tokens and
+their positions. Then it can be evaluated for chosen positions alone: arrays over the sequence hold only their entries.
+`why_not` checks each op; `special` evaluates the ops to which positions matter. An axis over the sequence may have more
+entries after it (columns of attention sinks), never before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FACTORIES = {
     "ones", "zeros", "full", "empty", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros",
     "new_full", "new_empty",
 }  # fmt: skip
-# Where each axis of the result is one of the argument's, or new.
+# Each axis of the result is one of the argument's, or new.
 AXES = {
     "permute",
     "transpose",
@@ -53,9 +53,9 @@ class Axes:
         self.lengths = {symbol(shape_of(n)[1]) for n in inputs} | {captured.length_symbol}
 
     def axis(self, size: Any) -> int | None:
-        """How many entries an axis has besides those of the sequence; None where it does not hold the sequence.
+        """Returns the number of entries that an axis has besides the sequence; None if it does not hold the sequence.
 
-        Raises ValueError where it holds it in another way.
+        Raises ValueError if it holds the sequence in another way.
         """
         expr = symbol(size)
         free: set[Any] = getattr(expr, "free_symbols", set()) & self.lengths
@@ -92,7 +92,7 @@ def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 
 def why_not(captured: Captured, nodes: Iterable[fx.Node]) -> str | None:
-    """Why `nodes`, and what they need, can't be evaluated for chosen positions alone; None where they can."""
+    """The reason why `nodes` and their inputs can't be evaluated for chosen positions alone, or None."""
     axes = Axes(captured)
     for node in sorted(nodes):
         if node.op == "get_attr" or is_size(node) or (node.op == "placeholder" and node.target == "position_ids"):
@@ -109,7 +109,8 @@ def why_not(captured: Captured, nodes: Iterable[fx.Node]) -> str | None:
 
 
 def _is_apart(axes: Axes, node: fx.Node) -> bool:
-    """Whether the op of `node` keeps positions apart. Raises ValueError where an axis holds the sequence in another way."""
+    """Whether the op of `node` keeps positions apart. Raises ValueError if an axis holds the sequence in another
+    way."""
     name = _name(node)
     own = axes.axes(node)
     read = [n for n in node.all_input_nodes if tensor_of(n) is not None]
@@ -171,7 +172,7 @@ def _dim(node: fx.Node, source: fx.Node, dim: Any) -> int | None:
 
 
 def _marked(axes: Axes, node: fx.Node) -> list[tuple[Any, Any]]:
-    """The axes over the sequence, each with the number of elements from one of its entries to the next."""
+    """Returns the axes over the sequence, each with its stride in elements."""
     found = []
     step: Any = sympy.Integer(1)
     for size in reversed(shape_of(node)):
@@ -182,7 +183,7 @@ def _marked(axes: Axes, node: fx.Node) -> list[tuple[Any, Any]]:
 
 
 def _arange_start(axes: Axes, node: fx.Node) -> Any:
-    """The first number of an arange by ones that has one for each token, or of one of constant size; None of others."""
+    """Returns the start of an arange with step 1 and one entry per token, or of constant size; None for others."""
     numbers = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
     start, end, step = [*numbers, 1][:3] if len(numbers) > 1 else (0, numbers[0], 1)
     more = axes.axis(shape_of(node)[0])
@@ -193,8 +194,8 @@ def _arange_start(axes: Axes, node: fx.Node) -> Any:
 
 
 def _slice_start(axes: Axes, node: fx.Node) -> Any:
-    """Where a slice begins that takes a constant part of a constant axis, from it an entry for each token, or the whole sequence;
-    None of others."""
+    """Returns the start of a slice that takes a constant part of a constant axis, one entry per token from there on, or
+    the whole sequence; None for others."""
     source: Any = node.args[0]
     dim = _dim(node, source, _argument(node, 1, "dim", 0))
     assert dim is not None
@@ -207,14 +208,14 @@ def _slice_start(axes: Axes, node: fx.Node) -> Any:
 
 
 def _cat_adds_columns(axes: Axes, node: fx.Node) -> bool:
-    """Whether what is put together has no sequence on that axis, or has it first."""
+    """Whether no tensor has the sequence on the concatenated axis, or only the first has it."""
     parts: Any = node.args[0]
     dim = _dim(node, node, _argument(node, 1, "dim", 0))
     return not any(axes.has_sequence(part, dim) for part in parts[1:])
 
 
 def _pad_adds_columns(axes: Axes, node: fx.Node) -> bool:
-    """Whether nothing is put before the sequence, and nothing of it is taken away."""
+    """Whether a padding adds nothing before the sequence and removes nothing of it."""
     source, pad = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(pad, (list, tuple))
     rank = len(shape_of(source))
@@ -228,7 +229,7 @@ def _pad_adds_columns(axes: Axes, node: fx.Node) -> bool:
 
 
 def _is_uniform(node: fx.Node) -> bool:
-    """Whether all entries of `node` are the same number, by how it is made."""
+    """Whether all entries of `node` are the same number, judging by the ops that make it."""
     name = _name(node)
     if name in FACTORIES:
         return "empty" not in name
@@ -238,8 +239,8 @@ def _is_uniform(node: fx.Node) -> bool:
 
 
 def special(axes: Axes, node: fx.Node, args: tuple[Any, ...], dtype: torch.dtype, positions: Tensor) -> Tensor | None:
-    """The value of an op to which positions matter, None of others. args: its arguments' values for `positions` (n,), in which
-    sizes are those of the whole text; dtype: of the result."""
+    """Returns the value of an op to which positions matter, None for others. args: the values of its arguments at
+    `positions` (n,); sizes among them are those of the whole text. dtype: the result's."""
     name = _name(node)
     if name == "arange" and axes.has_sequence(node):
         return (positions + (args[0] if len(args) > 1 else 0)).to(dtype)
@@ -260,7 +261,7 @@ def special(axes: Axes, node: fx.Node, args: tuple[Any, ...], dtype: torch.dtype
         return (args[0] * counts).to(dtype)  # type: ignore[no-any-return]
     if name in ("tril", "triu") and axes.has_sequence(node, len(shape_of(node)) - 1):
         diagonal = _argument(node, 1, "diagonal", 0) if len(args) < 2 else args[1]
-        ahead = positions - positions[:, None]  # of a key, how far it is ahead of the query
+        ahead = positions - positions[:, None]  # how far a key is ahead of the query
         kept = ahead <= diagonal if name == "tril" else ahead >= diagonal
         return torch.where(kept, args[0], torch.zeros((), dtype=args[0].dtype))
     return None

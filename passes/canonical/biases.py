@@ -1,4 +1,4 @@
-"""What is added to scores, found by evaluating it: a mask, ALiBi or another bias by head, or something unknown."""
+"""Finds what is added to scores by evaluating it: a mask, ALiBi, another bias per head, or something unknown."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from kvrewrite.passes.canonical.operands import NoAttention
 from kvrewrite.passes.canonical.probe import MASKED, Probe, ProbeError, integers_in, seen_in
 
 MIN_LENGTH, MAX_LENGTH = 24, 8192
-USUAL_LENGTH = 2048  # of a mask's probe
-MOST_SHARED = 64  # tokens of a probe that layers share
-USUAL_SCORES = 1 << 24  # elements that such a probe may have
-NEAR_SCORES = 1 << 22  # where larger distances are looked at besides
+USUAL_LENGTH = 2048  # tokens of a mask's probe
+MOST_SHARED = 64  # a probe of at most so many tokens is shared by layers
+USUAL_SCORES = 1 << 24  # most elements of the scores in such a probe
+NEAR_SCORES = 1 << 22  # the same if larger distances are compared too
 LARGEST_WINDOW = 1 << 24  # larger integers are what masks fill in
-MAX_SCORES = 1 << 29  # elements of a score tensor that a probe may make
+MAX_SCORES = 1 << 29  # most elements of a score tensor in a probe
 TOLERANCE = 1e-6
 
 
 @dataclass
 class Bias:
-    """What is added to the scores: a mask, and ALiBi slopes or None; sinks are values of extra columns or None.
+    """What is added to the scores: a mask, and ALiBi slopes or None; sinks: the values of extra columns (attention
+    sinks) or None.
 
-    by_head: (window, chunk) of each head, where they differ; window and chunk are 0 then.
+    by_head: (window, chunk) per head if they differ; window and chunk are 0 then.
     """
 
     window: int
@@ -52,11 +53,12 @@ class Bias:
 
 
 def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | None = None) -> Bias:
-    """What `added` (B, H, n, n or n + 1) is: a known mask, plus nothing or ALiBi, plus sinks in the extra column.
+    """Classifies `added` (B, H, n, n or n + 1): a known mask, plus nothing or ALiBi, plus attention sinks in the extra
+    column.
 
-    positions: of the tokens, ascending from 0, as `classify_mask` needs them; by default all of a text. slopes: ALiBi's (H,),
-    where they are known: far from a token it falls below what masks fill in.
-    Softmax ignores what is added to a whole row, so everything is taken relative to each token's view of itself.
+    positions: of the tokens, ascending from 0, as `classify_mask` needs them; default: all of a text. slopes: ALiBi's
+    (H,), if known: far from a token, ALiBi falls below the values that masks fill in. Softmax ignores a constant added
+    to a whole row, so everything is relative to what each query adds to its own token.
     """
     length = added.shape[2]
     positions = torch.arange(length) if positions is None else positions
@@ -84,7 +86,8 @@ def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | No
 
 
 def _relative(added: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the scores (B, H, n, n), less what each query's own token gets; and that (B, H, n, 1)."""
+    """Returns what is added to the scores (B, H, n, n), minus what each query adds to its own token, and that (B, H, n,
+    1)."""
     added = added[..., : added.shape[2]]
     own = added.diagonal(dim1=-2, dim2=-1)[..., None]
     if not bool((own > MASKED).all()):
@@ -93,7 +96,7 @@ def _relative(added: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seen(bias: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
-    """What of a bias (H, n, n) is not masked, beside ALiBi with these slopes."""
+    """Returns which entries of a bias (H, n, n) are not masked, given ALiBi with these slopes."""
     if slopes is not None:
         distance = (positions[:, None] - positions).clamp(min=0)
         bias = bias + slopes.to(bias.dtype)[:, None, None] * distance
@@ -101,14 +104,15 @@ def _seen(bias: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
 
 
 def _classify_bias(bias: Tensor, seen: Tensor, positions: Tensor) -> Tensor | None:
-    """ALiBi slopes (H,) of a bias (H, n, n) that is 0 on the diagonal and counts where `seen` (H, n, n); None: there is none."""
+    """Returns the ALiBi slopes (H,) of a bias (H, n, n) that is 0 on the diagonal; only entries in `seen` count. None:
+    no ALiBi."""
     visible = torch.where(seen, bias, 0.0)
     if float(visible.abs().max()) <= TOLERANCE:
         return None
     distance = (positions[:, None] - positions).to(bias.dtype)
     slopes = -visible[:, 1, 0] / distance[1, 0]
     off = torch.where(seen, visible + slopes[:, None, None] * distance, 0.0).abs()
-    # Slopes and positions may have been rounded in the model's dtype.
+    # The model may have rounded slopes and positions to its own dtype.
     most = 5e-3 * (slopes.abs()[:, None] * positions).clamp(min=1.0)[..., None]
     if not bool((off <= most).all()):
         nearest = distance[(off > most).any(0)].min()
@@ -128,9 +132,9 @@ class Fit:
 
 
 def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) -> Fit:
-    """Scale and softcap of `chain`, which maps scores of `shape` to logits (B, H, S, S or S + 1).
+    """Fits the scale and softcap of `chain`, which maps scores of `shape` to logits (B, H, S, S or S + 1).
 
-    Raises NoAttention when no scale and softcap give what the chain gives on random scores.
+    Raises NoAttention if no scale and softcap reproduce the chain on random scores.
     """
     zero = chain(torch.zeros(shape, dtype=torch.float64))[..., :length]
     own_zero = zero.diagonal(dim1=-2, dim2=-1)[..., None]
@@ -139,7 +143,8 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     below = torch.ones(length, length, dtype=torch.float64).tril(-1)
 
     def answers(size: float, only_sign: bool) -> tuple[Tensor, Tensor]:
-        """Scores and what becomes of them. The diagonal stays 0, so that a change of whole rows can be told apart."""
+        """Returns scores and the chain's answer. The diagonal stays 0, so that a change of whole rows can be told
+        apart."""
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = (x.sign() if only_sign else x) * size * below
         y = chain(x)[..., :length]
@@ -150,7 +155,7 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     reason = "what happens to the scores between q·k and the softmax is not a scale and a softcap"
     x, y = answers(1e-4, only_sign=True)
     scale = float((y / x).median())
-    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # NaN is not
+    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # NaN fails this comparison
         raise NoAttention(f"{reason} (they differ between heads, tokens or rows)")
     x, y = answers(1e4 / scale, only_sign=True)
     softcap = 0.0 if float((y / x / scale - 1).abs().max()) < 1e-5 else float(y.abs().median())
@@ -164,10 +169,11 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
 
 
 def probe_length(captured: Captured, nodes: set[fx.Node], planes: int, far: bool) -> int:
-    """Tokens of the text on which all pairs of a mask, made by `nodes`, are compared.
+    """Returns the length of the text on which all pairs of a mask, made by `nodes`, are compared.
 
-    planes: how many matrices (length, length) it has. far: whether larger distances are compared besides; else the text shows
-    every window or chunk that a constant among `nodes` asks for, and is as long as the model can take where that is possible.
+    planes: how many (length, length) matrices it has. far: larger distances are compared too. Otherwise the text is
+    long enough to show every window or chunk that a constant among `nodes` suggests, or as long as the model can take
+    if possible.
     """
     most = math.isqrt((NEAR_SCORES if far else USUAL_SCORES) // planes)
     length = max(MIN_LENGTH, min(USUAL_LENGTH, most), _table_length(captured, nodes))
@@ -187,34 +193,36 @@ def probe_length(captured: Captured, nodes: set[fx.Node], planes: int, far: bool
 
 
 def _table_length(captured: Captured, nodes: set[fx.Node]) -> int:
-    """Tokens of a mask that is kept as a table, which may be any; 0 where there is none."""
+    """Returns the length of a mask that is stored as a table, whose entries may be anything; 0 if there is none."""
     held = [get_attr(captured.graph, str(n.target)) for n in nodes if n.op == "get_attr"]
     tables = [t for t in held if isinstance(t, Tensor) and t.dim() >= 2 and t.shape[-1] == t.shape[-2]]
     return max((t.shape[-1] for t in tables), default=0)
 
 
 def _far_length(captured: Captured, nodes: set[fx.Node], planes: int) -> int:
-    """Tokens up to which a mask is compared at every distance: the model's longest length, else FARTHEST, more where a constant
-    among `nodes` asks for it; fewer where the mask has many planes."""
+    """Returns the distance up to which a mask is compared: the model's longest length, else FARTHEST; more if a
+    constant among `nodes` asks for it; less if the mask has many planes."""
     wanted = captured.max_positions or max(FARTHEST, 2 * _largest_window(captured, nodes) + 3)
     return min(wanted, spread_length(math.isqrt(USUAL_SCORES // planes)))
 
 
 def _largest_window(captured: Captured, nodes: set[fx.Node]) -> int:
-    """The largest constant among `nodes` that a mask might have as a window."""
+    """Returns the largest constant among `nodes` that may be a mask's window."""
     return max((i for i in integers_in(captured, nodes) if i < LARGEST_WINDOW), default=0)
 
 
-# What is added to the scores (B, H, n, n or n + 1) of a text of so many tokens, or of n tokens at these positions of one.
+# What is added to the scores (B, H, n, n or n + 1) of a text with so many tokens, or of its n tokens at these
+# positions.
 AddedAt = Callable[[int, Tensor | None], Tensor]
 
 
 def classify_everywhere(captured: Captured, nodes: set[fx.Node], planes: int, added_at: AddedAt, far: bool) -> Bias:
-    """What is added to scores, compared at all pairs of the first tokens and at every distance up to the model's longest length.
+    """Classifies what is added to scores; compares all pairs of the first tokens, and every distance up to the model's
+    longest length.
 
-    nodes: what makes it; planes: how many matrices it has; far: whether it can be evaluated at chosen positions. Where it can't,
-    it is compared as far as all pairs go. `captured.compared` says how far that was.
-    Raises NoAttention where it is nothing that we know, or another thing far from a token than near to it.
+    nodes: the ops that make it; planes: how many matrices it has; far: whether it can be evaluated at chosen positions.
+    If it can't, only all pairs are compared. `captured.compared` records the distance that was reached. Raises
+    NoAttention if it is of no known kind, or is something else far from a token than near it.
     """
     far = far and _runs_far(added_at, 2)
     length = probe_length(captured, nodes, planes, far)
@@ -222,7 +230,7 @@ def classify_everywhere(captured: Captured, nodes: set[fx.Node], planes: int, ad
         raise NoAttention(f"telling its mask needs {planes} heads of {length} x {length} scores, which is too much")
     added = as_long_as_it_runs(captured, length, lambda n: added_at(n, None))
     near, length = classify(added), added.shape[2]
-    del added  # the largest tensor of the analysis
+    del added  # this is the largest tensor of the analysis
     if far:
         farthest = _as_far_as_it_runs(captured, length, _far_length(captured, nodes, planes), added_at)
         if farthest > length:
@@ -238,7 +246,7 @@ def classify_everywhere(captured: Captured, nodes: set[fx.Node], planes: int, ad
 
 
 def _classify_far(near: Bias, length: int, far: int, added_at: AddedAt) -> Bias:
-    """What is added to scores at every distance below `far`, which is `near` on the first `length` tokens."""
+    """Classifies what is added to scores at every distance below `far`; it is `near` on the first `length` tokens."""
     last: list[Tensor] = []  # positions, and what is added there
 
     def at(positions: Tensor) -> Tensor:
@@ -274,7 +282,7 @@ def _classify_far(near: Bias, length: int, far: int, added_at: AddedAt) -> Bias:
 
 
 def check_known(captured: Captured, nodes: set[fx.Node]) -> None:
-    """Refuses masks and biases that depend on content or on values that are not there."""
+    """Refuses masks and biases that depend on content or on values that are not available."""
     for node in nodes:
         if node.op == "placeholder" and node.target == "input_ids":
             raise NoAttention("its mask or bias depends on the content of the text")
@@ -287,29 +295,29 @@ def check_known(captured: Captured, nodes: set[fx.Node]) -> None:
 def shared_probe(
     captured: Captured, batch: int, length: int, given: Values | None = None, positions: Tensor | None = None
 ) -> Probe:
-    """A probe with no values but these given; layers share their mask, so the last one is kept for the next layer."""
-    if length > MOST_SHARED or positions is not None:  # its values are too large to be kept, or asked for once
+    """Returns a probe with only these given values; it is kept for the next layer, because layers share their mask."""
+    if length > MOST_SHARED or positions is not None:  # its values are too large to keep, or asked for once
         return Probe(captured, batch, length, given, positions=positions)
     key = (batch, length, id(captured.graph), *((n.name, id(v)) for n, v in (given or {}).items()))
     kept: dict[Any, Probe] = captured.graph.meta.setdefault("kvrewrite_probes", {})
     if key not in kept:
         if len(kept) > 2:
             kept.clear()
-        kept[key] = Probe(captured, batch, length, given)  # holds what is given, so that no other has its id
+        kept[key] = Probe(captured, batch, length, given)  # keeps the given values alive, so that their ids stay unique
     return kept[key]
 
 
 def as_long_as_it_runs(captured: Captured, length: int, run: Callable[[int], Tensor]) -> Tensor:
-    """What `run` gives for `length` tokens, or for the most below that for which a table that it reads has entries.
+    """Returns `run(length)`, or `run` of the largest smaller length for which a table that it reads has entries.
 
-    The model can't be run on longer texts either, which `captured.max_positions` then says.
+    The model can't run on longer texts either; `captured.max_positions` is set to that length.
     """
     try:
         return run(length)
     except ProbeError:
         if length <= MIN_LENGTH:
             raise
-    low, high = MIN_LENGTH, length  # low: runs, or the error is raised again; high: does not
+    low, high = MIN_LENGTH, length  # low runs, or raises the error again; high does not run
     best = run(low)
     while high - low > 1:
         middle = (low + high) // 2
@@ -331,7 +339,8 @@ def _runs_far(added_at: AddedAt, length: int) -> bool:
 
 
 def _as_far_as_it_runs(captured: Captured, length: int, far: int, added_at: AddedAt) -> int:
-    """`far`, or the most below that for which a table that is read has entries; `length`, which runs, at least."""
+    """Returns `far`, or the largest smaller length for which a table has entries; at least `length`, which is known to
+    run."""
     if far <= length or _runs_far(added_at, far):
         return far
     if not _runs_far(added_at, length):
@@ -347,7 +356,7 @@ def _as_far_as_it_runs(captured: Captured, length: int, far: int, added_at: Adde
 
 
 def once(captured: Captured, what: str, compute: Callable[[], Any]) -> Any:
-    """What `compute` gives, computed once for all layers in which it is the same, as the text `what` says."""
+    """Computes something once for all layers in which it is the same, as identified by the text `what`."""
     known: dict[str, Any] = captured.graph.meta.setdefault("kvrewrite_known", {})
     if what not in known:
         known[what] = compute()

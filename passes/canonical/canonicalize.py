@@ -31,19 +31,22 @@ from kvrewrite.passes.canonical.probe import refuse
 
 aten = torch.ops.aten
 SOURCE = torch.ops.kvrewrite.attention.default
-# In the meta of a source node: the name of the node that it replaced, and the node that took its place. None: it was there.
+# In a source node's meta: the name of the node that it replaced, and the node that replaced that. None: it was there
+# before.
 REPLACED, RESULT = "kvrewrite_replaced", "kvrewrite_result"
 
 
 def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    """A call at the graph's insertion point, with `meta["val"]` from running `target` on the arguments' own."""
+    """Adds a call at the graph's insertion point; its `meta["val"]` comes from running `target` on the arguments' own
+    values."""
     node = gm.graph.call_function(target, args, kwargs)
     node.meta["val"] = fake_value(node)
     return node
 
 
 def size_node(captured: Captured, dim: int) -> fx.Node:
-    """The graph's node for the batch size (dim 0) or length (dim 1) of `input_ids`; made where there is none."""
+    """Returns the graph's node for the batch size (dim 0) or length (dim 1) of `input_ids`; makes one if there is
+    none."""
     gm = captured.graph
     ids = placeholder(gm, "input_ids")
     assert ids is not None
@@ -58,7 +61,8 @@ def size_node(captured: Captured, dim: int) -> fx.Node:
 
 
 def sizes_first(captured: Captured) -> tuple[fx.Node, fx.Node]:
-    """The nodes of batch size and length, moved to the top of the graph so that every node may use them."""
+    """Moves the nodes of batch size and length to the top of the graph, so that every node may use them; returns
+    both."""
     graph = captured.graph.graph
     nodes = size_node(captured, 0), size_node(captured, 1)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -71,8 +75,8 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
     """Requires: a normalized graph.
 
     Ensures: every attention is one `kvrewrite.attention` node with its AttentionSite in `meta["kvrewrite_site"]`; no
-    mask and no scores are left. Returns the sites in execution order. Raises UnsupportedModelError, with layer, module
-    and reason, when an attention can't be rewritten, and leaves the graph half done then.
+    mask and no scores are left. Returns the sites in execution order. If an attention can't be rewritten, raises
+    UnsupportedModelError with layer, module and reason; the graph is then half rewritten.
     """
     gm = captured.graph
     try:
@@ -106,7 +110,7 @@ def canonicalize(captured: Captured) -> list[AttentionSite]:
 
 
 def _up_to_date(attention: Attention, replaced: dict[fx.Node, fx.Node]) -> Attention:
-    """An attention that reads the result of another one, as it is now that this one has been replaced."""
+    """Updates an attention that reads the result of another one, which has been replaced."""
 
     def now(node: fx.Node) -> fx.Node:
         return replaced.get(node, node)
@@ -143,8 +147,8 @@ def _source_nodes(
     sizes: tuple[fx.Node, fx.Node],
     operands: dict[Any, fx.Node],
 ) -> list[fx.Node]:
-    """Puts the source op for one attention into the graph, one for each mask where heads have different ones; nothing to do for
-    those of the interface front end."""
+    """Adds the source op for one attention, or one per mask if heads have different masks. Attention from the interface
+    front end needs nothing."""
     if attention.anchor.target is SOURCE:
         return [attention.anchor]
     gm, replaced = captured.graph, attention.replaced
@@ -184,7 +188,7 @@ def _by_head(
     operands: list[fx.Node | None],
     numbers: tuple[float, float],
 ) -> tuple[list[fx.Node], fx.Node]:
-    """One source op for the heads of each mask, and all their results (B, H, S, Dv) in the order of the heads."""
+    """Adds one source op for the heads of each mask and joins their results (B, H, S, Dv) in the order of the heads."""
     assert attention.by_head is not None
     group = attention.heads // attention.kv_heads
     kinds = list(dict.fromkeys(attention.by_head))
@@ -228,7 +232,7 @@ def _operand(
     made: dict[Any, fx.Node],
     groups: int = 1,
 ) -> fx.Node:
-    """An operand as (B, heads / groups, S, D). The same operand of another layer is the same node (shared KV)."""
+    """Returns an operand as (B, heads / groups, S, D). Layers that share the operand (shared KV) get the same node."""
     key = (operand.node, operand.order, heads, groups)
     if key in made:
         return made[key]
@@ -252,7 +256,8 @@ def _per_head(gm: fx.GraphModule, node: fx.Node | None, heads: int) -> fx.Node |
 
 
 def _scaled(gm: fx.GraphModule, q: fx.Node, factor: fx.Node, divides: bool) -> fx.Node:
-    """The queries (B, H, S, D) times, or divided by, a factor of the scores: one number, one per head, or (..., S, 1)."""
+    """Multiplies the queries (B, H, S, D) by a factor of the scores, or divides them: one number, one per head, or
+    (..., S, 1)."""
     by_query = isinstance(shape_of(factor)[-2] if len(shape_of(factor)) > 1 else 1, torch.SymInt)
     factor = add_call(gm, aten.reshape.default, factor, [-1, 1] if by_query else [-1, 1, 1])
     scaled = add_call(gm, aten.div.Tensor if divides else aten.mul.Tensor, q, factor)
@@ -264,7 +269,7 @@ def _scaled(gm: fx.GraphModule, q: fx.Node, factor: fx.Node, divides: bool) -> f
 
 
 def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) -> fx.Node | None:
-    """ALiBi slopes as a node: learned ones are where the model has them, constants become a buffer."""
+    """Returns ALiBi slopes as a node: learned slopes stay where the model has them, constant slopes become a buffer."""
     if attention.slopes is None:
         return None
     if attention.slopes_node is not None:
@@ -284,7 +289,7 @@ def _slopes(gm: fx.GraphModule, attention: Attention, layer: int, q: fx.Node) ->
 
 
 def _like_replaced(gm: fx.GraphModule, node: fx.Node, replaced: fx.Node, order: tuple[int, ...]) -> fx.Node:
-    """The attention's (B, H, S, Dv) in the shape that the replaced node had."""
+    """Reshapes the attention's (B, H, S, Dv) to the shape of the replaced node."""
     wanted = tensor_of(replaced)
     assert wanted is not None
     rank = len(order)
@@ -293,7 +298,7 @@ def _like_replaced(gm: fx.GraphModule, node: fx.Node, replaced: fx.Node, order: 
     result = node
     if [symbol(s) for s in leading] != [symbol(s) for s in shape_of(node)]:
         shape = [-1 if isinstance(s, torch.SymInt) and i == 0 else s for i, s in enumerate(leading)]
-        # The batch (times heads) is what remains; the length comes from the op's own result.
+        # The remaining dim is the batch (times heads); the length comes from the op's own result.
         length = add_call(gm, aten.sym_size.int, node, 2)
         shape = [length if isinstance(s, torch.SymInt) else s for s in shape]
         result = add_call(gm, aten.reshape.default, result, shape)
@@ -305,7 +310,7 @@ def _like_replaced(gm: fx.GraphModule, node: fx.Node, replaced: fx.Node, order: 
 
 
 def check_no_scores(captured: Captured) -> None:
-    """Refuses graphs in which something of the size length x length is still computed."""
+    """Refuses graphs that still compute a tensor of size length x length."""
     for node in captured.graph.graph.nodes:
         value = tensor_of(node)
         if value is not None and sum(symbol(s) == captured.length_symbol for s in value.shape) >= 2:

@@ -1,16 +1,18 @@
-"""Finds what mixes tokens besides attention and can be carried as a state, and writes it as one op that later passes know.
+"""Finds token mixing other than attention that can be carried as a state, and replaces it with an op that later passes
+know.
 
-A layer that convolves or scans has a region in the graph: from the ops that pad the sequence or look at other tokens to where
-there is one entry per token again (`regions.py`). What a region computes is found by evaluation, whatever ops it is made of:
+A layer that convolves or scans is a region of the graph. It begins at ops that pad the sequence or look at other tokens
+and ends where there is one entry per token again (`regions.py`). Evaluation shows what a region computes, whatever its
+ops:
 
-- a **window** (`windows.py`): zeros stand before the sequence, and what follows looks back as far as these (short
-  convolutions, token shifts). The region stays, with `with_past` in the place of the padding.
-- a **linear recurrence** (`recurrences.py`): on random inputs of several lengths the region gives what `linear_scan` gives
-  for one assignment of its inputs to queries, keys, values, decays and rates. `linear_scan` takes its place.
+- a **window** (`windows.py`): zeros before the sequence, and ops that look back at most as far as these (short
+  convolutions, token shifts). The region stays; `with_past` replaces the padding.
+- a **linear recurrence** (`recurrences.py`): on random inputs of several lengths the region equals `linear_scan` for one
+  assignment of its inputs to queries, keys, values, decays and rates. `linear_scan` replaces it.
 
-A `decayed_sum` is in the graph already where the model calls torch's associative_scan (`kvrewrite/capture/export.py`).
+If the model calls torch's associative_scan, the graph already has a `decayed_sum` (`kvrewrite/capture/export.py`).
 
-Regions that are neither stay as they are, and `check` refuses them with the reason that is noted here.
+Other regions stay as they are, and `check` refuses them with the reason that is recorded here.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ ops = torch.ops.kvrewrite
 def carry_state(captured: Captured) -> None:
     """Requires a canonical graph.
 
-    Ensures: of every region that was understood, what carries its state is a `with_past` or `linear_scan` node, and all its nodes
-    have "" under `CARRIED` in their meta; nodes of the others have the reason there.
+    Ensures: the state of every region that was understood is carried by a `with_past` or `linear_scan` node, and all
+    nodes of the region have "" under `CARRIED` in their meta. Nodes of the other regions have the reason there.
     """
     gm = captured.graph
     if captured.unrolled:
@@ -63,14 +65,14 @@ def carry_state(captured: Captured) -> None:
             later.shapes = [replaced.get(n, n) for n in later.shapes]
     erase_dead(gm)
     if captured.unrolled and captured.max_positions is not None and _works_at(captured, FAR):
-        captured.max_positions = None  # what was left of the loop over chunks
+        captured.max_positions = None  # it came from the loop over chunks
     gm.graph.lint()
     gm.recompile()
 
 
 def _settle_lengths(captured: Captured) -> None:
-    """Writes the length for sizes that are it: a loop over chunks ends where a chunk or the text does, and its results have the
-    sum of all such differences as their length."""
+    """Replaces sizes that equal the length by the length. A loop over chunks ends at a chunk's or the text's end, so
+    the length of its results is the sum of all these differences."""
     length, tokens = captured.length_symbol, captured.trace_length
     ids = placeholder(captured.graph, "input_ids")
     assert ids is not None
@@ -98,7 +100,7 @@ def _settle_lengths(captured: Captured) -> None:
 
 
 def _works_at(captured: Captured, length: int) -> bool:
-    """Whether all shapes of the graph fit for a text of `length` tokens, wherever parameters lie."""
+    """Whether all shapes of the graph fit a text of `length` tokens, whatever device parameters are on."""
     values: dict[fx.Node, Any] = {}
     ids = placeholder(captured.graph, "input_ids")
     assert ids is not None
@@ -120,7 +122,7 @@ def _works_at(captured: Captured, length: int) -> bool:
 
 
 def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str:
-    """Rewrites one region; "" or why it could not be."""
+    """Rewrites one region; returns "" or the reason why it could not."""
     if any(layout_of(captured, n) is None for n in [*region.inputs, *region.exits]):
         return "the batch or the sequence is no axis of its own in what goes in or comes out"
     try:

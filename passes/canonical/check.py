@@ -1,8 +1,8 @@
-"""Checks that the canonical graph can carry a cache: nothing but attention sites and what `carry_state` understood mixes tokens.
+"""Checks that the canonical graph can carry a cache: only attention sites and what `carry_state` understood mix tokens.
 
-A model whose layers also convolve, scan, shift or pool over the sequence in another way keeps state that nothing carries: it
-would run, and be wrong in chunks. Shapes say where the sequence is (symbolic sizes), so the check is by what ops do to that
-axis, not by names of models.
+A model whose layers convolve, scan, shift or pool over the sequence in another way has state that nothing carries: it
+would run, but chunks would give wrong results. Symbolic sizes show where the sequence is, so the check looks at what
+ops do to that axis, not at the names of models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PICKS = {aten.select.int, aten.slice.Tensor, aten.index_select.default}
 SOURCES = {
     torch.ops.kvrewrite.attention.default, torch.ops.kvrewrite.linear_scan.default, torch.ops.kvrewrite.decayed_sum.default,
 }  # fmt: skip
-# In the meta of a node: that it mixes tokens is accounted for (""), or why it could not be.
+# In a node's meta: "" if its token mixing is accounted for, else the reason why it could not be.
 CARRIED = "kvrewrite_carried"
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
 
@@ -45,7 +45,7 @@ def check(captured: Captured, sites: list[AttentionSite]) -> None:
         raise UnsupportedModelError("no attention was found in the graph; nothing to rewrite")
     ids = placeholder(gm, "input_ids")
     if ids is None or symbol(shape_of(ids)[1]) != captured.length_symbol:
-        # Without it nothing below would find a sequence, and all would seem well.
+        # Without it the checks below would find no sequence and would pass.
         raise CaptureError(
             f"the length of the text, {captured.length_symbol}, became {ids and shape_of(ids)[1]} while the graph was looked at, "
             "so that can't be checked; please report the model"
@@ -63,7 +63,7 @@ def check(captured: Captured, sites: list[AttentionSite]) -> None:
 
 
 def data_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose values depend on the token ids."""
+    """Returns the nodes whose values depend on the token ids."""
     found = {n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
     for node in gm.graph.nodes:
         if not is_size(node) and any(n in found for n in node.all_input_nodes):
@@ -78,7 +78,8 @@ def _layer_of(node: fx.Node) -> str:
 
 
 def sequence_axes(node: Any, length: Any) -> list[int]:
-    """Axes of a tensor that are the sequence: of that size, or of a size that grows with it without the batch."""
+    """Returns the sequence axes of a tensor: those of that size, or of a size that grows with it but not with the
+    batch."""
     value = tensor_of(node)
     if value is None:
         return []
@@ -91,7 +92,7 @@ def _is_length(expr: Any, length: Any) -> bool:
 
 
 def mixes(node: fx.Node, length: Any) -> str | None:
-    """Why `node` mixes tokens, or None."""
+    """The reason why `node` mixes tokens, or None if it does not."""
     if node.op != "call_function":
         return None
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -137,7 +138,7 @@ def mixes(node: fx.Node, length: Any) -> str | None:
 
 
 def _einsum_sums(node: fx.Node, length: Any) -> bool:
-    """Whether a letter of an einsum that is not in its result is a sequence axis."""
+    """Whether a letter of an einsum that is summed over is a sequence axis."""
     equation, operands = node.args[0], node.args[1]
     assert isinstance(equation, str) and isinstance(operands, (list, tuple))
     if "..." in equation:

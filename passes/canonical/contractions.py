@@ -1,4 +1,4 @@
-"""Matrix products, whatever op they are: which axes of their operands are summed and which are kept."""
+"""Describes matrix products, whatever op they are: which axes of the operands are summed and which are kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, ate
 class Contraction:
     """A product of two tensors over one dim: out[lead, m, n] = sum over c of left[lead, m, c] * right[lead, c, n].
 
-    `left` is brought to (lead..., m, c), `right` to (lead..., n, c); `out_order` permutes (lead..., m, n) into the
-    order that the node produces.
+    `left` is permuted to (lead..., m, c), `right` to (lead..., n, c); `out_order` permutes (lead..., m, n) into the
+    node's own order.
     """
 
     node: fx.Node
@@ -30,7 +30,8 @@ class Contraction:
 
 
 def contraction(node: fx.Node, left: fx.Node | None = None) -> Contraction:
-    """`node` as a Contraction. left: the operand that must be the left one, else the one with dim -2 of the result."""
+    """Describes `node` as a Contraction. left: the operand that must be the left one; default: the one with the
+    result's dim -2."""
     if is_op(node, aten.einsum.default):
         return _einsum(node, left)
     first, second = node.args[1:3] if is_op(node, aten.baddbmm.default) else node.args[:2]  # type: ignore[misc]
@@ -70,7 +71,7 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     only_summed = set(a) - set(out) == set(b) - set(out) == set(summed)
     if len(summed) != 1 or len(free) != 1 or not own or not only_summed:
         raise NoAttention(f"the einsum {equation!r} is not a product of batched matrices")
-    # Of weights (..., query, key) the last dim but one is the query, wherever the result has it.
+    # In weights (..., query, key) the query is the second to last dim, wherever the result has it.
     m = out[-2] if left is None else a[-2]
     if m not in own:
         raise NoAttention(f"the einsum {equation!r} mixes queries and keys")
@@ -78,15 +79,15 @@ def _einsum(node: fx.Node, left: fx.Node | None) -> Contraction:
     if any(c not in a for c in lead):
         raise NoAttention(f"the einsum {equation!r} has batch dims that only the keys have")
     order_a = tuple(a.index(c) for c in (*lead, m, summed[0]))
-    # Lead dims that `right` lacks (query heads of a group) are marked -1: they become dims of size 1.
+    # Lead dims that `right` lacks (query heads of a group) are marked -1 and become dims of size 1.
     order_b = tuple(b.find(c) for c in (*lead, free[0], summed[0]))
     canonical = [*lead, m, free[0]]
     return Contraction(node, Operand(first, order_a), Operand(second, order_b), tuple(canonical.index(c) for c in out))
 
 
 def groups_last(captured: Captured, qk: Contraction, av: Contraction) -> tuple[Contraction, Contraction]:
-    """Both products of an attention with their lead dims in one order, in which those that the keys and values are broadcast
-    over come last: the query heads of one kv head stand side by side then, as the canonical op has them.
+    """Reorders both products of an attention to the same lead dims; those over which keys and values are broadcast come
+    last. Then the query heads of one kv head are adjacent, as the canonical op has them.
     """
     rank = len(av.left.order)
     if len(qk.left.order) != rank or sorted(av.left.order) != list(range(rank)):
@@ -110,7 +111,7 @@ def groups_last(captured: Captured, qk: Contraction, av: Contraction) -> tuple[C
 
 
 def _reordered(product: Contraction, lead: list[int]) -> Contraction:
-    """A contraction with its lead dims in another order."""
+    """Returns a contraction with its lead dims in another order."""
     order = [*lead, len(lead), len(lead) + 1]
     left, right = (
         Operand(operand.node, tuple(operand.order[i] for i in order)) for operand in (product.left, product.right)

@@ -1,8 +1,8 @@
-"""Finds every attention in a captured graph and says what it computes. Analysis only: nothing is changed.
+"""Finds every attention in a captured graph and says what it computes. Only analyses: nothing is changed.
 
 The search starts at anchors (sdpa, softmax, flex_attention, our own op) and walks to the two contractions around the
-scores. What happens to the scores between them is not read off the ops: the chain is evaluated on chosen scores, and
-its answers give the mask, the bias, the sinks, the scale and the softcap, or the reason why it is none of what we know.
+scores. What happens to the scores between them is not read off the ops: the chain is evaluated on chosen scores. Its
+answers give the mask, bias, attention sinks, scale and softcap, or the reason why it is of no known kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax", "aten::log_
 
 
 def find_attention(captured: Captured) -> Iterator[Attention | NoSite]:
-    """Every attention of the graph in execution order, or why it is none that can be rewritten.
+    """Yields every attention of the graph in execution order, or the reason why it can't be rewritten.
 
     Requires: a normalized graph.
     """

@@ -162,7 +162,7 @@ def find_flex(captured: Captured, node: fx.Node) -> Attention:
         return chain
 
     live = find_live(captured, behind, None, chain_at, heads)
-    # The functions read their buffers at the numbers of tokens.
+    # The functions read their buffers at the indices of tokens.
     whole = [b.name for b in buffers if tensor_of(b) is not None and any(mentions(captured, s) for s in shape_of(b))]
     far = not any(why_not(captured, nodes) for nodes in (behind, {n for n in inner if n.op == "call_function"}))
 
@@ -199,7 +199,7 @@ def find_flex(captured: Captured, node: fx.Node) -> Attention:
 
 
 def _run_subgraph(gm: fx.GraphModule, inputs: list[Any]) -> Tensor:
-    """The value of a score or mask function on whole tensors of indices instead of single ones."""
+    """Evaluates a score or mask function on whole tensors of indices instead of single ones."""
     values: dict[fx.Node, Any] = {}
     given = iter(inputs)
     for node in gm.graph.nodes:

@@ -1,9 +1,10 @@
-"""Finds the compressed latent behind keys and values (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1) by dataflow.
+"""Finds the compressed latent that keys and values are made of (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1) by
+dataflow.
 
-Requires the canonical graph. At a site with a latent c (B, T, R), head h has the key [W_uk,h c, r] and the value W_uv,h c,
-where the rotated part r (B, T, P) is the same for all heads. Both are found by dependence: W_uk c is the projection in the
-key's past that reads what the value's projection reads, and r is what else the key is put together from. How they are put
-together (views, splits, copies into an empty tensor) is read off by evaluating it on numbered channels. Anything else is
+Requires the canonical graph. At a site with a latent c (B, T, R), head h has the key [W_uk,h c, r] and the value W_uv,h
+c; the rotated part r (B, T, P) is the same for all heads. Both are found by dependence: W_uk c is the projection
+upstream of the key that reads the same input as the value's projection, and r is the rest of the key. How they are
+combined (views, splits, copies into an empty tensor) is found by evaluating it on numbered channels. Anything else is
 reported as not found, with the reason.
 """
 
@@ -21,12 +22,12 @@ from kvrewrite.passes.canonical.find_rope import depends
 from kvrewrite.passes.canonical.probe import Probe, ProbeError
 
 aten = torch.ops.aten
-TOKENS = 2  # that keys and values are evaluated for
+TOKENS = 2  # tokens that keys and values are evaluated on
 
 
 @dataclass
 class Rows:
-    """Where the rows of each head lie in an up-projection's weight (N, R): head h has [start + h * stride, + width)."""
+    """The rows of each head in an up-projection's weight (N, R): head h has [start + h * stride, + width)."""
 
     weight: fx.Node
     start: int
@@ -36,10 +37,10 @@ class Rows:
 
 @dataclass
 class Latent:
-    """What keys and values of one site are made of.
+    """What the keys and values of one site are made of.
 
-    latent: (B, T, R) or (B, 1, T, R); rotary: (B, T, P), (B, 1, T, P) or (B, T, 1, P); keys and values: the rows of W_uk
-    (n) and W_uv (Dv) of each head. rotary_first: whether a key is [r, W_uk c] instead of [W_uk c, r].
+    latent: (B, T, R) or (B, 1, T, R); rotary: (B, T, P), (B, 1, T, P) or (B, T, 1, P); keys and values: each head's
+    rows of W_uk (n) and W_uv (Dv). rotary_first: whether a key is [r, W_uk c] instead of [W_uk c, r].
     """
 
     latent: fx.Node
@@ -53,7 +54,7 @@ class Latent:
 
 @dataclass
 class NoLatent:
-    """Why a site's keys and values are not known as made of one latent; falsy."""
+    """The reason why a site's keys and values are not known to be made of one latent; falsy."""
 
     reason: str
 
@@ -62,11 +63,11 @@ class NoLatent:
 
 
 class _Unlike(Exception):
-    """Keys or values are not made of the latent as they would have to be."""
+    """Keys or values are not made of the latent in the required form."""
 
 
 def find_latent(captured: Captured, site: fx.Node) -> Latent | NoLatent:
-    """The latent behind a canonical attention node."""
+    """Returns the latent of a canonical attention node."""
     q, k, v = (arg(site, name) for name in ("q", "k", "v"))
     of_values, of_keys = projections(v), projections(k)
     if len(of_keys) < 2:
@@ -92,7 +93,7 @@ def find_latent(captured: Captured, site: fx.Node) -> Latent | NoLatent:
 
 
 def _check_projection(up: fx.Node) -> None:
-    """The projection must be c W^T, and W nothing that depends on the text."""
+    """Checks that the projection is c W^T and that W does not depend on the text."""
     if not is_op(up, aten.linear.default):
         raise _Unlike(f"the projection of the latent is {up.target}, expected a linear layer")
     if len(up.args) > 2 and up.args[2] is not None:
@@ -102,7 +103,8 @@ def _check_projection(up: fx.Node) -> None:
 
 
 def _channels(node: fx.Node) -> int | None:
-    """Channels of a token where `node` is (B, T, N), (B, 1, T, N) or (B, T, 1, N), all heads having the same; else None."""
+    """Returns the channels per token of a (B, T, N), (B, 1, T, N) or (B, T, 1, N) node that all heads share; else
+    None."""
     value = tensor_of(node)
     if value is None or not value.is_floating_point() or value.dim() not in (3, 4):
         return None
@@ -115,7 +117,7 @@ def _channels(node: fx.Node) -> int | None:
 
 
 def _shared_part(k: fx.Node, up_k: fx.Node) -> fx.Node:
-    """The part of the keys that is not made of the latent, as it is before it is given to every head."""
+    """Returns the part of the keys that is not made of the latent, before it is broadcast to all heads."""
     region = ancestors([k], stop=is_weight_op)
     latent = depends(region, {up_k})
     others = {n for n in region if is_weight_op(n) and n.op == "call_function"} - {up_k}
@@ -141,7 +143,7 @@ def _shared_part(k: fx.Node, up_k: fx.Node) -> fx.Node:
 def _read_off(
     captured: Captured, k: fx.Node, v: fx.Node, up_k: fx.Node, up_v: fx.Node, rotary: fx.Node
 ) -> Latent | NoLatent:
-    """Keys and values as channels of the two projections and of the shared part."""
+    """Expresses keys and values as channels of the two projections and of the shared part."""
     n_k, n_v, p = (int(shape_of(n)[-1]) for n in (up_k, up_v, rotary))
     latent = up_k.args[0]
     assert isinstance(latent, fx.Node)
@@ -168,8 +170,8 @@ def _read_off(
 
 
 def _sources(captured: Captured, node: fx.Node, parts: dict[fx.Node, int]) -> Tensor:
-    """For each head and channel of a key or value (B, H, T, D) the channel that it is a copy of, counted through `parts`
-    (node -> its channels): (H, D) int64. _Unlike where it is anything else than a copy of a channel of the same token."""
+    """Returns, for each head and channel of a key or value (B, H, T, D), the channel that it copies, counted through
+    `parts` (node -> its channels): (H, D) int64. Raises _Unlike if it is not a copy of a channel of the same token."""
     total = sum(parts.values())
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(TOKENS * total, dtype=torch.float64).reshape(TOKENS, total)
@@ -178,7 +180,7 @@ def _sources(captured: Captured, node: fx.Node, parts: dict[fx.Node, int]) -> Te
     def value(of: Tensor) -> Tensor:
         given, begin = {}, 0
         for part, channels in parts.items():
-            # One row: a token after another, whichever of the axes in front of the channels they have.
+            # One row: tokens one after another, whichever axes come before the channels.
             probe = Probe(captured, 1, TOKENS)
             given[part] = of[:, begin : begin + channels].reshape(probe.shape(part))
             begin += channels
@@ -200,7 +202,7 @@ def _sources(captured: Captured, node: fx.Node, parts: dict[fx.Node, int]) -> Te
 
 
 def _rows(up: fx.Node, channels: Tensor) -> Rows:
-    """The rows of each head (H, width), which must be adjacent, and as far apart from head to head."""
+    """Returns the rows of each head (H, width); they must be adjacent, with the same distance from head to head."""
     heads, width = channels.shape
     start = int(channels[0, 0])
     stride = int(channels[1, 0]) - start if heads > 1 else width

@@ -1,9 +1,9 @@
 """Finds rotary embeddings by dependence, not by pattern.
 
-Requires the canonical graph. For the key of a site, the nodes between its projection and the attention that depend on
-`position_ids` are the rotation; the last tensor before them is the key without a position. Whatever the variant (halves,
-interleaved, partial, complex, scaled), what the rotation does is then read off by evaluating it: it must be linear and
-pair channels, so y = cos(p) * x + sin(p) * x[partner]. Anything else is reported as not found, with the reason.
+Requires the canonical graph. The rotation of a site's key is the nodes between its projection and the attention that
+depend on `position_ids`; the last tensor before them is the key without a position. Whatever the variant (halves,
+interleaved, partial, complex, scaled), evaluating it shows what it does: it must be linear and pair channels, so that y
+= cos(p) * x + sin(p) * x[partner]. Anything else is reported as not found, with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class Rope:
     """The rotation of one site's keys.
 
-    pre: the node of the key before the rotation; layout: for each of (B, Hkv, T, D) its axis in `pre`. table: a graph
+    pre: the node of the key before the rotation; layout: the axis in `pre` of each of (B, Hkv, T, D). table: a graph
     `positions (N,) -> (cos (N, D), sin (N, D))` whose attributes live in the main graph, and its dtype; partner: (D,)
     channel pairs.
     """
@@ -40,7 +40,7 @@ class Rope:
 
 @dataclass
 class NoRope:
-    """Why a site's rotation can't be used; falsy. `rotated` says whether there is one at all."""
+    """The reason why a site's rotation can't be used; falsy. `rotated`: whether there is any rotation."""
 
     reason: str
     rotated: bool
@@ -50,7 +50,7 @@ class NoRope:
 
 
 def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
-    """Nodes of `region` whose values (not sizes) depend on `roots`."""
+    """Returns the nodes of `region` whose values (not sizes) depend on `roots`."""
     found = set(roots)
     for node in sorted(region):
         if node not in found and not is_size(node) and any(n in found for n in node.all_input_nodes):
@@ -62,9 +62,9 @@ def find_rope(
     gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None, limit: int | None = None,
     known: dict[Any, Rope] | None = None,
 ) -> Rope | NoRope:  # fmt: skip
-    """The rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have.
+    """Finds the rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have.
 
-    known: filled with the rotations found in `gm` so far; a layer that rotates as another does has that one's table.
+    known: collects the rotations found in `gm`; a layer that rotates like an earlier one shares its table.
     """
     region = ancestors([key], stop=is_weight_op)
     if position_ids is None or position_ids not in region:
@@ -76,7 +76,8 @@ def find_rope(
     if not rotation:
         return NoRope("its keys do not depend on positions", rotated=False)
     frontier = {n for node in rotation for n in node.all_input_nodes if n in data and n not in rotation}
-    # Walk back to the last tensor that everything passes through and that has the key's shape (a complex view has not).
+    # Walk back to the last tensor that everything passes through and that has the key's shape (a complex view does
+    # not).
     layout = None
     while layout is None:
         latest = max(frontier)
@@ -122,7 +123,7 @@ def find_rope(
 
 
 def _layout(pre: fx.Node, key: fx.Node, kv_heads: int) -> tuple[int, int, int, int] | None:
-    """The axes of (B, Hkv, T, D) in `pre`, or None when it does not have them."""
+    """Returns the axes of (B, Hkv, T, D) in `pre`, or None if it does not have them."""
     value = tensor_of(pre)
     if value is None or value.dim() != 4 or not value.is_floating_point():
         return None
@@ -139,7 +140,8 @@ def _layout(pre: fx.Node, key: fx.Node, kv_heads: int) -> tuple[int, int, int, i
 def _replay_graph(
     gm: fx.GraphModule, nodes: list[fx.Node], pre: fx.Node, layout: tuple[int, ...], key: fx.Node, position_ids: fx.Node
 ) -> tuple[torch.nn.Module, fx.Graph]:
-    """The rotation on its own: (x (B, Hkv, T, D), positions (B, T)) -> rotated x, same shape. Its attributes, its graph."""
+    """Extracts the rotation as (x (B, Hkv, T, D), positions (B, T)) -> rotated x, same shape; returns its attributes
+    and graph."""
     graph = fx.Graph()
     x, positions = graph.placeholder("x"), graph.placeholder("positions")
     batch = graph.call_function(aten.sym_size.int, (positions, 0))
@@ -154,7 +156,7 @@ def _replay_graph(
         if node in env or node.op == "placeholder":
             continue
         if is_size(node):
-            # Any size that is the batch or the length belongs to x now; arithmetic on sizes is copied.
+            # Any size that is the batch or the length now comes from x; arithmetic on sizes is copied.
             if same_size(node.meta["val"], value.shape[0]):
                 env[node] = batch
                 continue
@@ -175,7 +177,8 @@ class _NotPairs(Exception):
 
 
 def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> tuple[Tensor, torch.dtype]:
-    """Which channels the rotation pairs, found by rotating the unit vectors at several positions; the dtype of cos and sin."""
+    """Finds which channels the rotation pairs by rotating unit vectors at several positions; also the dtype of cos and
+    sin."""
     replay = _on_cpu(replay)
     partner = torch.arange(dim)
     matrices = []
@@ -186,7 +189,7 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
             turned = replay(units, torch.full((1, dim), position))
         except (RuntimeError, IndexError) as error:
             raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
-        matrices.append(turned[0, 0].double().T)  # column i: where unit vector i goes
+        matrices.append(turned[0, 0].double().T)  # column i: the image of unit vector i
         if not torch.allclose(turned, turned[:, :1].expand_as(turned), atol=1e-5):
             raise _NotPairs("the rotation differs between kv heads")
     for matrix in matrices:
@@ -213,7 +216,7 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
 
 
 def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, D) of `rotate` at `positions`, by rotating the two halves of all pairs."""
+    """Returns cos and sin (N, D) of `rotate` at `positions`, found by rotating the two halves of all pairs."""
     first = _halves(partner)
     x = torch.stack([first, 1 - first]).to(torch.float32)[:, None, None, :]
     x = x.expand(2, kv_heads, len(positions), -1).contiguous()
@@ -224,13 +227,13 @@ def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Te
 
 
 def _halves(partner: Tensor) -> Tensor:
-    """1 for the first channel of each pair (and for channels on their own), 0 for the second."""
+    """Returns 1 for the first channel of each pair (and for unpaired channels), 0 for the second."""
     first = (partner >= torch.arange(len(partner))).to(torch.float32)
     return first
 
 
 def _on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm` with its tensors and device arguments on the CPU, in fp32."""
+    """Returns `gm` with its tensors and device arguments on the CPU, in fp32."""
     root = torch.nn.Module()
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -247,7 +250,8 @@ def _on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.GraphModule:
-    """The graph positions (N,) -> (cos (N, D), sin (N, D)), by the two-halves trick on the rotation itself."""
+    """Builds the graph positions (N,) -> (cos (N, D), sin (N, D)) by rotating the two halves of all pairs with the
+    rotation."""
     graph = fx.Graph()
     positions = graph.placeholder("positions")
     first = _halves(partner)
@@ -281,7 +285,7 @@ def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.G
     sin = graph.call_function(aten.mul.Tensor, (mix(b, a), graph.get_attr("rotary_paired")))
     graph.output((mix(a, b), sin))
     graph.lint()
-    return _LazyGraphModule(root, graph, class_name="RotaryTable")  # data for a program; it is not run
+    return _LazyGraphModule(root, graph, class_name="RotaryTable")  # it is data for a program and never runs
 
 
 def _bind(replay: fx.GraphModule, x: fx.Node, rows: fx.Node) -> dict[fx.Node, fx.Node]:
@@ -290,7 +294,7 @@ def _bind(replay: fx.GraphModule, x: fx.Node, rows: fx.Node) -> dict[fx.Node, fx
 
 
 def canonical_layout(graph: fx.Graph, node: fx.Node, layout: tuple[int, int, int, int]) -> fx.Node:
-    """`node` permuted to (B, Hkv, T, D)."""
+    """Permutes `node` to (B, Hkv, T, D)."""
     if layout == (0, 1, 2, 3):
         return node
     out = graph.call_function(aten.permute.default, (node, list(layout)))

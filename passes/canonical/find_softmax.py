@@ -79,7 +79,7 @@ def find_softmax(captured: Captured, node: fx.Node) -> Attention:
     kv = qk.right, Operand(av.right.node, (*before, keys, features))
     kv_heads = _operand_heads(captured, kv[0])
     if _operand_heads(captured, kv[1]) != kv_heads:
-        kv_heads = heads  # one is repeated in the graph, the other by broadcasting: both are expanded
+        kv_heads = heads  # one is repeated in the graph, the other broadcast: both are expanded
     groups = 1
     unrepeated: Unrepeated = (None, None)
     if kv_heads == heads:
@@ -117,7 +117,7 @@ def _is_scores(captured: Captured, node: fx.Node) -> bool:
 
 
 def _scores_before(captured: Captured, source: fx.Node) -> fx.Node:
-    """The product of queries and keys that `source`, a softmax's input, is made from."""
+    """Returns the product of queries and keys that `source`, a softmax's input, is made from."""
     stop = lambda n: _is_scores(captured, n) or only_shape(n) or is_projection(n)  # noqa: E731
     found = [n for n in ancestors([source], stop=stop) if _is_scores(captured, n)]
     dependent = [n for n in found if depends_on_data(n)]
@@ -132,7 +132,7 @@ def _scores_before(captured: Captured, source: fx.Node) -> fx.Node:
 
 
 def _values_after(captured: Captured, softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The product of the weights and the values after `softmax`, and its operand that holds the weights."""
+    """Returns the product of weights and values after `softmax`, and the operand that holds the weights."""
     reached = dependents([softmax], stop=lambda n: is_op(n, *CONTRACTIONS))
 
     def is_weights(n: fx.Node) -> bool:
@@ -160,7 +160,8 @@ def _scores_lead(captured: Captured, scores: fx.Node, qk: Contraction) -> tuple[
 
 
 def _operand_heads(captured: Captured, operand: Operand) -> int:
-    """Heads that an operand has before it is broadcast; its missing dims must be the last ones before the length."""
+    """Returns the heads of an operand before it is broadcast; its missing dims must be the last ones before the
+    length."""
     shape = shape_of(operand.node)
     lead = tuple(1 if d < 0 else shape[d] for d in operand.order[:-2])
     return ratio_of(captured, lead)
@@ -173,7 +174,7 @@ def _check_weights(captured: Captured, softmax: fx.Node, weights: fx.Node, heads
     expected = given[..., :SMALL_LENGTH]
     behind = ancestors([weights], stop=lambda n: n is softmax or only_shape(n))
     others = other_values(captured, behind, 1)
-    for values in ({}, others) if others else ({},):  # as they are, and with other parameters
+    for values in ({}, others) if others else ({},):  # with the present parameters, and with others
         got = Probe(captured, SMALL_BATCH, SMALL_LENGTH, {softmax: given, **values})(weights)
         if got.numel() != expected.numel() or not torch.equal(got.reshape(expected.shape), expected):
             raise NoAttention("its weights are changed between the softmax and the product with the values")
@@ -182,7 +183,8 @@ def _check_weights(captured: Captured, softmax: fx.Node, weights: fx.Node, heads
 def _fold_chain(
     captured: Captured, source: fx.Node, scores: fx.Node, heads: int
 ) -> tuple[Bias, Fit, fx.Node | None, Live]:
-    """What becomes of the scores on the way to `source`, the softmax's input."""
+    """Reads off the chain from the scores to `source`, the softmax's input: bias, fit, attention sinks and live
+    parts."""
     behind = ancestors([source], stop=lambda n: n is scores or only_shape(n)) - {scores}
     baddbmm = is_op(scores, aten.baddbmm.default)
     added = scores.args[0] if baddbmm else None
@@ -223,7 +225,7 @@ def _fold_chain(
         return bias, few, fit(small, shape, SMALL_LENGTH)
 
     roots = [source, added] if isinstance(added, fx.Node) else [source]
-    # Layers of which a factor is learned have it set to one in the chain, so it is no part of what is the same.
+    # Layers with a learned factor have it set to one in the chain, so their factors may differ.
     factors = [f"{n.name} {value.tolist()}" for n, value in live.given.items()]
     scaling = dict(scores.kwargs) if baddbmm else ""
     what = f"{heads} {factors} {scaling} {subgraph_text(captured, roots, [scores.name])}"
@@ -237,7 +239,7 @@ def _fold_chain(
 
 
 def _holder(probe: Probe, nodes: set[fx.Node], values: Tensor) -> fx.Node | None:
-    """The earliest of `nodes` that holds `values`, one number a head, in any shape."""
+    """Returns the earliest of `nodes` that holds `values`, one number per head, in any shape."""
     for node in sorted(nodes):
         value = tensor_of(node)
         if value is None or not value.is_floating_point() or depends_on_data(node):

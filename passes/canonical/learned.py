@@ -1,13 +1,13 @@
-"""Keeps what the model can learn out of the constants of an attention.
+"""Keeps learned values out of the constants of an attention.
 
-A rewritten model shares its parameters with the original: load other weights into one and both must change. What
-`find_attention` reads off by evaluation (mask, scale, softcap, slopes) is constant, so none of it may depend on a value that a
-state dict holds. This is asked by evaluation, too: the chain from the scores to the softmax is evaluated with other values in
-those parameters, and then it must answer the same. Two things stay live in the graph instead: a factor of the scores (a learned
-temperature, Swin-V2's logit scale), which becomes a factor of the queries, and one ALiBi slope a head.
+A rewritten model shares its parameters with the original: loading other weights into one must change both. What
+`find_attention` finds by evaluation (mask, scale, softcap, slopes) is constant, so it must not depend on any value in a
+state dict. This is tested: the chain from the scores to the softmax is evaluated with other parameter values and must
+give the same answer. Two things stay live in the graph: a factor of the scores (a learned temperature, Swin-V2's logit
+scale), which becomes a factor of the queries, and one ALiBi slope per head.
 
-A mask that is a table in the state dict is a constant like any mask: tables of integers, of booleans and of zeros and ones
-are not looked at, and other floating buffers are only ever scaled as a whole, so that one of zeros and -inf masks the same.
+A mask table in the state dict is a constant like any mask. Tables of integers, booleans, or zeros and ones are not
+tested. Other floating buffers are only scaled as a whole, so that one of zeros and -inf masks the same.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TOLERANCE = 1e-6
 
 
 class LearnedConstant(ProbeError):
-    """Something that has to be constant depends on a parameter."""
+    """Something that must be constant depends on a parameter."""
 
 
 @dataclass
 class Live:
-    """What of an attention's chain is no constant. given: values for the chain with which its factors do nothing; factors: nodes
-    that the scores are multiplied by, or divided by where the flag is set, one number, one per head or one per query; slopes: the
-    node of learned ALiBi slopes, and whether it has them negated."""
+    """The parts of an attention's chain that are not constant. given: values for the chain that make its factors do
+    nothing; factors: nodes that the scores are multiplied by, or divided by if the flag is set: one number, one per
+    head or one per query; slopes: the node of learned ALiBi slopes, and whether it has them negated."""
 
     given: dict[fx.Node, Tensor] = field(default_factory=dict)
     factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Live:
 
 
 def learned_leaves(captured: Captured, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes among these that read a parameter, or a floating buffer of the state dict."""
+    """Returns those of the nodes that read a parameter, or a floating buffer of the state dict."""
     found = []
     for node in nodes:
         value = get_attr(captured.graph, str(node.target)) if node.op == "get_attr" else None
@@ -62,14 +62,15 @@ def learned_leaves(captured: Captured, nodes: Iterable[fx.Node]) -> list[fx.Node
 
 
 def _is_table_of_a_mask(value: Tensor) -> bool:
-    """Whether a buffer holds zeros and ones alone, one for each pair of tokens."""
+    """Whether a buffer holds only zeros and ones, one per pair of tokens."""
     if value.dim() < 2 or min(value.shape[-2:]) < 2 or value.device.type == "meta":
         return False
     return value.unique().tolist() == [0.0, 1.0]
 
 
 def other_values(captured: Captured, nodes: Iterable[fx.Node], seed: int) -> dict[fx.Node, Tensor]:
-    """Values, other than now, that the learned leaves among `nodes` could have. A buffer that is not all zeros is only scaled."""
+    """Returns other possible values for the learned leaves among `nodes`. A buffer that is not all zeros is only
+    scaled."""
     values = {}
     for i, node in enumerate(learned_leaves(captured, nodes)):
         held = get_attr(captured.graph, str(node.target))
@@ -85,10 +86,11 @@ def other_values(captured: Captured, nodes: Iterable[fx.Node], seed: int) -> dic
 
 
 def find_live(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, chain_at: ChainAt, heads: int) -> Live:
-    """What of a chain is live: the factors of the scores and the slopes.
+    """Finds the live parts of a chain: the factors of the scores and the slopes.
 
-    nodes: all that the chain reads besides the data; scores: the node of the scores where it is in the graph, whose shape the
-    chain takes, else it takes (B, H, S, S). Raises LearnedConstant, with the parameter, where anything else in it is learned.
+    nodes: everything that the chain reads besides the data; scores: the node of the scores if it is in the graph; the
+    chain takes its shape, else (B, H, S, S). Raises LearnedConstant with the parameter if anything else in the chain is
+    learned.
     """
     learned = bool(learned_leaves(captured, nodes))
     constant = _constant_factors(captured, nodes, scores, heads)
@@ -112,7 +114,7 @@ def find_live(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, c
 
 
 def _constant_factors(captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, heads: int) -> list[fx.Node]:
-    """Nodes that the scores, or what becomes of them, are multiplied or divided by: (..., S, 1), one number for each query, or
+    """Returns nodes that multiply or divide the scores or what they become: (..., S, 1), one number per query, or
     (..., heads, 1, 1)."""
     if scores is None:
         return []
@@ -132,7 +134,7 @@ def _constant_factors(captured: Captured, nodes: set[fx.Node], scores: fx.Node |
 
 
 class _Chain:
-    """One chain, and its answers for other values of the parameters that it reads."""
+    """Evaluates one chain, with other values of the parameters that it reads."""
 
     def __init__(
         self, captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, chain_at: ChainAt, heads: int
@@ -151,13 +153,13 @@ class _Chain:
         return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def answer(self, x: Tensor, given: Values, batch: int = BATCH, length: int = LENGTH) -> Tensor:
-        """The logits for scores x, each relative to the token's own; -inf where they are masked."""
+        """Returns the logits for scores x, each relative to the token's own; -inf if masked."""
         y = self.chain_at(batch, length, given)(x)[..., :length]
         y = y - y.diagonal(dim1=-2, dim2=-1)[..., None]
         return torch.where(seen_in(y), y, torch.where(y.isnan(), y, -math.inf))
 
     def candidates(self) -> list[fx.Node]:
-        """Nodes of one number, or one a head, that parameters go into; the nearest to the softmax first."""
+        """Returns parameter-dependent nodes with one number in all or per head, nearest to the softmax first."""
         found = []
         for node in sorted(self.nodes, reverse=True):
             value = tensor_of(node)
@@ -170,7 +172,7 @@ class _Chain:
         return found
 
     def is_factor(self, node: fx.Node, divides: bool, given: Values, by_query: bool = False) -> bool:
-        """Whether the scores are multiplied (divided) by `node`, and nothing else is."""
+        """Whether the scores are multiplied (divided) by `node` and it has no other effect."""
         shape = self.probe.shape(node)
         factor = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         by_head = factor.reshape((1, 1, -1, 1) if by_query else (1, -1, 1, 1))
@@ -183,11 +185,11 @@ class _Chain:
             if not _same(got, self.answer((x * by_head).reshape(self.x.shape), without)):
                 return False
             if _same(got, self.answer(self.x, without)):
-                return False  # nothing is multiplied by it
+                return False  # it multiplies nothing
         return True
 
     def slopes(self, given: Values) -> tuple[fx.Node, bool] | None:
-        """The node of learned slopes, None where there are none; refuses whatever else is learned."""
+        """Returns the node of learned slopes, None if there are none; refuses anything else that is learned."""
         sets = [{**values, **given} for values in (self.now, *self.others)]
         zero = torch.zeros_like(self.x)
         found = [-self.answer(zero, values)[0, :, 1, 0] for values in sets]
@@ -223,7 +225,7 @@ class _Chain:
         return min(FURTHER, self.captured.max_positions or FURTHER)
 
     def _reason(self, given: Values) -> str:
-        """Why the chain can't be rewritten: by the first of the parameters that alone changes it."""
+        """Returns why the chain can't be rewritten; names the first parameter that alone changes it."""
         zero = torch.zeros_like(self.x)
         for leaf in self.leaves:
             values = {**self.now, **given}
@@ -253,7 +255,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def with_learned(slopes: Tensor | None, live: Live, heads: int) -> Tensor | None:
-    """The slopes of all heads; where they are learned there are some, whatever they are now."""
+    """Returns the slopes of all heads (zeros if there are only learned ones), None if there are none."""
     if slopes is None:
         return torch.zeros(heads) if live.slopes is not None else None
     return slopes.expand(heads).clone()

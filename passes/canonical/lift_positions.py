@@ -1,10 +1,10 @@
-"""Gives models that compute positions from the length an input for them.
+"""Adds a position input to models that compute positions from the length.
 
 A cache needs the position of every token of every row. Models that write `arange(length)`, or take the first rows of a
-table, have the positions 0, 1, 2, ... built in, the same ones for all rows. What such a source feeds, up to where it
-meets data, is a function of positions alone: it is evaluated on the positions of all rows, flattened, and split into
-rows again where it meets data. That function must treat every position by itself, which is checked by evaluating it on
-positions in another order.
+table, have the positions 0, 1, 2, ... built in, the same for all rows. The nodes from such a source up to where they
+meet data are a function of positions alone. It is evaluated on the positions of all rows, flattened, and split into
+rows again where it meets data. The function must treat every position independently; this is checked by evaluating it
+on positions in another order.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CHECK_LENGTH = 6
 def lift_positions(captured: Captured) -> None:
     """Requires: a canonical graph (no masks left).
 
-    Ensures: no live node depends on positions that are built in; where there were any, the graph has an input
-    `position_ids` (batch, length) int64, a row's positions need not begin at 0 nor be the same as another row's. Raises
-    UnsupportedModelError, with the node and the reason, where that can't be done.
+    Ensures: no live node depends on built-in positions. If there were any, the graph has an input `position_ids`
+    (batch, length) int64; a row's positions need not begin at 0 nor equal another row's. Raises UnsupportedModelError
+    with the node and the reason if that can't be done.
     """
     gm = captured.graph
     given = placeholder(gm, "position_ids")
@@ -62,7 +62,7 @@ def lift_positions(captured: Captured) -> None:
 
 
 def _data(captured: Captured) -> set[fx.Node]:
-    """Nodes whose values depend on the inputs' values (not only on their sizes)."""
+    """Returns the nodes whose values depend on the inputs' values (not only on their sizes)."""
     found: set[fx.Node] = set()
     for node in captured.graph.graph.nodes:
         if node.op == "placeholder" or (any(i in found for i in node.all_input_nodes) and not only_shape(node)):
@@ -76,7 +76,8 @@ def _length_dims(captured: Captured, node: fx.Node) -> list[int]:
 
 
 def _is_source(captured: Captured, node: fx.Node, data: set[fx.Node]) -> bool:
-    """Whether `node` makes positions: an arange over the length, a running sum of ones, or the first rows of a table."""
+    """Whether `node` makes positions: an arange over the length, a running sum of ones, or the first rows of a
+    table."""
     if is_op(node, *ARANGES):
         return bool(_length_dims(captured, node))
     if is_op(node, aten.cumsum.default):
@@ -90,7 +91,8 @@ def _is_source(captured: Captured, node: fx.Node, data: set[fx.Node]) -> bool:
 
 
 def _line(captured: Captured, node: fx.Node) -> tuple[int, int] | None:
-    """(first, step) of a sum over the length, (length,) or (1 or batch, length), that grows by the same number each token."""
+    """Returns (first, step) of a sum over the length, (length,) or (1 or batch, length), that grows by one step per
+    token."""
     dims, rank = _length_dims(captured, node), len(shape_of(node))
     count = min(CHECK_LENGTH, captured.max_positions or CHECK_LENGTH)
     if dims != [rank - 1] or rank > 2 or count < 2:
@@ -117,7 +119,7 @@ def _refuse(node: fx.Node, reason: str) -> UnsupportedModelError:
 
 
 def _like_ids(gm: fx.GraphModule, positions: fx.Node) -> None:
-    """Gives the input `positions` the symbolic shape of `input_ids`; an input that nothing used has its own symbols."""
+    """Gives the input `positions` the symbolic shape of `input_ids`; an unused input has its own symbols."""
     ids = placeholder(gm, "input_ids")
     value, found = tensor_of(ids), tensor_of(positions)
     assert value is not None
@@ -132,7 +134,7 @@ class _Lifter:
         self.captured, self.gm, self.data = captured, captured.graph, data
         self.sources = sources
         region = dependents(sources, stop=lambda n: n in data)
-        # With what it is put into, zeros over the length among it.
+        # Includes what it is joined with, such as zeros over the length.
         region |= {
             n for n in ancestors(region - data, stop=lambda n: n in data or n in sources) if _length_dims(captured, n)
         }
@@ -163,7 +165,7 @@ class _Lifter:
         return node
 
     def _flat(self) -> tuple[fx.Node, fx.Node]:
-        """All rows' positions one after another (batch * length,), and how many they are."""
+        """Returns all rows' positions one after another (batch * length,), and their number."""
         self.batch, self.length = sizes_first(self.captured)
         with self.gm.graph.inserting_after(self.length):
             flat = add_call(self.gm, aten.reshape.default, self.positions, [-1])
@@ -202,7 +204,7 @@ class _Lifter:
         return new if wanted.dtype == got.dtype else add_call(gm, aten._to_copy.default, new, dtype=wanted.dtype)
 
     def _lift(self, node: fx.Node) -> fx.Node:
-        """`node` over all rows' positions: the length becomes batch * length, and the batch size 1."""
+        """Lifts `node` to all rows' positions: the length becomes batch * length, and the batch size 1."""
         value = node.meta.get("val")
         if isinstance(value, Tensor) and len(_length_dims(self.captured, node)) > 1:
             raise _refuse(node, "positions are combined with each other, outside of any attention")
@@ -221,7 +223,7 @@ class _Lifter:
             raise _refuse(node, f"{node.target} fails on the positions of several rows: {error}") from error
 
     def _size(self, node: fx.Node) -> Any:
-        """A size inside the region: made of the length and the batch size, which become batch * length and 1."""
+        """Lifts a size inside the region: length and batch size in it become batch * length and 1."""
         expr = symbol(node.meta["val"])
         if expr == self.captured.batch_symbol:
             return 1
@@ -236,11 +238,11 @@ class _Lifter:
         raise _refuse(node, f"a size of {expr} is made of the length")
 
     def _at(self, node: fx.Node, user: fx.Node) -> fx.Node:
-        """The lifted `node` as `user`, where it meets data, needs it: with a batch dim."""
+        """Returns the lifted `node` in the shape that `user`, where it meets data, needs: with a batch dim."""
         lifted, shape, out = self.lifted[node], shape_of(node), tensor_of(user)
         lengths = _length_dims(self.captured, node)
         if not lengths:
-            return lifted  # over batch * length already: the rows one after another, as in the flat positions
+            return lifted  # it is over batch * length already, row after row like the flat positions
         if out is None or not (_is_pointwise(user) or is_op(user, *JOINS)):
             raise _refuse(user, f"they are given to {user.target}, which does not treat every position by itself")
         if is_op(user, aten.stack.default):
@@ -258,7 +260,8 @@ class _Lifter:
         return self.split[key]
 
     def _split(self, lifted: fx.Node, rank: int, length: int, batch: int) -> fx.Node:
-        """(..., batch * length at dim `length`, ...) padded to `rank` dims, as (..., batch, ..., length, ...)."""
+        """Splits (..., batch * length at dim `length`, ...), padded to `rank` dims, into (..., batch, ..., length,
+        ...)."""
         shape: list[Any] = list(shape_of(lifted))
         shape = [1] * (rank - len(shape)) + shape
         if symbol(shape[batch]) != 1:
@@ -275,7 +278,7 @@ class _Lifter:
 
     @torch.no_grad()
     def _check_by_evaluation(self, nodes: Iterable[fx.Node]) -> None:
-        """Compares the lifted region on positions of two rows, fewer and in another order, with the region as it was."""
+        """Compares the lifted region, on two rows of fewer positions in another order, with the original region."""
         limit = self.captured.max_positions or CHECK_LENGTH
         count = min(CHECK_LENGTH, limit)
         rows = torch.stack([torch.arange(count).flip(0).roll(1), torch.arange(count).roll(2)])[:, : max(1, count - 2)]
@@ -308,7 +311,7 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 def _check_none_left(captured: Captured) -> None:
-    """Refuses graphs with a value that varies along the length and depends on nothing that is given."""
+    """Refuses graphs with a value that varies along the length and depends on no input."""
     probe = Probe(captured, 2, min(CHECK_LENGTH, captured.max_positions or CHECK_LENGTH))
     data = _data(captured)
     for node in captured.graph.graph.nodes:

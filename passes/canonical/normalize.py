@@ -1,4 +1,4 @@
-"""Brings a captured graph into the form that every later pass expects, without changing what it computes."""
+"""Normalizes a captured graph to the form that later passes expect, without changing what it computes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CASTS = ("aten::_to_copy", "aten::to", "aten::type_as", "aten::contiguous")
 
 
 def normalize(captured: Captured) -> None:
-    """Requires: a graph as `capture` makes it, without in-place ops (`run_decompositions({})`).
+    """Requires: a graph from `capture`, without in-place ops (`run_decompositions({})`).
 
-    Ensures: no assertions, no dead nodes, `reshape` in place of `view` (whose arguments were right for the strides of
-    the trace only), letters for all axes of an einsum, no product of two transposed matrices, zeros in place of memory that
-    holds anything, histograms that a CPU and a GPU know, and no copies, casts, slices or dropouts that do nothing.
+    Ensures: no assertions; no dead nodes; `reshape` instead of `view` (whose arguments only fit the strides of the
+    trace); letters for all axes of an einsum; no product of two transposed matrices; zeros instead of uninitialized
+    memory; histograms that run on CPU and GPU; no copies, casts, slices or dropouts that do nothing.
     """
     gm = captured.graph
     copies_matter = any(n.target in STRIDE_SENSITIVE or mutates(n) for n in gm.graph.nodes)
@@ -57,7 +57,7 @@ def normalize(captured: Captured) -> None:
 
 
 def _name_all_axes(node: fx.Node) -> None:
-    """Letters in place of the "..." of an einsum, and the result that follows from its operands where none is written."""
+    """Replaces the "..." of an einsum with letters, and writes out the result if it is implied by the operands."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     assert isinstance(operands, (list, tuple))
     if "..." not in equation or "->" not in equation:
@@ -69,9 +69,9 @@ def _name_all_axes(node: fx.Node) -> None:
     most = max(more)
     if most > len(free):
         return
-    letters = "".join(free[:most])  # the axes are the same counted from the last
+    letters = "".join(free[:most])  # the axes match when counted from the last
     terms = [t.replace("...", letters[most - m :]) for t, m in zip(terms, more, strict=True)]
-    # Axes of size 1 are broadcast under "..." alone; a letter must have one size.
+    # Axes of size 1 are broadcast only under "..."; a letter must have one size.
     sizes: dict[str, set[Any]] = {}
     for term, x in zip(terms, operands, strict=True):
         for letter, size in zip(term, tensor_of(x).shape, strict=True):  # type: ignore[union-attr]
@@ -82,8 +82,9 @@ def _name_all_axes(node: fx.Node) -> None:
 
 
 def _count_in_floats(gm: fx.GraphModule, node: fx.Node) -> None:
-    """A histogram of integers as one of float64: a GPU counts either, the CPU has no kernel for integers, and a graph that was
-    captured on one must run on the other. Routers of mixtures of experts count so on a GPU, by `histc(ids.int())`."""
+    """Computes a histogram of integers in float64. The CPU has no kernel for integers (a GPU has both), and a graph
+    that was captured on one must run on the other. Routers of mixtures of experts do this on a GPU with
+    `histc(ids.int())`."""
     source, own = node.args[0], tensor_of(node)
     given = tensor_of(source)
     if given is None or own is None or given.is_floating_point():
@@ -101,7 +102,7 @@ def _count_in_floats(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _turn_around(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Writes A' B' as (B A)', and takes away a transpose that follows."""
+    """Rewrites A' B' as (B A)' and removes a transpose that follows."""
     before = [_transposed(n) for n in node.args[:2]]
     if None in before:
         return
@@ -119,7 +120,7 @@ def _turn_around(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _transposed(node: Any) -> fx.Node | None:
-    """What `node` is with its last two axes exchanged, or None."""
+    """Returns the node whose last two axes `node` exchanges, or None."""
     if not is_op(node, aten.transpose.int, aten.permute.default, aten.mT.default):
         return None
     source: Any = node.args[0]
@@ -145,7 +146,7 @@ def _is_assertion(node: fx.Node) -> bool:
 
 
 def _copied(node: fx.Node, copies_matter: bool) -> fx.Node | None:
-    """The node whose value `node` only passes on, or None."""
+    """Returns the node whose value `node` only passes on, or None."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]

@@ -1,4 +1,4 @@
-"""The operands of an attention that was found: its heads, and keys and values before they are repeated."""
+"""Describes the operands of an attention: its heads, and keys and values before they are repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Unrepeated = tuple[fx.Node | None, fx.Node | None]
 
 
 class NoAttention(Exception):
-    """Why an anchor is not an attention that can be rewritten."""
+    """The reason why an anchor is not an attention that can be rewritten."""
 
 
 @dataclass
@@ -36,13 +36,12 @@ class Operand:
 class Attention:
     """What an anchor computes.
 
-    replaced: the node whose value the attention is; out_order: its dims, as a permutation of (lead..., length,
-    features).
-    groups: how many times every kv head stands next to itself in k and v (1: not repeated); unrepeated: k and v from
-    before that, where the graph has them. sinks: node holding one extra logit a head. slopes: ALiBi's, fp32;
-    slopes_node: where they are learned, the node that holds them and whether it has them negated. factors: learned numbers, one
-    or one a head, that the scores are multiplied (divided, where the flag is set) by besides `scale`. by_head: (window, chunk) of
-    each head, where they differ.
+    replaced: the node that holds the attention's result; out_order: its dims, as a permutation of (lead..., length,
+    features). groups: how many times every kv head is repeated in k and v (1: not repeated); unrepeated: k and v before
+    the repeat, if the graph has them. sinks: node with one extra logit per head (attention sinks). slopes: ALiBi's,
+    fp32; slopes_node: for learned slopes, the node that holds them and whether it has them negated. factors: learned
+    numbers, one or one per head, that multiply the scores (divide them if the flag is set) besides `scale`. by_head:
+    (window, chunk) per head, if they differ.
     """
 
     anchor: fx.Node
@@ -81,7 +80,8 @@ def module_of(node: fx.Node) -> str:
 
 
 def check_operands(captured: Captured, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[int, int]:
-    """(heads, kv heads) of q, k and v of shape (..., length, features); refuses cross-attention and odd ranks."""
+    """Returns (heads, kv heads) of q, k and v of shape (..., length, features); refuses cross-attention and odd
+    ranks."""
     for name, node in (("query", q), ("key", k), ("value", v)):
         shape = shape_of(node)
         if not 3 <= len(shape) <= 4 or not is_length(captured, shape[-2]):
@@ -93,7 +93,7 @@ def check_operands(captured: Captured, q: fx.Node, k: fx.Node, v: fx.Node) -> tu
 
 
 def heads_of(captured: Captured, node: fx.Node) -> int:
-    """Heads of a (B, H, S, D) or (B * H, S, D) operand."""
+    """Returns the heads of a (B, H, S, D) or (B * H, S, D) operand."""
     shape = shape_of(node)
     if len(shape) == 4:
         return int(shape[1])
@@ -101,7 +101,7 @@ def heads_of(captured: Captured, node: fx.Node) -> int:
 
 
 def ratio_of(captured: Captured, lead: tuple[Any, ...]) -> int:
-    """How many heads `lead`, sizes whose product is batch * heads, stands for."""
+    """Returns how many heads the sizes `lead`, whose product is batch * heads, stand for."""
     counts = set()
     for batch in (3, 5):
         sizes = symbols(captured, batch, 7)
@@ -116,13 +116,13 @@ def ratio_of(captured: Captured, lead: tuple[Any, ...]) -> int:
 
 
 def as_heads(value: Tensor, operand: Operand, batch: int) -> Tensor:
-    """An operand's value as (B, heads, S, D)."""
+    """Returns an operand's value as (B, heads, S, D)."""
     value = value.permute([d for d in operand.order if d >= 0])
     return value.reshape(batch, -1, *value.shape[-2:])
 
 
 def repeats(captured: Captured, k: Operand, v: Operand, heads: int) -> tuple[int, Unrepeated]:
-    """How often every kv head stands next to itself in k and v, and nodes (B, Hkv, S, D) from before the repeat."""
+    """Returns how often every kv head is repeated in k and v, and nodes (B, Hkv, S, D) from before the repeat."""
     learned = other_values(captured, ancestors([k.node, v.node], stop=is_projection), 1)
     probe = Probe(captured, SMALL_BATCH, SMALL_LENGTH, learned, cut=is_projection)
     values = [as_heads(probe(o.node), o, SMALL_BATCH) for o in (k, v)]
@@ -135,7 +135,7 @@ def repeats(captured: Captured, k: Operand, v: Operand, heads: int) -> tuple[int
 
 
 def _before_repeat(probe: Probe, node: fx.Node, kept: Tensor) -> fx.Node | None:
-    """A node on the way to `node` that already is (B, Hkv, S, D), so that the repeat need not be computed."""
+    """Returns an input of `node` that already is (B, Hkv, S, D), so that the repeat need not be computed."""
     for _ in range(12):
         if len(node.all_input_nodes) < 1 or not isinstance(node.args[0], fx.Node) or probe.cut(node):
             return None

@@ -25,19 +25,19 @@ aten = torch.ops.aten
 
 WEIGHT_OPS = (aten.linear.default, aten.addmm.default, aten.embedding.default, aten.convolution.default)
 PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default)
-MOST_HASHED = 1 << 24  # elements of a table that is told from others by its values
+MOST_HASHED = 1 << 24  # most elements of a table that is identified by its values
 # Only the shape and dtype of their first argument count.
 SHAPE_ONLY = (
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 )  # fmt: skip
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
-UNDERFLOW = -200.0  # a weight of exp(-200) is nothing, also in float64 beside one
+UNDERFLOW = -200.0  # a weight of exp(-200) adds nothing to one, even in float64
 
 
 def seen_in(relative: Tensor) -> Tensor:
-    """Which logits (..., S, S), each relative to its query's own token, are not masked.
+    """Returns which logits (..., S, S), each relative to its query's own token, are not masked.
 
-    Where all later tokens are given the same small number, such as -1000, that number is the mask.
+    If all later tokens get the same small number, such as -1000, that number is the mask.
     """
     later = relative[..., torch.ones(relative.shape[-2:], dtype=torch.bool).triu(1)]
     highest = float(later.max()) if later.numel() else -math.inf
@@ -49,9 +49,9 @@ class ProbeError(Exception):
 
 
 def symbols(captured: Captured, batch: int, length: int) -> dict[Any, int]:
-    """Numbers for every symbol that an input's shape is made of.
+    """Returns numbers for every symbol in the inputs' shapes.
 
-    An input that the graph does not use may have symbols of its own; they get the same numbers.
+    An input that the graph does not use may have its own symbols; they get the same numbers.
     """
     found: dict[Any, int] = {}
     for node in captured.graph.graph.nodes:
@@ -63,7 +63,7 @@ def symbols(captured: Captured, batch: int, length: int) -> dict[Any, int]:
 
 
 def only_shape(node: fx.Node) -> bool:
-    """Whether `node` depends on the shapes of its inputs only, not on their values."""
+    """Whether `node` depends only on its inputs' shapes, not on their values."""
     if is_size(node):
         return True
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
@@ -71,7 +71,7 @@ def only_shape(node: fx.Node) -> bool:
 
 
 def value_inputs(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes whose values `roots` depend on (what they need only the shape of is left out)."""
+    """Returns the nodes whose values `roots` depend on (without those of which only the shape matters)."""
     return ancestors(roots, stop=only_shape)
 
 
@@ -83,10 +83,10 @@ def depends_on_data(root: fx.Node) -> bool:
 class Probe:
     """Evaluates nodes of one graph for one batch size and length; every node at most once.
 
-    positions: ascending, int64 (n,): only the tokens at these positions are evaluated, of a text that ends with the last of them.
-    `length` is n then, and arrays over the sequence have n entries. Only for nodes of which `apart.why_not` finds no fault.
-    overrides: values that are given instead of computed. cut: nodes whose value is drawn at random instead of computed.
-    Parameters and buffers are used as they are, or drawn at random where they have no data (device `meta`).
+    positions: ascending, int64 (n,): evaluates only the tokens at these positions, of a text that ends with the last of
+    them. `length` is n then, and arrays over the sequence have n entries. Allowed only if `apart.why_not` returns None
+    for the nodes. overrides: values that are given instead of computed. cut: nodes whose value is random instead of
+    computed. Parameters and buffers are used as they are, or drawn at random if they have no data (device `meta`).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Probe:
         self.batch, self.length = batch, length
         self.positions = positions
         self.axes = Axes(captured) if positions is not None else None
-        # Numbers for the sizes of arrays, and for sizes that are computed with.
+        # Numbers for sizes of arrays, and for sizes in arithmetic.
         self.sizes = symbols(captured, batch, length)
         self.numbers = self.sizes if positions is None else symbols(captured, batch, int(positions[-1]) + 1)
         self.values: dict[fx.Node, Any] = dict(overrides or {})
@@ -111,16 +111,16 @@ class Probe:
         self.generator = torch.Generator().manual_seed(seed)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The concrete shape of what `node` produces."""
+        """Returns the concrete shape of what `node` produces."""
         return concretize(shape_of(node), self.sizes)
 
     def random(self, node: fx.Node) -> Tensor:
-        """A random tensor like the one that `node` produces."""
+        """Returns a random tensor like the one that `node` produces."""
         return torch.randn(self.shape(node), generator=self.generator, dtype=torch.float64)
 
     @torch.no_grad()
     def __call__(self, root: fx.Node) -> Any:
-        """The value of `root`. Raises ProbeError when an op on the way can't run."""
+        """Returns the value of `root`. Raises ProbeError if an op on the way can't run."""
         todo = [root]
         while todo:
             node = todo[-1]
@@ -161,11 +161,11 @@ class Probe:
             out = run_op(node, args, kwargs)
         except FAILURES as error:
             raise ProbeError(f"{node.name} could not be evaluated: {str(error).splitlines()[0]}") from error
-        # What has torch's default dtype for want of another.
+        # These have torch's default dtype because they name none.
         return out.to(widen(out.dtype)) if isinstance(out, Tensor) else out
 
     def _sizes_of_arrays(self, value: Any) -> Any:
-        """A list among an op's arguments: the sizes in it are those of an array."""
+        """Replaces sizes in a list argument of an op with the sizes of an array."""
         return fx.node.map_arg(value, lambda n: concretize([n.meta["val"]], self.sizes)[0] if is_size(n) else n)
 
     def _argument(self, value: Any) -> Any:
@@ -189,9 +189,9 @@ class Probe:
 def subgraph_text(
     captured: Captured, roots: Iterable[fx.Node], starts: Iterable[str] = (), parameters: bool = True
 ) -> str:
-    """Text that is the same for subgraphs that compute the same: from nodes with the names `starts` on to `roots`.
+    """Returns text that is the same for subgraphs that compute the same, from nodes named in `starts` to `roots`.
 
-    Tables count by their values. parameters: so do parameters; else by their shapes alone.
+    Tables count by their values. parameters: whether parameters count by their values too, or only by their shapes.
     """
     names = set(starts)
     roots = list(roots)
@@ -225,7 +225,7 @@ def _attribute_text(captured: Captured, node: fx.Node, parameters: bool) -> str:
 
 
 def is_projection(node: fx.Node) -> bool:
-    """Whether `node` multiplies data by weights: where a probe of what follows may start from random numbers."""
+    """Whether `node` multiplies data by weights: a probe of the nodes after it may start there from random numbers."""
     value = tensor_of(node)
     if value is None or not value.is_floating_point():
         return False
@@ -238,13 +238,13 @@ def is_projection(node: fx.Node) -> bool:
 
 
 def integers_in(captured: Captured, nodes: Iterable[fx.Node]) -> set[int]:
-    """The integers written in the arguments of `nodes` or held by the tiny constants that they read."""
+    """Returns the integers in the arguments of `nodes` or in the tiny constants that they read."""
     found: set[int] = set()
 
     def visit(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             found.add(abs(value))
-        elif isinstance(value, float) and abs(value) <= 4096 and value == int(value):  # more is what a mask fills in
+        elif isinstance(value, float) and abs(value) <= 4096 and value == int(value):  # larger numbers are what a mask fills in
             found.add(abs(int(value)))
         return value
 
@@ -259,5 +259,5 @@ def integers_in(captured: Captured, nodes: Iterable[fx.Node]) -> set[int]:
 
 
 def refuse(layer: int, module: str, reason: str) -> UnsupportedModelError:
-    """The error for an attention that can't be rewritten."""
+    """Returns the error for an attention that can't be rewritten."""
     return UnsupportedModelError(f"layer {layer} ({module or 'the model itself'}): {reason}")

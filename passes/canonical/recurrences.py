@@ -1,4 +1,4 @@
-"""Finds linear recurrences: for which assignment of its inputs a region gives what `linear_scan` gives."""
+"""Finds linear recurrences: the assignment of a region's inputs for which `linear_scan` gives the region's result."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kvrewrite.passes.canonical.regions import LONGEST, TOLERANCE, NotCarried, R
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
-ROUNDED = 1e-6  # the same where the model has tables of powers of a rate, which it rounded to fp32
-SHORT = 5  # tokens that assignments of roles are tried on
-MOST_INPUTS = 6  # of a recurrence
-FAR = 1 << 20  # tokens of a text that no table of a model is meant for
+ROUNDED = 1e-6  # the same if the model has tables of powers of a rate that are rounded to fp32
+SHORT = 5  # tokens on which assignments of roles are tried
+MOST_INPUTS = 6  # most inputs of a recurrence
+FAR = 1 << 20  # tokens; no model's table is meant for so long a text
 
 
 @dataclass
 class Roles:
-    """Which of a region's inputs is what in a linear recurrence, by their number; scale: of the result; skip: an input that is
-    added to it times `gain`, the number of a constant; rate: the number of the constant that each head decays by, where no input
-    says so."""
+    """The role of each of a region's inputs in a linear recurrence, by index; scale: of the result; skip: an input that
+    is added to it times `gain`, the index of a constant; rate: the index of the constant that each head decays by, if
+    no input says so."""
 
     q: int
     k: int
@@ -61,7 +61,7 @@ class Recurrence:
         self.weights = [
             n for n in self.all if n.op == "get_attr" and (x := tensor_of(n)) is not None and x.is_floating_point()
         ]
-        # What heads may decay by: one number a head, as exp(-|rate| distance) or as rate ** distance.
+        # Constants that heads may decay by: one number per head, as exp(-|rate| distance) or as rate ** distance.
         a_head = [n for n in self.all if self._is_a_head(n) and not depends_on_data(n)]
         self.rates = [(n, power) for power in (False, True) for n in a_head]
 
@@ -76,7 +76,7 @@ class Recurrence:
         return tuple(int(shape_of(node)[i]) for i in order[2:])
 
     def rewrite(self) -> None:
-        """Puts `linear_scan` in; NotCarried where the region is something else."""
+        """Inserts `linear_scan`; raises NotCarried if the region is something else."""
         if len(self.heads) != 2:
             raise NotCarried(
                 f"its results have {len(self.heads)} axes besides batch and sequence, expected heads and channels"
@@ -89,7 +89,7 @@ class Recurrence:
         self._replace(self.known[text])
 
     def _text(self) -> str:
-        """The region as text: equal where the same is computed from other weights."""
+        """Returns the region as text: equal if another region computes the same from other weights."""
         number = {n: f"%{i}" for i, n in enumerate([*self.region.inputs, *self.all])}
         lines = [f"{number[n]} {self.rests[i]} {self.layouts[i]}" for i, n in enumerate(self.region.inputs)]
         for node in self.all:
@@ -100,7 +100,7 @@ class Recurrence:
 
     # -- recognition
     def _find(self) -> Roles:
-        """The roles with which a linear recurrence gives what the region gives."""
+        """Finds the roles for which a linear recurrence gives the region's result."""
         lengths = [SHORT, self._several_chunks()]
         if self.captured.unrolled:  # it holds for as many chunks as the trace had
             lengths = [self.captured.trace_length, self.captured.trace_length - 2]
@@ -113,7 +113,8 @@ class Recurrence:
                 again = self._evaluated(length, 1, complete)
                 if self._agrees(complete, *again, at_gain=True) is None:
                     raise NotCarried(f"it is one on {lengths[0]} tokens, but not on {length}")
-            # No weight may be in the scale. (Tables of powers of a rate go with the rate: they are left alone without a scale.)
+            # The scale must not depend on a weight. (Tables of powers of a rate belong to the rate; without a scale
+            # they stay.)
             changed = self.weights if complete.scale != 1.0 else [n for n in self.weights if self._is_learned(n)]
             if changed:
                 again = self._evaluated(lengths[0], 1, complete, changed)
@@ -124,7 +125,7 @@ class Recurrence:
         raise NotCarried(f"what it gives is none that queries, keys, values and decays among {shapes} would give")
 
     def _several_chunks(self) -> int:
-        """A length at which whatever the region is cut into is there more than twice."""
+        """Returns a length that has more than two of whatever the region cuts the sequence into."""
         sizes = {1}
         for node in self.region.nodes:
             value = tensor_of(node)
@@ -139,7 +140,8 @@ class Recurrence:
     def _evaluated(
         self, length: int, batch: int, roles: Roles | None, changed: Iterable[fx.Node] = ()
     ) -> tuple[Probe, list[Tensor], Tensor]:
-        """The region on random inputs: they, as (batch, tokens, ...), and its results. changed: weights with other values."""
+        """Runs the region on random inputs; returns these, as (batch, tokens, ...), and its results. changed: uses
+        other weights."""
         probe = probe_region(self.captured, self.region, batch, length, seed=length)
         probe.values.update({n: 0.9 * x if bool((x := probe(n)).any()) else x + 0.1 for n in changed})
         given = []
@@ -158,7 +160,7 @@ class Recurrence:
         return isinstance(held, torch.nn.Parameter) or held.numel() == 1
 
     def _assignments(self) -> Iterator[Roles]:
-        """Roles that fit the shapes, each input once."""
+        """Yields roles that fit the shapes; each input has one role."""
         heads, channels = self.heads
         wide = [i for i, rest in enumerate(self.rests) if len(rest) == 2 and rest[0] == heads]
         narrow = [i for i, rest in enumerate(self.rests) if rest == (heads,)]
@@ -185,7 +187,7 @@ class Recurrence:
     def _agrees(
         self, roles: Roles, probe: Probe, given: list[Tensor], expected: Tensor, at_gain: bool = False
     ) -> Roles | None:
-        """The roles, with the gain of `skip`, where the recurrence with them gives the region's results; else None."""
+        """Returns the roles, with the gain of `skip`, if their recurrence gives the region's results; else None."""
         q, k, v = given[roles.q], given[roles.k], given[roles.v]
         decay = q.new_zeros(q.shape[:3]) if roles.decay is None else given[roles.decay]
         if roles.rate is not None:
@@ -211,7 +213,8 @@ class Recurrence:
         return None
 
     def _gain_shape(self, node: fx.Node) -> list[int] | None:
-        """How a constant goes with (..., heads, channels), if it is floating and has one number for each or for each head."""
+        """Returns how a floating constant broadcasts to (..., heads, channels) if it has one number per channel or per
+        head."""
         value = tensor_of(node)
         heads, channels = self.heads
         if value is None or not value.is_floating_point() or any(not isinstance(s, int) for s in value.shape):
@@ -256,6 +259,6 @@ class Recurrence:
         self.region.exits[0] = result
 
     def _ordered(self, i: int) -> fx.Node:
-        """An input as (batch, tokens, ...)."""
+        """Returns an input as (batch, tokens, ...)."""
         node, order = self.region.inputs[i], self.layouts[i]
         return node if order == sorted(order) else add_call(self.captured.graph, aten.permute.default, node, order)

@@ -1,4 +1,4 @@
-"""Regions of the graph that mix tokens besides attention, up to where there is one entry per token again."""
+"""Finds regions of the graph that mix tokens besides attention, up to where there is one entry per token again."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kvrewrite.ir.fx import is_size, symbol, tensor_of
 from kvrewrite.passes.canonical.check import data_nodes, mixes
 from kvrewrite.passes.canonical.probe import Probe, only_shape
 
-TOLERANCE = 1e-9  # of the largest number; everything is evaluated in fp64
-LONGEST = 4096  # tokens that a region is evaluated on
+TOLERANCE = 1e-9  # relative to the largest number; everything is evaluated in fp64
+LONGEST = 4096  # longest text that a region is evaluated on
 
 
 class NotCarried(Exception):
-    """A region is no window, or no recurrence, and why."""
+    """The reason why a region is no window or no recurrence."""
 
 
 @dataclass
 class Region:
-    """A part of the graph that mixes tokens. nodes: in the graph's order, without the exits; inputs: data that it reads; exits:
-    nodes with one entry a token that read it; shapes: other data, of which it reads the shape alone."""
+    """A part of the graph that mixes tokens. nodes: in the graph's order, without the exits; inputs: data that it
+    reads; exits: nodes with one entry per token that read it; shapes: other data of which it reads only the shape."""
 
     nodes: list[fx.Node]
     inputs: list[fx.Node]
@@ -34,8 +34,9 @@ class Region:
 
 @dataclass
 class Padding:
-    """What stands in front of the sequence: `count` zeros, put there by `node`. reader: what takes the sequence up for that.
-    convolves: `node` is a convolution that pads. shifts: as many tokens are cut off at the end."""
+    """The padding before the sequence: `node` puts `count` zeros there. reader: the node that takes the sequence for
+    that. convolves: whether `node` is a convolution that pads. shifts: whether as many tokens are cut off at the
+    end."""
 
     node: fx.Node
     count: int
@@ -45,7 +46,7 @@ class Padding:
 
 
 def find_regions(captured: Captured) -> list[Region]:
-    """All regions in the graph's order."""
+    """Returns all regions in the graph's order."""
     gm, length = captured.graph, captured.length_symbol
     data = data_nodes(gm)
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -66,15 +67,15 @@ def find_regions(captured: Captured) -> list[Region]:
 
 
 def probe_region(captured: Captured, region: Region, batch: int, length: int, seed: int = 0) -> Probe:
-    """A probe that does not compute what the region knows the shape of alone."""
+    """Returns a probe that skips values of which the region only needs the shape."""
     probe = Probe(captured, batch, length, seed=seed)
     probe.values.update({node: torch.zeros(probe.shape(node), dtype=torch.float64) for node in region.shapes})
     return probe
 
 
 def _grow(seed: fx.Node, data: set[fx.Node], length: Any) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The region around one op that mixes tokens, and its exits (which may be members: an op may look back and give one entry a
-    token at once)."""
+    """Grows the region around one op that mixes tokens; returns it and its exits. Exits may be members: an op may look
+    back and give one entry per token at once."""
     members: set[fx.Node] = set()
     exits: set[fx.Node] = set()
     todo = [seed]
@@ -87,13 +88,13 @@ def _grow(seed: fx.Node, data: set[fx.Node], length: Any) -> tuple[set[fx.Node],
         else:
             members.add(node)
             todo += [u for u in node.users if u in data and not is_size(u)]
-        # What is no token's own comes from the same region.
+        # What has no entry per token comes from the same region.
         todo += [i for i in node.all_input_nodes if i in data and not is_size(i) and not _one_a_token(i, length)]
     return members, exits
 
 
 def _one_a_token(node: fx.Node, length: Any) -> bool:
-    """Whether a node has one entry for each token, or is several such tensors."""
+    """Whether a node has one entry per token, or is several such tensors."""
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)):
         return all(_is_sequence(v, length) for v in value)
@@ -108,7 +109,7 @@ def _is_sequence(value: Any, length: Any) -> bool:
 
 
 def layout_of(captured: Captured, node: fx.Node) -> list[int] | None:
-    """The order of dims that makes a tensor (batch, sequence, ...), or None."""
+    """Returns the order of dims that makes a tensor (batch, sequence, ...), or None."""
     value = tensor_of(node)
     if value is None:
         return None

@@ -1,15 +1,15 @@
-"""Translation validation: what the passes rewrote is run beside what was captured, and must give the same.
+"""Validates the rewrite: runs the rewritten graph beside the captured one; both must give the same.
 
-Recognizing an attention says what the compiler believes; this pass finds out. Three questions are asked of the canonical graph,
-each answered by running both graphs in float64 on random inputs (`kvrewrite/ir/evaluate.py`):
+Finding an attention only says what the compiler believes; this pass tests it. It asks three questions about the
+canonical graph and answers each by running both graphs in float64 on random inputs (`kvrewrite/ir/evaluate.py`):
 
 - **sites**: does the canonical op give what the captured subgraph gives, from queries, keys and values to the attention's
-  output, at several lengths and with scores that are large enough to show a mask or a scale?
+  output, at several lengths and with scores large enough to show a mask or a scale?
 - **positions**: with the sites cut, does the canonical graph give what the captured one gives?
-- **locality**: with the sites and the carried states cut, is all that is left a function of one token and its position? The
-  same tokens are run alone and in texts of several lengths, among several rows and with other neighbours.
+- **locality**: with the sites and the carried states cut, is the rest a function of one token and its position? The same
+  tokens are run alone and in texts of several lengths, in several rows and with other neighbours.
 
-A module that computes something else is refused with the layer, whatever ops it is made of.
+A module that computes something else is refused with the layer, whatever its ops.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from kvrewrite.passes.canonical.regions import layout_of
 aten = torch.ops.aten
 
 CHECKS = ("full", "sites", "off")
-LENGTHS = (1, 2, 3, 17)  # tokens of texts that a site is run on, and the rest but for 3
-LONGEST = 4096  # tokens of the longest text that a site is run on
-MOST_SCORES = 1 << 24  # elements of a site's scores
-LONGEST_REST = 1024  # tokens of the longest text that the rest is run on
-MOST_ACTIVATIONS = 1 << 23  # elements of the widest activation in it
+LENGTHS = (1, 2, 3, 17)  # tokens of texts for a site; the rest of the graph runs on all but 3
+LONGEST = 4096  # longest text that a site is run on
+MOST_SCORES = 1 << 24  # most elements of a site's scores
+LONGEST_REST = 1024  # longest text that the rest of the graph is run on
+MOST_ACTIVATIONS = 1 << 23  # most elements of its widest activation
 POOL = 24  # tokens, with their positions, that are run alone and in company
-FARTHEST = 1 << 17  # position of a token of the pool, where the model has no limit
-GAINS = (1.5, 4.0)  # of queries and keys: scores of about that size, squared
+FARTHEST = 1 << 17  # largest position of a token of the pool, if the model has no limit
+GAINS = (1.5, 4.0)  # of queries and keys: scores are about the square of this
 
-# Ops that only move data: what they are given says what they give.
+# Ops that only move data: equal inputs give equal outputs.
 MOVES = {
     aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
     aten.t.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
@@ -71,23 +71,23 @@ MOVES = {
 
 @dataclass
 class Proof:
-    """What was proved of a rewrite, for the report and the model card."""
+    """What was proved about a rewrite, for the report and the model card."""
 
     check: str
-    sites: int = 0  # attention sites that were run beside what they replaced
-    distinct: int = 0  # of these, how many different ones
-    lengths: list[int] = field(default_factory=list)  # tokens of the texts that sites were run on
-    rest: list[int] = field(default_factory=list)  # tokens of the texts that the rest was run on
-    masks: int = 0  # tokens up to which masks were compared at every distance; 0: there is none but the causal one
+    sites: int = 0  # attention sites that were compared with what they replaced
+    distinct: int = 0  # how many of these are different
+    lengths: list[int] = field(default_factory=list)  # lengths of the texts that sites were run on
+    rest: list[int] = field(default_factory=list)  # lengths of the texts that the rest was run on
+    masks: int = 0  # distance up to which masks were compared; 0: there is none but the causal one
     whole: list[int] = field(default_factory=list)  # pieces that the whole was run in; 0 stands for padding
 
     def as_dict(self) -> dict[str, Any]:
-        """The proof as plain data."""
+        """Returns the proof as plain data."""
         return dict(self.__dict__)
 
 
 class Snapshot:
-    """A graph as it is now, to be compared with what passes make of it."""
+    """A copy of a graph, to be compared with what passes make of it."""
 
     def __init__(self, captured: Captured):
         self.graph = fx.Graph()
@@ -99,7 +99,7 @@ class Snapshot:
 
 
 def require_check(check: str) -> None:
-    """Raises OptionError where `check` is none of `CHECKS`."""
+    """Raises OptionError if `check` is not in `CHECKS`."""
     if check not in CHECKS:
         raise OptionError(f"check is {check!r}, expected one of {', '.join(map(repr, CHECKS))}")
 
@@ -107,7 +107,7 @@ def require_check(check: str) -> None:
 def validate(captured: Captured, before: Snapshot, stand_ins: StandIns, check: str) -> Proof:
     """Requires a canonical graph with lifted positions, and the normalized graph that it was made from.
 
-    Ensures that what was rewritten computes what was captured; raises UnsupportedModelError with layer and reason.
+    Ensures that the rewritten graph computes what was captured; raises UnsupportedModelError with layer and reason.
     """
     run = _Validation(captured, before, stand_ins)
     proof = Proof(check, masks=min(captured.compared, captured.max_positions or captured.compared))
@@ -138,14 +138,14 @@ class _Validation:
 
     # ---------------------------------------------------------------------------------------------- inputs
     def _special(self) -> Tensor:
-        """Token ids that the graph names: what is done for one of them alone shows on no other."""
+        """Returns the token ids that the graph names: special treatment of one of them shows on no other id."""
         gm = self.captured.graph
         ids = placeholder(gm, "input_ids")
         named = integers_in(self.captured, (u for n in _of_ids(gm, ids) for u in n.users))
         return torch.tensor(sorted(i for i in named if i < (self.captured.vocab_size or 2)), dtype=torch.long)
 
     def _ids(self, rows: int, length: int) -> Tensor:
-        """Random token ids; half of them are such as the graph names, where it names any."""
+        """Returns random token ids; half of them are ids that the graph names, if it names any."""
         ids = torch.randint(self.captured.vocab_size or 2, (rows, length), generator=self.generator)
         if not len(self.special):
             return ids
@@ -166,11 +166,11 @@ class _Validation:
 
     # ---------------------------------------------------------------------------------------------- sites
     def sites(self, proof: Proof) -> None:
-        """Each site beside what it replaced; sites with the same subgraph once."""
+        """Compares each site with what it replaced; sites with the same subgraph are compared once."""
         known: set[str] = set()
         together: dict[str, list[fx.Node]] = {}
         for source in self.sources:
-            if REPLACED in source.meta:  # the trace of transformers' attention interface is the canonical op itself
+            if REPLACED in source.meta:  # traced through transformers' attention interface, it is the canonical op itself
                 together.setdefault(source.meta[REPLACED], []).append(source)
         for name, sources in together.items():
             source = sources[0]
@@ -190,10 +190,11 @@ class _Validation:
         proof.lengths.sort()
 
     def _starts(self, source: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
-        """The nodes, in both graphs, that a site's queries, keys and values are only moved from. data: those that depend on ids.
+        """Returns the nodes, in both graphs, from which ops only move data to a site's queries, keys and values. data:
+        nodes that depend on ids.
 
-        Where the model repeats kv heads and canonicalizing takes one of each, what is repeated is whatever lies between the
-        projection and the attention (RoPE, say), so there it is the projection.
+        If the model repeats kv heads and the canonical graph takes one of each, everything between the projection and
+        the attention is repeated (RoPE, say), so the projection is returned.
         """
         found: dict[fx.Node, None] = {}
         todo: list[tuple[fx.Node, bool]] = [(arg(source, name), False) for name in ("q", "k", "v")]
@@ -203,7 +204,7 @@ class _Validation:
             if (node, repeated) in seen or is_size(node) or node not in data:
                 continue
             seen.add((node, repeated))
-            # What carries a state is another op than the one of its name was.
+            # A node that carries a state is another op than the captured node of its name.
             new = node.name not in self.snapshot.nodes or node.meta.get(CARRIED) == ""
             repeated = repeated or (new and is_op(node, aten.slice.Tensor))
             moves = node.op == "call_function" and (
@@ -246,7 +247,8 @@ class _Validation:
                 )
 
     def _weights_between(self, replaced: fx.Node, starts: list[fx.Node]) -> str:
-        """What is learned between a site's inputs and its output: where that was folded into a number, it is the reason."""
+        """Names the parameters between a site's inputs and output: the reason for a mismatch if one was folded into a
+        number."""
         names = {n.name for n in starts}
         between = ancestors([replaced], stop=lambda n: n.name in names)
         learned = sorted(
@@ -260,9 +262,9 @@ class _Validation:
 
     # ---------------------------------------------------------------------------------------------- positions
     def positions(self, proof: Proof) -> None:
-        """With the sites cut, the canonical graph beside the captured one, on texts that begin at position 0."""
+        """With the sites cut, compares the canonical graph with the captured one on texts that begin at position 0."""
         if not any(n.name not in self.snapshot.nodes and tensor_of(n) is not None for n in self.after.nodes):
-            return  # no pass has put anything into the graph: it is the captured one
+            return  # no pass has changed the graph: it is the captured one
         output = _only(self.after.output)
         watched = [n for source in self.sources for n in self.starts[source]]
         pairs = {n: self.snapshot.nodes[n.name] for n in dict.fromkeys(watched)}
@@ -296,14 +298,14 @@ class _Validation:
 
     def _rest_lengths(self) -> list[int]:
         if self.captured.unrolled and self.captured.trace_length <= self.limit:
-            # A loop over chunks that the trace unrolled holds for texts of as many chunks only.
+            # A loop over chunks that the trace unrolled only holds for texts of as many chunks.
             return [self.captured.trace_length]
         widest = max((self._width(n) for n in self.after.nodes), default=1)
         longest = min(self.limit, LONGEST_REST, max(64, MOST_ACTIVATIONS // (2 * widest)))
         return sorted({n for n in (1, 2, 17, longest) if n <= self.limit})
 
     def _width(self, node: fx.Node) -> int:
-        """Elements per token of a node's tensor."""
+        """Returns elements per token of a node's tensor."""
         value = tensor_of(node)
         if value is None or node.op != "call_function":
             return 0
@@ -316,7 +318,7 @@ class _Validation:
 
     # ---------------------------------------------------------------------------------------------- locality
     def locality(self, proof: Proof) -> None:
-        """With sites and carried states cut, what is left depends on one token and its position alone."""
+        """With sites and carried states cut, checks that the rest depends only on one token and its position."""
         gm = self.captured.graph
         watched: dict[fx.Node, tuple[str, list[int]]] = {}
         cuts: dict[fx.Node, list[int]] = {}
@@ -350,7 +352,7 @@ class _Validation:
 
 
 class _Locality:
-    """Tokens with positions, what becomes of each of them alone, and texts that they are put into."""
+    """Tokens with positions, the result of each one alone, and the texts that they are put into."""
 
     def __init__(
         self, validation: _Validation, watched: dict[fx.Node, tuple[str, list[int]]], cuts: dict[fx.Node, list[int]]
@@ -365,7 +367,7 @@ class _Locality:
         self.alone = self._evaluate(self.tokens[:, None], self.positions[:, None])
 
     def arrangements(self) -> Iterable[tuple[int, int]]:
-        """(rows, tokens) of the texts to try."""
+        """Yields (rows, tokens) of the texts to try."""
         if self.run.captured.unrolled:
             return ()
         longest = max(self.run._rest_lengths())
@@ -375,7 +377,7 @@ class _Locality:
     def _evaluate(
         self, ids: Tensor, positions: Tensor, watched: dict[fx.Node, list[int]] | None = None
     ) -> dict[fx.Node, Tensor]:
-        """What is watched, as (row, token, ...); watched: other nodes, with the orders of their dims."""
+        """Evaluates the watched nodes as (row, token, ...); watched: other nodes, with the orders of their dims."""
         run = self.run
         watched = {n: order for n, (_, order) in self.watched.items()} if watched is None else watched
         inputs = run._inputs(ids, positions)
@@ -390,7 +392,7 @@ class _Locality:
         return {n: value.permute(watched[n]) for n, value in found.items()}
 
     def check(self, rows: int, length: int) -> None:
-        """Puts tokens of the pool into a text of other tokens, and compares each with itself alone."""
+        """Puts tokens of the pool into a text of other tokens and compares each with itself alone."""
         run = self.run
         ids = run._ids(rows, length)
         positions = torch.randint(run.limit, (rows, length), generator=run.generator)
@@ -407,7 +409,7 @@ class _Locality:
                 break
         else:
             return
-        # The first node that differs says more than the one that was watched.
+        # The first node that differs says more than the watched one.
         gm = run.captured.graph
         before = ancestors([node], stop=lambda n: n in self.cuts)
         orders = {n: order for n in gm.graph.nodes if n in before and (order := layout_of(run.captured, n)) is not None}
@@ -440,7 +442,7 @@ def _at(node: fx.Node) -> str:
 
 
 def _of_ids(gm: fx.GraphModule, ids: fx.Node | None) -> list[fx.Node]:
-    """The token ids and the integers and booleans that are made of them."""
+    """Returns the token ids and the integers and booleans that are made of them."""
     found = [ids] if ids is not None else []
     for node in gm.graph.nodes:
         value = tensor_of(node)
@@ -450,7 +452,7 @@ def _of_ids(gm: fx.GraphModule, ids: fx.Node | None) -> list[fx.Node]:
 
 
 def _unbacked(value: Tensor, sizes: dict[Any, int]) -> bool:
-    """Whether a size is none that the inputs' sizes give (as many as the data says)."""
+    """Whether a size does not follow from the inputs' sizes (it depends on the data)."""
     return any(
         isinstance(s, torch.SymInt) and not getattr(s.node.expr, "free_symbols", set()) <= set(sizes)
         for s in value.shape
@@ -458,7 +460,8 @@ def _unbacked(value: Tensor, sizes: dict[Any, int]) -> bool:
 
 
 def _token_value(node: fx.Node, order: Iterable[int], inputs: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A value for a cut node that depends on each token and its position alone; order: its dims as (row, token, ...)."""
+    """Returns a value for a cut node that depends only on each token and its position; order: its dims as (row, token,
+    ...)."""
     order = list(order)
     ids, positions = inputs["input_ids"].double(), inputs["position_ids"].double()
     rest = [shape[d] for d in order[2:]]
@@ -469,7 +472,7 @@ def _token_value(node: fx.Node, order: Iterable[int], inputs: dict[str, Tensor],
 
 
 def _number(name: str) -> int:
-    """A number for a name, the same in every process."""
+    """Returns a number for a name, the same in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 

@@ -1,4 +1,4 @@
-"""Finds windows: zeros stand before the sequence, and what follows looks back as far as these."""
+"""Finds windows: zeros before the sequence, and ops that look back at most as far as these."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CONV1D = (aten.conv1d.default, aten.convolution.default)
 
 
 class Window:
-    """A region that looks back as far as the zeros that it puts in front of the sequence."""
+    """A region that looks back as far as the zeros that it puts before the sequence."""
 
     def __init__(self, captured: Captured, region: Region):
         self.captured, self.region = captured, region
         self.body = [*region.nodes, *region.exits]
 
     def rewrite(self) -> None:
-        """Puts `with_past` in; NotCarried, with the graph as it was, where the region is something else."""
+        """Inserts `with_past`; raises NotCarried and leaves the graph unchanged if the region is something else."""
         if len(self.region.inputs) != 1:
             raise NotCarried(f"it reads {len(self.region.inputs)} tensors with the sequence, expected one")
         x = self.region.inputs[0]
@@ -36,7 +36,7 @@ class Window:
         if layout[0] != 0:
             raise NotCarried("the batch is not its first axis")
         found = [pad for node in self.body if (pad := self._padding(node, x, layout[1])) is not None]
-        needed = value_inputs(self.region.exits)  # x[:, :1] may be there for the shape of the zeros alone
+        needed = value_inputs(self.region.exits)  # x[:, :1] may be there only for the shape of the zeros
         readers = [n for n in self.body if x in n.all_input_nodes and n in needed and not only_shape(n)]
         if len(found) != 1 or readers != [found[0].reader]:
             many = "several ops put" if found else "none puts"
@@ -50,7 +50,7 @@ class Window:
         given = before.random(x)
         before.values[x] = given
         expected = {out: before(out) for out in self.region.exits}
-        # What follows is evaluated on the padded sequence, whole and from any token on, as it will run.
+        # Evaluates the nodes after it on the padded sequence, whole and from any token on, as the model will run.
         graph = self.captured.graph.graph
         with graph.inserting_before(node):
             past = add_call(self.captured.graph, ops.with_past.default, x, count, layout[1])
@@ -88,7 +88,7 @@ class Window:
         self.region.nodes += [past] if taken in self.region.exits else [past, taken]
 
     def _padding(self, node: fx.Node, x: fx.Node, dim: int) -> Padding | None:
-        """The zeros that `node` puts in front of the sequence x, if it does."""
+        """Returns the zeros that `node` puts before the sequence x, if it does."""
         rank = len(shape_of(x))
         if is_op(node, *CONV1D) and node.args[0] is x:
             stride, padding, dilation = (
@@ -139,11 +139,11 @@ class Window:
         return bool(at == dim and start in (None, 0) and end == -count and step == 1)
 
     def _refresh(self) -> None:
-        """Shapes of the region's nodes after a change."""
+        """Updates the shapes of the region's nodes after a change."""
         for node in self.body:
             node.meta["val"] = fake_value(node)
 
 
 def _single(value: Any) -> int:
-    """An argument that is a number or a list of one."""
+    """Returns an argument that is a number or a list of one number."""
     return int(value[0]) if isinstance(value, (list, tuple)) else int(value)

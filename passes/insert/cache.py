@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +33,19 @@ from kvrewrite.ir.fx import (
     tensor_of,
 )
 from kvrewrite.ir.layout import (
+    CacheClass,
+    CacheLayout,
     InputMaker,
+    LengthTable,
     PoolShapes,
+    Quantize,
+    Rotary,
+    State,
     call_inputs,
     class_inputs,
     length_input,
     pool_shapes,
     rotary_inputs,
-    state_input,
 )
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.quantized.scheme import Scheme
@@ -56,29 +60,13 @@ aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 
 
-@dataclass
-class CacheClass:
-    """Layers whose caches have the same shape and share one pool of pages."""
-
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-    layers: list[int] = field(default_factory=list)  # sites that own keys and values
-    windows: list[int] = field(default_factory=list)  # most slots that a layer can ever need, 0: no limit
-    device: str | None = None  # where the layers lie, if the model lies on several
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, without a device where there is one only."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
 def site_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The canonical attention nodes in order."""
     return [n for n in gm.graph.nodes if n.target is ops.attention.default]
 
 
-def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> dict[str, Any]:
-    """Rewrites the graph in place and returns the layout that the runtime needs (plain data).
+def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> CacheLayout:
+    """Rewrites the graph in place and returns the layout that the runtime needs.
 
     ropes: rotation per site, used when the policy wants contiguous positions.
     """
@@ -93,14 +81,14 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     add = InputMaker(gm)
     pools = [pool_shapes(c.k_dim, c.v_dim, captured.dtype, scheme) for c in classes]
     inputs = _control_inputs(add, classes, pools, contiguous, policy)
-    rotary: list[dict[str, Any]] = []
+    rotary: list[Rotary] = []
     tables = _rotary_inputs(gm, captured, ropes, rotary, add) if contiguous or policy.needs_rotary else {}
     shared = _Shared(captured, policy, inputs, list(pools[0]), scheme, add)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
         owner = site.layer if site.shares_kv_with is None else site.shares_kv_with
         if owner not in owners:
-            cache = _open_cache(gm, node, site, inputs, *where[owner], ropes if contiguous else {}, tables, shared)
+            cache = _open_cache(gm, node, inputs, where[owner], ropes if contiguous else {}, tables, shared)
             cache["rotary"] = tables.get(site.layer)
             owners[owner] = cache
             if policy.gates:
@@ -125,18 +113,18 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
-    return {
-        "classes": [c.as_dict() for c in classes],
-        "contiguous": contiguous,
-        "rotary": rotary,
-        "length_tables": lengths,
-        "states": list(shared.states.values()),
-        "row_inputs": list(policy.inputs),
-        "rewrites_slots": shared.rewrites_slots,
-        "ragged": policy.ragged,
-        "quantize": None if scheme is None else {**vars(scheme), "residual": policy.quantize_residual},
-        "inputs": [n.target for n in gm.graph.nodes if n.op == "placeholder"],
-    }
+    return CacheLayout(
+        classes=classes,
+        contiguous=contiguous,
+        rotary=rotary,
+        length_tables=lengths,
+        states=list(shared.states.values()),
+        row_inputs=list(policy.inputs),
+        rewrites_slots=shared.rewrites_slots,
+        ragged=policy.ragged,
+        quantize=None if scheme is None else Quantize(scheme.kind, scheme.group, policy.quantize_residual),
+        inputs=add.inputs,
+    )
 
 
 class _Shared:
@@ -161,16 +149,15 @@ class _Shared:
         ids = placeholder(gm, "input_ids")
         if ids is not None:
             self.nodes["input_ids"] = ids
-        self.states: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, State] = {}
         self.memo: dict[str, Any] = {}
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
     def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0", slots: bool = False) -> fx.Node:
         """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it. slots: it
         holds slots of the cache, which are counted with the others."""
-        spec = {"name": name, "shape": list(shape), "dtype": dtype, "per_token": False, "fill": fill, "slots": slots}
-        self.states[name] = spec
-        return self.add(state_input(name, shape, dtype, False))
+        self.states[name] = State(name, list(shape), dtype, fill=fill, slots=slots)
+        return self.add(self.states[name].spec)
 
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
@@ -249,16 +236,14 @@ def _control_inputs(
     """Adds the inputs that every rewritten graph has; by name."""
     specs = call_inputs(contiguous, policy.inputs)
     for c, (spec, shapes) in enumerate(zip(classes, pools)):
-        specs += class_inputs(c, len(spec.layers), spec.kv_heads, shapes, policy.ragged)
+        specs += class_inputs(c, spec, shapes, policy.ragged)
     return {spec.name: add(spec) for spec in specs}
 
 
 def _rotary_inputs(
-    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[dict[str, Any]], add: InputMaker
+    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[Rotary], add: InputMaker
 ) -> dict[int, tuple[fx.Node, fx.Node, fx.Node]]:
     """One (cos, sin, partner) per distinct rotation: site -> nodes; fills `rotary` with the graphs that make them."""
-    from kvrewrite.ir.serialize import graph_to_dict
-
     by_signature: dict[str, tuple[fx.Node, fx.Node, fx.Node]] = {}
     tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}
     for layer, rope in ropes.items():
@@ -272,15 +257,8 @@ def _rotary_inputs(
                     set_attr(rope.table, name, get_attr(rope.table, str(node.target)))
                     node.target = name
             lengths = _length_inputs(rope.table, captured.rotary_tables, [], None)
-            rope.table.recompile()
-            attributes = [str(n.target) for n in rope.table.graph.nodes if n.op == "get_attr"]
-            rotary.append(
-                {
-                    "graph": graph_to_dict(rope.table),
-                    "constants": sorted(set(attributes)),
-                    "length_tables": [t["input"] for t in lengths],
-                }
-            )
+            names = [table.input for table in lengths]
+            rotary.append(Rotary(rope.table.graph, len(rope.partner), rope.dtype, names))
             set_attr(gm, f"rotary_tables.{index}.partner", rope.partner)
             with gm.graph.inserting_after(sin):
                 partner = gm.graph.get_attr(f"rotary_tables.{index}.partner")
@@ -290,14 +268,14 @@ def _rotary_inputs(
 
 
 def _length_inputs(
-    gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[dict[str, Any]], add: InputMaker | None
-) -> list[dict[str, Any]]:
+    gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[Rotary], add: InputMaker | None
+) -> list[LengthTable]:
     """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`. add: None for a graph of
     rotary tables, whose inputs have no values."""
     found = []
     for i, table in enumerate(tables):
         nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == table.attribute]
-        used = any(f"length_table_{i}" in r["length_tables"] for r in rotary)
+        used = any(f"length_table_{i}" in r.length_tables for r in rotary)
         if not nodes and not used:
             continue
         name = f"length_table_{i}"
@@ -308,22 +286,22 @@ def _length_inputs(
                 gm.graph.erase_node(node)
         set_attr(gm, f"length_tables.{i}.short", table.short)
         set_attr(gm, f"length_tables.{i}.long", table.long)
-        found.append({"input": name, "index": i, "threshold": table.threshold, "in_graph": bool(nodes)})
+        found.append(LengthTable(name, i, table.threshold, bool(nodes)))
     return found
 
 
 def _open_cache(
     gm: fx.GraphModule,
     node: fx.Node,
-    site: AttentionSite,
     inputs: dict[str, Any],
-    cache_class: int,
-    index: int,
+    where: tuple[int, int],
     ropes: dict[int, Rope],
     tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]],
     shared: _Shared,
 ) -> dict[str, Any]:
-    """The views of one owner's cache, in front of its attention."""
+    """The views of one owner's cache, before its attention. where: its class, and its index in that."""
+    site: AttentionSite = node.meta["kvrewrite_site"]
+    cache_class, index = where
     pools = {name: inputs[f"{name}_{cache_class}"] for name in shared.pools}
     tails: dict[str, fx.Node] = {}
     if shared.scheme is not None:
@@ -343,11 +321,11 @@ def _open_cache(
             cache["v"] = gm.graph.call_function(aten.slice.Tensor, (k, 3, 0, 0))
         cache.update(hidden=None, floor=inputs.get(f"floor_{cache_class}"), k_dense=None, k_raw=None, v_dense=None)
         if shared.scheme is not None:
-            scheme, where = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
+            scheme, stored = (shared.scheme.kind, shared.scheme.group), (views["table"], tails["qlens"])
             cache["k_raw"], cache["v_dense"] = (
                 gm.graph.call_function(
                     ops.read_quantized.default,
-                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *where, *scheme, x == "v"),
+                    (pools[f"{x}_pages"], pools[f"{x}_params"], tails[f"{x}_tail"], *stored, *scheme, x == "v"),
                 )
                 for x in "kv"
             )
@@ -437,7 +415,7 @@ def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
             continue
         name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
         state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
-        shared.states[name]["carried"] = True
+        shared.states[name].carried = True
         cached = {"past": ops.cached_past, "sum": ops.cached_sum, "scan": ops.cached_scan}[kind].default
         args.pop("count", None)
         args |= {"past" if kind == "past" else "state": state, "valid": valid}

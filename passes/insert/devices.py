@@ -9,23 +9,19 @@ come back to the device of the inputs. Caches and parameters are never copied.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import SIZE_OPS, is_size, mutates, output_node
+from kvrewrite.ir.layout import CacheLayout, Devices, spec_of
 from kvrewrite.ir.serialize import put_on
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 DEVICE = "kvrewrite_device"  # in a node's meta: where it runs (`execution.Staged`)
-_OF_A_CLASS = re.compile(
-    r"(?:k_pages|v_pages|k_params|v_params|score_pages|pos_pages|table|lens|keep|floor|spare|next_table)_(\d+)\Z"
-)
 
 
 def site_devices(gm: fx.GraphModule, devices: Mapping[str, str]) -> dict[int, str]:
@@ -64,7 +60,7 @@ def _first(gm: fx.GraphModule, devices: Mapping[str, str]) -> str:
     raise UnsupportedModelError("the graph reads no parameters, so there is no device to put it on")
 
 
-def place(gm: fx.GraphModule, devices: Mapping[str, str], layout: dict[str, Any]) -> None:
+def place(gm: fx.GraphModule, devices: Mapping[str, str], layout: CacheLayout) -> None:
     """Inserts the transfers, in place, and says in the layout where inputs, states, constants and policy weights lie.
 
     devices: parameter -> device, for those of the original model. Nodes get their device as `meta[DEVICE]`.
@@ -74,10 +70,11 @@ def place(gm: fx.GraphModule, devices: Mapping[str, str], layout: dict[str, Any]
     where: dict[fx.Node, str] = {}  # inputs and attributes that have a place
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            match = _OF_A_CLASS.match(str(node.target))
-            if match:
-                where[node] = layout["classes"][int(match[1])]["device"]
-            elif not str(node.target).startswith("state_"):
+            spec = spec_of(node)
+            assert spec is not None
+            if spec.cls is not None:
+                where[node] = layout.classes[spec.cls].device or home
+            elif spec.kind != "state":
                 where[node] = home
         elif node.op == "get_attr" and node.target in devices:
             where[node] = devices[node.target]
@@ -122,9 +119,9 @@ def place(gm: fx.GraphModule, devices: Mapping[str, str], layout: dict[str, Any]
             back = gm.graph.call_function(aten._to_copy.default, (logits,), {"device": torch.device(home)})
         back.meta.update({"val": logits.meta.get("val"), DEVICE: home})
         output.replace_input_with(logits, back)
-    for spec in layout["states"]:
-        spec["device"] = states.get(f"state_{spec['name']}", home)
-    layout["devices"] = {"inputs": home, "attributes": attributes}
+    for state in layout.states:
+        state.device = states.get(state.input, home)
+    layout.devices = Devices(home, attributes)
     gm.graph.lint()
     gm.recompile()
 
@@ -132,7 +129,8 @@ def place(gm: fx.GraphModule, devices: Mapping[str, str], layout: dict[str, Any]
 def _of_cache(node: fx.Node, where: Mapping[fx.Node, str]) -> str | None:
     """The device of the cache that an op reads or writes."""
     for source in node.all_input_nodes:
-        if source.op == "placeholder" and _OF_A_CLASS.match(str(source.target)):
+        spec = spec_of(source)
+        if spec is not None and spec.cls is not None:
             return where[source]
     return None
 

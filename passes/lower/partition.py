@@ -8,25 +8,18 @@ layers that compute the same have graphs with the same fingerprint and share one
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from kvrewrite.ir.fx import SIZE_OPS, arg, fingerprint, is_op, is_size, output_node
+from kvrewrite.ir.fx import SIZE_OPS, arg, fingerprint, is_op, is_size, output_node, tensor_of
+from kvrewrite.ir.layout import InputSpec, spec_of
 from kvrewrite.ir.pass_log import PassLog
 from kvrewrite.passes.lower.prompt import without_logits
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
-# Dimensions whose size changes from call to call, of graph inputs that the capture knows nothing about.
-_CACHE_INPUT = re.compile(r"^([a-z_]+?)_\d+$")
-_MOVING = {
-    "k_pages": (0,), "v_pages": (0,), "k_params": (0,), "v_params": (0,), "score_pages": (0,), "pos_pages": (0,),
-    "rotary_cos": (0,), "rotary_sin": (0,), "table": (1, 3), "next_table": (1, 3), "spare": (1, 2), "lens": (1,), "keep": (1,),
-}  # fmt: skip
-_ROWS = ("positions", "valid", "recent", "logit_index", "following", "renew")
 
 
 @dataclass
@@ -43,10 +36,12 @@ class Part:
 
 @dataclass
 class Partition:
-    """A program in parts. views: name of a view -> (graph input, layer), `input[layer]`. attributes: names of parameters and
-    buffers that parts read. result: the name of the logits, or None where nobody wants them."""
+    """A program in parts. inputs: those of the graph by name. views: name of a view -> (graph input, layer), `input[layer]`.
+    attributes: names of parameters and buffers that parts read. result: the name of the logits, or None where nobody wants
+    them."""
 
     parts: list[Part]
+    inputs: dict[str, InputSpec]
     views: dict[str, tuple[str, int]]
     attributes: list[str]
     result: str | None
@@ -94,12 +89,13 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
         text = fingerprint(graph)
         if text not in made:
             made[text] = fx.GraphModule({}, graph)
-        moving = [_moving(n, views, rows_move) for n in inputs]
+        moving = [_moving(n, rows_move) for n in inputs]
         parts.append(Part(made[text], [_name(n) for n in inputs], [n.name for n in outputs], moving))
     _note_last_uses(parts, result.name)
     attributes = sorted({str(n.target) for n in gm.graph.nodes if n.op == "get_attr"})
     passes.parts("partition", len(parts), list(made.values()))
-    return Partition(parts, views, attributes, result.name)
+    specs = {spec.name: spec for node in gm.graph.find_nodes(op="placeholder") if (spec := spec_of(node)) is not None}
+    return Partition(parts, specs, views, attributes, result.name)
 
 
 def without_result(whole: Partition) -> Partition:
@@ -137,7 +133,8 @@ def _reads_cache(node: fx.Node) -> bool:
     """Whether a part may begin here: at a site's first look at cached keys. (Stored scores are read behind attention.)"""
     if is_op(node, ops.read_pages.default):
         pool = arg(node, "pool")
-        return isinstance(pool, fx.Node) and str(pool.target).startswith("k_pages")
+        spec = spec_of(pool)
+        return spec is not None and spec.part == "k_pages"
     reads = is_op(node, ops.slot_rotary.default, ops.read_quantized.default, ops.read_rotated.default)
     return reads or _attends(node)
 
@@ -218,24 +215,16 @@ def _ordered_sources(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _moving(node: fx.Node, views: dict[str, tuple[str, int]], rows_move: bool) -> tuple[int, ...]:
+def _moving(node: fx.Node, rows_move: bool) -> tuple[int, ...]:
     """The dimensions of an input that are no constants."""
-    if node.op == "get_attr":
-        return ()
-    name = views[node.name][0] if node.name in views else _name(node)
-    if name == "span":
-        return (1,)
-    if name in _ROWS or name.startswith("state_"):
-        return (0, 1) if rows_move else ()
-    match = _CACHE_INPUT.match(name)
-    value = node.meta.get("val")
-    if not (match and match[1] in _MOVING):
-        shape = value.shape if isinstance(value, Tensor) and rows_move else ()
-        return tuple(d for d, size in enumerate(shape) if isinstance(size, torch.SymInt))
-    dims = _MOVING[match[1]]
-    if not rows_move:
-        dims = tuple(d for d in dims if d != 1)
-    return tuple(d - 1 for d in dims) if node.name in views else dims
+    view = _is_view(node)
+    spec = spec_of(node.args[0] if view else node)
+    if spec is not None:
+        dims = spec.moving if rows_move else spec.moving_while_decoding
+        return tuple(d - 1 for d in dims) if view else dims
+    value = tensor_of(node) if rows_move and node.op == "call_function" else None
+    shape = () if value is None else value.shape
+    return tuple(d for d, size in enumerate(shape) if isinstance(size, torch.SymInt))
 
 
 def _note_last_uses(parts: list[Part], result: str | None) -> None:

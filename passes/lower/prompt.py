@@ -27,6 +27,7 @@ from kvrewrite.ir.fx import (
     same_size,
     tensor_of,
 )
+from kvrewrite.ir.layout import spec_of
 from kvrewrite.ops.linear import chunk_kernel_suits
 from kvrewrite.passes.lower.fold_heads import fold_heads
 from kvrewrite.passes.lower.fuse_linears import fuse_gates
@@ -181,4 +182,5 @@ def _is_aten(node: fx.Node) -> bool:
 def _is_lens(node: fx.Node) -> bool:
     """Whether a node is the live lengths of one layer's cache."""
     source = node.args[0] if is_op(node, aten.select.int) else node
-    return isinstance(source, fx.Node) and source.op == "placeholder" and str(source.target).startswith("lens_")
+    spec = spec_of(source)
+    return spec is not None and spec.part == "lens"

@@ -26,6 +26,7 @@ from kvrewrite.artifact.parameter_sources import parameter_sources
 from kvrewrite.artifact.writing import companion_files, write_artifact
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
+from kvrewrite.ir.layout import CacheLayout, call_inputs
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import graph_to_dict
 from kvrewrite.ir.site import AttentionSite
@@ -34,12 +35,9 @@ from tests.support.zoo import VOCAB, make
 aten = torch.ops.aten
 
 
-def layout(*inputs: str) -> dict[str, Any]:
+def layout(*inputs: str) -> CacheLayout:
     """That of a program without caches."""
-    return {
-        "classes": [], "contiguous": False, "rotary": [], "length_tables": [], "states": [], "row_inputs": [],
-        "rewrites_slots": False, "ragged": False, "quantize": None, "inputs": list(inputs),
-    }  # fmt: skip
+    return CacheLayout(inputs=[spec for spec in call_inputs(False, []) if spec.name in inputs])
 
 
 def program() -> Program:
@@ -351,8 +349,8 @@ def test_too_little_space_is_noticed_before_writing(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda p: p.layout.update(x=math.inf), "JSON"), (lambda p: p.layout.update(x={3: 1}), "key 3"),
-        (lambda p: p.layout.update(x=torch.zeros(1)), "JSON"), (lambda p: p.constants.remove("table"), "table"),
+        (lambda p: p.aliases.update(x=math.inf), "JSON"), (lambda p: p.aliases.update({3: 1}), "key 3"),
+        (lambda p: p.aliases.update(x=torch.zeros(1)), "JSON"), (lambda p: p.constants.remove("table"), "table"),
         (lambda p: p.base.append("table"), "table"), (lambda p: p.graph.to("meta"), "without values"),
         (lambda p: p.base.append("other"), "no recipe.*other"),
     ],

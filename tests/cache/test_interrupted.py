@@ -21,6 +21,7 @@ from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import CacheError
 from tests.cache.test_cache import check_pages, tokens
 from tests.runtime.test_decoding import static
+from tests.support.products import covering
 from tests.support.rewritten import rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -87,6 +88,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 POINTS = 7
 
 
+@covering({("policy", "options", "make"): 1, ("interrupt", "width"): 2})
 @pytest.mark.parametrize(
     ("interrupt", "width"), [(at_line, 1), (at_line, 40), (at_op, 40)], ids=["token", "prompt", "op"]
 )

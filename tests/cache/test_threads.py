@@ -17,6 +17,7 @@ from torch import Tensor
 from kvrewrite.cache.eviction_cache import EvictionCache
 from tests.cache.test_cache import GREEDY, check_pages, tokens
 from tests.runtime.test_decoding import static
+from tests.support.products import covering
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -84,6 +85,7 @@ def test_caches_of_their_own_with_static_buffers(policy: str, options: dict[str,
     assert [answer(model, text) for text in texts] == expected
 
 
+@covering({("policy", "options"): 1, "make": 2})
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(("policy", "options"), POLICIES, ids=[p for p, _ in POLICIES])
 def test_forks_of_one_document(policy: str, options: dict[str, Any], make: Any) -> None:

@@ -49,7 +49,7 @@ def test_short_convolutions_under_generate() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "minimax"])
+@pytest.mark.parametrize("name", [pytest.param("nemotron_h", marks=pytest.mark.thorough), "minimax"])
 def test_recurrences(name: str) -> None:
     """A recurrent state, and a cache class of the model's own: a prompt and a single token are the model in one call."""
     model: Any = measure.make(name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.groups import KeyRotation
 from kvrewrite.kernels.rotary import gather, ranks, rotate_cached_keys
 from kvrewrite.kernels.rotary import reference as settle_reference
 from kvrewrite.kernels.update import reference
@@ -16,6 +17,11 @@ from tests.support.products import pairwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
+
+
+def gathered(k: Any, v: Any, at: dict[str, Any], config: Any = None, **rotation: Any) -> tuple[Any, Any]:
+    """What the kernel makes of pools with this layout."""
+    return gather.gather(k, v, at["table"], at["lens"], KeyRotation(**rotation), config)
 
 
 def layout(seed: int, lens: list[list[int]], width: int, span: int = 3) -> dict[str, Tensor]:
@@ -75,7 +81,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 def test_gather(dims: tuple[int, int], dtype: torch.dtype) -> None:
     at = layout(0, LENS, 2)
     k, v = (pool(at, d, dtype, d) for d in dims)
-    got_k, got_v = gather.gather(k, v, at["table"], at["lens"])
+    got_k, got_v = gathered(k, v, at)
     for got, x in ((got_k, k), (got_v, v)):
         assert got is not None and got.is_contiguous() and got.dtype == dtype
         assert torch.equal(got, dense(x, at))
@@ -84,11 +90,11 @@ def test_gather(dims: tuple[int, int], dtype: torch.dtype) -> None:
 def test_only_one_pool() -> None:
     at = layout(1, LENS, 2)
     k = pool(at, 16, torch.float32)
-    got_k, got_v = gather.gather(k, None, at["table"], at["lens"])
+    got_k, got_v = gathered(k, None, at)
     assert got_v is None and got_k is not None and torch.equal(got_k, dense(k, at))
-    got_k, got_v = gather.gather(None, k, at["table"], at["lens"])
+    got_k, got_v = gathered(None, k, at)
     assert got_k is None and got_v is not None and torch.equal(got_v, dense(k, at))
-    assert gather.gather(None, None, at["table"], at["lens"]) == (None, None)
+    assert gathered(None, None, at) == (None, None)
 
 
 def rotation(dim: int, half: int, kind: str, dtype: torch.dtype, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,11 +117,10 @@ def test_rotated(dim: int, half: int, kind: str, dtype: torch.dtype, table_dtype
     rotary = torch.randint(0, 400, (2, 3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     live = torch.arange(128, device=DEVICE) < at["lens"][..., None]
     garbage = torch.where(live, rotary, 10**12)
-    got_k, got_v = gather.gather(
+    got_k, got_v = gathered(
         k,
         v,
-        at["table"],
-        at["lens"],
+        at,
         rotary=garbage,
         cos=cos,
         sin=sin,
@@ -134,8 +139,8 @@ def test_other_configurations(config: tuple[int, int, int]) -> None:
     cos, sin, _ = rotation(32, 16, "half", torch.float32)
     rotary = torch.randint(0, 400, (2, 3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     options = {"rotary": rotary, "cos": cos, "sin": sin, "half": 16}
-    usual, _ = gather.gather(k, None, at["table"], at["lens"], **options)  # type: ignore[arg-type]
-    other, _ = gather.gather(k, None, at["table"], at["lens"], **options, config=config)  # type: ignore[arg-type]
+    usual, _ = gathered(k, None, at, **options)  # type: ignore[arg-type]
+    other, _ = gathered(k, None, at, **options, config=config)  # type: ignore[arg-type]
     assert usual is not None and other is not None and torch.equal(usual, other)
 
 
@@ -144,12 +149,12 @@ def test_refusals() -> None:
     k = pool(at, 16, torch.float32)
     rotary = torch.zeros(2, 3, 128, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="need cos, sin and either partner or half"):
-        gather.gather(k, None, at["table"], at["lens"], rotary=rotary)
+        gathered(k, None, at, rotary=rotary)
     with pytest.raises(ValueError, match="pools must be contiguous"):
-        gather.gather(k[:, ::2], None, at["table"], at["lens"])
+        gathered(k[:, ::2], None, at)
     cos = torch.zeros(4, 16, device=DEVICE)
     with pytest.raises(ValueError, match="half = 9, but keys have 16 channels"):
-        gather.gather(k, None, at["table"], at["lens"], rotary=rotary, cos=cos, sin=cos, half=9)
+        gathered(k, None, at, rotary=rotary, cos=cos, sin=cos, half=9)
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -215,7 +220,7 @@ def check_random(seed: int, scale: int, dtype: torch.dtype) -> None:
     cos, sin, partner = rotation(32, 16, "half", torch.float32)
     c = at["table"].shape[2] * PAGE
     rotary = torch.randint(0, 400, (*at["lens"].shape, c), generator=g).to(DEVICE)
-    got, _ = gather.gather(k, None, at["table"], at["lens"], rotary=rotary, cos=cos, sin=sin, half=16)
+    got, _ = gathered(k, None, at, rotary=rotary, cos=cos, sin=sin, half=16)
     live = torch.arange(c, device=DEVICE) < at["lens"][..., None]
     assert got is not None
     assert torch.equal(got, torch.where(live[..., None], rotate(dense(k, at), cos, sin, rotary, partner), 0))

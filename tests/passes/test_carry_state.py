@@ -242,7 +242,7 @@ def test_what_is_carried() -> None:
     plain = Carrying().eval()
     small = kvrewrite.transform(plain, "streaming_llm", budget=64, start=2, chunk=5, positions="original")
     plain.slow = True
-    states = {s["name"]: tuple(s["shape"]) for s in small.program.layout["states"]}
+    states = {s.name: tuple(s.shape) for s in small.program.layout.states}
     windows = [(96, 3), (32, 3), (32, 2), (32, 4), (1, 32), (1, 32), (1, 32), (1, 32), (2, 32), (2, 32)]
     expected_states = {f"past_{i}": shape for i, shape in enumerate(windows)}
     assert states == {**expected_states, "scan_0": (4, 8, 8), "sum_0": (32,)}
@@ -289,7 +289,7 @@ def test_a_loop_over_blocks_is_carried_for_any_number_of_them() -> None:
     plain = Lightning().eval()
     small = kvrewrite.transform(plain, "streaming_llm", budget=64, start=2, chunk=5, positions="original")
     assert small.program.max_positions is None
-    assert [s["name"] for s in small.program.layout["states"]] == ["scan_0"]
+    assert [s.name for s in small.program.layout.states] == ["scan_0"]
     text = ids(2, 43)
     expected = logits(plain, text)
     cache = small.new_cache(2)

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import kvrewrite
 import kvrewrite.runtime.exported
 from kvrewrite import policies
-from kvrewrite.cache.pages import pool_shapes
 from kvrewrite.capture.fake_parameters import capture_on_devices
 from kvrewrite.errors import ArtifactError, InputError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr, is_op
@@ -60,43 +59,22 @@ def placed(first: str, second: str, policy: str, name: str = "llama", **options:
 
 def inputs_of(program: Any) -> dict[str, Tensor]:
     """The inputs of one step of 2 rows, 5 tokens, each where the layout says that it lies."""
-    layout, home = program.layout, program.layout["devices"]["inputs"]
+    layout, home = program.layout, program.layout.devices.inputs
+    sizes = {"B": 2, "T": 5, "L": 1, "R": 80, "S": 70, "Z": 4096, "P": 9, "W": 2, "X": 2, "O": 4}
+    states = {state.input: state.device for state in layout.states}
     out: dict[str, Tensor] = {}
-    from kvrewrite.kernels.quantized.scheme import Scheme
-
-    quantize = layout.get("quantize")
-    scheme = Scheme(quantize["kind"], quantize["group"]) if quantize else None
-    for c, spec in enumerate(layout["classes"]):
-        where, n, heads = spec["device"], len(spec["layers"]), spec["kv_heads"]
-        for name, (shape, dtype) in pool_shapes(spec["k_dim"], spec["v_dim"], torch.float32, scheme).items():
-            out[f"{name}_{c}"] = torch.empty(9, *shape, dtype=dtype, device=where)
-        for name, rest in (("table", (heads, 2)), ("next_table", (heads, 2)), ("lens", (heads,)), ("keep", (heads,))):
-            out[f"{name}_{c}"] = torch.empty(n, 2, *rest, dtype=torch.int32, device=where)
-        out[f"spare_{c}"] = torch.empty(n, 2, 4, dtype=torch.int32, device=where)
-        out[f"floor_{c}"] = torch.empty(2, dtype=torch.float64, device=where)
-    for state in layout["states"]:
-        lead = (2, 70) if state["per_token"] else (2,)
-        dtype = getattr(torch, state["dtype"])
-        out[f"state_{state['name']}"] = torch.empty(*lead, *state["shape"], dtype=dtype, device=state["device"])
-    for i in range(len(layout["rotary"])):
-        for name in ("cos", "sin"):
-            out[f"rotary_{name}_{i}"] = torch.empty(80, 16, device=home)
-    out["span"] = torch.empty(0, 4096, device=home)
-    for name in ("input_ids", "positions", "position_ids"):
-        out[name] = torch.empty(2, 5, dtype=torch.int64, device=home)
-    out["logit_index"] = torch.empty(2, 1, dtype=torch.int64, device=home)
-    for name in layout["inputs"]:
-        if name not in out:
-            kind = torch.bool if name == "renew" else torch.int64
-            out[name] = torch.empty(2, dtype=kind, device=home)
-    return {name: out[name] for name in layout["inputs"]}
+    for spec in layout.inputs:
+        shape = [sizes[s[0]] if isinstance(s, str) else s for s in spec.shape]
+        where = states.get(spec.name, home) if spec.cls is None else layout.classes[spec.cls].device
+        out[spec.name] = torch.empty(shape, dtype=spec.dtype, device=where)
+    return out
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_op_finds_its_tensors_on_one_device(policy: str) -> None:
     """Run with fake tensors on two GPUs that are not there: torch's own rules refuse ops over several devices."""
     program = placed("cuda:0", "cuda:1", policy, **POLICIES[policy])
-    devices = {**captured_devices(program), **program.layout["devices"]["attributes"]}
+    devices = {**captured_devices(program), **program.layout.devices.attributes}
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     with mode:
         inputs = inputs_of(program)
@@ -120,7 +98,7 @@ def test_every_op_finds_its_tensors_on_one_device(policy: str) -> None:
 
         logits = Run(program.graph).run(*inputs.values())
     assert logits.shape == (2, 1, program.vocab_size) and str(logits.device) == "cuda:0"
-    assert [(c["device"], c["layers"]) for c in program.layout["classes"]] == [("cuda:0", [0]), ("cuda:1", [1])]
+    assert [(c.device, c.layers) for c in program.layout.classes] == [("cuda:0", [0]), ("cuda:1", [1])]
 
 
 def captured_devices(program: Any) -> dict[str, str]:

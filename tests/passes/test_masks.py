@@ -18,6 +18,7 @@ from kvrewrite.ir.site import NoSite
 from kvrewrite.passes.canonical.find_attention import find_attention
 from kvrewrite.passes.canonical.normalize import normalize
 from kvrewrite.passes.canonical.operands import Attention
+from tests.support.products import covering
 
 VOCAB, HEADS, DIM = 31, 4, 4
 WIDTH = HEADS * DIM
@@ -99,6 +100,7 @@ SPELLINGS: dict[str, tuple[Mask, int, int]] = {
 CASES = [(a, n) for a in (sdpa, softmax) for n in SPELLINGS] + [(flex, "quotient"), (flex, "chunks")]
 
 
+@covering({"name": 1, "attention": 2})
 @pytest.mark.parametrize("attention, name", CASES)
 def test_far_windows_and_chunks(attention: Callable[[Mask], Callable[..., Tensor]], name: str) -> None:
     mask, window, chunk = SPELLINGS[name]

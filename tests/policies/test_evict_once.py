@@ -52,7 +52,9 @@ def test_pieces_of_a_prompt_are_refused(policy: str) -> None:
         assert cache.seen == [piece]
 
 
-@pytest.mark.parametrize("policy", ONCE)
+@pytest.mark.parametrize(
+    "policy", ["snapkv", *(pytest.param(p, marks=pytest.mark.thorough) for p in ONCE if p != "snapkv")]
+)
 def test_the_backend_refuses_them_too(policy: str) -> None:
     if policy in ("pyramidkv", "adakv"):
         pytest.skip("a DynamicCache can't hold what they keep")

@@ -17,6 +17,7 @@ from kvrewrite.analysis.memory import plan_memory
 from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import OptionError
+from kvrewrite.ir.layout import Quantize
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.verification import verify
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
@@ -518,11 +519,9 @@ def test_int4_needs_even_head_dims() -> None:
     model = make("gpt2", n_embd=60, hidden_size=60)  # 4 heads
     with pytest.raises(OptionError, match=r"h2o: quantize=int4, layer 0 \(transformer.h.0.attn\).*head dim is 15"):
         kvrewrite.transform(model, policy="h2o", budget=256, quantize="int4")
-    assert kvrewrite.transform(model, policy="h2o", budget=256, quantize="int8").program.layout["quantize"] == {
-        "kind": "int8",
-        "group": 32,
-        "residual": 128,
-    }
+    assert kvrewrite.transform(model, policy="h2o", budget=256, quantize="int8").program.layout.quantize == (
+        Quantize(kind="int8", group=32, residual=128)
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_graph_can_be_exported(policy: str, width: int) -> None:
         mine, theirs = (tuple(x.clone() for x in inputs) for _ in range(2))
         expected, got = model.graph_module(*mine), program.module()(*theirs)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    names = model.program.layout["inputs"]
+    names = model.program.layout.input_names
     changed = {n for n, before, after in zip(names, inputs, mine) if not torch.equal(before, after)}
     assert {"k_pages_0", "v_pages_0", "score_pages_0", "pos_pages_0"} <= changed <= {
         "k_pages_0", "v_pages_0", "score_pages_0", "pos_pages_0", "lens_0"

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 import kvrewrite
 from kvrewrite.errors import ArgumentError, CacheError, InputError, KVRewriteError, UnsupportedModelError
 from kvrewrite.runtime.arguments import HARMLESS
+from tests.support.products import covering
 from tests.support.rewritten import build, original, rewritten
 
 
@@ -219,6 +220,7 @@ def test_a_compiled_model_is_pickled_without_what_was_compiled() -> None:
     torch.testing.assert_close(other(ids(20)).logits, expected, rtol=0, atol=1e-5)
 
 
+@covering({"policy": 1, "dtype": 1})
 @pytest.mark.parametrize("policy", ["h2o", "expected_attention", "streaming_llm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_another_default_dtype(policy: str, dtype: torch.dtype) -> None:

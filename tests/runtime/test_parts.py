@@ -130,7 +130,7 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
     ("family", "policy", "options"),
     [
         ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
-        ("gemma2", "h2o", {"budget": 16, "chunk": 9}),
+        pytest.param("gemma2", "h2o", {"budget": 16, "chunk": 9}, marks=pytest.mark.thorough),
         ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
         pytest.param(
             "llama", "duo_attention", {"budget": 16, "start": 4, "chunk": 9, "heads": "10,01"}, marks=pytest.mark.slow

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 import kvrewrite
 from kvrewrite.errors import CacheError
+from tests.support.products import covering
 from tests.support.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("pipelines")  # whose fixtures are made once
@@ -38,6 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return original, kvrewrite.transform(original, "full"), kvrewrite.load(path.parent / "out"), tokenizer
 
 
+@covering({"which": 1, "prompt": 1})
 @pytest.mark.parametrize("which", [1, 2])
 @pytest.mark.parametrize("prompt", ["The quick brown fox", CHAT], ids=["text", "chat"])
 def test_pipeline(models: Any, which: int, prompt: Any) -> None:

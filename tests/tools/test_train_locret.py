@@ -64,7 +64,7 @@ def test_labels_are_their_definition() -> None:
     answer = torch.stack([(at >= n) & (at < end) for n, end in zip(prompts, ends)])
     for window in (0, 6):
         for block in (1 << 27, 1):
-            got = causal_importance(q, k, prompt, answer_index(answer), scale=0.3, window=window, block=block)
+            got = causal_importance(q, k, prompt, answer_index(answer), scale=0.3, mask=(window, 0), block=block)
             for i in range(2):
                 expected = naive(q[i], k[i], prompts[i], ends[i], 0.3, window)
                 torch.testing.assert_close(got[i, :, : prompts[i]].double(), expected, rtol=0, atol=1e-5)

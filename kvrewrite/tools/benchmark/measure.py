@@ -179,10 +179,10 @@ def measure(
     deadline = time.perf_counter() + options.seconds
     if subject.no_prefill is None:
         cache = None  # before the next is made: two would be alive
-        cache, token = _prefill(subject, cell, ids, options, device, base, fresh, deadline, progress)
+        cache, token = _prefill(subject, cell, ids, options, Peak(device, base), fresh, deadline, progress)
     cell["cache"] = subject.memory(cache)
     progress("decode")
-    _decode(subject, cell, cache, token, context, options, device, base, deadline)
+    _decode(subject, cell, (cache, token), context, options, Peak(device, base), deadline)
     if options.profile:
         progress("profile")
         with _part(cell, "profile"):
@@ -231,10 +231,16 @@ def _cold(
 
 
 def _prefill(
-    subject: Subject, cell: dict[str, Any], ids: Tensor, options: Options, device: Device, base: int | None,
-    fresh: Callable[[], Any], deadline: float, progress: Callable[[str], None],
-) -> tuple[Any, Tensor]:  # fmt: skip
-    peak, token, cache = Peak(device, base), ids[:, -1:], None
+    subject: Subject,
+    cell: dict[str, Any],
+    ids: Tensor,
+    options: Options,
+    peak: Peak,
+    fresh: Callable[[], Any],
+    deadline: float,
+    progress: Callable[[str], None],
+) -> tuple[Any, Tensor]:
+    device, token, cache = peak.device, ids[:, -1:], None
     times: list[float] = []
     for i in range(options.repeat):
         if times and time.perf_counter() + max(times) > deadline:
@@ -252,11 +258,16 @@ def _prefill(
 
 
 def _decode(
-    subject: Subject, cell: dict[str, Any], cache: Any, token: Tensor, context: int, options: Options, device: Device,
-    base: int | None, deadline: float,
-) -> None:  # fmt: skip
-    at = context
-    peak = Peak(device, base)
+    subject: Subject,
+    cell: dict[str, Any],
+    prompt: tuple[Any, Tensor],
+    context: int,
+    options: Options,
+    peak: Peak,
+    deadline: float,
+) -> None:
+    """prompt: the cache and the last token."""
+    (cache, token), device, at = prompt, peak.device, context
     times: list[float] = []
     if subject.no_prefill is None:
         for _ in range(COLD_STEPS):  # the cache is new: its first steps may make room, or rank its slots

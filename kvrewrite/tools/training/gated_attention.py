@@ -17,6 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels.groups import Logits, Tokens
+from kvrewrite.ops.attention import ALL_VISIBLE
+from kvrewrite.ops.groups import define
+
 BLOCK_BYTES = 128 << 20  # logits of one block of query rows
 BLOCK_BYTES_CPU = 8 << 20  # what fits in a CPU's cache is faster
 MAX_EXPONENT = 60.0  # a hidden key may outweigh all that are left; the largest factor that still leaves fp32 finite
@@ -102,20 +106,13 @@ def _block(
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
-@torch.library.custom_op("kvrewrite::gated_attention", mutates_args=())
-def gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    flip: bool,
-) -> tuple[Tensor, Tensor]:
+gated_attention_op = define(
+    "gated_attention", Tokens, "Tensor gate", ALL_VISIBLE, "bool flip", returns="(Tensor, Tensor)"
+)
+
+
+@gated_attention_op
+def gated(tokens: Tokens, gate: Tensor, logits: Logits, flip: bool) -> tuple[Tensor, Tensor]:
     """Causal attention of a whole sequence on itself with a gate per key; arguments as `kvrewrite::attention` has them.
 
     q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv); gate: (B, Hkv, T) fp32, what key j weighs for all queries but
@@ -126,7 +123,8 @@ def gated_attention(
     for exp(l_ij) / Z_i, the same where m_j is 1, and exactly the difference that bringing the key back makes where it is 0.
     Without it the factor is the derivative, which a hidden key that outweighs the others makes as large as exp(60).
     """
-    shape = _Shape(scale, softcap, window, chunk)
+    (q, k, v), sinks, alibi = tokens, logits.sinks, logits.alibi
+    shape = _Shape(logits.scale, logits.softcap, logits.window, logits.chunk)
     b, h, t, _ = q.shape
     hkv = k.shape[1]
     dtype, group = _dtype(q), h // hkv
@@ -156,32 +154,34 @@ def _per_row(per_head: Tensor, b: int, hkv: int, rows: int) -> Tensor:
     return per_head.view(1, hkv, group, 1).expand(b, -1, -1, rows).reshape(b * hkv, group * rows, 1)
 
 
-@gated_attention.register_fake
-def _(q, k, v, gate, sinks, alibi, scale, softcap, window, chunk, flip):  # type: ignore[no-untyped-def]
+@gated_attention_op.fake
+def _(tokens: Tokens, gate: Tensor, logits: Logits, flip: bool) -> tuple[Tensor, Tensor]:
+    q, v = tokens.q, tokens.v
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[:3], dtype=_dtype(q))
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
-@torch.library.custom_op("kvrewrite::gated_attention_backward", mutates_args=())
+gated_attention_backward_op = define(
+    "gated_attention_backward",
+    "Tensor grad",
+    Tokens,
+    "Tensor gate",
+    "Tensor out",
+    "Tensor lse",
+    ALL_VISIBLE,
+    "bool flip",
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@gated_attention_backward_op
 def gated_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-    flip: bool,
+    grad: Tensor, tokens: Tokens, gate: Tensor, out: Tensor, lse: Tensor, logits: Logits, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (in their dtypes), gate (fp32) and sinks (H,) from that of the output; see `gated_attention`."""
-    shape = _Shape(scale, softcap, window, chunk)
+    (q, k, v), sinks, alibi = tokens, logits.sinks, logits.alibi
+    shape = _Shape(logits.scale, logits.softcap, logits.window, logits.chunk)
     b, h, t, d = q.shape
     hkv, dv = k.shape[1], v.shape[3]
     dtype, group = _dtype(q), h // hkv
@@ -208,7 +208,7 @@ def gated_attention_backward(
         grad_logits = weights.mul_(change)
         if block.slope is not None:
             grad_logits = grad_logits * block.slope
-        grad_logits = grad_logits.mul_(scale).to(q.dtype)
+        grad_logits = grad_logits.mul_(shape.scale).to(q.dtype)
         part = _mm(grad_logits, k[:, :, first:hi].reshape(b * hkv, keys, d))
         grad_q[:, :, lo:hi] = part.view(b, h, rows, d).to(q.dtype)
         grad_k[:, first:hi] += _mm(grad_logits.transpose(1, 2), q[:, :, lo:hi].reshape(b * hkv, group * rows, d))
@@ -224,8 +224,11 @@ def gated_attention_backward(
     )
 
 
-@gated_attention_backward.register_fake
-def _(grad, q, k, v, gate, out, lse, sinks, alibi, scale, softcap, window, chunk, flip):  # type: ignore[no-untyped-def]
+@gated_attention_backward_op.fake
+def _(
+    grad: Tensor, tokens: Tokens, gate: Tensor, out: Tensor, lse: Tensor, logits: Logits, flip: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (q, k, v), sinks = tokens, logits.sinks
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
@@ -250,4 +253,5 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return (*grads, None, None, None, None, None, None)
 
 
-gated_attention.register_autograd(_backward, setup_context=_setup)
+gated_attention_op.gradient(_backward, _setup)
+gated_attention = torch.ops.kvrewrite.gated_attention

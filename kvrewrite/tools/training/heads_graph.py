@@ -33,24 +33,18 @@ class TrainingHook(SiteHook):
         return node if self.dtype == torch.float32 else self.call(aten.to.dtype, node, self.dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    chunk: int,
-) -> Tensor:
-    """`kvrewrite::attention` of whole texts without a T x T tensor in memory: SDPA where it says the same, else in blocks."""
+def attend(tokens: tuple[Tensor, ...], sinks: Tensor | None, alibi: Tensor | None, *shape: float) -> Tensor:
+    """`kvrewrite::attention` of whole texts without a T x T tensor in memory: SDPA where it says the same, else in blocks.
+
+    tokens: q, k and v; shape: scale, softcap, window and chunk."""
+    q, k, v = tokens
+    scale, softcap, window, chunk = shape
     if sinks is None and alibi is None and not softcap and not window and not chunk:
         return nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     every = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
-    out, _ = ops.gated_attention(q, k, v, every, sinks, alibi, scale, softcap, window, chunk, True)
+    out, _ = ops.gated_attention(q, k, v, every, sinks, alibi, *shape, True)
     return out
 
 
@@ -72,7 +66,7 @@ def insert_heads(
             scores = policy.score(TrainingHook(gm, site, q, k, v, node, before=node))
             found.append((scores.new, q, k))
         with gm.graph.inserting_before(node):
-            out = gm.graph.call_function(attend, (q, k, v, *rest))
+            out = gm.graph.call_function(attend, ((q, k, v), *rest))
         out.meta["val"] = node.meta.get("val")
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)

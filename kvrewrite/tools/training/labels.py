@@ -29,19 +29,18 @@ def causal_importance(
     answers: tuple[Tensor, Tensor],
     *,
     scale: float,
-    window: int = 0,
-    chunk: int = 0,
+    mask: tuple[int, int] = (0, 0),
     kind: str = "logit",
     block: int = BLOCK,
 ) -> Tensor:
     """S (B, Hkv, T) in fp32; -inf where a token is not of the prompt, or is seen by no query of the answer.
 
-    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. window,
-    chunk: the layer's mask, in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes
+    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. mask:
+    the layer's window and chunk, in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes
     the logarithm of the attention weight instead, the logit less the query's log-sum-exp over all keys that it sees: so
     queries and heads are comparable. Queries are taken in blocks, so that about `block` logits are in memory.
     """
-    b, heads, t, d = q.shape
+    (window, chunk), (b, heads, t, d) = mask, q.shape
     hkv = k.shape[1]
     best = torch.full((b, hkv, t), -torch.inf, device=q.device)
     order, real = answers

@@ -164,7 +164,7 @@ class LocretTask(Task):
         answers = answer_index(answer)
         importance = [
             causal_importance(
-                q.detach(), k.detach(), real & ~answer, answers, scale=site.scale, window=site.window, chunk=site.chunk,
+                q.detach(), k.detach(), real & ~answer, answers, scale=site.scale, mask=(site.window, site.chunk),
                 kind=self.options.label,
             )
             for site, q, k in zip(self.owners, queries, keys, strict=True)
