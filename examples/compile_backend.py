@@ -1,10 +1,10 @@
-"""Eviction in code that stays as it is: an ordinary model, its own DynamicCache, torch.compile with the kvrewrite backend."""
+"""Eviction without changing code: an ordinary model, its own DynamicCache, torch.compile with the kvrewrite backend."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvrewrite
-import kvrewrite.dynamo.backend  # only for a checkout that is not installed: registers the backend's name
+import kvrewrite.dynamo.backend  # only needed if kvrewrite is not installed: registers the backend's name
 from kvrewrite.cache.eviction_cache import CACHE_NAME
 
 torch.manual_seed(0)
@@ -35,7 +35,7 @@ same = torch.equal(small.generate(prompt, **settings), out.sequences)
 print(f"the tokens of kvrewrite.transform: {'identical' if same else 'other ones'}")
 assert same
 
-# What a DynamicCache can't hold (heads that keep different numbers of slots, quantized slots, windows) an EvictionCache can.
+# An EvictionCache holds what a DynamicCache can't: heads with different numbers of slots, quantized slots, windows.
 compiled = torch.compile(model, backend="kvrewrite", options={"policy": "adakv", "budget": 48, "inductor": False})
 cache = kvrewrite.new_cache(compiled, batch_size=2)
 compiled.generate(

@@ -12,7 +12,7 @@ from kvrewrite.policies import Policy, Scores, register
 @register
 @dataclass(frozen=True, kw_only=True)
 class LargestKeys(Policy):
-    """Scores a token by the norm of its key; the window's tokens are safe."""
+    """Scores a token by the norm of its key; never evicts the window's tokens."""
 
     name = "largest_keys"
     summary = "largest keys + recent window"
@@ -23,11 +23,11 @@ class LargestKeys(Policy):
 
     @property
     def recent(self) -> int:
-        """The newest slots, which no eviction takes."""
+        """Returns the number of newest slots that are never evicted."""
         return self.window
 
     def score(self, hook):
-        """(B, Hkv, T) in fp32, as graph nodes at one site; hook.k is (B, Hkv, T, D)."""
+        """Returns scores (B, Hkv, T) in fp32 as graph nodes at one site; hook.k is (B, Hkv, T, D)."""
         norm = hook.call(torch.ops.aten.linalg_vector_norm.default, hook.k, 2, [-1])
         return Scores(hook.call(torch.ops.aten.to.dtype, norm, torch.float32))
 

@@ -1,4 +1,4 @@
-"""A decoder that is not from transformers, in the manner of nanoGPT: nothing in it knows of caches."""
+"""A decoder that is not from transformers, in the style of nanoGPT: it knows nothing about caches."""
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) to logits (B, T, vocabulary); learned positions."""
+    """Maps token ids (B, T) to logits (B, T, vocabulary); learned positions."""
 
     def __init__(self, vocabulary: int = 256, width: int = 64, heads: int = 4, layers: int = 3, longest: int = 256):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decodes 10,000 tokens with streaming_llm: memory and time per token stay what they are."""
+"""Decodes 10,000 tokens with streaming_llm: memory and time per token stay constant."""
 
 import statistics
 import sys

@@ -4,10 +4,10 @@
     python examples/policy_training_data.py locret.jsonl --count 8000 --tokens 2048
     python examples/policy_training_data.py few_shot.jsonl --count 20000 --tokens 512 --tasks few_shot_rare --form turns
 
-A prompt is a task's context. An answer is one or several questions with their replies: every one of them may be asked later,
-so a retaining head has to keep what any of them needs. Seeds begin where those of `kvrewrite eval` (0 to a few thousand a
-task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the evaluation. Without a
-file, one short text of each task is printed.
+A prompt is a task's context. An answer is one or several questions with their replies: every one of them may be asked
+later, so a retaining head has to keep what any of them needs. Seeds begin where those of `kvrewrite eval` (0 to a few
+thousand a task) never come. `--fillers` and `--tasks` leave kinds of text out, so that they can be held out for the
+evaluation. Without a file, one short text of each task is printed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KNOWN = [name for name in tasks.TASKS if name not in tasks.UNKNOWN_TO_SMALL]
 
 @cache
 def length_of() -> Any:
-    """Lengths of pieces in the small model's tokenizer."""
+    """Returns a function for the lengths of pieces in the small model's tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_model())
@@ -42,7 +42,7 @@ def length_of() -> Any:
 
 
 def text(number: int, names: list[str], fillers: list[str], tokens: list[int], questions: int, form: str) -> str:
-    """One JSON line. A task that does not fit into its length gives way to another draw."""
+    """Returns one JSON line. A task that does not fit its length is drawn again."""
     rng = random.Random(FIRST_SEED + number)
     while True:
         task, size = rng.choice(names), rng.choice(tokens)
@@ -66,7 +66,7 @@ def text(number: int, names: list[str], fillers: list[str], tokens: list[int], q
         return json.dumps({"context": prompt, "turns": turns, "task": task})
     if form == "text":
         return json.dumps({"text": prompt + "".join(part + "<eos>" for part in asked), "task": task})
-    if questions == 1:  # the question is part of the prompt, the reply alone is learned
+    if questions == 1:  # the question is part of the prompt, and only the reply is learned
         question = document.questions[0]
         prompt, asked = prompt + "".join(question.pieces), ["".join(question.target)]
     return json.dumps({"prompt": prompt, "answer": "<eos>".join(asked), "task": task})

@@ -1,6 +1,6 @@
-"""The tokenizer and the training texts of the small model (see train_small_model.py), made by worker processes.
+"""Makes the tokenizer and the training texts of the small model (see train_small_model.py) in worker processes.
 
-Run it to read one training text of each task.
+Run it to read one training text per task.
 """
 
 import multiprocessing
@@ -17,9 +17,9 @@ from kvrewrite.tools.evaluation.words import ADJECTIVES, NOUNS
 
 BOS, EOS, PAD = 0, 1, 2
 KINDS = ["copy", "text", *tasks.TASKS]
-# Words with their space, one or two digits with theirs, runs of punctuation, blanks up to the last one.
+# Words with the space before them, one or two digits likewise, runs of punctuation, blanks up to the last one.
 SPLIT = r" ?\p{L}+| ?[0-9]{1,2}| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s+"
-# Share of each kind of text in training, in percent; copies are set by stage.
+# Percentage of each kind of text in training; copies are set per stage.
 MIX = {
     "text": 4, "needle_single": 4, "needle_multikey": 14, "needle_distractors": 15, "needle_multivalue": 12,
     "needle_multiquery": 7, "kv_retrieval": 15, "variable_tracking": 9, "common_words": 11, "frequent_words": 6,
@@ -28,7 +28,8 @@ MIX = {
 
 
 def train_tokenizer(vocabulary: int) -> Tokenizer:
-    """Byte-level BPE on the filler's text and, often enough to become one token each, the tasks' words and pairs of digits."""
+    """Trains byte-level BPE on the filler's text and on the tasks' words and pairs of digits, often enough for one
+    token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,7 +78,7 @@ class Pieces(dict[str, list[int]]):
 
 @dataclass
 class Example:
-    """A training text: token ids, the places whose next token is part of a reply, and those of ordinary text."""
+    """A training text: token ids, the indices whose next token is part of a reply, and those of ordinary text."""
 
     kind: int
     ids: list[int]
@@ -86,7 +87,7 @@ class Example:
 
 
 def copy_example(rng: random.Random, tokens: int, vocabulary: int) -> Example:
-    """Random tokens, repeated until the text is full; some of the repetition counts as the reply."""
+    """Returns random tokens, repeated until the text is full; part of the repetition counts as the reply."""
     size = rng.randint(8, max(8, tokens // 2 - 1))
     part = [rng.randrange(3, vocabulary) for _ in range(size)]
     ids = ([BOS] + part * (tokens // size + 1))[:tokens]
@@ -94,7 +95,7 @@ def copy_example(rng: random.Random, tokens: int, vocabulary: int) -> Example:
 
 
 def text_example(rng: random.Random, tokens: int, pieces: Pieces) -> Example:
-    """Consecutive lines of prose or code."""
+    """Returns consecutive lines of prose or code."""
     lines = rng.choice([lines for lines in (noise.prose(), noise.code()) if lines])
     at = rng.randrange(len(lines))
     ids = [BOS]
@@ -105,7 +106,8 @@ def text_example(rng: random.Random, tokens: int, pieces: Pieces) -> Example:
 
 
 def task_example(rng: random.Random, task: str, tokens: int, pieces: Pieces) -> Example:
-    """A task's context, then several questions with replies, each reply ended by <eos>; one in ten has a question in front."""
+    """Returns a task's context, then questions with replies that end with <eos>; one text in ten has a question
+    first."""
     first = rng.random() < 0.1
     document = tasks.draft(
         task,
@@ -139,7 +141,7 @@ def task_example(rng: random.Random, task: str, tokens: int, pieces: Pieces) -> 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of the curriculum draws: (tokens, share of batches) and the share of copies, in percent."""
+    """A stage of the curriculum: (tokens, share of batches), and the percentage of copies."""
 
     lengths: tuple[tuple[int, float], ...]
     copies: float
@@ -147,9 +149,11 @@ class Stage:
 
 @dataclass
 class Batch:
-    """A batch of texts: `at` and `text` are places in the flattened ids, whose next tokens are replies or ordinary text.
+    """A batch of texts: `at` and `text` are indices into the flattened ids; the next tokens there are replies or
+    ordinary text.
 
-    ids (B, T) uint16; at (R,) int32 with weight (R,) float32 and kind (R,) uint8, padded with weight 0; text (X,) int32.
+    ids (B, T) uint16; at (R,) int32 with weight (R,) float32 and kind (R,) uint8, padded with weight 0; text (X,)
+    int32.
     """
 
     ids: np.ndarray
@@ -160,7 +164,8 @@ class Batch:
 
 
 def make_batch(rng: random.Random, stage: Stage, size: int, vocabulary: int, pieces: Pieces) -> Batch:
-    """About `size` tokens of one length, with R = size / 8 and X = size / 16: fixed, so that nothing is compiled again."""
+    """Makes about `size` tokens of one length, with fixed R = size / 8 and X = size / 16, so that nothing is
+    recompiled."""
     tokens = rng.choices([t for t, _ in stage.lengths], [s for _, s in stage.lengths])[0]
     rows, most = size // tokens, size // 8
     ids = np.full((rows, tokens), PAD, np.uint16)
@@ -205,7 +210,7 @@ def _work(seed, stages, stage, size, vocabulary, queue, pieces):
 
 
 class Feeder:
-    """Worker processes that keep a queue of batches full. Start it before the GPU is touched (it forks)."""
+    """Worker processes that keep a queue of batches full. Start it before using the GPU (it forks)."""
 
     def __init__(self, tokenizer_file: Path, stages: list[Stage], size: int, vocabulary: int, workers: int, seed: int):
         context = multiprocessing.get_context("fork")
@@ -233,7 +238,7 @@ class Feeder:
 
 
 class ExamTokenizer:
-    """What `tasks.make` needs of a transformers tokenizer, without transformers."""
+    """What `tasks.make` needs from a transformers tokenizer, without transformers."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -243,7 +248,7 @@ class ExamTokenizer:
 
 
 def exam_paper(tokenizer: Tokenizer, task: str, tokens: int, seeds: range) -> list[tuple[tasks.Sample, list[int], int]]:
-    """Samples of `tasks.make` with the ids of prompt, reply and <eos>, and the index where the reply starts."""
+    """Returns samples of `tasks.make` with the ids of prompt, reply and <eos>, and the index where the reply starts."""
     wrapped = ExamTokenizer(tokenizer)
     paper = []
     for seed in seeds:
@@ -255,7 +260,7 @@ def exam_paper(tokenizer: Tokenizer, task: str, tokens: int, seeds: range) -> li
     return paper
 
 
-if __name__ == "__main__":  # what the model reads: one short training text of each task
+if __name__ == "__main__":  # prints what the model reads: one short training text per task
     pieces = Pieces(train_tokenizer(2048))
     for name in tasks.TASKS:
         ids = task_example(random.Random(0), name, 256, pieces).ids

@@ -1,4 +1,5 @@
-"""Train the small model that ships with the project: a Llama of about 4.5M parameters that answers questions about 4096 tokens.
+"""Train the small model that ships with the project: a Llama of about 4.5M parameters that answers questions about 4096
+tokens.
 
     python examples/train_small_model.py --out run --minutes 8       # one GPU; eight minutes, and one for the exam
     python examples/train_small_model.py                              # any machine: a check on a tiny model, in seconds
@@ -13,8 +14,8 @@ first are held to give the first token a share of 30%.
 
 A run can be split over calls: `--span 0 0.3`, then `--resume run --stage 3 --span 0.3 1`.
 
-Files in --out: model.0/1.safetensors (fp32 weights), adam.0/1.safetensors (bf16 moments), exam.json, and small/ (the model as
-transformers loads it, bf16).
+Files in --out: model.0/1.safetensors (fp32 weights), adam.0/1.safetensors (bf16 moments), exam.json, and small/ (the
+model as transformers loads it, bf16).
 """
 
 import argparse
@@ -52,7 +53,7 @@ STAGES = [
     Stage(((1024, 0.75), (256, 0.25)), 5),
     Stage(((4096, 0.65), (1024, 0.2), (256, 0.15)), 2),
 ]
-LATEST = [0.08, 0.5, 0.65, 2.0]  # a stage ends here at the latest, as a part of the whole training
+LATEST = [0.08, 0.5, 0.65, 2.0]  # a stage ends at the latest here, as a fraction of the whole training
 LEARNED = [0.98, 0.97, 0.97, 2.0]  # ... or when this share of reply tokens is right (copies; retrieval)
 
 
@@ -60,7 +61,7 @@ LEARNED = [0.98, 0.97, 0.97, 2.0]  # ... or when this share of reply tokens is r
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE as Llama has it in transformers: the halves of a head are the pairs' coordinates."""
+    """Applies RoPE like Llama in transformers: the two halves of a head are the pairs' coordinates."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -68,7 +69,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def project(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, qkv: Tensor, heads: tuple[int, int, int]
 ) -> list[Tensor]:
-    """Rotated q (B, H, T, D), rotated k and v (B, Hkv, T, D) of a layer's input (B, T, C)."""
+    """Returns rotated q (B, H, T, D), rotated k and v (B, Hkv, T, D) of a layer's input (B, T, C)."""
     queries, keys, size = heads
     h = F.rms_norm(x, norm.shape, norm, 1e-5).to(torch.bfloat16)
     y = F.linear(h, qkv.to(torch.bfloat16)).unflatten(-1, (queries + 2 * keys, size)).transpose(1, 2)
@@ -77,7 +78,8 @@ def project(
 
 
 def sink_lack(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """How far the queries at positions `at` (S,) are from giving position 0 a weight of SINK_SHARE: mean of the log ratio."""
+    """Returns how far queries at positions `at` (S,) are from giving position 0 the weight SINK_SHARE: mean of the log
+    ratio."""
     groups = q.shape[1] // k.shape[1]
     some = q[:, :, at].unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (B, Hkv, groups * S, D)
     scores = (some @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
@@ -90,7 +92,7 @@ def layer(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, qkv: Tensor, out: Tensor, norm2: Tensor, up: Tensor, down: Tensor,
     heads: tuple[int, int, int], at: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One decoder layer on (B, T, C) in fp32; matrix products in bf16. `up` is gate and up projection in one.
+    """Runs one decoder layer on (B, T, C) in fp32; matrix products in bf16. `up` is gate and up projection in one.
 
     Also returns `sink_lack` of the queries at positions `at`.
     """
@@ -105,13 +107,13 @@ def layer(
 
 
 def predict(x: Tensor, norm: Tensor, embedding: Tensor) -> Tensor:
-    """fp32 logits (N, V) of hidden states (N, C)."""
+    """Returns fp32 logits (N, V) of hidden states (N, C)."""
     h = F.rms_norm(x, norm.shape, norm, 1e-5).to(torch.bfloat16)
     return F.linear(h, embedding.to(torch.bfloat16)).float()
 
 
 def losses(x: Tensor, targets: Tensor, norm: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy (N,) of the next tokens, and whether the likeliest token is the right one."""
+    """Returns the cross entropy (N,) of the next tokens, and whether the most likely token is right."""
     logits = predict(x, norm, embedding)
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
@@ -152,7 +154,8 @@ class Small(torch.nn.Module):
         return [getattr(self, f"{name}_{i}") for name in self.NAMES]
 
     def hidden(self, ids: Tensor, layer=None, queries: int = 1) -> tuple[Tensor, Tensor]:
-        """(B, T) to (B, T, C) in fp32, and the layers' mean `sink_lack` at random queries; the first layer is free of it."""
+        """Maps (B, T) to (B, T, C) in fp32; also returns the layers' mean `sink_lack` at random queries, without the
+        first layer."""
         x = F.embedding(ids, self.embedding)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         at = torch.randint(16, ids.shape[1], (queries,), device=ids.device)
@@ -164,7 +167,7 @@ class Small(torch.nn.Module):
 
     @torch.no_grad()
     def sink(self, ids: Tensor) -> Tensor:
-        """Mean attention weight on position 0 of the queries from 64 on: (layers, heads), of ids (B, T)."""
+        """Returns the mean attention weight on position 0 from queries 64 on: (layers, heads), of ids (B, T)."""
         x = F.embedding(ids, self.embedding)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         found = []
@@ -180,7 +183,7 @@ class Small(torch.nn.Module):
         return torch.stack(found)
 
     def exported(self) -> dict[str, Tensor]:
-        """Weights under transformers' names, bf16."""
+        """Returns the weights under transformers' names, bf16."""
         q, k, d = self.heads
         found = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         for i in range(self.shape["num_hidden_layers"]):
@@ -209,12 +212,12 @@ def optimizer_of(model: Small, rate: float) -> torch.optim.AdamW:
 
 
 def rate_at(progress: float, step: int, peak: float) -> float:
-    """Linear warm-up over 200 steps (of each call), cosine over the whole training down to 2%."""
+    """Linear warm-up over 200 steps (of each call), then cosine over the whole training down to 2%."""
     return peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def save(model: Small, optimizer: torch.optim.AdamW, state: dict, out: Path) -> None:
-    """A checkpoint in files of at most 16 MB each."""
+    """Writes a checkpoint in files of at most 16 MB each."""
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     names = sorted(weights)
     for part in range(2):
@@ -227,7 +230,7 @@ def save(model: Small, optimizer: torch.optim.AdamW, state: dict, out: Path) -> 
 
 
 def restore(model: Small, optimizer: torch.optim.AdamW, folder: Path) -> None:
-    """What `save` wrote."""
+    """Loads what `save` wrote."""
     weights = load_file(folder / "model.0.safetensors") | load_file(folder / "model.1.safetensors")
     moments = [load_file(folder / f"adam.{part}.safetensors") for part in range(2)]
     for name, p in model.named_parameters():
@@ -237,7 +240,7 @@ def restore(model: Small, optimizer: torch.optim.AdamW, folder: Path) -> None:
 
 
 def train(model: Small, feeder: Feeder, args: argparse.Namespace, out: Path) -> dict:
-    """Runs the curriculum for args.minutes (less what compiling takes at the start); returns what is worth noting."""
+    """Runs the curriculum for args.minutes (minus the initial compile time); returns what is worth recording."""
     device = args.device
     optimizer = optimizer_of(model, args.rate)
     stage = args.stage
@@ -319,17 +322,17 @@ def train(model: Small, feeder: Feeder, args: argparse.Namespace, out: Path) -> 
 
 
 def set_exam(pool: ProcessPoolExecutor, lengths: list[int], count: int) -> dict:
-    """Futures of the samples per (task, tokens)."""
+    """Returns futures of the samples per (task, tokens)."""
     parts = [range(a, min(a + 25, count)) for a in range(0, count, 25)]
     return {(task, n): [pool.submit(_paper, task, n, part) for part in parts] for n in lengths for task in tasks.TASKS}
 
 
 @torch.no_grad()
 def exam(model: Small, tokenizer: Tokenizer, papers: dict, device: str) -> dict:
-    """Exact replies per task and length in percent.
+    """Returns the percentage of exact replies per task and length.
 
-    One forward over prompt and reply: a reply counts if each of its tokens, and <eos> after it, is the likeliest; that is
-    when greedy decoding gives exactly the reply. `score` is the task's own score of those likeliest tokens.
+    One forward over prompt and reply: a reply counts if each of its tokens, and <eos> after it, is the most likely one,
+    which is when greedy decoding gives exactly the reply. `score` is the task's own score of those most likely tokens.
     """
     found = {}
     for (task, tokens), parts in papers.items():
@@ -369,7 +372,7 @@ def _paper(task: str, tokens: int, seeds: range) -> list:
 
 
 def export(model: Small, tokenizer_file: Path, out: Path) -> None:
-    """The model as transformers loads it: config, weights in bf16, tokenizer."""
+    """Writes the model as transformers loads it: config, weights in bf16, tokenizer."""
     from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
     out.mkdir(parents=True, exist_ok=True)
@@ -419,7 +422,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tokenizer, training, exam and export into args.out."""
+    """Writes tokenizer, training, exam and export into args.out."""
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = TINY if args.tiny else SHAPE
     if args.tiny:
@@ -445,7 +448,7 @@ def run(args: argparse.Namespace) -> None:
     )
     notes = train(model, feeder, args, args.out)
     feeder.close()
-    for p in model.parameters():  # what ships is bf16
+    for p in model.parameters():  # bf16 is what ships
         p.data = p.data.bfloat16().float()
     export(model, args.tokenizer, args.out / "small")
     notes["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else "none"

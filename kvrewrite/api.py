@@ -45,12 +45,13 @@ def transform(
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
     model: any causal LM of transformers (also with peft adapters, quantized by torchao, or with layers on several
-    devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary). policy: a name (`kvrewrite
-    policies` lists them) or a `Policy`; options: its options, such as budget=1024. policy_weights: a safetensors file
-    or tensors of the policy's trained heads. max_length: the length at which to fix RoPE if it depends on the length
-    (dynamic NTK). observe: called with (pass name, graph) after each pass. check: what to prove by running the
-    rewritten graph beside the captured one (on the CPU, in float64, with stand-ins for large weights): "full", "sites"
-    (each attention alone) or "off".
+    devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
+    policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
+    policy_weights: a safetensors file or tensors of the policy's trained heads.
+    max_length: the length at which to fix RoPE if it depends on the length (dynamic NTK).
+    observe: called with (pass name, graph) after each pass.
+    check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with stand-ins
+    for large weights): "full", "sites" (each attention alone) or "off".
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
@@ -113,11 +114,13 @@ def convert(
 ) -> Conversion:
     """Converts a transformers checkpoint directory to a kvrewrite model directory without loading its weights.
 
-    out: the new directory; None does everything but write (a dry run). contexts: context lengths for the memory
-    estimate, default the model's longest. link: hard-links the base weights instead of copying them. compile: "aot"
-    adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and takes minutes.
-    compile_batch: 1, or 2 for any number of rows from 2 on. check: as for `transform`, but with random stand-ins for
-    all weights, which have no data here. The other arguments are those of `transform`.
+    out: the new directory; None does everything but write (a dry run).
+    contexts: context lengths for the memory estimate, default the model's longest.
+    link: hard-links the base weights instead of copying them.
+    compile: "aot" adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and takes
+    minutes. compile_batch: 1, or 2 for any number of rows from 2 on.
+    check: as for `transform`, but with random stand-ins for all weights, which have no data here.
+    The other arguments are those of `transform`.
     """
     from kvrewrite.artifact.checkpoint import Checkpoint, read_json
     from kvrewrite.artifact.meta_model import build_on_meta

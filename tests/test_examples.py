@@ -23,7 +23,15 @@ def test_there_are_examples():
     assert {p.stem for p in EXAMPLES} >= {"transform_and_generate", "custom_policy", "foreign_module"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+# How the shipped model and its data were made: long, and seldom changed.
+MAKING = {"policy_training_data", "small_model_data", "train_small_model"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.thorough) if p.stem in MAKING else p for p in EXAMPLES],
+    ids=[p.stem for p in EXAMPLES],
+)
 def test_example(path, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(path), *ARGUMENTS.get(path.stem, [])]

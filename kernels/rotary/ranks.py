@@ -96,7 +96,7 @@ def slot_rotary(
     max_position: int,
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """`kvrewrite::slot_rotary` (ops.py): rotary positions (B, Hkv, C) int64 of cached slots, those of rows with renew (B,)
+    """`kvrewrite::slot_rotary`: rotary positions (B, Hkv, C) int64 of cached slots, those of rows with renew (B,)
     bool ranked anew and stored in pos_pages first.
 
     pos_pages (pages, PAGE, 2) int32, contiguous; table (B, Hkv, P) and lens (B, Hkv) int32, strided as they like; following

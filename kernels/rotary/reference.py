@@ -18,7 +18,7 @@ def settle(
     partner: Tensor,
     undo: bool,
 ) -> None:
-    """See `kvrewrite::settle_keys` in lowered_ops.py. One head at a time, so that little memory is needed.
+    """See `kvrewrite::settle_keys`. One head at a time, so that little memory is needed.
 
     The rotation turns the pair (i, j = partner[i]) by [[cos_i, sin_i], [sin_j, cos_j]]; taking it back multiplies by the
     inverse of that matrix (scaled rotations, as of longrope, have a determinant other than 1).

@@ -184,7 +184,7 @@ def kept_above(
     window: int,
     chunk: int,
 ) -> Tensor:
-    """See `kvrewrite::kept_above` in score_ops.py."""
+    """See `kvrewrite::kept_above`."""
     live = places >= 0
     seen = visible_later(places, live, places.amax((1, 2)), window, chunk)
     passes = scores >= threshold  # not a number does not
@@ -195,7 +195,7 @@ def kept_above(
 def share_layers(
     scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
 ) -> list[Tensor]:
-    """See `kvrewrite::share_layers` in score_ops.py."""
+    """See `kvrewrite::share_layers`."""
     total = torch.stack([k.long().sum(-1) for k in keep]).sum(0)
     live = [p >= 0 for p in places]
     held = torch.stack([x.sum((1, 2)) for x in live]).sum(0)

@@ -1,1 +1,1 @@
-"""What a rewritten model costs and what it is: memory, operations, the model card."""
+"""Computes what a rewritten model costs: memory, operations, and its model card."""

@@ -1,4 +1,4 @@
-"""What a request costs by the model's and the policy's numbers alone: FLOPs and bytes, no times, nothing measured."""
+"""Computes a request's FLOPs and bytes from the model's and the policy's numbers alone; measures nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment, make
 # ------------------------------------------------------------------------------------------ the model
 @dataclass(frozen=True)
 class Work:
-    """What one token costs in linear layers: FLOPs without and of the output layer, bytes of weights that a step reads."""
+    """The cost of one token in linear layers: FLOPs of all but the output layer, of the output layer, and bytes of
+    weights that a step reads."""
 
     linear_flops: float
     head_flops: float
@@ -28,7 +29,7 @@ class Work:
 
 
 def linears(model: Any) -> list[Tensor]:
-    """Weights (out, in) of every linear layer but the output layer, as often as they are used."""
+    """Returns the weights (out, in) of every linear layer except the output layer, as often as they are used."""
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -42,7 +43,7 @@ def linears(model: Any) -> list[Tensor]:
 
 
 def work_of(model: Any) -> Work:
-    """The work of a model of transformers. Of experts, those that a token goes through."""
+    """Returns the work of a transformers model. Counts only the experts that a token uses."""
     config = model.config.get_text_config(decoder=True)
     linear = sum(float(w.numel()) for w in linears(model))
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -54,7 +55,7 @@ def work_of(model: Any) -> Work:
 
 
 def sites_of(config: Any) -> list[AttentionSite]:
-    """The attention layers that a configuration of transformers describes, for what is not rewritten."""
+    """Returns the attention layers that a transformers configuration describes, for models that are not rewritten."""
     c = config.get_text_config(decoder=True)
     heads = c.num_attention_heads
     dim = getattr(c, "head_dim", None) or c.hidden_size // heads
@@ -74,7 +75,8 @@ def sites_of(config: Any) -> list[AttentionSite]:
 # ------------------------------------------------------------------------------------------ the request
 @functools.lru_cache(maxsize=4096)
 def visible_pairs(tokens: int, cached: int, seen: int = 0, window: int = 0, chunk: int = 0) -> int:
-    """(query, key) pairs of `tokens` new tokens on `cached` slots and themselves; `seen` tokens came before them."""
+    """Returns the (query, key) pairs of `tokens` new tokens on `cached` slots and themselves; `seen` tokens came before
+    them."""
     keys = cached + np.arange(1, tokens + 1, dtype=np.int64)
     if window:
         keys = np.minimum(keys, window)
@@ -85,9 +87,9 @@ def visible_pairs(tokens: int, cached: int, seen: int = 0, window: int = 0, chun
 
 @dataclass
 class Attention:
-    """Attention of one row's prompt. flops: of each site; call: the (tokens, cached slots) of each site's dearest segment;
-    held: slots per head that each site has at the end; read: slots and new tokens per head that each site reads in all segments
-    together. Where the heads of a site differ, held and read are means."""
+    """Attention of one row's prompt. flops: per site; call: (tokens, cached slots) of each site's most expensive
+    segment; held: slots per head that each site has at the end; read: slots and new tokens per head that each site
+    reads in all segments together. If the heads of a site differ, held and read are means."""
 
     flops: list[float]
     call: list[tuple[int, int]]
@@ -96,7 +98,8 @@ class Attention:
 
 
 def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | None = None) -> Attention:
-    """What the attention of a prompt of `context` tokens costs under a policy; None: a full cache, the prompt at once."""
+    """Returns the attention cost of a prompt of `context` tokens under a policy; None: a full cache, the prompt in one
+    call."""
     segments = [Segment(context, UNLIMITED)] if policy is None else policy.plan(context)
     owners = [s for s in sites if s.shares_kv_with is None]
     spans = [s.window or s.chunk for s in owners]
@@ -119,15 +122,16 @@ def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | 
 
 
 def _attention_flops(site: AttentionSite, tokens: int, cached: np.ndarray, seen: int) -> float:
-    """Of a segment of `tokens` tokens after `seen`. cached: slots of each kv head."""
+    """Returns the FLOPs of a segment of `tokens` tokens after `seen`. cached: slots per kv head."""
     alike = cached.max() == cached.min()
     heads = [int(cached[0])] if alike else cached.tolist()
     return sum(_head_flops(site, tokens, n, seen) for n in heads) / len(heads)
 
 
 def _head_flops(site: AttentionSite, tokens: int, cached: int, seen: int) -> float:
-    """The same if every kv head has `cached` slots. Where a cache holds latents they run absorbed or expanded, as
-    `latent_attention` chooses; the projection of the latent, or what takes its place, counts as the linear layer that it is."""
+    """Returns the same if every kv head has `cached` slots. A cache of latents runs absorbed or expanded, as
+    `latent_attention` chooses; the projection of the latent, or its replacement, counts as the linear layer that it
+    is."""
     pairs = visible_pairs(tokens, cached, seen, site.window, site.chunk)
     absorbed = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs
     if site.expanded is None:
@@ -142,7 +146,7 @@ def _head_flops(site: AttentionSite, tokens: int, cached: int, seen: int) -> flo
 def decode_slots(
     attention: Attention, sites: Sequence[AttentionSite], step: int, context: int, policy: Policy | None
 ) -> list[int]:
-    """Slots a head that each site reads in the decode step after `step` others."""
+    """Returns the slots per head that each site reads in the decode step after `step` others."""
     keep = UNLIMITED
     if policy is not None:
         held = max(attention.held, default=0) + step
@@ -154,7 +158,7 @@ def decode_slots(
 def kv_bytes(
     sites: Sequence[AttentionSite], slots: Sequence[int], itemsize: int, policy: Policy | None = None
 ) -> float:
-    """Bytes of keys and values that a decode step of one row reads."""
+    """Returns the bytes of keys and values that a decode step of one row reads."""
     total = 0.0
     quantized = policy is not None and policy.quantize != "none"
     for site, held in zip(sites, slots, strict=True):
@@ -173,7 +177,7 @@ def kv_bytes(
 # ------------------------------------------------------------------------------------------ tables
 @dataclass
 class Cost:
-    """Of one row: a prompt of `context` tokens, and the first decode step behind it. FLOPs and bytes."""
+    """Cost per row: a prompt of `context` tokens, and the first decode step after it. FLOPs and bytes."""
 
     context: int
     prefill_flops: float
@@ -183,11 +187,11 @@ class Cost:
 
 
 def cost_of(model: nn.Module, sites: list[AttentionSite], policy: Policy | None, itemsize: int, context: int) -> Cost:
-    """FLOPs of linear layers and attention; bytes of weights and of keys and values. policy: None: a full cache, the
-    prompt at once.
+    """Returns FLOPs of linear layers and attention; bytes of weights and of keys and values. policy: None: a full
+    cache, the prompt in one call.
 
-    A prompt reads the weights once a segment and, in every segment, the keys and values that it attends to; it writes its
-    own once. A decode step reads all weights and the cache. Scores of a policy, its own weights, evictions and
+    A prompt reads the weights once per segment and, in every segment, the keys and values that it attends to; it writes
+    its own once. A decode step reads all weights and the cache. A policy's scores, its own weights, evictions and
     activations are not counted.
     """
     work, attention = work_of(model), attention_of(sites, context, policy)
@@ -206,7 +210,7 @@ def cost_of(model: nn.Module, sites: list[AttentionSite], policy: Policy | None,
 
 
 def contexts_up_to(longest: int) -> list[int]:
-    """Context lengths of a plot: powers of two from 256 on, and the longest."""
+    """Returns the context lengths of a plot: powers of two from 256 on, and the longest."""
     lengths = [1 << i for i in range(8, 31) if 1 << i < longest]
     return [*lengths, longest]
 
@@ -214,7 +218,7 @@ def contexts_up_to(longest: int) -> list[int]:
 def cost_table(
     model: nn.Module, sites: list[AttentionSite], policy: Policy | None, itemsize: int, longest: int
 ) -> list[dict[str, Any]]:
-    """Costs by context length, with a full cache and with the policy."""
+    """Returns costs by context length, with a full cache and with the policy."""
     rows = []
     for context in contexts_up_to(longest):
         full = cost_of(model, sites, None, itemsize, context)

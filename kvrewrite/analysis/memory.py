@@ -1,4 +1,4 @@
-"""How much memory caches take, from the sites alone: for reports, dry runs and model cards."""
+"""Computes the memory of caches from the sites alone: for reports, dry runs and model cards."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kvrewrite.policies import Policy
 
 @dataclass
 class MemoryPlan:
-    """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt; carried: the
-    part of each that recurrent layers carry, at any length."""
+    """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt;
+    carried: the part of each that recurrent layers carry, at any length."""
 
     context: int
     batch: int
@@ -32,9 +32,9 @@ class MemoryPlan:
 
 @dataclass
 class LayerPlan:
-    """One layer that owns a cache, for one row. slots: live slots of each head after the prompt; most: the most that a head
+    """One layer that owns a cache, for one row. slots: live slots per head after the prompt; most: the most that a head
     has during it; pages: of all heads, after the prompt; full, evicted, largest: bytes of an ordinary cache, after the
-    prompt, and at the most."""
+    prompt, and at the maximum."""
 
     site: AttentionSite
     slots: list[int]
@@ -46,11 +46,11 @@ class LayerPlan:
 
 
 def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int) -> list[LayerPlan]:
-    """What each layer's cache holds and takes for prompts of `context` tokens.
+    """Plans what each layer's cache holds and takes for prompts of `context` tokens.
 
-    Pages are counted whole; an ordinary cache keeps every token in layers without a window and the window in the others.
-    A quantized cache has its newest slots in full precision besides the pages. Where heads share the budget of their layer
-    (head_budgets=adakv, gates), slots are those of a head on average.
+    Pages are counted whole. An ordinary cache keeps every token in layers without a window and the window in the
+    others. A quantized cache has its newest slots in full precision besides the pages. If heads share the budget of
+    their layer (head_budgets=adakv, gates), slots are the mean over heads.
     """
     owners = [site for site in sites if site.shares_kv_with is None]
     spans = [site.window or site.chunk for site in owners]
@@ -75,8 +75,8 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
 
 
 def carried_bytes(layout: CacheLayout) -> int:
-    """Bytes a row that the layers of a program without attention carry, whatever the length of the text: windows of inputs and
-    the states of recurrences. layout: the program's."""
+    """Returns the bytes per row that layers without attention carry at any length of text: windows of inputs and the
+    states of recurrences. layout: the program's."""
     carried = [state for state in layout.states if state.carried]
     return sum(math.prod(state.shape) * getattr(torch, state.dtype).itemsize for state in carried)
 
@@ -84,11 +84,12 @@ def carried_bytes(layout: CacheLayout) -> int:
 def plan_memory(
     sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int, batch: int = 1, carried: int = 0
 ) -> MemoryPlan:
-    """Cache bytes of `plan_layers` in all layers, and of what other layers carry (`carried_bytes`, for one row).
+    """Plans the cache bytes of all layers (`plan_layers`) and of what other layers carry (`carried_bytes`, for one
+    row).
 
-    The peak adds the keys and values of one chunk in one layer (in all, where layers share a budget), which are alive while
-    that layer runs, and of a quantized cache one layer's slots as attention reads them. Where caches hold latents, full is a
-    full cache of latents, and the peak adds what is expanded of one layer's at a time.
+    The peak adds the keys and values of one chunk in one layer (in all, if layers share a budget), which are alive
+    while that layer runs, and for a quantized cache one layer's slots as attention reads them. For caches of latents,
+    full is a full cache of latents, and the peak adds what is expanded of one layer's at a time.
     """
     layers = plan_layers(sites, policy, itemsize, context)
     longest = max((segment.length for segment in policy.plan(context)), default=0)
@@ -103,7 +104,7 @@ def plan_memory(
 
 
 def _expanded_bytes(plan: LayerPlan, itemsize: int, longest: int, batch: int) -> int:
-    """What a chunk at most expands at a time of a layer whose cache holds latents: some heads' keys and values."""
+    """Returns the most bytes that a chunk expands at a time of a layer's latents: keys and values of some heads."""
     if plan.site.expanded is None:
         return 0
     heads, k, v = plan.site.expanded
@@ -112,12 +113,12 @@ def _expanded_bytes(plan: LayerPlan, itemsize: int, longest: int, batch: int) ->
 
 
 def _token_bytes(site: AttentionSite, itemsize: int) -> int:
-    """Keys and values of a token in every kv head of a layer, in full precision."""
+    """Returns the bytes of one token's keys and values in all kv heads of a layer, in full precision."""
     return site.kv_heads * site.cached_channels * itemsize
 
 
 def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
-    """A page of every kv head of a layer."""
+    """Returns the bytes of one page in every kv head of a layer."""
     if policy.quantize == "none":
         return PAGE * site.kv_heads * (site.cached_channels * itemsize + SLOT_EXTRA)
     scheme = Scheme(policy.quantize, policy.quantize_group)
@@ -126,7 +127,7 @@ def _page_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
 
 
 def _row_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
-    """What a layer has for a row besides pages: the newest slots in full precision, a threshold for merging."""
+    """Returns a layer's bytes per row besides pages: the newest slots in full precision, a threshold for merging."""
     size = 4 if policy.merge else 0
     if policy.quantize != "none":
         tail = policy.quantize_residual + policy.quantize_group
@@ -135,7 +136,7 @@ def _row_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
 
 
 def human(size: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
+    """Formats bytes for people: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024 or unit == "GiB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The README.md of a converted model directory."""
+"""Writes the README.md of a converted model directory."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Policy: `{policy}` with {options}.
 
 
 def _carried(plan: MemoryPlan) -> list[str]:
-    """Says what a hybrid's other layers hold."""
+    """Says what the other layers of a hybrid model hold."""
     if not plan.carried:
         return []
     return [f"Of each, {human(plan.carried)} are what layers without attention carry, at any length.", ""]
 
 
 def proof_text(proof: dict[str, Any] | None) -> str:
-    """What was proved of a rewrite (`passes/canonical/validate.py`), in words."""
+    """Describes what was proved about a rewrite (`passes/canonical/validate.py`)."""
     if proof is None:
         return "nothing (check=off)"
     parts = []
@@ -60,7 +60,7 @@ def proof_text(proof: dict[str, Any] | None) -> str:
 
 
 def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
-    """The model card: how to load it, what was rewritten, what it saves."""
+    """Returns the model card: how to load the model, what was rewritten, what it saves."""
     sites = []
     for s in program.sites:
         mask = s.mask + (f" {s.window or s.chunk}" if s.window or s.chunk else "")

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoint directories: what is in them, and reading single tensors.
+"""Reads Hugging Face checkpoint directories: lists their tensors and reads single ones.
 
-Only torch and safetensors are needed here, so a saved model loads without the code of the original.
+Needs only torch and safetensors, so a saved model loads without the original's code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvrewrite.errors import ArtifactError
 
-# How safetensors spells the dtypes that a checkpoint may have.
+# safetensors' names of the dtypes that a checkpoint may have.
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
@@ -34,7 +34,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor of a checkpoint is, and what it is. start: its first byte in the file."""
+    """A tensor of a checkpoint: what it is and in which file. start: its first byte in the file."""
 
     file: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class TensorInfo:
 
 
 def read_json(path: Path, *, limit: int = 1 << 30) -> Any:
-    """The JSON data in a file; ArtifactError when it is missing, too large, or not JSON."""
+    """Returns the JSON data in a file; raises ArtifactError if it is missing, too large, or not JSON."""
     try:
         if path.stat().st_size > limit:
             raise ArtifactError(f"{path} has {path.stat().st_size} bytes; expected at most {limit} of JSON")
@@ -68,16 +68,16 @@ def text_is_lfs(path: Path) -> bool:
 
 
 def lfs_message(path: Path) -> str:
-    """What to say about a git-LFS pointer."""
+    """Returns the error message for a git-LFS pointer."""
     return (
         f"{path} is a git-LFS pointer, not the file itself; run `git lfs pull` in its directory, or download it again"
     )
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, from its header alone.
+    """Returns the tensors and the metadata of a safetensors file from its header alone.
 
-    Checks that the header is whole and that the file is as long as the header says; ArtifactError otherwise.
+    Raises ArtifactError if the header is not whole or the file's length differs from what the header says.
     """
     try:
         size = path.stat().st_size
@@ -143,10 +143,10 @@ def are_sizes(value: Any) -> TypeGuard[list[int]]:
 # ------------------------------------------------------------------------------------------------------------- reading
 @dataclass
 class Checkpoint:
-    """A directory with safetensors files, of which the headers were read and checked.
+    """A directory with safetensors files whose headers were read and checked.
 
-    files: names of the weight files and of the index, if there is one, in the order to copy them in. stamps: what the file
-    system said of each of them when it was read (`stamp`).
+    files: names of the weight files and of the index, if any, in copy order. stamps: the `stamp` of each file when it
+    was read.
     """
 
     directory: Path
@@ -157,9 +157,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | Path, listed: Collection[str] | None = None) -> Checkpoint:
-        """Reads the headers of a Hugging Face checkpoint directory. ArtifactError says what is wrong with it.
+        """Reads the headers of a Hugging Face checkpoint directory. Raises ArtifactError that says what is wrong with
+        it.
 
-        listed: files that may be opened (those of a manifest); weight files besides them are refused. Default: any.
+        listed: files that may be opened (those of a manifest); any other weight file is refused. Default: any.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -195,7 +196,7 @@ class Checkpoint:
         return cls(directory, tensors, files, config, stamps)
 
     def check_unchanged(self, name: str) -> None:
-        """ArtifactError where a file is not the one whose header was read."""
+        """Raises ArtifactError if a file is not the one whose header was read."""
         if name in self.stamps and stamp(self.directory / name) != self.stamps[name]:
             raise ArtifactError(f"{self.directory / name} changed while it was read; nothing was written. Try again")
 
@@ -210,7 +211,7 @@ class Checkpoint:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Which file a path names and when it was last written to; ArtifactError where there is none."""
+    """Identifies a path's file and its last write; raises ArtifactError if there is none."""
     try:
         found = path.stat()
     except OSError as error:
@@ -219,7 +220,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def _refuse_unlisted(directory: Path, listed: Collection[str]) -> None:
-    """Weight files that a manifest does not list would be taken for the model's own."""
+    """Refuses weight files that a manifest does not list: they would be taken for the model's own."""
     found = sorted({p.name for p in (*directory.glob("*.safetensors"), directory / INDEX) if p.exists()} - set(listed))
     if found:
         raise ArtifactError(
@@ -229,7 +230,7 @@ def _refuse_unlisted(directory: Path, listed: Collection[str]) -> None:
 
 
 def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the safetensors files of a directory, and the index (tensor -> file) when they are shards."""
+    """Returns the names of a directory's safetensors files, and the index (tensor -> file) if they are shards."""
     single, index_path = directory / "model.safetensors", directory / INDEX
     if single.is_file():
         return [single.name], None
@@ -263,7 +264,7 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def some(names: Iterable[Any], limit: int = 8) -> str:
-    """Names for an error message: all of them when they are few."""
+    """Joins names for an error message; all of them if there are few."""
     names = [str(n) for n in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -1,7 +1,7 @@
-"""The files of a model directory that transformers reads: configuration, generation settings, tokenizer.
+"""Reads the files of a model directory that transformers reads: configuration, generation settings, tokenizer.
 
-Nothing in them runs (`trust_remote_code=False`, said each time, so that transformers does not ask on the terminal), and in a
-directory that kvrewrite wrote only files of its manifest are opened, after their hashes were checked.
+Nothing in them runs: `trust_remote_code=False` is always given, so that transformers does not ask on the terminal. In a
+directory that kvrewrite wrote, only files of its manifest are opened, after their hashes were checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _WRONG = (ValueError, TypeError, KeyError, OSError, AttributeError, IndexError, 
 
 
 def refuse_unlisted(directory: Path, listed: Iterable[str], patterns: Iterable[str]) -> None:
-    """ArtifactError where a directory has files of these kinds that its manifest does not list: they would take effect."""
+    """Raises ArtifactError if a directory has files of these kinds that its manifest does not list: they would take
+    effect."""
     known, patterns = set(listed), tuple(patterns)
     if found := sorted(
         name
@@ -43,9 +44,10 @@ def refuse_unlisted(directory: Path, listed: Iterable[str], patterns: Iterable[s
 
 
 def read_config(directory: str | Path) -> Any:
-    """The configuration of a model directory as transformers has it; one without a model type becomes a plain one.
+    """Returns the configuration of a model directory as transformers has it; one without a model type becomes a plain
+    one.
 
-    Raises ArtifactError where it is damaged, or where transformers does not know the model type.
+    Raises ArtifactError if it is damaged or transformers does not know the model type.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -70,7 +72,7 @@ def read_config(directory: str | Path) -> Any:
 
 
 def read_generation_config(directory: str | Path, listed: Mapping[str, Any]) -> Any:
-    """The generation settings of a model directory, None where its manifest lists none. Raises ArtifactError."""
+    """Returns the generation settings of a model directory, None if its manifest lists none. Raises ArtifactError."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import GenerationConfig
 
@@ -88,9 +90,9 @@ def read_generation_config(directory: str | Path, listed: Mapping[str, Any]) -> 
 
 
 def read_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a model directory, of kvrewrite or not. Raises ArtifactError.
+    """Returns the tokenizer of a model directory, from kvrewrite or not. Raises ArtifactError.
 
-    Of a directory that kvrewrite wrote, manifest and hashes are checked first, and only listed files are opened.
+    In a directory that kvrewrite wrote, manifest and hashes are checked first, and only listed files are opened.
     """
     from transformers import AutoTokenizer
 

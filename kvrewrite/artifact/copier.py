@@ -1,4 +1,4 @@
-"""Copies a checkpoint's tensors to a GPU with threads of its own."""
+"""Copies a checkpoint's tensors to a GPU with several threads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvrewrite.artifact.checkpoint import Reader
 from kvrewrite.errors import ArtifactError
 
 COPIERS = 4  # threads that copy tensors to a GPU
-STAGED = 16 << 20  # bytes of each of a thread's two buffers for that
+STAGED = 16 << 20  # bytes of each of a thread's two pinned buffers
 
 
 class Copier:
-    """Copies tensors of a checkpoint to a device. To a GPU, from several threads that read the file into pinned buffers: one
-    alone reads and sends by turns, and mapped files are read page by page.
+    """Copies tensors of a checkpoint to a device. For a GPU, several threads read the file into pinned buffers: one
+    thread would alternate between reading and sending, and mapped files are read page by page.
 
-    What a call returns for a GPU is filled when the context ends, which raises what went wrong.
+    Tensors on a GPU are only filled when the context ends, which raises any error.
     """
 
     def __init__(self, device: torch.device):
@@ -33,7 +33,7 @@ class Copier:
         return self
 
     def __call__(self, reader: Reader, key: str, dtype: torch.dtype) -> Tensor:
-        """The tensor `key` in `dtype`."""
+        """Returns the tensor `key` in `dtype`."""
         if self._pool is None:
             return reader(key).to(device=self._device, dtype=dtype)
         info = reader.checkpoint.tensors[key]
@@ -48,16 +48,16 @@ class Copier:
 
     def _fill(self, target: Tensor, source: Tensor | Path, start: int, made_on: torch.cuda.Stream) -> None:
         stream = torch.cuda.Stream(target.device)
-        stream.wait_stream(made_on)  # its memory may have been another tensor's, which kernels still read there
+        stream.wait_stream(made_on)  # its memory may come from a freed tensor that kernels on that stream still read
         with torch.cuda.stream(stream):
             if isinstance(source, Tensor):
-                target.copy_(source.to(target.dtype))  # waits, as the source is not pinned
+                target.copy_(source.to(target.dtype))  # blocks, because the source is not pinned
             else:
                 self._stage(target.view(-1).view(torch.uint8), source, start, stream)
         stream.synchronize()
 
     def _stage(self, target: Tensor, path: Path, start: int, stream: torch.cuda.Stream) -> None:
-        """The bytes behind `start` by turns through this thread's two buffers: one is filled while the other is sent."""
+        """Sends the bytes from `start` on through this thread's two buffers: one is filled while the other is sent."""
         if not hasattr(self._threads, "buffers"):
             self._threads.buffers = [torch.empty(STAGED, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         sent: list[torch.cuda.Event | None] = [None, None]

@@ -9,8 +9,8 @@
     README.md                 the model card; yours to edit, so nothing checks it
     kvrewrite.json            the manifest: policy, sites, layout, recipes of parameters, size and sha256 of each file
 
-Nothing in it is a pickle, and nothing but compiled/ is code, which is loaded only on trust. It is written to a staging folder
-beside its final place and renamed, so that a crash leaves either the old state or the new one.
+Nothing in it is a pickle, and nothing but compiled/ is code, which is loaded only on trust. It is written to a staging
+folder beside its final place and renamed, so that a crash leaves either the old state or the new one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def manifest_digest(body: Mapping[str, Any]) -> str:
-    """The hash of a manifest without its own hash, whatever its layout on disk."""
+    """Returns the hash of a manifest without its own hash, whatever its layout on disk."""
     text = json_text(body, MANIFEST, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -57,7 +57,7 @@ def is_artifact(directory: str | Path) -> bool:
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a model directory, checked against its own hash and our version."""
+    """Returns the manifest of a model directory, checked against its own hash and our version."""
     directory = Path(directory)
     if not directory.is_dir():
         old = leftovers(directory)[1]
@@ -111,11 +111,11 @@ def check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: boo
 def read_artifact(
     directory: str | Path, device: torch.device | str = "cpu", meanwhile: Callable[[], None] | None = None
 ) -> tuple[Program, dict[str, Any]]:
-    """Loads a model directory: the program, with all its tensors on `device` in its graph, and the manifest.
+    """Loads a model directory: returns the program, with all its tensors on `device` in its graph, and the manifest.
 
     Checks the manifest, the sizes of all files, the hashes of all but the base weights, and the headers of those;
-    `verify_hashes` checks the rest. Needs neither the network nor the original model's code. meanwhile: called while the
-    weights are on their way to the device.
+    `verify_hashes` checks the rest. Needs neither the network nor the original model's code. meanwhile: called while
+    the weights are being copied to the device.
     """
     directory, device = Path(directory), torch.device(device)
     manifest = read_manifest(directory)
@@ -125,7 +125,7 @@ def read_artifact(
     own = {POLICY, CONSTANTS}
     for name, entry in files.items():
         check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
-    with Copier(device) as copier:  # the graph is read while the weights are on their way
+    with Copier(device) as copier:  # the graph is read while the weights are being copied
         program = _read_program(directory, manifest, device, copier)
         if meanwhile is not None:
             meanwhile()
@@ -176,7 +176,7 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
 
 
 def verify_hashes(directory: str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Hashes every file of a model directory; ArtifactError lists all that are missing, cut off or changed.
+    """Hashes every file of a model directory; raises ArtifactError that lists all missing, truncated or changed ones.
 
     progress: called with (file, bytes done, bytes of all files). Returns the manifest.
     """

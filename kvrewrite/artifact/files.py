@@ -1,4 +1,4 @@
-"""Files of a model directory: written synced and hashed, read with a reason where they can't be."""
+"""Writes files of a model directory synced and hashed; reads them with a clear error if they can't be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXECUTABLE = {".bin", ".pt", ".pth", ".pt2", ".pkl", ".pickle", ".ckpt", ".py",
 
 
 def json_text(data: Any, what: str, **options: Any) -> str:
-    """JSON text that gives the same data when it is read; ArtifactError when there is none."""
+    """Returns JSON text that decodes to the same data; raises ArtifactError if there is none."""
 
     def check(value: Any, where: str) -> None:
         if isinstance(value, Mapping):
@@ -43,9 +43,9 @@ def json_text(data: Any, what: str, **options: Any) -> str:
 
 
 class Writer:
-    """Puts files into the staging folder, each synced to disk, and notes their sizes and hashes.
+    """Puts files into the staging folder, syncs each to disk, and records their sizes and hashes.
 
-    reserved: names that no file from elsewhere may have.
+    reserved: names that no copied file may have.
     """
 
     def __init__(self, folder: Path, reserved: Collection[str]):
@@ -68,7 +68,7 @@ class Writer:
         self.files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
     def copy(self, source: Path, name: str, *, link: bool) -> None:
-        """Copies byte for byte, hashing on the way; or links."""
+        """Copies byte for byte and hashes on the way; or links."""
         source, target = source.resolve(), self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -90,7 +90,7 @@ class Writer:
         self.files[name] = {"size": size, "sha256": digest.hexdigest()}
 
     def add(self, name: str) -> None:
-        """Takes in a file that something else put into the folder."""
+        """Records a file that something else put into the folder."""
         path = self.folder / name
         with path.open("rb") as file:
             sync(file.fileno())
@@ -121,7 +121,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        # safetensors refuses tensors that share memory; what is meant to be shared was made one name before.
+        # safetensors refuses tensors that share memory; tied ones were reduced to one name before.
         place = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if tensor.numel() and place in storages else tensor
         storages.add(place)
@@ -139,7 +139,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file. progress: called with the bytes read so far."""
+    """Returns the sha256 of a file. progress: called with the bytes read so far."""
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -163,7 +163,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ArtifactError when it can't be read."""
+    """Returns all tensors of a safetensors file; raises ArtifactError if it can't be read."""
     read_header(path)
     try:
         return load_file(path)

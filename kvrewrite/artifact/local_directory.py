@@ -1,4 +1,4 @@
-"""A model that was named on the command line, as a local directory. Imports no torch, so a wrong name is said at once."""
+"""Resolves a model named on the command line to a local directory. Imports no torch, so a wrong name fails at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvrewrite.errors import ArtifactError
 
 
 def checkpoint_directory(model: str) -> Path:
-    """MODEL as a directory; says how to download what looks like a hub name."""
+    """Returns MODEL as a directory; if it looks like a hub name, says how to download it."""
     path = Path(model)
     if path.is_dir():
         return path

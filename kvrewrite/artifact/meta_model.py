@@ -1,7 +1,7 @@
 """Builds the model of a Hugging Face checkpoint on meta, without its weights.
 
-Here and in `parameter_sources.py` transformers' modeling code runs, and nowhere else. What it leaves, graph and recipes,
-needs none of it.
+Only this module and `parameter_sources.py` run transformers' modeling code. Their results, graph and recipes, need none
+of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvrewrite.errors import ArtifactError
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Makes `torch.empty`, which is what parameters are made of before they are initialized, allocate nothing."""
+    """Makes `torch.empty`, with which parameters are created before initialization, allocate nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -32,7 +32,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have their parameters on the meta device, and their buffers with real values."""
+    """While open, new modules have their parameters on meta and their buffers with real values."""
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -49,10 +49,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """The model of a checkpoint directory with its parameters on the meta device and its buffers real; and its config.
+    """Builds the model of a checkpoint directory with parameters on meta and real buffers; returns it and its config.
 
     dtype: default: the config's, else that of the checkpoint's first floating tensor. Uses transformers' own classes
-    only; models whose code lies in the checkpoint are refused.
+    only; models with code in the checkpoint are refused.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, initialization
 
@@ -73,7 +73,7 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
             f"transformers has no causal language model for {checkpoint.directory} (model_type "
             f"{config.model_type!r}): {str(error).strip().splitlines()[0][:300]}"
         ) from error
-    # Tying is a part of the initialization that was skipped.
+    # Tying is part of the skipped initialization.
     model.tie_weights()
     _keep_in_fp32(model, dtype)
     if unknown := [n for n, b in _plain_buffers(model) if b.is_meta]:
@@ -85,7 +85,7 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
 
 
 def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
-    """The transformers config of a checkpoint, without running code from it and without asking the user anything."""
+    """Reads a checkpoint's transformers config without running code from it and without asking the user anything."""
     from huggingface_hub.errors import StrictDataclassError
 
     raw, where = checkpoint.config, checkpoint.directory / "config.json"
@@ -121,13 +121,13 @@ def _read_config(checkpoint: Checkpoint, known: Any, auto: Any) -> Any:
 
 
 def _plain_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that no checkpoint holds."""
+    """Returns the buffers that no checkpoint holds."""
     persistent = model.state_dict().keys()
     return [(n, b) for n, b in model.named_buffers() if n not in persistent]
 
 
 def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
-    """Gives fp32 to what transformers loads in fp32 whatever the model's dtype: some routers, norms, stored buffers."""
+    """Sets fp32 for what transformers loads in fp32 whatever the model's dtype: some routers, norms, stored buffers."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return

@@ -1,4 +1,4 @@
-"""Says from which tensors of a checkpoint each parameter of a model is made: recipes, recorded from transformers' own code."""
+"""Finds the checkpoint tensors that each parameter is made from: recipes, recorded from transformers' own code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvrewrite.errors import ArtifactError
 
 
 class _Recorded(Tensor):
-    """A tensor without values that knows by which recipe it was made.
+    """A tensor without values that knows the recipe it was made with.
 
-    transformers converts checkpoints with ordinary tensor ops; running its conversion on these gives the recipes, so
-    nothing here has to know how transformers describes the conversion of each architecture.
+    transformers converts checkpoints with ordinary tensor ops. Running its conversion on these tensors gives the
+    recipes, so nothing here needs to know how transformers describes the conversion of each architecture.
     """
 
     recipe: Recipe
@@ -53,11 +53,11 @@ class _Recorded(Tensor):
 
 
 def _record(func: Any, args: Any, kwargs: Any, result: Any) -> list[Recipe]:
-    """The recipes of what a tensor op returned."""
+    """Returns the recipes of a tensor op's results."""
     aten = torch.ops.aten
     packet = func.overloadpacket
     first = args[0]
-    # A cast is no step: the recipe's dtype is applied on the way, and these ops only move values.
+    # A cast is no step: the final dtype is in the recipe, and these ops only move values.
     if packet in (aten.alias, aten.detach, aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh):
         return [first.recipe]
     if packet in (aten.stack, aten.cat):
@@ -101,7 +101,7 @@ def _selected(recipe: Recipe, dim: int, index: int, result: Tensor) -> Recipe:
 
 
 def _permutation(recipe: Recipe, order: list[int]) -> Recipe:
-    """A permutation of dimensions as swaps of two."""
+    """Returns a permutation of dimensions as swaps of two."""
     now = list(range(len(order)))
     for i, wanted in enumerate(order):
         j = now.index(wanted)
@@ -112,13 +112,13 @@ def _permutation(recipe: Recipe, order: list[int]) -> Recipe:
 
 
 def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> dict[str, Recipe]:
-    """How every parameter and persistent buffer of a model is built from a checkpoint.
+    """Returns the recipe of every parameter and persistent buffer of a model from a checkpoint.
 
     Runs transformers' own conversion of the checkpoint on tensors without values (renamed keys, base-model prefixes,
-    merged experts), so `model` may be on meta and nothing is read but headers; only where the checkpoint has two
-    versions of a tied parameter both are read, and when they differ the model's tie is cut, as transformers does.
-    ArtifactError lists all parameters that are missing, of another shape, or can't be converted, and tensors that
-    nothing takes.
+    merged experts), so `model` may be on meta and only headers are read. One exception: if the checkpoint has two
+    versions of a tied parameter, both are read, and if they differ the model's tie is cut, as transformers does. Raises
+    ArtifactError that lists all parameters that are missing, have another shape or can't be converted, and all unused
+    tensors.
     """
     values = {
         k: _Recorded(torch.empty(i.shape, dtype=i.dtype, device="meta"), {"key": k})
@@ -158,7 +158,7 @@ def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> 
 
 
 def _last_line(text: str) -> str:
-    """The exception in a traceback that transformers turned into text."""
+    """Returns the exception in a traceback that transformers turned into text."""
     lines = [line for line in str(text).splitlines() if "Error" in line]
     return (lines[0] if lines else str(text)).strip()[:300]
 
@@ -180,7 +180,7 @@ def _convert(model: Any, values: dict[str, _Recorded]) -> tuple[dict[str, _Recor
     load_config = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     setter, conversions = core_model_loading.set_param_for_module, getattr(model, "_weight_conversions", None)
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would say "Loading weights", and none are
+    logging.disable_progress_bar()  # it would say "Loading weights", but none are loaded
     core_model_loading.set_param_for_module = keep
     try:
         info, _ = core_model_loading.convert_and_load_state_dict_in_model(model, dict(values), load_config, None)

@@ -1,4 +1,5 @@
-"""Files of policy weights: trained gates and retaining heads, as safetensors. Pickles are read here and nowhere else."""
+"""Reads and writes policy weights: trained gates and retaining heads, as safetensors. Only this module reads
+pickles."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from kvrewrite.errors import ArtifactError, PolicyWeightsError
 from kvrewrite.policies.weights import LISTED
 
 _MAX_DEPTH, _MAX_TENSORS = 32, 1_000_000  # of dicts in a pickle
-# What torch.load raises for files that are cut off or are something else.
+# What torch.load raises for files that are truncated or of another kind.
 _UNREADABLE = (
     EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError
 )  # fmt: skip
@@ -35,8 +36,8 @@ def import_pickle(
     """Turns a torch pickle of policy weights into a safetensors file; returns its tensors.
 
     The pickle is read with `weights_only=True`, so nothing in it runs. It must hold a (nested) dict of tensors and
-    nothing else: whatever more it holds would be lost. metadata: what to say about the weights in the file. force:
-    overwrites `out`. The file appears whole or not at all.
+    nothing else, because anything else would be lost. metadata: what the file says about the weights. force: overwrites
+    `out`. The file appears whole or not at all.
     """
     path, out = Path(path), Path(out)
     check_destination(out, force)
@@ -46,7 +47,7 @@ def import_pickle(
 
 
 def check_destination(out: Path, force: bool) -> None:
-    """Raises PolicyWeightsError where `out` can't be written."""
+    """Raises PolicyWeightsError if `out` can't be written."""
     if out.exists() and not force:
         raise PolicyWeightsError(f"{out} exists; choose another name, or overwrite it with force=True (--force)")
     if out.is_dir():
@@ -56,7 +57,7 @@ def check_destination(out: Path, force: bool) -> None:
 
 
 def read_pickle(path: Path, data_types: Sequence[Any] = ()) -> Any:
-    """What a torch pickle holds. Nothing in it runs; data_types: plain types that it may hold besides torch's."""
+    """Returns what a torch pickle holds. Nothing in it runs; data_types: plain types allowed besides torch's."""
     if not path.is_file():
         raise PolicyWeightsError(f"{path} does not exist or is not a file; expected a torch pickle (.pt, .pth, .bin)")
     if text_is_lfs(path):
@@ -80,7 +81,7 @@ def read_pickle(path: Path, data_types: Sequence[Any] = ()) -> Any:
 
 
 def flatten(path: Path, content: Any) -> dict[str, Tensor]:
-    """Nested dicts of tensors as one, under dotted names."""
+    """Flattens nested dicts of tensors into one with dotted names."""
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
 
@@ -131,7 +132,7 @@ def save_policy_weights(out: Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def read_policy_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file of policy weights."""
+    """Returns the tensors and the metadata of a safetensors file of policy weights."""
     path = Path(path)
     if not path.exists():
         raise PolicyWeightsError(f"{path} does not exist; expected a safetensors file of policy weights")

@@ -1,7 +1,7 @@
-"""Checks a program that was read from a directory: its parts fit each other and what the runtime will give it.
+"""Checks a program from a directory: its parts must fit each other and the inputs that the runtime will give it.
 
-The types of both files were checked when they were read (`schema.py`). Here: the layout against the policy and the sites, and the
-graphs against the inputs that the layout promises (`graph_check.py`).
+Reading has already checked the types of both files (`schema.py`). This module checks the layout against the policy and
+the sites, and the graphs against the inputs that the layout promises (`graph_check.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
 
-_MEMORY = 1 << 30  # bytes of values that any graph may have at a short call
+_MEMORY = 1 << 30  # bytes of values that any graph may have in a short call
 
 
 def check_program(program: Program, device: torch.device, what: str) -> None:
-    """Raises ArtifactError with the place. what: the directory, for errors. Facts in the graph become those that are computed."""
+    """Raises ArtifactError with the place. what: the directory, for errors. Replaces facts in the graph with computed
+    ones."""
     try:
         policy = make_policy(program.policy["name"], **program.policy["options"])
         policy.check_layers(program.layout.owners)

@@ -1,8 +1,9 @@
-"""Trained heads as their authors publish them, turned into policy weights: `kvrewrite import-weights FILE --policy NAME`.
+"""Turns published trained heads into policy weights: `kvrewrite import-weights FILE --policy NAME`.
 
-Formats are read from the authors' public code at the commits that the policies name. Nothing in a file is run: pickles are
-read with `weights_only=True`. Tensors are copied as they are; a file that is not of the format, is not complete or does not fit
-itself is refused with what was found and what was expected. Whether it fits a model is checked when it meets one.
+Formats follow the authors' public code at the commits that the policies name. Nothing in a file is run: pickles are
+read with `weights_only=True`. Tensors are copied unchanged. A file of another format, an incomplete one, or one that
+contradicts itself is refused with what was found and what was expected. Whether it fits a model is checked when it is
+used with one.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from kvrewrite.policies.duo_attention import PATTERN
 from kvrewrite.policies.trim_kv import GATES, PARTS
 
 Found = tuple[dict[str, Tensor], dict[str, str]]  # tensors, metadata
-Shape = tuple[str | int, ...]  # of letters, which must mean the same size throughout a file
+Shape = tuple[str | int, ...]  # letters, each of which is one size throughout a file
 
 
 def import_published(
     path: str | Path, out: str | Path, policy: str, *, force: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Turns a published file (or the directory it lies in) into a safetensors file for `policy`; tensors and metadata.
+    """Turns a published file (or its directory) into a safetensors file for `policy`; returns tensors and metadata.
 
-    Raises OptionError for policies without such files, PolicyWeightsError where the file does not fit.
+    Raises OptionError for policies without such files, PolicyWeightsError if the file does not fit.
     """
     if policy not in IMPORTERS:
         raise OptionError(
@@ -49,7 +50,7 @@ def import_published(
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 def _file(path: Path, names: tuple[str, ...], what: str) -> Path:
-    """The file itself, where a directory is given."""
+    """Returns the file itself if a directory is given."""
     if not path.is_dir():
         if not path.is_file():
             raise PolicyWeightsError(f"{path} does not exist; expected {what}")
@@ -61,7 +62,7 @@ def _file(path: Path, names: tuple[str, ...], what: str) -> Path:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The config.json beside a file; empty where there is none."""
+    """Returns the config.json beside a file; empty if there is none."""
     config = file.parent / "config.json"
     if not config.is_file():
         return {}
@@ -75,7 +76,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or a pickle, under dotted names."""
+    """Returns all tensors of a safetensors file or a pickle, under dotted names."""
     if file.suffix != ".safetensors":
         return flatten(file, read_pickle(file))
     if text_is_lfs(file):
@@ -87,7 +88,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _by_layer(file: Path, tensors: Mapping[str, Tensor], pattern: str) -> list[dict[str, Tensor]]:
-    """Tensors whose names match `pattern` with groups (layer, rest): one dict for each layer from 0 on."""
+    """Returns tensors whose names match `pattern` with groups (layer, rest): one dict per layer, from 0 on."""
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(pattern, name)
@@ -101,7 +102,7 @@ def _by_layer(file: Path, tensors: Mapping[str, Tensor], pattern: str) -> list[d
 
 
 def _fit(file: Path, layers: list[dict[str, Tensor]], expected: Mapping[str, Shape]) -> dict[str, int]:
-    """Checks that all layers have exactly these tensors with sizes that agree; returns what the letters stand for."""
+    """Checks that all layers have exactly these tensors with consistent sizes; returns the size of each letter."""
     sizes: dict[str, int] = {}
     for i, layer in enumerate(layers):
         if set(layer) != set(expected):
@@ -128,7 +129,7 @@ def _fit(file: Path, layers: list[dict[str, Tensor]], expected: Mapping[str, Sha
 
 
 def _agree(file: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """config.json must not say anything else than the tensors."""
+    """Checks that config.json agrees with the tensors."""
     for key, value in found.items():
         if key in config and config[key] != value:
             raise PolicyWeightsError(f"{file} has {key} {value}, but the config.json beside it says {config[key]}")
@@ -136,7 +137,7 @@ def _agree(file: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> N
 
 # ------------------------------------------------------------------------------------------------------------- formats
 def _locret(path: Path) -> Found:
-    """Retaining heads: a state_dict with fc1 and fc2 of every layer (huangyuxiang03/Locret @ 28995c5)."""
+    """Reads retaining heads: a state_dict with fc1 and fc2 of every layer (huangyuxiang03/Locret @ 28995c5)."""
     file = _file(path, (), "the .bin file of Locret's retaining heads")
     layers = _by_layer(file, _tensors(file), r"model\.layers\.(\d+)\.self_attn\.(.+)")
     sizes = _fit(file, layers, {"fc1.weight": ("hidden", "q+k+v"), "fc2.weight": ("kv heads", "hidden")})
@@ -145,7 +146,7 @@ def _locret(path: Path) -> Found:
 
 
 def _kvzap(path: Path) -> Found:
-    """A KVzapModel as save_pretrained writes it: nn.Linear, or Sequential(Linear, GELU, Linear), for every layer."""
+    """Reads a KVzapModel from save_pretrained: nn.Linear, or Sequential(Linear, GELU, Linear), for every layer."""
     file = _file(
         path, ("model.safetensors", "pytorch_model.bin"), "the model.safetensors of a KVzap model, or its directory"
     )
@@ -164,7 +165,8 @@ def _kvzap(path: Path) -> Found:
 
 
 def _numpy() -> list[Any]:
-    """What pickled numpy arrays of numbers are made of: Fast KVzip's files hold some (losses), which are left out."""
+    """Returns the types in pickled numpy arrays of numbers: Fast KVzip's files hold some (losses), which are
+    dropped."""
     import numpy as np
     from numpy._core import multiarray
 
@@ -175,7 +177,7 @@ def _numpy() -> list[Any]:
 
 
 def _fast_kvzip(path: Path) -> Found:
-    """{"module": [state_dict of each gate], and what was noted while training}."""
+    """Reads {"module": [state_dict of each gate], and records of the training}."""
     file = _file(path, (), "a .pt file of Fast KVzip's gates, such as qwen3-8b/q4_dim16_sink16.pt")
     content = read_pickle(file, _numpy())
     gates = content.get("module") if isinstance(content, Mapping) else None
@@ -204,7 +206,7 @@ def _fast_kvzip(path: Path) -> Found:
 
 
 def _trim_kv(path: Path) -> Found:
-    """trimkv_weights.pth: the part of a state_dict that is under retention_gate; config.json beside it says which kind."""
+    """Reads trimkv_weights.pth: the retention_gate part of a state_dict; config.json beside it names the kind."""
     file = _file(path, ("trimkv_weights.pth",), "trimkv_weights.pth or its directory")
     tensors = _tensors(file)
     layers = _by_layer(file, tensors, r"model\.layers\.(\d+)\.self_attn\.retention_gate\.(.+)")
@@ -234,7 +236,8 @@ def _trim_kv(path: Path) -> Found:
 
 
 def _duo_attention(path: Path) -> Found:
-    """full_attention_heads.tsv: a line a layer, a number a kv head; config.json beside it has what it was trained with."""
+    """Reads full_attention_heads.tsv: one line per layer, one number per kv head; config.json has the training
+    settings."""
     file = _file(path, ("full_attention_heads.tsv",), "full_attention_heads.tsv or its directory")
     if text_is_lfs(file):
         raise PolicyWeightsError(lfs_message(file))

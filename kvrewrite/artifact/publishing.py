@@ -1,4 +1,4 @@
-"""Finished folders put in their place: staging beside it, one atomic step, and what killed runs left there."""
+"""Puts finished folders in place: staging beside the target, one atomic step, and recovery after killed runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from kvrewrite.errors import ArtifactError
 
 _EXCHANGE = 2  # Linux' RENAME_EXCHANGE
 _HERE = -100  # Linux' AT_FDCWD
-# What renameat2 answers where the kernel or the file system has no exchange.
+# Errors of renameat2 if the kernel or the file system has no exchange.
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, gone afterwards unless it was renamed."""
+    """Makes a new folder beside `out`; removes it afterwards unless it was renamed."""
     folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         folder.mkdir()
         yield folder
-    finally:  # whatever happened, Ctrl-C included
+    finally:  # after any exception, Ctrl-C included
         if folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def leftovers(out: Path) -> tuple[list[Path], list[Path]]:
-    """What runs that were killed while they wrote `out` left beside it: unfinished folders, and whole ones moved aside."""
+    """Returns what killed runs left beside `out`: unfinished folders, and whole ones moved aside."""
     try:
         names = sorted(p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.") and p.is_dir())
     except OSError:
@@ -42,7 +42,7 @@ def leftovers(out: Path) -> tuple[list[Path], list[Path]]:
 
 
 def recover(out: Path, own: Path | None = None) -> None:
-    """Puts back what a killed run had moved aside, and warns of what such runs left. own: a folder of this run."""
+    """Restores what a killed run had moved aside, and warns about what such runs left. own: a folder of this run."""
     partial, old = leftovers(out)
     partial = [p for p in partial if p != own]
     if not out.exists() and len(old) == 1:
@@ -59,7 +59,7 @@ def recover(out: Path, own: Path | None = None) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swaps two paths in one step; False where the kernel or the file system can't."""
+    """Swaps two paths in one step; False if the kernel or the file system can't."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -72,11 +72,11 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def publish(folder: Path, out: Path, check: Callable[[], None] | None) -> None:
-    """Renames the finished folder to `out`, in one step.
+    """Renames the finished folder to `out` in one step.
 
-    check: None: `out` must be nothing or an empty folder, else ArtifactError, and nothing is deleted. Otherwise what is there is
-    replaced, once `check` has looked at it; where folders can't be exchanged it is moved aside first, and `recover` puts it back
-    should the process be killed between the two renames.
+    check: None: `out` must not exist or be an empty folder, else ArtifactError, and nothing is deleted. Otherwise what
+    is there is replaced after `check` has accepted it. If folders can't be exchanged, it is moved aside first;
+    `recover` restores it if the process is killed between the two renames.
     """
     if check is None:
         _take_free_place(folder, out)
@@ -92,7 +92,7 @@ def publish(folder: Path, out: Path, check: Callable[[], None] | None) -> None:
 
 def _take_free_place(folder: Path, out: Path) -> None:
     try:
-        os.rename(folder, out)  # onto a folder only where that is empty
+        os.rename(folder, out)  # replaces a folder only if it is empty
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise

@@ -1,9 +1,9 @@
 """Builds parameters from a checkpoint's tensors by recipe.
 
-Recipes are plain JSON data that `parameter_sources.py` made once with transformers' own code. A recipe is
-{"key": name in the checkpoint}, or one of these around other recipes: {"stack": [...], "dim": d}, {"cat": [...], "dim": d},
+Recipes are plain JSON data that `parameter_sources.py` made once with transformers' own code. A recipe is {"key": name
+in the checkpoint}, or one of these around other recipes: {"stack": [...], "dim": d}, {"cat": [...], "dim": d},
 {"transpose": r, "dims": [a, b]}, {"reshape": r, "shape": [...]}, {"narrow": r, "dim": d, "start": s, "length": n}. The
-outermost object also says "shape" and "dtype", what the model has.
+outermost object also has "shape" and "dtype", the model's.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kvrewrite.artifact.copier import Copier
 from kvrewrite.errors import ArtifactError
 
 Recipe = dict[str, Any]
-_READS, _SPARE = 256, 1 << 20  # how often recipes may read everything; numbers that any files may become
+_READS, _SPARE = 256, 1 << 20  # how often recipes may read everything; elements that any files may become
 _MAX_DEPTH = 8  # of a recipe; Mixtral's experts need 2
 
 
 def recipe_keys(recipe: Recipe) -> list[str]:
-    """The checkpoint tensors that a recipe reads."""
+    """Returns the checkpoint tensors that a recipe reads."""
     if "key" in recipe:
         return [recipe["key"]]
     inner: Any = next((recipe[k] for k in ("stack", "cat", "transpose", "reshape", "narrow") if k in recipe), [])
@@ -34,7 +34,7 @@ def recipe_keys(recipe: Recipe) -> list[str]:
 
 
 def check_recipe(name: str, recipe: Any, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    """The shape that a recipe gives, computed from headers; ArtifactError when it can't be followed."""
+    """Returns a recipe's result shape, computed from headers; raises ArtifactError if the recipe can't be followed."""
     shape = _recipe_shape(name, recipe, tensors, 0)
     wanted = recipe.get("shape") if "reshape" not in recipe else None
     if wanted is not None and list(shape) != wanted:
@@ -94,7 +94,7 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
 
 
 def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo]) -> None:
-    """ArtifactError where recipes make much more than the files hold, or read it over and over: a few lines can ask for that."""
+    """Raises ArtifactError if a few lines of recipes make far more than the files hold, or read it over and over."""
     held = sum(torch.Size(info.shape).numel() for info in tensors.values())
     made, read = 0, 0
     for name, recipe in {json.dumps(r, sort_keys=True): (n, r) for n, r in recipes.items()}.values():
@@ -109,7 +109,7 @@ def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo])
 
 
 def _sizes(name: str, recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Iterator[int]:
-    """How many numbers a recipe and each one in it give."""
+    """Yields the numbers of elements of a recipe and of each one inside it."""
     yield torch.Size(_recipe_shape(name, recipe, tensors, 0)).numel()
     inner: Any = next((recipe[k] for k in ("stack", "cat", "transpose", "reshape", "narrow") if k in recipe), [])
     for part in inner if isinstance(inner, list) else [inner]:
@@ -117,7 +117,7 @@ def _sizes(name: str, recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Iter
 
 
 def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
-    """Writes what a recipe gives into `out`, a view of the result: only one checkpoint tensor is held beside it."""
+    """Writes a recipe's result into `out`, a view of the final tensor; holds only one checkpoint tensor besides it."""
     tensors = reader.checkpoint.tensors
     if "key" in recipe:
         out.copy_(reader(recipe["key"]))
@@ -132,7 +132,7 @@ def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
             start += length
     elif "transpose" in recipe:
         follow(name, recipe["transpose"], reader, out.transpose(*recipe["dims"]))
-    else:  # a part or another shape of something: that something is made first
+    else:  # a part or another shape of something, which is made first
         inner = recipe.get("reshape", recipe.get("narrow"))
         whole = torch.empty(_recipe_shape(name, inner, tensors, 0), dtype=out.dtype)
         follow(name, inner, reader, whole)  # type: ignore[arg-type]
@@ -151,9 +151,9 @@ def load_parameters(
 ) -> dict[str, Tensor]:
     """Builds parameters from a checkpoint, one checkpoint tensor at a time.
 
-    names: which; default: all that have a recipe. dtype: instead of the recipes' own, for floating parameters. copier: of
-    the caller, for `device`; on a GPU, tensors may be filled only when it is left. Names whose recipes are the same get the
-    same tensor (tied weights).
+    names: which; default: all that have a recipe. dtype: replaces the recipes' dtype for floating parameters. copier:
+    the caller's, for `device`; on a GPU, tensors may only be filled when its context ends. Names with equal recipes get
+    the same tensor (tied weights).
     """
     device = torch.device(device)
     names = list(recipes if names is None else names)

@@ -33,9 +33,9 @@ def save(
     force: bool = False,
     compile_steps: Compile | None = None,
 ) -> Path:
-    """Writes a rewritten model as a directory that `load` reads and that stock transformers reads as the original.
+    """Writes a rewritten model as a directory that `load` reads, and that stock transformers reads as the original.
 
-    source: what the program was rewritten from, a model or a model directory. config: of a module that is not from
+    source: the model or model directory that the program was rewritten from. config: for a module that is not from
     transformers. compile_steps: as for `write_artifact`. Raises ArtifactError.
     """
     out = Path(out).resolve()
@@ -76,7 +76,7 @@ def save(
         with _temporary_next_to(out) as folder:
             try:
                 source.save_pretrained(folder)  # type: ignore[operator]
-            except (OSError, SafetensorError) as error:  # a full disk is the latter
+            except (OSError, SafetensorError) as error:  # a full disk raises the latter
                 raise ArtifactError(
                     f"{out} could not be written, and nothing was left there: {error}; free some space"
                 ) from error
@@ -110,7 +110,7 @@ def _is_listed(path: Path, source: Path, manifest: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _temporary_next_to(out: Path) -> Any:
-    """A folder on the file system of `out`, removed afterwards."""
+    """Makes a folder on the file system of `out` and removes it afterwards."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.base-", suffix=".partial", dir=out.parent))

@@ -1,4 +1,4 @@
-"""Writes a model directory, see `directory.py`: into a staging folder beside its final place, then renamed."""
+"""Writes a model directory (see `directory.py`): into a staging folder beside its final place, then renamed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kvrewrite.ir.layout_file import layout_to_dict, read_layout
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import attach, graph_from_dict, graph_to_dict
 
-# What belongs to a model besides config and weights. The base's README.md is not among them: the card replaces it.
+# A model's files besides config and weights. The base's README.md is not among them: the card replaces it.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model",
@@ -49,7 +49,7 @@ Compile = Callable[[Path], Mapping[str, Any]]
 
 
 def companion_files(directory: str | Path) -> list[Path]:
-    """Tokenizer files, generation config, chat templates and licenses of a checkpoint directory."""
+    """Returns tokenizer files, generation config, chat templates and licenses of a checkpoint directory."""
     directory = Path(directory)
     return sorted({path for pattern in COMPANIONS for path in directory.glob(pattern)})
 
@@ -71,11 +71,11 @@ def write_artifact(
 ) -> Path:
     """Writes a model directory; returns its path.
 
-    base: the checkpoint whose files are copied (link: hard-linked), with `recipes` for every name in `program.base`; or
-    the tensors themselves under these names, for a module that came from no checkpoint. policy_tensors, constants:
-    default: those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
-    directory; writes files there and returns what the manifest says of them under "compiled". force: replaces an existing
-    model directory, which is removed only when the new one is complete. On any failure the staging folder is removed and
+    base: the checkpoint whose files are copied (link: hard-linked), with `recipes` for every name in `program.base`;
+    or, for a module without a checkpoint, the tensors themselves under these names. policy_tensors, constants: default:
+    those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
+    directory; writes files there and returns the manifest's "compiled" entry. force: replaces an existing model
+    directory, which is only removed once the new one is complete. After a failure the staging folder is removed and
     `out` is untouched.
     """
     out = Path(out).resolve()
@@ -145,7 +145,7 @@ def check_destination(out: Path, base: Checkpoint | Mapping[str, Tensor], force:
 
 
 def _collect(program: Program, names: list[str], given: Mapping[str, Tensor] | None, what: str) -> dict[str, Tensor]:
-    """The tensors of one kind: those given, else those in the graph."""
+    """Returns the tensors of one kind: those given, else those in the graph."""
     found = {name: _attribute(program, name) if given is None else given.get(name) for name in names}
     if lacking := [n for n, t in found.items() if not isinstance(t, Tensor) or t.is_meta]:
         raise ArtifactError(f"{what} without values can't be saved: {', '.join(lacking[:8])}; load them first")
@@ -160,7 +160,7 @@ def _attribute(program: Program, name: str) -> Any:
 
 
 def _check_partition(program: Program) -> None:
-    """Every tensor that the graph reads must be of exactly one kind, or it would be lost."""
+    """Checks that every tensor the graph reads is of exactly one kind; otherwise it would be lost."""
     kinds = [set(program.base), set(program.policy_weights), set(program.constants)]
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
     for name in sorted(read):
@@ -213,7 +213,7 @@ def _manifest(
         "base": program.base,
         "policy_weights": program.policy_weights,
         "constants": program.constants,
-        # Which of base and policy weights are parameters; the others are buffers.
+        # Which base and policy weights are parameters; the others are buffers.
         "parameters": [
             name
             for name in (*program.base, *program.policy_weights)

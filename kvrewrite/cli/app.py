@@ -1,7 +1,7 @@
-"""The command line: each command is a module of this package, thin over the Python API.
+"""The command line: each command is a module of this package, a thin layer over the Python API.
 
-Machine output (--json) and generated text go to stdout; progress, tables for people and errors go to stderr, except the
-tables that a command is asked for. Exit status: 0 fine, 1 refused or failed, 2 wrong usage, 130 interrupted.
+Machine output (--json), generated text and the tables that a command is asked for go to stdout. Progress, other tables
+and errors go to stderr. Exit status: 0 success, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import click
 
 from kvrewrite import __version__
 
-# Each command's module, which has a function of its own name.
+# Each command's module, which has a function of the same name.
 COMMANDS = {
     "bench": "bench",
     "convert": "convert",
@@ -30,14 +30,14 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Commands whose modules are imported when they are asked for."""
+    """Imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of all commands."""
+        """Returns the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, None where there is none."""
+        """Returns the command of that name, None if there is none."""
         module = COMMANDS.get(cmd_name)
         if module is None:
             return None

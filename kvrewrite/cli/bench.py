@@ -17,7 +17,7 @@ UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB" as bytes."""
+    """Parses a size such as "24GiB" to bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not found or found[2] not in UNITS or float(found[1]) <= 0:
         raise OptionError(f"--memory-limit {text}: expected a size such as 24GiB")
@@ -80,8 +80,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Measures prefill, decoding and memory of policies beside transformers' full cache and beside the roofline.
 
-    MODEL is a checkpoint or a converted directory, or a named shape with random weights: llama-3.1-8b, phi-3-mini, qwen3-8b,
-    or tiny (to try it on a CPU). With a named shape, policies that need trained weights get random ones.
+    MODEL is a checkpoint or a converted directory, or a named shape with random weights: llama-3.1-8b, phi-3-mini,
+    qwen3-8b, or tiny (to try it on a CPU). With a named shape, policies that need trained weights get random ones.
 
     kvrewrite bench llama-3.1-8b -p locret:budget=16384,chunk=3072 -c 131072
     """

@@ -13,7 +13,7 @@ from kvrewrite.cli.options import AS_JSON, parse_budget, parse_options
 from kvrewrite.cli.shared import Command, find_device, named_steps, print_json, settings_text, stdout_console
 from kvrewrite.tools.tables import escaped, memory_table, sites_table
 
-STAGES = 5  # what `convert` reports: building, capturing, finding, inserting, writing
+STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, writing
 
 
 @click.command(cls=Command)
@@ -53,7 +53,8 @@ def convert(
 ) -> None:  # fmt: skip
     """Converts the checkpoint directory MODEL to a model directory whose cache evicts.
 
-    The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are loaded.
+    The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are
+    loaded.
     """
     from kvrewrite import policies
 
@@ -65,7 +66,7 @@ def convert(
         raise click.UsageError("--compile-device and --compile-batch need --compile aot")
     directory = checkpoint_directory(model)
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
-    policies.make(policy, **given)  # wrong options are said before torch is loaded
+    policies.make(policy, **given)  # wrong options fail before torch is loaded
     from kvrewrite import api
     from kvrewrite.analysis.model_card import proof_text
 

@@ -81,7 +81,7 @@ def generate(
 
 
 def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:
-    """What a generation's cache held, beside what a full cache would have."""
+    """Compares what a generation's cache held with a full cache."""
     from kvrewrite.analysis.memory import carried_bytes, human, plan_memory
 
     memory = cache.memory()

@@ -1,4 +1,4 @@
-"""What commands share: errors as one message, consoles, progress bars, devices."""
+"""What commands share: one-message errors, consoles, progress bars, devices."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """stdout; wide when it is not a terminal, so that tables in files and pipes are not cut."""
+    """Returns a console for stdout; wide if it is not a terminal, so that tables in files and pipes are not cut."""
     import sys
 
     from rich.console import Console
@@ -64,7 +64,7 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def named_steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar of named steps on stderr."""
+    """Shows a progress bar of named steps on stderr."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
@@ -79,7 +79,7 @@ def named_steps(total: int) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr that is told (what, done, of)."""
+    """Shows a progress bar on stderr; call it with (what, done, of)."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -100,7 +100,7 @@ def settings_text(policy: dict[str, Any]) -> str:
 
 
 def find_device(name: str, option: str = "--device") -> Any:
-    """The device called `name`, if it is here; option: what it was given by."""
+    """Returns the device called `name`, if it is available; option: the option that named it."""
     import torch
 
     try:
@@ -113,7 +113,7 @@ def find_device(name: str, option: str = "--device") -> Any:
 
 @contextmanager
 def long_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr with the time that is left, told (what, done, of)."""
+    """Shows a progress bar on stderr with the remaining time; call it with (what, done, of)."""
     from rich.markup import escape
     from rich.progress import (
         BarColumn,

@@ -19,7 +19,7 @@ POLICIES = click.Choice(["locret", "locret_q", "attention_gate"])
 
 
 def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """`key=value` pairs as the fields of the policy's training options want them."""
+    """Parses `key=value` pairs to the types of the policy's training options."""
     from kvrewrite.policies.base import annotation
 
     if policy == "attention_gate":
@@ -91,8 +91,8 @@ def train(
 ) -> None:  # fmt: skip
     """Trains the weights of a policy: Locret's retaining heads, or Attention-Gates.
 
-    MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs: accelerate
-    launch -m kvrewrite.cli train ...
+    MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs:
+    accelerate launch -m kvrewrite.cli train ...
 
     kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
     """
@@ -110,7 +110,7 @@ def train(
         seed=seed, save_every=save_every, log_every=log_every, checkpoints=checkpoints, resume=resume,
         report_to=report_to, workers=workers, quiet=as_json,
     )  # fmt: skip
-    with contextlib.redirect_stdout(sys.stderr):  # where the Trainer's progress belongs
+    with contextlib.redirect_stdout(sys.stderr):  # the Trainer's progress belongs there
         trained = run(
             model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
             fitting=fitting, device=None if device is None else str(find_device(device)), dtype=dtype, plot=plot,

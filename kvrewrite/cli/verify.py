@@ -26,7 +26,7 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
 
     from kvrewrite.verification import verify as run
 
-    logging.disable_progress_bar()  # there is one bar already
+    logging.disable_progress_bar()  # this command has its own bar
     where = find_device(device)
     with progress_bar() as progress:
         report = run(directory, tokens=tokens, hashes=not no_hashes, device=where, progress=progress)

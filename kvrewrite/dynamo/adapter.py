@@ -1,4 +1,4 @@
-"""Stands for one graph of Dynamo: which input is which, what the rewritten model is given, what has to come back."""
+"""Adapts one graph of Dynamo: maps its inputs to the rewritten model's, and the results back to its outputs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_
 
 
 class Adapter:
-    """Stands for one graph of Dynamo: takes its inputs, runs the rewritten model, gives its outputs."""
+    """Adapts one graph of Dynamo: takes its inputs, runs the rewritten model, returns its outputs."""
 
     def __init__(
         self, settings: Settings, gm: fx.GraphModule, example_inputs: list[Any], *, attention_seen: bool = True
     ):
         self.settings, self.attention_seen = settings, attention_seen
-        # The settings' key with numbers of the model, a parameter, and its model's rewrite; written at once, for other threads.
+        # (The settings' key with numbers of the model, a parameter, its model's rewrite); assigned at once, for other
+        # threads.
         self.served: tuple[Any, weakref.ref[Tensor], weakref.ref[Rewrite]] | None = None
         self.checked = False
         call = traced_call()
@@ -100,7 +101,7 @@ class Adapter:
         if ids is None:
             raise InputError("the model was not given token ids (input_ids); the kvrewrite backend takes nothing else")
         self.ids = ids
-        # Numbers that the model holds and that have changed before, which Dynamo then takes for inputs.
+        # Numbers that the model holds and that have changed before; Dynamo treats these as inputs.
         self.numbers = [
             i
             for i, node in enumerate(nodes)
@@ -150,8 +151,8 @@ class Adapter:
 
     # -- outputs -------------------------------------------------------------------------------------------------
     def _read_outputs(self, gm: fx.GraphModule) -> int:
-        """Which output is what: the logits, and what goes to the cache in the order in which it was computed. Returns the width
-        of the logits."""
+        """Finds the logits and the outputs that belong to the cache, in the order in which they were computed. Returns
+        the width of the logits."""
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         outputs: list[Any] = list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])
         to_cache = [n for n in outputs if isinstance(n, fx.Node) and n.target is torch.cat and _dims(n) == 4]
@@ -221,8 +222,8 @@ class Adapter:
         return tuple(outputs)
 
     def _rewrite_of(self, parameter: Tensor, numbers: tuple[float, ...]) -> Rewrite:
-        """The rewrite of the model whose parameter came in. Looked for once for each parameter: Dynamo's guards see whatever
-        else changes the model's structure, dtype or device, and then there is another adapter."""
+        """Returns the rewrite of the model whose parameter is an input. Looked up once per parameter: other changes of
+        the model's structure, dtype or device fail Dynamo's guards, and then there is another adapter."""
         served = self.served
         if served is not None:
             key, known, rewrite = served[0], served[1](), served[2]()
@@ -252,7 +253,7 @@ class Adapter:
         return rewrite
 
     def _check_shapes(self, model: RewrittenModel) -> None:
-        """What the layers of the DynamicCache hold must be what we cache, layer by layer."""
+        """Checks, layer by layer, that what the DynamicCache holds is what we cache."""
         owners = [s for s in model.sites if s.shares_kv_with is None]
         expected = [shape for s in owners for shape in ((s.kv_heads, s.head_dim), (s.kv_heads, s.v_head_dim))]
         if [tuple(int(n) for n in s) for s in self.shapes] != expected:
@@ -262,7 +263,8 @@ class Adapter:
             )
 
     def _real_columns(self, inputs: tuple[Any, ...], ids: Tensor) -> Tensor | None:
-        """The attention mask as (B, columns). Masks that generate has spread out (B, 1, T, past + T) are folded again."""
+        """Returns the attention mask as (B, columns). Expanded masks from generate (B, 1, T, past + T) are folded
+        back."""
         if self.mask is None:
             return None
         masks: list[Tensor] = [inputs[i] for i in ([self.mask] if isinstance(self.mask, int) else self.mask)]
@@ -284,7 +286,7 @@ class Adapter:
 
 
 def _is_one_token(ids: Tensor, mask: Tensor | None, cache: EvictionCache) -> bool:
-    """Whether every row has tokens and gets one more. Raises InputError where the mask hides what is in the cache."""
+    """Whether every row has tokens and gets one more. Raises InputError if the mask hides what is in the cache."""
     if ids.shape[1] != 1 or not all(cache.seen):
         return False
     if mask is None:

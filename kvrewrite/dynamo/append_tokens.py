@@ -1,8 +1,8 @@
-"""Single tokens of ordinary caches at little cost to the host: what the torch.compile backend decodes with where nothing goes.
+"""Fast decoding for stock caches in the torch.compile backend when the policy never evicts while decoding.
 
-A policy that evicts from prompts alone only adds tokens while it decodes. So a step needs neither scores nor updates, and is one
-compiled graph that reads the cache and returns each layer's new key and value; those are written for all layers at once. All
-heads of a row have equally many slots (`refuse_stock`), so where they go is one number a row.
+Such a policy only adds tokens while it decodes. So a step needs neither scores nor updates: it is one compiled graph
+that reads the cache and returns each layer's new key and value, which are then written for all layers at once. All
+heads of a row have the same number of slots (`refuse_stock`), so the place to write to is one number per row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvrewrite.runtime.parts import dynamic_sizes, mark_moving
 
 
 def reason_against(program: Program, policy: Policy) -> str:
-    """Why single tokens of this program are not just added; "" where they are."""
+    """The reason why single tokens of this program are not simply appended, or ""."""
     layout = program.layout
     if not policy.rates_prompts_only:
         return f"{policy.name} scores or evicts single tokens"
@@ -42,7 +42,8 @@ def reason_against(program: Program, policy: Policy) -> str:
 
 
 class AppendRunner:
-    """Steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its options)."""
+    """Runs steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its
+    options)."""
 
     def __init__(
         self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
@@ -60,7 +61,7 @@ class AppendRunner:
     @exclusive
     @on_its_device
     def step(self, ids: Tensor, cache: StockState) -> Tensor:
-        """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
+        """Decodes one token (B, 1) per row; returns logits (B, 1, vocabulary)."""
         model, rows = self.model, range(cache.batch_size)
         for row in rows:
             problem = no_room(model, cache, row, 1, True)

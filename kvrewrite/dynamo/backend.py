@@ -1,11 +1,12 @@
-"""The torch.compile backend: `torch.compile(model, backend="kvrewrite", options={"policy": "streaming_llm", "budget": 1024})`.
+"""The torch.compile backend: `torch.compile(model, backend="kvrewrite", options={"policy": "streaming_llm", "budget":
+1024})`.
 
-Dynamo traces the call of an ordinary model and hands over a graph with its inputs. The backend finds out whose forward that
-is (`traced_call.py`), which input is which and what has to come back (`adapter.py`), and then runs the model's rewrite (the
-same that `kvrewrite.transform` makes, `rewrites.py`) instead of the graph. Keys and values of a `DynamicCache` come back
-short, so that the cache holds what the policy keeps. A graph that is not one whole forward of a model is refused when it
-runs, also where torch.compile would otherwise fall back to the unmodified model; a graph without attention goes to
-Inductor as it is.
+Dynamo traces the call of an ordinary model and passes on a graph with its inputs. The backend finds out whose forward
+that is (`traced_call.py`) and what its inputs and outputs are (`adapter.py`). It then runs the model's rewrite
+(`rewrites.py`, the same as from `kvrewrite.transform`) instead of the graph. Keys and values of a `DynamicCache` are
+returned short, so that the cache holds what the policy keeps. A graph that is not one whole forward of a model is
+refused when it runs, even if torch.compile would otherwise fall back to the unmodified model. A graph without attention
+goes to Inductor unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def kvrewrite_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The entry point of `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
+    """The entry point for `torch_dynamo_backends`. options: policy, policy_weights (a path), inductor (False: run
     eagerly, for debugging), check (as for `kvrewrite.transform`) and the policy's own, such as budget."""
     try:
         settings = Settings.read(options, mode)
@@ -51,7 +52,7 @@ def kvrewrite_backend(
 
 
 def _refusal(error: KVRewriteError) -> Callable[..., Any]:
-    """Raises when the graph runs: what a backend raises while it compiles, torch.compile may swallow and go on without it."""
+    """Raises when the graph runs: torch.compile may swallow an error that a backend raises while it compiles."""
 
     def refuse(*_: Any) -> Any:
         raise copy.copy(error)
@@ -60,8 +61,8 @@ def _refusal(error: KVRewriteError) -> Callable[..., Any]:
 
 
 def _may_be_part_of_a_model(gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
-    """Whether a graph in which no attention was seen must not run as it is: it mixes tokens, or goes on after a break of the
-    graph, where attention may have run that no graph shows."""
+    """Whether a graph without visible attention must not run unchanged: it mixes tokens, or continues after a graph
+    break, and attention that no graph shows may have run at the break."""
     weights = weights_of(gm.graph)
     if not weights:
         return False  # a function of tensors
@@ -88,10 +89,11 @@ def _without_attention(gm: fx.GraphModule, inputs: list[Any], settings: Settings
 
 
 def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None) -> BackendCache:
-    """An empty cache for a model that is compiled with backend="kvrewrite", or will be by generate(compile_config=...).
+    """Makes an empty cache for a model that is, or will be by generate(compile_config=...), compiled with
+    backend="kvrewrite".
 
-    batch_size: rows that go through the model (with beams or several sequences, all of them). max_length: tokens that a row
-    will have in all, for which memory is then reserved.
+    batch_size: rows that go through the model (all beams or sequences). max_length: tokens per row in total, for which
+    memory is reserved.
     """
     inner = getattr(model, "_orig_mod", model)
     forward = getattr(inner, "forward", None)
@@ -102,7 +104,7 @@ def new_cache(model: Any, batch_size: int = 1, *, max_length: int | None = None)
 
 
 def _register() -> None:
-    """Makes the name known where the package is not installed, and so has no entry point."""
+    """Registers the backend's name if the package is not installed and so has no entry point."""
     if NAME not in torch._dynamo.list_backends(None):
         torch._dynamo.register_backend(kvrewrite_backend, name=NAME)
 

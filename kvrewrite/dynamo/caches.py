@@ -1,8 +1,8 @@
 """Caches of requests that run through the torch.compile backend.
 
-`StockState` stands behind an ordinary `DynamicCache` of transformers: the tensors that its layers hold are views of the
-state's own memory, and the state hangs on those tensors, so that it comes and goes with the cache object. `BackendCache` is
-an `EvictionCache` that is handed to an ordinary model as its `cache` (`past_key_values` before transformers 5.24).
+`StockState` backs an ordinary `DynamicCache` of transformers: the tensors in its layers are views of the state's
+memory, and the state is attached to those tensors, so that it lives as long as the cache object. `BackendCache` is an
+`EvictionCache` that is passed to an ordinary model as its `cache` (`past_key_values` before transformers 5.24).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ USE_NEW_CACHE = f"pass an EvictionCache instead: {CACHE_NAME}=kvrewrite.new_cach
 
 # ------------------------------------------------------------------------------------------------ stock caches
 class IdentityLease(Lease):
-    """A lease that owns its whole store: every head has equally many pages, in the order layer, row, head. So the slots of a
-    layer are one strided view."""
+    """A lease that owns its whole store: every head has the same number of pages, in the order layer, row, head. So the
+    slots of a layer are one strided view."""
 
     def __init__(self, spec: CacheClass, batch: int, store: PageStore):
         super().__init__(spec, batch, store)
-        self._dense: dict[str, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}  # pool, its slots, those of each layer
+        self._dense: dict[str, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}  # pool, slots, each layer's
 
     def resize(self, bound: np.ndarray, reserve: int) -> None:
-        """Lays the store out anew where the longest head needs another number of pages."""
+        """Lays out the store again if the longest head needs another number of pages."""
         self.bound = bound
         have, need = self.pages.shape[-1], max(1, -(-int(bound.max(initial=0)) // PAGE))
         if self.store.total > 1 and have == need:
@@ -61,7 +61,7 @@ class IdentityLease(Lease):
         self._write_table()
 
     def fork(self) -> Lease:
-        """A copy of everything."""
+        """Copies everything."""
         twin: IdentityLease = super().fork()  # type: ignore[assignment]
         store: PageStore = object.__new__(PageStore)
         store.__dict__.update(self.store.__dict__)
@@ -75,13 +75,13 @@ class IdentityLease(Lease):
         return twin
 
     def close(self) -> None:
-        """The store goes with its only lease."""
+        """Does nothing: the store is freed with its only lease."""
 
     def abandon(self) -> None:
-        """The same."""
+        """Does nothing, like `close`."""
 
     def dense(self, pool: str) -> Tensor:
-        """A pool as slots in order: (layers, B, Hkv, room, ...), a view."""
+        """Returns a pool as slots in order: (layers, B, Hkv, room, ...), a view."""
         whole = getattr(self.store, pool)
         found = self._dense.get(pool)
         if found is None or found[0] is not whole:
@@ -91,7 +91,8 @@ class IdentityLease(Lease):
         return found[1]
 
     def views(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, (B, Hkv, slots, D): the live slots, rows that have fewer filled up behind."""
+        """Returns keys and values of each layer, (B, Hkv, slots, D): the live slots; shorter rows are filled up at the
+        end."""
         both = []
         for pool in ("k_pages", "v_pages"):
             self.dense(pool)
@@ -102,7 +103,7 @@ class IdentityLease(Lease):
 
 @dataclass
 class Held:
-    """What hangs on a tensor of a DynamicCache: whose it is, which one, and of which step."""
+    """What is attached to a tensor of a DynamicCache: the state that owns it, its index, and its step."""
 
     state: StockState
     place: int  # keys and values of each layer in turn
@@ -110,7 +111,7 @@ class Held:
 
 
 class StockState(EvictionCache):
-    """What a policy remembers about a request whose keys and values lie in a `DynamicCache`, and those themselves."""
+    """The policy's state of a request whose keys and values lie in a `DynamicCache`, with these keys and values."""
 
     lease_type = IdentityLease
 
@@ -120,7 +121,7 @@ class StockState(EvictionCache):
         self.step = 0
 
     def tensors(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, for the layers of a DynamicCache to hold."""
+        """Returns keys and values of each layer in turn, for the layers of a DynamicCache to hold."""
         self.step += 1
         layers = {n: pair for lease in self.stock_leases for n, pair in zip(lease.layers, lease.views())}
         found = [tensor for _, pair in sorted(layers.items(), key=lambda entry: entry[0]) for tensor in pair]
@@ -130,23 +131,25 @@ class StockState(EvictionCache):
 
     @property
     def stock_leases(self) -> list[IdentityLease]:
-        """The leases, by their own type."""
+        """Returns the leases with their own type."""
         return self.leases  # type: ignore[return-value]
 
-    # -- a token of every row that joins what is held (kvrewrite/dynamo/append_tokens.py) --------------------------------------
+    # -- a token of every row that joins what is held (kvrewrite/dynamo/append_tokens.py)
+    # --------------------------------------
     def next_positions(self) -> Tensor:
-        """The position of each row's next token, (B, 1) int64."""
+        """Returns the position of each row's next token, (B, 1) int64."""
         return to_device([[n] for n in self.seen], self.device)
 
     def live(self, c: int) -> Tensor:
-        """Which slots of a class hold a token, the same in all of its layers and heads: (B, 1, 1, room) bool."""
+        """Returns which slots of a class hold a token, the same in all of its layers and heads: (B, 1, 1, room)
+        bool."""
         lease = self.stock_leases[c]
         slot = torch.arange(lease.pages.shape[-1] * PAGE, device=self.device)
         return slot < lease.lens[0, :, :1, None, None]
 
     def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Writes one token of every row behind its last slot, in all layers at once; there is room for it. keys, values: of each
-        class, (layers, B, Hkv, 1, D)."""
+        """Writes one token per row after its last slot, in all layers at once; there must be room for it. keys, values:
+        per class, (layers, B, Hkv, 1, D)."""
         place = self.next_positions().expand(-1, 2).to(torch.int32)
         for lease, k, v in zip(self.stock_leases, keys, values, strict=True):
             at = lease.lens[:, :, :, None].long()
@@ -158,7 +161,8 @@ class StockState(EvictionCache):
 
 
 def state_of(tensors: list[Tensor]) -> StockState:
-    """The state behind what the layers of a DynamicCache hold; CacheError where they hold something else."""
+    """Returns the state that backs what the layers of a DynamicCache hold; raises CacheError if they hold something
+    else."""
     held = [getattr(t, HELD, None) for t in tensors]
     first = held[0]
     if first is None or any(h is None or h.state is not first.state or h.place != i for i, h in enumerate(held)):
@@ -176,7 +180,7 @@ def state_of(tensors: list[Tensor]) -> StockState:
 
 
 def refuse_stock(program: Program, policy: Policy) -> None:
-    """Raises CacheError where an ordinary DynamicCache can't hold what the policy keeps of this model."""
+    """Raises CacheError if an ordinary DynamicCache can't hold what the policy keeps of this model."""
     reason = ""
     windows = [w for c in program.layout.classes for w in c.windows]
     if policy.ragged or policy.head_pattern:
@@ -200,8 +204,8 @@ def refuse_stock(program: Program, policy: Policy) -> None:
 # ------------------------------------------------------------------------------------------------ our own cache
 @torch.library.custom_op("kvrewrite::through_cache", mutates_args=())
 def through_cache(k: Tensor, v: Tensor, handle: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Stands in traces of ordinary models for the update of a `BackendCache`; the backend takes it out. k: (B, Hkv, T, D); the
-    results are as long as the mask that transformers makes, columns + T."""
+    """Stands for the update of a `BackendCache` in traces of ordinary models; the backend removes it. k: (B, Hkv, T,
+    D); the results are as long as the mask that transformers makes, columns + T."""
     raise CacheError(
         'an EvictionCache was passed to a model that is compiled with another backend; compile it with backend="kvrewrite"'
     )
@@ -216,7 +220,7 @@ def _(k, v, handle, columns):  # type: ignore[no-untyped-def]
 class BackendCache(EvictionCache):
     """An `EvictionCache` for a model that is compiled with backend="kvrewrite". Make one with `kvrewrite.new_cache`.
 
-    Which policy it serves is settled when it goes through a compiled model for the first time.
+    The first compiled model that it goes through determines its policy.
     """
 
     def __init__(
@@ -233,12 +237,12 @@ class BackendCache(EvictionCache):
         self._make_handle()
 
     def _make_handle(self) -> None:
-        """The tensor by which a compiled graph, which is given tensors only, knows the cache."""
+        """Makes the tensor by which a compiled graph, which only gets tensors, identifies the cache."""
         self.handle = torch.empty(0, device=self.device)
         setattr(self.handle, HELD, weakref.ref(self))
 
     def bind(self, model: Any) -> None:
-        """Makes it a cache of `model`, a `RewrittenModel`, if it is not one yet."""
+        """Makes this a cache of `model`, a `RewrittenModel`, if it is not one yet."""
         if self.bound:
             return
         compileable = self.is_compileable
@@ -246,12 +250,12 @@ class BackendCache(EvictionCache):
         self.is_compileable, self.bound = compileable, True
 
     def reset(self) -> None:
-        """Forgets everything and returns the memory."""
+        """Forgets everything and frees the memory."""
         if self.bound:
             super().reset()
 
     def fork(self) -> Self:
-        """An independent copy that shares pages until one of the two writes to them."""
+        """Returns an independent copy that shares pages until one of the two writes to them."""
         self._check_bound()
         twin: Any = super().fork()
         twin._make_handle()
@@ -265,18 +269,18 @@ class BackendCache(EvictionCache):
 
     # -- what the layers of an ordinary model call, only while it is being traced: its rewrite runs instead ---------
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of attention: as many as the model's mask has columns."""
+        """Returns keys and values for attention: as many as the model's mask has columns."""
         _check_traced()
         return torch.ops.kvrewrite.through_cache(key_states, value_states, self.handle, self.columns)
 
     def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Keys by which sparse attention chooses tokens, (B, T, D)."""
+        """Returns the keys by which sparse attention chooses tokens, (B, T, D)."""
         keys = indexer_key_states[:, None]
         return self.update(keys, keys)[0][:, 0]
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether a layer without attention carries a state: in the trace, every call begins a text. The state that counts
-        is in `states`, and the rewrite goes on from it."""
+        """Whether a layer without attention carries a state. In the trace every call begins a text; the real state is
+        in `states`, and the rewrite continues from it."""
         _check_traced()
         return False
 
@@ -289,17 +293,17 @@ class BackendCache(EvictionCache):
     def update_conv_state(
         self, conv_states: Tensor, *args: Any, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
-        """Inputs (B, channels, T) of a short convolution, as transformers gives back those of a first call."""
+        """Returns the inputs (B, channels, T) of a short convolution, as transformers does for a first call."""
         _check_traced()
         return nn.functional.pad(conv_states, (max(0, (conv_kernel_size or 0) - conv_states.shape[-1]), 0))
 
     def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The state after a call."""
+        """Returns the state after a call."""
         _check_traced()
         return recurrent_states
 
     def set_linear_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Another name for that."""
+        """Another name for that method."""
         _check_traced()
 
     def __repr__(self) -> str:
@@ -307,7 +311,7 @@ class BackendCache(EvictionCache):
 
 
 def _check_traced() -> None:
-    """Raises CacheError where a model itself runs with a `BackendCache`, and not its trace."""
+    """Raises CacheError if a model itself runs with a `BackendCache`, not its trace."""
     if not torch.compiler.is_dynamo_compiling():
         raise CacheError(
             "an EvictionCache came to a model that is not compiled, or to a part of it that torch.compile left out (a graph "
@@ -318,7 +322,8 @@ def _check_traced() -> None:
 
 
 def type_for(model: nn.Module) -> type[BackendCache]:
-    """`BackendCache`, or one that also passes for the cache classes that the model's own module defines and asks for."""
+    """Returns `BackendCache`, or a subclass that also passes for the cache classes that the model's own module checks
+    for."""
     home = type(model).__module__
     own = [c for c in vars(sys.modules[home]).values() if isinstance(c, type) and c.__module__ == home]
     own = [c for c in own if issubclass(c, Cache) and not issubclass(c, EvictionCache)]
@@ -330,7 +335,7 @@ def type_for(model: nn.Module) -> type[BackendCache]:
 
 
 def cache_of(handle: Tensor) -> BackendCache:
-    """The cache that a handle belongs to."""
+    """Returns the cache that a handle belongs to."""
     found = getattr(handle, HELD, lambda: None)()
     if found is None:
         raise CacheError("the EvictionCache of this call is gone")

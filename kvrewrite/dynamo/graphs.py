@@ -1,9 +1,9 @@
-"""What the graphs that the torch.compile backend gets are: whether there is attention in one, and whether it treats every token
-by itself.
+"""Classifies graphs that the torch.compile backend gets: do they have attention, and do they treat every token by
+itself?
 
-Attention is seen by its ops. A graph has more ways to mix tokens than a list of ops could name (attention by hand, recurrences,
-convolutions, fused layers), so the second is found by trying: the graph is run with one entry of its inputs changed, and what
-else changes is looked at.
+Attention is recognized by its ops. Tokens can mix in more ways than a list of ops could name (attention by hand,
+recurrences, convolutions, fused layers), so the second question is answered by trying: the graph is run with one entry
+of its inputs changed, and the other outputs are compared.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__"}
 
 
 def has_attention(graph: fx.Graph) -> bool:
-    """Whether something in a graph of Dynamo is attention: one of torch's functions for it, or a softmax whose result is the
-    left side of a matrix product."""
+    """Whether something in a graph of Dynamo is attention: one of torch's functions for it, or a softmax whose result
+    is the left side of a matrix product."""
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -40,7 +40,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _users_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """What uses a node first, but for operations that only pass values on."""
+    """Yields the first users of a node, skipping ops that only pass values on."""
     todo, seen = [node], {node}
     while todo:
         for user in todo.pop().users:
@@ -54,18 +54,18 @@ def _users_behind(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def source_of(node: fx.Node) -> str:
-    """What Dynamo calls a graph input."""
+    """Returns Dynamo's name for a graph input."""
     return source_name(getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source)
 
 
 def source_name(source: Any) -> str:
-    """A source of Dynamo in words."""
+    """Returns a source of Dynamo in words."""
     name = source.name  # a method up to torch 2.11
     return str(name() if callable(name) else name)
 
 
 def weights_of(graph: fx.Graph) -> set[int]:
-    """Which inputs of a graph of Dynamo are parameters or buffers of a module."""
+    """Returns which inputs of a graph of Dynamo are parameters or buffers of a module."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     return {i for i, n in enumerate(inputs) if any(part in source_of(n) for part in ("._parameters[", "._buffers["))}
 
@@ -75,10 +75,11 @@ TRIES = 16  # entries of an axis that are changed in turn, from the first to the
 
 @torch.no_grad()
 def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[int]) -> bool:
-    """Whether an entry of an input reaches that entry of the outputs alone.
+    """Whether an entry of an input affects only that entry of the outputs.
 
-    inputs: of the graph; weights: those that are parameters or buffers. Axes are matched from the left, as (batch, tokens) lie;
-    the last one of floating tensors is channels. An output that is laid out in another way must not change at all.
+    inputs: the graph's; weights: the indices of those that are parameters or buffers. Axes are matched from the left,
+    as (batch, tokens); the last axis of a floating tensor is channels. An output with another layout must not change at
+    all.
     """
     base = _outputs(run, inputs, weights)
     for i, given in enumerate(inputs):
@@ -91,7 +92,7 @@ def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[i
                 changed[i] = _changed(given, axis, at)
                 try:
                     found = _outputs(run, changed, weights)
-                except (RuntimeError, IndexError):  # what it computes with is no token, so nothing is shown
+                except (RuntimeError, IndexError):  # not a token, so nothing is shown
                     return False
                 if not all(_same_but(x, y, axis, at, size) for x, y in zip(base, found, strict=True)):
                     return False
@@ -99,7 +100,8 @@ def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[i
 
 
 def _outputs(run: Callable[..., Any], inputs: Sequence[Any], weights: set[int]) -> list[Tensor]:
-    """What the graph gives, with the same random numbers each time. It may write to copies of its inputs."""
+    """Returns the graph's outputs, with the same random numbers each time. The graph may write to copies of its
+    inputs."""
     copies = [x.clone() if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) else x for x in inputs]
     devices = sorted({x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -108,7 +110,7 @@ def _outputs(run: Callable[..., Any], inputs: Sequence[Any], weights: set[int]) 
 
 
 def _changed(given: Tensor, axis: int, at: int) -> Tensor:
-    """A copy in which one entry has other values; whole numbers stay within those that are there, as token ids must."""
+    """Returns a copy with one entry changed; integers stay among those that are there, as token ids must."""
     changed = given.clone()
     entry = changed.select(axis, at)
     if given.is_floating_point() or given.is_complex():
@@ -122,7 +124,7 @@ def _changed(given: Tensor, axis: int, at: int) -> Tensor:
 
 
 def _same_but(before: Tensor, after: Tensor, axis: int, at: int, size: int) -> bool:
-    """Whether two outputs differ at one entry of an axis at most."""
+    """Whether two outputs differ at most at one entry of an axis."""
     if before.shape != after.shape:
         return False
     if before.dim() > axis and before.shape[axis] == size:

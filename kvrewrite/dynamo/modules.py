@@ -1,7 +1,8 @@
-"""What torch.compile makes of a model as a whole: `torch.compile(model, backend="kvrewrite")` and its `generate`.
+"""Wraps models compiled as a whole: `torch.compile(model, backend="kvrewrite")` and its `generate`.
 
-torch hands everything but calls on to the original, so `generate` would run that and not what was compiled; and where Dynamo
-leaves a call out it says nothing. Nothing is changed in the user's model, whose `generate` other threads may be in.
+torch forwards everything but calls to the original module, so `generate` would run the original and not the compiled
+model. And Dynamo skips some calls silently. Nothing is changed in the user's model, whose `generate` other threads may
+be running.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch._dynamo.eval_frame import OptimizedModule
 from kvrewrite.capture.third_party import unwrap
 from kvrewrite.errors import UnsupportedModelError
 
-# Ways of transformers to run a model that come to its layers past what is compiled.
+# Ways in which transformers runs a model's layers without the compiled call.
 PAST_THE_MODEL = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 _counts = threading.local()
 
 
 def ran() -> None:
-    """Notes that a graph of this backend ran in this thread."""
+    """Records that a graph of this backend ran in this thread."""
     _counts.graphs = _graphs() + 1
 
 
@@ -34,8 +35,8 @@ def _graphs() -> int:
 
 
 def view(module: nn.Module, **attributes: Any) -> nn.Module:
-    """Another object that is the same module: what is set on it, as `attributes` are, is not set on the module. Parameters and
-    submodules are the module's own."""
+    """Returns another object that is the same module, but with its own `attributes`, which are not set on the module.
+    Parameters and submodules are the module's own."""
     twin: nn.Module = object.__new__(type(module))
     for name, value in vars(module).items():
         if isinstance(value, types.MethodType) and value.__self__ is module:
@@ -46,8 +47,8 @@ def view(module: nn.Module, **attributes: Any) -> nn.Module:
 
 
 def plain_view(module: nn.Module, hooks: bool) -> nn.Module:
-    """A module without what torch.compile put on it (`module.compile()`, `module.forward = torch.compile(module.forward)`).
-    hooks: whether a call of it runs its own hooks; those of submodules always run."""
+    """Returns a module without what torch.compile put on it (`module.compile()`, `module.forward =
+    torch.compile(module.forward)`). hooks: whether calling it runs its own hooks; those of submodules always run."""
     twin = view(module, _compiled_call_impl=None)
     forward: Any = vars(twin).get("forward")
     if hasattr(forward, "_torchdynamo_orig_callable"):
@@ -57,13 +58,13 @@ def plain_view(module: nn.Module, hooks: bool) -> nn.Module:
     return twin
 
 
-# What a module holds that others than `state_key` see to, or that a capture does not depend on.
+# What a module holds that is handled elsewhere than in `state_key`, or that a capture does not depend on.
 _SEEN_TO = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", "training", "generation_config"}
 
 
 def state_key(module: nn.Module) -> int:
-    """Tells states of one model apart that compute different things with the same parameters: numbers and flags that its layers
-    hold (scales, adapters that are switched off), configurations, hooks."""
+    """Distinguishes states of one model that compute different things with the same parameters: numbers and flags of
+    its layers (scales, disabled adapters), configurations, hooks."""
     found = []
     for name, part in module.named_modules():
         own = {
@@ -74,7 +75,7 @@ def state_key(module: nn.Module) -> int:
 
 
 def _shown(value: Any, depth: int) -> str:
-    """A value in words that differ where the value does; what has no parts that can be looked at is known by its place."""
+    """Returns text that differs if the value does; an opaque object is identified by its address."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return repr(value)
     if depth and isinstance(value, Mapping):
@@ -94,7 +95,7 @@ def _shown(value: Any, depth: int) -> str:
 
 
 def _checked(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, a compiled call of `module`, which must run graphs of this backend."""
+    """Wraps a compiled call of `module`, which must run graphs of this backend."""
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,11 +114,11 @@ def _checked(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., A
 
 
 def _generate(compiled: OptimizedModule) -> Callable[..., Any]:
-    """`generate` of the original model, running the compiled one."""
+    """Makes the original model's `generate` run the compiled model."""
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         original = compiled._orig_mod
-        inner = unwrap(original)  # peft's generate calls the model inside of the adapters
+        inner = unwrap(original)  # peft's generate calls the model inside the adapters
         run, calls = _checked(inner, compiled.dynamo_ctx(inner._call_impl)), 0
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +139,7 @@ def _generate(compiled: OptimizedModule) -> Callable[..., Any]:
 
 
 def _with_call(outer: nn.Module, inner: nn.Module, call: Callable[..., Any]) -> nn.Module:
-    """A view of `outer` in which calls of `inner`, itself or a module inside of it, are `call`."""
+    """Returns a view of `outer` in which calls of `inner` (itself or a submodule) are `call`."""
     if outer is inner:
         return view(outer, _compiled_call_impl=call)
     for name, child in outer._modules.items():
@@ -148,8 +149,8 @@ def _with_call(outer: nn.Module, inner: nn.Module, call: Callable[..., Any]) -> 
 
 
 def wrap_compiled_modules(backend: Callable[..., Any]) -> None:
-    """Gives what torch.compile makes of a module for `backend` a `generate` that runs it, and calls that notice when they did
-    not. Other backends' modules stay as they are."""
+    """Gives modules that torch.compile makes for `backend` a `generate` that runs the compiled model, and calls that
+    detect when Dynamo skipped them. Other backends' modules stay as they are."""
     found, initialize = OptimizedModule.__getattr__, OptimizedModule._initialize
 
     def is_ours(module: OptimizedModule) -> bool:

@@ -1,4 +1,4 @@
-"""The rewrites of a compiled model, one for each setting, made when they are first asked for."""
+"""Makes the rewrites of a compiled model, one per setting, when they are first needed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Settings:
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
-        """The options as torch.compile got them; raises OptionError."""
+        """Parses the options that torch.compile got; raises OptionError."""
         given = dict(options or {})
         name, weights = given.pop("policy", "streaming_llm"), given.pop("policy_weights", None)
         inductor, check = given.pop("inductor", True), given.pop("check", "full")
@@ -60,7 +60,7 @@ class Settings:
         return Settings(policy, None if weights is None else str(weights), inductor, mode, check)
 
     def key(self) -> tuple[Any, ...]:
-        """What tells rewrites of one model apart."""
+        """Returns the key that distinguishes rewrites of one model."""
         changed = Path(self.weights).stat().st_mtime_ns if self.weights and Path(self.weights).exists() else 0
         return type(self.policy), repr(self.policy), self.weights, changed, self.inductor, self.mode, self.check
 
@@ -75,7 +75,7 @@ class Rewrite:
         if not is_transformers_model(module):
             config = foreign_config(program, type(module).__name__)
         self.pairs = list(_shared(module, program.graph))
-        # Where each submodule hangs, and its parameters' dict, which tells it from another one without holding it.
+        # Each submodule's path, and its parameters' dict, which identifies it without holding it.
         self.places = [(m._modules, n, c._parameters) for m in module.modules() for n, c in m.named_children()]
         self.hooks = [d for m in module.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.hook_counts = list(map(len, self.hooks))
@@ -85,7 +85,8 @@ class Rewrite:
         self._compile()
 
     def _compile(self) -> None:
-        """Through Inductor. A stock cache has pools of its own, so single tokens don't run from the model's buffers."""
+        """Compiles with Inductor. A stock cache has its own pools, so single tokens don't run from the model's
+        buffers."""
         more: dict[str, Any] = {} if self.settings.mode is None else {"mode": self.settings.mode}
         if self.settings.inductor:
             self.model.compile(static_decode=False, backend="inductor", **more)
@@ -101,14 +102,14 @@ class Rewrite:
             self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
-        """Whether a submodule of the original is no longer the one that was captured, or has other hooks. Dynamo makes a graph of
-        its own for another type, but not for another module of the same type, nor for hooks."""
+        """Whether a submodule of the original was replaced since the capture, or has other hooks. Dynamo makes another
+        graph for another type, but not for another module of the same type, nor for hooks."""
         if list(map(len, self.hooks)) != self.hook_counts:
             return True
         return any(getattr(modules.get(name), "_parameters", None) is not own for modules, name, own in self.places)
 
     def follow(self) -> None:
-        """Parameters that were put in the place of others in the original."""
+        """Takes over parameters that were replaced in the original."""
         if not self._behind():
             return
         with compile_lock:
@@ -121,7 +122,7 @@ class Rewrite:
 
 
 def _shared(module: nn.Module, graph: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], str, str]]:
-    """Pairs of (dict of the original, dict of the graph, name in each) of tensors that both have."""
+    """Yields (dict of the original, dict of the graph, name in each) of tensors that both have."""
     for kind in ("_parameters", "_buffers"):
         for path, holder in module.named_modules(remove_duplicate=False):
             for name, tensor in getattr(holder, kind).items():
@@ -140,10 +141,10 @@ _rewrites: weakref.WeakKeyDictionary[nn.Module, dict[Any, Rewrite]] = weakref.We
 
 
 def rewritten(module: nn.Module, settings: Settings, hooks: bool) -> Rewrite:
-    """The rewrite of a model as it is now, made when it is needed first. Requests leave nothing in it. hooks: whether it has the
-    model's own hooks in it.
+    """Returns the rewrite of a model as it is now; makes it when first needed. Requests leave nothing in it. hooks:
+    whether it includes the model's own hooks.
 
-    One thread at a time, and none while Dynamo traces: a capture changes the model's configuration for a while.
+    Only one thread at a time, and none while Dynamo traces: a capture changes the model's configuration temporarily.
     """
     with compile_lock:
         return _rewritten(module, settings, hooks)

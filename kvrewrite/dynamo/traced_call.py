@@ -1,4 +1,4 @@
-"""Whose forward Dynamo is compiling, and with which arguments."""
+"""Finds whose forward Dynamo is compiling, and with which arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ told: set[str] = set()  # messages that were given
 
 @dataclass
 class Argument:
-    """One argument of the traced call: its value then, and how Dynamo calls it."""
+    """One argument of the traced call: its value at that time, and Dynamo's name for it."""
 
     value: Any
     source: str
@@ -36,8 +36,8 @@ class Argument:
 
 @dataclass
 class Call:
-    """The traced call of a model. source: what Dynamo calls the model; hooks: whether the model's own hooks are within the
-    traced function, and not around it."""
+    """The traced call of a model. source: Dynamo's name for the model; hooks: whether the model's own hooks run inside
+    the traced function, not around it."""
 
     module: nn.Module
     source: str
@@ -49,19 +49,19 @@ _RESUMED = "torch_dynamo_resume_in_"
 
 
 def root_frame() -> Any:
-    """What Dynamo knows of the function that it is compiling."""
+    """Returns what Dynamo knows about the function that it is compiling."""
     root = InstructionTranslator.current_tx().output.root_tx
     assert root is not None
     return root
 
 
 def is_resumed(code: types.CodeType) -> bool:
-    """Whether a function is what Dynamo made of the rest of another one, after a break of its graph."""
+    """Whether Dynamo made a function from the rest of another one, after a graph break."""
     return code.co_name.startswith(_RESUMED)
 
 
 def traced_call() -> Call:
-    """The call that Dynamo is compiling; UnsupportedModelError where it is not one of a model's forward."""
+    """Returns the call that Dynamo is compiling; raises UnsupportedModelError if it is not a model's forward."""
     root = root_frame()
     code: types.CodeType = root.f_code
     _keep_compiling(code)
@@ -91,8 +91,9 @@ def traced_call() -> Call:
 
 
 def _keep_compiling(code: types.CodeType) -> None:
-    """Raises torch.compile's limits where they come near: beyond them it would run the unmodified model in silence. For all
-    threads: since torch 2.13 what is set in one is not set in others, but for defaults, and they share the graphs."""
+    """Increases torch.compile's limits before they are reached; beyond them it silently runs the unmodified model.
+    Applies to all threads: since torch 2.13 a setting of one thread does not reach others, unless it is a default, and
+    they share the graphs."""
     config: Any = torch._dynamo.config
     graphs = len(_debug_get_cache_entry_list(code))
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
@@ -110,7 +111,7 @@ def _keep_compiling(code: types.CodeType) -> None:
 
 
 def _frame_arguments(code: types.CodeType, values: Mapping[str, Any]) -> tuple[list[Argument], dict[str, Argument]]:
-    """The arguments of a frame, *args and **kwargs unpacked."""
+    """Returns the arguments of a frame, with *args and **kwargs unpacked."""
     names = list(code.co_varnames)
     count, only = code.co_argcount, code.co_kwonlyargcount
     positional = [Argument(values.get(n), f"L['{n}']") for n in names[:count]]
@@ -127,7 +128,7 @@ def _frame_arguments(code: types.CodeType, values: Mapping[str, Any]) -> tuple[l
 
 
 def _codes(module: nn.Module) -> set[types.CodeType]:
-    """The code of a model's forward and of what is wrapped around it."""
+    """Returns the code of a model's forward and of what is wrapped around it."""
     todo: list[Any] = [type(module).forward, nn.Module._wrapped_call_impl, nn.Module._call_impl, type(module).__call__]
     todo.append(module.__dict__.get("forward"))
     found = set()
@@ -143,15 +144,15 @@ def _codes(module: nn.Module) -> set[types.CodeType]:
 
 
 def check_module(call: Call) -> None:
-    """UnsupportedModelError where what is called is no model of token ids, but a part of one."""
+    """Raises UnsupportedModelError if the call is not of a model of token ids, but of a part of one."""
     tensors = [a.value for a in call.arguments.values() if isinstance(a.value, Tensor)]
     if len(tensors) != 1 or tensors[0].is_floating_point():
         raise _not_a_whole_model(call)
 
 
 def check_logits(call: Call, width: int) -> None:
-    """The same for a model of transformers, whose result has `width` channels: one that knows no output embeddings, as a base
-    model or a class of the user's own, must give as many as there are tokens in its vocabulary."""
+    """Raises that error for a transformers model whose result has `width` channels other than it must: one without
+    output embeddings, such as a base model or a user's class, must give as many as its vocabulary has tokens."""
     module: Any = call.module
     sizes = module.config.get_text_config()
     if module.get_output_embeddings() is None and (
@@ -167,8 +168,8 @@ def _not_a_whole_model(call: Call) -> UnsupportedModelError:
 
 
 def guard_module(gm: fx.GraphModule, call: Call) -> int:
-    """Makes Dynamo compile anew for another module, which it would not: to it parameters are inputs like others. Returns the
-    input that is the module's first parameter."""
+    """Makes Dynamo recompile for another module; it would not, because it treats parameters like other inputs. Returns
+    the input that is the module's first parameter."""
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for i, node in enumerate(nodes):
         source: Any = getattr(node, "_dynamo_source", None) or node.meta["grapharg"].source

@@ -1,1 +1,1 @@
-"""What graphs are made of, beside torch.fx: sites, programs, facts about values, their files, and running them."""
+"""Describes graphs beyond torch.fx: sites, programs, facts about values, their files, and running them."""

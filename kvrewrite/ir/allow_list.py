@@ -1,12 +1,13 @@
-"""The ops that a saved graph may call.
+"""Lists the ops that a saved graph may call.
 
-The list is by namespace: the `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional `aten`
-overloads of base names that decoders use (`ATEN`), a few `prims`, transformers' grouped matmul, and Python's arithmetic on
-sizes (`BUILTINS`). Allowing an op means: its result depends on its arguments only, and nothing else changes. So not on
-it, on purpose: whatever writes to an argument or to `out=` (except kvrewrite's own cache ops, whose mutation is declared),
-reads or writes files (`from_file`, `save`) or draws from a device generator (`rand*`, `bernoulli`, `dropout`), makes views
-by strides (`as_strided`, `_reshape_alias`, which does not even look at the end of the memory) or leaves memory as it was
-(`empty_strided`; `empty` is read as zeros), and every higher-order op, because those carry subgraphs.
+The list is by namespace: the `kvrewrite` ops that `insert_cache` and policies write (`KVREWRITE`), the functional
+`aten` overloads of base names that decoders use (`ATEN`), a few `prims`, transformers' grouped matmul, and Python's
+arithmetic on sizes (`BUILTINS`). An op may be on the list only if its result depends only on its arguments and it
+changes nothing else. Deliberately excluded are: ops that write to an argument or to `out=` (except kvrewrite's own
+cache ops, whose mutation is declared); ops that read or write files (`from_file`, `save`) or draw from a device
+generator (`rand*`, `bernoulli`, `dropout`); views by strides (`as_strided`, `_reshape_alias`, which does not even check
+the end of the memory); uninitialized memory (`empty_strided`; `empty` is read as zeros); and all higher-order ops,
+because they carry subgraphs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ ATEN = frozenset(
     sym_constrain_range sym_constrain_range_for_size
     """.split()  # noqa: SIM905 (300 quoted strings are unreadable)
 )
-# Ops of ours in graphs that are saved. Those that lowering makes are not among them: a file that has them was not written by us.
+# Our ops in saved graphs. Ops that lowering makes are not among them: a file that has those was not written by us.
 KVREWRITE = frozenset(
     """
     attention cache_update cache_update_quantized cached_attention cached_past cached_scan cached_sum decayed_sum
@@ -88,7 +89,8 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def op_name(target: Any) -> str:
-    """How a graph file names the function that a node calls; ArtifactError when it is not on the allow-list."""
+    """Returns a graph file's name for the function that a node calls; raises ArtifactError if it is not on the
+    allow-list."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         resolve_op(name)
@@ -111,7 +113,7 @@ def _refusal(name: str) -> str:
 
 
 def resolve_op(name: Any) -> Callable[..., Any]:
-    """The function that a graph file calls `name`; ArtifactError when it is not on the allow-list."""
+    """Returns the function that a graph file calls `name`; raises ArtifactError if it is not on the allow-list."""
     if not isinstance(name, str) or len(name) > schema.MAX_STRING:
         raise ArtifactError(f"an op's name must be a string, got {type(name).__name__}")
     if name in BUILTINS:

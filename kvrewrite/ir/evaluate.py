@@ -1,9 +1,9 @@
 """Runs a graph on the CPU in float64 with stand-in weights, to prove what a rewrite computes by computing it.
 
-`Probe` asks what a small part of a graph is. `Evaluator` runs whole graphs, however large the model: a large weight is stood
-in for by a product of two thin random matrices that is never multiplied out, so that a checkpoint of 8B parameters, on
-meta or on a GPU, costs no more than its activations. Small parameters are the model's own, a little changed, so that
-what is zero or one today hides nothing; buffers are the model's own.
+`Probe` evaluates a small part of a graph. `Evaluator` runs whole graphs of any size: a product of two thin random
+matrices, which is never multiplied out, stands in for a large weight. So an 8B checkpoint, on meta or on a GPU, costs
+no more than its activations. Small parameters are the model's own, slightly changed, so that a value that is zero or
+one today hides nothing; buffers are the model's own.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from kvrewrite.ir.fx import ancestors, get_attr, is_op, mutates, tensor_of
 aten = torch.ops.aten
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-TOLERANCE = 1e-6  # of the largest number of the reference; everything is computed in float64
-FAILURES = (RuntimeError, TypeError, ValueError, IndexError)  # of ops on arguments that they can't take
+TOLERANCE = 1e-6  # relative to the reference's largest number; everything is computed in float64
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError)  # of ops on invalid arguments
 RANK = 8  # of the stand-in for a large weight
-# Products of rows with their groups' weights: torch's, and what transformers has in its place for weights of other dtypes.
+# Products of rows with their groups' weights: torch's op, and transformers' substitute for weights of other dtypes.
 GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
-LARGE = 1 << 16  # elements from which a weight gets one
-# Memory that will be written to; it may hold anything, so it holds zeros here.
+LARGE = 1 << 16  # weights with at least so many elements get a stand-in
+# Memory that will be written to; uninitialized in the model, zeros here.
 EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
 
 
 def widen(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an evaluation computes in where the model computes in `dtype`."""
+    """Returns the dtype that an evaluation uses where the model uses `dtype`."""
     if dtype in FLOATS:
         return torch.float64
     return torch.complex128 if dtype == torch.complex64 else dtype
 
 
 def run_op(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a node's op gives for these arguments on the CPU. Raises what the op does.
+    """Runs a node's op on these arguments on the CPU. Raises what the op raises.
 
-    Some ops count in integers on a GPU and only in floating-point numbers on the CPU (`histc`). Those are computed in float64,
-    which holds integers below 2^53 exactly, and results have the integer dtypes that the node's own have.
+    Some ops count in integers on a GPU but only in floating point on the CPU (`histc`). Those run in float64, which
+    holds integers below 2^53 exactly, and their results are cast to the node's own integer dtypes.
     """
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -74,8 +74,8 @@ def _as_floats(value: Tensor) -> Tensor:
 
 
 def difference(got: Any, want: Any, tolerance: float = TOLERANCE, least: float = 1e-9) -> str:
-    """How `got` differs from `want`; "" where that is at most `tolerance` of the largest number of `want` (`least`, if that is
-    more)."""
+    """Says how `got` differs from `want`; "" if the difference is at most `tolerance` times the larger of `least` and
+    the largest number in `want`."""
     if not isinstance(got, Tensor) or not isinstance(want, Tensor) or got.shape != want.shape:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (got, want)]
         return f"it gives {shapes[0]} where the model gives {shapes[1]}"
@@ -86,7 +86,7 @@ def difference(got: Any, want: Any, tolerance: float = TOLERANCE, least: float =
     if want.dtype == torch.bool or not (want.is_floating_point() or want.is_complex()):
         return "" if torch.equal(got, want) else "its integers differ"
     size, off = float(want.abs().max()), float((got - want).abs().max())
-    if off <= tolerance * max(size, least):  # NaN is not
+    if off <= tolerance * max(size, least):  # NaN fails this comparison
         return ""
     return f"it is off by {off:.2g} (the largest number is {size:.2g})"
 
@@ -100,24 +100,24 @@ class EvaluationError(Exception):
 
 
 class ThinProduct:
-    """A weight (..., a, b) as left (..., a, RANK) @ right (..., RANK, b), multiplied out only where nothing else works."""
+    """A weight (..., a, b) as left (..., a, RANK) @ right (..., RANK, b); multiplied out only if nothing else works."""
 
     def __init__(self, left: Tensor, right: Tensor):
         self.left, self.right = left, right
 
     def dense(self) -> Tensor:
-        """The weight itself."""
+        """Returns the weight itself."""
         return self.left @ self.right
 
     def transposed(self) -> ThinProduct:
-        """The weight with its last two dims exchanged."""
+        """Returns the weight with its last two dims exchanged."""
         return ThinProduct(self.right.mT, self.left.mT)
 
 
 class StandIns:
     """The values that evaluations use for a model's parameters and buffers; the same for every graph of the model.
 
-    seed: another one gives other random numbers.
+    seed: chooses the random numbers.
     """
 
     def __init__(self, seed: int = 0):
@@ -125,17 +125,17 @@ class StandIns:
         self._known: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, name: str, value: Any) -> Any:
-        """What stands for the attribute `name` of a graph, which is `value`."""
+        """Returns the stand-in for the attribute `name` of a graph; value: the attribute."""
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._known:
-            # The value is kept, too: its id must not be given to another.
+            # Keeps the value too, so that its id is not reused.
             self._known[id(value)] = (value, self._make(name, value))
         return self._known[id(value)][1]
 
     def _make(self, name: str, value: Tensor) -> Any:
         blank = value.is_meta or isinstance(value, FakeTensor)
-        known = value.dtype in (*FLOATS, torch.float64) or value.is_complex()  # not those of packed weights
+        known = value.dtype in (*FLOATS, torch.float64) or value.is_complex()  # not the dtypes of packed weights
         if not known or not (isinstance(value, nn.Parameter) or blank):
             return value.detach().to("cpu", widen(value.dtype))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(name.encode()))
@@ -171,9 +171,9 @@ class Evaluator:
         wanted: Iterable[fx.Node],
         given: Mapping[fx.Node, Any] | None = None,
     ) -> dict[fx.Node, Any]:
-        """The values of `wanted`. inputs: by placeholder; given: values of nodes that are not computed.
+        """Returns the values of `wanted`. inputs: by placeholder; given: values of nodes that are not computed.
 
-        Raises EvaluationError, with the node, where an op fails.
+        Raises EvaluationError with the node if an op fails.
         """
         wanted = list(wanted)
         values: dict[fx.Node, Any] = dict(given or {})
@@ -195,8 +195,8 @@ class Evaluator:
     def result(
         self, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None, *, writes: bool = True
     ) -> Any:
-        """What the graph returns. writes: runs all ops that write to their arguments; else those alone whose memory is read for
-        what is returned."""
+        """Returns what the graph returns. writes: runs all ops that write to their arguments; otherwise only those
+        whose memory is read for the result."""
         wanted = _nodes_in(self.output)
         written = [n for n in self.nodes if mutates(n)]
         found = self(inputs, [*wanted, *(written if writes else _read_again(wanted, written))], given)
@@ -234,7 +234,7 @@ def _nodes_in(value: Any) -> list[fx.Node]:
 
 
 def _read_again(wanted: list[fx.Node], written: list[fx.Node]) -> list[fx.Node]:
-    """Those of the ops `written` that write to memory that `wanted` depends on."""
+    """Returns those of the ops `written` that write to memory that `wanted` depends on."""
     needed, found = ancestors(wanted), []
     more = True
     while more:
@@ -248,7 +248,7 @@ def _read_again(wanted: list[fx.Node], written: list[fx.Node]) -> list[fx.Node]:
 
 
 def _memory(node: fx.Node) -> set[fx.Node]:
-    """The nodes whose memory an op writes to: its arguments, and what these are views of."""
+    """Returns the nodes whose memory an op writes to: its arguments, and what these are views of."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     todo = [a for a, s in zip(node.args, schema) if s.alias_info is not None and s.alias_info.is_write]
     found: set[fx.Node] = set()
@@ -271,12 +271,12 @@ def _argument(value: Any, values: dict[fx.Node, Any]) -> Any:
 
 
 def _widened(value: Any) -> Any:
-    """A result in the dtype that evaluations use: ops without a tensor argument have torch's default dtype."""
+    """Widens a result to the dtype that evaluations use: ops without a tensor argument have torch's default dtype."""
     return value.to(widen(value.dtype)) if isinstance(value, Tensor) else value
 
 
 def _in_own_dtypes(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """The op on arguments of the dtypes that the model has, for ops that know no float64."""
+    """Runs an op that has no float64 kernel on arguments in the model's dtypes."""
     values, spec = tree_flatten((args, kwargs))
     sources, _ = tree_flatten((tuple(node.args), dict(node.kwargs)))
     if len(values) != len(sources):
@@ -292,7 +292,7 @@ def _in_own_dtypes(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _thin(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The op on thin products without multiplying them out; None where it is none of those that can."""
+    """Runs an op on thin products without multiplying them out; None if it is not one that can."""
     target = node.target
     if kwargs and target is not aten._to_copy.default:
         return None
@@ -322,7 +322,7 @@ def _thin(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _grouped_product(args: tuple[Any, ...]) -> Tensor | None:
-    """What one of GROUPED gives, in float64: torch computes it in at most 32 bits. None for other arguments."""
+    """Returns the result of an op of GROUPED in float64 (torch computes at most 32 bits); None for other arguments."""
     if len(args) != 3 or not all(isinstance(args[i], Tensor) for i in (0, 2)) or args[0].dim() != 2:
         return None
     x, weights, ends = args
@@ -332,7 +332,8 @@ def _grouped_product(args: tuple[Any, ...]) -> Tensor | None:
 
 
 def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """x (T, a), whose rows are sorted by group, times the weights (G, a, b) of each row's group; ends (G,): last row + 1."""
+    """Multiplies x (T, a), its rows sorted by group, with each row's group weight (G, a, b); ends (G,): last row +
+    1."""
     out = x.new_zeros(x.shape[0], weights.shape[-1])
     start = 0
     for group, end in enumerate(ends.tolist()):

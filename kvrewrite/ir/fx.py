@@ -1,4 +1,4 @@
-"""Small helpers over `torch.fx` graphs that every pass uses."""
+"""Small helpers for `torch.fx` graphs that every pass uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 SIZE_OPS = (torch.ops.aten.sym_size.int,)
-# Memory that nobody wrote to may hold anything, also what belongs to others; programs have zeros there.
+# Uninitialized memory may hold anything, even others' data; programs have zeros instead.
 ZEROED = {
     torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
     torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
@@ -29,25 +29,26 @@ def is_op(node: Any, *targets: Any) -> bool:
 
 @cache
 def parameters(target: Any) -> dict[str, tuple[int, Any]]:
-    """The parameters of an op in the order of its schema: name -> (place, default). Required ones default to None."""
+    """Returns an op's parameters in schema order: name -> (index, default). Required ones default to None."""
     return {a.name: (i, a.default_value) for i, a in enumerate(target._schema.arguments)}
 
 
 def arg(node: Any, name: str) -> Any:
-    """What a call of an op has for the parameter `name`, its default if it gives nothing. KeyError if the op has none such."""
+    """Returns a call's argument for the parameter `name`, or its default. Raises KeyError if the op has no such
+    parameter."""
     place, default = parameters(node.target)[name]
     return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
 
 
 def named_args(node: Any) -> dict[str, Any]:
-    """All arguments of a call of an op by name, defaults included."""
+    """Returns all arguments of a call by name, defaults included."""
     return {name: arg(node, name) for name in parameters(node.target)}
 
 
 def op_args(target: Any, **named: Any) -> tuple[Any, ...]:
-    """Positional arguments for a call of an op, up to the last one that is named.
+    """Returns positional arguments for a call of an op, up to the last one that is named.
 
-    TypeError if the op has no parameter of a name, or if one that it requires is missing."""
+    Raises TypeError if the op has no parameter of a name, or if a required one is missing."""
     schema = target._schema.arguments
     unknown = named.keys() - parameters(target).keys()
     missing = [a.name for a in schema if a.name not in named and not a.has_default_value()]
@@ -60,12 +61,12 @@ def op_args(target: Any, **named: Any) -> tuple[Any, ...]:
 
 
 def set_args(node: fx.Node, **named: Any) -> None:
-    """Changes arguments of a call of an op, in place."""
+    """Changes arguments of a call in place."""
     node.args, node.kwargs = op_args(node.target, **{**_given(node), **named}), {}
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
-    """The arguments that a call of an op gives, by name."""
+    """Returns the arguments that a call gives explicitly, by name."""
     return dict(zip(parameters(node.target), node.args)) | node.kwargs
 
 
@@ -75,13 +76,13 @@ def is_size(node: Any) -> bool:
 
 
 def tensor_of(node: Any) -> torch.Tensor | None:
-    """The fake tensor that `node` produces, or None when it does not produce one tensor."""
+    """Returns the fake tensor that `node` produces, or None if it does not produce one tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The symbolic shape of the tensor that `node` produces."""
+    """Returns the symbolic shape of the tensor that `node` produces."""
     value = tensor_of(node)
     if value is None:
         raise ValueError(f"{node.name} ({node.target}) does not produce a tensor")
@@ -89,21 +90,22 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that made `node`, "" if it is unknown."""
+    """Returns the path of the innermost module that made `node`, "" if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry[0]]
     return clean_path(paths[-1]) if paths else ""
 
 
 def clean_path(path: str) -> str:
-    """A module path without what export and our capture wrapper add to it."""
+    """Removes from a module path what export and our capture wrapper add to it."""
     path = re.sub(r"^L\['self'\]\.?", "", path)
     path = re.sub(r"\[(?:'|\")?(\w+)(?:'|\")?\]", r".\1", path).removeprefix("_modules.")
     return path.removeprefix("model_under_capture.").removeprefix("model_under_capture")
 
 
 def ancestors(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
-    """All nodes that `roots` depend on, roots included; does not look behind nodes where `stop` is true."""
+    """Returns all nodes that `roots` depend on, roots included; does not go further up from nodes where `stop` is
+    true."""
     seen: set[fx.Node] = set()
     todo = list(roots)
     while todo:
@@ -117,7 +119,7 @@ def ancestors(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda
 
 
 def dependents(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
-    """All nodes that depend on `roots`, roots included; does not look past nodes where `stop` is true."""
+    """Returns all nodes that depend on `roots`, roots included; does not go past nodes where `stop` is true."""
     seen: set[fx.Node] = set()
     todo = list(roots)
     while todo:
@@ -131,7 +133,7 @@ def dependents(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambd
 
 
 def placeholder(gm: fx.GraphModule, name: str) -> fx.Node | None:
-    """The graph input called `name`, or None."""
+    """Returns the graph input called `name`, or None."""
     return next((n for n in gm.graph.nodes if n.op == "placeholder" and n.target == name), None)
 
 
@@ -145,17 +147,17 @@ def add_placeholder(gm: fx.GraphModule, name: str, val: Any = None) -> fx.Node:
 
 
 def output_node(gm: fx.GraphModule) -> fx.Node:
-    """The graph's output."""
+    """Returns the graph's output node."""
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
 def get_attr(gm: torch.nn.Module, name: str) -> Any:
-    """The parameter or buffer that a `get_attr` node with target `name` reads."""
+    """Returns the parameter or buffer that a `get_attr` node with target `name` reads."""
     return operator.attrgetter(name)(gm)
 
 
 def set_attr(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Puts a parameter or buffer at a dotted path, making the modules on the way."""
+    """Sets a parameter or buffer at a dotted path; makes missing modules."""
     *path, leaf = name.split(".")
     module: torch.nn.Module = gm
     for part in path:
@@ -169,20 +171,20 @@ def set_attr(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def symbol(size: Any) -> Any:
-    """The sympy expression behind a symbolic size, or the int itself."""
+    """Returns the sympy expression of a symbolic size, or the int itself."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def fake_value(node: fx.Node) -> Any:
-    """What a call gives for the fake values (`meta["val"]`) of its arguments.
+    """Computes a call's fake value from the fake values (`meta["val"]`) of its arguments.
 
-    The sizes of the trace stay symbols: torch may otherwise take one for the number that it was traced with, in all values, and
-    then nothing finds the sequence any more (torch 2.11 does so in composite ops, unless they go through Python).
+    The sizes of the trace stay symbols. Otherwise torch may replace one by the number that it was traced with, in all
+    values, and then the sequence can't be found (torch 2.11 does so in composite ops, unless they go through Python).
     """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
     read = node.all_input_nodes
     if any(map(is_size, read)) and not any(tensor_of(n) is not None for n in read):
-        read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor of sizes alone
+        read = [n for n in node.graph.nodes if n.op == "placeholder"]  # it makes a tensor only from sizes
     modes = {v.fake_mode for n in read if (v := tensor_of(n)) is not None and hasattr(v, "fake_mode")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable_python_dispatcher())
@@ -199,7 +201,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 def concretize(shape: Sequence[Any], sizes: dict[Any, int]) -> tuple[int, ...]:
-    """`shape` with its symbols replaced by the numbers in `sizes` (symbol -> int)."""
+    """Replaces the symbols in `shape` with the numbers in `sizes` (symbol -> int)."""
     out = []
     for size in shape:
         expr = symbol(size)
@@ -208,7 +210,7 @@ def concretize(shape: Sequence[Any], sizes: dict[Any, int]) -> tuple[int, ...]:
 
 
 def erase_dead(gm: fx.GraphModule) -> None:
-    """Erases nodes that nothing uses and that have no side effect. Mutating ops of ours stay."""
+    """Erases nodes without users or side effects. Our mutating ops stay."""
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or mutates(n))
 
 
@@ -220,16 +222,16 @@ def mutates(node: fx.Node) -> bool:
 
 
 def clear_memory(node: fx.Node) -> None:
-    """Has a node of `ZEROED` make zeros."""
+    """Makes a node of `ZEROED` produce zeros."""
     node.target = ZEROED[node.target]  # type: ignore[index]
     if node.target is torch.ops.aten.zeros.default:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """The graph as text in which nodes have numbers instead of names: equal for graphs that compute the same in the same order.
+    """Returns the graph as text with numbered nodes: equal for graphs that compute the same in the same order.
 
-    Placeholders are numbered, too, so that their names do not matter; `get_attr` targets do.
+    Placeholders are numbered too, so their names do not matter; `get_attr` targets do.
     """
     number = {node: i for i, node in enumerate(graph.nodes)}
     lines = []

@@ -1,11 +1,11 @@
-"""What a graph from a file computes, found out before anything runs: every value's dtype and shape, on fake tensors.
+"""Checks what a graph from a file computes before anything runs: every value's dtype and shape, on fake tensors.
 
-A file says what its values are (`val` of a node), and kernels are chosen by that. So everything is computed anew from what the
-runtime and the weight files give, and compared. Ops of the cache write in place and address pages, so their arguments must be the
-program's own inputs for that (`_ROLES`), of the shapes that their kernels take for granted (`_SHAPES`).
+A file states what its values are (`val` of a node), and kernels are chosen by that. So everything is recomputed from
+what the runtime and the weight files provide, and compared. Cache ops write in place and address pages, so these
+arguments must be the program's own inputs (`_ROLES`) with the shapes that their kernels assume (`_SHAPES`).
 
-Layers that are alike are computed once: values that have the same dtype, shape and strides are the same object here, so a call
-with the same arguments has the same result.
+Equal layers are computed once: values with the same dtype, shape and strides are the same object here, so calls with
+the same arguments have the same result.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from kvrewrite.ir.layout import CacheClass, spec_of
 from kvrewrite.ir.value_facts import NamedSizes
 
 aten = torch.ops.aten
-# What sizes are where memory is estimated and where numbers are checked: about those of a short call, and of a long one.
+# Sizes for estimating memory and for checking numbers: about those of a short call, and of a long one.
 _SMALL, _LARGE = 8, 4096
 _MAX_NUMBER = 1 << 62
-_MAX_EXPRESSION = 400  # parts of a size's formula; real ones have some ten
+_MAX_EXPRESSION = 400  # terms of a size's formula; real ones have about ten
 _MAX_POWER = 16
 _MAX_RESULTS = 65_536  # of one call
-_LEAST_MEMORY = 1 << 30  # what a graph may need at short calls, whatever the size of its model
+_LEAST_MEMORY = 1 << 30  # what a graph may need in short calls, whatever the model's size
 _SECONDS, _SECONDS_A_NODE = 60.0, 0.01
-# torch can't say what these give without computing it; what the file says of such a value is taken, and its use checked.
+# Ops whose result torch can't predict without computing it; the file's statement is accepted and its uses are checked.
 _UNKNOWN = (
     DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode, UnsupportedOperatorException,
 )  # fmt: skip
 Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
-# Arguments of the cache's ops that must be inputs of the program, and of which kind.
+# Arguments of cache ops that must be inputs of the program, and their kind.
 _POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages", "k_params", "v_params")
 _VIEWS = ("table", "lens", "spare", "next_table")
 _INPUTS = {
@@ -64,8 +64,8 @@ _CACHE_OPS = {
     "cached_attention", "latent_attention", "observe", "cache_update", "cache_update_quantized", "read_quantized", "read_pages",
     "slot_rotary", "slot_positions", "rotate", "gate", "surprisal", "cached_past", "cached_scan", "cached_sum",
 }  # fmt: skip
-# Shapes by letters, the same size wherever the same letter stands in a call. B, K, C are the rows, kv heads and slots of the
-# table, T the new tokens, N all slots and new tokens.
+# Shapes by letters; a letter is the same size throughout a call. B, K, C are the rows, kv heads and slots of the table,
+# T the new tokens, N all slots and new tokens.
 _SHAPES = {
     "attention": "q BHTD k BKTD v BKTE sinks H alibi H",
     "cached_attention": (
@@ -101,23 +101,23 @@ _DTYPES = {
 
 
 class Sizes:
-    """Fake tensors on one device, whose sizes are numbers or named symbols; alike ones are the same object."""
+    """Makes fake tensors on one device whose sizes are numbers or named symbols; equal ones are the same object."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.shape_env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=False)
-        self.mode.cache_enabled = False  # equal calls are known here already, and filling torch's cache takes longer
+        self.mode.cache_enabled = False  # this class already shares equal calls, and filling torch's cache takes longer
         self._sizes = NamedSizes(self.mode)
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def size(self, name: str) -> Any:
-        """The size of this name."""
+        """Returns the size of this name."""
         return self._sizes[name]
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int | str]) -> Tensor:
-        """A contiguous tensor."""
+        """Returns a contiguous tensor."""
         key = (dtype, *shape)
         if key not in self._made:
             sizes = self._sizes.shape(shape)
@@ -126,7 +126,7 @@ class Sizes:
         return self._made[key]
 
     def same(self, tensor: Tensor) -> Tensor:
-        """The first tensor like this one."""
+        """Returns the first tensor equal to this one."""
         if tensor.layout != torch.strided:
             raise ArtifactError(f"it makes a tensor of layout {tensor.layout}, expected a strided one")
         key = (
@@ -137,8 +137,8 @@ class Sizes:
 
 @dataclass
 class Place:
-    """What a graph is checked against. what: the file, for errors. classes: of the layout, for pools; empty where the graph has
-    none. memory: bytes that values may take at a short call."""
+    """What a graph is checked against. what: the file, for errors. classes: of the layout, for pools; empty if the
+    graph has none. memory: bytes that values may take in a short call."""
 
     what: str
     sizes: Sizes
@@ -148,10 +148,10 @@ class Place:
 
 
 def check_graph(gm: fx.GraphModule, inputs: Mapping[str, Tensor], place: Place) -> Any:
-    """Recomputes all values of a graph; returns its output's. inputs: fake tensors, for each placeholder.
+    """Recomputes all values of a graph; returns its output's. inputs: a fake tensor per placeholder.
 
-    A value that the file says something about (`meta["val"]`) is compared and becomes the one that was computed. Raises
-    ArtifactError that names the node, its op and what is wrong.
+    A value that the file describes (`meta["val"]`) is compared and replaced by the computed one. Raises ArtifactError
+    that names the node, its op and what is wrong.
     """
     return _Check(gm, inputs, place).run()
 
@@ -162,7 +162,7 @@ class _Check:
         self.sizes = place.sizes
         self.values: dict[fx.Node, Any] = {}
         self.held = 0
-        self.updated: set[tuple[int, int]] = set()  # (class, layer of it) whose cache is updated
+        self.updated: set[tuple[int, int]] = set()  # (class, index of the layer in it) whose cache is updated
 
     def run(self) -> Any:
         nodes = list(self.gm.graph.nodes)
@@ -224,19 +224,19 @@ class _Check:
         _refuse_tensors(function, args, kwargs)
         _refuse_many_results(function, args, kwargs)
         try:
-            # The Python dispatcher: without it torch 2.11 takes sizes for numbers in composite ops (matmul).
+            # The Python dispatcher: without it torch 2.11 treats sizes as numbers in composite ops (matmul).
             with self.sizes.mode, env.suppress_guards(), enable_python_dispatcher():
                 return function(*args, **kwargs)
         except _UNKNOWN:
             return self._as_told(node)
-        except Exception as error:  # torch raises many types, of all of which the graph is the cause
+        except Exception as error:  # torch raises many types; all are the graph's fault
             lines = str(error).strip().splitlines()
             raise ArtifactError(
                 f"it can't be computed: {type(error).__name__}: {lines[0][:300] if lines else ''}; the file is damaged"
             ) from error
 
     def _as_told(self, node: fx.Node) -> Any:
-        """What the file says of a value whose shape depends on data."""
+        """Returns the file's statement about a value whose shape depends on data."""
         told = node.meta.get("val")
         if told is None:
             raise ArtifactError("its shape depends on data, and the file does not say what it is")
@@ -269,7 +269,7 @@ class _Check:
         return count
 
     def _compare(self, node: fx.Node, value: Any) -> None:
-        """What the file says of a value must be true; what was computed takes its place."""
+        """Checks that the file's statement about a value is true and replaces it with the computed value."""
         told = node.meta.get("val")
         if told is None:
             return
@@ -324,7 +324,8 @@ class _Check:
             raise ArtifactError(f"its {heads} heads can't share {groups} kv heads")
 
     def _check_roles(self, base: str, nodes: dict[str, Any], values: dict[str, Any]) -> None:
-        """Pages, tables, lengths and positions are the program's own inputs, all of the same layer's cache."""
+        """Checks that pages, tables, lengths and positions are the program's own inputs, all of the same layer's
+        cache."""
         found: set[tuple[int, int | None]] = set()
         for name, source in nodes.items():
             if source is None:
@@ -364,7 +365,7 @@ class _Check:
         return spec.cls
 
     def _layer_of(self, name: str, source: Any, kind: str) -> tuple[int, int]:
-        """Of a layer's part of an input that all layers share: its class, and its place there."""
+        """Returns the class and the layer's index in it, for a layer's part of an input that all layers share."""
         selects = isinstance(source, fx.Node) and source.target is aten.select.int and len(source.args) == 3
         if not selects or source.args[1] != 0 or type(source.args[2]) is not int:
             raise ArtifactError(
@@ -376,7 +377,8 @@ class _Check:
         return c, index
 
     def _budget(self, source: Any) -> Any:
-        """The input that a budget comes from: itself, or what ops that never give a head more than its pages made of it."""
+        """Returns the input that a budget comes from, directly or through ops that never give a head more than its
+        pages."""
         if not isinstance(source, fx.Node):
             return source
         if source.target is torch.ops.kvrewrite.kept_above.default:
@@ -420,7 +422,7 @@ class _Check:
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """After which node which others are not used any more."""
+    """Returns, for each node, the nodes that are used last by it."""
     seen: set[fx.Node] = set()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(nodes):
@@ -444,7 +446,8 @@ def _is_own_memory(node: Any) -> bool:
 
 
 def _any_layer(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that give the same kind of value: which of several layers is selected does not matter, if there is that one."""
+    """Replaces arguments by ones that give the same kind of value: the index of a selected layer does not matter if it
+    exists."""
     if target is aten.select.int and len(args) == 3 and type(args[2]) is int and isinstance(args[0], Tensor):
         count = args[0].shape[args[1]] if args[1] == 0 and args[0].dim() else None
         if isinstance(count, int) and 0 <= args[2] < count:
@@ -453,7 +456,7 @@ def _any_layer(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _key(value: Any) -> Any:
-    """What tells arguments apart."""
+    """Returns a key that distinguishes arguments."""
     if isinstance(value, Tensor):
         return ("tensor", id(value))
     if isinstance(value, Symbolic):
@@ -466,7 +469,7 @@ def _key(value: Any) -> Any:
 
 
 def _refuse_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A tensor in the place of a list or of a number is taken apart by torch element by element, which may not end."""
+    """Refuses a tensor in place of a list or number: torch would iterate over its elements, which may not end."""
     given = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
     for argument in op._schema.arguments:
         value, kind = given.get(argument.name), str(argument.type)
@@ -480,7 +483,7 @@ def _refuse_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: di
 
 
 def _refuse_many_results(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Ops that take a tensor apart into as many as it has rows do so for the example of a size, too, which is large."""
+    """Refuses ops that split a tensor into its rows: they would do so for the example of a size too, which is large."""
     given = {a.name: v for a, v in zip(op._schema.arguments, args)} | kwargs
     whole = given.get("self")
     if not any("List[Tensor]" in str(r.type) for r in op._schema.returns) or not isinstance(whole, Tensor):
@@ -503,7 +506,7 @@ def _refuse_many_results(op: torch._ops.OpOverload, args: tuple[Any, ...], kwarg
 
 
 def _arithmetic(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A call of Python's arithmetic on sizes."""
+    """Calls Python's arithmetic on sizes."""
     if function is operator.getitem:
         results, index = args
         if not isinstance(results, (list, tuple)) or type(index) is not int or not 0 <= index < len(results):
@@ -537,7 +540,7 @@ def _check_number(value: Any) -> None:
 
 
 def _at(size: Any, every: int) -> int:
-    """A size where every symbol is the same number."""
+    """Returns a size with the same number for every symbol."""
     if not isinstance(size, Symbolic):
         return size  # type: ignore[no-any-return]
     expression = size.node.expr
@@ -549,7 +552,7 @@ def _at(size: Any, every: int) -> int:
 
 
 def _differs(told: Any, value: Any) -> str:
-    """How a fact of the file differs from a value; "" where it does not. Symbols of both are not the same ones."""
+    """Says how a fact of the file differs from a value; "" if it does not. Their symbols have different names."""
     if isinstance(told, (list, tuple)):
         if not isinstance(value, (list, tuple)) or len(told) != len(value):
             return f"{len(told)} results, and it gives {_shown(value)}"

@@ -1,8 +1,9 @@
-"""Which tokens a mask by position lets through, told from its values at chosen positions of a text of any length.
+"""Classifies position-based masks by their values at chosen positions of a text of any length.
 
-What a mask does to the first tokens does not say what it does far away: a window of 4096 looks causal on 2048 tokens. So masks
-are compared at every distance up to the longest length, on few positions: of `spread(n)`, about 2 sqrt(n) positions, two lie at
-each distance up to n - 1. Where a window or chunk ends is looked at from several places in the text besides.
+A mask's effect on the first tokens does not show what it does far away: a window of 4096 looks causal on 2048 tokens.
+So masks are compared at every distance up to the longest length, but at few positions: among the about 2 sqrt(n)
+positions of `spread(n)`, two lie at each distance up to n - 1. The end of a window or chunk is also tested in several
+parts of the text.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ import torch
 from torch import Tensor
 
 BLOCK = 32  # of the last tokens
-FARTHEST = 1 << 17  # tokens up to which masks are compared where a model says no longest length
+FARTHEST = 1 << 17  # distance up to which masks are compared if a model states no longest length
 
 
 class UnknownMask(Exception):
-    """Why a mask is none that an evicted cache can keep."""
+    """The reason why an evicted cache can't keep a mask."""
 
 
 def spread(length: int) -> Tensor:
-    """Positions below `length`, ascending, int64: the first and the last ones, and two at every distance from 0 to length - 1."""
+    """Returns ascending int64 positions below `length`: the first and last ones, and two at every distance from 0 to
+    length - 1."""
     step = max(2, math.isqrt(length))
     last = range(max(0, length - BLOCK), length)
     return _sorted({*range(min(step, length)), *range(0, length, step), *last})
 
 
 def spread_length(count: int) -> int:
-    """A length for which `spread` has at most `count` positions, about the largest; BLOCK at least."""
+    """Returns about the largest length for which `spread` has at most `count` positions; at least BLOCK."""
     return max(BLOCK, (max(0, count - BLOCK - 2) // 2) ** 2)
 
 
@@ -38,7 +40,7 @@ def _sorted(positions: Iterable[int]) -> Tensor:
 
 
 def expected_mask(window: int, chunk: int, positions: Tensor) -> Tensor:
-    """The mask (n, n), queries by keys, of a window or chunk, or of neither (causal), at `positions` (n,)."""
+    """Returns the mask (n, n), queries by keys, of a window, a chunk or neither (causal) at `positions` (n,)."""
     q, kv = positions[:, None], positions
     seen = kv <= q
     if window:
@@ -49,17 +51,18 @@ def expected_mask(window: int, chunk: int, positions: Tensor) -> Tensor:
 
 
 def classify_mask(seen: Tensor, positions: Tensor) -> tuple[int, int]:
-    """(window, chunk) of a boolean mask (n, n) of queries by keys at `positions` (n,), which ascend from 0; 0 and 0: causal.
+    """Returns (window, chunk) of a boolean mask (n, n), queries by keys, at ascending `positions` (n,) from 0; 0 and 0:
+    causal.
 
-    Where a token does not see the first, `positions` must have the one before it, too (`with_ends`).
+    If a token does not see the first, `positions` must also have the one before it (`with_ends`).
 
-    Raises UnknownMask where it is neither.
+    Raises UnknownMask if it is none of these.
     """
     if bool((seen & (positions > positions[:, None])).any()):
         raise UnknownMask("the attention is not causal: tokens see later ones (bidirectional or prefix attention)")
     if torch.equal(seen, expected_mask(0, 0, positions)):
         return 0, 0
-    # The first query that does not see token 0 is as far as a window or chunk reaches.
+    # The first query that does not see token 0 gives the size of the window or chunk.
     reach = int(positions[int((~seen[:, 0]).nonzero()[0])]) if not bool(seen[:, 0].all()) else int(positions[-1]) + 1
     for found in ((reach, 0), (0, reach)):
         if torch.equal(seen, expected_mask(*found, positions)):
@@ -68,7 +71,8 @@ def classify_mask(seen: Tensor, positions: Tensor) -> tuple[int, int]:
 
 
 def with_ends(positions: Tensor, seen_at: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """`positions`, and those around the exact end of every window or chunk that ends before the last; and the mask there.
+    """Returns `positions` and those around the exact end of every window or chunk that ends before the last; and the
+    mask there.
 
     seen_at: positions (n,) -> what is seen (heads or 1, n, n).
     """
@@ -91,7 +95,8 @@ def with_ends(positions: Tensor, seen_at: Callable[[Tensor], Tensor]) -> tuple[T
 
 
 def _around(ends: set[int], last: int, most: int) -> set[int]:
-    """About `most` positions up to `last` at which windows and chunks of the sizes `ends` would end, in all parts of the text."""
+    """Returns about `most` positions up to `last` where windows and chunks of the sizes `ends` would end, all over the
+    text."""
     found: set[int] = set()
     queries = [last >> i for i in range(max(1, min(last.bit_length(), most // (7 * max(1, len(ends))))))]
     for end in ends:
@@ -103,7 +108,8 @@ def _around(ends: set[int], last: int, most: int) -> set[int]:
 
 
 def first_difference(seen: Tensor, other: Tensor, positions: Tensor) -> tuple[int, int] | None:
-    """The query and key nearest to each other for which two masks (..., n, n) differ; None where they are the same."""
+    """Returns the query and key, nearest to each other, at which two masks (..., n, n) differ; None if they are the
+    same."""
     differs = (seen != other).reshape(-1, *seen.shape[-2:]).any(0)
     if not bool(differs.any()):
         return None
@@ -113,5 +119,5 @@ def first_difference(seen: Tensor, other: Tensor, positions: Tensor) -> tuple[in
 
 
 def described(window: int, chunk: int) -> str:
-    """A mask in words."""
+    """Describes a mask in words."""
     return f"a window of {window}" if window else f"chunks of {chunk}" if chunk else "causal"

@@ -1,4 +1,4 @@
-"""Which node of a graph from a file failed, where running it did."""
+"""Names the node of a graph from a file that failed when it ran."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 
 from kvrewrite.errors import ArtifactError, KVRewriteError
 
-_ASSIGNS = re.compile(r"\s*(\w+)(?:\s*:[^=]*)? = ")  # a line of the code that torch.fx makes of a node
+_ASSIGNS = re.compile(r"\s*(\w+)(?:\s*:[^=]*)? = ")  # a line of the code that torch.fx generates for a node
 
 
 @contextlib.contextmanager
 def failures_named(source: Any) -> Iterator[None]:
-    """Turns what torch raises while a graph that was loaded from the directory `source` runs into an ArtifactError with the node.
+    """Turns what torch raises while a graph loaded from the directory `source` runs into an ArtifactError with the
+    node.
 
-    Other graphs (source is no path) and a GPU whose memory is full keep their errors.
+    Errors of other graphs (source is no path), and of a GPU that is out of memory, stay as they are.
     """
     try:
         yield
@@ -39,7 +40,7 @@ def failures_named(source: Any) -> Iterator[None]:
 
 
 def _node(traceback: TracebackType | None) -> str | None:
-    """The node whose line of generated code was running."""
+    """Returns the node whose line of generated code was running."""
     found = None
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename

@@ -1,8 +1,10 @@
-"""What each pass did, in torch's own logs: TORCH_LOGS="kvrewrite" for a line a pass, "+kvrewrite" for its graph as well.
+"""Logs what each pass did in torch's own logs: TORCH_LOGS="kvrewrite" for one line per pass, "+kvrewrite" also for its
+graph.
 
-TORCH_LOGS is parsed while torch is imported, when a package outside of torch can't have registered an alias or an artifact
-yet; it takes any importable module's name, so the logger is called after this module. With TORCH_TRACE the graph behind
-every pass is an artifact `kvrewrite_PASS`, which tlparse lists by that name. When both are off, a pass costs two checks.
+TORCH_LOGS is parsed while torch is imported, before a package outside torch can register an alias or an artifact; but
+it accepts any importable module's name, so the logger is named after this module. With TORCH_TRACE the graph after
+every pass is an artifact `kvrewrite_PASS`, which tlparse lists by that name. When both are off, a pass costs two
+checks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class PassLog:
         self._nodes: int | None = None
 
     def done(self, name: str, gm: fx.GraphModule, *, timed: bool = True) -> None:
-        """Reports the pass `name`, which has left the graph as it is now. timed: it ran since the last report."""
+        """Reports the pass `name`, whose result is the graph as it is now. timed: it ran since the last report."""
         if log.isEnabledFor(logging.INFO):
             milliseconds = (time.perf_counter() - self._started) * 1000
             nodes = len(gm.graph.nodes)
@@ -37,7 +39,7 @@ class PassLog:
         self._trace(name, lambda: str(gm.graph))
 
     def parts(self, name: str, count: int, graphs: Sequence[fx.GraphModule]) -> None:
-        """Reports the pass `name`, which has cut a graph into `count` parts, of which these are the distinct ones."""
+        """Reports the pass `name`, which cut a graph into `count` parts; graphs: the distinct ones."""
 
         def text() -> str:
             return "\n".join(f"# {i + 1} of {len(graphs)} distinct parts\n{gm.graph}" for i, gm in enumerate(graphs))
@@ -54,10 +56,10 @@ class PassLog:
             "artifact",
             metadata_fn=lambda: {"name": f"kvrewrite_{name}", "encoding": "string"},
             payload_fn=text,
-            expect_trace_id=False,  # a checkpoint is converted outside of any frame that dynamo compiles
+            expect_trace_id=False,  # a checkpoint is converted outside any frame that Dynamo compiles
         )
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out of the next pass's time what went by until now."""
+        """Excludes the time until now from the next pass's time."""
         self._started = time.perf_counter()

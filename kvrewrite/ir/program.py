@@ -1,4 +1,4 @@
-"""What the compiler produces: the rewritten graph with everything that a runtime and an artifact must know about it."""
+"""The compiler's result: the rewritten graph with everything that a runtime and an artifact must know about it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvrewrite.ir.site import AttentionSite
 class Program:
     """A rewritten model as data.
 
-    graph: flat GraphModule; its `get_attr` targets are parameters and buffers under dotted names, each in exactly one of
-    `base` (the original checkpoint's parameters and persistent buffers), `policy_weights` (what the policy inserted) and
-    `constants` (tables the model computes when it is built, such as inverse frequencies, and literals in its code).
+    graph: flat GraphModule; its `get_attr` targets are parameters and buffers under dotted names, each in exactly one
+    of `base` (the original checkpoint's parameters and persistent buffers), `policy_weights` (what the policy inserted)
+    and `constants` (tables the model computes when it is built, such as inverse frequencies, and literals in its code).
     layout: what the runtime needs (the graph's inputs, cache classes, states, rotary tables).
     policy: {"name": str, "options": dict}, plain JSON data. aliases: names of tied parameters, each to all its names.
     """

@@ -19,20 +19,21 @@ TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.num
 
 
 def is_weight_op(node: fx.Node) -> bool:
-    """Whether `node` multiplies by a weight: where a projection begins."""
+    """Whether `node` multiplies by a weight: a projection begins there."""
     if node.op == "call_function" and node.target is aten.matmul.default:
         return _is_weight(node.args[1])
     return node.op == "placeholder" or (node.op == "call_function" and node.target in WEIGHT_OPS)
 
 
 def _is_weight(node: Any) -> bool:
-    """Whether `node` is a parameter, maybe transposed (x @ weight.T)."""
+    """Whether `node` is a parameter, possibly transposed (x @ weight.T)."""
     while isinstance(node, fx.Node) and node.target in TRANSPOSES:
         node = node.args[0]
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def projections(node: fx.Node) -> list[fx.Node]:
-    """The outputs of weight ops that `node` is made from, in graph order, without looking behind them."""
+    """Returns the outputs of weight ops that `node` is made from, in graph order; does not look further up than
+    these."""
     region = ancestors([node], stop=is_weight_op)
     return sorted(n for n in region if is_weight_op(n) and n.op == "call_function")

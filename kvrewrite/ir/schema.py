@@ -1,8 +1,8 @@
-"""The two JSON files of a model directory as types: `graph.json` and `kvrewrite.json`, and how they are read.
+"""Defines the two JSON files of a model directory as types, `graph.json` and `kvrewrite.json`, and reads them.
 
-Reading checks kinds, ranges and lengths of everything before anything else sees it, and refuses keys that it does not know. What
-the types can't say (that a node is defined before it is used, that a shape fits) is checked by who uses the data. Files are
-limited in size, so that the memory that reading takes is, too.
+Reading checks the kinds, ranges and lengths of everything before anything else sees it, and refuses unknown keys.
+Conditions that types can't express (a node is defined before its use, a shape fits) are checked where the data is used.
+The size of the files is limited, and so is the memory that reading takes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kvrewrite.errors import ArtifactError
 
-MAX_FILE = 64 << 20  # bytes; the manifest of a model of 61 layers with 256 experts each has 6 MB, its graph 10 MB
+MAX_FILE = 64 << 20  # bytes; with 61 layers of 256 experts each, the manifest has 6 MB and the graph 10 MB
 MAX_NODES = 200_000
 MAX_ITEMS = 65_536  # in one argument list
 MAX_STRING = 4_096
@@ -36,7 +36,7 @@ Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class _Data(Struct, forbid_unknown_fields=True, gc=False):
-    """An object of which all keys are known."""
+    """An object that allows only known keys."""
 
 
 # --------------------------------------------------------------------------------------------------------------- graphs
@@ -53,7 +53,7 @@ class Tagged(_Data, rename={"tuple_": "tuple", "slice_": "slice", "float_": "flo
     memory_format: Text | UnsetType = UNSET
 
     def item(self) -> tuple[str, Any]:
-        """The one key and its value; ValueError where there are none or several."""
+        """Returns the one key and its value; raises ValueError if there are none or several."""
         found = [(f, value) for f in self.__struct_fields__ if (value := getattr(self, f)) is not UNSET]
         if len(found) != 1:
             raise ValueError(f"expected exactly one of {', '.join(self.__struct_encode_fields__)}, got {len(found)}")
@@ -62,7 +62,7 @@ class Tagged(_Data, rename={"tuple_": "tuple", "slice_": "slice", "float_": "flo
 
 
 Plain = bool | Int64 | float | Text | Tagged | None
-# Real graphs have lists in lists at most.
+# Real graphs nest lists at most once.
 Items1 = Annotated[list[Plain], Meta(max_length=MAX_ITEMS)]
 Items2 = Annotated[list[Plain | Items1], Meta(max_length=MAX_ITEMS)]
 Items3 = Annotated[list[Plain | Items2], Meta(max_length=MAX_ITEMS)]
@@ -72,7 +72,7 @@ SizeFact = Annotated[int, Meta(ge=0, le=MAX_SIZE)] | Annotated[str, Meta(pattern
 
 
 class TensorFact(_Data):
-    """What a graph file says of a tensor."""
+    """A graph file's statement about a tensor."""
 
     dtype: Text
     shape: Annotated[list[SizeFact], Meta(max_length=MAX_DIMS)]
@@ -101,7 +101,7 @@ class Graph(_Data):
 
 # ------------------------------------------------------------------------------------------------------------- manifest
 class File(_Data):
-    """What the manifest says of a file."""
+    """The manifest's entry for a file."""
 
     size: Annotated[int, Meta(ge=0, lt=1 << 62)]
     sha256: Digest
@@ -201,7 +201,7 @@ class Quantize(_Data):
 
 
 class Layout(_Data):
-    """What the runtime must know of a program."""
+    """What the runtime must know about a program."""
 
     classes: Annotated[list[CacheClass], Meta(max_length=MAX_LAYERS)]
     contiguous: bool
@@ -232,7 +232,7 @@ class StepInput(_Data):
 
 
 class Compiled(_Data):
-    """Steps that were compiled ahead."""
+    """Steps that were compiled ahead of time."""
 
     kind: Text
     files: list[Text]
@@ -277,7 +277,7 @@ class Head(Struct):
 
 # -------------------------------------------------------------------------------------------------------------- reading
 def read_bytes(path: Path) -> bytes:
-    """A whole file; ArtifactError where there is none, or where it is longer than `MAX_FILE`."""
+    """Returns a whole file; raises ArtifactError if there is none or it is longer than `MAX_FILE`."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE:
@@ -291,7 +291,8 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode(data: bytes, kind: type[T], what: Any) -> T:
-    """JSON text as `kind`. ArtifactError that says where it does not fit; what: the file that it comes from."""
+    """Parses JSON text as `kind`. Raises ArtifactError that says where it does not fit; what: the file that it comes
+    from."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
@@ -299,7 +300,7 @@ def decode(data: bytes, kind: type[T], what: Any) -> T:
 
 
 def check(data: Any, kind: type[T], what: Any) -> T:
-    """Decoded data as `kind`; the same errors."""
+    """Checks decoded data as `kind`; raises the same errors."""
     try:
         return msgspec.convert(data, type=kind)
     except (msgspec.ValidationError, RecursionError, UnicodeError) as error:
@@ -307,7 +308,7 @@ def check(data: Any, kind: type[T], what: Any) -> T:
 
 
 def place(error: Exception, data: Any = None) -> str:
-    """An error of msgspec with its place in front: "node 3 ('add').args[0]: Expected `int`, got `str`"."""
+    """Puts the place before an error of msgspec: "node 3 ('add').args[0]: Expected `int`, got `str`"."""
     text, _, at = str(error).partition(" - at `")
     if not at:
         return text or type(error).__name__

@@ -1,9 +1,8 @@
-"""Graphs as plain JSON data, and back.
+"""Turns graphs into plain JSON data, and back.
 
-A saved graph is data, never code: each node names an op on an explicit allow-list (`allow_list.py`), and reading one
-checks everything before `torch.fx` sees it. That matters more than it seems, because `torch.fx` turns a graph into Python
-source and executes it: node names, attribute names and keyword names all end up in that source, so each must look like
-a name.
+A saved graph is data, never code: each node names an op on an explicit allow-list (`allow_list.py`), and reading checks
+everything before `torch.fx` sees it. This matters because `torch.fx` turns a graph into Python source and executes it:
+node, attribute and keyword names all end up in that source, so each must look like a name.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ def _is_name(value: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- writing
 def graph_to_dict(gm: fx.GraphModule) -> dict[str, Any]:
-    """The graph of `gm` as plain JSON data, without its tensors, with what is known about its values.
+    """Returns the graph of `gm` as plain JSON data, without its tensors, with what is known about its values.
 
-    Raises ArtifactError that names the node for an op or an argument that a saved graph may not have.
+    Raises ArtifactError that names the node if an op or argument is not allowed in a saved graph.
     """
     nodes = []
     facts = FactWriter()
@@ -95,7 +94,7 @@ def _attribute(gm: nn.Module, path: str) -> Any:
 
 
 def _encode(value: Any, where: str) -> Any:
-    """One argument as JSON data: plain values as they are, everything else as an object with one key, its tag."""
+    """Encodes one argument as JSON data: plain values as they are, anything else as an object with one key, its tag."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, fx.Node):
@@ -126,7 +125,7 @@ def _encode(value: Any, where: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_graph(path: Path, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> fx.GraphModule:
-    """The graph in a file, as `graph_from_dict`."""
+    """Reads the graph in a file; see `graph_from_dict`."""
     data = schema.decode(schema.read_bytes(path), schema.Graph, path)
     return _build(data, tensors, device, str(path))
 
@@ -134,11 +133,11 @@ def read_graph(path: Path, tensors: Mapping[str, Tensor], device: torch.device |
 def graph_from_dict(
     data: Any, tensors: Mapping[str, Tensor], device: torch.device | str | None = None, what: str = "the graph"
 ) -> fx.GraphModule:
-    """The inverse of `graph_to_dict`.
+    """Inverts `graph_to_dict`.
 
-    data: what a graph file holds; it is not trusted. tensors: by attribute name; parameters stay parameters. device:
-    what the device arguments in the graph become; default: the device of the first tensor, else the CPU. what: the file, for
-    errors. Raises ArtifactError that names the node and the reason.
+    data: the content of a graph file; it is not trusted. tensors: by attribute name; parameters stay parameters.
+    device: replaces the device arguments in the graph; default: the device of the first tensor, else the CPU. what: the
+    file, for errors. Raises ArtifactError that names the node and the reason.
     """
     if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
         raise ArtifactError(f"{what} must be an object with a list of nodes; the file is damaged or not a graph")
@@ -220,7 +219,7 @@ def _read_node(entry: schema.Node, graph: fx.Graph, env: dict[str, fx.Node], dev
     return node
 
 
-# Indices that nobody checks are for code that made them itself.
+# Unchecked indices are only for code that made them itself.
 _CHECKED: dict[Any, Any] = {
     torch.ops.aten._unsafe_index.Tensor: torch.ops.aten.index.Tensor,
     torch.ops.aten._unsafe_index_put.default: torch.ops.aten.index_put.default,
@@ -228,7 +227,7 @@ _CHECKED: dict[Any, Any] = {
 
 
 def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Whether the call fits the op's schema in number and names of arguments."""
+    """Checks that the call fits the op's schema in number and names of arguments."""
     if not isinstance(function, torch._ops.OpOverload):
         arity = 1 if name in _ONE_ARGUMENT else 3 if name == "torch.sym_ite" else 2
         if kwargs or len(args) != arity:
@@ -252,10 +251,10 @@ def _check_call(where: str, name: str, function: Any, args: tuple[Any, ...], kwa
 
 
 def _wrong_type(argument: Any, value: Any) -> str | None:
-    """What is wrong with a value for an argument of a schema, where that is plain without running the op."""
+    """Says what is wrong with a value for a schema's argument, if that is clear without running the op."""
     kind = str(argument.type)
     if isinstance(value, fx.Node):
-        # Switches decide about shapes, so they can't be computed.
+        # Switches decide shapes, so they can't be computed.
         return f"what {value.name!r} computes" if kind in ("bool", "Optional[bool]", "str", "Optional[str]") else None
     if value is None:
         return None if kind.startswith("Optional") or "None" in kind or argument.has_default_value() else "nothing"
@@ -273,7 +272,7 @@ def _wrong_type(argument: Any, value: Any) -> str | None:
 
 
 def _decode(value: Any, where: str, env: Mapping[str, fx.Node], device: torch.device) -> Any:
-    """The inverse of `_encode`, for data that is not trusted."""
+    """Inverts `_encode`, for data that is not trusted."""
     if isinstance(value, list):
         return [_decode(v, where, env, device) for v in value]
     if not isinstance(value, schema.Tagged):
@@ -314,7 +313,7 @@ def _attach(root: nn.Module, target: str, node: str, tensors: Mapping[str, Tenso
 
 
 def attach(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor on a module under a dotted name that comes from a file; ArtifactError where it can't be there."""
+    """Puts a tensor on a module under a dotted name from a file; raises ArtifactError if the name is not possible."""
     try:
         set_attr(root, name, tensor)
     except (KeyError, TypeError, AttributeError) as error:
@@ -323,9 +322,9 @@ def attach(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- devices
 def retarget_device(gm: fx.GraphModule, device: torch.device | str) -> None:
-    """Rewrites every device argument in a live graph to `device`, so that the graph runs where its tensors are.
+    """Sets every device argument in a live graph to `device`, so that the graph runs where its tensors are.
 
-    Ops that make tensors from nothing and say no device get one too: their default would be the CPU.
+    Ops that make tensors from nothing and name no device get one too: their default would be the CPU.
     """
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -334,7 +333,7 @@ def retarget_device(gm: fx.GraphModule, device: torch.device | str) -> None:
 
 
 def put_on(node: fx.Node, device: torch.device) -> None:
-    """The same for one call; the graph has to be compiled again."""
+    """Does the same for one call; the graph must be recompiled afterwards."""
 
     def leaf(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value

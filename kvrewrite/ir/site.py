@@ -11,13 +11,13 @@ class AttentionSite:
     """One attention call, as found in the captured graph.
 
     `layer` counts sites in execution order; `module` is the path of the `nn.Module` that made the call. `window` and
-    `chunk` are in tokens, 0 where the mask has none: a query at position p sees keys at positions in (p - window, p],
+    `chunk` are in tokens, 0 if the mask has none: a query at position p sees keys at positions in (p - window, p],
     or in [chunk * (p // chunk), p].
 
-    latent: channels of the compressed latent that the keys and values of all heads are made of (MLA), 0 where there is none;
-    latent_rotary: channels of the rotated part of the keys that all heads share. latent_cached: the cache holds those two
-    instead; then kv_heads, head_dim and v_head_dim are 1, latent + latent_rotary and latent, and a token's value is the first
-    channels of its key. expanded: [kv_heads, head_dim, v_head_dim] as they are in the model then.
+    latent: channels of the compressed latent that the keys and values of all heads are made of (MLA), 0 if there is
+    none; latent_rotary: channels of the rotated part of the keys that all heads share. latent_cached: the cache holds
+    these two instead; then kv_heads, head_dim and v_head_dim are 1, latent + latent_rotary and latent, and a token's
+    value is the first channels of its key. expanded: the model's own [kv_heads, head_dim, v_head_dim] in that case.
     """
 
     layer: int
@@ -43,32 +43,32 @@ class AttentionSite:
 
     @property
     def mask(self) -> str:
-        """The kind of mask: "causal", "sliding" or "chunked"."""
+        """Returns the kind of mask: "causal", "sliding" or "chunked"."""
         return "sliding" if self.window else "chunked" if self.chunk else "causal"
 
     @property
     def cached_v_dim(self) -> int:
-        """Channels of a value that the cache holds beside the key."""
+        """Returns the channels of a value that the cache holds beside the key."""
         return 0 if self.latent_cached else self.v_head_dim
 
     @property
     def cached_channels(self) -> int:
-        """Numbers that the cache holds of one token in one kv head."""
+        """Returns how many numbers the cache holds per token and kv head."""
         return self.head_dim + self.cached_v_dim
 
     def as_dict(self) -> dict[str, Any]:
-        """The site as plain data, for reports and for the artifact."""
+        """Returns the site as plain data, for reports and for the artifact."""
         return {**asdict(self), "mask": self.mask}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionSite:
-        """The inverse of `as_dict`."""
+        """Inverts `as_dict`."""
         return cls(**{k: v for k, v in data.items() if k != "mask"})
 
 
 @dataclass
 class NoSite:
-    """An anchor that looked like attention but cannot be rewritten, and why. Falsy, like a failed match."""
+    """An anchor that looked like attention but cannot be rewritten, and the reason. Falsy, like a failed match."""
 
     node: str
     module: str

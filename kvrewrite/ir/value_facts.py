@@ -1,10 +1,10 @@
-"""What is known about a graph's values, as JSON data: dtypes, shapes and which sizes are the same.
+"""Stores what is known about a graph's values as JSON data: dtypes, shapes and which sizes are the same.
 
-What comes behind reading a graph asks for it: kernels are fused only where shapes are known to fit, and parts are compiled for
-sizes that move. A graph that came from a file without it would run, but slower than the one that was written.
+Passes after loading need it: kernels are fused only if shapes are known to fit, and parts are compiled for sizes that
+change. Without these facts a loaded graph would run, but slower than the one that was written.
 
-A size that is no number is a name, "d0", "d1", ..., the same one wherever a graph has the same expression. What it was computed
-from is lost: "d2" may once have been the product of the other two. Strides are not kept; nothing behind a file asks for them.
+A symbolic size is a name, "d0", "d1", ..., the same wherever a graph has the same expression. How it was computed is
+lost: "d2" may once have been the product of the other two. Strides are not kept; nothing after loading needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvrewrite.ir.fx import symbol
 from kvrewrite.ir.schema import TensorFact
 
 DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-_FIRST_HINT = 1_000_003  # sizes have examples as torch wants them: numbers that no real size is, all different
+_FIRST_HINT = 1_000_003  # torch wants an example per size: numbers that no real size has, all different
 
 
 class FactWriter:
@@ -32,7 +32,7 @@ class FactWriter:
         self._names: dict[str, str] = {}
 
     def __call__(self, value: Any) -> Any:
-        """Facts of a tensor {"dtype", "shape"}, of a size, or a list of them; None where nothing is known."""
+        """Returns the facts of a tensor {"dtype", "shape"}, of a size, or a list of them; None if nothing is known."""
         if isinstance(value, Tensor):
             return {"dtype": str(value.dtype).removeprefix("torch."), "shape": [self._size(d) for d in value.shape]}
         if isinstance(value, torch.SymInt) or type(value) is int:
@@ -49,8 +49,8 @@ class FactWriter:
 
 
 class NamedSizes:
-    """Sizes by name in one fake mode, each a symbol of its own; not to be asked for while the mode is on. known: names that
-    have a size already."""
+    """Named sizes in one fake mode, each a symbol of its own; do not ask for them while the mode is on. known: names
+    that have a size already."""
 
     def __init__(self, mode: FakeTensorMode, known: Mapping[str, Any] | None = None):
         self._mode, self._sizes = mode, dict(known or {})
@@ -63,12 +63,13 @@ class NamedSizes:
         return self._sizes[name]
 
     def shape(self, sizes: Sequence[int | str]) -> list[Any]:
-        """A shape whose names have become sizes."""
+        """Replaces the names in a shape with sizes."""
         return [self[size] if isinstance(size, str) else size for size in sizes]
 
 
 class FactReader:
-    """The inverse for one graph, whose tensors lie on `device`. Values are fake tensors; alike ones are the same object."""
+    """Inverts `FactWriter` for one graph with tensors on `device`. Values are fake tensors; equal ones are the same
+    object."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -77,7 +78,8 @@ class FactReader:
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, fact: Any, where: str) -> Any:
-        """What `FactWriter` was given. fact: of a `schema.Node`. Raises ArtifactError that begins with `where`."""
+        """Returns what `FactWriter` was given. fact: of a `schema.Node`. Raises ArtifactError that begins with
+        `where`."""
         if isinstance(fact, TensorFact):
             return self._tensor(fact, where)
         if isinstance(fact, list):

@@ -1,4 +1,4 @@
-"""The operator that reads a latent cache (MLA). See `ops.py`.
+"""The operator that reads a latent cache (MLA).
 
 Such a cache has one kv head, whose key is a token's latent and the rotated key part that all heads share, [c, r] (R + P
 channels). The value is the latent: the first R channels of the key, so that `v_pages` have a width of 0.

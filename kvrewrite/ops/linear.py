@@ -1,4 +1,4 @@
-"""The operators that the linear layers of a decode step are fused into (passes/lower/fuse_linears.py). See `ops.py`.
+"""The operators that the linear layers of a decode step are fused into (passes/lower/fuse_linears.py).
 
 The reference is `torch.nn.functional.linear` layer by layer, and RMS norms as transformers has them: on the CPU the same bits
 as the graph that was fused. The kernels (kernels/linear/small.py) serve up to KERNEL_TOKENS tokens; for more there is one

@@ -1,4 +1,4 @@
-"""The operators that policies score with: schemas, fakes and the dispatch to their implementations. See `ops.py`."""
+"""The operators that policies score with: schemas, fakes and the dispatch to their implementations."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""An HTTP server with OpenAI's API around one rewritten model: `kvrewrite serve DIR`.
+"""An HTTP server with OpenAI's API for one rewritten model: `kvrewrite serve DIR`.
 
-Requests run one after another, in the order in which they came, in one thread that owns the model and the tokenizer; others
-wait in a bounded queue. So an answer does not depend on who else asks, and at most one cache is alive: its pages go back
-when the request ends, also when its client has gone. There is no continuous batching and no reuse of prefixes. The tokens
-are made by transformers' own `generate`, so what generation_config.json says holds here, too.
+Requests run one after another, in order of arrival, in one thread that owns the model and the tokenizer; others wait in
+a bounded queue. So an answer does not depend on other requests, and at most one cache is alive: its pages are returned
+when the request ends, also if its client has gone. There is no continuous batching and no prefix reuse. transformers'
+own `generate` makes the tokens, so generation_config.json applies.
 
-requests: what a client may ask, checked. text: tokens to text, and stop strings. engine: the thread and its queue. http: the
-application. server: sockets, their limits, signals.
+requests: checks what a client may ask. text: tokens to text, and stop strings. engine: the thread and its queue. http:
+the application. server: sockets, their limits, signals.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The thread that owns the model and the tokenizer, and the queue of requests before it."""
+"""Runs requests: one thread owns the model and the tokenizer and serves a queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvrewrite.runtime.model import CACHE_NAME
 from kvrewrite.serving.requests import Request, RequestError
 from kvrewrite.serving.text import TextStream
 
-JOIN_SECONDS = 5.0  # how long `close` waits for the thread, which can't be interrupted within a pass through the model
+JOIN_SECONDS = 5.0  # how long `close` waits for the thread, which can't be interrupted during a forward
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Event:
 
 
 class Job:
-    """A request on its way through the engine; events are delivered to `emit`, in any thread, which must not wait.
+    """A request in the engine; `emit` receives its events, in any thread, and must not block.
 
     cancelled: nobody waits for the answer any more. `Engine.cancel` sets it.
     """
@@ -44,7 +44,7 @@ class Job:
         self.cancelled = threading.Event()
 
     def check(self) -> None:
-        """Called before every pass through the model: raises _Abandoned where nobody waits for the answer."""
+        """Called before every forward: raises _Abandoned if nobody waits for the answer."""
         if self.cancelled.is_set():
             raise _Abandoned
 
@@ -54,13 +54,13 @@ class _Abandoned(Exception):
 
 
 class _Sink(BaseStreamer):
-    """Takes the tokens of `generate`, the prompt first."""
+    """Receives the tokens of `generate`, the prompt first."""
 
     def __init__(self, job: Job, text: TextStream):
         self.job, self.text, self.tokens, self._prompt = job, text, 0, True
 
     def put(self, value: torch.Tensor) -> None:
-        """New tokens."""
+        """Receives new tokens."""
         if self._prompt:
             self._prompt = False
             return
@@ -71,11 +71,11 @@ class _Sink(BaseStreamer):
                 self.job.emit(Event(piece))
 
     def end(self) -> None:
-        """The rest is given by the engine, which knows why it ended."""
+        """Does nothing: the engine sends the rest, because it knows why generation ended."""
 
 
 class _Ends(StoppingCriteria):
-    """Ends generation where a stop string was found or nobody waits for the answer."""
+    """Ends generation after a stop string, or if nobody waits for the answer."""
 
     def __init__(self, job: Job, text: TextStream):
         self.job, self.text = job, text
@@ -86,11 +86,11 @@ class _Ends(StoppingCriteria):
 
 
 class Engine:
-    """One thread that owns a rewritten model and its tokenizer, and a queue of requests before it.
+    """Runs one thread that owns a rewritten model and its tokenizer, with a queue of requests.
 
-    max_new_tokens: the most that a request may ask for, and what it gets where it asks for nothing (chat).
+    max_new_tokens: the most that a request may ask for, and the default (chat).
     max_prompt_tokens: the longest prompt. waiting: requests that may wait; more are refused.
-    Whatever happens in a request, its client gets an answer, and the thread goes on.
+    Whatever happens in a request, its client gets an answer and the thread continues.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_prompt_tokens, self.max_waiting = max_new_tokens, max_prompt_tokens, waiting
         self.served, self.cancelled, self.failed = 0, 0, 0
-        self.leased_after = 0  # bytes of pages that the last request's cache still had when it was reset; 0 is right
+        self.leased_after = 0  # bytes of pages that the last request's cache still held when it was reset; should be 0
         self._changed = threading.Condition()  # guards the next five
         self._waiting: deque[Job] = deque()
         self._current: Job | None = None
@@ -130,11 +130,11 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Returns the number of waiting requests."""
         return len(self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Puts a request into the queue; raises RequestError where it is full, the request too large or the server ending."""
+        """Queues a request; raises RequestError if the queue is full, the request too large or the server ending."""
         request = job.request
         if request.max_tokens is not None and request.max_tokens > self.max_new_tokens:
             raise RequestError(
@@ -155,8 +155,8 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Says that nobody waits for a job: one that waits leaves the queue, one that runs ends at its next token or, in its
-        prompt, at the next chunk. Without effect on one that has ended."""
+        """Cancels a job that nobody waits for: a waiting one leaves the queue, a running one ends at its next token or,
+        during its prompt, at the next chunk. Does nothing to one that has ended."""
         job.cancelled.set()
         with self._changed:
             if job in self._waiting:
@@ -164,12 +164,12 @@ class Engine:
                 self.cancelled += 1
 
     def drain(self) -> None:
-        """Takes no requests from now on; those that it has are served."""
+        """Refuses new requests from now on; those accepted are served."""
         self._draining = True
 
     def stop(self) -> None:
-        """Answers every request that runs or waits with an error, and ends the thread at the next token or chunk. Returns at
-        once."""
+        """Answers every running or waiting request with an error, and ends the thread at the next token or chunk.
+        Returns immediately."""
         with self._changed:
             self._stopped = True
             ended = [*([self._current] if self._current else []), *self._waiting]
@@ -181,13 +181,13 @@ class Engine:
                 job.cancelled.set()
 
     def close(self) -> None:
-        """`stop`, and waits for the thread for a while."""
+        """Calls `stop` and waits a while for the thread."""
         self.stop()
         self._thread.join(JOIN_SECONDS)
 
     # -- the thread ----------------------------------------------------------------------------------------------
     def _take(self) -> Job | None:
-        """The next request; None where the engine stops."""
+        """Returns the next request; None if the engine stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._waiting)
             if self._stopped:
@@ -205,7 +205,7 @@ class Engine:
                 except BaseException as error:  # also SystemExit and panics of extensions: others wait for this thread
                     self.failed += 1
                     if not isinstance(error, (RequestError, KVRewriteError)):
-                        traceback.print_exc()  # the client is told, and so is whoever runs the server
+                        traceback.print_exc()  # tells whoever runs the server; the client is told too
                     job.emit(Event(error=error))
                 finally:
                     self._current = None
@@ -232,8 +232,8 @@ class Engine:
             )
         from jinja2 import TemplateError
 
-        # Variables of the template are the client's; the template itself, and how it is applied, are not: a template can keep
-        # the only thread busy for ever.
+        # The client sets a template's variables, but not the template or how it is applied: a template could keep the
+        # only thread busy for ever.
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         if taken := sorted(n for n in request.template if n in own):
             raise RequestError(

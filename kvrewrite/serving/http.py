@@ -23,13 +23,14 @@ from kvrewrite.serving.engine import Engine, Event, Job
 from kvrewrite.serving.limits import Limits
 from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, Request, RequestError, read_json, read_request
 
-POLL = 0.1  # seconds between looks at whether the client is still there
+POLL = 0.1  # seconds between checks that the client is still there
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class Bodies:
-    """The bodies that are being read. A body has `seconds` to be whole, and all of them may have `most` bytes in all: where
-    they have more, the one that has been read for longest gives way, so that slow clients do not keep out fast ones."""
+    """Limits the request bodies that are being read. Each body has `seconds` to arrive, and all together may have
+    `most` bytes; beyond that, the body that has been read for longest is dropped, so that slow clients do not block
+    fast ones."""
 
     def __init__(self, body: int, most: int, seconds: float):
         self.body, self.most, self.seconds = body, most, seconds
@@ -37,7 +38,7 @@ class Bodies:
         self._sizes: dict[asyncio.Timeout, int] = {}  # oldest first
 
     async def read(self, request: HTTPRequest) -> bytearray:
-        """The body of a request; raises RequestError where it is too long or too slow."""
+        """Returns the body of a request; raises RequestError if it is too long or too slow."""
         if int(request.headers.get("content-length", "0")) > self.body:
             raise self._too_long()
         data = bytearray()
@@ -69,7 +70,7 @@ class Bodies:
             _end(oldest)
 
     def close(self) -> None:
-        """Ends what is being read; new bodies are not taken."""
+        """Ends all reading; new bodies are refused."""
         self.closed = True
         for deadline in self._sizes:
             _end(deadline)
@@ -84,11 +85,11 @@ class Bodies:
 
 def _end(deadline: asyncio.Timeout) -> None:
     if not deadline.expired():
-        deadline.reschedule(0)  # a time that has passed
+        deadline.reschedule(0)  # a time in the past
 
 
 class _Streaming(StreamingResponse):
-    """A stream whose job ends with it, whether it was read to its end or not."""
+    """A stream that ends its job when it ends, whether it was read completely or not."""
 
     def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]):
         super().__init__(content, media_type="text/event-stream")
@@ -102,9 +103,10 @@ class _Streaming(StreamingResponse):
 
 
 def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlette:
-    """The ASGI application: /v1/chat/completions, /v1/completions, /v1/models and /health. name: what the model is called.
+    """Makes the ASGI application: /v1/chat/completions, /v1/completions, /v1/models and /health. name: the model's
+    name.
 
-    `app.state.bodies` is what it is reading (`Bodies`). Its lifespan closes the engine.
+    `app.state.bodies` holds the bodies being read (`Bodies`). Its lifespan closes the engine.
     """
     limits = limits or Limits()
     longest = BYTES_BESIDE + BYTES_PER_TOKEN * engine.max_prompt_tokens
@@ -183,7 +185,7 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
 
 
 def _check_origin(request: HTTPRequest) -> None:
-    """Refuses what a web page of somebody else can make a browser send: a form, or (by rebinding a name) JSON."""
+    """Refuses what a foreign web page can make a browser send: a form, or (by DNS rebinding) JSON."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise RequestError(
@@ -201,14 +203,14 @@ def _check_origin(request: HTTPRequest) -> None:
 def _host(origin: str) -> str | None:
     try:
         return urlsplit(origin).hostname
-    except ValueError:  # an address in brackets that is none
+    except ValueError:  # a malformed address in brackets
         return None
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 def _refused(_: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    # What is left of a body that was too slow is not waited for.
+    # Does not wait for the rest of a body that was too slow.
     headers = {"Connection": "close"} if error.status == 408 else None
     return JSONResponse(error.body(), error.status, headers)
 
@@ -245,7 +247,7 @@ def _deliver(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], even
 
 
 async def _next(events: asyncio.Queue[Event], disconnected: Callable[[], Awaitable[bool]]) -> Event:
-    """The next event; raises its error, or ClientDisconnect where the client has gone."""
+    """Returns the next event; raises its error, or ClientDisconnect if the client has gone."""
     while True:
         try:
             event = await asyncio.wait_for(events.get(), POLL)
@@ -259,7 +261,7 @@ async def _next(events: asyncio.Queue[Event], disconnected: Callable[[], Awaitab
 
 
 async def _stream(request: Request, events: asyncio.Queue[Event], event: Event, shape: _Shape) -> AsyncIterator[str]:
-    """Server-sent events, `event` first."""
+    """Yields server-sent events, `event` first."""
     if request.chat:
         yield _sse(shape.chunk(role="assistant"))
     while True:
@@ -282,7 +284,7 @@ def _sse(data: dict[str, Any]) -> str:
 
 
 class _Shape:
-    """Answers as OpenAI's API has them."""
+    """Formats answers as in OpenAI's API."""
 
     def __init__(self, request: Request, model: str):
         self.request = request

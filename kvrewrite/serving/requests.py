@@ -1,4 +1,4 @@
-"""What a client may ask: the schema of a request's JSON body, and the errors that say which field is wrong."""
+"""Defines what a client may ask: the schema of a request's JSON body, with errors that name the wrong field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-# Fields of a request that change nothing in an answer.
+# Fields of a request that do not change the answer.
 _HARMLESS = {
     "user",
     "metadata",
@@ -31,7 +31,7 @@ _HARMLESS = {
     "prompt_cache_key",
     "parallel_tool_calls",
 }
-# Fields that would change it and are not done here: refused unless they have a value that asks for nothing.
+# Fields that would change it and are not supported: refused unless their value asks for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "logprobs": (None, False),
     "top_logprobs": (None, 0), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
@@ -39,24 +39,24 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
     "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
 }  # fmt: skip
-# The same of a message: what clients send back of an answer.
+# The same for a message: fields that clients send back from an answer.
 _NOTHING_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "refusal": (None, ""), "annotations": (None, []), "audio": (None,), "function_call": (None,), "tool_calls": (None, []),
 }  # fmt: skip
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings, and characters of each
-MIN_TEMPERATURE = 1e-8  # logits divided by less may overflow
-BYTES_PER_TOKEN, BYTES_BESIDE = 16, 1 << 16  # of a body: for each token of the longest prompt, and for the rest
+MIN_TEMPERATURE = 1e-8  # dividing logits by less may overflow
+BYTES_PER_TOKEN, BYTES_BESIDE = 16, 1 << 16  # of a body: per token of the longest prompt, and for the rest
 
 
 class RequestError(Exception):
-    """What a client did wrong (or the server can't do), as OpenAI's API reports it."""
+    """A client's mistake (or something the server can't do), in the form of OpenAI's API."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """The JSON body of the response."""
+        """Returns the JSON body of the response."""
         kind = {404: "not_found_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
@@ -65,7 +65,7 @@ class RequestError(Exception):
 
 @dataclass
 class Request:
-    """One request, checked. prompt: text, token ids, or (chat) messages; template: variables of the chat template."""
+    """One checked request. prompt: text, token ids, or (chat) messages; template: variables of the chat template."""
 
     prompt: Any
     chat: bool
@@ -74,7 +74,7 @@ class Request:
     seed: int | None
     stops: list[str]
     stream: bool
-    usage: bool  # in the stream, too
+    usage: bool  # also in the stream
     template: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -89,7 +89,7 @@ def _temperature(value: float) -> float:
 
 
 def _as_list(value: Any) -> Any:
-    """One stop string as a list."""
+    """Returns one stop string as a list."""
     return [value] if isinstance(value, str) else value
 
 
@@ -98,7 +98,7 @@ def _text_or_list(value: Any) -> str | None:
 
 
 def _one_prompt(value: Any) -> Any:
-    """A list with one prompt as that prompt."""
+    """Replaces a list with one prompt by that prompt."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
         value = value[0]
     several = isinstance(value, list) and any(isinstance(v, (str, list)) for v in value[:1])
@@ -142,7 +142,8 @@ _Id = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 def _either(name: str) -> Discriminator:
-    """Chooses between text and a list, so that an error is about the one that was given. Tags are no part of a place."""
+    """Chooses between text and a list, so that an error is about the one that was given. Tags are not part of the
+    place."""
     return Discriminator(_text_or_list, custom_error_type=name, custom_error_message=f"expected {name}")
 
 
@@ -168,7 +169,7 @@ class _Message(_Strict):
         Annotated[str, Tag("<text>")] | Annotated[list[_Part], Field(fail_fast=True), Tag("<list>")],
         _either("content that is text (no images, audio or tool calls)"),
     ]
-    name: str | None = None  # these two are for the template, which may leave them out
+    name: str | None = None  # these two are for the template, which may ignore them
     reasoning_content: str | None = None
 
     @model_validator(mode="before")
@@ -183,7 +184,7 @@ class _Message(_Strict):
         }
 
     def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it: content is one text."""
+        """Returns the message as chat templates expect it: content is one text."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         others = {"name": self.name, "reasoning_content": self.reasoning_content}
         return {"role": self.role, "content": content, **{k: v for k, v in others.items() if v is not None}}
@@ -197,7 +198,8 @@ class _Chat(_Body):
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_json(data: bytes | bytearray) -> Any:
-    """A body as JSON; raises RequestError also for what Python's reader takes: lone surrogates, NaN, deep nesting."""
+    """Parses a body as JSON; also refuses what Python accepts: lone surrogates, NaN, deep nesting. Raises
+    RequestError."""
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -209,7 +211,7 @@ def _is_nothing(value: Any, nothing: tuple[Any, ...]) -> bool:
 
 
 def read_request(body: Any, chat: bool) -> Request:
-    """A request's JSON body as a Request; raises RequestError."""
+    """Parses a request's JSON body; raises RequestError."""
     if not isinstance(body, dict):
         raise RequestError("the body is not a JSON object")
     schema = _Chat if chat else _Completion
@@ -233,7 +235,7 @@ def read_request(body: Any, chat: bool) -> Request:
         sampling = {"do_sample": found.temperature > 0}
         if found.temperature > 0:
             sampling["temperature"] = found.temperature
-    if found.top_p == 0:  # only the likeliest token
+    if found.top_p == 0:  # only the most likely token
         sampling = {"do_sample": False}
     if sampling.get("do_sample", True):
         given = {"top_p": found.top_p, "top_k": found.top_k, "min_p": found.min_p}
@@ -254,7 +256,7 @@ def read_request(body: Any, chat: bool) -> Request:
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
-    """The first thing that is wrong, with the field's place."""
+    """Returns the first error, with the field's place."""
     first = error.errors(include_url=False, include_context=False)[0]
     places = [p for p in first["loc"] if not (isinstance(p, str) and p.startswith("<"))]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p:.60}" for p in places).removeprefix(".")

@@ -1,4 +1,4 @@
-"""Sockets: how long a connection may take, how many there may be, and what signals do."""
+"""Handles sockets: time limits and number of connections, and signals."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kvrewrite.serving.engine import Engine
 from kvrewrite.serving.http import make_app
 from kvrewrite.serving.limits import Limits
 
-ANSWER_SECONDS = 2.0  # after the engine has stopped, for its last answers to go out
+ANSWER_SECONDS = 2.0  # after the engine has stopped, for its last answers to be sent
 BACKLOG = 128  # connections accepted at once, before any of them is counted
 logger = logging.getLogger("uvicorn.error")
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which ends where its client does not go on: uvicorn itself waits for ever for a request's head,
-    for a body and for a client that takes nothing of its answer."""
+    """uvicorn's connection, closed if its client stalls: uvicorn itself waits for ever for a request's head, for a body
+    and for a client that reads nothing of its answer."""
 
     def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         self._period = min(1.0, min(self._seconds.values()) / 4)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Counts the connection; where there are too many, closes the one that has idled longest."""
+        """Counts the connection; if there are too many, closes the one that has idled longest."""
         super().connection_made(transport)
         self._look()
         others: list[Connection] = [c for c in self.connections if isinstance(c, Connection) and c is not self]
@@ -52,14 +52,14 @@ class Connection(H11Protocol):
         min(idle, key=lambda c: c.opened, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the watch."""
+        """Ends the timer."""
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
 
     def stage(self) -> str:
-        """What the connection is at: waiting for a request ("head"), for its body, for its answer ("served"), for the client
-        to take it ("stalled") or to go."""
+        """The connection's stage: waiting for a request ("head"), for its body, for its answer ("served"), for the
+        client to read it ("stalled"), or for the client to go."""
         if self.transport.is_closing():
             return "closing"
         if self.flow.write_paused:
@@ -69,11 +69,11 @@ class Connection(H11Protocol):
         return "body" if self.cycle.more_body else "served"
 
     def _look(self) -> None:
-        """Aborts the connection where it has been at one stage of one request for too long."""
+        """Aborts the connection if it has been at one stage of one request for too long."""
         stage, now = (self.stage(), self.cycle), self.loop.time()
         if stage != self._stage:
             self._stage, self._since = stage, now
-        # The application answers to a body that is late (408); this is for what is left of bodies that it does not read.
+        # The application answers a late body (408); this is for the rest of bodies that it does not read.
         late = self._since + self._seconds[stage[0]] + (self._period * 4 if stage[0] == "body" else 0)
         if now >= late:
             self.transport.abort()
@@ -82,25 +82,25 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends in a bounded time. The first signal ends what is half sent, leaves grace_seconds to the
-    requests that are there, then answers the rest with an error. A second one ends at once."""
+    """uvicorn's server, which ends in bounded time. The first signal ends half-sent requests, gives accepted ones
+    grace_seconds, and then answers the rest with an error. A second signal ends at once."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, bodies: Any, limits: Limits):
         super().__init__(config)
         self.engine, self.bodies, self.limits = engine, bodies, limits
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal."""
+        """Handles a signal."""
         again = self.should_exit
         super().handle_exit(sig, frame)
         self.force_exit = self.force_exit or again
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: also where the engine can't serve any more."""
+        """Returns whether to end: also if the engine can't serve any more."""
         return await super().on_tick(counter) or not self.engine.alive
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends what the server does; see the class."""
+        """Shuts down; see the class."""
         self.engine.drain()
         self.bodies.close()
         ending = asyncio.create_task(self._end())
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
     async def _wait(self, seconds: float) -> None:
-        """Waits until all connections are closed, for so long at most, and not after a second signal."""
+        """Waits until all connections are closed, at most `seconds`, and not after a second signal."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while self.server_state.connections and loop.time() < end and not self.force_exit:
@@ -126,7 +126,7 @@ def make_server(
     engine: Engine, name: str, *, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info",
     limits: Limits | None = None,
 ) -> Server:  # fmt: skip
-    """A server for an engine; `run()` serves until a signal comes. name: what the model is called."""
+    """Makes a server for an engine; `run()` serves until a signal comes. name: the model's name."""
     limits = limits or Limits()
     limits.check(engine.max_waiting)
     app = make_app(engine, name, limits)
@@ -140,7 +140,7 @@ def make_server(
 
 
 def serve(engine: Engine, name: str, **settings: Any) -> None:
-    """Serves until it is interrupted; `settings` are those of `make_server`. Raises KVRewriteError where the engine ended by
+    """Serves until it is interrupted; settings: those of `make_server`. Raises KVRewriteError if the engine ended by
     itself."""
     server = make_server(engine, name, **settings)
     try:

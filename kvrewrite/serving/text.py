@@ -1,31 +1,31 @@
-"""Text of tokens as they come, up to a stop string. The time is linear in the text, whatever the stop strings are."""
+"""Turns tokens into text as they come, up to a stop string, in time linear in the text for any stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-HELD_TOKENS = 8  # more than a character has; longer runs without text are looked at ever more rarely
+HELD_TOKENS = 8  # more than a character has; longer runs without text are checked ever more rarely
 
 
 class StopFinder:
-    """Finds the first stop string of a text that comes in pieces (Knuth, Morris and Pratt's automaton for each string).
+    """Finds the first stop string in a text that comes in pieces (Knuth, Morris and Pratt's automaton for each string).
 
-    held: characters at the end of the text that may be the beginning of a stop string.
+    held: characters at the end of the text that may begin a stop string.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [s for s in stops if s]
         self._tables = [_borders(s) for s in self._stops]
-        self._matched = [0] * len(self._stops)  # the longest beginning of each that the text ends with
+        self._matched = [0] * len(self._stops)  # the longest prefix of each that the text ends with
 
     @property
     def held(self) -> int:
         return max(self._matched, default=0)
 
     def feed(self, text: str) -> tuple[int, int] | None:
-        """Takes text. Where a stop string ends in it, returns the place (in `text`) after it and its length: the first that
-        ends, and of several that end there the longest."""
+        """Takes text. If a stop string ends in it, returns the index (in `text`) after it and its length: the first
+        that ends, and the longest of several that end there."""
         if not self._stops:
             return None
         for at, char in enumerate(text):
@@ -45,7 +45,7 @@ class StopFinder:
 
 
 def _borders(text: str) -> list[int]:
-    """For every n: the length of the longest beginning of text[:n], shorter than n, that text[:n] also ends with."""
+    """Returns for every n the length of the longest proper prefix of text[:n] that is also its suffix."""
     table = [0] * (len(text) + 1)
     n = 0
     for i in range(1, len(text)):
@@ -57,15 +57,15 @@ def _borders(text: str) -> list[int]:
 
 
 class TextStream:
-    """Text of tokens as they come: only what later tokens and stop strings can't change any more.
+    """Turns tokens into text as they come; returns only the part that later tokens and stop strings can't change.
 
-    stopped: whether one of `stops` was found; its text, and what comes after it, is left out.
+    stopped: whether one of `stops` was found; it and all text after it are left out.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]):
         self._tokenizer, self._finder = tokenizer, StopFinder(stops)
         self._ids: list[int] = []
-        self._begin = self._read = 0  # tokens before `begin` have no influence on the text after `read`
+        self._begin = self._read = 0  # tokens before `begin` do not influence the text after `read`
         self._held = ""
         self.stopped = False
 
@@ -74,13 +74,13 @@ class TextStream:
         return text
 
     def push(self, token: int) -> str:
-        """Takes a token; returns the text that is settled now."""
+        """Takes a token; returns the text that is final now."""
         if self.stopped:
             return ""
         self._ids.append(token)
         unread = len(self._ids) - self._read
         if unread > HELD_TOKENS and unread & (unread - 1):
-            return ""  # a long run without text is decoded at powers of two only, so its time stays linear
+            return ""  # a long run without text is only decoded at powers of two, so its time stays linear
         before = self._decode(self._ids[self._begin : self._read])
         now = self._decode(self._ids[self._begin :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -101,7 +101,7 @@ class TextStream:
         return whole[:cut]
 
     def end(self) -> str:
-        """The text that was held back."""
+        """Returns the text that was held back."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._begin : self._read])

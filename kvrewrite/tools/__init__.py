@@ -1,1 +1,1 @@
-"""What one uses kvrewrite with: evaluation, benchmarks, training, reports. The compiler imports nothing from here."""
+"""Tools that use kvrewrite: evaluation, benchmarks, training, reports. The compiler imports nothing from here."""

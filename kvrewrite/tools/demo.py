@@ -1,4 +1,5 @@
-"""The demonstration: the small model that ships with kvrewrite, converted and compared with itself; offline, on a CPU."""
+"""The demonstration: converts the small model that ships with kvrewrite and compares it with itself; offline, on a
+CPU."""
 
 from __future__ import annotations
 
@@ -19,20 +20,20 @@ from kvrewrite.errors import ArtifactError
 POLICY, SHARE = "snapkv", 0.125
 TASK, TOKENS, QUESTIONS = "needle_multikey", 1024, 4
 COMPARED = ("full", "locret", "attention_gate", "snapkv", "nacl", "h2o", "streaming_llm", "random")
-# Locret's stabilizers, tail and chunk in proportion to the budget; its heads are those that ship with the small model.
+# Locret's stabilizers, tail and chunk in proportion to the budget; its heads ship with the small model.
 OWN_SHARE = ("full", "attention_gate")  # their gates, or nobody, decide how much stays
 OPTIONS = {"locret": {"chunk": 64, "stabilizers": 32, "local_tail": 16, "positions": "original"}}
 
 
 def full_cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a cache of transformers."""
+    """Returns the bytes of keys and values in a transformers cache."""
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 def run(out: Path | None = None, *, force: bool = False, questions: int = QUESTIONS) -> None:
     """Runs the demo; out: keeps the checkpoint in out/original and the converted model in out/converted.
 
-    questions: how many each policy is asked in the comparison; 0 leaves it out.
+    questions: how many each policy is asked in the comparison; 0 skips it.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     threads = torch.get_num_threads()
@@ -54,7 +55,7 @@ def _place(out: Path | None, force: bool, console: Console, questions: int) -> N
             raise ArtifactError(
                 f"{out} is not empty; choose another directory, or replace an earlier demo with --force"
             )
-    # Made beside `out` and moved when it is complete, so that an interruption leaves nothing.
+    # Made beside `out` and moved when complete, so that an interruption leaves nothing.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as folder:
         _run(Path(folder), console, questions)

@@ -1,4 +1,4 @@
-"""What all plots share: figures, styles that stay apart in grey, files that are written whole."""
+"""What all plots share: figures, styles that differ in grey too, and atomically written files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart (their yellow is left out: too faint on white). Policies
-# beyond these differ by dash and marker as well.
+# Okabe and Ito's colours, which colour-blind people can tell apart (without their yellow, which is too faint on white).
+# Further policies differ by dash and marker as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -24,7 +24,7 @@ GREY = "#666666"
 
 
 def require_matplotlib() -> None:
-    """Raises OptionError where matplotlib is not installed."""
+    """Raises OptionError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("plots need matplotlib: pip install 'matplotlib>=3.9' (or: pip install 'kvrewrite[plot]')")
 
@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, without pyplot's state, and its axes in one list."""
+    """Makes a figure without pyplot's state; returns its axes in one list."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def new_figure(
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Writes the PNG at once or not at all."""
+    """Writes the PNG completely or not at all."""
     out = out.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".png", dir=out.parent)
     os.close(handle)
@@ -58,7 +58,7 @@ def save_figure(figure: Figure, out: Path) -> None:
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A look for each label; no two alike among the first 28 of them."""
+    """Returns a style per label; the first 28 all differ."""
     looks = {}
     for i, label in enumerate(labels):
         turn = i // len(COLOURS)
@@ -80,7 +80,7 @@ def tidy(axes: Axes) -> None:
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, to their right, so that it never covers a line."""
+    """Adds one legend for all panels, to their right, so that it never covers a line."""
     seen: dict[str, Any] = {}
     for a in axes:
         for handle, label in zip(*a.get_legend_handles_labels()):

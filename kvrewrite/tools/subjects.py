@@ -1,4 +1,4 @@
-"""What the tools measure: a model, the policies on it and their budgets; and the files in which results stand."""
+"""What the tools measure: a model, its policies and their budgets; and the files for results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import kvrewrite
 from kvrewrite import policies
 from kvrewrite.errors import ArtifactError, OptionError
 
-CONVERTED = "converted"  # as a policy: the one that a converted directory has already
+CONVERTED = "converted"  # as a policy: the one that a converted directory already has
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy and its options, as one asked for it. weights: safetensors file of trained heads."""
+    """A policy and its options, as the user asked for it. weights: safetensors file of trained heads."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -32,12 +32,12 @@ class PolicySpec:
 
     @property
     def label(self) -> str:
-        """As on the command line."""
+        """Returns the policy as on the command line."""
         given = ",".join(f"{k}={v}" for k, v in self.options.items())
         return f"{self.name}:{given}" if given else self.name
 
     def check(self) -> None:
-        """Raises OptionError for names of policies and options that do not exist."""
+        """Raises OptionError for unknown names of policies and options."""
         if self.name == CONVERTED:
             if self.options:
                 raise OptionError(f"the policy of a converted model has its options already; leave {self.label} bare")
@@ -58,7 +58,7 @@ class Arm:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options that are given."""
+        """Returns all given options."""
         return {**self.spec.options, **({} if self.budget is None else {"budget": self.budget})}
 
     def __str__(self) -> str:
@@ -66,14 +66,14 @@ class Arm:
 
 
 def budget_text(budget: int | float | None) -> str:
-    """A budget for people: 0.25 -> "25%", 1024 -> "1,024"."""
+    """Formats a budget for people: 0.25 -> "25%", 1024 -> "1,024"."""
     if budget is None:
         return "-"
     return f"{budget * 100:g}%" if isinstance(budget, float) else f"{budget:,}"
 
 
 def arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
-    """Every policy at every budget; one that names its own budget, or that has none (`full`), runs once."""
+    """Returns every policy at every budget; one that names its own budget, or has none (`full`), runs once."""
     found = []
     for spec in specs:
         once = spec.name in ("full", CONVERTED) or "budget" in spec.options
@@ -102,7 +102,7 @@ class Source:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer in the directory."""
+        """Returns the tokenizer in the directory."""
         if self._tokenizer is None:
             from kvrewrite.artifact.companions import read_tokenizer
 
@@ -111,7 +111,7 @@ class Source:
 
     @property
     def base(self) -> Any:
-        """The unmodified model."""
+        """Returns the unmodified model."""
         if self._base is None:
             if not self.config.get("model_type"):
                 raise ArtifactError(
@@ -130,7 +130,8 @@ class Source:
         return self._base
 
     def rewritten(self, arm: Arm) -> Any:
-        """The model with an arm's policy; shares the base's weights. Raises KVRewriteError where it can't be."""
+        """Returns the model with an arm's policy; it shares the base's weights. Raises KVRewriteError if that is
+        impossible."""
         if arm.spec.name == CONVERTED:
             if self.manifest is None:
                 raise OptionError(f"{self.directory} is no converted model; name the policies to run with --policy")
@@ -142,7 +143,7 @@ class Source:
         return kvrewrite.transform(self.base, policy, policy_weights=arm.spec.weights)
 
     def fingerprint(self) -> str:
-        """Tells models apart: sha256 of the small files, and of both ends of the large ones."""
+        """Identifies a model: sha256 of the small files, and of both ends of the large ones."""
         edge = 1 << 20
         digest = hashlib.sha256()
         for path in sorted(self.directory.iterdir()):
@@ -167,7 +168,7 @@ def file_hash(path: Path | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Returns the versions that the numbers were made with."""
     import transformers
 
     return {
@@ -179,7 +180,7 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes a file at once or not at all."""
+    """Writes a file completely or not at all."""
     path = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

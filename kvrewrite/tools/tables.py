@@ -1,4 +1,4 @@
-"""Tables for people: the attention sites of a model, and what its caches take."""
+"""Tables for people: a model's attention sites, and the memory of its caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def escaped(text: str) -> str:
 
 
 def sites_table(sites: list[AttentionSite], brief: bool = False) -> Table:
-    """Every attention site, a row each. brief: without what no site has, and without what was inserted."""
+    """Lists every attention site, one per row. brief: without what no site has, and without what was inserted."""
     from rich.table import Table
 
     def flag(value: bool) -> str:
@@ -58,7 +58,7 @@ def sites_table(sites: list[AttentionSite], brief: bool = False) -> Table:
 
 
 def memory_table(plans: list[MemoryPlan]) -> Table:
-    """Estimated cache bytes by context length."""
+    """Lists estimated cache bytes by context length."""
     from rich.table import Table
 
     from kvrewrite.analysis.memory import human

@@ -155,7 +155,7 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     reason = "what happens to the scores between q·k and the softmax is not a scale and a softcap"
     x, y = answers(1e-4, only_sign=True)
     scale = float((y / x).median())
-    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # NaN fails this comparison
+    if not math.isfinite(scale) or scale <= 0 or not float((y / x / scale - 1).abs().max()) <= 1e-5:  # also NaN
         raise NoAttention(f"{reason} (they differ between heads, tokens or rows)")
     x, y = answers(1e4 / scale, only_sign=True)
     softcap = 0.0 if float((y / x / scale - 1).abs().max()) < 1e-5 else float(y.abs().median())

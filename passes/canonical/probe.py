@@ -244,7 +244,7 @@ def integers_in(captured: Captured, nodes: Iterable[fx.Node]) -> set[int]:
     def visit(value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             found.add(abs(value))
-        elif isinstance(value, float) and abs(value) <= 4096 and value == int(value):  # larger numbers are what a mask fills in
+        elif isinstance(value, float) and abs(value) <= 4096 and value == int(value):  # larger ones fill masks
             found.add(abs(int(value)))
         return value
 

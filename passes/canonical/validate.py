@@ -170,7 +170,7 @@ class _Validation:
         known: set[str] = set()
         together: dict[str, list[fx.Node]] = {}
         for source in self.sources:
-            if REPLACED in source.meta:  # traced through transformers' attention interface, it is the canonical op itself
+            if REPLACED in source.meta:  # captured as the canonical op itself
                 together.setdefault(source.meta[REPLACED], []).append(source)
         for name, sources in together.items():
             source = sources[0]

@@ -16,43 +16,38 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.capture.captured import Captured, RotaryTable
-from kvrewrite.errors import OptionError, UnsupportedModelError
+from kvrewrite.capture.captured import Captured
+from kvrewrite.errors import OptionError
 from kvrewrite.ir.fx import (
-    add_placeholder,
     arg,
     erase_dead,
-    get_attr,
     named_args,
     op_args,
     output_node,
     parameters,
     placeholder,
-    set_attr,
-    shape_of,
-    tensor_of,
 )
 from kvrewrite.ir.layout import (
     CacheClass,
     CacheLayout,
     InputMaker,
-    LengthTable,
     PoolShapes,
     Quantize,
     Rotary,
     State,
     call_inputs,
     class_inputs,
-    length_input,
     pool_shapes,
-    rotary_inputs,
 )
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.quantized.scheme import Scheme
 from kvrewrite.passes.canonical.find_rope import Rope, canonical_layout
+from kvrewrite.passes.insert.carried_state import carry_states
 from kvrewrite.passes.insert.devices import site_devices
 from kvrewrite.passes.insert.latent import Absorbed
+from kvrewrite.passes.insert.logits import logits_at
 from kvrewrite.passes.insert.policy import insert_policy, unrotated_query
+from kvrewrite.passes.insert.rotary_inputs import add_length_inputs, add_rotary_inputs
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.site import SiteHook, SiteInputs
 
@@ -82,7 +77,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     pools = [pool_shapes(c.k_dim, c.v_dim, captured.dtype, scheme) for c in classes]
     inputs = _control_inputs(add, classes, pools, contiguous, policy)
     rotary: list[Rotary] = []
-    tables = _rotary_inputs(gm, captured, ropes, rotary, add) if contiguous or policy.needs_rotary else {}
+    tables = add_rotary_inputs(gm, captured, ropes, rotary, add) if contiguous or policy.needs_rotary else {}
     shared = _Shared(captured, policy, inputs, list(pools[0]), scheme, add)
     owners: dict[int, dict[str, Any]] = {}
     for node, site in zip(nodes, sites, strict=True):
@@ -99,7 +94,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         _read_cache(gm, node, site, inputs, owners[owner])
     for cache in owners.values():
         cache["span"] = _span([(r["window"], r["chunk"]) for r in cache["readers"]])
-    _carry(gm, shared)
+    carry_states(gm, shared.nodes["valid"], shared.add_state)
     logits: fx.Node | None = None
     if policy.after_logits:
         logits = output_node(gm).args[0]  # type: ignore[assignment]
@@ -109,7 +104,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
     for layer, cache in owners.items():
         last = _close_cache(gm, sites[layer], policy, inputs, cache, shared, logits, last)
     logits_at(gm, inputs["logit_index"], captured.vocab_size, whole=policy.after_logits)
-    lengths = _length_inputs(gm, captured.rotary_tables, rotary, add)
+    lengths = add_length_inputs(gm, captured.rotary_tables, rotary, add)
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
@@ -153,11 +148,10 @@ class _Shared:
         self.memo: dict[str, Any] = {}
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: str, fill: str = "0", slots: bool = False) -> fx.Node:
-        """A graph input (B, *shape) that the cache carries from call to call, `fill` at first; ops write to it. slots: it
-        holds slots of the cache, which are counted with the others."""
-        self.states[name] = State(name, list(shape), dtype, fill=fill, slots=slots)
-        return self.add(self.states[name].spec)
+    def add_state(self, state: State) -> fx.Node:
+        """A graph input that the cache carries from call to call; ops write to it."""
+        self.states[state.name] = state
+        return self.add(state.spec)
 
     def inputs(self, cache: dict[str, Any], logits: fx.Node | None = None) -> SiteInputs:
         """What the hook of one site gets."""
@@ -240,56 +234,6 @@ def _control_inputs(
     return {spec.name: add(spec) for spec in specs}
 
 
-def _rotary_inputs(
-    gm: fx.GraphModule, captured: Captured, ropes: dict[int, Rope], rotary: list[Rotary], add: InputMaker
-) -> dict[int, tuple[fx.Node, fx.Node, fx.Node]]:
-    """One (cos, sin, partner) per distinct rotation: site -> nodes; fills `rotary` with the graphs that make them."""
-    by_signature: dict[str, tuple[fx.Node, fx.Node, fx.Node]] = {}
-    tables: dict[int, tuple[fx.Node, fx.Node, fx.Node]] = {}
-    for layer, rope in ropes.items():
-        if rope.signature not in by_signature:
-            index = len(rotary)
-            cos, sin = (add(spec) for spec in rotary_inputs(index, len(rope.partner), rope.dtype))
-            for node in rope.table.graph.nodes:
-                if node.op == "get_attr" and str(node.target).startswith("rotary_"):
-                    name = f"rotary_tables.{index}.{node.target}"
-                    set_attr(gm, name, get_attr(rope.table, str(node.target)))
-                    set_attr(rope.table, name, get_attr(rope.table, str(node.target)))
-                    node.target = name
-            lengths = _length_inputs(rope.table, captured.rotary_tables, [], None)
-            names = [table.input for table in lengths]
-            rotary.append(Rotary(rope.table.graph, len(rope.partner), rope.dtype, names))
-            set_attr(gm, f"rotary_tables.{index}.partner", rope.partner)
-            with gm.graph.inserting_after(sin):
-                partner = gm.graph.get_attr(f"rotary_tables.{index}.partner")
-            by_signature[rope.signature] = (cos, sin, partner)
-        tables[layer] = by_signature[rope.signature]
-    return tables
-
-
-def _length_inputs(
-    gm: fx.GraphModule, tables: list[RotaryTable], rotary: list[Rotary], add: InputMaker | None
-) -> list[LengthTable]:
-    """Turns frequencies that depend on the request's length into graph inputs `length_table_{i}`. add: None for a graph of
-    rotary tables, whose inputs have no values."""
-    found = []
-    for i, table in enumerate(tables):
-        nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == table.attribute]
-        used = any(f"length_table_{i}" in r.length_tables for r in rotary)
-        if not nodes and not used:
-            continue
-        name = f"length_table_{i}"
-        if nodes:
-            new = add_placeholder(gm, name) if add is None else add(length_input(name, table.short))
-            for node in nodes:
-                node.replace_all_uses_with(new)
-                gm.graph.erase_node(node)
-        set_attr(gm, f"length_tables.{i}.short", table.short)
-        set_attr(gm, f"length_tables.{i}.long", table.long)
-        found.append(LengthTable(name, i, table.threshold, bool(nodes)))
-    return found
-
-
 def _open_cache(
     gm: fx.GraphModule,
     node: fx.Node,
@@ -306,9 +250,9 @@ def _open_cache(
     tails: dict[str, fx.Node] = {}
     if shared.scheme is not None:
         for name, dim in (("k_tail", site.head_dim), ("v_tail", site.v_head_dim)):
-            shape = (site.kv_heads, shared.tail, dim)
-            tails[name] = shared.state(f"{name}_{site.layer}", shape, shared.dtype, slots=True)
-        tails["qlens"] = shared.state(f"qlens_{site.layer}", (site.kv_heads,), "int32")
+            shape = [site.kv_heads, shared.tail, dim]
+            tails[name] = shared.add_state(State(f"{name}_{site.layer}", shape, shared.dtype, slots=True))
+        tails["qlens"] = shared.add_state(State(f"qlens_{site.layer}", [site.kv_heads], "int32"))
     with gm.graph.inserting_before(node):
         views = {
             name: gm.graph.call_function(aten.select.int, (inputs[f"{name}_{cache_class}"], 0, index))
@@ -386,46 +330,6 @@ def _read_cache(
     gm.graph.erase_node(node)
 
 
-def _carry(gm: fx.GraphModule, shared: _Shared) -> None:
-    """What layers carry besides keys and values becomes state beside the cache."""
-    valid, counts = shared.nodes["valid"], {"past": 0, "scan": 0, "sum": 0}
-    for node in list(gm.graph.nodes):
-        if node.target is ops.with_past.default:
-            args = named_args(node)
-            x, count, dim = args["x"], args["count"], args["dim"]
-            shape = list(shape_of(x))
-            shape[dim] = count
-            value = tensor_of(x)
-            assert value is not None
-            kind, dtype = "past", value.dtype
-        elif node.target is ops.linear_scan.default:
-            args = named_args(node)
-            heads, width = shape_of(args["q"])[2:]
-            value = tensor_of(args["v"])
-            assert value is not None
-            kind, dtype = "scan", torch.promote_types(value.dtype, torch.float32)
-            shape = [0, heads, width, value.shape[3]]
-        elif node.target is ops.decayed_sum.default:
-            args = named_args(node)
-            value = tensor_of(args["x"])
-            assert value is not None
-            kind, dtype = "sum", torch.promote_types(value.dtype, torch.float32)
-            shape = [s for i, s in enumerate(value.shape) if i != args["dim"]]
-        else:
-            continue
-        name, counts[kind] = f"{kind}_{counts[kind]}", counts[kind] + 1
-        state = shared.state(name, tuple(int(s) for s in shape[1:]), str(dtype).removeprefix("torch."))
-        shared.states[name].carried = True
-        cached = {"past": ops.cached_past, "sum": ops.cached_sum, "scan": ops.cached_scan}[kind].default
-        args.pop("count", None)
-        args |= {"past" if kind == "past" else "state": state, "valid": valid}
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(cached, op_args(cached, **args))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-
-
 def _rate(
     gm: fx.GraphModule, sites: list[AttentionSite], policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared
 ) -> fx.Node:
@@ -465,7 +369,9 @@ def _close_cache(
         "chunk": chunk,
         "select": scores.select,
         "drop": cache["hidden"],
-        "threshold": shared.state(f"merge_{site.layer}", (), "float32", "nan") if policy.merge else None,
+        "threshold": shared.add_state(State(f"merge_{site.layer}", [], "float32", fill="nan"))
+        if policy.merge
+        else None,
     }
     update = ops.cache_update.default
     if shared.scheme is not None:
@@ -481,34 +387,3 @@ def _close_cache(
     hook.call(update, *op_args(update, **args))
     site.inserted.append("cache_update")
     return hook.after
-
-
-# ------------------------------------------------------------------------------------------------ logits
-_LOCAL = {
-    aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default, aten._to_copy.default,
-    aten.to.dtype, aten.alias.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
-}  # fmt: skip
-
-
-def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int, whole: bool = False) -> None:
-    """Makes the graph return logits only at `logit_index` (B, K): (B, K, vocabulary).
-
-    The hidden states are gathered in front of the vocabulary projection where it can be found behind local ops only: at
-    128K vocabulary entries the logits of a whole chunk would be larger than its cache. whole: something else needs all of
-    them, so they are gathered at the end.
-    """
-    output = output_node(gm)
-    node: fx.Node = output.args[0]  # type: ignore[assignment]
-    head = node
-    while head.target in _LOCAL and isinstance(head.args[0], fx.Node) and len(head.all_input_nodes) == 1:
-        head = head.args[0]
-    early = head.target is aten.linear.default and not whole
-    at, user = (head.args[0], head) if early else (node, output)
-    if not isinstance(at, fx.Node):
-        raise UnsupportedModelError("the graph's output does not depend on its input")
-    width = int(shape_of(at)[-1])
-    with gm.graph.inserting_before(user):
-        index = gm.graph.call_function(aten.unsqueeze.default, (logit_index, 2))
-        index = gm.graph.call_function(aten.expand.default, (index, [-1, -1, width]))
-        picked = gm.graph.call_function(aten.gather.default, (at, 1, index))
-    user.replace_input_with(at, picked)

@@ -103,7 +103,9 @@ def test_the_past_of_a_mask_is_what_went_in(model: Any, policy: str) -> None:
     ("how", "options"),
     [
         ("torch.compile", STREAMING),
-        ("model.compile", {"policy": "h2o", "budget": 20, "chunk": 8, "recent_tokens": 4}),
+        pytest.param(
+            "model.compile", {"policy": "h2o", "budget": 20, "chunk": 8, "recent_tokens": 4}, marks=pytest.mark.thorough
+        ),
         ("forward", STREAMING),
     ],
     ids=["torch.compile", "model.compile", "forward"],

@@ -35,7 +35,12 @@ def test_on_a_gpu(d: int, dv: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU above")
 @pytest.mark.parametrize(
     ("d", "dv", "dtype"),
-    [(1, 1, torch.float32), (17, 40, torch.float16), (40, 40, torch.float16), (100, 24, torch.float32)],
+    [
+        (1, 1, torch.float32),
+        (17, 40, torch.float16),
+        pytest.param(40, 40, torch.float16, marks=pytest.mark.thorough),
+        (100, 24, torch.float32),
+    ],
 )
 def test_in_the_interpreter(d: int, dv: int, dtype: torch.dtype) -> None:
     found = list(sweep(d, dv, dtype, "cpu", SMALL_SHAPES, quantized=False))

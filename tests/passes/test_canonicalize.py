@@ -123,7 +123,10 @@ def test_shared_kv() -> None:
     assert [s.shares_kv_with for s in sites] == [None, None, None, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.thorough) for n in ("llama", "mistral")), "gemma2", "gpt_oss", "deepseek_v3"],
+)
 def test_walker_agrees_with_the_interface(name: str) -> None:
     """The walker, on the softmax of the model's own eager code, finds what the interface says."""
     model = make(name)

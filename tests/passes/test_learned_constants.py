@@ -121,7 +121,13 @@ LIVE: dict[str, Decoder] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIVE)
+# The same places with other formulas: in the thorough tier.
+MORE = {
+    "its exponential", "a divisor", "two of them", "temperature in a buffer", "zero slopes", "zero slopes for flex_attention"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in MORE else n for n in LIVE])
 def test_it_stays_live(name: str) -> None:
     """Other weights loaded into the original change the rewritten model alike, in one call and in pieces."""
     model = LIVE[name]

@@ -1,1 +1,1 @@
-"""`kvrewrite bench`: time and memory of policies beside transformers' full cache, kvpress and the roofline."""
+"""`kvrewrite bench`: compares time and memory of policies with transformers' full cache, kvpress and the roofline."""

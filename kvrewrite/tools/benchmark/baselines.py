@@ -1,4 +1,4 @@
-"""What others do with the same model: transformers' caches and attention functions, and kvpress."""
+"""Runs other systems on the same model: transformers' caches and attention functions, and kvpress."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from kvrewrite.errors import OptionError
 from kvrewrite.tools.benchmark.measure import Clock, generate
 
-# name: what it is
+# name -> description
 BASELINES = {
     "sdpa": "transformers' full cache, SDPA",
     "eager": "transformers' full cache, eager attention",
     "static": "transformers' static cache, decoding compiled",
     "kvpress": "kvpress at the policies' budgets",
 }
-FULL = "sdpa"  # what the others are compared with
+FULL = "sdpa"  # the others are compared with this one
 PRESSES = {"kvpress-snapkv": "SnapKVPress", "kvpress-expected_attention": "ExpectedAttentionPress"}
 
 
 class Skipped(Exception):
-    """A baseline that can't be measured here; says why."""
+    """A baseline that can't be measured here, and the reason."""
 
 
 def parse_baselines(text: str) -> tuple[str, ...]:
-    """`sdpa,static` as names; "none" is none of them, "all" what is there."""
+    """Parses `sdpa,static` to names; "none" is no baseline, "all" every one that is available."""
     names = [n.strip() for n in text.split(",") if n.strip()]
     if names == ["none"]:
         return ()
@@ -58,24 +58,24 @@ class Transformers:
         self.model = model
 
     def begin(self, batch: int, length: int) -> Any:
-        """An empty cache."""
+        """Returns an empty cache."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
 
     def prefill(self, cache: Any, ids: Tensor) -> Tensor:
-        """The whole prompt at once."""
+        """Runs the whole prompt in one call."""
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1:].argmax(-1)
 
     def step(self, cache: Any, ids: Tensor, position: int) -> Tensor:
-        """One token of each row."""
+        """Decodes one token per row."""
         places = torch.full_like(ids, position)
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=places)
         return out.logits[:, -1:].argmax(-1)
 
     def memory(self, cache: Any) -> dict[str, int]:
-        """Bytes of keys and values."""
+        """Returns the bytes of keys and values."""
         size = 0
         for layer in cache.layers:
             for name in ("keys", "values"):
@@ -84,16 +84,16 @@ class Transformers:
         return {"live": size, "leased": size, "reserved": size}
 
     def generate(self, ids: Tensor, tokens: int, clock: Clock) -> None:
-        """transformers' generate."""
+        """Runs transformers' generate."""
         generate(self.model, ids, tokens, clock)
 
     def chunk(self, cache: Any, ids: Callable[[int], Tensor]) -> Callable[[], Any] | None:
-        """It has no chunks."""
+        """Returns None: there are no chunks."""
         return None
 
 
 class Static(Transformers):
-    """The compiled model on a StaticCache, which is filled with zeros: time does not depend on what it holds."""
+    """The compiled model on a StaticCache filled with zeros: its time does not depend on the content."""
 
     no_prefill = "a static cache's prompt is not compiled; see the sdpa row"
     no_generate = "only compiled single steps are measured"
@@ -104,7 +104,7 @@ class Static(Transformers):
         self.compiled: Any = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
     def begin(self, batch: int, length: int) -> Any:
-        """A cache that holds the context already."""
+        """Returns a cache that already holds the context."""
         from transformers import StaticCache
 
         config = self.model.config.get_text_config(decoder=True)
@@ -118,7 +118,7 @@ class Static(Transformers):
         return cache
 
     def step(self, cache: Any, ids: Tensor, position: int) -> Tensor:
-        """A CUDA graph's replay, on a GPU."""
+        """Decodes one token per row; on a GPU by replaying a CUDA graph."""
         torch.compiler.cudagraph_mark_step_begin()
         places = torch.full_like(ids, position)
         out = self.compiled(input_ids=ids.clone(), past_key_values=cache, use_cache=True, position_ids=places)
@@ -126,7 +126,7 @@ class Static(Transformers):
 
 
 class Press(Transformers):
-    """kvpress: compresses behind the prompt's attention, layer by layer."""
+    """kvpress: compresses after the prompt's attention, layer by layer."""
 
     no_generate = "a press is not made for generate without its pipeline"
 
@@ -137,7 +137,7 @@ class Press(Transformers):
         self.press = getattr(kvpress, PRESSES[press])(compression_ratio=max(0.0, 1 - budget / context))
 
     def prefill(self, cache: Any, ids: Tensor) -> Tensor:
-        """The whole prompt at once, in the press."""
+        """Runs the whole prompt in one call, inside the press."""
         # kvpress 0.5.5 reads cache_position, which transformers since 5.17 does not pass by itself.
         places = torch.arange(ids.shape[1], device=ids.device)
         with self.press(self.model):
@@ -149,7 +149,7 @@ class Press(Transformers):
 
 # --------------------------------------------------------------------------------------------------------------- choice
 def _free_bytes(device: torch.device, limit: int | None) -> int:
-    """Bytes that may still be taken."""
+    """Returns the bytes that may still be allocated."""
     if device.type != "cuda":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -159,7 +159,7 @@ def _free_bytes(device: torch.device, limit: int | None) -> int:
 
 @contextlib.contextmanager
 def subject_of(name: str, model: Any, context: int, batch: int, budget: int | None, limit: int | None) -> Iterator[Any]:
-    """The subject of a baseline; afterwards the model is as it was. Raises Skipped."""
+    """Returns the subject of a baseline; the model is restored afterwards. Raises Skipped."""
     if name == "sdpa":
         yield Transformers(model)
     elif name == "static":
@@ -192,7 +192,7 @@ def subject_of(name: str, model: Any, context: int, batch: int, budget: int | No
 
 
 def forget_compiled() -> None:
-    """Gives back what torch.compile holds: code, and the memory of CUDA graphs."""
+    """Frees what torch.compile holds: code, and the memory of CUDA graphs."""
     torch._dynamo.reset()
     if torch.cuda.is_available():
         with contextlib.suppress(ImportError, AttributeError):

@@ -1,5 +1,5 @@
-"""One cell: how long a prompt and single steps take, and what they hold at most. Every time is the host's, from a
-synchronized device to a synchronized device, so that planning and launching are in it."""
+"""Measures one cell: the time of a prompt and of single steps, and their peak memory. All times are host times between
+device synchronizations, so that they include planning and launching."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transformers import StoppingCriteria
 
 from kvrewrite.tools.benchmark.roofline import first_line, is_fatal, release
 
-COLD_STEPS = 8  # decode steps before those that are timed: compiling, capturing
-FEW = 10  # of fewer samples the least and the largest are shown, of others the 10th and 90th percentile
-TOP = 30  # kernels of a profile that are listed
-PROFILED_CHUNK = 2048  # tokens of the profiled chunk where a policy has no chunks
+COLD_STEPS = 8  # decode steps before the timed ones: compiling, capturing
+FEW = 10  # with fewer samples shows minimum and maximum, otherwise the 10th and 90th percentile
+TOP = 30  # kernels listed in a profile
+PROFILED_CHUNK = 2048  # tokens of the profiled chunk if a policy has no chunks
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured. seconds: a cell's time after its cold start; more is not begun."""
+    """How much is measured. seconds: a cell's time after its cold start; after that, nothing new is begun."""
 
     repeat: int = 3
     steps: int = 64
@@ -36,35 +36,35 @@ class Options:
 
 
 class Subject(Protocol):
-    """What can be measured. no_prefill, no_generate: why it has none. captures_prompts: whether a second prompt captures what
-    the first one compiled, so that both are cold."""
+    """Something to measure. no_prefill, no_generate: the reason why it has none. captures_prompts: whether a second
+    prompt captures what the first one compiled, so that both are cold."""
 
     no_prefill: str | None
     no_generate: str | None
     captures_prompts: bool
 
     def begin(self, batch: int, length: int) -> Any:
-        """An empty cache for so many tokens a row."""
+        """Returns an empty cache for so many tokens per row."""
 
     def prefill(self, cache: Any, ids: Tensor) -> Tensor:
-        """Puts a prompt in and returns the next token of each row (B, 1)."""
+        """Runs a prompt and returns the next token of each row (B, 1)."""
 
     def step(self, cache: Any, ids: Tensor, position: int) -> Tensor:
-        """Puts a token in and returns the next."""
+        """Feeds a token and returns the next."""
 
     def memory(self, cache: Any) -> dict[str, int]:
-        """Bytes of the cache, by kind."""
+        """Returns the bytes of the cache, by kind."""
 
     def generate(self, ids: Tensor, tokens: int, clock: Clock) -> None:
-        """transformers' own generate, greedy, of exactly so many tokens, with a cache that it makes itself; clock is a
-        stopping criterion."""
+        """Runs transformers' own generate: greedy, exactly so many tokens, with a cache that it makes itself; clock is
+        a stopping criterion."""
 
     def chunk(self, cache: Any, ids: Callable[[int], Tensor]) -> Callable[[], Any] | None:
-        """A call that puts one more chunk into a filled cache, to be profiled; ids makes that many tokens."""
+        """Returns a call that adds one more chunk to a filled cache, for profiling; ids makes that many tokens."""
 
 
 class Clock(StoppingCriteria):
-    """Notes when `generate` has each token; never stops it."""
+    """Records when `generate` has each token; never stops it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -75,9 +75,10 @@ class Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------------------
+# numbers
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, and what most samples lie between."""
+    """Returns the median and the range of most samples."""
     values = np.asarray(samples, dtype=np.float64)
     low, high = (values.min(), values.max()) if len(values) < FEW else np.quantile(values, [0.1, 0.9])
     return {
@@ -89,7 +90,7 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 class Device:
-    """Clock and memory of a device; memory is None on a CPU, where nobody counts it."""
+    """Clock and memory of a device; memory is None on a CPU, where it is not counted."""
 
     def __init__(self, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
@@ -100,7 +101,7 @@ class Device:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """How long a call takes, and what it returns."""
+        """Returns how long a call takes, and its result."""
         self.synchronize()
         started = time.perf_counter()
         out = call()
@@ -108,17 +109,17 @@ class Device:
         return time.perf_counter() - started, out
 
     def allocated(self) -> int | None:
-        """Bytes in use."""
+        """Returns the bytes in use."""
         return torch.cuda.memory_allocated(self.device) if self.cuda else None
 
     def peak(self) -> tuple[int, int] | None:
-        """Most bytes in use, and most that torch had taken from the device, since `forget`."""
+        """Returns the most bytes in use and the most reserved by torch since `forget`."""
         if not self.cuda:
             return None
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
     def forget(self) -> None:
-        """Begins a new peak."""
+        """Starts a new peak."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -139,13 +140,13 @@ class Peak:
             self.reserved = max(self.reserved or 0, found[1])
 
     def as_dict(self) -> dict[str, Any]:
-        """For the results."""
+        """Returns the data for the results."""
         return {"peak_bytes": self.over, "reserved_bytes": self.reserved}
 
 
 # ------------------------------------------------------------------------------------------------------------- the cell
 def tokens_of(context: int, batch: int, vocabulary: int, seed: int, device: torch.device) -> Tensor:
-    """Random ids (batch, context): the same for every subject."""
+    """Returns random ids (batch, context): the same for every subject."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (batch, context), generator=generator).to(device)
 
@@ -155,9 +156,9 @@ def measure(
     subject: Subject, cell: dict[str, Any], ids: Tensor, options: Options, base: int | None, vocabulary: int,
     progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Measures a cell and puts what is found into `cell` part by part, so that a failure leaves what was before it.
+    """Measures a cell and stores each part in `cell` when it is found, so that a failure keeps the parts before it.
 
-    base: bytes that were allocated when there were only the model and the policy's weights; peaks are over it.
+    base: bytes allocated with only the model and the policy's weights; peaks are over it.
     """
     device = Device(ids.device)
     batch, context = ids.shape
@@ -178,7 +179,7 @@ def measure(
     cache, token = _cold(subject, cell, fresh, ids, device)
     deadline = time.perf_counter() + options.seconds
     if subject.no_prefill is None:
-        cache = None  # before the next is made: two would be alive
+        cache = None  # before the next is made, so that only one is alive
         cache, token = _prefill(subject, cell, ids, options, Peak(device, base), fresh, deadline, progress)
     cell["cache"] = subject.memory(cache)
     progress("decode")
@@ -204,7 +205,7 @@ def measure(
 
 @contextlib.contextmanager
 def _part(cell: dict[str, Any], name: str) -> Iterator[None]:
-    """What is measured besides the cell's numbers; should it fail, they stay."""
+    """Measures a part besides the cell's numbers; if it fails, they stay."""
     try:
         yield
     except Exception as error:
@@ -216,7 +217,7 @@ def _part(cell: dict[str, Any], name: str) -> Iterator[None]:
 def _cold(
     subject: Subject, cell: dict[str, Any], fresh: Callable[[], Any], ids: Tensor, device: Device
 ) -> tuple[Any, Tensor]:
-    """The first prompts and the first steps, which compile and capture."""
+    """Runs the first prompts and steps, which compile and capture."""
     cache, token = fresh(), ids[:, -1:].clone()
     if subject.no_prefill is None:
         cell["cold"]["first_prefill_seconds"], token = device.seconds(lambda: subject.prefill(cache, ids))
@@ -289,7 +290,8 @@ def _decode(
 
 
 def _generate(subject: Subject, cell: dict[str, Any], ids: Tensor, options: Options, device: Device) -> None:
-    """Seconds a token between the first and the last that `generate` makes, so that the prompt's own spread is not in it."""
+    """Returns seconds per token between the first and the last of `generate`, so that the prompt's spread is
+    excluded."""
     clock = Clock()
     total, _ = device.seconds(lambda: subject.generate(ids, options.new_tokens, clock))
     made = len(clock.times)
@@ -318,13 +320,13 @@ def _profile(
 
     call = subject.chunk(cache, more)
     if call is not None:
-        call()  # other sizes than before may compile
+        call()  # compiles for new sizes if needed
         found["chunk"] = top_kernels(call, device)
     return found
 
 
 def top_kernels(call: Callable[[], Any], device: Device) -> dict[str, Any]:
-    """Where the time of a call goes: kernels of a GPU, operators of a CPU, by name. The profiler slows the host down, so
+    """Finds where a call's time goes: GPU kernels or CPU operators, by name. The profiler slows the host down, so
     seconds is more than without it; busy_seconds is the sum over kernels."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -347,7 +349,8 @@ def top_kernels(call: Callable[[], Any], device: Device) -> dict[str, Any]:
     return {"seconds": seconds, "busy_seconds": busy, "kernels": sum(r["calls"] for r in rows), "top": rows[:TOP]}
 
 
-# ------------------------------------------------------------------------------------------------------ kvrewrite itself
+# ------------------------------------------------------------------------------------------------------ kvrewrite
+# itself
 class Rewritten:
     """A model that kvrewrite made."""
 
@@ -359,32 +362,32 @@ class Rewritten:
 
     @property
     def captures_prompts(self) -> bool:  # type: ignore[override]
-        """Where prompts run from static buffers."""
+        """Whether prompts run from static buffers."""
         return self.model.prefill_runner is not None
 
     def begin(self, batch: int, length: int) -> Any:
-        """An empty cache."""
+        """Returns an empty cache."""
         return self.model.new_cache(batch, max_length=length)
 
     def prefill(self, cache: Any, ids: Tensor) -> Tensor:
-        """A prompt, in the policy's segments."""
+        """Runs a prompt in the policy's segments."""
         return self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
     def step(self, cache: Any, ids: Tensor, position: int) -> Tensor:
-        """One token of each row."""
+        """Decodes one token per row."""
         return self.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
 
     def memory(self, cache: Any) -> dict[str, int]:
-        """What the cache says itself."""
+        """Returns what the cache itself reports."""
         found = cache.memory()
         return {"live": found.live, "leased": found.leased, "reserved": found.reserved}
 
     def generate(self, ids: Tensor, tokens: int, clock: Clock) -> None:
-        """transformers' generate."""
+        """Runs transformers' generate."""
         generate(self.model, ids, tokens, clock)
 
     def chunk(self, cache: Any, ids: Callable[[int], Tensor]) -> Callable[[], Any] | None:
-        """A further chunk, as a new turn: with Locret, its local tail behind it."""
+        """Returns a call that adds a chunk as a new turn; with Locret, its local tail comes after it."""
         policy = self.model.policy
         cache.end_prompt()
         more = ids((policy.chunk or min(PROFILED_CHUNK, max(cache.seen))) + getattr(policy, "local_tail", 0))
@@ -392,7 +395,7 @@ class Rewritten:
 
 
 def generate(model: Any, ids: Tensor, tokens: int, clock: Clock) -> None:
-    """Greedy, and not stopped by any token: random weights may say the end."""
+    """Runs greedy generation without a stop token: random weights may produce one."""
     from transformers import StoppingCriteriaList
 
     settings = model.generation_config

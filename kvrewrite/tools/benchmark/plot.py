@@ -1,4 +1,4 @@
-"""Prefill, decode and memory against the context, as a PNG."""
+"""Plots prefill, decode and memory against the context, as a PNG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PANELS = (
 
 
 def draw(results: Mapping[str, Any], out: Path) -> Figure:
-    """Three panels for each batch size, with logarithmic axes; dotted: what the roofline allows."""
+    """Draws three panels per batch size, with logarithmic axes; dotted: the roofline."""
     cells = results["cells"]
     drawn = [c for c in cells if c.get("prefill") or c.get("decode")]
     if not drawn:

@@ -13,7 +13,7 @@ NUMBERS = 62  # columns of a terminal that these take
 
 
 def number(value: float | None) -> str:
-    """Three digits."""
+    """Formats three digits."""
     if value is None:
         return "-"
     if value >= 1000:
@@ -24,19 +24,19 @@ def number(value: float | None) -> str:
 
 
 def _unit(cells: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """GiB, or MiB where all is small."""
+    """Returns GiB, or MiB if all values are small."""
     sizes = [size for c in cells for size in (_peak(c), (c.get("cache") or {}).get("leased")) if size]
     return ("GiB", 1 << 30) if max(sizes, default=1 << 30) >= 1 << 27 else ("MiB", 1 << 20)
 
 
 def _peak(cell: Mapping[str, Any]) -> int | None:
-    """The most bytes over the weights, in prefill or decoding."""
+    """Returns the most bytes over the weights, in prefill or decoding."""
     peaks = [(cell.get(p) or {}).get("peak_bytes") for p in ("prefill", "decode")]
     return max((p for p in peaks if p is not None), default=None)
 
 
 def spread_text(part: Mapping[str, Any] | None, factor: float) -> str:
-    """The median, and below it what most samples lie between."""
+    """Formats the median, and below it the range of most samples."""
     if not part:
         return "-"
     s = part["seconds"]
@@ -44,7 +44,7 @@ def spread_text(part: Mapping[str, Any] | None, factor: float) -> str:
 
 
 def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], list[str]]:
-    """A table for each (context, batch), and notes, numbered as in the tables."""
+    """Returns a table per (context, batch), and notes, numbered as in the tables."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -69,7 +69,7 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
 
 
 def _marks(texts: Sequence[str], notes: list[str]) -> str:
-    """What stands behind a label for these notes, which it adds to `notes` where they are new."""
+    """Returns the marks after a label for these notes; adds new ones to `notes`."""
     for text in texts:
         if text not in notes:
             notes.append(text)
@@ -102,7 +102,7 @@ def _row(cell: Mapping[str, Any], notes: list[str], unit: int) -> list[str]:
 
 
 def explanation(results: Mapping[str, Any]) -> str:
-    """How to read the table."""
+    """Explains how to read the table."""
     s, m = results["settings"], results["machine"]
     what = "random weights" if s["random_weights"] else "its own weights"
     how = "compiled" if s["compile"] else "op by op"

@@ -1,4 +1,4 @@
-"""Results of benchmarks: what a run says of its machine and settings, and how an earlier file is read."""
+"""Handles benchmark results: describes a run's machine and settings, and reads an earlier file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. compile: None is on a GPU only. memory_limit: bytes that torch may take from the GPU."""
+    """What is measured. compile: None: only on a GPU. memory_limit: bytes that torch may take from the GPU."""
 
     model: str
     policies: tuple[PolicySpec, ...] = ()
@@ -46,13 +46,13 @@ class Settings:
 
 
 def cell_key(cell: Mapping[str, Any]) -> str:
-    """What a cell is, as text: equal keys are the same measurement."""
+    """Returns a cell's key as text: equal keys are the same measurement."""
     names = ("kind", "name", "options", "budget", "weights", "context", "batch")
     return json.dumps([cell.get(n) for n in names], sort_keys=True, default=str)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Describes the machine of the measurements."""
     found: dict[str, Any] = {**versions(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpu": None}
     try:
         import triton
@@ -68,7 +68,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe(settings: Settings, source: Source | ShapeSource) -> dict[str, Any]:
-    """The settings as data. Those in `FIXED` must be the same to resume."""
+    """Returns the settings as data. Those in `FIXED` must be the same to resume."""
     o = settings.options
     return {
         "model": settings.model,
@@ -96,7 +96,7 @@ FIXED = ("fingerprint", "device", "dtype", "compile", "memory_limit", "seed", "r
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Results of an earlier benchmark; raises ArtifactError."""
+    """Reads the results of an earlier benchmark; raises ArtifactError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -113,7 +113,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def earlier_cells(
     path: Path, wanted: Mapping[str, Any], here: Mapping[str, Any], warn: Warn
 ) -> dict[str, dict[str, Any]]:
-    """The cells of an interrupted run that can stay, by key."""
+    """Returns the cells of an interrupted run that can be kept, by key."""
     data = read_results(path)
     for name in FIXED:
         if data["settings"].get(name) != wanted[name]:

@@ -24,9 +24,9 @@ from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.policies import Policy
 
-COPY_BYTES = 1 << 30  # of the copy that tells the bandwidth
-GEMM_TOKENS = 8192  # from so many rows on the rate of a GEMM does not grow
-SECONDS = 0.3  # that a rate is measured for, at least
+COPY_BYTES = 1 << 30  # of the copy that measures the bandwidth
+GEMM_TOKENS = 8192  # more rows do not increase a GEMM's rate
+SECONDS = 0.3  # at least so long per rate
 SHAPES_AT_MOST = 12  # different linear layers that are timed
 
 
@@ -34,23 +34,24 @@ SHAPES_AT_MOST = 12  # different linear layers that are timed
 def prefill_floor(
     work: Work, context: int, batch: int, gemm: float, attention: Sequence[tuple[float, float]]
 ) -> dict[str, float]:
-    """Seconds. gemm: FLOP/s; attention: (FLOPs of one row, FLOP/s) of each kind of site."""
+    """Returns seconds. gemm: FLOP/s; attention: (FLOPs of one row, FLOP/s) per kind of site."""
     linear = batch * (context * work.linear_flops + work.head_flops) / gemm
     attended = sum(batch * flops / rate for flops, rate in attention)
     return {"linear": linear, "attention": attended, "floor": linear + attended}
 
 
 def decode_limit(work: Work, kv: float, batch: int, bandwidth: float, peak: float) -> dict[str, float]:
-    """Seconds. kv: bytes that one row reads; bandwidth: bytes/s; peak: FLOP/s."""
+    """Returns seconds. kv: bytes that one row reads; bandwidth: bytes/s; peak: FLOP/s."""
     weights = work.weight_bytes / bandwidth
     compute = batch * (work.linear_flops + work.head_flops) / peak
     cache = batch * kv / bandwidth
     return {"weights": weights, "compute": compute, "cache": cache, "limit": max(weights, compute) + cache}
 
 
-# ----------------------------------------------------------------------------------------------------------------- rates
+# -----------------------------------------------------------------------------------------------------------------
+# rates
 def timed(call: Callable[[], Any], device: torch.device, *, least: int = 3) -> float:
-    """Median seconds of a call, the time to start it left out on a GPU."""
+    """Returns the median seconds of a call; on a GPU without the time to start it."""
     call()
     if device.type != "cuda":
         times: list[float] = []
@@ -78,7 +79,7 @@ def timed(call: Callable[[], Any], device: torch.device, *, least: int = 3) -> f
 
 
 class Rates:
-    """Rates of this machine, each measured once, when it is first asked for. None: it could not be measured (`problems`)."""
+    """Rates of this machine, each measured once when first needed. None: it could not be measured (`problems`)."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -99,7 +100,7 @@ class Rates:
         return self.known[key]
 
     def bandwidth(self) -> float | None:
-        """Bytes/s read and written by a large copy."""
+        """Measures the bytes/s read and written by a large copy."""
 
         def measure() -> float:
             size = COPY_BYTES
@@ -114,7 +115,7 @@ class Rates:
         return self._once("copy", measure)
 
     def gemm(self, model: nn.Module, rows: int) -> float | None:
-        """FLOP/s of the model's own linear layers on `rows` tokens."""
+        """Measures the FLOP/s of the model's own linear layers on `rows` tokens."""
         rows = max(1, min(rows, GEMM_TOKENS))
 
         def measure() -> float:
@@ -135,11 +136,11 @@ class Rates:
 
     @property
     def peak(self) -> float | None:
-        """The best GEMM rate that was seen."""
+        """Returns the best GEMM rate so far."""
         return max((v for k, v in self.known.items() if k.startswith("gemm") and v), default=None)
 
     def chunk_attention(self, site: AttentionSite, tokens: int, cached: int, batch: int) -> float | None:
-        """FLOP/s of kvrewrite's attention of `tokens` on `cached` slots and themselves."""
+        """Measures the FLOP/s of kvrewrite's attention of `tokens` on `cached` slots and themselves."""
         key = f"chunk attention, {_site_text(site)}, {tokens} on {cached}, batch {batch}"
         return self._once(key, lambda: self._chunk_attention(site, tokens, cached, batch))
 
@@ -173,7 +174,7 @@ class Rates:
         return flops / timed(call, self.device)
 
     def sdpa(self, site: AttentionSite, tokens: int, batch: int) -> float | None:
-        """FLOP/s of torch's causal attention of a whole prompt, as transformers calls it."""
+        """Measures the FLOP/s of torch's causal attention of a whole prompt, as transformers calls it."""
 
         def measure() -> float:
             on: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
@@ -184,7 +185,7 @@ class Rates:
             def call() -> Any:
                 return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-            # A window is not what is_causal does, so this is the rate without one.
+            # is_causal has no window, so this is the rate without one.
             pairs = visible_pairs(tokens, 0)
             return 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs * batch / timed(call, self.device)
 
@@ -199,7 +200,7 @@ def _site_text(site: AttentionSite) -> str:
 def limits(
     rates: Rates, model: Any, sites: Sequence[AttentionSite], policy: Policy | None, context: int, batch: int, steps: int
 ) -> dict[str, Any]:  # fmt: skip
-    """Floor and limit of a cell, with the rates that they are made of; parts are None where a rate is missing."""
+    """Returns floor and limit of a cell, with the rates that they use; parts are None if a rate is missing."""
     work, attention = work_of(model), attention_of(sites, context, policy)
     longest = max((tokens for tokens, _ in attention.call), default=context)
     gemm = rates.gemm(model, batch * longest)
@@ -246,26 +247,27 @@ def limits(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------------------
+# errors
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the host, had no room."""
+    """Whether the device or the host ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether nothing more can be measured: after it every call on the GPU fails."""
+    """Whether nothing more can be measured: every later call on the GPU fails."""
     text = str(error).lower()
     return not is_out_of_memory(error) and ("cuda error" in text or "device-side assert" in text)
 
 
 def first_line(error: BaseException) -> str:
-    """An error in a line."""
+    """Returns the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def release(device: torch.device) -> None:
-    """Gives a GPU's memory back that nothing holds any more."""
+    """Frees a GPU's memory that nothing holds any more."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,5 @@
-"""Runs a benchmark: (policies and baselines) x context lengths x batch sizes, all in one process; JSON after every cell."""
+"""Runs a benchmark: (policies and baselines) x context lengths x batch sizes, in one process; writes JSON after every
+cell."""
 
 from __future__ import annotations
 
@@ -26,15 +27,15 @@ Progress = Callable[[str, int, int], None]
 
 
 def _quiet(*_: Any) -> None:
-    """No progress, no warnings."""
+    """Reports no progress and no warnings."""
 
 
 class DeviceBroken(KVRewriteError):
-    """The GPU answers every call with an error; only a new process helps."""
+    """Every GPU call fails; only a new process helps."""
 
 
 def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
-    """Every policy at every budget; one that names its own budget, or that has none, once."""
+    """Returns every policy at every budget; a policy with its own budget, or with none, runs once."""
     found: dict[str, Arm] = {}
     for spec in specs:
         once = spec.name in ("full", CONVERTED) or "budget" in spec.options or not budgets
@@ -43,7 +44,8 @@ def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> l
     return list(found.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------- cells
+# -----------------------------------------------------------------------------------------------------------------
+# cells
 
 
 def _policy_cell(arm: Arm, source: Source | ShapeSource, context: int, batch: int) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _baseline_cell(name: str, context: int, batch: int, budget: int | None = Non
 
 
 def _press_budgets(chosen: Sequence[Arm], context: int) -> list[int | None]:
-    """Budgets in slots that the policies have at this length, without those that do not bite."""
+    """Returns the policies' budgets in slots at this length, without those that evict nothing."""
     found: dict[int, None] = {}
     for arm in chosen:
         if arm.spec.name == CONVERTED:
@@ -76,7 +78,7 @@ def _press_budgets(chosen: Sequence[Arm], context: int) -> list[int | None]:
 
 
 def _plan(settings: Settings, source: Source | ShapeSource) -> list[tuple[Arm | str, dict[str, Any]]]:
-    """Every cell in the order of running: the full cache, the policies, the other baselines."""
+    """Returns every cell in running order: the full cache, the policies, the other baselines."""
     chosen = bench_arms(settings.policies, settings.budgets)
     sizes = [(c, b) for c in sorted(set(settings.contexts)) for b in sorted(set(settings.batches))]
     first: list[tuple[Arm | str, dict[str, Any]]] = []
@@ -91,8 +93,8 @@ def _plan(settings: Settings, source: Source | ShapeSource) -> list[tuple[Arm | 
 
 
 def compare(cells: list[dict[str, Any]]) -> None:
-    """Adds to every cell what it is beside the full cache (how many times as fast, what part of the memory) and beside the
-    roofline (how many times the floor)."""
+    """Adds to every cell its comparison with the full cache (how many times as fast, what part of the memory) and with
+    the roofline (how many times the floor)."""
     full = {(c["context"], c["batch"]): c for c in cells if c["kind"] == "baseline" and c["name"] == FULL}
     for cell in cells:
         base = full.get((cell["context"], cell["batch"]), {})
@@ -109,14 +111,15 @@ def compare(cells: list[dict[str, Any]]) -> None:
 
 
 def median(cell: Mapping[str, Any], part: str) -> float | None:
-    """Seconds of "prefill" or "decode", if they were measured."""
+    """Returns the seconds of "prefill" or "decode", if measured."""
     found = cell.get(part)
     return found["seconds"]["median"] if found else None
 
 
-# ------------------------------------------------------------------------------------------------------------------- run
+# -------------------------------------------------------------------------------------------------------------------
+# run
 def check(settings: Settings, source: Source | ShapeSource) -> None:
-    """Raises OptionError for what can be known before anything is loaded."""
+    """Raises OptionError for errors that can be found before anything is loaded."""
     for spec in settings.policies:
         spec.check()
         if spec.name == CONVERTED:
@@ -154,8 +157,8 @@ def bench(
 ) -> dict[str, Any]:  # fmt: skip
     """Runs every cell and returns the results as data.
 
-    out: is written after every cell. resume: continues from `out`; cells that failed are tried again. A cell that could not
-    be measured, or not wholly, has another status than "ok" ("out of memory", "refused", "skipped", "failed") and a reason.
+    out: written after every cell. resume: continues from `out`; failed cells are tried again. A cell that could not be
+    measured completely has another status than "ok" ("out of memory", "refused", "skipped", "failed") and a reason.
     """
     source = open_source(settings.model, device=settings.device, dtype=settings.dtype, seed=settings.options.seed)
     check(settings, source)
@@ -217,7 +220,7 @@ class _Runner:
         self.base_bytes: int | None = None
 
     def run(self, what: Arm | str, cell: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
-        """Measures a cell, into it."""
+        """Measures a cell and stores the result in it."""
         started = time.perf_counter()
         cell["status"], cell["reason"] = "ok", None
         try:
@@ -249,7 +252,8 @@ class _Runner:
         self.progress(f"{cell['label']}, {cell['context']:,} x {cell['batch']}: {text}", self.done, self.total)
 
     def _too_long(self, cell: Mapping[str, Any], earlier: list[dict[str, Any]]) -> str | None:
-        """Why a cell would take longer than it may, judged by the same at a smaller size: time grows at least in proportion."""
+        """The reason why a cell would take too long, judged by a smaller size (time grows at least in proportion), or
+        None."""
         limit = self.settings.options.seconds
         for other in earlier:
             if any(other[n] != cell[n] for n in ("kind", "name", "options", "budget")):
@@ -294,7 +298,7 @@ class _Runner:
             for n, p in model.graph_module.named_parameters()
             if n.startswith("policy_weights.")
         )
-        if arm.spec.name != CONVERTED:  # what is loaded from a converted directory may have no original to count
+        if arm.spec.name != CONVERTED:  # a converted directory may have no original to count
             self._limits(cell, self.source.base, model.sites, model.policy)
         cell["cold"] = {"transform_seconds": None, **self.cold}
         self.cold = {}  # only an arm's first cell has it
@@ -324,14 +328,14 @@ class _Runner:
         self.base_bytes = self._allocated()
 
     def _limits(self, cell: dict[str, Any], model: Any, sites: Any, policy: Policy | None) -> None:
-        """Rates are measured before the cell, on an otherwise idle device."""
+        """Measures rates before the cell, on an otherwise idle device."""
         self._say(cell, "rates")
         self.rates.dtype = model.dtype
         steps = self.settings.options.steps
         cell["limits"] = limits(self.rates, model, sites, policy, cell["context"], cell["batch"], steps)
 
     def close(self) -> None:
-        """Lets go of the rewritten model and of what was compiled for it."""
+        """Releases the rewritten model and what was compiled for it."""
         if self.model is not None and self.settings.compiled:
             forget_compiled()
         self.arm = self.model = self.refusal = self.base_bytes = None

@@ -1,4 +1,5 @@
-"""What is measured: a model directory, or a named shape with random weights, which times as the trained model does."""
+"""Chooses the model to measure: a directory, or a named shape with random weights, which take as long as trained
+ones."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from kvrewrite.errors import OptionError
 from kvrewrite.tools.subjects import Arm, Source
 
 STD = 0.02  # of the random weights
-# Attention-Gates have no usual size: heads and their width where neither the options nor weights say one.
+# Number and width of Attention-Gates' heads, which have no usual size, if neither options nor weights give one.
 GATE = {"gate_heads": 8, "gate_dim": 64}
 
 
-# --------------------------------------------------------------------------------------------------------------- configs
+# ---------------------------------------------------------------------------------------------------------------
+# configs
 def _llama_8b() -> Any:
     """meta-llama/Llama-3.1-8B."""
     from transformers import LlamaConfig
@@ -38,7 +40,8 @@ def _llama_8b() -> Any:
 
 
 def _phi3_mini() -> Any:
-    """microsoft/Phi-3-mini-128k-instruct. Its factors are trained; these grow alike. Its window of 262144 never bites."""
+    """microsoft/Phi-3-mini-128k-instruct. Its factors are trained; these grow similarly. Its window of 262144 has no
+    effect."""
     from transformers import Phi3Config
 
     pairs = 48
@@ -66,7 +69,7 @@ def _qwen3_8b() -> Any:
 
 
 def _tiny() -> Any:
-    """Two layers, for a CPU: to try the command."""
+    """Two layers, to try the command on a CPU."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -83,9 +86,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------------------------
+# weights
 def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A model of random weights N(0, 0.02), norms 1 and biases 0, made in place on the device."""
+    """Makes a model of random weights N(0, 0.02), norms 1 and biases 0, directly on the device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -100,7 +104,7 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> n
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         rebuilt = set()
         for path, module in list(model.named_modules()):
-            if "RotaryEmbedding" in type(module).__name__:  # to_empty left its tables as they were in memory
+            if "RotaryEmbedding" in type(module).__name__:  # to_empty left its tables uninitialized
                 fresh = type(module)(config).to(device)
                 rebuilt |= {f"{path}.{name}" for name, _ in fresh.named_buffers()}
                 model.set_submodule(path, fresh)
@@ -111,8 +115,8 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> n
 
 
 class ShapeSource:
-    """A named shape, with the interface of `kvrewrite.tools.subjects.Source`. The model is made once, rewritten ones share
-    its weights; policies that need trained weights get random ones."""
+    """A named shape with the interface of `kvrewrite.tools.subjects.Source`. The model is made once and rewritten ones
+    share its weights; policies that need trained weights get random ones."""
 
     manifest = None
 
@@ -127,26 +131,26 @@ class ShapeSource:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as data."""
+        """Returns the configuration as data."""
         return self.hf_config.to_dict()
 
     def fingerprint(self) -> str:
-        """Equal models have the same."""
+        """Returns a hash that is the same for equal models."""
         return f"{self.name}, random weights, seed {self.seed}"
 
     @property
     def base(self) -> Any:
-        """The unmodified model."""
+        """Returns the unmodified model."""
         if self._base is None:
             self._base = build(self.hf_config, self.device, getattr(torch, self.dtype), self.seed)
         return self._base
 
     def random_weights(self, arm: Arm) -> bool:
-        """Whether the arm's policy weights are made up."""
+        """Whether the arm's policy weights are random."""
         return policies.POLICIES[arm.spec.name].needs_weights and arm.spec.weights is None
 
     def rewritten(self, arm: Arm) -> Any:
-        """The model with an arm's policy."""
+        """Returns the model with an arm's policy."""
         policy = policies.make(arm.spec.name, **arm.options)
         if not self.random_weights(arm):
             return kvrewrite.transform(self.base, policy, policy_weights=arm.spec.weights)
@@ -156,7 +160,7 @@ class ShapeSource:
         return kvrewrite.transform(self.base, policy, policy_weights=self._make_weights(policy))
 
     def _make_weights(self, policy: policies.Policy) -> dict[str, Tensor]:
-        """Random policy weights. Their shapes come from a model of one layer: all layers of a named shape are alike."""
+        """Makes random policy weights. A one-layer model gives their shapes: all layers of a named shape are alike."""
         from kvrewrite.capture.frontend import capture
         from kvrewrite.passes.pipeline import canonical, expected_weights
 
@@ -177,7 +181,7 @@ class ShapeSource:
 
 
 def open_source(model: str, *, device: str | torch.device, dtype: str = "auto", seed: int = 0) -> Source | ShapeSource:
-    """MODEL as a directory where it is one, else as a shape's name; raises OptionError or ArtifactError."""
+    """Opens MODEL as a directory if it is one, else as a shape's name; raises OptionError or ArtifactError."""
     if not Path(model).exists() and model in SHAPES:
         return ShapeSource(model, device=device, dtype=dtype, seed=seed)
     if not Path(model).exists() and "/" not in model:

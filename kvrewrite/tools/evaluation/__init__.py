@@ -1,1 +1,1 @@
-"""Tasks that ask about a long context, and what measures policies on them."""
+"""Tasks with questions about a long context, and the measurement of policies on them."""

@@ -1,4 +1,4 @@
-"""Puts questions about contexts to a rewritten model, greedily and in batches, and measures its cache on the way."""
+"""Asks a rewritten model questions about contexts, greedily and in batches, and measures its cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Held:
         self.leased += memory.leased
 
     def means(self) -> dict[str, Any]:
-        """Per row; heads: {layer: the live slots of each kv head}, with the layer's number as text."""
+        """Returns means per row; heads: {layer number as text: the live slots of each kv head}."""
         rows = max(1, self.rows)
         found: dict[str, Any] = {name: getattr(self, name) / rows for name in ("tokens", "slots", "live", "leased")}
         return {**found, "heads": {str(layer): [x / rows for x in sums] for layer, sums in self.heads.items()}}
@@ -71,12 +71,12 @@ class Answers:
 
 
 def encode(sample: Any, tokenizer: Any, at_least: int = 0) -> Question:
-    """A sample in tokens: context and question are tokenized one by one, so that both modes see the same ids.
+    """Tokenizes a sample: context and question separately, so that both modes see the same ids.
 
-    at_least: tokens that an answer may have; more where the expected one is longer in this tokenizer.
+    at_least: tokens that an answer may have; more if the expected one is longer in this tokenizer.
     """
     context = tokenizer(sample.context)["input_ids"]
-    # Not every tokenizer knows which of its special tokens go to the end; a prompt must not end there.
+    # Some tokenizers add an end-of-text token without saying so; a prompt must not end with one.
     while context and context[-1] == tokenizer.eos_token_id:
         context = context[:-1]
     question = tokenizer(sample.question, add_special_tokens=False)["input_ids"]
@@ -86,7 +86,7 @@ def encode(sample: Any, tokenizer: Any, at_least: int = 0) -> Question:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) and mask (B, T), padded on the left."""
+    """Returns ids (B, T) and mask (B, T), padded on the left."""
     width = max(1, max(len(r) for r in rows))
     ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.int64)
@@ -94,7 +94,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 class _Watch(StoppingCriteria):
-    """Ends rows whose answer is complete, and measures the cache once, when it holds the prompt and nothing generated."""
+    """Ends rows whose answer is complete, and measures the cache once, when it holds the prompt and nothing
+    generated."""
 
     def __init__(self, tokenizer: Any, prompt: int, limits: list[int], cache: Any, held: Held):
         self.tokenizer, self.prompt, self.limits = tokenizer, prompt, limits
@@ -110,7 +111,7 @@ class _Watch(StoppingCriteria):
 
 
 def _special(tokenizer: Any, model: Any) -> tuple[int, list[int]]:
-    """The id to pad with, and those that end a text."""
+    """Returns the id to pad with, and those that end a text."""
     ends = {tokenizer.eos_token_id}
     given = getattr(model.generation_config, "eos_token_id", None)
     ends.update(given if isinstance(given, list) else [given])
@@ -122,7 +123,7 @@ def _special(tokenizer: Any, model: Any) -> tuple[int, list[int]]:
 def generate(
     model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, cache: Any, limits: list[int], held: Held
 ) -> list[str]:
-    """Greedy answers behind `ids` (B, T), of which the cache may hold the first columns already.
+    """Generates greedy answers after `ids` (B, T); the cache may already hold the first columns.
 
     An answer is the first line that is not empty, up to the end-of-text token or the row's limit of tokens.
     """
@@ -148,7 +149,7 @@ def generate(
 
 
 def prefill(model: Any, ids: Tensor, mask: Tensor, max_length: int) -> Any:
-    """A cache that holds a compressed context; the policies' own warnings are the caller's business."""
+    """Returns a cache that holds a compressed context; the caller handles the policies' warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.prefill(ids.to(model.device), mask.to(model.device), max_length=max_length)
@@ -157,7 +158,7 @@ def prefill(model: Any, ids: Tensor, mask: Tensor, max_length: int) -> Any:
 def ask_aware(
     model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int, *, question_first: bool = False
 ) -> Iterator[tuple[int, Answers]]:
-    """Context and question in one prompt, which is compressed as a whole. Yields (questions done, answers so far)."""
+    """Puts context and question into one prompt, compressed as a whole. Yields (questions done, answers so far)."""
     answers = Answers([])
     pad, _ = _special(tokenizer, model)
     for at in range(0, len(questions), batch_size):
@@ -174,7 +175,7 @@ def ask_aware(
 def ask_blind(
     model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int
 ) -> Iterator[tuple[int, Answers]]:
-    """The context is compressed before its question is known; questions about the same context share its cache.
+    """Compresses the context before its question is known; questions about the same context share its cache.
 
     Yields (questions done, answers so far).
     """
@@ -192,7 +193,7 @@ def ask_blind(
         answers.held["context"].add(cache)
         rounds = max(len(g) for g in batch)
         for turn in range(rounds):
-            # A row whose questions are all answered repeats its last one; nothing is made of it.
+            # A row whose questions are all answered repeats its last one; the result is ignored.
             asked = [g[min(turn, len(g) - 1)] for g in batch]
             ids, mask = pad_left([questions[i].question for i in asked], pad)
             texts = generate(

@@ -35,7 +35,7 @@ def needle_multikey(room: Room) -> Document:
 
 
 def needle_distractors(room: Room) -> Document:
-    """RULER's NIAH multi-key 2: the filler is other needles. The last of a full context may be any of them."""
+    """RULER's NIAH multi-key 2: the filler is other needles. Any of them may be asked for."""
     needles: list[tuple[tuple[str, str], str]] = []
     keys = room.keys()
 
@@ -72,7 +72,7 @@ def needle_multivalue(room: Room) -> Document:
 
 
 def needle_multiquery(room: Room) -> Document:
-    """RULER's NIAH multi-query: four keys asked in one question; four further keys are distractors where there is room."""
+    """RULER's NIAH multi-query: four keys in one question; four other keys are distractors if there is room."""
     count = 8 if room.tokens >= 400 else 4
     needles = [(key, room.value()) for key, _ in zip(room.keys(), range(count), strict=False)]
     questions = []
@@ -132,10 +132,10 @@ def variable_tracking(room: Room) -> Document:
 
 
 def _list(room: Room, count_of: Callable[[int], dict[str, int]], question: Question) -> Document:
-    """A list of words, each as often as `count_of(the number of words)` says, in random order."""
+    """Makes a list of words in random order, each as often as `count_of(the number of words)` says."""
     head = ("\nWords:",)
     total = room.left - room.cost(head)
-    for _ in range(4):  # words may be more than one token in a tokenizer that is not ours
+    for _ in range(4):  # words may be more than one token in a foreign tokenizer
         counts = count_of(total)
         words = [word for word, count in counts.items() for _ in range(count)]
         over = room.cost(words) + room.cost(head) - room.left
@@ -147,8 +147,8 @@ def _list(room: Room, count_of: Callable[[int], dict[str, int]], question: Quest
 
 
 def common_words(room: Room) -> Document:
-    """RULER's common words extraction: the common words stand 10 times as often as the others, as there; here four of them
-    (RULER: ten), no numbering, and as many others (up to 240) as there is room for at 3 each, or more often in longer texts."""
+    """RULER's common words extraction: common words occur 10 times as often as others, like there; here four of them
+    (RULER: ten), no numbering, and as many others (up to 240) as fit at 3 each, or more often in longer texts."""
     words = room.words(244)
     common, others = sorted(words[:4]), words[4:]
     question = Question(("\nQ:", " The four most common words:"), tuple(common), tuple(word.strip() for word in common))
@@ -168,8 +168,9 @@ def common_words(room: Room) -> Document:
 
 
 def frequent_words(room: Room) -> Document:
-    """RULER's frequent words extraction: counts follow a zeta law with exponent 2, the three most frequent are asked; here
-    words for coded words, and counts are the law's own, not drawn, so that no two ranks that matter tie."""
+    """RULER's frequent words extraction: counts follow a zeta law with exponent 2, and the three most frequent words
+    are asked for; here with real instead of coded words, and counts that are the law's own, not drawn, so that no
+    important ranks tie."""
     words = room.words(200)
     top = words[:3]
     question = Question(("\nQ:", " The three most frequent words:"), tuple(top), tuple(word.strip() for word in top))
@@ -188,7 +189,8 @@ def frequent_words(room: Room) -> Document:
 
 
 def few_shot(room: Room) -> Document:
-    """Few-shot classification: four classes of four nouns each; an input is two adjectives and a noun, the label a word."""
+    """Few-shot classification: four classes of four nouns each; an input is two adjectives and a noun, the label a
+    word."""
     words = room.words(20)
     labels, members = words[:4], words[4:]
     seen: list[int] = []
@@ -214,7 +216,7 @@ def few_shot(room: Room) -> Document:
     return Document([piece for fact in facts for piece in fact], questions)
 
 
-# What stands in front of an input, and between it and its label.
+# What comes before an input, and between it and its label.
 _FORMS = ((" Input:", " ->"), (" Text:", " =>"), (" Example:", " ="))
 _WORDS = """Input Text Example Case Line Sample Entry Record Row Data Word Thing Name Object Key Note Task Test Type Value Point
 Pair Shot Turn Show Read Given Here Left Side"""
@@ -233,11 +235,11 @@ _HELD_OUT = ((" Item:", " |"),)
 def few_shot_rare(
     room: Room, forms: tuple[tuple[str, str], ...] = _FORMS, fillers: tuple[str, ...] = ("noise", "code")
 ) -> Document:
-    """Few-shot classification with rare classes, among filler: four classes of four nouns each take most examples; a rare class
-    has one noun, stands in one example alone, and is what is asked for. An input is one to four adjectives and a noun.
+    """Few-shot classification with rare classes among filler: four classes of four nouns each have most examples. A
+    rare class has one noun and one example, and is what is asked for. An input is one to four adjectives and a noun.
 
-    A text writes all its examples in one form. A third of the room is filler; about one example in four is of a rare class,
-    up to 64.
+    All examples of a text have the same form. A third of the room is filler; about one example in four is of a rare
+    class, up to 64.
     """
     rng = room.rng
     lead, mark = rng.choice(forms)
@@ -272,11 +274,12 @@ def few_shot_rare(
 
 
 def few_shot_varied(room: Room) -> Document:
-    """`few_shot_rare` in a thousand forms instead of three: 30 words in front, 37 marks between input and label."""
+    """`few_shot_rare` in a thousand forms instead of three: 30 words before an input, 37 marks between it and its
+    label."""
     return few_shot_rare(room, _VARIED)
 
 
 def few_shot_held_out(room: Room) -> Document:
-    """`few_shot_rare` in a form and among filler (prose) that neither it nor `few_shot_varied` has: to test what was trained
-    on them."""
+    """`few_shot_rare` in a form and among filler (prose) that neither it nor `few_shot_varied` uses: tests what was
+    trained on them."""
     return few_shot_rare(room, _HELD_OUT, ("prose",))

@@ -1,17 +1,17 @@
-"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness) on rewritten models.
+"""Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness) on rewritten models.
 
-Two kinds of requests exist there. generate_until goes through `generate`, as any use of the model does. loglikelihood (and
-with it multiple_choice) is one forward pass over context and continuation without a cache that lasts, and what it measures
-depends on the policy:
+There are two kinds of requests. generate_until goes through `generate`, like any use of the model. loglikelihood (and
+with it multiple_choice) is one forward over context and continuation without a lasting cache; what it measures depends
+on the policy:
 
-- a prompt that goes through in one segment (no chunk, or no longer than one) evicts behind its attention, when its logits
-  are made already: the score is that of the full cache, whatever the budget;
+- a prompt in one segment (no chunks, or no longer than one) is evicted from after its attention, when its logits are done:
+  the score is the full cache's, whatever the budget;
 - with chunks, each chunk reads what the evictions before it left: the score is that of chunked prefill, except that the
   continuation sees its own chunk whole;
-- attention_gate flags tokens in front of attention, so its score is its own.
+- attention_gate flags tokens before attention, so its score is its own.
 
-So every request's tokens are put through the policy's plan, and results say in how many requests anything was evicted that a
-later token could have seen.
+So every request's tokens go through the policy's plan, and the results say in how many requests anything was evicted
+that a later token could have seen.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ GENERATES = ("generate_until", "generate_until_multi_turn")
 
 
 def require_lm_eval() -> None:
-    """Raises OptionError where lm-eval, or what its models of transformers need, is not installed."""
+    """Raises OptionError if lm-eval, or what its transformers models need, is not installed."""
     missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(f"--harness lm_eval needs {' and '.join(missing)}: pip install 'lm-eval[hf]'")
 
 
-# ------------------------------------------------------------------------------------------------- does a request evict?
+# ------------------------------------------------------------------------------------------------- does a request
+# evict?
 def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
-    """Whether a forward pass over `length` tokens evicts anything before its last segment, so that logits can differ.
+    """Whether a forward over `length` tokens evicts anything before its last segment, so that logits can differ.
 
     layers: how many of the model's layers own a cache.
     """
@@ -54,7 +55,7 @@ def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
 
 
 def scoring_warning(policy: Policy) -> str:
-    """What a loglikelihood request measures with this policy, in a sentence."""
+    """Says in one sentence what a loglikelihood request measures with this policy."""
     if policy.gates:
         return "tokens are flagged in front of attention, so scores are the policy's"
     if policy.chunk is None:
@@ -70,7 +71,7 @@ def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class RewrittenLM(HFLM):  # type: ignore[misc, valid-type]
-        """lm-eval's model of transformers around a rewritten one; counts the requests in which something is evicted."""
+        """lm-eval's transformers model around a rewritten one; counts the requests in which something is evicted."""
 
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None):
             self.rewritten = model
@@ -82,7 +83,7 @@ def _model_class() -> Any:
             )
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            # One by one: rows are padded on the right here without a mask, and a policy would count the padding.
+            # One by one: lm-eval pads rows on the right without a mask, and a policy would count the padding.
             for _, context, continuation in requests:
                 length = min(len(context) + len(continuation), self.max_length + 1) - 1
                 self._count(evicts_within(self.rewritten.policy, length, self.layers))
@@ -102,7 +103,7 @@ def _model_class() -> Any:
             self.counts["evicted"] += evicted
 
         def get_model_info(self) -> dict[str, Any]:
-            """The rewritten model instead of a name on a hub, which would be looked up there."""
+            """Returns data about the rewritten model, not a hub name, which lm-eval would look up."""
             return {"policy": self.rewritten.program.policy, "model_dtype": str(self.rewritten.dtype)}
 
     return RewrittenLM
@@ -121,7 +122,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs tasks of lm-eval over policies and budgets, the full cache first; modes do not apply, prompts are whole.
 
-    include_path: a directory of task files (YAML). limit: samples a task. out: is written after every arm. Raises
+    include_path: a directory of task files (YAML). limit: samples per task. out: written after every arm. Raises
     OptionError for unknown tasks before a model is loaded.
     """
     require_lm_eval()
@@ -167,7 +168,7 @@ def run(
 
 
 def _tasks(names: list[str], include_path: Path | None) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's task manager and the tasks of these names, groups spread out."""
+    """Returns lm-eval's task manager and the tasks of these names, with groups expanded."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
@@ -183,7 +184,7 @@ def _tasks(names: list[str], include_path: Path | None) -> tuple[Any, dict[str, 
             raise OptionError(f"lm-eval has no task {name!r}{hint}; task files of your own need --include-path")
     try:
         loaded = manager.load(names)
-    except Exception as error:  # whatever a task's data set raises
+    except Exception as error:  # a task's data set may raise anything
         raise ArtifactError(f"lm-eval could not load {', '.join(names)}: {type(error).__name__}: {error}") from error
     return manager, dict(loaded["tasks"])
 
@@ -224,7 +225,7 @@ def _run_task(
 
 
 def _warn_of(types: dict[str, str], planned: list[Arm], warn: Warn) -> None:
-    """Tasks that never generate, and what that means for each policy."""
+    """Warns about tasks that never generate, and what that means for each policy."""
     from kvrewrite import policies
 
     never = [n for n, kind in types.items() if kind not in GENERATES]
@@ -248,7 +249,7 @@ def _warn_of(types: dict[str, str], planned: list[Arm], warn: Warn) -> None:
 
 
 def table(results: dict[str, Any]) -> tuple[Table, list[str]]:
-    """All metrics, a row each, and notes."""
+    """Returns all metrics, one per row, and notes."""
     from rich.markup import escape
     from rich.table import Table
 

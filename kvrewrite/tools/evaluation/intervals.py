@@ -1,4 +1,4 @@
-"""95% confidence intervals of scores, without a random state of their own."""
+"""Computes 95% confidence intervals of scores, with fixed seeds."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def interval(*groups: Sequence[float]) -> Interval:
-    """The mean of the groups' means (a group a task).
+    """Returns the mean of the groups' means (one group per task) and its interval.
 
-    Wilson's interval where all scores are 0 or 1 and the groups are equally large, the bootstrap otherwise. Where all scores
-    are the same the bootstrap would have no width; there it is Wilson's too, which is wide enough for any scores within
-    [0, 1], since none vary more than zeros and ones of the same mean.
+    Wilson's interval if all scores are 0 or 1 and the groups are equally large, otherwise the bootstrap. If all scores
+    are the same, the bootstrap would have no width; Wilson's is used and is wide enough for any scores within [0, 1],
+    since none vary more than zeros and ones of the same mean.
     """
     if not groups or not all(groups):
         raise ValueError("no scores")
@@ -61,6 +61,6 @@ def interval(*groups: Sequence[float]) -> Interval:
 
 
 def difference(scores: Sequence[float], baseline: Sequence[float]) -> Interval:
-    """The mean of paired differences (same samples in the same order) with a bootstrap interval."""
+    """Returns the mean of paired differences (same samples in the same order) with a bootstrap interval."""
     pairs = [a - b for a, b in zip(scores, baseline, strict=True)]
     return Interval(math.fsum(pairs) / len(pairs), *bootstrap([pairs]), len(pairs), "bootstrap")

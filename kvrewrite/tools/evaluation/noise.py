@@ -1,4 +1,4 @@
-"""What stands around the facts of a task: plain prose, or code of the standard library."""
+"""Filler around the facts of a task: plain prose, or code of the standard library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ LONGEST_LINE = 96
 
 @cache
 def prose() -> tuple[str, ...]:
-    """Lines of Python's reference topics in order, each a piece that starts with a line break; empty where it is missing."""
+    """Returns lines of Python's reference topics in order, each a piece that starts with a line break; empty if
+    missing."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
@@ -40,7 +41,8 @@ def prose() -> tuple[str, ...]:
 
 @cache
 def code() -> tuple[str, ...]:
-    """Lines of standard library modules in order, indented as they are, each a piece that starts with a line break."""
+    """Returns lines of standard library modules in order, with their indentation, each a piece that starts with a line
+    break."""
     root = Path(sysconfig.get_path("stdlib"))
     lines: list[str] = []
     for name in _MODULES.split():

@@ -1,4 +1,4 @@
-"""Results as PNG files, drawn by matplotlib (an optional dependency) without a display."""
+"""Draws results as PNG files with matplotlib (an optional dependency), without a display."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEAT = "cividis"  # made to look the same to people with and without colour blindness
-DODGE = 1.012  # by what factor a policy's points are moved aside from its neighbour's
-BINS = 256  # columns of a retention map at most
+HEAT = "cividis"  # looks the same to people with and without colour blindness
+DODGE = 1.012  # factor by which a policy's points are moved from its neighbour's
+BINS = 256  # most columns of a retention map
 
 
 def _only(results: Mapping[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The cells that ran, of these policies (all of them where none is named) and of the baseline."""
+    """Returns the cells that ran of these policies (default: all) and of the baseline."""
     there = list(dict.fromkeys(c["label"] for c in results["cells"]))
     for label in labels:
         if label not in there:
@@ -34,11 +34,11 @@ def _only(results: Mapping[str, Any], labels: Sequence[str]) -> list[dict[str, A
 
 # ------------------------------------------------------------------------------------------------------------- accuracy
 def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:
-    """Accuracy against what was kept, a panel for each mode (and length); error bars are 95% intervals.
+    """Plots accuracy against what was kept, a panel per mode (and length); error bars are 95% intervals.
 
-    tasks: their mean is drawn; all tasks of the results where none is named. labels: policies, as on eval's command line.
-    A policy's points are at the share of slots that was measured, moved aside by a little so that error bars do not lie on
-    each other. Policies at budgets where not every one of the tasks ran are left out, as in the table of means.
+    tasks: their mean is drawn; default: all tasks of the results. labels: policies, as on eval's command line. A
+    policy's points are at the measured share of slots, moved slightly so that error bars do not overlap. A policy is
+    left out at budgets where not all of the tasks ran, as in the table of means.
     """
     from kvrewrite.tools.evaluation.run import means
 
@@ -102,7 +102,7 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
 
 
 def _share_axis(axes: Sequence[Axes], budgets: Sequence[float], kept: Sequence[float]) -> None:
-    """Shares of the cache in percent, by factors, with a tick at every budget and some room beside all that is kept."""
+    """Sets a logarithmic axis for shares of the cache in percent, with a tick at every budget and some margin."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for a in axes:
@@ -146,7 +146,7 @@ Curves = Mapping[tuple[str, str], Mapping[int, float]]  # (policy, budget) -> to
 
 
 def _alike(curves: Curves) -> dict[str, Mapping[int, float]]:
-    """Curves of one budget that lie on each other (within 1% everywhere) as one, under all their names."""
+    """Merges curves of one budget that coincide (within 1% everywhere) under all their names."""
     groups: list[tuple[str, list[str], Mapping[int, float]]] = []
     for (label, budget), curve in curves.items():
         for other_budget, names, other in groups:
@@ -180,7 +180,7 @@ def _lines(curves: Curves, full: Mapping[int, float], title: str, out: Path) -> 
 
 
 def measured_memory(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = ()) -> Figure:
-    """Leased bytes a row as they were measured, mean over tasks and modes, against the length of the prompts."""
+    """Plots measured leased bytes per row, the mean over tasks and modes, against the length of the prompts."""
     full: dict[int, list[float]] = {}
     curves: dict[tuple[str, str], dict[int, list[float]]] = {}
     for cell in _only(results, labels):
@@ -199,7 +199,7 @@ def measured_memory(results: Mapping[str, Any], out: Path, *, labels: Sequence[s
 
 
 def estimated_memory(source: Source, arms: Sequence[Arm], contexts: Sequence[int], out: Path) -> Figure:
-    """Bytes a row after a prompt, computed from the model's attention sites alone."""
+    """Plots bytes per row after a prompt, computed from the model's attention sites alone."""
     from kvrewrite import policies
     from kvrewrite.analysis.memory import plan_memory
     from kvrewrite.api import inspect
@@ -226,8 +226,8 @@ def _itemsize(source: Source) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- eviction
 def eviction(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = (), tasks: Sequence[str] = ()) -> Figure:
-    """The share of a context's tokens that each (layer, kv head) did not hold, as measured: the mean over the cells of one
-    policy, whose label is to be given where the results have several; tasks: only these."""
+    """Plots the measured share of a context's tokens that each (layer, kv head) did not hold: the mean over the cells
+    of one policy. labels: needed if the results have several policies; tasks: only these."""
     cells = [c for c in _only(results, labels) if c["mode"] != BASELINE and (not tasks or c["task"] in tasks)]
     names = sorted({c["label"] for c in cells})
     if len(names) != 1:
@@ -244,7 +244,7 @@ def eviction(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = (
 
 
 def draw_eviction(rows: Sequence[Sequence[float]], layers: Sequence[int], out: Path, name: str = "") -> Figure:
-    """rows: the share that each kv head of a layer evicts, NaN where it has fewer heads; layers: the number of each."""
+    """rows: the share that each kv head of a layer evicts, NaN if it has fewer heads; layers: the number of each."""
     require_matplotlib()
     import numpy
 
@@ -268,9 +268,9 @@ def draw_eviction(rows: Sequence[Sequence[float]], layers: Sequence[int], out: P
 
 # ------------------------------------------------------------------------------------------------------------ retention
 def retention(source: Source, arms: Sequence[Arm], prompt: str, out: Path) -> Figure:
-    """Which positions of a prompt each (layer, kv head) keeps; a panel for each policy.
+    """Shows which positions of a prompt each (layer, kv head) keeps; one panel per policy.
 
-    Long prompts are shown in bins of equally many positions, coloured by the share that is kept.
+    Long prompts are shown in bins of the same number of positions, coloured by the share that is kept.
     """
     import torch
 

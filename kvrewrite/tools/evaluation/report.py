@@ -1,4 +1,4 @@
-"""Tables of evaluation results."""
+"""Formats tables of evaluation results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def accuracy_text(accuracy: Mapping[str, Any]) -> str:
-    """Mean and interval, in percent, on two lines."""
+    """Formats mean and interval in percent, on two lines."""
     return f"{percent(accuracy['mean'], 1)}\n{percent(accuracy['low'])}–{percent(accuracy['high'])}"
 
 
 def _rows(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Cells of one (policy, budget, mode, tokens) each."""
+    """Groups cells by (policy, budget, mode, tokens)."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(cell_key({**cell, "task": None}), []).append(cell)
@@ -38,7 +38,7 @@ def _header(task: str) -> str:
 
 
 def _fitting(tasks: list[str], room: int) -> list[list[str]]:
-    """The tasks in groups whose columns fit into `room` characters."""
+    """Splits the tasks into groups whose columns fit into `room` characters."""
     groups: list[list[str]] = [[]]
     left = room
     for task in tasks:
@@ -52,9 +52,9 @@ def _fitting(tasks: list[str], room: int) -> list[list[str]]:
 
 
 def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], list[str]]:
-    """Tables for each mode and length, and the reasons of refused cells, numbered as in the tables.
+    """Returns tables per mode and length, and the reasons of refused cells, numbered as in the tables.
 
-    width: characters of a line; tasks that do not fit beside each other go into further tables.
+    width: characters per line; tasks that do not fit go into further tables.
     """
     from rich.markup import escape
     from rich.table import Table
@@ -99,7 +99,7 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
 
 
 def _cell_text(cell: Mapping[str, Any] | None, reasons: list[str]) -> str:
-    """What stands in a table for a cell; adds the reason of a refused one to `reasons`."""
+    """Returns a table's text for a cell; adds the reason of a refused one to `reasons`."""
     if cell is None:
         return ""
     if cell["status"] == "ok":

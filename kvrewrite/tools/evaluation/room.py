@@ -1,4 +1,4 @@
-"""What tasks are built in: a length to fill with facts and what stands around them; documents, questions and samples."""
+"""The space that tasks are built in: a length to fill with facts and filler; documents, questions and samples."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Length = Callable[[str], int]
 class Sample:
     """One question about one context.
 
-    The prompt is `context + question`, tokenized as one text, or the context with the tokenizer's special tokens and then the
-    question without (`add_special_tokens=False`): the ids are the same for the shipped model's tokenizer. The model answers
-    right after it.
+    The prompt is `context + question`, tokenized as one text, or the context with the tokenizer's special tokens and
+    then the question without (`add_special_tokens=False`): the ids are the same for the shipped model's tokenizer. The
+    model answers right after it.
     """
 
     task: str
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A context as pieces, with one or more questions about it; all questions fit next to the context (see `draft`)."""
+    """A context as pieces, with one or more questions about it; all questions fit beside the context (see `draft`)."""
 
     context: list[str]
     questions: list[Question]
@@ -50,7 +50,7 @@ class Document:
 
 @dataclass
 class Room:
-    """What a builder works in: a random stream, a length to fill, and how many questions are wanted."""
+    """A builder's space: a random stream, a length to fill, and the wanted number of questions."""
 
     rng: Random
     tokens: int
@@ -70,7 +70,8 @@ class Room:
         return sum(map(self.length, pieces))
 
     def reserve(self, questions: list[Question]) -> list[Question]:
-        """As many of the questions as fit into half of the room, at least one; their length is taken off what is left."""
+        """Returns as many questions as fit into half of the room, at least one; reduces the remaining length by
+        theirs."""
         kept: list[Question] = []
         for question in questions[: self.questions]:
             need = self.cost(question.pieces) + (self.cost(question.target) + 1 if self.replies else 0)
@@ -81,14 +82,14 @@ class Room:
         return kept
 
     def lines(self) -> Iterator[str]:
-        """An endless run of filler of one kind."""
+        """Yields endless filler of one kind."""
         kinds = [kind for kind, there in (("noise", True), ("prose", prose()), ("code", code())) if there]
         kind = self.filler if self.filler in kinds else self.rng.choice(kinds)
         lines = {"noise": NOISE, "prose": prose(), "code": code()}[kind]
         return repeat_lines(lines, 0 if kind == "noise" else self.rng.randrange(len(lines)))
 
     def spread(self, facts: list[tuple[str, ...]]) -> list[str]:
-        """The facts in their order, at random places in filler that fills the room."""
+        """Places the facts in their order at random places in filler that fills the room."""
         left = self.left - sum(map(self.cost, facts))
         if left < 0:
             raise ValueError(f"{self.tokens} tokens are too few for this task")
@@ -113,7 +114,7 @@ class Room:
         return pieces + filler[done:]
 
     def pack(self, head: tuple[str, ...], fact: Callable[[], tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """As many facts as fit behind a heading: (heading, fact, fact, ...)."""
+        """Returns as many facts as fit after a heading: (heading, fact, fact, ...)."""
         facts = [head]
         left = self.left - self.cost(head)
         while True:
@@ -127,7 +128,7 @@ class Room:
         return facts
 
     def keys(self) -> Iterator[tuple[str, str]]:
-        """Endless keys, (" adjective", " noun"), none twice."""
+        """Yields endless distinct keys, (" adjective", " noun")."""
         seen = set()
         while True:
             key = (" " + self.rng.choice(ADJECTIVES), " " + self.rng.choice(NOUNS))

@@ -1,8 +1,9 @@
-"""Accuracy and memory of policies on the retrieval tasks: policies x budgets x modes, on the same samples for all.
+"""Measures accuracy and memory of policies on the retrieval tasks: policies x budgets x modes, on the same samples for
+all.
 
-Modes: "aware", context and question are one prompt and are compressed together; "blind", the context is compressed before
-its question is known (`model.prefill`), then the question is asked on the compressed cache. The full cache is the baseline
-and runs once: to it the modes are the same.
+Modes: "aware": context and question are one prompt and are compressed together. "blind": the context is compressed
+before its question is known (`model.prefill`), then the question is asked on the compressed cache. The full cache is
+the baseline and runs once, because the modes make no difference to it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, arms, f
 
 FORMAT = 1
 MODES = ("aware", "blind")
-BASELINE = "full"  # the mode of the baseline's cells: it stands in both
+BASELINE = "full"  # the mode of the baseline's cells, which belong to both modes
 SEED_STEP = 1_000_003  # sample i of a task has seed `seed * SEED_STEP + i`
 
 Progress = Callable[[str, int, int], None]
@@ -35,10 +36,11 @@ Warn = Callable[[str], None]
 
 
 def _quiet(*_: Any) -> None:
-    """No progress, no warnings."""
+    """Reports no progress and no warnings."""
 
 
-# ----------------------------------------------------------------------------------------------------- what is to be run
+# ----------------------------------------------------------------------------------------------------- what is to be
+# run
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,17 @@ class Settings:
     dtype: str = "auto"
 
 
-# --------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------------------------
+# sources
 def task_module() -> Any:
-    """The tasks: TASKS, make(task, tokens=, seed=, tokenizer=) and score(sample, text)."""
+    """Returns the module of tasks: TASKS, make(task, tokens=, seed=, tokenizer=) and score(sample, text)."""
     from kvrewrite.tools.evaluation import tasks
 
     return tasks
 
 
 def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The tasks to run, all of them where none is named; OptionError with the likely spelling for unknown ones."""
+    """Returns the tasks to run, all if none is named; raises OptionError with the likely spelling for unknown ones."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -78,7 +81,7 @@ def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
 
 
 def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Question]:
-    """The samples of a task: the same for every policy, budget and mode."""
+    """Makes the samples of a task: the same for every policy, budget and mode."""
     module = task_module()
     limit = getattr(module.TASKS[task], "max_new_tokens", 0)
     questions = []
@@ -91,17 +94,18 @@ def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -
     return questions
 
 
-# ----------------------------------------------------------------------------------------------------------------- cells
+# -----------------------------------------------------------------------------------------------------------------
+# cells
 
 
 def cell_key(cell: Mapping[str, Any]) -> str:
-    """What a cell is, as text: equal keys are the same measurement."""
+    """Returns a cell's key as text: equal keys are the same measurement."""
     names = ("policy", "options", "weights", "budget", "mode", "task", "tokens")
     return json.dumps([cell.get(n) for n in names], sort_keys=True, default=str)
 
 
 def cell_of(arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
-    """A cell that has not run yet."""
+    """Returns a cell that has not run yet."""
     return {
         "policy": arm.spec.name,
         "label": arm.spec.label,
@@ -122,7 +126,7 @@ def run_cell(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Scores and memory of one cell; progress is told how many questions are answered."""
+    """Returns scores and memory of one cell; reports how many questions are answered."""
     started = time.perf_counter()
     first = model.policy.question_first
     if first and mode == "blind":
@@ -149,13 +153,13 @@ def run_cell(
 
 
 def compare(cells: list[dict[str, Any]]) -> None:
-    """Adds to every cell what it has beside the full cache: shares of slots and bytes, and paired differences."""
+    """Adds to every cell its comparison with the full cache: shares of slots and bytes, and paired differences."""
     full = {(c["task"], c["tokens"]): c for c in cells if c["mode"] == BASELINE and c["status"] == "ok"}
     for cell in cells:
         base = full.get((cell["task"], cell["tokens"]))
         if base is None or cell["status"] != "ok" or "against_full" in cell:
             continue
-        # The full cache has been measured at both points: a blind cell is compared before its question.
+        # The full cache was measured at both points; a blind cell is compared before its question.
         point = POINTS[0] if POINTS[0] in cell["memory"] else POINTS[1]
         ours, theirs = cell["memory"][point], base["memory"][point]
         cell["against_full"] = {
@@ -170,7 +174,7 @@ def compare(cells: list[dict[str, Any]]) -> None:
 
 
 def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean over tasks of each (policy, budget, mode, tokens) whose cells have all run."""
+    """Returns the mean over tasks of each (policy, budget, mode, tokens) whose cells have all run."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(cell_key({**cell, "task": None}), []).append(cell)
@@ -193,11 +197,12 @@ def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------------------
+# results
 
 
 def describe(settings: Settings, source: Source) -> dict[str, Any]:
-    """The settings as data. Those in `FIXED` must be the same to resume."""
+    """Returns the settings as data. Those in `FIXED` must be the same to resume."""
     return {
         "model": str(settings.model),
         "fingerprint": source.fingerprint(),
@@ -218,7 +223,7 @@ FIXED = ("fingerprint", "samples", "seed", "dtype", "device")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Results of an earlier evaluation; raises ArtifactError."""
+    """Reads the results of an earlier evaluation; raises ArtifactError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -233,7 +238,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _earlier(path: Path, wanted: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, Any]]:
-    """The cells of an interrupted run that can stay, by key."""
+    """Returns the cells of an interrupted run that can be kept, by key."""
     data = read_results(path)
     for name in FIXED:
         if data["settings"].get(name) != wanted[name]:
@@ -254,18 +259,18 @@ def evaluate(
     progress: Progress = _quiet,
     warn: Warn = _quiet,
 ) -> dict[str, Any]:
-    """Runs every cell and returns the results as data; see `describe` and `run_cell` for what is in them.
+    """Runs every cell and returns the results as data; see `describe` and `run_cell` for their content.
 
-    out: is written after every cell, so that an interrupted run keeps what it has. resume: continues from `out` where the
-    settings that matter (`FIXED`) are the same; cells that were refused are tried again. A cell that cannot be run has
-    status "refused" and the reason. Raises OptionError for unknown names before anything is loaded.
+    out: written after every cell, so that an interrupted run keeps its results. resume: continues from `out` if the
+    important settings (`FIXED`) are the same; refused cells are tried again. A cell that cannot run has status
+    "refused" and the reason. Raises OptionError for unknown names before anything is loaded.
     """
     tasks = check_tasks(settings.tasks, task_module().TASKS)
     for spec in settings.policies:
         spec.check()
     settings = dataclasses.replace(settings, tasks=tasks)
     source = Source(settings.model, device=settings.device, dtype=settings.dtype)
-    _ = source.tokenizer  # a directory without one is refused once, not cell by cell
+    _ = source.tokenizer  # a directory without one is refused once, not per cell
     described = describe(settings, source)
     kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
     planned = [(Arm(PolicySpec("full")), BASELINE)]
@@ -318,7 +323,7 @@ class _Runner:
         self.refusal: str | None = None
 
     def run(self, arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
-        """What a cell has found, or why it was refused."""
+        """Returns a cell's results, or the reason why it was refused."""
         name = "full cache" if mode == BASELINE else f"{arm}, {mode}"
         try:
             if (task, tokens) not in self.samples:
@@ -351,7 +356,7 @@ class _Runner:
 
 
 def _warn_of(settings: Settings, source: Source, planned: list[tuple[Arm, str]], warn: Warn) -> None:
-    """What one should know before reading the numbers."""
+    """Warns about what one should know before reading the numbers."""
     names = {arm.spec.name for arm, mode in planned if mode == "blind"}
     blind = [n for n in sorted(names) if n != CONVERTED and policies.POLICIES[n].needs_question]
     if blind:

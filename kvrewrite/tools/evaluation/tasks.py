@@ -1,23 +1,23 @@
 """Synthetic long-context tasks, each of any length, with answers that can be checked by string.
 
-The tasks are RULER's (Hsieh et al., arXiv 2404.06654) where RULER has one, plus key-value retrieval (the form of "Lost in the
-Middle", Liu et al., arXiv 2307.03172) and few-shot classification. They depart from both on purpose, so that a model of a few
-million parameters with its own tokenizer can do them:
+The tasks are RULER's (Hsieh et al., arXiv 2404.06654) where RULER has one, plus key-value retrieval (the form of "Lost
+in the Middle", Liu et al., arXiv 2307.03172) and few-shot classification. They differ from both on purpose, so that a
+model of a few million parameters with its own tokenizer can do them:
 
 - keys are an adjective and a noun, values have four digits, words come from `words.py`; no UUIDs, no essays;
 - an answer follows the same words in the question as in the context ("The magic number of red fox is" -> " 4821"), since
-  retrieval emerges in small models only then;
-- no instructions in front of the context; the question stands at its end as one line that begins with "Q:".
+  otherwise small models do not learn retrieval;
+- no instructions before the context; the question is at its end, as one line that begins with "Q:".
 
-Each task's `summary` says what it asks; the docstrings in `builders.py` name further departures.
+Each task's `summary` says what it asks; the docstrings in `builders.py` name further differences.
 
 Filler is repeated noise sentences, prose (Python's own reference, `pydoc_data.topics`) or code (modules of the standard
 library), all read from the Python that runs this (`noise.py`): samples are the same for the same (task, tokens, seed),
 tokenizer and Python version. A part that is missing there is left out of the mix.
 
-A text is built from pieces that start with a space or a line break or are punctuation after a word, so that tokenizers which
-split there give pieces joined the same ids as pieces tokenized one by one; `make` checks the length of the whole text and
-builds again where a tokenizer behaves differently.
+A text is built from pieces that start with a space or a line break, or are punctuation after a word. So tokenizers that
+split there give the same ids for joined pieces as for single ones; `make` checks the length of the whole text and
+builds again if a tokenizer behaves differently.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def draft(
     replies: bool = False,
     filler: str | None = None,
 ) -> Document:
-    """A document of at most `tokens` tokens with its questions (and their replies, for training), as pieces.
+    """Returns a document of at most `tokens` tokens with its questions (and their replies, for training), as pieces.
 
-    length gives a piece's number of tokens; special tokens are not counted here. Raises KeyError for an unknown task and
-    ValueError where `tokens` are too few for the task's facts.
+    length gives a piece's number of tokens; special tokens are not counted here. Raises KeyError for an unknown task
+    and ValueError if `tokens` are too few for the task's facts.
     """
     if task not in TASKS:
         raise KeyError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
@@ -139,7 +139,7 @@ _LENGTHS: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictio
 
 
 def _length_of(tokenizer: Any) -> Length:
-    """Lengths of pieces in a transformers tokenizer, each looked up once."""
+    """Returns a function for the lengths of pieces in a transformers tokenizer; each is looked up once."""
     known = _LENGTHS.setdefault(tokenizer, {})
 
     def length(piece: str) -> int:
@@ -151,11 +151,11 @@ def _length_of(tokenizer: Any) -> Length:
 
 
 def make(task: str, *, tokens: int, seed: int, tokenizer: Any) -> Sample:
-    """The sample of a task that (task, tokens, seed) names, at most `tokens` long with its question and special tokens.
+    """Makes the sample of a task for (task, tokens, seed), at most `tokens` long with its question and special tokens.
 
-    tokenizer is a transformers tokenizer (anything hashable that returns {"input_ids": list} works). The length is within
-    2% or one line of a record (about 12 tokens) below `tokens`, whichever is more. Raises KeyError for an unknown task and
-    ValueError where `tokens` are too few for it.
+    tokenizer is a transformers tokenizer (anything hashable that returns {"input_ids": list} works). The length is
+    within 2% or one line of a record (about 12 tokens) below `tokens`, whichever is more. Raises KeyError for an
+    unknown task and ValueError if `tokens` are too few for it.
     """
     length = _length_of(tokenizer)
     room = tokens - len(tokenizer("")["input_ids"])
@@ -184,10 +184,10 @@ def make(task: str, *, tokens: int, seed: int, tokenizer: Any) -> Sample:
 
 
 def score(sample: Sample, text: str) -> float:
-    """How much of a sample's answers a reply has, in [0, 1].
+    """Returns the share of a sample's answers that a reply has, in [0, 1].
 
-    RULER's string matching (case does not count), except that an answer must stand as a word or number of its own:
-    "4821" is not found in "48213".
+    RULER's string matching (case does not count), except that an answer must be a word or number of its own: "4821" is
+    not found in "48213".
     """
     found = [
         re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None for answer in sample.answers

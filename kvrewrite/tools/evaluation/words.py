@@ -1,4 +1,4 @@
-"""The words that synthetic tasks are made of: short, plain, and few enough that a small vocabulary has each as one token."""
+"""The words of synthetic tasks: short, plain, and so few that a small vocabulary has each as one token."""
 
 _ADJECTIVES = """
     red blue green pink gray brown white black gold pale dark light warm cold hot cool dry wet big small tall short

@@ -1,4 +1,5 @@
-"""The graph around every attention site, before and after: which nodes belong to it, what they are called, which are alike."""
+"""The graph around every attention site, before and after: which nodes belong to it, their names, and which sites are
+alike."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ NOTES = {
 
 @dataclass
 class SiteCode:
-    """One site's code. key: equal for sites that do the same with parameters of their own."""
+    """One site's code. key: equal for sites that do the same with their own parameters."""
 
     layer: int
     module: str
@@ -51,7 +52,7 @@ class SiteCode:
     key: str
 
     def text(self, marks: bool = False) -> str:
-        """The code as a function of its inputs. marks: "+" in front of lines that the compiler put there."""
+        """Returns the code as a function of its inputs. marks: "+" before lines that the compiler added."""
         name = re.sub(r"\W", "_", self.module.rpartition(".")[2]) or "attention"
         if name[0].isdigit():
             name = f"layer_{name}"
@@ -67,9 +68,9 @@ class SiteCode:
 
 
 def sites_code(gm: fx.GraphModule, old: set[fx.Node] | None = None) -> list[SiteCode]:
-    """The code around every site of a graph, canonical or rewritten.
+    """Returns the code around every site of a graph, canonical or rewritten.
 
-    old: the nodes that were there before, so that others are marked as new.
+    old: the nodes that were there before; others are marked as new.
     """
     sizes = Sizes(gm)
     found = [n for n in gm.graph.nodes if n.target in (ops.attention.default, *READS)]
@@ -86,8 +87,8 @@ def _has_module(node: fx.Node) -> bool:
 
 
 def _region(gm: fx.GraphModule, attention: fx.Node, module: str) -> set[fx.Node]:
-    """Nodes that are shown: the module of the attention call from what enters it to the projection behind it, and what passes
-    put there for it."""
+    """Returns the shown nodes: the module of the attention call from its inputs to the projection after it, and what
+    passes added for it."""
 
     def outside(node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr", "output"):
@@ -97,7 +98,7 @@ def _region(gm: fx.GraphModule, attention: fx.Node, module: str) -> set[fx.Node]
         return not _within(module_path(node), module)
 
     def enters(node: fx.Node) -> bool:
-        """Where the way back ends: outside; without modules in front of projections as well."""
+        """Whether the walk up ends here: outside the module, or, without modules, before projections."""
         return outside(node) or (not module and node.target in MULTIPLIES)
 
     roots = [attention]
@@ -119,7 +120,7 @@ def _region(gm: fx.GraphModule, attention: fx.Node, module: str) -> set[fx.Node]
 
 
 def _view_of(node: fx.Node) -> str | None:
-    """The control input whose part for one layer a node is: "table", "lens", ..."""
+    """Returns the control input of which a node is one layer's part: "table", "lens", ..."""
     if node.target is aten.select.int and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder":
         name = re.sub(r"_\d+$", "", str(node.args[0].target))
         return name if name in VIEWS else None
@@ -127,7 +128,7 @@ def _view_of(node: fx.Node) -> str | None:
 
 
 def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Node, str]:
-    """What nodes are called: results by name, and "~name" for what only leads to one of them."""
+    """Returns the names of nodes: results by name, and "~name" for what only leads to one of them."""
     roles: dict[fx.Node, str] = {}
     ends: list[tuple[Any, str]] = []
     schema = attention.target._schema.arguments  # type: ignore[union-attr]
@@ -184,7 +185,7 @@ def _roles(region: set[fx.Node], attention: fx.Node, module: str) -> dict[fx.Nod
 
 
 def _input_name(node: fx.Node) -> str:
-    """What a tensor from outside is called: cos and sin by what they are, else by its shape in the model."""
+    """Names a tensor from outside: cos and sin by their role, others by their shape in the model."""
     near = ancestors([node], lambda n: _has_module(n) and module_path(n) != module_path(node))
     kinds = {op_name(n) for n in near if module_path(n) == module_path(node)}
     path = module_path(node)
@@ -241,14 +242,14 @@ def _site_code(
 
 
 def _origin(node: fx.Node) -> str:
-    """Where an input comes from."""
+    """Says where an input comes from."""
     if node.op == "placeholder":
         return "input of the graph"
     return module_path(node) or "the graph"
 
 
 def _normal(text: str, module: str, layers: set[int]) -> str:
-    """Text without what differs between layers that do the same: their number in paths and in names of states."""
+    """Removes what differs between layers that do the same: layer numbers in paths and in names of states."""
     parent = module.rpartition(".")[0]
     if parent:
         text = text.replace(f"{parent}.", "·.")
@@ -261,7 +262,7 @@ def _normal(text: str, module: str, layers: set[int]) -> str:
 
 @dataclass
 class Group:
-    """Sites that do the same: the code of the first stands for all."""
+    """Sites that do the same; the code of the first stands for all."""
 
     layers: list[int]
     before: SiteCode
@@ -269,14 +270,14 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Which layers these are, and which of them is shown."""
+        """Says which layers these are, and which of them is shown."""
         first, others = self.layers[0], self.layers[1:]
         if not others:
             return f"layer {first}"
         return f"layer {first}; layer{'s' if len(others) > 1 else ''} {ranges(others)}: the same"
 
     def as_dict(self) -> dict[str, Any]:
-        """The group as plain data."""
+        """Returns the group as plain data."""
 
         def code(side: SiteCode) -> dict[str, Any]:
             return {
@@ -292,7 +293,7 @@ class Group:
 
 
 def fold(before: Iterable[SiteCode], after: Iterable[SiteCode] | None) -> list[Group]:
-    """Puts sites together whose code is the same before and after."""
+    """Groups sites whose code is the same before and after."""
     befores = list(before)
     afters: list[SiteCode | None] = [None] * len(befores) if after is None else list(after)
     groups: dict[tuple[str, str], Group] = {}
@@ -306,7 +307,7 @@ def fold(before: Iterable[SiteCode], after: Iterable[SiteCode] | None) -> list[G
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in few words: [0, 1, 2, 5] -> "0-2, 5"."""
+    """Formats numbers briefly: [0, 1, 2, 5] -> "0-2, 5"."""
     spans: list[list[int]] = []
     for n in sorted(numbers):
         if spans and n == spans[-1][1] + 1:

@@ -39,7 +39,7 @@ PASSES = {
 
 @dataclass
 class PassDone:
-    """A pass: nodes of the graph after it, and its seconds."""
+    """A pass: the number of nodes after it, and its seconds."""
 
     name: str
     what: str
@@ -49,9 +49,9 @@ class PassDone:
 
 @dataclass
 class Inspection:
-    """What the compiler found and did. policy: None where none was asked for, then nothing was inserted.
+    """What the compiler found and did. policy: None if none was asked for; then nothing was inserted.
 
-    model: on the meta device; groups: the code of sites, those that are alike together.
+    model: on the meta device; groups: the code of sites, grouped by equality.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Inspection:
     program: Program | None = None
 
     def group_of(self, layer: int) -> Group:
-        """The group that a layer is in; OptionError where the model has no such layer."""
+        """Returns the group of a layer; raises OptionError if the model has no such layer."""
         for group in self.groups:
             if layer in group.layers:
                 return group
@@ -81,9 +81,9 @@ def inspect_directory(
     max_length: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Inspection:
-    """Compiles the model of a directory for a policy and shows what that did; the weights are not read.
+    """Compiles the model of a directory for a policy and shows what that did; does not read the weights.
 
-    policy: None: that of a converted directory, which has one, and of any other none. Raises as `convert`.
+    policy: None: a converted directory's own policy, no policy for any other. Raises as `convert`.
     """
     directory = Path(directory)
     if artifact.is_artifact(directory):
@@ -125,7 +125,7 @@ def inspect_directory(
         progress(f"inserting {policy.name}")
         clock = time.perf_counter()
         program = insert(captured, sites, policy, read_weights(policy_weights), model_facts(config), observe)
-        policy = policies.make(program.policy["name"], **program.policy["options"])  # as it fits the model
+        policy = policies.make(program.policy["name"], **program.policy["options"])  # adapted to the model
     groups = fold(before, after)
     return Inspection(
         directory.resolve().name,
@@ -142,6 +142,6 @@ def inspect_directory(
 
 
 def _stored_weights(directory: Path) -> Mapping[str, Tensor]:
-    """The policy weights in a converted directory, by the names that policies give them."""
+    """Returns the policy weights in a converted directory, by the policies' names."""
     stored = load_tensors(directory / artifact.POLICY)
     return {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}

@@ -1,4 +1,4 @@
-"""The report of `kvrewrite inspect --html`: one page without scripts that loads nothing from anywhere."""
+"""Writes the report of `kvrewrite inspect --html`: one page without scripts that loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BREAK = "\n"
 
 
 def report(found: Inspection, context: int | None = None) -> str:
-    """The page. context: tokens of the memory plan, default the longest that the model's config says, or 4096."""
+    """Returns the page. context: tokens of the memory plan, default the longest in the model's config, or 4096."""
     longest = getattr(found.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
     context = context or longest
     parts = [
@@ -44,7 +44,7 @@ def _section(name: str, title: str, body: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], numeric: set[int] = frozenset()) -> str:  # type: ignore[assignment]
-    """A table; cells are HTML already."""
+    """Returns a table; cells are HTML already."""
 
     def cell(tag: str, i: int, text: str) -> str:
         return f'<{tag} class="n">{text}</{tag}>' if i in numeric else f"<{tag}>{text}</{tag}>"
@@ -157,14 +157,14 @@ def _policy(policy: Policy | None) -> str:
 
 
 def _plan(found: Inspection, policy: Policy, context: int) -> MemoryPlan:
-    """The plan of one row, what layers without attention carry included."""
+    """Returns the plan of one row, including what layers without attention carry."""
     assert found.program is not None
     carried = carried_bytes(found.program.layout)
     return plan_memory(found.sites, policy, found.dtype.itemsize, context, carried=carried)
 
 
 def _slots(plan: LayerPlan) -> str:
-    """Slots of a head, or from the least to the most of them."""
+    """Formats the slots per head, or their range."""
     low, high = min(plan.slots), max(plan.slots)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -292,7 +292,7 @@ def _group(group: Group, opened: bool) -> str:
 
 
 def _code(code: SiteCode) -> str:
-    """Highlighted lines; those that the compiler put there are marked."""
+    """Returns highlighted lines; those that the compiler added are marked."""
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer

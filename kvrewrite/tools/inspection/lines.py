@@ -1,4 +1,4 @@
-"""Lines of rendered code, and how they are laid out on a page."""
+"""Lines of rendered code, and their layout on a page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ WIDTH = 104
 
 @dataclass
 class Line:
-    """One statement. names: what it assigns; op: the op of its last node; nodes: those written in it, by their names in the
-    graph; shape, dtype: of its value; parameters: the weights that it reads, with their shapes; note: a comment for people;
-    new: whether the compiler put it there."""
+    """One statement. names: what it assigns; op: the op of its last node; nodes: those written in it, by their names in
+    the graph; shape, dtype: of its value; parameters: the weights that it reads, with their shapes; note: a comment for
+    people; new: whether the compiler added it."""
 
     names: list[str]
     code: str
@@ -26,7 +26,7 @@ class Line:
 
     @property
     def comment(self) -> str:
-        """Shape, parameters and note, as one comment."""
+        """Returns shape, parameters and note as one comment."""
         parts = [self.shape] if self.shape else []
         if self.shape and self.dtype:
             parts[0] = f"{self.shape} {self.dtype}"
@@ -35,8 +35,8 @@ class Line:
 
 
 def layout(lines: list[Line], marks: bool = False, indent: str = "", width: int = WIDTH) -> str:
-    """Statements as text: comments in one column where they fit, long calls on several lines. marks: "+" in front of
-    those that the compiler put there."""
+    """Formats statements as text: comments in one column if they fit, long calls on several lines. marks: "+" before
+    those that the compiler added."""
     short = [len(line.code) for line in lines if len(line.code) <= 72]
     column = max(short, default=0) + 2
     out: list[str] = []
@@ -53,7 +53,7 @@ def layout(lines: list[Line], marks: bool = False, indent: str = "", width: int 
 
 
 def wrapped(code: str, width: int = WIDTH) -> list[str]:
-    """A statement on as many lines as it needs, broken inside the parentheses of its outermost call."""
+    """Splits a statement into as many lines as needed, inside the parentheses of its outermost call."""
     if len(code) <= width:
         return [code]
     at = code.find("(")
@@ -67,7 +67,7 @@ def wrapped(code: str, width: int = WIDTH) -> list[str]:
 
 
 def _closing(code: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` is closed."""
+    """Returns the index of the parenthesis that closes the one at `at`."""
     depth = 0
     for i in range(at, len(code)):
         depth += (code[i] == "(") - (code[i] == ")")

@@ -1,9 +1,8 @@
-"""Nodes of a graph as readable Python: for people to read, not the code that is run.
+"""Writes nodes of a graph as readable Python: for people to read, not the code that runs.
 
 A tensor that is used once is written where it is used, names say what a tensor is for (q, k, v, scores), parameters are
-relative to the module they are in, and every line says its shape. Nothing that computes is left out, except arguments of
-kvrewrite's ops that say that something is not there (None, a window of 0); no read is written behind a write that it came
-before.
+relative to their module, and every line shows its shape. Nothing that computes is left out, except arguments of
+kvrewrite's ops that mean that something is absent (None, a window of 0). No read moves past a write that came after it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from kvrewrite.tools.inspection.lines import WIDTH, Line
 aten = torch.ops.aten
 END = 2**63 - 1  # of a slice: to the end
 
-# How tightly an expression holds together, as in Python's grammar.
+# Operator precedence, as in Python's grammar.
 COMPARISON, SUM, PRODUCT, UNARY, POWER, ATOM = range(6)
 BINARY: dict[str, tuple[str, int]] = {
     "add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT), "matmul": ("@", PRODUCT),
@@ -31,7 +30,7 @@ BINARY: dict[str, tuple[str, int]] = {
     "truediv": ("/", PRODUCT), "mod": ("%", PRODUCT), "remainder": ("%", PRODUCT),
 }  # fmt: skip
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-# Called on their first argument, with the rest as they are.
+# Called as methods of their first argument, with the rest unchanged.
 METHODS = {
     "transpose", "permute", "unsqueeze", "squeeze", "mean", "sum", "amax", "amin", "clamp", "clamp_min", "clamp_max", "gather",
     "index_select", "masked_fill", "contiguous", "flatten", "softmax", "argmax", "cumsum", "t", "repeat_interleave",
@@ -45,7 +44,8 @@ DTYPES = {
 
 
 def op_name(node: fx.Node) -> str:
-    """The op that a node calls, without namespace of aten and overload: "linear", "kvrewrite.cached_attention"."""
+    """Returns the op that a node calls, without overload and the aten namespace: "linear",
+    "kvrewrite.cached_attention"."""
     if isinstance(node.target, torch._ops.OpOverload):
         space, name = node.target._schema.name.split("::")
         return name if space == "aten" else f"{space}.{name}"
@@ -53,7 +53,7 @@ def op_name(node: fx.Node) -> str:
 
 
 class Sizes:
-    """Symbolic sizes by the names that kvrewrite's docstrings give them: B rows, T new tokens."""
+    """Symbolic sizes by their names in kvrewrite's docstrings: B rows, T new tokens."""
 
     def __init__(self, gm: fx.GraphModule):
         self.names: dict[Any, str] = {}
@@ -65,20 +65,20 @@ class Sizes:
                         self.names.setdefault(symbol(size), name)
 
     def text(self, size: Any) -> str:
-        """A size, or an expression of sizes."""
+        """Formats a size, or an expression of sizes."""
         expression = str(symbol(size))
         for known, name in self.names.items():
             expression = re.sub(rf"\b{re.escape(str(known))}\b", name, expression)
         return expression
 
     def shape(self, value: torch.Tensor) -> str:
-        """A shape as Python writes a tuple."""
+        """Formats a shape as a Python tuple."""
         sizes = [self.text(s) for s in value.shape]
         return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """A dtype in few letters."""
+    """Abbreviates a dtype."""
     name = str(dtype).removeprefix("torch.")
     return DTYPES.get(name, name)
 
@@ -86,8 +86,8 @@ def dtype_text(dtype: torch.dtype) -> str:
 class Renderer:
     """Writes some nodes of a graph as statements.
 
-    roles: what nodes are called by preference; inside: nodes that are written; everything else that they read is an input,
-    which has a name only. parameter: the name and shape of what a get_attr node reads. old: nodes that were there before.
+    roles: preferred names of nodes; inside: nodes that are written; anything else that they read is an input and only
+    has a name. parameter: the name and shape of what a get_attr node reads. old: nodes that were there before.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class Renderer:
         used = sum(1 for a in _flat(user) if a is node)
         if used != 1 or len(node.users) != 1:
             return True
-        # Writing it at its user must not move it behind a write.
+        # Writing it at its user must not move it past a write.
         return any(self.order[node] < w < self.order[user] for w in self.writes)
 
     def run(self) -> list[Line]:
-        """The statements, in order."""
+        """Returns the statements in order."""
         for node in self.nodes:
             if node.op == "get_attr" or (
                 is_size(node) and node.target is aten.sym_size.int and node.meta.get("val") is not None
@@ -195,7 +195,7 @@ class Renderer:
 
     # -- names
     def _name(self, node: fx.Node) -> str:
-        """A name for a node's value: its role's, used again where the value before isn't needed any more."""
+        """Names a node's value: by its role; reuses the name if the value before isn't needed any more."""
         if node in self.names:
             return self.names[node]
         wanted = self.roles.get(node, "").removeprefix("~") or _named_after(node)
@@ -208,12 +208,12 @@ class Renderer:
         return name
 
     def _free(self, name: str, node: fx.Node) -> bool:
-        """Whether `name` can be assigned again at `node`: no later statement needs what it stands for."""
+        """Whether `name` can be reassigned at `node`: no later statement needs its present value."""
         holder = self.taken[name]
         return self._needed_until(holder) <= self.order[node]
 
     def _needed_until(self, node: fx.Node) -> int:
-        """The position of the last statement that a node's name is written in."""
+        """Returns the position of the last statement that uses a node's name."""
         last = -1
         for user in node.users:
             if user in self.inside:
@@ -222,7 +222,7 @@ class Renderer:
         return last
 
     def _input(self, node: fx.Node) -> str:
-        """A node that is not written: an input by name."""
+        """Names a node that is not written: an input."""
         if node not in self.names:
             self.inputs.append(node)
             wanted = self.roles.get(node, "").removeprefix("~") or _plain(
@@ -238,7 +238,7 @@ class Renderer:
 
     # -- expressions
     def operand(self, value: Any, level: int = SUM) -> str:
-        """An argument, in parentheses where it holds together less than `level`."""
+        """Formats an argument, in parentheses if its precedence is below `level`."""
         if isinstance(value, fx.Node):
             if value.op == "get_attr":
                 return self.parameter(value)
@@ -270,7 +270,7 @@ class Renderer:
         return f"{low}:{high}" + ("" if step in (None, 1) else f":{self.operand(step)}")
 
     def expression(self, node: fx.Node) -> tuple[str, int]:
-        """What a node computes, and how tightly it holds together."""
+        """Returns what a node computes, and its precedence."""
         name, args, kwargs = op_name(node), list(node.args), dict(node.kwargs)
         if node.op == "placeholder":
             return self._input(node), ATOM
@@ -314,7 +314,7 @@ class Renderer:
         return f"aten.{name}({', '.join(written)})", ATOM
 
     def _named(self, node: fx.Node, args: list[Any]) -> list[str]:
-        """Arguments of an op of kvrewrite, the first three by place and the others by name, None left out."""
+        """Formats arguments of a kvrewrite op: the first three by position, the others by name, without None."""
         schema = node.target._schema.arguments  # type: ignore[union-attr]
         written: list[str] = []
         by_name = False
@@ -326,7 +326,7 @@ class Renderer:
         return written
 
     def _index(self, node: fx.Node, name: str, args: list[Any]) -> str:
-        """A slice or a select, as an index."""
+        """Formats a slice or a select as an index."""
         source, dim = args[0], args[1] if len(args) > 1 else 0
         rest = [*args[2:], *[None] * (3 - len(args[2:]))]
         inner = self._span(*rest) if name == "slice" else self.operand(rest[0])
@@ -340,13 +340,13 @@ class Renderer:
 
 
 def _only_dtype(args: list[Any], kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of a cast that changes nothing else."""
+    """Returns the dtype of a cast that changes nothing else."""
     found = [a for a in [*args[1:], *kwargs.values()] if a is not None and a is not False]
     return found[0] if len(found) == 1 and isinstance(found[0], torch.dtype) else None
 
 
 def _flat(node: fx.Node) -> list[Any]:
-    """All argument leaves of a node."""
+    """Returns all argument leaves of a node."""
     out: list[Any] = []
     fx.node.map_arg((node.args, node.kwargs), lambda n: out.append(n) or n)  # type: ignore[func-returns-value, arg-type]
     return out
@@ -360,12 +360,12 @@ NAMES = {
 
 
 def _named_after(node: fx.Node) -> str:
-    """A name by what a node does, where nothing says what it is for."""
+    """Names a node by what it does, if nothing says what it is for."""
     name = op_name(node).split(".")[-1]
     return NAMES.get(name) or _plain(name)
 
 
 def _plain(text: str) -> str:
-    """Text as a name."""
+    """Turns text into a name."""
     name = re.sub(r"\W+", "_", text).strip("_").removesuffix("_default") or "x"
     return f"{name}_" if keyword.iskeyword(name) or name[0].isdigit() else name

@@ -1,4 +1,4 @@
-"""Inline SVG for the report: coloured by CSS classes, so that it follows the page's theme, with a title for each mark."""
+"""Inline SVG for the report: coloured by CSS classes, so that it follows the page's theme, with a title per mark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def lines(
     contexts: Sequence[int],
     series: Sequence[tuple[str, str, Sequence[float]]],
 ) -> str:
-    """Curves over context length, both axes logarithmic. series: (label, CSS class, values), drawn in order."""
+    """Draws curves over context length, both axes logarithmic. series: (label, CSS class, values), drawn in order."""
     width, height, left, right, top, bottom = 460, 250, 82, 14, 12, 40
     values = [v for _, _, ys in series for v in ys if v > 0]
     ticks = _ticks(min(values), max(values))
@@ -53,7 +53,7 @@ def lines(
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """Round numbers around all values: powers of ten, with 2 and 5 between them where there are few."""
+    """Returns round numbers around all values: powers of ten, with 2 and 5 between them if there are few."""
     low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
     steps = (1.0, 2.0, 5.0) if high - low <= 2 else (1.0,)
     ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
@@ -65,7 +65,7 @@ def _ticks(least: float, most: float) -> list[float]:
 
 
 def bars(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
-    """A bar a layer. rows: (label, bytes of a full cache, after the prompt, at the most, what to say of it)."""
+    """Draws one bar per layer. rows: (label, bytes of a full cache, after the prompt, at the maximum, title)."""
     line, left, width, right = 18, 34, 460, 70
     largest = max((max(full, most) for _, full, _, most, _ in rows), default=1) or 1
     height = line * len(rows) + 6
@@ -92,7 +92,7 @@ def bars(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
 
 
 def heat(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]]]]) -> str:
-    """A cell for each kv head of each layer. rows: (label, [(slots, share of the context, what to say of it)])."""
+    """Draws one cell per kv head and layer. rows: (label, [(slots, share of the context, title)])."""
     most = max((len(cells) for _, cells in rows), default=1)
     line, left, width = 18, 34, 460
     cell = min(64.0, (width - left) / max(most, 1))
@@ -120,7 +120,7 @@ def heat(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]]]]) -> str:
 
 
 def short_count(count: float) -> str:
-    """A number of tokens for an axis: 131072 -> "128K"."""
+    """Formats a number of tokens for an axis: 131072 -> "128K"."""
     for size, name in ((1 << 20, "M"), (1 << 10, "K")):
         if count >= size:
             value = count / size

@@ -1,7 +1,8 @@
 """Training texts: rows of JSON lines or parquet files, streamed by `datasets`, as token ids and labels.
 
-A row has one of: `messages` (a chat, whose last message is the assistant's answer), `prompt` and `answer`, `context`, `question`
-and `answer`, `context` and `turns` (several [question, answer], one after the other), or `text`. Other columns are ignored.
+A row has one of: `messages` (a chat whose last message is the assistant's answer), `prompt` and `answer`, `context`,
+`question` and `answer`, `context` and `turns` (several [question, answer], one after the other), or `text`. Other
+columns are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BUFFER = 2000  # rows that are shuffled together
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def check_files(files: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """The kind of the files ("json" or "parquet") and their paths; raises TrainingError."""
+    """Returns the kind of the files ("json" or "parquet") and their paths; raises TrainingError."""
     paths = [Path(f) for f in files]
     if not paths:
         raise TrainingError("no training data was given; expected .jsonl or .parquet files")
@@ -45,7 +46,7 @@ def check_files(files: Sequence[str | Path]) -> tuple[str, list[Path]]:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """sha256 of the files' content, in order."""
+    """Returns the sha256 of the files' content, in order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -55,7 +56,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def rows(kind: str, paths: Sequence[Path], seed: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows once, in the files' order, or shuffled in a buffer where there is a seed."""
+    """Yields the rows once, in the files' order, or shuffled in a buffer if there is a seed."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -80,27 +81,27 @@ def rows(kind: str, paths: Sequence[Path], seed: int | None = None) -> Iterator[
 # ----------------------------------------------------------------------------------------------------------- tokenizing
 @dataclass
 class Counts:
-    """What happened to the texts, counted over all worker processes."""
+    """Counts of what happened to the texts, over all worker processes."""
 
     read: Any = field(default_factory=lambda: multiprocessing.Value("q", 0))
     cut: Any = field(default_factory=lambda: multiprocessing.Value("q", 0))
 
     @staticmethod
     def add(counter: Any) -> None:
-        """One more."""
+        """Adds one."""
         with counter.get_lock():
             counter.value += 1
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows as {"input_ids", "labels"}.
+    """Encodes rows as {"input_ids", "labels"}.
 
-    needs: "answer", labels are the answer's tokens, or "text", labels are all. max_tokens: of a prompt, or of a text; what
-    is longer keeps its first tokens, as Locret's authors do (they take the labels first; here the answer follows what is
-    left). longest: tokens that the model takes, prompt and answer together (None: any). end: whether the token that ends a
-    text follows an answer that has none. question_first: the question stands in front of the
-    context, too (Locret-Q); question_tokens: only its last so many tokens do (0: all).
+    needs: "answer": labels are the answer's tokens; "text": labels are all tokens. max_tokens: of a prompt, or of a
+    text; a longer one keeps its first tokens, as Locret's authors do (they compute labels first; here the answer
+    follows what is left). longest: tokens that the model takes, prompt and answer together (None: any). end: whether an
+    answer without the token that ends a text gets one. question_first: the question also comes before the context
+    (Locret-Q); question_tokens: only its last so many tokens do (0: all).
     """
 
     tokenizer: Any
@@ -141,7 +142,7 @@ class Encoder:
         return [*answer, end] if self.end and end is not None and answer[-1] != end else answer
 
     def _turns(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
-        """Labels are the answers of all turns; the questions, after the first, too, belong to what is asked."""
+        """Labels are the answers of all turns; the questions after the first also belong to what is asked."""
         context, turns = row.get("context"), row["turns"]
         fine = isinstance(turns, list) and all(
             isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) and x for x in t) for t in turns
@@ -182,7 +183,7 @@ class Encoder:
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        # A prompt goes on, so it must not end with the token that ends a text.
+        # A prompt continues, so it must not end with the token that ends a text.
         while special and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
         return ids
@@ -241,15 +242,15 @@ class Encoder:
 
 
 class Texts(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows without an end: the files again and again, shuffled anew each time; the same for the same seed.
+    """Endless encoded rows: the files again and again, shuffled again each time; the same for the same seed.
 
-    Resuming skips what was seen, which is why an epoch is no unit here. Workers share the rows out among themselves.
+    Resuming skips what was seen, so an epoch is no unit here. Workers share the rows among themselves.
     """
 
     def __init__(self, files: Sequence[str | Path], encode: Encoder, seed: int):
         self.kind, self.paths = check_files(files)
         self.encode, self.seed = encode, seed
-        # Errors in the first row come before anything is trained.
+        # Errors in the first row are raised before any training.
         first = next(rows(self.kind, self.paths), None)
         if first is None:
             raise TrainingError(f"{', '.join(map(str, self.paths))}: no rows; expected {WITH_ANSWER}; or text")
@@ -257,7 +258,7 @@ class Texts(IterableDataset):  # type: ignore[type-arg]
         encode.counts.read.value = encode.counts.cut.value = 0
 
     def once(self) -> Iterator[dict[str, list[int]]]:
-        """All rows once, in the files' order, without being counted."""
+        """Yields all rows once, in the files' order, without counting them."""
         counts = self.encode.counts
         before = counts.read.value, counts.cut.value
         for number, row in enumerate(rows(self.kind, self.paths)):

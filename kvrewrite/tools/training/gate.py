@@ -1,8 +1,8 @@
-"""Training of Attention-Gates: continual pre-training of the gates alone, or fine-tuning with LoRA.
+"""Trains Attention-Gates: continual pre-training of the gates alone, or fine-tuning with LoRA.
 
-After arXiv 2410.12876, whose equations were not available: both modes, the straight-through estimator, one eviction loss
-per layer with a target and a coefficient. Ours, not the paper's: the loss's form, that its target comes down gradually,
-all sizes and rates, the choice of gradient for closed gates, and distillation.
+Follows arXiv 2410.12876, whose equations were not available: both modes, the straight-through estimator, one eviction
+loss per layer with a target and a coefficient. Ours, not the paper's: the loss's form, the gradual decrease of its
+target, all sizes and rates, the choice of gradient for closed gates, and distillation.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from kvrewrite.tools.training.trainer import IGNORED, Task
 MODES = ("pretrain", "finetune")
 LEVELS = ("head", "layer", "model")
 GRADIENTS = ("flip", "derivative")
-MEASURED = 8  # batches that eviction is measured on at the end of training
+MEASURED = 8  # batches on which eviction is measured at the end of training
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:
-    """What is trained and by which loss; the defaults are ours.
+    """What is trained and with which loss; the defaults are ours.
 
     mode: "pretrain" (frozen backbone, every token is a target) or "finetune" (with LoRA; targets are the answers, and
-    tokens of answers always stay, as generated tokens do in inference). keep_target: the share of gated tokens that each
+    tokens of answers always stay, like generated tokens in inference). keep_target: the share of gated tokens that each
     head, each layer or the model (level) should keep; the loss adds eviction * |mean(m) - target|, or eviction *
-    relu(mean(m) - target) with two_sided off, averaged over them. ramp: over this share of the steps the target comes down
-    from 1, in a line. distill: weight of KL(ungated || gated) at all tokens, which replaces cross-entropy in "pretrain"; in
-    "finetune" it is added.
+    relu(mean(m) - target) if two_sided is off, averaged over them. ramp: over this share of the steps the target
+    decreases linearly from 1. distill: weight of KL(ungated || gated) at all tokens; it replaces cross-entropy in
+    "pretrain" and is added in "finetune".
 
-    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it), and
-    the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see `add_lora`, with
-    commas between names. gates=False trains the adapters alone, as a baseline. merge: `save` writes the merged model, too.
-    plot: it draws a map of what is evicted. checkpoint: see `GatedModel`. The rest as the policy's options.
+    gradient: "flip" or "derivative" of a gate, see `gated_attention`. initial_bias: gates open with p = sigmoid(it),
+    and the logits' spread over tokens is initial_spread (`calibrate`). lora_rank 0: no LoRA. lora_targets: see
+    `add_lora`, with commas between names. gates=False trains the adapters alone, as a baseline. merge: `save` also
+    writes the merged model. plot: `save` draws a map of what is evicted. checkpoint: see `GatedModel`. The others are
+    the policy's options.
     """
 
     mode: str = "pretrain"
@@ -107,7 +108,7 @@ class GateOptions:
                 "starts from the model as it is, so expected a larger bias"
             )
         if self.gate_dim % 4:
-            # Otherwise the GPU's attention kernels don't take it, and the one that does has a T x T mask in memory.
+            # Otherwise the GPU's attention kernels reject it, and the one that accepts it has a T x T mask in memory.
             raise OptionError(f"gate_dim is {self.gate_dim}, expected a multiple of 4")
         if self.mode == "pretrain" and self.lora_rank:
             object.__setattr__(self, "lora_rank", 0)
@@ -118,26 +119,27 @@ class GateOptions:
         self.policy()
 
     def policy(self) -> AttentionGate:
-        """The policy that uses what is trained."""
+        """Returns the policy that uses what is trained."""
         return AttentionGate(
             gate_heads=self.gate_heads, gate_dim=self.gate_dim, start=self.start, threshold=self.threshold
         )
 
     def target_at(self, progress: float) -> float:
-        """The target when this share of the steps is done."""
+        """Returns the target when this share of the steps is done."""
         done = 1.0 if progress >= self.ramp else progress / self.ramp
         return 1 - done * (1 - self.keep_target)
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------------------
+# losses
 def kept_share(gates: Sequence[Tensor], counted: Tensor) -> list[Tensor]:
-    """The share of counted (B, T) tokens that each head keeps, (Hkv,) for each layer, with gradients."""
+    """Returns the share of counted (B, T) tokens that each head keeps, (Hkv,) per layer, with gradients."""
     total = counted.sum().clamp(min=1)
     return [(m * counted[:, None]).sum(dim=(0, 2)) / total for m in gates]
 
 
 def eviction_loss(kept: Sequence[Tensor], target: float, level: str, two_sided: bool) -> Tensor:
-    """How far heads, layers or the whole model are from the target (only above it, unless two_sided), the mean over them."""
+    """Returns the mean distance of heads, layers or the model from the target (only above it, unless two_sided)."""
     shares = torch.cat(list(kept)) if level == "head" else torch.stack([k.mean() for k in kept])
     shares = shares.mean() if level == "model" else shares
     excess = shares - target
@@ -145,9 +147,9 @@ def eviction_loss(kept: Sequence[Tensor], target: float, level: str, two_sided: 
 
 
 def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the logits of targets are: (index (B, K), targets (B, K), IGNORED behind a row's last), K the most of a row.
+    """Finds the logits of targets: (index (B, K), targets (B, K), IGNORED after a row's last), K the most of any row.
 
-    labels (B, T): the token at each place where it is a target; it is predicted by the token in front of it.
+    labels (B, T): the token itself at each target; the token before it predicts it.
     """
     wanted = labels[:, 1:] != IGNORED
     order, _ = answer_index(wanted)
@@ -157,7 +159,7 @@ def target_index(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_tokens(options: GateOptions, labels: Tensor, real: Tensor) -> Tensor:
-    """The tokens (B, T) that gates decide on: all, but those of answers, which inference generates and keeps."""
+    """Returns the tokens (B, T) that gates decide on: all but those of answers, which inference generates and keeps."""
     if not options.gates:
         return torch.zeros_like(real)
     return real & (labels == IGNORED) if options.mode == "finetune" else real
@@ -177,7 +179,8 @@ class GateLoss:
 def gate_loss(
     model: GatedModel, options: GateOptions, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float
 ) -> GateLoss:
-    """The loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each (B, T)."""
+    """Computes the loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each
+    (B, T)."""
     gated = gated_tokens(options, labels, real)
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
@@ -202,17 +205,18 @@ def gate_loss(
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of logits (N, V), the mean over N."""
+    """Returns KL(teacher || student) of logits (N, V), the mean over N."""
     log_p, log_q = (x.float().log_softmax(dim=-1) for x in (teacher, student))
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------------ task
+# ------------------------------------------------------------------------------------------------------------------
+# task
 class GateTraining:
-    """A model of transformers made ready: adapters added, captured, gates inserted.
+    """Prepares a transformers model for training: adds adapters, captures it, inserts gates.
 
-    model: becomes `base`, changed in place where there are adapters, with all other parameters frozen. `adapted` is peft's
-    wrapper, or None. Training changes what `parameter_groups` lists and nothing else.
+    model: becomes `base`, changed in place if there are adapters; all other parameters are frozen. `adapted` is peft's
+    wrapper, or None. Training changes only what `parameter_groups` lists.
     """
 
     def __init__(self, model: nn.Module, options: GateOptions):
@@ -238,11 +242,11 @@ class GateTraining:
         self.merged = False
 
     def calibrate(self, input_ids: Tensor, real: Tensor) -> None:
-        """Fits fresh gates to the model, by one batch."""
+        """Fits fresh gates to the model on one batch."""
         calibrate(self.model, input_ids, real, spread=self.options.initial_spread, seed=self.options.seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For an optimizer: gates and adapters at their rates."""
+        """Returns gates and adapters with their rates, for an optimizer."""
         groups: list[dict[str, Any]] = []
         if self.options.gates:
             weights = self.model.gate_weights()
@@ -262,14 +266,14 @@ class GateTraining:
         return gate_loss(self.model, self.options, input_ids, labels, real, progress)
 
     def counted(self, labels: Tensor, real: Tensor) -> Tensor:
-        """The tokens (B, T) that gates decide on."""
+        """Returns the tokens (B, T) that gates decide on."""
         return gated_tokens(self.options, labels, real)
 
     def save(self, out: Path, metadata: Mapping[str, str], tokenizer: Any = None) -> list[Path]:
         """Writes the gates to the file `out` and, with LoRA, the adapters to the folder <name>-adapter beside it.
 
-        merge=True: the merged model and the tokenizer go to <name>-model; nothing can be trained on after that. Returns what
-        was written.
+        merge=True: the merged model and the tokenizer go to <name>-model; training can't continue after that. Returns
+        what was written.
         """
         said = {name: str(getattr(self.options, name)) for name in ("mode", "keep_target", "start", "threshold")}
         written: list[Path] = []
@@ -287,7 +291,7 @@ class GateTraining:
 
 
 class GateTask(Task):
-    """Attention-Gates for the trainer: `GateTraining` with its trained parameters registered, and no others."""
+    """Attention-Gates for the trainer: `GateTraining`, registering only its trained parameters."""
 
     def __init__(self, model: nn.Module, options: GateOptions, tokenizer: Any = None):
         super().__init__()
@@ -308,19 +312,20 @@ class GateTask(Task):
 
     @property
     def longest(self) -> int | None:
-        """The longest texts that the model takes, None: any."""
+        """Returns the longest text that the model takes, None: any."""
         return self.gates.model.longest
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Gates and adapters at their rates."""
+        """Returns gates and adapters with their rates."""
         return self.gates.parameter_groups()
 
     def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
-        """Fits fresh gates to the model, by the first batch."""
+        """Fits fresh gates to the model on the first batch."""
         self.gates.calibrate(input_ids, real)
 
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and its parts; kept: the share of tokens that stay, kept_least: in the layer that keeps least."""
+        """Returns the loss of a batch and its parts; kept: the share of tokens that stay; kept_least: in the layer with
+        the least."""
         found = self.gates.loss(input_ids, labels, real, self.progress)
         self._recent.append((input_ids, self.gates.counted(labels, real)))
         parts = {"loss": found.total, "task": found.task, "eviction": found.eviction}
@@ -329,7 +334,8 @@ class GateTask(Task):
         return parts | {"kept": found.kept.mean(), "kept_least": found.kept.min()}
 
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
-        """What `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches' tokens."""
+        """Writes what `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches'
+        tokens."""
         drawn: list[Path] = []
         if self._recent and self.options.gates:
             ratios = eviction_ratios(self.gates.model, self._recent)
@@ -342,18 +348,19 @@ class GateTask(Task):
         return self.gates.save(out, metadata, self.tokenizer) + drawn
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------------------
+# measuring
 @torch.no_grad()
 def eviction_ratios(model: GatedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The share of tokens that gates drop, (L, most kv heads of a layer), NaN where a layer has fewer heads.
+    """Returns the share of tokens that gates drop, (L, most kv heads of a layer), NaN if a layer has fewer heads.
 
-    batches: (input_ids (B, T), gated (B, T) bool): tokens that count, those that a gate may drop and the first `start`.
+    batches: (input_ids (B, T), gated (B, T) bool). Counted are the tokens that a gate may drop and the first `start`.
     """
     heads = max(s.kv_heads for s in model.owners)
     dropped = torch.zeros(len(model.owners), heads, dtype=torch.float64)
     total = 0
     for input_ids, gated in batches:
-        last = torch.zeros_like(input_ids[:, :1])  # no logits are wanted, but one a row has to be
+        last = torch.zeros_like(input_ids[:, :1])  # no logits are needed, but at least one per row is required
         _, gates = model(input_ids, gated, last)
         for i, m in enumerate(gates):
             dropped[i, : m.shape[1]] += ((m == 0) & gated[:, None]).sum(dim=(0, 2)).cpu()
@@ -372,9 +379,11 @@ def plot_eviction(ratios: Tensor, out: str | Path, layers: Sequence[int]) -> Non
     draw_eviction(ratios.tolist(), layers, Path(out))
 
 
-# ---------------------------------------------------------------------------------------------------------------- saving
+# ----------------------------------------------------------------------------------------------------------------
+# saving
 def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) -> None:
-    """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: what else to say."""
+    """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: additional
+    entries."""
     from kvrewrite.artifact.policy_weights import save_policy_weights
     from kvrewrite.passes.pipeline import model_fingerprint
     from kvrewrite.policies.weights import BASE_MODEL

@@ -1,8 +1,9 @@
-"""The training graph of Attention-Gates: the canonical graph with gates at the sites that own keys, and no cache.
+"""Builds the training graph of Attention-Gates: the canonical graph with gates at the sites that own keys, and no
+cache.
 
-The nodes of a gate are those that the policy inserts for inference (`AttentionGate.probability`); what differs is that the
-gate's own attention sees the whole text at once, that flags become straight-through gates, and that attention has
-gradients (`gated_attention`).
+A gate's nodes are those that the policy inserts for inference (`AttentionGate.probability`). The differences: the
+gate's own attention sees the whole text at once, flags become straight-through gates, and attention has gradients
+(`gated_attention`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from kvrewrite.errors import InputError, OptionError
 from kvrewrite.ir.fx import erase_dead, get_attr, output_node, placeholder, set_attr
 from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.insert.cache import logits_at, site_nodes
+from kvrewrite.passes.insert.cache import site_nodes
+from kvrewrite.passes.insert.logits import logits_at
 from kvrewrite.passes.pipeline import expected_weights
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.site import PREFIX, SiteHook, SiteInputs
@@ -33,9 +35,11 @@ aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 
 
-# --------------------------------------------------------------------------------------------------- what the graph calls
+# --------------------------------------------------------------------------------------------------- what the graph
+# calls
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The gate's own causal attention over a whole text: (B, T, heads * d) each, in fp32, as `kvrewrite::gate` computes it."""
+    """Computes the gate's causal attention over a whole text: (B, T, heads * d) each, in fp32, like
+    `kvrewrite::gate`."""
     b, t, width = q.shape
     q, k, v = (x.float().view(b, t, heads, width // heads).transpose(1, 2) for x in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -43,8 +47,8 @@ def attend_to_all(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def straight_through(p: Tensor, positions: Tensor, gated: Tensor, threshold: float, start: int) -> Tensor:
-    """Gates m (B, Hkv, T): 1 where p > threshold, else 0, with the gradient of p; 1 without a gradient for the first
-    `start` positions and where `gated` (B, T) is not set."""
+    """Returns gates m (B, Hkv, T): 1 if p > threshold, else 0, with the gradient of p; 1 without a gradient for the
+    first `start` positions and where `gated` (B, T) is not set."""
     hard = (~(p <= threshold)).to(p.dtype)
     may = (positions >= start) & gated
     return torch.where(may[:, None], hard + (p - p.detach()), 1.0)
@@ -60,9 +64,9 @@ def insert_gates(
 ) -> fx.GraphModule:
     """Turns a canonical graph, in place, into (input_ids, position_ids, gated, index) -> (logits, gates).
 
-    weights: what `initial_weights` or a file gives; they become trainable fp32 parameters `policy_weights.<name>`.
-    gated (B, T) bool: tokens that a gate may drop; index (B, K): tokens whose logits are wanted, (B, K, vocabulary). gates:
-    one (B, Hkv, T) fp32 per site that owns keys, in order. flip: see `gated_attention`.
+    weights: from `initial_weights` or a file; they become trainable fp32 parameters `policy_weights.<name>`. gated (B,
+    T) bool: tokens that a gate may drop; index (B, K): tokens whose logits are needed, (B, K, vocabulary). gates: one
+    (B, Hkv, T) fp32 per site that owns keys, in order. flip: see `gated_attention`.
     """
     gm = captured.graph
     position_ids = placeholder(gm, "position_ids")
@@ -111,7 +115,7 @@ def _no_input(spec: InputSpec) -> fx.Node:
 def initial_weights(
     captured: Captured, sites: list[AttentionSite], policy: AttentionGate, *, bias: float, seed: int
 ) -> dict[str, Tensor]:
-    """Weights of gates that keep all tokens at first: W_o is small and the bias is what p = sigmoid(bias) says."""
+    """Returns weights of gates that first keep all tokens: W_o is small and the bias gives p = sigmoid(bias)."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in expected_weights(captured, sites, policy).items():
@@ -126,8 +130,8 @@ def initial_weights(
 class GatedModel(nn.Module):
     """A captured model with gates, for training. The backbone's parameters are the model's own, never copies.
 
-    owners: the sites that have a gate, in the order of `forward`'s gates. flip: see `gated_attention`. checkpoint: keeps for
-    the backward pass only what passes from layer to layer, and computes the rest once more.
+    owners: the sites that have a gate, in the order of `forward`'s gates. flip: see `gated_attention`. checkpoint:
+    keeps only the tensors between layers for the backward pass and recomputes the rest.
     """
 
     def __init__(
@@ -157,20 +161,20 @@ class GatedModel(nn.Module):
         self.gate_names = sorted(expected)
         self.graph = insert_gates(captured, sites, policy, {n: weights[n].to(device) for n in expected}, flip)
         self.checkpoint = checkpoint
-        self._parts: list[tuple[torch.device, fx.GraphModule]] = []  # no submodule: its parameters are the graph's
+        self._parts: list[tuple[torch.device, fx.GraphModule]] = []  # not a submodule: its parameters are the graph's
         self.names = [str(n.target) for n in self.graph.graph.nodes if n.op == "placeholder"]
 
     def gate_weights(self) -> dict[str, nn.Parameter]:
-        """The gates' parameters by their names in the file that inference reads."""
+        """Returns the gates' parameters by their names in the file that inference reads."""
         return {name: get_attr(self.graph, PREFIX + name) for name in self.gate_names}
 
     def forward(
         self, input_ids: Tensor, gated: Tensor | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, K, vocabulary) of the tokens `index` (B, K), and the gates (B, Hkv, T) of each owner.
+        """Returns logits (B, K, vocabulary) of the tokens `index` (B, K), and the gates (B, Hkv, T) of each owner.
 
-        input_ids: (B, T), rows left-aligned: what stands behind a row's end is seen by nothing in front of it. gated:
-        (B, T) bool, default all: tokens that a gate may drop. index: default all tokens.
+        input_ids: (B, T), rows left-aligned: no token sees what comes after a row's end. gated: (B, T) bool, default
+        all: tokens that a gate may drop. index: default all tokens.
         """
         arguments = self.arguments(input_ids, gated, index)
         if self.checkpoint and torch.is_grad_enabled():
@@ -180,13 +184,14 @@ class GatedModel(nn.Module):
         return logits, list(gates)
 
     def _chain(self, device: torch.device) -> fx.GraphModule:
-        """The graph in parts; made anew when the model has moved, since moving puts other buffers into the graph."""
+        """Returns the graph in parts; rebuilds them if the model has moved, because that puts other buffers into the
+        graph."""
         if not self._parts or self._parts[0][0] != device:
             self._parts = [(device, _cut(self.graph))]
         return self._parts[0][1]
 
     def arguments(self, input_ids: Tensor, gated: Tensor | None, index: Tensor | None) -> list[Tensor]:
-        """What the graph is called with; as `forward`."""
+        """Returns the graph's arguments; parameters as in `forward`."""
         b, t = input_ids.shape
         if self.longest is not None and t > self.longest:
             raise InputError(
@@ -204,7 +209,7 @@ class GatedModel(nn.Module):
 
 
 def _cut(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as a chain of modules, each from one attention to the next."""
+    """Cuts the graph into a chain of modules, each from one attention to the next."""
     home, homes = 0, {}
     for node in gm.graph.nodes:
         home += node.target is ops.gated_attention.default
@@ -213,7 +218,7 @@ def _cut(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Checkpointed(fx.Interpreter):
-    """Runs such a chain; what happens inside a module is forgotten until the backward pass."""
+    """Runs such a chain; keeps nothing inside a module for the backward pass."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         part = self.module.get_submodule(target)
@@ -221,7 +226,7 @@ class _Checkpointed(fx.Interpreter):
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the training graph and notes how large the gates' values are."""
+    """Runs the training graph and records the size of the gates' values."""
 
     def __init__(self, graph: fx.GraphModule, real: Tensor):
         super().__init__(graph)
@@ -235,12 +240,12 @@ class _Recorder(fx.Interpreter):
 
 @torch.no_grad()
 def calibrate(model: GatedModel, input_ids: Tensor, real: Tensor, *, spread: float = 0.4, seed: int = 0) -> None:
-    """Sets the weights that fresh gates start from by what the layers' inputs are like on one batch (B, T).
+    """Sets the initial weights of fresh gates from the layers' inputs on one batch (B, T).
 
-    Random projections of a layer's input are as large as the input, which differs by orders of magnitude between models,
-    and an attention that has learned nothing averages over the text, so that a gate would treat all tokens alike. So
-    projections are scaled to unit size; queries and keys are the same at first, so large that a token attends mostly to
-    itself (log T + 3 above the others); and W_o gives the logits of p a standard deviation of `spread`.
+    Random projections of a layer's input are as large as the input, which differs by orders of magnitude between
+    models, and an untrained attention averages over the text, so that a gate would treat all tokens alike. So
+    projections are scaled to unit size; queries and keys are first the same, and so large that a token attends mostly
+    to itself (log T + 3 above the others); and W_o gives the logits of p a standard deviation of `spread`.
     """
     recorder = _Recorder(model.graph, real)
     recorder.run(*model.arguments(input_ids, torch.zeros_like(real), torch.zeros_like(input_ids[:, :1])))

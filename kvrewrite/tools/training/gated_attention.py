@@ -1,13 +1,13 @@
 """Causal attention with a gate per key, and its gradients, without a (T, T) tensor in memory.
 
-A gate m_j multiplies what key j weighs after the exponential, for every query but the key's own:
+A gate m_j multiplies the weight of key j after the exponential, for every query but the key's own:
 
     w_ij = m_j exp(l_ij) for j < i,  w_ii = exp(l_ii),  o_i = sum_j w_ij v_j / Z_i,  Z_i = sum_j w_ij [+ exp(sink)]
 
-so m_j = 0 is exactly a key that the inference graph hides. The gradient of m_j is there where m_j is 0, too, since this is
-what a straight-through estimator learns from: d o_i / d m_j = exp(l_ij) (v_j - o_i) / Z_i. An additive bias log m_j, which
-FlexAttention could learn, has none there. A forward and a backward pass go through blocks of query rows, whose weights are
-built anew from the rows' log-sum-exp in the backward pass (Dao et al., arXiv 2205.14135).
+so m_j = 0 is exactly a key that the inference graph hides. The gradient of m_j also exists where m_j is 0, because a
+straight-through estimator learns from it: d o_i / d m_j = exp(l_ij) (v_j - o_i) / Z_i. An additive bias log m_j, which
+FlexAttention could learn, has no gradient there. Forward and backward passes go through blocks of query rows; the
+backward pass recomputes their weights from the rows' log-sum-exp (Dao et al., arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kvrewrite.ops.attention import ALL_VISIBLE
 from kvrewrite.ops.groups import define
 
 BLOCK_BYTES = 128 << 20  # logits of one block of query rows
-BLOCK_BYTES_CPU = 8 << 20  # what fits in a CPU's cache is faster
-MAX_EXPONENT = 60.0  # a hidden key may outweigh all that are left; the largest factor that still leaves fp32 finite
+BLOCK_BYTES_CPU = 8 << 20  # a block that fits a CPU's cache is faster
+MAX_EXPONENT = 60.0  # a hidden key may outweigh all others; the largest exponent that keeps fp32 finite
 
 
 @dataclass
 class _Shape:
-    """What attention sees besides its tensors."""
+    """The arguments of attention besides its tensors."""
 
     scale: float
     softcap: float
@@ -36,7 +36,7 @@ class _Shape:
     chunk: int
 
     def first(self, row: int) -> int:
-        """The first key that any row from `row` on can see."""
+        """Returns the first key that any row from `row` on can see."""
         if self.window:
             return max(0, row - self.window + 1)
         return row // self.chunk * self.chunk if self.chunk else 0
@@ -47,14 +47,14 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for (N, I, J) and (N, J, K), in fp32 (fp64): 16-bit inputs on a GPU are multiplied as they are."""
+    """Returns a @ b for (N, I, J) and (N, J, K), in fp32 (fp64): 16-bit inputs on a GPU are multiplied as they are."""
     if a.dtype == b.dtype and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.to(_dtype(a)), b.to(_dtype(b)))
 
 
 def _blocks(q: Tensor, shape: _Shape) -> list[tuple[int, int, int]]:
-    """(first key, first row, end) of blocks of query rows whose logits fit in BLOCK_BYTES."""
+    """Returns (first key, first row, end) of blocks of query rows whose logits fit in BLOCK_BYTES."""
     b, h, t, _ = q.shape
     limit = BLOCK_BYTES if q.is_cuda else BLOCK_BYTES_CPU
     blocks, lo = [], 0
@@ -113,15 +113,16 @@ gated_attention_op = define(
 
 @gated_attention_op
 def gated(tokens: Tokens, gate: Tensor, logits: Logits, flip: bool) -> tuple[Tensor, Tensor]:
-    """Causal attention of a whole sequence on itself with a gate per key; arguments as `kvrewrite::attention` has them.
+    """Computes causal attention of a whole sequence on itself with a gate per key; arguments as for
+    `kvrewrite::attention`.
 
-    q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv); gate: (B, Hkv, T) fp32, what key j weighs for all queries but
-    its own. Returns out (B, H, T, Dv) in q's dtype and the log-sum-exp (B, H, T) fp32 (fp64 for fp64), which is not
+    q: (B, H, T, D); k: (B, Hkv, T, D); v: (B, Hkv, T, Dv); gate: (B, Hkv, T) fp32, the weight of key j for all queries
+    but its own. Returns out (B, H, T, Dv) in q's dtype and the log-sum-exp (B, H, T) fp32 (fp64 for fp64), which is not
     differentiable. Differentiable in q, k, v, gate and sinks.
 
-    flip: the gradient of a gate is that of a flag that is raised by itself: exp(l_ij) / (Z_i + (1 - m_j) exp(l_ij)) stands
-    for exp(l_ij) / Z_i, the same where m_j is 1, and exactly the difference that bringing the key back makes where it is 0.
-    Without it the factor is the derivative, which a hidden key that outweighs the others makes as large as exp(60).
+    flip: the gate's gradient is that of a flag raised alone: exp(l_ij) / (Z_i + (1 - m_j) exp(l_ij)) replaces exp(l_ij)
+    / Z_i. It is the same where m_j is 1, and where m_j is 0 it is exactly the effect of bringing the key back. Without
+    it the factor is the derivative, which can be as large as exp(60) for a hidden key that outweighs the others.
     """
     (q, k, v), sinks, alibi = tokens, logits.sinks, logits.alibi
     shape = _Shape(logits.scale, logits.softcap, logits.window, logits.chunk)
@@ -149,7 +150,7 @@ def gated(tokens: Tokens, gate: Tensor, logits: Logits, flip: bool) -> tuple[Ten
 
 
 def _per_row(per_head: Tensor, b: int, hkv: int, rows: int) -> Tensor:
-    """(H,) as (B * Hkv, G * rows, 1)."""
+    """Returns (H,) as (B * Hkv, G * rows, 1)."""
     group = per_head.shape[0] // hkv
     return per_head.view(1, hkv, group, 1).expand(b, -1, -1, rows).reshape(b * hkv, group * rows, 1)
 
@@ -179,7 +180,8 @@ gated_attention_backward_op = define(
 def gated_attention_backward(
     grad: Tensor, tokens: Tokens, gate: Tensor, out: Tensor, lse: Tensor, logits: Logits, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (in their dtypes), gate (fp32) and sinks (H,) from that of the output; see `gated_attention`."""
+    """Returns gradients of q, k, v (in their dtypes), gate (fp32) and sinks (H,) from the output's; see
+    `gated_attention`."""
     (q, k, v), sinks, alibi = tokens, logits.sinks, logits.alibi
     shape = _Shape(logits.scale, logits.softcap, logits.window, logits.chunk)
     b, h, t, d = q.shape
@@ -191,7 +193,7 @@ def gated_attention_backward(
     grad_gate = torch.zeros(b * hkv, t, dtype=dtype, device=q.device)
     grad_sinks = torch.zeros(h, dtype=dtype, device=q.device)
     grad = grad.to(q.dtype)
-    along = (grad.to(dtype) * out.to(dtype)).sum(dim=-1)  # (B, H, T): what all weights of a row share
+    along = (grad.to(dtype) * out.to(dtype)).sum(dim=-1)  # (B, H, T): the part that all weights of a row share
     for first, lo, hi in _blocks(q, shape):
         rows, keys = hi - lo, hi - first
         block = _block(q, k, gate, alibi, shape, first, lo, hi)
@@ -247,7 +249,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    # A gate that nobody asks a gradient for costs little beside the rest, so all gradients come from one op.
+    # An unused gate gradient costs little beside the rest, so all gradients come from one op.
     found = torch.ops.kvrewrite.gated_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
     grads = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:5], strict=True)]
     return (*grads, None, None, None, None, None, None)

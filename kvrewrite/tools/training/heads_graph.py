@@ -1,7 +1,8 @@
-"""The training graph of retaining heads: the canonical graph with the heads at the sites that own keys, and no cache.
+"""Builds the training graph of retaining heads: the canonical graph with heads at the sites that own keys, and no
+cache.
 
-The nodes of a head are those that the policy inserts for inference (`Locret.score`). Heads feed nothing but the loss, so
-there is no backward pass through the backbone: its parameters are frozen, and autograd records the heads alone.
+A head's nodes are those that the policy inserts for inference (`Locret.score`). Heads feed only the loss, so there is
+no backward pass through the backbone: its parameters are frozen, and autograd only records the heads.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ ops = torch.ops.kvrewrite
 
 
 class TrainingHook(SiteHook):
-    """Weights are trained in fp32 and used in the dtype that inference has them in."""
+    """Trains weights in fp32 and uses them in inference's dtype."""
 
     def weight(self, name: str) -> fx.Node:
-        """The policy weight called `name`, in the dtype that attention runs in."""
+        """Returns the policy weight called `name`, in attention's dtype."""
         node = super().weight(name)
         return node if self.dtype == torch.float32 else self.call(aten.to.dtype, node, self.dtype)
 
 
 def attend(tokens: tuple[Tensor, ...], sinks: Tensor | None, alibi: Tensor | None, *shape: float) -> Tensor:
-    """`kvrewrite::attention` of whole texts without a T x T tensor in memory: SDPA where it says the same, else in blocks.
+    """Computes `kvrewrite::attention` of whole texts without a T x T tensor in memory: by SDPA if equivalent, else in
+    blocks.
 
     tokens: q, k and v; shape: scale, softcap, window and chunk."""
     q, k, v = tokens
@@ -53,8 +55,8 @@ def insert_heads(
 ) -> fx.GraphModule:
     """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys), each a tuple over owners.
 
-    Of a site that owns its keys: scores (B, Hkv, T) fp32, queries (B, H, T, D) and keys (B, Hkv, T, D) as attention sees
-    them. weights: the parameters that are trained, by the policy's names; they are put into the graph, not copied.
+    Per site that owns its keys: scores (B, Hkv, T) fp32, queries (B, H, T, D) and keys (B, Hkv, T, D) as attention sees
+    them. weights: the trained parameters by the policy's names; they are put into the graph, not copied.
     """
     gm = captured.graph
     for name, parameter in weights.items():
@@ -79,7 +81,7 @@ def insert_heads(
 
 
 def arguments(gm: fx.GraphModule, input_ids: Tensor) -> list[Tensor]:
-    """What the training graph is called with for texts (B, T) whose rows are left-aligned."""
+    """Returns the training graph's arguments for left-aligned texts (B, T)."""
     given = {"input_ids": input_ids}
     if placeholder(gm, "position_ids") is not None:
         given["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

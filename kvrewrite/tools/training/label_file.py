@@ -1,9 +1,9 @@
-"""Labels of retaining heads in a file, computed once and read by later runs: `kvrewrite train --labels FILE`.
+"""Stores labels of retaining heads in a file, computed once for later runs: `kvrewrite train --labels FILE`.
 
-The backbone is frozen, so a text's labels are the same in every epoch and every run. A safetensors file holds a tensor for each
-text, named after its token ids, and says in its metadata of which model, data and options it is; one that differs is refused.
-It is written one text at a time and read the same way, so that neither takes memory by the size of the data: 4 bytes for each
-token of a prompt, layer and kv head.
+The backbone is frozen, so a text's labels are the same in every epoch and every run. A safetensors file holds one
+tensor per text, named after its token ids; its metadata names the model, data and options, and a mismatch is refused.
+It is written and read one text at a time, so that memory does not grow with the data: 4 bytes per prompt token, layer
+and kv head.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Encoded = Mapping[str, list[int]]  # input_ids, labels
 
 
 def said_of(owners: Iterable[AttentionSite], **run: Any) -> dict[str, str]:
-    """What a label file's metadata says. run: what else labels depend on."""
+    """Returns a label file's metadata. run: what else labels depend on."""
     sites = ";".join(f"{s.layer},{s.kv_heads},{s.scale:.9g},{s.window},{s.chunk}" for s in owners)
     return {"kind": KIND, "format": "1", **{k: str(v) for k, v in run.items()}, "layers": sites}
 
 
 def key_of(ids: Iterable[int], prompt: int) -> str:
-    """The name of a text's labels: sha256 over its token ids and over how many of them are the prompt."""
+    """Returns the name of a text's labels: sha256 of its token ids and of how many of them are the prompt."""
     digest = hashlib.sha256(struct.pack("<q", prompt))
     digest.update(np.fromiter(ids, dtype="<i8").tobytes())
     return digest.hexdigest()
@@ -52,8 +52,8 @@ def write_labels(
     texts: Callable[[], Iterable[Encoded]],
     label: Callable[[Encoded], Tensor],
 ) -> int:
-    """Writes the labels of all texts, and returns how many. heads: kv heads of all layers together. texts: gives the texts
-    once each time that it is called. label: a text's labels (heads, prompt) in fp32."""
+    """Writes the labels of all texts; returns how many. heads: kv heads of all layers together. texts: yields all texts
+    once per call. label: returns a text's labels (heads, prompt) in fp32."""
     lengths = {key_of(row["input_ids"], _prompt(row)): _prompt(row) for row in texts()}
     header: dict[str, Any] = {"__metadata__": dict(said)}
     at = 0
@@ -84,7 +84,8 @@ def write_labels(
 
 
 class LabelFile:
-    """A file that `write_labels` wrote, for a run that `said` describes. Raises TrainingError where it is of another."""
+    """A file that `write_labels` wrote, for a run that `said` describes. Raises TrainingError if it is of another
+    run."""
 
     def __init__(self, path: Path, said: Mapping[str, str], heads: list[int]):
         _, found = read_header(path)
@@ -111,9 +112,9 @@ class LabelFile:
         self._names = set(self._file.keys())
 
     def read(self, input_ids: Tensor, answer: Tensor, real: Tensor) -> list[Tensor]:
-        """The labels of a batch, (B, Hkv, T) fp32 for each layer; -inf outside of the prompts.
+        """Returns the labels of a batch, (B, Hkv, T) fp32 per layer; -inf outside the prompts.
 
-        input_ids (B, T); answer, real (B, T) bool: which tokens are the answer's, and no padding.
+        input_ids (B, T); answer, real (B, T) bool: tokens of the answer, and tokens that are not padding.
         """
         out = torch.full((input_ids.shape[0], sum(self.heads), input_ids.shape[1]), -torch.inf)
         counts, answers = real.sum(dim=1).tolist(), answer.sum(dim=1).tolist()
@@ -123,7 +124,7 @@ class LabelFile:
         return list(out.to(input_ids.device).split(self.heads, dim=1))
 
     def labels_of(self, ids: list[int], prompt: int) -> Tensor:
-        """The labels (kv heads of all layers, prompt) of one text."""
+        """Returns the labels (kv heads of all layers, prompt) of one text."""
         name = key_of(ids, prompt)
         if name not in self._names:
             raise TrainingError(

@@ -1,6 +1,7 @@
-"""What retaining heads learn: the causal importance of each token of a prompt (arXiv 2410.01805, section 4.1).
+"""Computes what retaining heads learn: the causal importance of each prompt token (arXiv 2410.01805, section 4.1).
 
-S[k] of a kv head is the largest pre-softmax logit q_p . k_k * scale over the answer's queries p and the group's query heads.
+S[k] of a kv head is the largest pre-softmax logit q_p . k_k * scale over the answer's queries p and the group's query
+heads.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 LABELS = ("logit", "log_probability")
-BLOCK = 1 << 27  # logits that are in memory at once
+BLOCK = 1 << 27  # logits in memory at once
 
 
 def answer_index(answer: Tensor) -> tuple[Tensor, Tensor]:
-    """The places of the answers' tokens, (B, A), A the most of a row, and which of them are real, (B, A) bool.
+    """Returns the positions of the answers' tokens, (B, A), A the most of any row, and which of them are real, (B, A)
+    bool.
 
-    answer: (B, T) bool. Reads A on the host, so it is done once a batch.
+    answer: (B, T) bool. Reads A on the host, so call it once per batch.
     """
     count = int(answer.sum(dim=1).max())
     order = torch.argsort(answer.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
@@ -33,12 +35,13 @@ def causal_importance(
     kind: str = "logit",
     block: int = BLOCK,
 ) -> Tensor:
-    """S (B, Hkv, T) in fp32; -inf where a token is not of the prompt, or is seen by no query of the answer.
+    """Returns S (B, Hkv, T) in fp32; -inf for a token that is not in the prompt, or that no query of the answer sees.
 
-    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: of `answer_index`. mask:
-    the layer's window and chunk, in tokens (0: none). kind "logit" is the authors' definition. "log_probability" (ours) takes
-    the logarithm of the attention weight instead, the logit less the query's log-sum-exp over all keys that it sees: so
-    queries and heads are comparable. Queries are taken in blocks, so that about `block` logits are in memory.
+    q (B, H, T, D) and k (B, Hkv, T, D) as they enter attention; prompt: (B, T) bool; answers: from `answer_index`.
+    mask: the layer's window and chunk, in tokens (0: none). kind "logit" is the authors' definition. "log_probability"
+    (ours) is the logarithm of the attention weight, the logit minus the query's log-sum-exp over all keys that it sees:
+    this makes queries and heads comparable. Queries are processed in blocks, so that about `block` logits are in
+    memory.
     """
     (window, chunk), (b, heads, t, d) = mask, q.shape
     hkv = k.shape[1]

@@ -1,4 +1,5 @@
-"""Training of Locret's retaining heads (Huang et al., arXiv 2410.01805, section 4.1; code huangyuxiang03/Locret @ 28995c5)."""
+"""Trains Locret's retaining heads (Huang et al., arXiv 2410.01805, section 4.1; code huangyuxiang03/Locret @
+28995c5)."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from kvrewrite.tools.training.label_file import LabelFile, said_of, write_labels
 from kvrewrite.tools.training.labels import LABELS, answer_index, causal_importance
 from kvrewrite.tools.training.trainer import Task, collate
 
-TOP = 0.1  # of the positions: what the monitored overlap compares
+TOP = 0.1  # share of positions that the monitored overlap compares
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocretOptions:
     """What is trained; the defaults are the authors'.
 
-    hidden_size: d_R. smoothing: the weight of the squared differences of neighbours, summed over layers as their code does.
-    init: standard deviation of the first weights (None: the model's initializer_range). label: "logit" is the authors';
-    "log_probability" is ours (`causal_importance`). lr: of the heads.
+    hidden_size: d_R. smoothing: the weight of the squared differences of neighbours, summed over layers as in their
+    code. init: standard deviation of the initial weights (None: the model's initializer_range). label: "logit" is the
+    authors'; "log_probability" is ours (`causal_importance`). lr: of the heads.
     """
 
     hidden_size: int = 1024
@@ -58,7 +59,8 @@ class LocretOptions:
 
 @dataclass
 class HeadLoss:
-    """The loss of a batch: `total` = regression + smoothing (weighted already). overlap: of the best tenth of the positions."""
+    """The loss of a batch: `total` = regression + smoothing (already weighted). overlap: of the best tenth of the
+    positions."""
 
     total: Tensor
     regression: Tensor
@@ -67,11 +69,11 @@ class HeadLoss:
 
 
 def head_loss(scores: list[Tensor], labels: list[Tensor], smoothing: float) -> HeadLoss:
-    """The authors' loss, the mean over rows of what each row gives alone.
+    """Computes the authors' loss: the mean of the rows' own losses.
 
-    SmoothL1 (beta 1) between scores and labels, the mean over layers, heads and tokens, plus `smoothing` times the sum over
-    layers of the mean squared difference of neighbours. scores, labels: one (B, Hkv, T) fp32 a layer; a label of -inf
-    takes its token out of the regression, and out of the smoothing, too.
+    SmoothL1 (beta 1) between scores and labels, the mean over layers, heads and tokens, plus `smoothing` times the sum
+    over layers of the mean squared difference of neighbours. scores, labels: one (B, Hkv, T) fp32 per layer; a token
+    whose label is -inf is left out of regression and smoothing.
     """
     regression, smooth, overlap = [], [], []
     for s, label in zip(scores, labels, strict=True):
@@ -89,7 +91,8 @@ def head_loss(scores: list[Tensor], labels: list[Tensor], smoothing: float) -> H
 
 
 def top_overlap(scores: Tensor, labels: Tensor) -> Tensor:
-    """The share of each head's best tenth by label that is in its best tenth by score; the mean over rows and heads."""
+    """Returns the share of each head's best tenth by label that is in its best tenth by score; the mean over rows and
+    heads."""
     counted = labels > -torch.inf
     wanted = (counted.sum(dim=-1, keepdim=True) * TOP).long().clamp(min=1)
 
@@ -102,10 +105,11 @@ def top_overlap(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class LocretTask(Task):
-    """A model made ready: captured, its sites found, heads inserted. The backbone's parameters are the model's own, frozen.
+    """A model prepared for training: captured, sites found, heads inserted. The backbone's parameters are the model's
+    own, frozen.
 
-    The captured graph runs once a batch, for scores, queries and keys of all layers; labels come from the same run, for
-    prompt and answer stand in one causal text: the numbers of the authors' offline pass.
+    The captured graph runs once per batch and gives scores, queries and keys of all layers. Labels come from the same
+    run, because prompt and answer are one causal text: the same numbers as in the authors' offline pass.
     """
 
     needs = "answer"
@@ -113,7 +117,7 @@ class LocretTask(Task):
     def __init__(self, model: nn.Module, options: LocretOptions, policy: Locret | None = None):
         super().__init__()
         self.options = options
-        self.labels: LabelFile | None = None  # read from there instead of being computed
+        self.labels: LabelFile | None = None  # labels are read from there instead of computed
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         captured = capture(model)
@@ -124,7 +128,7 @@ class LocretTask(Task):
         assert isinstance(adapted, Locret)
         self.policy = adapted
         self.dtype, self.vocab_size = captured.dtype, captured.vocab_size
-        # Two sets of frequencies, one for texts beyond a length (longrope), are chosen batch by batch; frequencies that
+        # Two sets of frequencies, one for texts beyond a length (longrope), are chosen per batch. Frequencies that
         # follow the length (dynamic NTK) are not, so texts end where they would begin to change.
         self.tables = captured.rotary_tables
         rope: Any = getattr(config, "rope_parameters", None) or {}
@@ -143,11 +147,11 @@ class LocretTask(Task):
         self.hide(insert_heads(captured, self.sites, self.policy, dict(zip(self.names, self.heads, strict=True))))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The heads."""
+        """Returns the heads."""
         return [{"params": list(self.heads), "lr": self.options.lr, "name": "heads"}]
 
     def observe(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores and labels, one (B, Hkv, T) fp32 per owner each."""
+        """Returns scores and labels, one (B, Hkv, T) fp32 per owner each."""
         graph, length = self.__dict__["graph"], input_ids.shape[1]
         if self.longest is not None and length > self.longest:
             raise TrainingError(
@@ -173,15 +177,16 @@ class LocretTask(Task):
 
     @torch.no_grad()
     def label(self, row: dict[str, list[int]]) -> Tensor:
-        """The labels of one text {"input_ids", "labels"}: (kv heads of all layers, tokens of the prompt) fp32."""
+        """Returns the labels of one text {"input_ids", "labels"}: (kv heads of all layers, tokens of the prompt)
+        fp32."""
         device = self.heads[0].device
         batch = {name: value.to(device) for name, value in collate([row]).items()}
         prompt = int((batch["labels"] < 0).sum())
         return torch.cat([label[0, :, :prompt] for label in self.observe(**batch)[1]])
 
     def use_labels(self, path: Path, texts: Any, run: dict[str, Any], quiet: bool = False) -> None:
-        """Takes labels from a file; where there is none it is made first, from all texts once. run: what labels depend on
-        besides this task. Raises TrainingError where the file is of another run."""
+        """Takes labels from a file; makes it first, from all texts once, if there is none. run: what labels depend on
+        besides this task. Raises TrainingError if the file is of another run."""
         said = said_of(self.owners, label=self.options.label, dtype=str(self.dtype).removeprefix("torch."), **run)
         heads = [site.kv_heads for site in self.owners]
         if not path.exists():
@@ -202,7 +207,7 @@ class LocretTask(Task):
         self.labels.labels_of(first["input_ids"], sum(label < 0 for label in first["labels"]))
 
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """The loss of one batch and its parts; see `Task`."""
+        """Returns the loss of one batch and its parts; see `Task`."""
         found = head_loss(*self.observe(input_ids, labels, real), self.options.smoothing)
         return {
             "loss": found.total,

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al., arXiv 2106.09685) by peft, beside gates: added before the model is captured, saved in peft's format.
+"""Adds LoRA (Hu et al., arXiv 2106.09685) by peft beside gates: before the model is captured, saved in peft's format.
 
-A captured graph has no modules that an adapter could be attached to, so adapters come first; the graph then holds their
-parameters as it holds the model's own, and training changes them in place.
+A captured graph has no modules that an adapter could be attached to, so adapters come first. The graph then holds their
+parameters like the model's own, and training changes them in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the vocabula
 
 
 def require_peft() -> None:
-    """Raises OptionError where peft is not installed."""
+    """Raises OptionError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise OptionError("LoRA needs peft: pip install 'peft>=0.18' (or: pip install 'kvrewrite[train]')")
 
@@ -27,10 +27,10 @@ def require_peft() -> None:
 def add_lora(
     model: nn.Module, *, rank: int = 8, alpha: float | None = None, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Any:
-    """Wraps a transformers model, in place, in a peft model with trainable LoRA adapters; all else is frozen.
+    """Wraps a transformers model, in place, in a peft model with trainable LoRA adapters; everything else is frozen.
 
     alpha: the adapters' scale times their rank, default 2 * rank. targets: names of linear modules ("q_proj"), or
-    "all-linear". There is no dropout: capture switches it off. Capture `get_base_model()` of what is returned.
+    "all-linear". There is no dropout, because capture switches it off. Capture the result's `get_base_model()`.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
@@ -53,20 +53,21 @@ def add_lora(
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of the adapters."""
+    """Returns the trained parameters of the adapters."""
     return [p for n, p in model.named_parameters() if p.requires_grad and ".lora_" in f".{n}"]
 
 
 def save_adapter(model: Any, out: str | Path) -> None:
-    """Writes the adapters as peft has them: adapter_config.json and adapter_model.safetensors in the folder `out`."""
+    """Writes the adapters in peft's format: adapter_config.json and adapter_model.safetensors in the folder `out`."""
     model.save_pretrained(str(out), safe_serialization=True)
 
 
 def merge_lora(model: Any, out: str | Path, tokenizer: Any = None) -> None:
-    """Adds the adapters to the weights and writes a plain transformers model directory, which `kvrewrite convert` takes.
+    """Adds the adapters to the weights and writes a plain transformers model directory, which `kvrewrite convert`
+    takes.
 
-    The adapters are gone from `model` afterwards. In 16-bit weights the sum is rounded, so that logits differ from those
-    in training by as much; in fp32 they agree.
+    The adapters are gone from `model` afterwards. 16-bit weights round the sum, so that logits differ from those in
+    training by as much; in fp32 they agree.
     """
     merged = model.merge_and_unload()
     merged.save_pretrained(str(out), safe_serialization=True)

@@ -1,4 +1,4 @@
-"""The loss of a training run as a picture."""
+"""Plots the loss of a training run."""
 
 from __future__ import annotations
 

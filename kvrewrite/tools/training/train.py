@@ -1,4 +1,4 @@
-"""`train`: a policy's weights from a model and files of texts; what `kvrewrite train` calls."""
+"""Trains a policy's weights from a model and files of texts; `kvrewrite train` calls `train`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_TOKENS = {"locret": 10240, "locret_q": 10240, "attention_gate": 4096}
 
 @dataclass
 class Trained:
-    """What `train` did. cut: texts longer than the cap, of `read` texts."""
+    """What `train` did. cut: how many of the `read` texts were longer than the cap."""
 
     policy: str
     out: Path
@@ -47,7 +47,7 @@ class Trained:
     cut: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns plain data."""
         return {
             "policy": self.policy,
             "written": [str(p) for p in self.written],
@@ -63,7 +63,8 @@ class Trained:
 
 
 def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
-    """The task of a policy; options: fields of `LocretOptions` or `GateOptions`. tokenizer: saved with a merged model."""
+    """Makes a policy's task; options: fields of `LocretOptions` or `GateOptions`. tokenizer: saved with a merged
+    model."""
     if policy not in POLICIES:
         raise OptionError(f"{policy} is not trained; expected one of {', '.join(POLICIES)}")
     if policy == "attention_gate":
@@ -102,12 +103,12 @@ def train(
 ) -> Trained:
     """Trains a policy's weights and writes them as safetensors.
 
-    model: a checkpoint directory of transformers, or a model; its parameters are frozen and shared, never copied. data: .jsonl
-    or .parquet files (`kvrewrite.tools.training.data`). max_tokens: the longest prompt or text, default 10240 (locret) or 4096.
-    options: of the policy's training (`LocretOptions`, `GateOptions`). fitting: steps, batches, optimizer, checkpoints.
-    plot: a PNG of the loss. labels: a file of Locret's labels, which is made from all texts where there is none, and read where
-    there is; one of another model, data or options is refused. Raises TrainingError, OptionError and what `transform` raises for
-    models that have no sites.
+    model: a transformers checkpoint directory, or a model; its parameters are frozen and shared, never copied. data:
+    .jsonl or .parquet files (`kvrewrite.tools.training.data`). max_tokens: the longest prompt or text, default 10240
+    (locret) or 4096. options: of the policy's training (`LocretOptions`, `GateOptions`). fitting: steps, batches,
+    optimizer, checkpoints. plot: a PNG of the loss. labels: a file of Locret's labels: made from all texts if it does
+    not exist, read if it does; one of another model, data or options is refused. Raises TrainingError, OptionError and
+    what `transform` raises for models without sites.
     """
     require_training()
     out = Path(out)
@@ -146,7 +147,7 @@ def train(
         "data": fingerprint(paths),
         "max_tokens": limit,
         "question_tokens": question_tokens,
-        # Computed a text at a time they may differ in the last bit from those of a batch.
+        # Labels of single texts may differ in the last bit from those of a batch.
         **({} if labels is None else {"labels": "from a file"}),
     }
     check_checkpoints(fitting, run)
@@ -179,7 +180,8 @@ def train(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over the names, dtypes and values of a model's parameters: which base model weights were trained on."""
+    """Returns the sha256 of a model's parameters' names, dtypes and values: the base model that weights were trained
+    on."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
@@ -188,7 +190,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Before anything is done, and again before it is written."""
+    """Checks the output before any work, and again before writing."""
     if out.suffix != ".safetensors":
         raise TrainingError(f"{out} should end in .safetensors, the format that is written")
     if out.is_dir():
@@ -198,7 +200,7 @@ def check_out(out: Path, force: bool) -> None:
 
 
 def check_plot(plot: str | Path | None) -> None:
-    """Before anything is done: whether a plot can be drawn."""
+    """Checks before any work whether a plot can be drawn."""
     if plot is None:
         return
     import importlib.util

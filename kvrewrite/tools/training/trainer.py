@@ -1,4 +1,4 @@
-"""transformers' Trainer around a `Task`: what is trained, its optimizer, checkpoints, and what is watched."""
+"""Runs transformers' Trainer for a `Task`: what is trained, its optimizer, checkpoints, and monitoring."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from kvrewrite.errors import OptionError, TrainingError
 
-IGNORED = -100  # labels that are no targets
+IGNORED = -100  # label of tokens that are no targets
 
 
 class Task(nn.Module, ABC):
     """A policy's weights in training.
 
-    Registered parameters are exactly what is trained, so that checkpoints hold nothing else. The captured graph, whose
-    backbone is frozen and belongs to the model, is hidden from the module's own lists (`hide`) and moves along.
+    Only trained parameters are registered, so that checkpoints hold nothing else. The captured graph, whose backbone is
+    frozen and belongs to the model, is hidden from the module's own lists (`hide`) but moves with it.
     """
 
     needs: ClassVar[str] = "answer"
@@ -42,17 +42,17 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What an optimizer takes: {"params", "lr", "name"}."""
+        """Returns an optimizer's parameter groups: {"params", "lr", "name"}."""
 
     def prepare(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> None:
-        """Told the first batch (of all processes) of a run that starts afresh, before anything is trained."""
+        """Receives the first batch (of all processes) of a fresh run, before any training."""
 
     @abstractmethod
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """{"loss": ..., and its parts}, scalars.
+        """Returns {"loss": ..., and its parts}, scalars.
 
-        input_ids, labels: (B, T) int64, real: (B, T) bool; rows are left-aligned, labels are `IGNORED` where a token is no
-        target.
+        input_ids, labels: (B, T) int64, real: (B, T) bool; rows are left-aligned, and labels are `IGNORED` for tokens
+        that are no targets.
         """
 
     @abstractmethod
@@ -62,11 +62,12 @@ class Task(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How it is trained. The defaults are Locret's (one sample a step, AdamW, linear warm-up and decay, clipping by value).
+    """How it is trained. The defaults are Locret's (one sample per step, AdamW, linear warm-up and decay, clipping by
+    value).
 
-    steps, warmup: optimizer steps. batch_size: texts a device and step. clip_value, clip_norm: of gradients (0: off).
-    save_every: steps between checkpoints in `checkpoints` (0: none); keep: how many stay. resume: goes on from the last one.
-    report_to: trackers of transformers ("tensorboard", "wandb"); workers: processes that tokenize.
+    steps, warmup: optimizer steps. batch_size: texts per device and step. clip_value, clip_norm: of gradients (0: off).
+    save_every: steps between checkpoints in `checkpoints` (0: none); keep: how many stay. resume: continues from the
+    last one. report_to: trackers of transformers ("tensorboard", "wandb"); workers: processes that tokenize.
     """
 
     steps: int = 3000
@@ -104,7 +105,8 @@ class FitOptions:
 
 @dataclass
 class Fitted:
-    """What a training run did. log: what was logged, {"step", "loss", ...}; seconds of training; peak_bytes on a GPU."""
+    """What a training run did. log: what was logged, {"step", "loss", ...}; seconds of training; peak_bytes on a
+    GPU."""
 
     log: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,7 +115,7 @@ class Fitted:
 
 
 def require_training() -> None:
-    """Raises OptionError where what training needs is not installed."""
+    """Raises OptionError if what training needs is not installed."""
     import importlib.util
 
     missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
@@ -122,7 +124,8 @@ def require_training() -> None:
 
 
 def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
-    """Rows {"input_ids", "labels"} (lists of ints) as a left-aligned batch: input_ids, labels and real, each (B, T)."""
+    """Makes a left-aligned batch of rows {"input_ids", "labels"} (lists of ints): input_ids, labels and real, each (B,
+    T)."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
@@ -136,9 +139,9 @@ def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
 
 
 def batch_of_all(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batches of all processes as one, in the order of the processes: what one process with all their texts would have.
+    """Joins the batches of all processes in their order: the batch of one process with all their texts.
 
-    inputs: input_ids, labels and real, each (B, T), as `collate` makes them; T may differ between processes.
+    inputs: input_ids, labels and real, each (B, T), as from `collate`; T may differ between processes.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return dict(inputs)
@@ -155,24 +158,25 @@ def batch_of_all(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def share_parameters(task: nn.Module) -> None:
-    """Gives all processes the first one's parameters: what changes them outside of the optimizer has to end with this, for
-    processes exchange gradients alone."""
+    """Gives all processes the first one's parameters. Call it after changing them outside the optimizer, because
+    processes only exchange gradients."""
     if torch.distributed.is_initialized():
         for parameter in task.parameters():
             torch.distributed.broadcast(parameter.data, 0)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder."""
+    """Returns the newest whole checkpoint in a folder."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit() and (p / "trainer_state.json").exists()]
     return max(found, key=lambda p: int(p.name[11:]), default=None)
 
 
 def check_checkpoints(options: FitOptions, what: Mapping[str, Any]) -> None:
-    """Whether the folder of checkpoints is this run's. what: all that has to be the same to resume, plain data.
+    """Checks that the folder of checkpoints belongs to this run. what: everything that must be the same to resume,
+    plain data.
 
-    It is written beside the checkpoints. Raises TrainingError where there are checkpoints that would be mixed up with new
-    ones, none to resume from, or those of another run; the differences are named.
+    It is written beside the checkpoints. Raises TrainingError if there are checkpoints that would be mixed with new
+    ones, none to resume from, or those of another run; names the differences.
     """
     if options.checkpoints is None:
         return
@@ -206,8 +210,8 @@ def check_checkpoints(options: FitOptions, what: Mapping[str, Any]) -> None:
 def fit(task: Task, texts: Any, options: FitOptions) -> Fitted:
     """Trains a task on rows {"input_ids", "labels"}, an iterable dataset that never ends or one with a length.
 
-    Runs where the task's parameters are, in every process that `accelerate launch` started. Raises TrainingError where the
-    loss is not a number any more: nothing is saved then, and the last checkpoint is from before it.
+    Runs on the device of the task's parameters, in every process that `accelerate launch` started. Raises TrainingError
+    if the loss is no longer a number: nothing is saved then, and the last checkpoint is from before it.
     """
     require_training()
     import tempfile
@@ -244,7 +248,7 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Watch(TrainerCallback):
-        """Clips by value, which the Trainer itself does not, and tells the task how far training is."""
+        """Clips by value, which the Trainer itself does not, and tells the task the training's progress."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             task.progress = state.global_step / max(1, state.max_steps)
@@ -254,7 +258,7 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
                 nn.utils.clip_grad_value_(task.parameters(), options.clip_value)
 
     class PolicyTrainer(Trainer):
-        """Logs the parts of the loss, and stops where it is not a number any more."""
+        """Logs the parts of the loss, and stops if it is no longer a number."""
 
         fresh = not options.resume
         bad: Tensor | None = None
@@ -276,7 +280,7 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
             return (loss, found) if return_outputs else loss
 
         def check_finite(self) -> None:
-            """One look at the device for all steps since the last."""
+            """Reads the device once for all steps since the last check."""
             if self.bad is not None and torch.distributed.is_initialized():
                 count = self.bad.int()
                 torch.distributed.all_reduce(count)  # all processes stop, or none
@@ -327,12 +331,14 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
         dataloader_persistent_workers=options.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=device.type == "cpu",
-        # Every process reads for itself: accelerate's way for streams, one reads for all, wants rows of one length.
+        # Every process reads for itself: accelerate's method for streams (one reads for all) needs rows of equal
+        # length.
         accelerator_config={"dispatch_batches": False},
         average_tokens_across_devices=False,
         label_names=["labels"],
     )
-    # One process drives one GPU (accelerate launch starts several): replicas in one process would share the hidden graph.
+    # One process drives one GPU (accelerate launch starts several): replicas in one process would share the hidden
+    # graph.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = PolicyTrainer(
         model=task,
@@ -347,5 +353,5 @@ def _trainer(task: Task, texts: Any, options: FitOptions, folder: Path, optimize
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes, of those that `accelerate launch` started."""
+    """Whether this process writes, of those that `accelerate launch` started."""
     return int(os.environ.get("RANK", "0")) == 0
