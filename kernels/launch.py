@@ -1,13 +1,13 @@
-"""Programmatic dependent launch: a kernel begins while the one in front of it ends (CUDA, from compute capability 9.0 on).
+"""Programmatic dependent launch: a kernel begins while the one before it ends (CUDA, from compute capability 9.0 on).
 
-What holds for every kernel here that is launched so, and makes that safe whatever stands in front of it or behind it:
+These rules hold for every kernel here that is launched so, and make that safe whatever comes before or after it:
 
-- every program waits (`begin`) before it reads or writes anything that another kernel may write or read. In front of the wait
+- every program waits (`begin`) before it reads or writes anything that another kernel may write or read. Before the wait
   stand only reads of weights, which no kernel writes;
-- only behind its wait it lets the next kernel begin. So all that came before the kernel in front of it has ended by then.
+- only after its wait it lets the next kernel begin. So all that came before the kernel before it has ended by then.
 
-The wait ends when the kernel in front has ended and its results can be seen, so that behind it all is as in launches one after
-the other. KVREWRITE_PDL=0 in the environment launches them so.
+The wait ends when the kernel before has ended and its results can be seen, so that after it all is as in launches one
+after the other. KVREWRITE_PDL=0 in the environment launches them so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WANTED = os.environ.get("KVREWRITE_PDL", "1") != "0"
 
 @cache
 def overlapping(device: torch.device) -> bool:
-    """Whether kernels on a device may begin before the one in front of them has ended; never in the interpreter."""
+    """Whether kernels on a device may begin before the previous one has ended; never in the interpreter."""
     if not _WANTED or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -38,7 +38,7 @@ def options(device: torch.device) -> dict[str, Any]:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Waits for the kernel in front, then lets the next one begin."""
+    """Waits for the kernel before, then lets the next one begin."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

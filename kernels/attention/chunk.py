@@ -1,4 +1,5 @@
-"""Attention of a chunk of new tokens on [live cache slots] + [the new tokens, causal]: the prefill kernel, and its routes.
+"""Attention of a chunk of new tokens on [live cache slots] + [the new tokens, causal]: the prefill kernel, and its
+routes.
 
 `chunk_attention` is the entry point. It has three routes to the same result:
 
@@ -32,8 +33,9 @@ L2_BYTES = 32 << 20  # of keys and values that programs running at the same time
 
 
 def heads_together(heads: int, group: int, keys: int, bytes_a_key: int) -> int:
-    """How many query heads (of `heads`, all rows of the batch) programs should work on at the same time: all, if L2 holds the
-    `keys` keys and values, of bytes_a_key together, of each of their kv heads; else those of one kv head, a group."""
+    """How many query heads (of `heads`, all rows of the batch) programs should work on at the same time: all, if L2
+    holds the `keys` keys and values, of bytes_a_key together, of each of their kv heads; else those of one kv head, a
+    group."""
     return heads if heads // group * keys * bytes_a_key <= L2_BYTES else group
 
 
@@ -69,7 +71,8 @@ def portable_config(dtype: torch.dtype, d: int, dv: int, t: int, features: tuple
 # ------------------------------------------------------------------------------------------------ the portable kernel
 @triton.jit
 def _load(tile, real, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr):
-    """Channels [FIRST, FIRST + WIDTH) of N of a tile of rows; zeros beyond N and, with MASK, in rows that are not real."""
+    """Channels [FIRST, FIRST + WIDTH) of N of a tile of rows; zeros beyond N and, with MASK, in rows that are not
+    real."""
     cols = FIRST + tl.arange(0, WIDTH)
     if MASK:
         return tl.load(tile + cols[None, :], mask=real[:, None] & (cols < N)[None, :], other=0.0)
@@ -89,9 +92,9 @@ def _keys(
 ):  # fmt: skip
     """The online softmax over keys [lo, hi) of one segment: the new tokens (NEW) or the cache. POS: their positions.
 
-    n_real: how many of the segment's keys are real. MASK: tiles may hold keys that are not, or that come after a row's own
-    token; without it all keys of a tile are visible, but for what the options hide. Channels are in two parts, D0 + D1 and
-    V0 + V1, each a power of 2, so that 96 channels are not padded to 128. Logits and m_i are in powers of 2.
+    n_real: how many of the segment's keys are real. MASK: tiles may hold keys that are not, or that come after a row's
+    own token; without it all keys of a tile are visible, but for what the options hide. Channels are in two parts, D0 +
+    D1 and V0 + V1, each a power of 2, so that 96 channels are not padded to 128. Logits and m_i are in powers of 2.
     """
     PLACED: tl.constexpr = WINDOW or CHUNK or ALIBI
     HIDES: tl.constexpr = PLACED or HIDDEN  # options by which a row may see nothing of a tile
@@ -102,8 +105,8 @@ def _keys(
     for start in tl.range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         real = cols < n_real
-        # Offsets of whole rows in 64 bits, not of the tile and of rows in it: with those, ptxas has each wgmma wait for the
-        # one before (C7515), which costs an eighth of the rate.
+        # Offsets of whole rows in 64 bits, not of the tile and of rows in it: with those, ptxas has each wgmma wait for
+        # the one before (C7515), which costs an eighth of the rate.
         k_tile = K + cols[:, None].to(tl.int64) * k_n
         v_tile = V + cols[:, None].to(tl.int64) * v_n
         k = _load(k_tile, real, D, 0, D0, MASK)
@@ -171,8 +174,9 @@ def _chunk_attention(
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M query rows of one head, in four loops, so that few tiles pay for masks: whole cache tiles, the
-    cache's last tile, chunk tiles before the diagonal, diagonal tiles. Order of programs as in chunk_attention_hopper.py.
+    """One program: BLOCK_M query rows of one head, in four loops, so that few tiles pay for masks: whole cache tiles,
+    the cache's last tile, chunk tiles before the diagonal, diagonal tiles. Order of programs as in
+    chunk_attention_hopper.py.
 
     UNIT: strides of q, k and v count so many elements each (`strides_in_units`).
     """
@@ -287,8 +291,8 @@ def _chunk_attention(
 def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
     """A unit in elements, and the strides of the first three dims of each tensor counted in it.
 
-    Triton looks at an integer for one thing: whether it is a multiple of 16. Strides that all are get the unit 1. Others are
-    multiplied by their unit in the kernel, so that it knows how many bytes of a row it may copy at once.
+    Triton looks at an integer for one thing: whether it is a multiple of 16. Strides that all are get the unit 1.
+    Others are multiplied by their unit in the kernel, so that it knows how many bytes of a row it may copy at once.
     """
     # A stride of a dim of size 1 is never used, and may be anything.
     strides = [s if n > 1 else 0 for x in tensors for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
@@ -304,7 +308,7 @@ def _in_words(x: Tensor) -> bool:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """A contiguous copy, with zeros behind the last channel up to a multiple of 8."""
+    """A contiguous copy, with zeros after the last channel up to a multiple of 8."""
     return pad(x, (0, -x.shape[3] % 8)).clone(memory_format=torch.contiguous_format)
 
 
@@ -318,10 +322,10 @@ def portable(
 ) -> tuple[Tensor, Tensor]:
     """The portable kernel; arguments and results as `chunk_attention` has them, already checked by it.
 
-    Keys and values come into shared memory by asynchronous copies of 4 bytes or more, into buffers of their own. What can't
-    be copied so, as rows of an odd number of channels, is copied and padded first. (Otherwise the two parts of a tile, which
-    differ in layout, take turns in the same memory. There ptxas 12.8, which comes with Triton 3.6, loses the address of the
-    second part: wrong results and illegal accesses on Hopper.)
+    Keys and values come into shared memory by asynchronous copies of 4 bytes or more, into buffers of their own. What
+    can't be copied so, as rows of an odd number of channels, is copied and padded first. (Otherwise the two parts of a
+    tile, which differ in layout, take turns in the same memory. There ptxas 12.8, which comes with Triton 3.6, loses
+    the address of the second part: wrong results and illegal accesses on Hopper.)
     """
     (q, k, v), (k_cache, v_cache, lens, cache_pos), (positions, valid) = tokens, slots, at
     sinks, alibi, hidden, scale, softcap, window, chunk = logits
@@ -362,8 +366,8 @@ def merged_sdpa(
 ) -> tuple[Tensor, Tensor]:
     """cuDNN's attention on the cache, all of it live, and on the new tokens, causal, merged by their LSE.
 
-    Every row of the batch must be real, with nothing hidden and no other option. The first call with a new shape builds a
-    plan, which takes tenths of a second. Returns out (B, H, T, Dv) and lse (B, H, T) fp32.
+    Every row of the batch must be real, with nothing hidden and no other option. The first call with a new shape builds
+    a plan, which takes tenths of a second. Returns out (B, H, T, Dv) and lse (B, H, T) fp32.
     """
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     own, own_lse = attend(q, k, v, None, True, 0.0, True, scale=scale)[:2]
@@ -377,7 +381,8 @@ def merged_sdpa(
 @triton.jit
 def _merge(A, A_LSE, B, B_LSE, OUT, LSE, a_b, a_h, a_t, b_b, b_h, b_t, n_heads, t, DV: tl.constexpr, BLOCK: tl.constexpr,
            ROWS: tl.constexpr):  # fmt: skip
-    """Two attention outputs (B, H, T, DV) over different keys into one, (B, T, H, DV); ROWS tokens of one head a program."""
+    """Two attention outputs (B, H, T, DV) over different keys into one, (B, T, H, DV); ROWS tokens of one head a
+    program."""
     bh = tl.program_id(1)
     b = (bh // n_heads).to(tl.int64)
     h = (bh % n_heads).to(tl.int64)
@@ -520,15 +525,15 @@ def chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens on the live cache slots and on the new tokens up to themselves.
 
-    q, k, v are contiguous in their last dimension only. What slots hold that are not live is never used; live ones may lie in
-    any order; without cache_pos every query sees every live slot. positions ascend over the real tokens; scale > 0. q, k, v
-    and the slots are all bf16, fp16 or fp32.
+    q, k, v are contiguous in their last dimension only. What slots hold that are not live is never used; live ones may
+    lie in any order; without cache_pos every query sees every live slot. positions ascend over the real tokens; scale >
+    0. q, k, v and the slots are all bf16, fp16 or fp32.
 
-    route: "auto", "hopper", "triton" or "cudnn"; full: the caller knows that all slots are live and all tokens real, which
-    "cudnn" needs. A route that can't compute the call raises ValueError with the reason.
+    route: "auto", "hopper", "triton" or "cudnn"; full: the caller knows that all slots are live and all tokens real,
+    which "cudnn" needs. A route that can't compute the call raises ValueError with the reason.
 
-    Returns out (B, H, T, Dv) in q's dtype, a view of a contiguous (B, T, H, Dv), and the natural log-sum-exp (B, H, T) fp32. A
-    row that sees nothing gets 0 and -inf; so do the rows from valid[b] on (from "cudnn" there are none).
+    Returns out (B, H, T, Dv) in q's dtype, a view of a contiguous (B, T, H, Dv), and the natural log-sum-exp (B, H, T)
+    fp32. A row that sees nothing gets 0 and -inf; so do the rows from valid[b] on (from "cudnn" there are none).
     """
     q, k, v = tokens
     features = features_in_use(logits)

@@ -1,8 +1,8 @@
 """Column mass on the GPU: how much attention each cached slot and new token received from weighted query rows.
 
 One program per (block of keys, kv head, batch row): its keys stay on the chip, the query rows of all heads of the group
-stream past with their log-sum-exp, and each tile of weights is rebuilt from it, w = exp(logit - lse). A tile of partial sums is
-added up once, at the end, so nothing is atomic and the result has the same bits in every run.
+stream past with their log-sum-exp, and each tile of weights is rebuilt from it, w = exp(logit - lse). A tile of partial
+sums is added up once, at the end, so nothing is atomic and the result has the same bits in every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def config(dtype: torch.dtype, width: int, rows: int, group: int) -> dict[str, int]:
-    """Tile sizes: keys per program, query rows per step, warps, stages, registers. rows: query rows per head at most."""
+    """Tile sizes: keys per program, query rows per step, warps, stages, registers. rows: query rows per head at
+    most."""
     flat = rows <= FLAT_ROWS
     block_r = min(64, max(16, triton.next_power_of_2(rows * group))) if flat else 64
     if dtype == torch.float32:
@@ -98,7 +99,8 @@ def _add_tile(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ALIBI: tl.constexpr, HIDDEN: tl.constexpr, ABOVE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """acc (rows, keys) plus the weighted attention of a tile of query rows, row[i] being their index among the new tokens."""
+    """acc (rows, keys) plus the weighted attention of a tile of query rows, row[i] being their index among the new
+    tokens."""
     q0, q1 = load_parts(q_rows, ok, D, D0, D1)
     weight = tl.load(weight_at, mask=ok, other=0).to(tl.float32)
     lse = tl.load(lse_at, mask=ok, other=0.0)
@@ -229,7 +231,7 @@ def _column_mass(
             if HIDDEN:
                 acc = tl.where((hides == 0)[None, :], acc, 0.0)
     else:
-        # Rows behind the block's last key see all of it; they need no causal mask.
+        # Rows after the block's last key see all of it; they need no causal mask.
         clear = first_row
         if is_new:
             first_row = tl.maximum(first_row, n0)
@@ -277,11 +279,12 @@ def column_mass(
     logits: Logits,
     tiles: dict[str, int] | None = None,
 ) -> Tensor:
-    """Attention mass of every cached slot and new token under weighted query rows: (B, Hkv, C + T) fp32, summed over the
-    query heads of each group; 0 for what is not live.
+    """Attention mass of every cached slot and new token under weighted query rows: (B, Hkv, C + T) fp32, summed over
+    the query heads of each group; 0 for what is not live.
 
-    q and k are both fp16, bf16 or fp32 with contiguous channels; a row of weight 0 or after `valid` may hold anything. positions
-    grow along a row, all slots are before positions[:, 0]. Thresholds are at least 0. tiles replaces what `config` gives.
+    q and k are both fp16, bf16 or fp32 with contiguous channels; a row of weight 0 or after `valid` may hold anything.
+    positions grow along a row, all slots are before positions[:, 0]. Thresholds are at least 0. tiles replaces what
+    `config` gives.
 
     ValueError: a dtype that there is no kernel for, or cache_pos missing where it is needed.
     """

@@ -1,6 +1,6 @@
 """Attention of one new token a row on a paged cache: what decoding does at every step.
 
-The pages of all heads lie one behind the other in one list, and each of a fixed number of workers takes an equal,
+The pages of all heads lie one after the other in one list, and each of a fixed number of workers takes an equal,
 contiguous part of it, across heads where need be ("stream-K"). So the time goes by the sum of the heads' lengths, not
 by the longest, and the launch grid depends on shapes only. Every worker leaves, for each head that it had pages of, a
 part of the softmax (maximum, sum, weighted values); a second kernel puts a head's parts, its new token and its sink
@@ -77,9 +77,9 @@ def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capaci
 
 
 def _turning(c: Config, step_bytes: int) -> Config:
-    """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much memory
-    as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.35 times a step's bytes, as wide as its
-    tiles are. Not tuned.)"""
+    """The configuration where cached keys are rotated: that takes registers, and a step's rows of the tables as much
+    memory as its keys. (Compiled for sm_90: up to 255 registers, shared memory of up to 1.35 times a step's bytes, as
+    wide as its tiles are. Not tuned.)"""
     return c._replace(per_sm=min(c.per_sm, 2), num_stages=1 if step_bytes > 168 << 10 else c.num_stages)
 
 
@@ -135,8 +135,8 @@ def _worker_of(page, total, workers):
 
 @triton.jit
 def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
-    """Channels d of rows at pointers `at`, fp32: rotated with those HALF channels away and rounded to the rows' dtype, as RoPE
-    does; as they are if HALF is 0. cos, sin: pointers to a row of the tables."""
+    """Channels d of rows at pointers `at`, fp32: rotated with those HALF channels away and rounded to the rows' dtype,
+    as RoPE does; as they are if HALF is 0. cos, sin: pointers to a row of the tables."""
     x = tl.load(at + d, mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
         low = d < HALF
@@ -149,8 +149,8 @@ def rotated(at, d, cos, sin, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _turned_keys(low, high, at, low_d, high_d, mask, tables, D: tl.constexpr):
-    """Rows of keys whose first half of D channels is `low` and the second `high`, rotated by the rows `at` of the tables, cos and
-    sin, and rounded to the keys' dtype."""
+    """Rows of keys whose first half of D channels is `low` and the second `high`, rotated by the rows `at` of the
+    tables, cos and sin, and rounded to the keys' dtype."""
     cos, sin = tables
     x, y = low.to(tl.float32), high.to(tl.float32)
     of_low = at[:, None] * D + low_d[None, :]
@@ -201,8 +201,8 @@ def _attend_kernel(
 ):  # fmt: skip
     """A worker's part of the list. TURN: cached keys are rotated; D1 channels are then the first half, D2 the second.
 
-    parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2 maxima,
-    G2 sums, and G2 rows of weighted values.
+    parts holds one entry for every (worker, head) that has one, at worker + head, which no two of them share: G2
+    maxima, G2 sums, and G2 rows of weighted values.
     """
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
@@ -276,7 +276,7 @@ def _attend_kernel(
             slope = tl.load(alibi + hk * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
 
         m = tl.full([GP], float("-inf"), tl.float32)
-        # Weights slot by slot, summed behind the loop: for a sum all warps would wait for each other.
+        # Weights slot by slot, summed after the loop: for a sum all warps would wait for each other.
         weights = tl.zeros([GP, PAGES * _PAGE], tl.float32)
         acc1 = tl.zeros([GP, DV1], tl.float32)
         acc2 = tl.zeros([GP, DV2 if DV2 > 0 else 1], tl.float32)
@@ -375,8 +375,8 @@ def combine_kernel(
 ):  # fmt: skip
     """SLICE output dims of one query head: what the workers left, PARTS at a time, the new token, and the sink.
 
-    The kernel in front is `_attend_kernel`, which lets this one begin behind its own wait and writes parts and logits only: all
-    else is read without waiting.
+    The kernel before is `_attend_kernel`, which lets this one begin after its own wait and writes parts and logits
+    only: all else is read without waiting.
     """
     head = tl.program_id(0)
     g = tl.program_id(1)
@@ -479,18 +479,18 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kvrewrite::cached_attention` for one new token a row.
 
-    q, k, v: bf16, fp16 or fp32, last dim contiguous: the new tokens, of which row b has one if valid is 1; they are not in the
-    cache yet and are later than everything that is. Nothing is hidden.
+    q, k, v: bf16, fp16 or fp32, last dim contiguous: the new tokens, of which row b has one if valid is 1; they are not
+    in the cache yet and are later than everything that is. Nothing is hidden.
 
-    cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is half
-    a head away. early: the kernel in front writes none of pools, table, lens and valid, so that the first pages may come in
-    while it runs.
+    cos, sin: (B, 1, D) in q's dtype, last dim contiguous: then q and k are not rotated yet, each channel's partner is
+    half a head away. early: the kernel before writes none of pools, table, lens and valid, so that the first pages may
+    come in while it runs.
 
-    following (B,) int64, key_cos and key_sin (N, D), contiguous: cached keys are rotated as they are read, by following -
-    positions + the second position of their slot, which must be below N; each channel's partner is half a head away.
+    following (B,) int64, key_cos and key_sin (N, D), contiguous: cached keys are rotated as they are read, by following
+    - positions + the second position of their slot, which must be below N; each channel's partner is half a head away.
 
-    Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the
-    new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
+    Returns out (B, H, 1, Dv) in q's dtype, the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and
+    the new token received, (B, Hkv, C + 1) fp32, summed over the group's query heads (None without). Rows without a new
     token get 0, -inf (or the sink) and 0.
     """
     (q, k, v), (k_dense, v_dense), (positions, valid) = tokens, dense, at

@@ -1,9 +1,9 @@
 """Attention-Gate prefill on the GPU: the work falls with the share of new tokens that the gate evicts.
 
-Masks would not save any: at random, hardly a tile of keys is evicted as a whole. So `_compact` first gathers the retained
-new keys and values of each kv head, in order, with their indices and how many there are up to each token. A block of queries
-then attends to the live cache, to the retained keys up to its own end (the last tiles masked by index), and each evicted
-token to itself.
+Masks would not save any: at random, hardly a tile of keys is evicted as a whole. So `_compact` first gathers the
+retained new keys and values of each kv head, in order, with their indices and how many there are up to each token. A
+block of queries then attends to the live cache, to the retained keys up to its own end (the last tiles masked by
+index), and each evicted token to itself.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _compact(
     k_b, k_h, k_t, v_b, v_h, v_t, h_b, h_h, h_t, p_b, p_t, T,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Retained new tokens in order: keys KG (B, Hkv, T, D), values VG (B, Hkv, T, DV), INDEX and PLACE (their positions);
-    COUNT[i]: how many of them are at or before token i."""
+    """Retained new tokens in order: keys KG (B, Hkv, T, D), values VG (B, Hkv, T, DV), INDEX and PLACE (their
+    positions); COUNT[i]: how many of them are at or before token i."""
     hk = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     head = b * tl.num_programs(1) + hk
@@ -85,8 +85,8 @@ def _attend(
     DV1: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Running maximum m (in units of log 2), total weight and output acc of query rows, after keys [lo, hi) of a segment.
-    MASKED: hi may lie inside a tile; CAUSAL: the keys' indices among the new tokens decide what a row sees."""
+    """Running maximum m (in units of log 2), total weight and output acc of query rows, after keys [lo, hi) of a
+    segment. MASKED: hi may lie inside a tile; CAUSAL: the keys' indices among the new tokens decide what a row sees."""
     for start in tl.range(lo, hi, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         ok = n < hi if MASKED else n >= 0
@@ -246,8 +246,9 @@ def compact(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gathers the new tokens of each head that are real and not hidden, in order; arguments as in `gated_attention`.
 
-    Returns their keys (B, Hkv, T, D) and values (B, Hkv, T, Dv), then int32 (B, Hkv, T): count, how many of them there are at or
-    before each token; index, which token each is; place, its position. Behind the last, all but count are undefined.
+    Returns their keys (B, Hkv, T, D) and values (B, Hkv, T, Dv), then int32 (B, Hkv, T): count, how many of them there
+    are at or before each token; index, which token each is; place, its position. After the last, all but count are
+    undefined.
     """
     b, hkv, t, d = k.shape
     dv = v.shape[3]
@@ -268,11 +269,11 @@ def gated_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens on [live cache slots] + [the new tokens that stay, causal] + [themselves].
 
-    q, k and v are all fp16, bf16 or fp32 with contiguous channels; hidden is given and scale positive. positions grow along a
-    row, all slots are before positions[:, 0]. tiles replaces what `config` gives.
+    q, k and v are all fp16, bf16 or fp32 with contiguous channels; hidden is given and scale positive. positions grow
+    along a row, all slots are before positions[:, 0]. tiles replaces what `config` gives.
 
-    Returns out (B, H, T, Dv), a view of (B, T, H, Dv) in memory, and the natural log-sum-exp (B, H, T) fp32. Rows that see
-    nothing give 0 and -inf (with sinks, the sink's logit).
+    Returns out (B, H, T, Dv), a view of (B, T, H, Dv) in memory, and the natural log-sum-exp (B, H, T) fp32. Rows that
+    see nothing give 0 and -inf (with sinks, the sink's logit).
 
     ValueError: a dtype, head dims or a scale that there is no kernel for, or cache_pos missing where it is needed.
     """

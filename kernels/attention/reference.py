@@ -12,7 +12,7 @@ from torch import Tensor
 from kvrewrite.kernels.groups import Logits, Placed, Tokens, Watch
 
 BLOCK_BYTES = 128 << 20
-BLOCK_BYTES_CPU = 16 << 20  # what malloc maps anew each time costs more than the arithmetic
+BLOCK_BYTES_CPU = 16 << 20  # what malloc maps again each time costs more than the arithmetic
 
 
 def _logits(q: Tensor, k: Tensor, placed: Placed, how: Logits) -> Tensor:
@@ -55,9 +55,9 @@ def _math_dtype(x: Tensor) -> torch.dtype:
 def attend(tokens: Tokens, placed: Placed, how: Logits, own: bool = False) -> tuple[Tensor, Tensor]:
     """Attention of queries on keys that carry their own positions.
 
-    q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); hidden: (B, Hkv, N). own: the last T keys are the queries' own
-    tokens in order, so that a block of queries need not look at the keys after it. Returns out (B, H, T, Dv) in q's dtype and
-    the natural log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
+    q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); hidden: (B, Hkv, N). own: the last T keys are the queries'
+    own tokens in order, so that a block of queries need not look at the keys after it. Returns out (B, H, T, Dv) in q's
+    dtype and the natural log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
     """
     (q, k, v), (q_pos, k_pos, live) = tokens, placed
     b, h, t, d = q.shape

@@ -1,13 +1,13 @@
 """silu(x gate^T) * (x up^T) for many tokens on Hopper: one warp-specialized GEMM that writes neither product (Gluon).
 
-A program computes tiles of 64 * CONSUMERS tokens by BLOCK_N outputs, one behind the other. A producer warp loads blocks of 64
-channels of x, gate and up by TMA into a ring of STAGES slots; each consumer, a warpgroup of its own, multiplies 64 rows of x by
-both weights, so that gate and up of an output meet in the same registers. While consumers write a tile out, the producer
-already loads the next.
+A program computes tiles of 64 * CONSUMERS tokens by BLOCK_N outputs, one after the other. A producer warp loads blocks
+of 64 channels of x, gate and up by TMA into a ring of STAGES slots; each consumer, a warpgroup of its own, multiplies
+64 rows of x by both weights, so that gate and up of an output meet in the same registers. While consumers write a tile
+out, the producer already loads the next.
 
-Barriers of every ring slot: "full" (1 arrival: the producer's, with the bytes that TMA has yet to write) and "empty" (one of
-each consumer). Visit number i of the ring is slot i % STAGES in round i // STAGES; a consumer waits for phase round & 1 of
-full, the producer for the other phase of empty, which a fresh barrier lets through.
+Barriers of every ring slot: "full" (1 arrival: the producer's, with the bytes that TMA has yet to write) and "empty"
+(one of each consumer). Visit number i of the ring is slot i % STAGES in round i // STAGES; a consumer waits for phase
+round & 1 of full, the producer for the other phase of empty, which a fresh barrier lets through.
 
 Gluon has no interpreter: this kernel is compiled in CI (tests/kernels/test_gated_linear.py) and run on GPUs only.
 """
@@ -202,7 +202,8 @@ def _processors(device: torch.device) -> int:
 
 
 def launch(x: Tensor, gate: Tensor, up: Tensor, config: GatedConfig | None = None) -> Tensor:
-    """silu(x gate^T) * (x up^T): x (M, K), gate, up (N, K), contiguous, bf16 or fp16, K and N multiples of 8. Returns (M, N)."""
+    """silu(x gate^T) * (x up^T): x (M, K), gate, up (N, K), contiguous, bf16 or fp16, K and N multiples of 8. Returns
+    (M, N)."""
     m, k = x.shape
     n = gate.shape[0]
     if gate.shape != (n, k) or up.shape != (n, k) or {gate.dtype, up.dtype} != {x.dtype} or k % 8 or n % 8:

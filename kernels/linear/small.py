@@ -3,17 +3,18 @@
     small_linear        y_i = x W_i^T (+ b_i) (+ residual) for up to MAX_WEIGHTS weights that share x, in one launch
     small_gated_linear  act(x Wg^T) * (x Wu^T) in one launch, with nothing in memory between
 
-Both take x as it is, or its RMS norm times a gain: x g / sqrt(mean(x^2) + eps). Up to FMA_ROWS tokens that costs no launch and
-no pass of its own: programs multiply W by x g, sum up x^2 on the way, and scale what comes out.
+Both take x as it is, or its RMS norm times a gain: x g / sqrt(mean(x^2) + eps). Up to FMA_ROWS tokens that costs no
+launch and no pass of its own: programs multiply W by x g, sum up x^2 on the way, and scale what comes out.
 
 Up to FMA_ROWS tokens a program multiplies whole rows of W by x with ordinary FMAs: 16-byte loads, several in flight in
 each thread, one reduction over threads at the end. More tokens (to MAX_ROWS) go through `tl.dot` with W as the left
-operand, so that the tensor cores' long side lies along the weights' rows and only the tokens are padded, to 16, 32 or 64.
-There each program reads all of x again, from L2, which is why the blocks of rows grow with the tokens; where too few
-blocks remain to occupy the GPU the sum over K is split, and a second small launch adds the parts in a fixed order.
+operand, so that the tensor cores' long side lies along the weights' rows and only the tokens are padded, to 16, 32 or
+64. There each program reads all of x again, from L2, which is why the blocks of rows grow with the tokens; where too
+few blocks remain to occupy the GPU the sum over K is split, and a second small launch adds the parts in a fixed order.
 
-Sums are fp32 and every result is rounded where the unfused graph rounds it, except that a norm in front of FMAs is not rounded
-at all. Same inputs give the same bits. Kernels overlap (launch.py): the first weights come in before the kernel in front ends.
+Sums are fp32 and every result is rounded where the unfused graph rounds it, except that a norm before FMAs is not
+rounded at all. Same inputs give the same bits. Kernels overlap (launch.py): the first weights come in before the
+previous kernel ends.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Norm(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How one launch is cut. stages 1 loads into registers; more go through shared memory. split: parts of K (dot only).
-    ahead: bytes of each row of W that are on their way into L2 while the kernel in front ends; None: AHEAD."""
+    """How one launch is cut. stages 1 loads into registers; more go through shared memory. split: parts of K (dot
+    only). ahead: bytes of each row of W that are on their way into L2 while the previous kernel ends; None: AHEAD."""
 
     block_n: int
     block_k: int
@@ -58,12 +59,13 @@ class Config(NamedTuple):
 
 
 def fma_config(k: int, dtype: torch.dtype, gated: bool, single: bool = False) -> Config:
-    """For up to FMA_ROWS tokens; single: one token and one weight. Each thread holds 16 bytes of block_n rows (of both weights,
-    gated) at each step.
+    """For up to FMA_ROWS tokens; single: one token and one weight. Each thread holds 16 bytes of block_n rows (of both
+    weights, gated) at each step.
 
-    All warps lie along K, so block_k is 512 bytes a warp; then a thread's piece of x serves all of its rows. Small programs
-    (64 threads, 14 on an SM) let 4096 to 7168 rows run in one wave. Measured on an H200, Llama-3.1-8B's shapes, one token: 3.2
-    (o) to 4.6 TB/s (lm_head), 5 to 10% more than the other candidates of benchmarks/small_linear.py.
+    All warps lie along K, so block_k is 512 bytes a warp; then a thread's piece of x serves all of its rows. Small
+    programs (64 threads, 14 on an SM) let 4096 to 7168 rows run in one wave. Measured on an H200, Llama-3.1-8B's
+    shapes, one token: 3.2 (o) to 4.6 TB/s (lm_head), 5 to 10% more than the other candidates of
+    benchmarks/small_linear.py.
     """
     warps = 4 if gated or single else 2
     block_k = min(warps * 512 // dtype.itemsize, max(16, triton.next_power_of_2(k)))
@@ -162,7 +164,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _load_k(at, ks, K: tl.constexpr, STEP: tl.constexpr, POLICY: tl.constexpr):
-    """A tile whose last axis runs along K, of which STEP are read together; zeros behind the end."""
+    """A tile whose last axis runs along K, of which STEP are read together; zeros after the end."""
     if K % STEP != 0:
         return tl.load(at, mask=ks < K, other=0.0, eviction_policy=POLICY)
     else:
@@ -363,7 +365,7 @@ def _gated_dot_kernel(
 
 @triton.jit
 def _norm_kernel(x, stride_x, gain, eps, y, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The norm of one token, rounded before and behind the gain, as the unfused graph is."""
+    """The norm of one token, rounded before and after the gain, as the unfused graph is."""
     m = tl.program_id(0)
     ks = tl.arange(0, BLOCK)
     g = tl.load(gain + ks, mask=ks < K, other=0.0)
@@ -385,9 +387,9 @@ def small_linear(
     """[x W^T + b for each weight], with fp32 sums rounded once; with a residual, that is then added and rounded again.
     With a norm, that of x stands for x.
 
-    x: (..., K) with 1 to MAX_ROWS tokens; weights: 1 to MAX_WEIGHTS of (N_i, K), contiguous; biases: (N_i,) or None each;
-    residual: (..., N) for a single weight. All of one dtype, bf16, fp16 or fp32. Returns new tensors (..., N_i). config:
-    for timings; None takes the one for these shapes. Raises ValueError for what it does not do.
+    x: (..., K) with 1 to MAX_ROWS tokens; weights: 1 to MAX_WEIGHTS of (N_i, K), contiguous; biases: (N_i,) or None
+    each; residual: (..., N) for a single weight. All of one dtype, bf16, fp16 or fp32. Returns new tensors (..., N_i).
+    config: for timings; None takes the one for these shapes. Raises ValueError for what it does not do.
     """
     biases = [None] * len(weights) if biases is None else biases
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
@@ -442,7 +444,8 @@ def small_linear(
 def small_gated_linear(
     x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, config: Config | None = None, norm: Norm | None = None
 ) -> Tensor:
-    """act(x Wg^T) * (x Wu^T), rounded after each linear, the activation and the product. With a norm, that of x stands for x.
+    """act(x Wg^T) * (x Wu^T), rounded after each linear, the activation and the product. With a norm, that of x stands
+    for x.
 
     x: (..., K) with 1 to MAX_ROWS tokens; w_gate, w_up: (N, K), contiguous; activation: one of ACTIVATIONS. All of one
     dtype, bf16, fp16 or fp32. Returns a new tensor (..., N). Raises ValueError for what it does not do.
@@ -475,7 +478,7 @@ def small_gated_linear(
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of each row of x (..., K), rounded before and behind the gain; for any number of tokens."""
+    """The norm of each row of x (..., K), rounded before and after the gain; for any number of tokens."""
     flat = _rows(x)
     m, k = flat.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,11 +1,12 @@
 """Attention of one new token a row on a paged cache whose older slots are quantized (`kernels/quantized/reference.py`).
 
-Work is cut and put together as in `decode.py`. Codes are never turned back into keys and values: what scales a channel of a
-group of keys is multiplied into the query, once a group; what scales a group of channels of a value into the softmax weights.
-What is added to codes gives one number a query head and group of keys, and a sum that is kept beside the weighted values.
-Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the keys would.
+Work is cut and put together as in `decode.py`. Codes are never turned back into keys and values: what scales a channel
+of a group of keys is multiplied into the query, once a group; what scales a group of channels of a value into the
+softmax weights. What is added to codes gives one number a query head and group of keys, and a sum that is kept beside
+the weighted values. Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the
+keys would.
 
-Behind the quantized slots of its part a worker does those that are in full precision, as far as they are in its part.
+After the quantized slots of its part a worker does those in full precision, as far as they are in its part.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def config(dtype: torch.dtype, d: int, dv: int) -> Config:
 
 @triton.jit
 def _scale_and_zero(raw, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """What centered codes are multiplied by, and what is added then, fp32. raw: a group's two ends in one integer, or for fp8
-    its largest magnitude."""
+    """What centered codes are multiplied by, and what is added then, fp32. raw: a group's two ends in one integer, or
+    for fp8 its largest magnitude."""
     if KIND == "fp8":
         scale = raw.to(tl.float32) * _FP8_UNIT
         zero = scale * 0.0
@@ -67,7 +68,8 @@ def _scale_and_zero(raw, KIND: tl.constexpr, DTYPE: tl.constexpr):
     return scale, zero
 
 
-# Four codes of one register to four bf16 numbers in two. Bytes go to the low halves of 16 bits; there 0x43xx is 128 and more.
+# Four codes of one register to four bf16 numbers in two. Bytes go to the low halves of 16 bits; there 0x43xx is 128 and
+# more.
 _INT8_TO_BF16 = tl.constexpr("""{
     .reg .b32 x<2>, a<2>, b<2>;
     prmt.b32 x0, $2, 0, 0x4140;
@@ -101,7 +103,8 @@ _UPPER_INT4_TO_BF16 = tl.constexpr("""{
     sub.bf16x2 $0, a0, m;
     sub.bf16x2 $1, a1, m;
 }""")
-# The exponent lies where bf16's does, but counts from another number: 2**120 makes up for that, for subnormal numbers, too.
+# The exponent lies where bf16's does, but counts from another number: 2**120 makes up for that, for subnormal numbers,
+# too.
 _FP8_TO_BF16 = tl.constexpr("""{
     .reg .b32 x<2>, a<2>, m;
     mov.b32 m, 0x7B807B80;
@@ -125,8 +128,8 @@ def _to_bf16(codes, ASM: tl.constexpr):
 
 @triton.jit
 def _centered(codes, UPPER: tl.constexpr, KIND: tl.constexpr, MATH: tl.constexpr, FAST: tl.constexpr):
-    """Codes as numbers: int8 -128 to 127, int4 -8 to 7 (of the lower or UPPER four bits), fp8 as they are. FAST: by hand, to
-    bf16."""
+    """Codes as numbers: int8 -128 to 127, int4 -8 to 7 (of the lower or UPPER four bits), fp8 as they are. FAST: by
+    hand, to bf16."""
     if FAST:
         if KIND == "fp8":
             x = _to_bf16(codes, _FP8_TO_BF16)
@@ -174,8 +177,8 @@ def _attend_kernel(
 ):  # fmt: skip
     """A worker's part of the list of pages; what it leaves in `parts` is what `decode._attend_kernel` leaves there.
 
-    A key is HALVES times KW channels, a value HALVES times NV parts of VW, with a P behind: the next power of two. STEP: slots
-    of a group of keys; GROUPS: groups of a page.
+    A key is HALVES times KW channels, a value HALVES times NV parts of VW, with a P at the end: the next power of two.
+    STEP: slots of a group of keys; GROUPS: groups of a page.
     """
     begin(PDL)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
@@ -224,7 +227,7 @@ def _attend_kernel(
         if ALIBI:
             slope = tl.load(alibi + hk * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
         m = tl.full([GP], float("-inf"), tl.float32)
-        # Sums over slots are made behind the loop: for a sum all warps would wait for each other.
+        # Sums over slots are made after the loop: for a sum all warps would wait for each other.
         weights = tl.zeros([GP, STEP], tl.float32)
         acc_a = tl.zeros([NVP, GP, VWP], tl.float32)
         zero_a = tl.zeros([NVP, GP, STEP], tl.float32)
@@ -398,11 +401,11 @@ def decode_attention_quantized(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`decode_attention` on a quantized cache.
 
-    All is in q's dtype where it is not codes. Products with codes are
-    of bf16 numbers (fp32 for fp32), summed in fp32: scales of keys and values need bf16's range, be the model in fp16 or not.
+    All is in q's dtype where it is not codes. Products with codes are of bf16 numbers (fp32 for fp32), summed in fp32:
+    scales of keys and values need bf16's range, be the model in fp16 or not.
 
-    Returns out (B, H, 1, Dv), the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the new token received,
-    (B, Hkv, C + 1) fp32. Rows without a new token get 0, -inf (or the sink) and 0.
+    Returns out (B, H, 1, Dv), the natural log-sum-exp (B, H, 1) fp32, and with `mass` what each slot and the new token
+    received, (B, Hkv, C + 1) fp32. Rows without a new token get 0, -inf (or the sink) and 0.
     """
     (q, k, v), (positions, valid) = tokens, at
     k_pages, v_pages, k_params, v_params, k_tail, v_tail = codes

@@ -1,12 +1,13 @@
 """Caches whose older slots are quantized: where tokens lie, and how they are read and written.
 
-A head has `lens` live slots. Slots [0, qlens) hold codes and parameters in pages (`quantize.py`); slots [qlens, lens) are
-the tail, the newest ones in order of position and in full precision, in a buffer of their own: slot s is tail entry
+A head has `lens` live slots. Slots [0, qlens) hold codes and parameters in pages (`quantize.py`); slots [qlens, lens)
+are the tail, the newest ones in order of position and in full precision, in a buffer of their own: slot s is tail entry
 s - qlens. The buffer has `residual` + `group` entries.
 
-Which slots share a group of keys changes what they are worth, so where a token goes is one rule for all devices (`place`):
-what is quantized stays where it is as long as it lives; newcomers and the tail are in full precision until there are more
-than `residual` of them; then the oldest take the places of what was evicted, and whole new groups behind.
+Which slots share a group of keys changes what they are worth, so where a token goes is one rule for all devices
+(`place`): what is quantized stays where it is as long as it lives; new tokens and the tail are in full precision until
+there are more than `residual` of them; then the oldest take the places of what was evicted, and whole new groups after
+it.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class Pools:
 def place(kept: Tensor, pos: Tensor, qlens: Tensor, residual: int, group: int, width: int) -> tuple[Tensor, Tensor]:
     """Where everything lies from now on: kept, pos (B, Hkv, C + T) of [cached slots, new tokens], qlens (B, Hkv).
 
-    Returns source (B, Hkv, width), for each slot the index in [C + T] of what lies there (-1: nothing), and the new qlens.
-    The rule, for a head with S = kept slots that are quantized and F = what else is kept, in order of position:
+    Returns source (B, Hkv, width), for each slot the index in [C + T] of what lies there (-1: nothing), and the new
+    qlens. The rule, for a head with S = kept slots that are quantized and F = what else is kept, in order of position:
 
         holes = slots that S leaves, up to the end of its last group; e = max(0, |F| - residual)
         the f oldest of F are quantized: e of them if there are e holes, else one a hole and then whole groups
         q = |S| + f slots are quantized; S stays where it is below q
-        free slots below q are filled from the front: with the f in order of position, then with what S has behind q
+        free slots below q are filled from the front: with the f in order of position, then with what S has after q
         the rest of F lies at q, q + 1, ... in order of position
     """
     b, hkv, n = kept.shape
@@ -71,7 +72,7 @@ def place(kept: Tensor, pos: Tensor, qlens: Tensor, residual: int, group: int, w
     filled = torch.minimum(excess, holes)
     flushed = filled + (excess - filled) // group * group
     q = n_stays + flushed
-    # Of the fresh ones in order of position, number i goes to the i-th free slot below q, or behind q.
+    # Of the fresh ones in order of position, number i goes to the i-th free slot below q, or after q.
     by_position = torch.argsort(torch.where(fresh, pos.long(), torch.iinfo(torch.int64).max), dim=-1, stable=True)
     number = torch.empty_like(by_position).scatter_(-1, by_position, index.expand_as(by_position))
     moves = stays & (index >= q[..., None])
@@ -91,8 +92,8 @@ def place(kept: Tensor, pos: Tensor, qlens: Tensor, residual: int, group: int, w
 
 
 class Moves(NamedTuple):
-    """What `place` says of a layer: source (B, Hkv, width); qlens before, q after; n_kept (B, Hkv) live slots after; table
-    before, next_table after, with new pages in `dealt` (B, 1, 1) rows."""
+    """What `place` says of a layer: source (B, Hkv, width); qlens before, q after; n_kept (B, Hkv) live slots after;
+    table before, next_table after, with new pages in `dealt` (B, 1, 1) rows."""
 
     source: Tensor
     qlens: Tensor
@@ -104,8 +105,8 @@ class Moves(NamedTuple):
 
 
 class _Groups(NamedTuple):
-    """What becomes of keys: groups that are coded anew; slots that stay in place, and that are quantized; slots, and groups'
-    parameters, that go to a new page as they are."""
+    """What becomes of keys: groups that are coded again; slots that stay in place, and that are quantized; slots, and
+    groups' parameters, that go to a new page as they are."""
 
     touched: Tensor
     stays: Tensor
@@ -119,7 +120,7 @@ def write(pools: Pools, dense: Tensor, changed: Tensor | None, moves: Moves, sch
 
     dense: (B, Hkv, C + T, D) in full precision; changed (B, Hkv, C + T): what no longer is what its codes say.
     What stays where it is keeps its codes.
-    Where keys join a group its ends only widen, as long as one of it stays, and all of it is coded anew.
+    Where keys join a group its ends only widen, as long as one of it stays, and all of it is coded again.
     """
     source, qlens, q, n_kept, table, _, dealt = moves
     group, width = scheme.group, source.shape[2]

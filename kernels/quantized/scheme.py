@@ -1,22 +1,24 @@
-"""Quantized keys and values in plain torch: KIVI's scheme (arXiv 2402.02750; code jy-yuan/KIVI) in int8 and int4, and fp8.
+"""Quantized keys and values in plain torch: KIVI's scheme (arXiv 2402.02750; code jy-yuan/KIVI) in int8 and int4, and
+fp8.
 
 Keys are quantized per channel over groups of `group` slots, because a few channels of a key are large at every token;
 values per token over groups of channels. int8 and int4 are asymmetric, between the smallest and the largest value of a
 group; fp8 (e4m3) is symmetric, its largest number being the largest magnitude of a group.
 
-What is ours. A group keeps its two ends (lo, hi) in the cache's own dtype where KIVI keeps (minimum, scale): both ends are
-members of the group, so they are held exactly in any dtype. Nothing overflows (fp16 parameters would, for a bf16 model
-beyond 65504), an offset channel loses nothing to a rounded zero, a group of equal values is exact, and quantizing what was
-dequantized gives the same ends and values again. That is what bounds the drift of slots that an eviction moves: values move
-as bytes; the keys of a group are coded anew only when its ends widen (see `within`). For fp8 the one parameter is the
-largest magnitude. Groups are any slots that lie side by side, not only tokens that followed each other.
+What is ours. A group keeps its two ends (lo, hi) in the cache's own dtype where KIVI keeps (minimum, scale): both ends
+are members of the group, so they are held exactly in any dtype. Nothing overflows (fp16 parameters would, for a bf16
+model beyond 65504), an offset channel loses nothing to a rounded zero, a group of equal values is exact, and quantizing
+what was dequantized gives the same ends and values again. That is what bounds the drift of slots that an eviction
+moves: values move as bytes; the keys of a group are coded again only when its ends widen (see `within`). For fp8 the
+one parameter is the largest magnitude. Groups are any slots that lie side by side, not only tokens that followed each
+other.
 
-Elementwise fp32 (fp64 for fp64 caches), one rounding an operation and no fused multiply-add: the bits are the same on every
-device. Values must be finite where live; dead slots may hold anything and get code 0.
+Elementwise fp32 (fp64 for fp64 caches), one rounding an operation and no fused multiply-add: the bits are the same on
+every device. Values must be finite where live; dead slots may hold anything and get code 0.
 
-Layout: codes (..., S, width) uint8; int4 holds channel i in the low half of byte i and channel i + D/2 in the high half;
-fp8 is the bit pattern. Parameters: keys (..., S / group, D, P), values (..., S, D / value_group, P), where P = 2 (lo, hi)
-or, for fp8, 1 (largest magnitude).
+Layout: codes (..., S, width) uint8; int4 holds channel i in the low half of byte i and channel i + D/2 in the high
+half; fp8 is the bit pattern. Parameters: keys (..., S / group, D, P), values (..., S, D / value_group, P), where P = 2
+(lo, hi) or, for fp8, 1 (largest magnitude).
 
 Bytes of a slot, keys and values and parameters, group 32, caches of two bytes a number (dense: 4 D):
 
@@ -38,7 +40,8 @@ FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a cache is quantized. kind: one of `KINDS`; group: slots of a key group, channels of a value group at most."""
+    """How a cache is quantized. kind: one of `KINDS`; group: slots of a key group, channels of a value group at
+    most."""
 
     kind: str
     group: int = 32
@@ -81,11 +84,12 @@ class Scheme:
 
 
 def quantize_keys(k: Tensor, live: Tensor, scheme: Scheme, within: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Keys k (..., S, D), live (..., S) bool -> codes (..., S, width) uint8, parameters (..., S / group, D, P) in k's dtype.
+    """Keys k (..., S, D), live (..., S) bool -> codes (..., S, width) uint8, parameters (..., S / group, D, P) in k's
+    dtype.
 
-    S must be a multiple of the group. within: parameters that the groups had before, NaN where a group is new. Their ends
-    are then only widened, so that the codes of slots that stay in place change only where a newcomer lies outside.
-    A group without live slots has zeros (or its `within`).
+    S must be a multiple of the group. within: parameters that the groups had before, NaN where a group is new. Their
+    ends are then only widened, so that the codes of slots that stay in place change only where a new token lies
+    outside. A group without live slots has zeros (or its `within`).
     """
     *lead, s, d = k.shape
     if s % scheme.group:
@@ -105,8 +109,8 @@ def dequantize_keys(codes: Tensor, params: Tensor, scheme: Scheme) -> Tensor:
 
 
 def quantize_values(v: Tensor, live: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Values v (..., S, D), live (..., S) bool -> codes (..., S, width) uint8, parameters (..., S, D / value_group, P) in
-    v's dtype; dead slots have zeros. S may be anything: no slot knows of another."""
+    """Values v (..., S, D), live (..., S) bool -> codes (..., S, width) uint8, parameters (..., S, D / value_group, P)
+    in v's dtype; dead slots have zeros. S may be anything: no slot knows of another."""
     group = scheme.value_group(v.shape[-1])
     grouped = v.reshape(*v.shape[:-1], v.shape[-1] // group, group)
     alive = live[..., None, None]
@@ -124,7 +128,7 @@ def dequantize_values(codes: Tensor, params: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _parameters(x: Tensor, alive: Tensor, dim: int, scheme: Scheme, within: Tensor | None) -> Tensor:
-    """Ends of the groups that lie along `dim`: x's shape without it, and P behind."""
+    """Ends of the groups that lie along `dim`: x's shape without it, and P at the end."""
     if scheme.kind == "fp8":
         ends = [torch.where(alive, x.abs(), 0).amax(dim)]
         if within is not None:
@@ -146,7 +150,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _encode(x: Tensor, alive: Tensor, params: Tensor, scheme: Scheme) -> Tensor:
-    """Codes of x, one byte each; params broadcasts against x with P behind."""
+    """Codes of x, one byte each; params broadcasts against x with P at the end."""
     wide = _wide(x.dtype)
     x, ends = torch.where(alive, x, 0).to(wide), params.to(wide)
     if scheme.kind == "fp8":

@@ -1,11 +1,13 @@
 """What decoding does to a quantized cache after attention: one new token a row comes in, and what has no room goes.
 
-Everything happens in place and in one launch, a program for each (row, kv head). What goes is found as in `decode_update.py`.
-Where the rest lies then is the rule of `kernels/quantized/reference.py` (`place`), to the slot, and codes have the
-reference's bits: a group of keys that somebody joins is read, its ends are widened, and it is coded anew.
+Everything happens in place and in one launch, a program for each (row, kv head). What goes is found as in
+`decode_update.py`. Where the rest lies then is the rule of `kernels/quantized/reference.py` (`place`), to the slot, and
+codes have the reference's bits: a group of keys that somebody joins is read, its ends are widened, and it is coded
+again.
 
-As a rule a newcomer only goes behind the last one in the tail, or one slot is evicted and the oldest of the tail takes its
-place, for which one group of keys is coded and the tail moves up. Loops serve what is rarer: more than one slot goes.
+As a rule a new token only goes after the last one in the tail, or one slot is evicted and the oldest of the tail takes
+its place, for which one group of keys is coded and the tail moves up. Loops serve what is rarer: more than one slot
+goes.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def _stay(
 
 @triton.jit
 def _worth(slot, mask, n, new_score, new_place, score_pages, places, pages, table_p):
-    """Scores and positions of slots, of which slot n is the newcomer."""
+    """Scores and positions of slots, of which slot n is the new token."""
     cached = mask & (slot < n)
     row = _pool_rows(slot, cached, pages, table_p)
     score = tl.where(slot == n, new_score, tl.load(score_pages + row, mask=cached, other=0.0))
@@ -75,7 +77,8 @@ def _pick(values, at, index):
 
 @triton.jit
 def _decoded(codes, low, high, KIND: tl.constexpr):
-    """What codes stand for, in the dtype of low and high, the ends of their group (fp8: its largest magnitude is `high`)."""
+    """What codes stand for, in the dtype of low and high, the ends of their group (fp8: its largest magnitude is
+    `high`)."""
     if KIND == "fp8":
         x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * _FP8_UNIT * high.to(tl.float32)
     else:
@@ -93,7 +96,7 @@ def _encoded(x, low, high, live, KIND: tl.constexpr):
         unit = tl.where(there, tl.div_rn(tl.where(there, x, 0.0), tl.where(there, high, 1.0)), 0.0) * _FP8_MAX
         size = tl.minimum(tl.abs(unit), _FP8_MAX)
         bits = size.to(tl.int32, bitcast=True)
-        # To three bits behind the leading one, halves to even; below 2**-6 to multiples of 2**-9.
+        # To three bits after the leading one, halves to even; below 2**-6 to multiples of 2**-9.
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         small = (size * 512.0 + _ROUND - _ROUND).to(tl.int32)
         code = tl.where(size < 0.015625, small, normal) | tl.where(unit.to(tl.int32, bitcast=True) < 0, 128, 0)
@@ -124,8 +127,8 @@ def _recoded_keys(
 ):  # fmt: skip
     """Codes of half of the channels of a group of keys at pool rows `row`, whose ends are stored.
 
-    Slots that are anchored keep their keys; from_tail: the key is that of an entry of the tail, from_pool: that at pool row
-    `source`. live: which slots there are.
+    Slots that are anchored keep their keys; from_tail: the key is that of an entry of the tail, from_pool: that at pool
+    row `source`. live: which slots there are.
     """
     d = tl.arange(0, KWP)
     inside = (d < KW)[None, :]
@@ -202,8 +205,8 @@ def _update_kernel(
     PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
     DROP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail; KW, VW: bytes of a slot's codes; NG
-    groups of VG channels make a value."""
+    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail; KW, VW: bytes of a slot's
+    codes; NG groups of VG channels make a value."""
     head = tl.program_id(0)
     b = (head // HKV).to(tl.int64)
     h = head % HKV
@@ -252,7 +255,7 @@ def _update_kernel(
             )  # fmt: skip
             comes = new_seen & (new_key >= cut)
 
-        # The newcomer is the tail's last entry from here on.
+        # The new token is the tail's last entry from here on.
         tail_k = k_tail + head.to(tl.int64) * (TAIL * D)
         tail_v = v_tail + head.to(tl.int64) * (TAIL * DV)
         if comes:
@@ -290,9 +293,9 @@ def _update_kernel(
         filled = tl.minimum(excess, holes)
         flushed = filled + (excess - filled) // STEP * STEP
         q = n_stays + flushed
-        tl.debug_barrier()  # the newcomer is in the tail
+        tl.debug_barrier()  # the new token is in the tail
 
-        # Groups in which somebody takes a free place: first the oldest of the tail, then slots from behind q.
+        # Groups in which somebody takes a free place: first the oldest of the tail, then slots after q.
         given = n - n  # places that have been taken
         behind = q
         g = first_free // STEP
@@ -352,8 +355,8 @@ def _update_kernel(
                     v_high = tl.max(tl.where(of_group, x, float("-inf")), 2) + 0.0
                     v_low = tl.min(tl.where(of_group, x, float("inf")), 2) + 0.0
                 w = tl.arange(0, VWP)
-                # Rows that none moves from are read, too, and `from_pool` is not used as a column again: in fp8 Triton 3.6 takes
-                # that from the loop above, where it is not always computed, and ends with an error.
+                # Rows that none moves from are read, too, and `from_pool` is not used as a column again: in fp8 Triton
+                # 3.6 takes that from the loop above, where it is not always computed, and ends with an error.
                 moved_codes = (slot >= 0)[:, None] & (w < VW)[None, :]
                 old_codes = tl.load(v_pages + source[:, None] * VW + w[None, :], mask=moved_codes, other=0)
                 in_ends = (slot >= 0)[:, None] & (j < NG)[None, :]
@@ -397,13 +400,13 @@ def _update_kernel(
             given += taken
             g += 1
             if (many == 0) & (g * STEP < nq):
-                g = nq // STEP  # one place is free in front, and the others are behind
+                g = nq // STEP  # one place is free below, and the others are after it
 
         # What is left of the tail moves up.
         if (flushed > 0) | (gone >= nq) | many:
             for at in range(0, TAIL, _BLOCK):
                 old = at + tl.arange(0, _BLOCK)
-                # As found before: places in front have been filled, some of which were the tail's own.
+                # As found before: places below have been filled, some of which were the tail's own.
                 new = _pick(tl.where(fresh, rank + 1, 0), t, old) - 1 - flushed
                 goes = new >= 0
                 score, place = _worth(nq + old, goes, n, new_score, new_place, score_pages, places, pages, table_p)
@@ -435,10 +438,10 @@ def decode_update_quantized(
 ) -> None:
     """`kvrewrite::cache_update_quantized` for one new token a row, in heads that neither share budgets nor merge slots.
 
-    Arguments as `decode_update` and `decode_attention_quantized` have them; k, v, parameters and tails in one dtype (bf16, fp16,
-    fp32). What stays, the order of slots, codes, parameters and tails are exactly the reference's where slots are live; the
-    rest may be anything. Positions of a head's slots are different from one another, not negative, and earlier than the
-    newcomer's.
+    Arguments as `decode_update` and `decode_attention_quantized` have them; k, v, parameters and tails in one dtype
+    (bf16, fp16, fp32). What stays, the order of slots, codes, parameters and tails are exactly the reference's where
+    slots are live; the rest may be anything. Positions of a head's slots are different from one another, not negative,
+    and earlier than the newcomer's.
     """
     k, v, new_scores, slot_scores = new
     positions, rotary, valid, keep, recent = rows

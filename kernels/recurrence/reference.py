@@ -1,6 +1,6 @@
 """What layers that are no attention carry from token to token: their last inputs, or a matrix that decays.
 
-Rows are left-aligned: of T new tokens the first valid[b] of row b are real, and what stands behind them changes nothing.
+Rows are left-aligned: of T new tokens the first valid[b] of row b are real, and what comes after them changes nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def decayed_sum(
 ) -> tuple[Tensor, Tensor]:
     """h_t = decay_t * h_{t-1} + x_t, entry by entry. Returns all h, and the last one.
 
-    decay, x: (B, ...) with T tokens along `dim`; state: the same without that dim, h in front of the first token; in its dtype.
+    decay, x: (B, ...) with T tokens along `dim`; state: the same without that dim, h before the first token; in its
+    dtype.
     """
     a, h = decay.to(state.dtype).movedim(dim, 1), x.to(state.dtype).movedim(dim, 1)
     if valid is not None:
@@ -52,9 +53,9 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of linear attention and state-space layers, over T tokens. Returns the outputs and the last state.
 
-    Token by token, with S (N, P) the state of a head: S = exp(decay) S; u = v, or with beta the delta rule's
-    beta (v - S^T k); S = S + k u^T; output = S^T q. In chunks, as in the chunked forms of Mamba-2 (arXiv 2405.21060) and of
-    gated delta networks (arXiv 2412.06464).
+    Token by token, with S (N, P) the state of a head: S = exp(decay) S; u = v, or with beta the delta rule's beta (v -
+    S^T k); S = S + k u^T; output = S^T q. In chunks, as in the chunked forms of Mamba-2 (arXiv 2405.21060) and of gated
+    delta networks (arXiv 2412.06464).
 
     q, k: (B, T, H, N); v: (B, T, H, P); decay: the logarithm, at most 0, (B, T, H) or by channel (B, T, H, N); beta:
     (B, T, H); state: (B, H, N, P). Outputs (B, T, H, P) and state are in `state`'s dtype.

@@ -1,7 +1,8 @@
 """`kvrewrite::slot_rotary` on the GPU: the ranks of cached slots by position, whatever their order.
 
-Positions are unique within a head, so a rank is a number of positions that are there: one byte a position is set to 1 by
-the slots that hold it, bytes are summed up eight at a time, and a slot reads off how many lie behind its own. No atomics.
+Positions are unique within a head, so a rank is a number of positions that are there: one byte a position is set to 1
+by the slots that hold it, bytes are summed up eight at a time, and a slot reads off how many lie after its own. No
+atomics.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ def slot_rotary(
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """`kvrewrite::slot_rotary`: rotary positions (B, Hkv, C) int64 of cached slots, those of rows with renew (B,)
-    bool ranked anew and stored in pos_pages first.
+    bool ranked again and stored in pos_pages first.
 
-    pos_pages (pages, PAGE, 2) int32, contiguous; table (B, Hkv, P) and lens (B, Hkv) int32, strided as they like; following
-    (B,) int64. max_position: every live slot's position must be below it; B * Hkv * max_position bytes of scratch memory
-    are used, so round up, but not far. Slots are in any order, positions are unique within a head and not negative.
-    config: another than `rank_config` gives, for measurements.
+    pos_pages (pages, PAGE, 2) int32, contiguous; table (B, Hkv, P) and lens (B, Hkv) int32, strided as they like;
+    following (B,) int64. max_position: every live slot's position must be below it; B * Hkv * max_position bytes of
+    scratch memory are used, so round up, but not far. Slots are in any order, positions are unique within a head and
+    not negative. config: another than `rank_config` gives, for measurements.
     """
     b, hkv, width = table.shape
     page = pos_pages.shape[1]

@@ -1,4 +1,5 @@
-"""What policies score slots by, in plain torch: random numbers by position, ranks, pooling, similarity, expected attention.
+"""What policies score slots by, in plain torch: random numbers by position, ranks, pooling, similarity, expected
+attention.
 
 Shapes: B rows, Hkv kv heads, N slots and new tokens of a head, T new tokens. Dead slots may hold anything.
 """
@@ -28,8 +29,8 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
     """A number in (0, 1) for each (seed, layer, head, position), the same on every device and in any batch.
 
-    positions: (B, Hkv, N) int64. Returns fp32 with 24 random bits (the finalizer of SplitMix64, Steele et al., OOPSLA 2014,
-    over a weighted sum of the four).
+    positions: (B, Hkv, N) int64. Returns fp32 with 24 random bits (the finalizer of SplitMix64, Steele et al., OOPSLA
+    2014, over a weighted sum of the four).
     """
     head = torch.arange(positions.shape[1], device=positions.device)[:, None]
     start = _signed(seed * M1 + layer * M2)
@@ -53,8 +54,8 @@ def ranks(scores: Tensor, among: Tensor) -> Tensor:
 def pool_window(mass: Tensor, valid: Tensor, window: int, kernel: int, largest: bool) -> Tensor:
     """SnapKV's pooling over neighbours (arXiv 2404.14469, section 4.2): stride 1, same length, zeros beyond the ends.
 
-    mass: (B, Hkv, T) attention received; only the tokens before the last `window` of each row's valid (B,) ones take part.
-    largest: maximum instead of the mean (of `kernel` numbers, whatever lies beyond the ends). Others give 0.
+    mass: (B, Hkv, T) attention received; only the tokens before the last `window` of each row's valid (B,) ones take
+    part. largest: maximum instead of the mean (of `kernel` numbers, whatever lies beyond the ends). Others give 0.
     """
     before = (torch.arange(mass.shape[-1], device=mass.device) < (valid - window)[:, None])[:, None]
     inside = torch.where(before, mass, 0.0)
@@ -73,12 +74,13 @@ def key_difference(keys: Tensor, live: Tensor) -> Tensor:
 
 
 def expected_attention(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> Tensor:
-    """Expected attention (arXiv 2510.00636, section 3): what Gaussian future queries will give to a key, times its value's
-    norm.
+    """Expected attention (arXiv 2510.00636, section 3): what Gaussian future queries will give to a key, times its
+    value's norm.
 
     q: (B, H, T, D) before the rotation; k: (B, Hkv, T, D) rotated; v: (B, Hkv, T, Dv); cos, sin: (P, D) of the rotation
-    y = cos * x + sin * x[partner], None without one; valid: (B,). The queries' mean and covariance are those of the tokens
-    from `sinks` on, turned by the mean rotation of the `future` positions behind the row. Returns (B, Hkv, T) fp32.
+    y = cos * x + sin * x[partner], None without one; valid: (B,). The queries' mean and covariance are those of the
+    tokens from `sinks` on, rotated by the mean rotation of the `future` positions after the row. Returns (B, Hkv, T)
+    fp32.
     """
     (q, k, v), (cos, sin, partner) = tokens, rotation
     scale, sinks, future, epsilon = forecast
@@ -108,9 +110,9 @@ def expected_attention(tokens: Tokens, rotation: Rotation, valid: Tensor, foreca
 
 
 def surprisal(logits: Tensor, ids: Tensor, valid: Tensor, last: Tensor, started: Tensor) -> Tensor:
-    """Minus the log probability of each new token, by the logits in front of it (SirLLM, arXiv 2405.12528, section 3).
+    """Minus the log probability of each new token, by the logits before it (SirLLM, arXiv 2405.12528, section 3).
 
-    logits: (B, T, V); ids: (B, T); last: (B, V) fp32, the logits in front of the first token, replaced in place by those of
+    logits: (B, T, V); ids: (B, T); last: (B, V) fp32, the logits before the first token, replaced in place by those of
     each row's last valid token; started: (B,) bool, whether there are any: a row's first token gets the largest fp32.
     Returns (B, T) fp32.
     """
@@ -128,8 +130,8 @@ def gate(
 ) -> Tensor:
     """The small causal attention of an Attention-Gate over all tokens of a row, kept or not.
 
-    q, k, v: (B, T, heads * d); k_state, v_state: (B, capacity, heads * d), of which the first seen (B,) tokens count; the
-    valid (B,) new ones are written behind them in place. Returns (B, T, heads * d) fp32.
+    q, k, v: (B, T, heads * d); k_state, v_state: (B, capacity, heads * d), of which the first seen (B,) tokens count;
+    the valid (B,) new ones are written after them in place. Returns (B, T, heads * d) fp32.
     """
     b, t, width = q.shape
     d = width // heads
@@ -156,8 +158,8 @@ def sink_gate(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, k_base: Tens
     """Fast KVzip's gate: how a token fares against learned sinks, (B, Hkv, T) fp32 in (0, 1].
 
     q (B, T, Hkv * G * r), k (B, T, Hkv * r) and the norms' weights (r,); k_base (Hkv, 1, S, r): the sinks' keys, not
-    normalized; bias (Hkv, 1, G). With q and k normalized (RMS, eps 1e-6): l = q . k / sqrt(r) + bias, l_s = q . k_base_s /
-    sqrt(r), score = mean over the group of 1 / (1 + sum_s exp(l_s - l)).
+    normalized; bias (Hkv, 1, G). With q and k normalized (RMS, eps 1e-6): l = q . k / sqrt(r) + bias, l_s = q .
+    k_base_s / sqrt(r), score = mean over the group of 1 / (1 + sum_s exp(l_s - l)).
     """
     heads, _, group = bias.shape
     rank = q_norm.shape[0]

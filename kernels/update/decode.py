@@ -1,8 +1,8 @@
 """What decoding does to a paged cache after attention: one new token a row comes in, and what has no room goes.
 
-Everything happens in place and in one launch, a program for each (row, kv head). While there is room the newcomer goes
-behind the last slot, and nothing else is looked at. Otherwise the slot of lowest worth is found in one pass over scores
-and positions, and the newcomer takes its place. What is rarer (several slots go, since the budget shrank or a chunk ended;
+Everything happens in place and in one launch, a program for each (row, kv head). While there is room the new token goes
+after the last slot, and nothing else is read. Otherwise the slot of lowest worth is found in one pass over scores and
+positions, and the new token takes its place. What is rarer (several slots go, since the budget shrank or a chunk ended;
 the newest slots have gaps between them) costs more passes in the same program.
 """
 
@@ -41,7 +41,8 @@ def visible_slots(pos, following, window, chunk, WINDOW: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def sort_key(score, pos, seen, protected):
-    """The key of slots, int64: the worth as an integer of the same order, above what is left until the last position."""
+    """The key of slots, int64: the worth as an integer of the same order, above what is left until the last
+    position."""
     worth = tl.where(score == float("inf"), 3e38, tl.where(score == float("-inf"), -3e38, score))
     worth = tl.where(score != score, -3.3e38, worth)
     worth = tl.where(worth == 0.0, 0.0, worth)  # -0 is not less than 0
@@ -84,9 +85,10 @@ def _slots_at(
 
 @triton.jit
 def _newest_bound(wanted, n, new_pos, arrives, pages, places, table_p, PAGES: tl.constexpr):
-    """The position from which on there are `wanted` > 0 of the n cached slots and the newcomer (-1: fewer there are)."""
+    """The position from which on there are `wanted` > 0 of the n cached slots and the new token (-1: fewer there
+    are)."""
     low = tl.full((), -1, tl.int64)
-    high = new_pos + tl.full((), 1, tl.int64)  # none is later than the newcomer
+    high = new_pos + tl.full((), 1, tl.int64)  # none is later than the new token
     while low + 1 < high:
         middle = (low + high) >> 1
         count = (arrives & (new_pos >= middle)).to(tl.int32)
@@ -103,7 +105,8 @@ def _newest_bound(wanted, n, new_pos, arrives, pages, places, table_p, PAGES: tl
 def _copy_slots(
     source, target, mask, k_pages, v_pages, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr
 ):
-    """Moves keys and values between slots of the pools, in a way that allows for targets that are sources themselves."""
+    """Moves keys and values between slots of the pools, in a way that allows for targets that are sources
+    themselves."""
     d, e = tl.arange(0, DP), tl.arange(0, DVP)
     of_k, of_v = mask[:, None] & (d < D)[None, :], mask[:, None] & (e < DV)[None, :]
     keys = tl.load(k_pages + source[:, None] * D + d[None, :], mask=of_k, other=0.0)
@@ -115,7 +118,8 @@ def _copy_slots(
 
 @triton.jit
 def _come_nearer(n, gone_pos, newcomer_gone, pages, places, table_p, PAGES: tl.constexpr):
-    """Adds one to the second position of the slots older than `gone_pos`, and to that of all where no newcomer enters."""
+    """Adds one to the second position of the slots older than `gone_pos`, and to that of all where no new token
+    enters."""
     for i in range(0, tl.cdiv(n, _PAGE), PAGES):
         _, live, at = _pages_at(i, n, pages, table_p, PAGES)
         place = tl.load(places + at, mask=live, other=0)
@@ -134,9 +138,9 @@ def least_slot(
     n, real, arrives, new_seen, new_pos, budget, protect, pages, places, score_pages, slot_scores, select, table_p, sinks, window,
     chunk, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Looks at all slots, as far as that is needed, and stores slot_scores: the least key and its slot; how many cached slots
-    no later query sees, how many one does, how many of these and the newcomer the budget has no room for; and the position from
-    which on slots are protected."""
+    """Looks at all slots, as far as that is needed, and stores slot_scores: the least key and its slot; how many cached
+    slots no later query sees, how many one does, how many of these and the new token the budget has no room for; and
+    the position from which on slots are protected."""
     following = new_pos + 1
     total = n + arrives.to(tl.int32)
     # The newest slots are protected, but no more of them than there is room for beside the first ones. As a rule their
@@ -153,7 +157,7 @@ def least_slot(
     victim = n
     lost = n - n  # cached slots that no later query sees
     there = n.to(tl.int64)  # cached slots that one does
-    over = tl.zeros((), tl.int64)  # how many of these and the newcomer the budget has no room for
+    over = tl.zeros((), tl.int64)  # how many of these and the new token the budget has no room for
     while look:
         least = tl.full((), _NOT_THERE, tl.int64)
         counts = tl.zeros((), tl.int64)
@@ -228,7 +232,8 @@ def _update_kernel(
     HIDDEN: tl.constexpr, HIDDEN_P: tl.constexpr, ACTIVATION: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are made."""
+    """HIDDEN > 0: new_scores is the hidden layer of a head of that width, (B, ., HIDDEN), from which the scores are
+    made."""
     head = tl.program_id(0)
     b = (head // HKV).to(tl.int64)
     h = head % HKV
@@ -269,7 +274,7 @@ def _update_kernel(
         tl.debug_barrier()  # everything has been read, and slot_scores stored, before something is written
         going = lost + over
         stays = new_seen
-        to = n  # the newcomer's slot
+        to = n  # the new token's slot
         count = n  # cached slots that stay
         if going == 1:
             if (lost == 0) & new_seen & (new_key <= least):
@@ -338,7 +343,7 @@ def _update_kernel(
                 tl.debug_barrier()
             to = count
         if RANKS:  # noqa: SIM102 (decided when compiling)
-            if (going <= 0) & (stays == 0):  # a newcomer that is dropped
+            if (going <= 0) & (stays == 0):  # a new token that is dropped
                 _come_nearer(n, -1, 1, pages, places, table_p, PAGES)
         if stays:
             d, e = tl.arange(0, DP), tl.arange(0, DVP)
@@ -364,16 +369,16 @@ def decode_update(
     """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
 
     k, v, slot_scores and select: last dim contiguous. The positions of a head's slots are
-    different from one another, not negative, and earlier than the newcomer's.
+    different from one another, not negative, and earlier than the new token's.
 
-    head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden layer of a
-    retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores) head^T, rounded to that
-    dtype behind both. cos, sin: (B, 1, D), as `decode_attention` takes them: then k is not rotated yet, and is cached rotated.
-    ranks: as `kvrewrite::token_update` has it; rotary is then positions.
+    head: (Hkv, W), contiguous, in the model's dtype: then new_scores (B, 1, W), last dim contiguous, is the hidden
+    layer of a retaining head before its `activation` ("silu", "gelu", "gelu_tanh"), and scores are act(new_scores)
+    head^T, rounded to that dtype after both. cos, sin: (B, 1, D), as `decode_attention` takes them: then k is not
+    rotated yet, and is cached rotated. ranks: as `kvrewrite::token_update` has it; rotary is then positions.
 
-    The set of slots that stay is exactly the reference's, their order is not: a newcomer takes its victim's place. Changes
-    the pools and lens, and nothing else in them than what that needs. There must be a page for the newcomer where it
-    goes behind the last slot.
+    The set of slots that stay is exactly the reference's, their order is not: a new token takes its victim's place.
+    Changes the pools and lens, and nothing else in them than what that needs. There must be a page for the new token
+    where it goes after the last slot.
     """
     k, v, new_scores, slot_scores = new
     positions, rotary, valid, keep, recent = rows

@@ -62,10 +62,10 @@ def select(worth: Tensor, pos: Tensor, keep: Tensor) -> Tensor:
 def head_budgets(worth: Tensor, pos: Tensor, keep: Tensor, floor: Tensor) -> Tensor:
     """Ada-KV's budgets of the heads of a layer (arXiv 2407.11550, algorithm 1; code FFY0/AdaKV): (B, Hkv).
 
-    The unprotected slots of all heads compete for the sum of the heads' unprotected budgets; what a head wins is blended
-    with its equal share, of which `floor` (B,) float64 is safe: keep = protected + round((1 - floor) * won + int(floor *
-    share)), halves to the even number.
-    worth as `priorities` gives it; of equal scores the lower head and the earlier position wins.
+    The unprotected slots of all heads compete for the sum of the heads' unprotected budgets; what a head wins is
+    blended with its equal share, of which `floor` (B,) float64 is safe: keep = protected + round((1 - floor) * won +
+    int(floor * share)), halves to the even number. worth as `priorities` gives it; of equal scores the lower head and
+    the earlier position wins.
     """
     b, hkv, n = worth.shape
     protected = (worth == float("inf")).sum(-1)
@@ -85,8 +85,8 @@ def head_budgets(worth: Tensor, pos: Tensor, keep: Tensor, floor: Tensor) -> Ten
 
 
 def deal_pages(n_kept: Tensor, spare: Tensor, table: Tensor, next_table: Tensor, page: int) -> Tensor:
-    """Fills in next_table (B, Hkv, W): the pages `spare` (B, W) one after the other to the heads that need them for n_kept
-    (B, Hkv) slots; rows without spare pages keep theirs. Returns which rows were dealt new ones (B,) bool."""
+    """Fills in next_table (B, Hkv, W): the pages `spare` (B, W) one after the other to the heads that need them for
+    n_kept (B, Hkv) slots; rows without spare pages keep theirs. Returns which rows were dealt new ones (B,) bool."""
     dealt = spare[:, 0] >= 0
     need = -(-n_kept // page)
     if not spare.is_cuda and bool((dealt & (need.sum(-1) > (spare >= 0).sum(-1))).any()):
@@ -213,7 +213,7 @@ def cache_update(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, r
     victims = (torch.arange(capacity, device=k.device) < lens[..., None]) & ~kept[..., :capacity]
     in_place = t == 1 and not k.is_cuda and (dealt is None or not bool(dealt.any()))
     if in_place and not bool((victims.sum(-1) > kept[..., capacity:].sum(-1)).any()):
-        # Decoding on the CPU: one slot changes at most, so the newcomer overwrites the victim or goes behind the last.
+        # Decoding on the CPU: one slot changes at most, so the new token overwrites the victim or goes after the last.
         place = torch.where(victims.any(-1), torch.argmax(victims.to(torch.int8), dim=-1), lens.long())[..., None]
         where = pages.address(table, place, kept[..., capacity:], page)
         for pool, added in news:

@@ -1,20 +1,22 @@
 """Append, select and compact on the GPU: `kvrewrite::cache_update` without merging.
 
 Three launches. `_plan` has one program for each (row, kv head): it finds the worth of the last entry that stays (the
-threshold). `_lists` writes down which entries move to which slots, and `_move` copies those, many programs a head. Survivors that
-already lie below the new length stay where they are; the others fill the slots that victims leave, so that sources and
-destinations never overlap and, once the cache is full, only newcomers that win are moved. The order of slots is free.
+threshold). `_lists` writes down which entries move to which slots, and `_move` copies those, many programs a head.
+Survivors that already lie below the new length stay where they are; the others fill the slots that victims leave, so
+that sources and destinations never overlap and, once the cache is full, only new tokens that win are moved. The order
+of slots is free.
 
-Worth is compared as int32 keys in the order of the fp32 scores: NaN lowest, -0.0 equal to 0.0, protected entries above and
-dead or invisible ones below all. The threshold is found by quartering the interval of keys: a pass counts the entries
-above three pivots. Once the interval holds few entries they are compared with one another. Of entries that equal the
-threshold the earliest positions stay; if they are many, the same search is done over their positions.
+Worth is compared as int32 keys in the order of the fp32 scores: NaN lowest, -0.0 equal to 0.0, protected entries above
+and dead or invisible ones below all. The threshold is found by quartering the interval of keys: a pass counts the
+entries above three pivots. Once the interval holds few entries they are compared with one another. Of entries that
+equal the threshold the earliest positions stay; if they are many, the same search is done over their positions.
 
-Entries of a head in scratch memory: its slots from 0 on, new tokens from `behind`, the length rounded up to a block, on.
+Entries of a head in scratch memory: its slots from 0 on, new tokens from `behind`, the length rounded up to a block,
+on.
 
-Ragged evictions (ragged.py): in rows that share budgets `_plan` runs twice, for the worth of all entries and, once the heads'
-budgets are known, for the rest. In rows that are dealt new pages every entry that stays is listed; slots are copied out of
-their pages first, since those may be dealt to other heads.
+Ragged evictions (ragged.py): in rows that share budgets `_plan` runs twice, for the worth of all entries and, once the
+heads' budgets are known, for the rest. In rows that are dealt new pages every entry that stays is listed; slots are
+copied out of their pages first, since those may be dealt to other heads.
 """
 
 from __future__ import annotations
@@ -119,16 +121,16 @@ def _plan(
     SINKS: tl.constexpr, MASKED: tl.constexpr, RESCORE: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, DEAL: tl.constexpr, STAGE: tl.constexpr,
 ):  # fmt: skip
-    """Which entries of one head stay, as facts for `_lists`: entry i stays if keys[i] >= threshold. Writes lens, and slot_scores
-    to their pages. Where all stay, the moves are listed at once: sources[r] goes to slot targets[r], r < both moves; a source
-    is a slot, or -1 - t for new token t. Both lists have room for `listed` moves a head.
+    """Which entries of one head stay, as facts for `_lists`: entry i stays if keys[i] >= threshold. Writes lens, and
+    slot_scores to their pages. Where all stay, the moves are listed at once: sources[r] goes to slot targets[r], r <
+    both moves; a source is a slot, or -1 - t for new token t. Both lists have room for `listed` moves a head.
 
-    STAGE 0: all at once. With budgets that are shared where floor (B,) is not negative: 1: the worth of entries, and facts for
-    ragged.py; 2: the rest, with the (B, Hkv) `budgets` in those rows. DEAL: rows whose first spare page is not negative move to
-    pages with `room` slots a head.
+    STAGE 0: all at once. With budgets that are shared where floor (B,) is not negative: 1: the worth of entries, and
+    facts for ragged.py; 2: the rest, with the (B, Hkv) `budgets` in those rows. DEAL: rows whose first spare page is
+    not negative move to pages with `room` slots a head.
 
-    keys, places: int32 scratch, `stride` a head: worth and position of entries. indices, orders: TAIL a head, for entries
-    near the threshold; filled: their number. pos_pages: seen as int64, the position in the lower half.
+    keys, places: int32 scratch, `stride` a head: worth and position of entries. indices, orders: TAIL a head, for
+    entries near the threshold; filled: their number. pos_pages: seen as int64, the position in the lower half.
     """
     row = tl.program_id(0)
     b = (row // kv_heads).to(tl.int64)
@@ -206,8 +208,8 @@ def _plan(
             tl.debug_barrier()  # everyone has read the facts before they are written
         if STAGE != 2:
             following = newest + 1
-            # Most often the newest are consecutive, so that their first position is known beforehand. If it is not that,
-            # it is searched for and everything is done once more.
+            # Most often the newest are consecutive, so that their first position is known beforehand. If it is not
+            # that, it is searched for and everything is done once more.
             newest_from = following - tl.minimum(protect, tl.maximum(budget - SINKS, 0))
             rounds = length * 0
             while rounds < 2:
@@ -217,7 +219,8 @@ def _plan(
                     page = start // PAGE + rows_of_page
                     slot = page[:, None] * PAGE + in_page[None, :]
                     live = slot < length
-                    # Pages are read as a whole, so that accesses are wide; dead slots in them are masked out afterwards.
+                    # Pages are read as a whole, so that accesses are wide; dead slots in them are masked out
+                    # afterwards.
                     base = tl.load(table + page * ta_p, mask=page * PAGE < length, other=0).to(tl.int64) * PAGE
                     used = (page * PAGE < length)[:, None]
                     address = base[:, None] + in_page[None, :]
@@ -266,7 +269,8 @@ def _plan(
                 most_worth = tl.max(state[4])
                 lowest_bit = state[5] & -state[5]
                 grain = tl.min(tl.where(lowest_bit <= 0, 1 << 30, lowest_bit))
-                # The newest that are protected may not push each other out: beside the first ones there is room for so many.
+                # The newest that are protected may not push each other out: beside the first ones there is room for so
+                # many.
                 safe = tl.minimum(tl.minimum(protect, tl.maximum(budget - n_first, 0)), n_live)
                 rounds += tl.where(n_newest == safe, 2, 1)
                 if rounds < 2:
@@ -309,7 +313,8 @@ def _plan(
                         rank = tl.atomic_add(filled + row + entry * 0, 1, mask=inside, sem="relaxed")
                         tl.store(indices + rank, start + entry, mask=inside)
                     tl.debug_barrier()
-                    # Each is compared with all: worth in the upper half of an int64, the earlier position above the later one.
+                    # Each is compared with all: worth in the upper half of an int64, the earlier position above the
+                    # later one.
                     index = tl.load(indices + tail, mask=tail < near, other=0)
                     key = tl.load(keys + index).to(tl.int64)
                     order = (key << 32) + (-tl.load(places + index)).to(tl.int64) + LARGEST
@@ -364,8 +369,9 @@ def _flags(keys, i, start, end, threshold, behind, dealt, FREE: tl.constexpr):
 @triton.jit
 def _enumerate(out, total, keys, start, end, threshold, behind, dealt, listed, FREE: tl.constexpr, SPAN: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """Lists a span of [start, end) at out: slots that may be filled (FREE), or entries that stay; at `total`, how many there are
-    in all. Those before the span are counted once more by each program, so that no program waits for another."""
+    """Lists a span of [start, end) at out: slots that may be filled (FREE), or entries that stay; at `total`, how many
+    there are in all. Those before the span are counted once more by each program, so that no program waits for
+    another."""
     first = start // SPAN * SPAN
     mine = first + tl.program_id(0) * SPAN
     if mine < end:
@@ -386,9 +392,9 @@ def _enumerate(out, total, keys, start, end, threshold, behind, dealt, listed, F
 
 @triton.jit
 def _lists(keys, facts, sources, targets, moves, stride, listed, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The moves of a head from what `_plan` found out: slots below the new length without an entry that stays are filled, in
-    order, with the entries that stay and lie behind it; see `_plan` for the form. Of a head that is dealt new pages, all slots
-    and all entries that stay."""
+    """The moves of a head from what `_plan` found out: slots below the new length without an entry that stays are
+    filled, in order, with the entries that stay and lie after it; see `_plan` for the form. Of a head that is dealt new
+    pages, all slots and all entries that stay."""
     row = tl.program_id(1)
     keys += row.to(tl.int64) * stride
     facts += row * 8
@@ -413,7 +419,8 @@ def _move(
 ):  # fmt: skip
     """Carries out the moves of a head that `_plan` has listed: ROWS of them a program and turn.
 
-    DEAL: they go to the pages of next_table; in rows that are dealt new ones, slots come from where `ragged.copy_out` put them.
+    DEAL: they go to the pages of next_table; in rows that are dealt new ones, slots come from where `ragged.copy_out`
+    put them.
     """
     row = tl.program_id(1)
     b = (row // kv_heads).to(tl.int64)
@@ -473,8 +480,8 @@ def _move(
 
 
 def plan_config(entries: int) -> tuple[int, int, int]:
-    """(BLOCK, TAIL, warps) of `_plan` for so many entries a head. Two counts share an int32, so there are fewer than 32768
-    entries a block and blocks a head."""
+    """(BLOCK, TAIL, warps) of `_plan` for so many entries a head. Two counts share an int32, so there are fewer than
+    32768 entries a block and blocks a head."""
     if entries <= 1024:
         return 256, 64, 4
     if entries <= 4096:
@@ -503,12 +510,12 @@ def cache_update(
 ) -> None:
     """`kvrewrite::cache_update` for T >= 1 new tokens, without threshold; in place.
 
-    k, v: last dim contiguous; valid, recent and the pools contiguous; the others strided as they like.
-    The kept slots of a head are the reference's; their order is not. Positions are unique within a head and not negative.
-    Where more is kept than the table has room for (the caller leases pages first), what does not fit is lost.
-    floor: contiguous; spare (B, W), last dim contiguous, and next_table (B, Hkv, W'), W' >= P: both or none of the two.
-    Pages that are dealt may be a row's own, but nobody else's. plan, move: other configurations than `plan_config` and
-    `move_config` give, for measurements.
+    k, v: last dim contiguous; valid, recent and the pools contiguous; the others strided as they like. The kept slots
+    of a head are the reference's; their order is not. Positions are unique within a head and not negative. Where more
+    is kept than the table has room for (the caller leases pages first), what does not fit is lost. floor: contiguous;
+    spare (B, W), last dim contiguous, and next_table (B, Hkv, W'), W' >= P: both or none of the two. Pages that are
+    dealt may be a row's own, but nobody else's. plan, move: other configurations than `plan_config` and `move_config`
+    give, for measurements.
     """
     k, v, new_scores, slot_scores = new
     positions, rotary, valid, keep, recent = rows
@@ -569,7 +576,8 @@ def cache_update(
         keys, facts, sources, targets, moves, stride, listed, SPAN=span, BLOCK=block, num_warps=4 if block < 4096 else 8,
     )  # fmt: skip
     per_turn, warps = move_config(k_dim, k_pages.element_size()) if move is None else move
-    # Once the cache is full no more than T slots of a head move; only after budgets shrink does a program take several turns.
+    # Once the cache is full no more than T slots of a head move; only after budgets shrink does a program take several
+    # turns.
     programs = min(triton.cdiv(listed, per_turn), max(triton.cdiv(tokens, per_turn), 8))
     copied: tuple[Tensor, Tensor, Tensor, Tensor] = (k_pages, v_pages, score_pages, pos_pages)
     if spare is not None and next_table is not None:

@@ -1,11 +1,11 @@
 """Pages of cache slots: the memory of caches, who has it, and how it is shared.
 
-A `PageStore` owns the pages of one cache class (layers with equal shapes) and counts who refers to each; caches that were
-forked from one another share it. A `Lease` is what one cache has of it: which pages hold the slots of each (layer, row, kv
-head). A page with several references is copied before it is written to.
+A `PageStore` owns the pages of one cache class (layers with equal shapes) and counts who refers to each; caches that
+were forked from one another share it. A `Lease` is what one cache has of it: which pages hold the slots of each (layer,
+row, kv head). A page with several references is copied before it is written to.
 
 One thread at a time changes a store: caches hold their model's lock (kvrewrite/cache/request.py). A change can be
-interrupted at any point; whoever comes next counts the references anew from what the leases have (`PageStore.begin`).
+interrupted at any point; whoever comes next counts the references again from what the leases have (`PageStore.begin`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def to_device(values: Any, device: torch.device) -> Tensor:
 
 
 class PageStore:
-    """The pages of one cache class: a pool (pages, ...) for each entry of `pool_shapes`, as an attribute of that name. Page 0
-    is never leased: table entries that stand for no page point to it."""
+    """The pages of one cache class: a pool (pages, ...) for each entry of `pool_shapes`, as an attribute of that name.
+    Page 0 is never leased: table entries that stand for no page point to it."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -69,7 +69,8 @@ class PageStore:
 
     # -- changes that may be interrupted -------------------------------------------------------------------------
     def begin(self) -> None:
-        """Begins a change: first repairs what an interrupted one left, and takes back the pages of caches that are gone."""
+        """Begins a change: first repairs what an interrupted one left, and takes back the pages of caches that are
+        gone."""
         if not self.settled:
             self._repair()
         self.settled = False
@@ -82,8 +83,8 @@ class PageStore:
         self.settled = True
 
     def _repair(self) -> None:
-        """Counts references anew. What the interrupted cache's lease has may be wrong, but it is closed before it is used again,
-        and what the others have is not touched by a step of another cache."""
+        """Counts references again. What the interrupted cache's lease has may be wrong, but it is closed before it is
+        used again, and what the others have is not touched by a step of another cache."""
         self.changes += 1
         self._tell_moved()
         references = np.zeros(self.total, dtype=np.int32)
@@ -144,8 +145,8 @@ class PageStore:
         self.free.extend(int(p) for p in np.unique(pages) if self.references[p] == 0)
 
     def compact(self, spare: int) -> None:
-        """Gives back free pages beyond `spare`, if they are a quarter of all or more: a ragged eviction needs more pages
-        while it runs than it leaves in use."""
+        """Gives back free pages beyond `spare`, if they are a quarter of all or more: a ragged eviction needs more
+        pages while it runs than it leaves in use."""
         if len(self.free) - spare < self.total // 4 or not self.total:
             return
         self.changes += 1
@@ -186,8 +187,8 @@ class Lease:
         self.counts = np.zeros(shape, dtype=np.int64)
         self.pages = np.zeros((*shape, 1), dtype=np.int32)
         self._offered: dict[tuple[int, int], np.ndarray] = {}
-        # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is symbolic
-        # (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
+        # A layer's view of this begins at a constant offset. Inductor loses the offset of a mutated view when it is
+        # symbolic (torch 2.13, measured: with dynamic shapes every layer wrote layer 0's lengths).
         self._lens = self._layer_last(shape)
         self.fetch_lens: Callable[[], None] | None = None  # brings lengths back from a decoding graph's own buffers
         self.table = torch.zeros(*shape, 1, dtype=torch.int32, device=store.device)
@@ -238,14 +239,16 @@ class Lease:
         self.table = to_device(self.pages.copy(), self.store.device)
 
     def shared_from(self, first_slot: np.ndarray) -> np.ndarray:
-        """Which pages (layers, rows, kv heads, W) that hold slots from `first_slot` (layers, rows, kv heads) on are shared."""
+        """Which pages (layers, rows, kv heads, W) that hold slots from `first_slot` (layers, rows, kv heads) on are
+        shared."""
         column = np.arange(self.pages.shape[-1])
         touched = (column >= (first_slot // PAGE)[..., None]) & (column < self.counts[..., None])
         found: np.ndarray = touched & (self.store.references[self.pages] > 1)
         return found
 
     def unshare(self, first_slot: np.ndarray) -> None:
-        """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are written."""
+        """Copies the shared pages that hold slots from `first_slot` (layers, rows, kv heads) on, before they are
+        written."""
         shared = self.shared_from(first_slot)
         if not shared.any():
             return
@@ -260,10 +263,10 @@ class Lease:
     def offer(self, rows: np.ndarray, slots: np.ndarray, most: int) -> tuple[Tensor, Tensor]:
         """Pages for evictions whose lengths only the device knows.
 
-        rows (rows,) bool; slots (layers, rows): most slots that all heads of a layer can hold together afterwards; most:
-        those that one head can.
-        Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 behind the
-        last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W').
+        rows (rows,) bool; slots (layers, rows): most slots that all heads of a layer can hold together afterwards;
+        most: those that one head can.
+        Returns `spare` (layers, rows, W) int32, the pages in the order in which they will be dealt to heads, -1 after
+        the last and in rows that are not offered any; and the table to be filled in, (layers, rows, kv heads, W').
         """
         need = np.where(rows, pages_of(slots) + self.kv_heads, 0)  # each head's last page may be nearly empty
         width = max(int(need.max()), self.pages.shape[-1])
@@ -335,8 +338,8 @@ class Lease:
             self.store.leases.discard(self)
 
     def abandon(self) -> None:
-        """The cache was collected as garbage: whoever changes the store next returns the pages, because this may be in the middle
-        of a change of another cache. A store that nobody else uses goes as well."""
+        """The cache was collected as garbage: whoever changes the store next returns the pages, because this may be in
+        the middle of a change of another cache. A store that nobody else uses goes as well."""
         if self.store.lasting or len(self.store.leases) - len(self.store.gone) > 1:
             self.store.gone.append(self)
         else:
@@ -358,7 +361,8 @@ class Lease:
         return int((self.store.references[self.held] > 1).sum())
 
     def slots_in_pages(self, lens: np.ndarray) -> int:
-        """How many slots hold a token where heads have `lens` (layers, rows, kv heads) of them, those of shared pages once."""
+        """How many slots hold a token where heads have `lens` (layers, rows, kv heads) of them, those of shared pages
+        once."""
         first = np.arange(self.pages.shape[-1]) * PAGE
         filled = np.clip(lens[..., None] - first, 0, PAGE)
         most = np.zeros(self.store.total, dtype=np.int64)

@@ -1,9 +1,9 @@
 """What one request (or a batch of requests) holds: pages, counters of its rows, states, and what went in.
 
-A step is planned (`plan`, which changes nothing), given its pages (`hold`), run by the runtime with `inputs`, and recorded
-(`commit`). A slot holds one token of one kv head: its key, its value, a score (fp32) and two positions (int32: in the text, and
-the one its key is rotated by). Pages are leased from a pool per class (layers with equal shapes) and returned as soon as
-eviction leaves them empty.
+A step is planned (`plan`, which changes nothing), given its pages (`hold`), run by the runtime with `inputs`, and
+recorded (`commit`). A slot holds one token of one kv head: its key, its value, a score (fp32) and two positions (int32:
+in the text, and the one its key is rotated by). Pages are leased from a pool per class (layers with equal shapes) and
+returned as soon as eviction leaves them empty.
 
 Threads may share a model and forks of a cache: whatever reads or writes pages holds the model's lock. A step that is
 interrupted leaves its own request unfinished, which is refused until it is reset, and all others as they were.
@@ -47,8 +47,8 @@ class Owner:
 
 
 def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of something with an `owner` that no other thread may disturb. What it makes can be written to anywhere, also
-    where the caller is in `torch.inference_mode`."""
+    """A method of something with an `owner` that no other thread may disturb. What it makes can be written to anywhere,
+    also where the caller is in `torch.inference_mode`."""
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,8 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Request:
-    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on it."""
+    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on
+    it."""
 
     # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
     before_chunk: Callable[[], None] | None = None
@@ -97,8 +98,8 @@ class Request:
         self.length = [0] * batch  # most live slots of a layer without a window
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
-        # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps them (both
-        # in kvrewrite/runtime/key_rotation.py).
+        # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps
+        # them (both in kvrewrite/runtime/key_rotation.py).
         self.keys_settled = self.ranks_held = False
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
@@ -188,8 +189,8 @@ class Request:
         return twin
 
     def end_prompt(self) -> None:
-        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes more tokens
-        from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
+        """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
+        more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
         self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
 
     def row(self, row: int) -> RowState:
@@ -203,14 +204,16 @@ class Request:
         totals: Sequence[int] | None = None,
         renew: Sequence[bool] | None = None,
     ) -> StepPlan:
-        """What a step does to the slots; changes nothing. segments: what each row does (None: nothing); totals: its tokens once
-        the prompt at hand is through, None: once this step is; renew: rows whose ranks are made anew (contiguous positions)."""
+        """What a step does to the slots; changes nothing. segments: what each row does (None: nothing); totals: its
+        tokens once the prompt at hand is through, None: once this step is; renew: rows whose ranks are computed again
+        (contiguous positions)."""
         if totals is None:
             totals = [seen + (s.length if s is not None else 0) for seen, s in zip(self.seen, segments)]
         return self._planner.plan(self.leases, self._shares, segments, totals, renew)
 
     def plan_token(self, segments: Sequence[Segment]) -> StepPlan:
-        """The plan of one more token of every row from static buffers, where ranks are made anew or were settled before."""
+        """The plan of one more token of every row from static buffers, where ranks are computed again or were frozen
+        before."""
         anew = self.layout.contiguous and self._planner.policy.renews_ranks_in_decoding
         return self.plan(segments, renew=[True] * self.batch_size if anew else None)
 
@@ -226,8 +229,8 @@ class Request:
         return True
 
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
-        """Leases what a step needs, besides what the device deals out. reserve: slots a head that pools should have room for when
-        they grow anyway."""
+        """Leases what a step needs, besides what the device deals out. reserve: slots a head that pools should have
+        room for when they grow anyway."""
         for state in self.states:
             state.hold(self._longest(plan))
         for lease, part in zip(self.leases, plan.classes):
@@ -239,7 +242,8 @@ class Request:
         return max(seen + new for seen, new in zip(self.seen, plan.tokens))
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
-        """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt out."""
+        """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt
+        out."""
         out: dict[str, Tensor] = {}
         policy, self._dealt = self._planner.policy, {}
         for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
@@ -280,8 +284,8 @@ class Request:
                 shares.append(part.settle_shares(self._shares[c], given))
             lease.resize(after, 0)
             if dealt is not None and self._stores is None:
-                # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because the next
-                # request needs as much, and what is captured is bound to its place.
+                # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because
+                # the next request needs as much, and what is captured is bound to its place.
                 lease.store.compact(lease.leased)
             free = after[lease.windows == 0]
             if free.size:
@@ -299,8 +303,8 @@ class Request:
             self.next_rotary[row] += segment.length
 
     def _measure(self, plan: StepPlan) -> list[np.ndarray] | None:
-        """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a budget
-        evict); else None. Between that, pages are leased for the most that a head can have."""
+        """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a
+        budget evict); else None. Between that, pages are leased for the most that a head can have."""
         self._loose |= plan.loose
         self._unmeasured += 1
         policy, soon = self._planner.policy, False

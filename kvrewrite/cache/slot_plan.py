@@ -1,8 +1,9 @@
-"""The slot arithmetic: how many slots each head holds before, during and after a step. Host code in numpy, without torch.
+"""The slot arithmetic: how many slots each head holds before, during and after a step. Host code in numpy, without
+torch.
 
-`SlotPlanner.plan` takes what is held and what each row's new tokens do, changes nothing, and returns a `StepPlan`. Chunks of
-prompts, single tokens and tokens that are planned ahead follow such plans; the memory plan and the FLOP model walk through a
-prompt with the same functions (`slots_after`, `prompt_slots`).
+`SlotPlanner.plan` takes what is held and what each row's new tokens do, changes nothing, and returns a `StepPlan`.
+Chunks of prompts, single tokens and tokens that are planned ahead follow such plans; the memory plan and the FLOP model
+walk through a prompt with the same functions (`slots_after`, `prompt_slots`).
 
 Arrays are (layers, rows, kv heads) int64 where nothing else is said. A class is layers whose caches have equal shapes.
 """
@@ -23,8 +24,8 @@ NEVER = UNLIMITED // 256  # stands for no budget where budgets of heads are summ
 
 
 class Held(Protocol):
-    """What a cache has of a class. layers: their numbers; windows (layers,): most slots that a layer ever needs, 0: no limit;
-    bound: most slots that each head can hold."""
+    """What a cache has of a class. layers: their numbers; windows (layers,): most slots that a layer ever needs, 0: no
+    limit; bound: most slots that each head can hold."""
 
     layers: list[int]
     kv_heads: int
@@ -34,8 +35,8 @@ class Held(Protocol):
 
 # -- one head, or arrays of heads ------------------------------------------------------------------------------------
 def slots_after(held: Any, new: Any, keep: Any, window: Any = UNLIMITED) -> Any:
-    """Slots that are held once `new` tokens have joined `held` and all but `keep` have gone; a layer with a window never needs
-    more than that."""
+    """Slots that are held once `new` tokens have joined `held` and all but `keep` have gone; a layer with a window
+    never needs more than that."""
     return np.minimum(np.minimum(held + new, keep), window)
 
 
@@ -59,8 +60,8 @@ def walk(segments: Sequence[Segment], held: int) -> Iterator[tuple[int, int]]:
 
 # -- budgets ---------------------------------------------------------------------------------------------------------
 def head_budgets(policy: Policy, segment: Segment, total: int, heads: Sequence[int]) -> list[list[int]]:
-    """Slots that each kv head of each layer that owns a cache keeps after a segment. total: tokens of the row once its prompt is
-    through; heads: kv heads of each such layer."""
+    """Slots that each kv head of each layer that owns a cache keeps after a segment. total: tokens of the row once its
+    prompt is through; heads: kv heads of each such layer."""
     keeps = policy.layer_keeps(segment, total, len(heads))
     return [policy.head_keeps(keep, i, n) for i, (keep, n) in enumerate(zip(keeps, heads, strict=True))]
 
@@ -68,9 +69,9 @@ def head_budgets(policy: Policy, segment: Segment, total: int, heads: Sequence[i
 def prompt_slots(
     policy: Policy, segments: Sequence[Segment], heads: Sequence[int], windows: Sequence[int]
 ) -> list[np.ndarray]:
-    """Slots of the heads of each layer that owns a cache, before each segment of a row's first prompt and after the last: of
-    each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device deals out pages,
-    heads have these on average."""
+    """Slots of the heads of each layer that owns a cache, before each segment of a row's first prompt and after the
+    last: of each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device
+    deals out pages, heads have these on average."""
     spans = np.repeat([window or UNLIMITED for window in windows], heads)
     found, total = [np.zeros(sum(heads), dtype=np.int64)], sum(s.length for s in segments)
     for segment in segments:
@@ -81,8 +82,8 @@ def prompt_slots(
 
 # -- a step ----------------------------------------------------------------------------------------------------------
 class Budgets(NamedTuple):
-    """keep: what an eviction of a class is told; limit: what bounds a head by that (nothing where layers share a budget, of
-    which a head may have more than its part); most: that, and the layer's window."""
+    """keep: what an eviction of a class is told; limit: what bounds a head by that (nothing where layers share a
+    budget, of which a head may have more than its part); most: that, and the layer's window."""
 
     keep: np.ndarray
     limit: np.ndarray
@@ -93,10 +94,10 @@ class Budgets(NamedTuple):
 class ClassPlan:
     """What a step does to a class.
 
-    bound: most slots of each head before it; new: new tokens (1, rows, 1); budgets: of its eviction; after: slots after it, as
-    far as the host can tell; prompts (rows,): whose eviction is ragged; deals (rows,): those for which the device deals out
-    pages; anywhere: rows (and layers) where it may write to any slot; tail: slots from the end of a head that it may write to
-    elsewhere.
+    bound: most slots of each head before it; new: new tokens (1, rows, 1); budgets: of its eviction; after: slots after
+    it, as far as the host can tell; prompts (rows,): whose eviction is ragged; deals (rows,): those for which the
+    device deals out pages; anywhere: rows (and layers) where it may write to any slot; tail: slots from the end of a
+    head that it may write to elsewhere.
     """
 
     bound: np.ndarray
@@ -115,7 +116,8 @@ class ClassPlan:
 
     @property
     def first_written(self) -> np.ndarray:
-        """The first slot that the step may write to; UNLIMITED where it writes to none, or to pages that are dealt to it."""
+        """The first slot that the step may write to; UNLIMITED where it writes to none, or to pages that are dealt to
+        it."""
         deals = self.deals[None, :, None]
         appends = np.where(deals, UNLIMITED, np.maximum(self.bound - self.tail, 0))
         first = np.where(self.anywhere | (self.evicts & ~deals), 0, appends)
@@ -143,8 +145,9 @@ class ClassPlan:
         return np.where(self.deals[None, :, None], dealt, after)
 
     def settle_shares(self, shares: np.ndarray, dealt: np.ndarray | None) -> np.ndarray:
-        """What each head may keep of its layer's budget from now on, -1 for an equal share: what it was dealt (None: nothing was
-        dealt, or heads do not compete) where its layer had to evict; a prompt that fits makes shares equal again."""
+        """What each head may keep of its layer's budget from now on, -1 for an equal share: what it was dealt (None:
+        nothing was dealt, or heads do not compete) where its layer had to evict; a prompt that fits makes shares equal
+        again."""
         evicted = self.evicts.any(2, keepdims=True)
         tries = self.prompts[None, :, None] & (self.budgets.limit < UNLIMITED)
         shares = np.where(tries & ~evicted, -1, shares)
@@ -155,8 +158,8 @@ class ClassPlan:
 
 @dataclass
 class StepPlan:
-    """What a step does. segments: what each row does, None: nothing; ragged: whether some row's prompt has a ragged eviction,
-    which needs `ClassPlan.settle_shares`; loose: whether heads can end up with fewer slots than `after`."""
+    """What a step does. segments: what each row does, None: nothing; ragged: whether some row's prompt has a ragged
+    eviction, which needs `ClassPlan.settle_shares`; loose: whether heads can end up with fewer slots than `after`."""
 
     segments: Sequence[Segment | None]
     classes: list[ClassPlan]
@@ -175,8 +178,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes; tail: slots
-    from the end of a head that the next token may write to (quantized caches)."""
+    """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes;
+    tail: slots from the end of a head that the next token may write to (quantized caches)."""
 
     rewrites: bool = False
     tail: int = 0
@@ -202,9 +205,9 @@ class SlotPlanner:
         self, held: Sequence[Held], shares: list[np.ndarray], segments: Sequence[Segment | None],
         totals: Sequence[int], renew: Sequence[bool] | None = None,
     ) -> StepPlan:  # fmt: skip
-        """One step. shares: what each head keeps of its layer's budget after a ragged eviction, -1: an equal part (another list
-        once that changes); totals: each row's tokens once its prompt is through; renew: rows whose ranks are made anew
-        (contiguous positions)."""
+        """One step. shares: what each head keeps of its layer's budget after a ragged eviction, -1: an equal part
+        (another list once that changes); totals: each row's tokens once its prompt is through; renew: rows whose ranks
+        are made again (contiguous positions)."""
         new = np.array([s.length if s is not None else 0 for s in segments], dtype=np.int64)
         prompts = np.array([self._is_ragged(s) for s in segments]) & (new > 0)
         anew = False if renew is None else np.array(renew)[None, :, None]
@@ -242,7 +245,7 @@ class SlotPlanner:
             wanted = head_budgets(self.policy, segment, totals[row], self._heads)
             for (c, i), heads in zip(self._places, wanted, strict=True):
                 keeps[c][i, row] = np.minimum(heads, UNLIMITED)
-        # Heads go on with what they were dealt, but for another prompt, which deals anew.
+        # Heads go on with what they were dealt, but for another prompt, which deals again.
         goes_on = np.array([not self._is_ragged(s) for s in segments])[None, :, None]
         found = []
         for keep, share, windows in zip(keeps, shares, self._windows, strict=True):

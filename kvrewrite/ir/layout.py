@@ -1,7 +1,8 @@
-"""What the runtime must know of a rewritten graph, above all its inputs: what each is for, its shape and dtype, and whether the
-graph writes to it. Each placeholder of the graph carries its `InputSpec` (`spec_of`).
+"""What the runtime must know of a rewritten graph, above all its inputs: what each is for, its shape and dtype, and
+whether the graph writes to it. Each placeholder of the graph carries its `InputSpec` (`spec_of`).
 
-A shape has numbers and letters. A letter is a size that may differ from call to call; it is the same size wherever it stands.
+A shape has numbers and letters. A letter is a size that may differ from call to call; it is the same size wherever it
+stands.
 
     B   rows                                     P0, P1, ...   pages in the pools of a cache class
     T   new tokens                               W0, W1, ...   pages that a page table of the class has room for
@@ -38,9 +39,9 @@ PoolShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class InputSpec:
     """One input of a rewritten graph.
 
-    part: what it is, without the number of its class or rotation ("k_pages" of "k_pages_1"). kind: "layers" are tensors that
-    all layers of a cache class share, each its own `input[layer]`. cls: the cache class that it belongs to, if it belongs to
-    one; rotation: the same for tables of cos and sin. written: whether the graph writes to it.
+    part: what it is, without the number of its class or rotation ("k_pages" of "k_pages_1"). kind: "layers" are tensors
+    that all layers of a cache class share, each its own `input[layer]`. cls: the cache class that it belongs to, if it
+    belongs to one; rotation: the same for tables of cos and sin. written: whether the graph writes to it.
     """
 
     name: str
@@ -77,8 +78,8 @@ class CacheClass:
 
 @dataclass
 class State:
-    """A tensor (B, *shape), or (B, S, *shape), that a cache carries besides its slots; `fill` at first. slots: it holds slots
-    of the cache, which are counted with the others; carried: it stands for a layer without attention."""
+    """A tensor (B, *shape), or (B, S, *shape), that a cache carries besides its slots; `fill` at first. slots: it holds
+    slots of the cache, which are counted with the others; carried: it stands for a layer without attention."""
 
     name: str
     shape: list[int]
@@ -156,8 +157,8 @@ class Devices:
 
 @dataclass
 class CacheLayout:
-    """What the runtime must know of a program. inputs: those of the graph, in order. rewrites_slots: whether scores of cached
-    slots change while nothing is evicted. devices: of a model on several."""
+    """What the runtime must know of a program. inputs: those of the graph, in order. rewrites_slots: whether scores of
+    cached slots change while nothing is evicted. devices: of a model on several."""
 
     classes: list[CacheClass] = field(default_factory=list)
     contiguous: bool = False
@@ -195,7 +196,8 @@ class CacheLayout:
 
 
 def pool_shapes(k_dim: int, v_dim: int, dtype: torch.dtype, scheme: Scheme | None) -> PoolShapes:
-    """What a page has in each pool, in the order in which ops take pools. scheme: how keys and values are quantized, or None."""
+    """What a page has in each pool, in the order in which ops take pools. scheme: how keys and values are quantized, or
+    None."""
     if scheme is None:
         shapes: PoolShapes = {"k_pages": ((PAGE, k_dim), dtype), "v_pages": ((PAGE, v_dim), dtype)}
     else:
@@ -224,7 +226,8 @@ def call_inputs(contiguous: bool, row_inputs: Iterable[str]) -> list[InputSpec]:
 
 
 def class_inputs(cls: int, spec: CacheClass, pools: PoolShapes, ragged: bool) -> list[InputSpec]:
-    """The cache of one class: its pools, and what each of its layers has. ragged: heads' pages are dealt by an update."""
+    """The cache of one class: its pools, and what each of its layers has. ragged: heads' pages are dealt by an
+    update."""
 
     def of(part: str, kind: Kind, dtype: torch.dtype, shape: tuple[int | str, ...], written: bool) -> InputSpec:
         return InputSpec(f"{part}_{cls}", part, kind, dtype, shape, cls, written=written)
@@ -243,7 +246,8 @@ def class_inputs(cls: int, spec: CacheClass, pools: PoolShapes, ragged: bool) ->
 
 
 def dense_inputs(cls: int, spec: CacheClass, dtype: torch.dtype) -> list[InputSpec]:
-    """A class's slots as one tensor each of keys, of values and of whether they are alive, where these are read instead."""
+    """A class's slots as one tensor each of keys, of values and of whether they are alive, where these are read
+    instead."""
     layers, slots = len(spec.layers), f"C{cls}"
     parts: list[tuple[str, torch.dtype, tuple[int | str, ...]]] = [
         ("k_slots", dtype, (layers, "B", spec.kv_heads, slots, spec.k_dim)),
@@ -290,7 +294,7 @@ class InputMaker:
         self._sizes = NamedSizes(self._mode, {"B": tokens.shape[0], "T": tokens.shape[1]})
 
     def __call__(self, spec: InputSpec) -> fx.Node:
-        """The input of this name, which is added behind the others if there is none."""
+        """The input of this name, which is added after the others if there is none."""
         inputs = [n for n in self._graph.nodes if n.op == "placeholder"]
         node = next((n for n in inputs if n.target == spec.name), None)
         if node is None:

@@ -35,14 +35,14 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """`cached_attention` of all heads on a latent cache: [live slots] + [the new tokens, causal].
 
-    q: (B, H, T, n + P), head h's own queries; k: (B, 1, T, R + P), the new tokens' latents and shared keys. up_k, up_v: (N, R)
-    weights that project a latent to keys (n) and values (Dv); rows: [H, R, start, stride, n, start, stride, Dv], where head h
-    has rows [start + h * stride, + n or Dv) of up_k and of up_v. k_pages (pages, PAGE, R + P), v_pages (pages, PAGE, 0), the
-    rest as in `cached_attention`. Returns out (B, H, T, Dv), in memory (B, T, H, Dv), and the natural log-sum-exp (B, H, T)
-    fp32.
+    q: (B, H, T, n + P), head h's own queries; k: (B, 1, T, R + P), the new tokens' latents and shared keys. up_k, up_v:
+    (N, R) weights that project a latent to keys (n) and values (Dv); rows: [H, R, start, stride, n, start, stride, Dv],
+    where head h has rows [start + h * stride, + n or Dv) of up_k and of up_v. k_pages (pages, PAGE, R + P), v_pages
+    (pages, PAGE, 0), the rest as in `cached_attention`. Returns out (B, H, T, Dv), in memory (B, T, H, Dv), and the
+    natural log-sum-exp (B, H, T) fp32.
 
-    It runs absorbed (queries against the latents, W_uv behind) or expands keys and values of the cache first, whichever takes
-    fewer multiplications; a single token is always absorbed.
+    It runs absorbed (queries against the latents, then W_uv) or expands keys and values of the cache first, whichever
+    takes fewer multiplications; a single token is always absorbed.
     """
     heads, rank, n, dv = rows[0], rows[1], rows[4], rows[7]
     w_k, w_v = reference.head_rows(up_k, heads, *rows[2:5]), reference.head_rows(up_v, heads, *rows[5:])

@@ -18,11 +18,11 @@ def slot_rotary(
 ) -> Tensor:
     """Rotary positions of cached keys (B, Hkv, C) int64 in contiguous mode; dead slots get 0.
 
-    Rows with renew (B,) bool are ranked anew first, in place: the newest live slot of each head gets following - 1, the
-    one before it following - 2, and so on; following: (B,) int64, the rotary position of the row's next token. With equal
-    lengths that is 0..len-1 and queries from len on, as Locret's and StreamingLLM's code have it; heads that keep fewer
-    are aligned at their end, which is the same thing because RoPE depends on differences only. span: an empty tensor (0, N);
-    every position in the text is below N.
+    Rows with renew (B,) bool are ranked again first, in place: the newest live slot of each head gets following - 1,
+    the one before it following - 2, and so on; following: (B,) int64, the rotary position of the row's next token. With
+    equal lengths that is 0..len-1 and queries from len on, as Locret's and StreamingLLM's code have it; heads that keep
+    fewer are aligned at their end, which is the same thing because RoPE depends on differences only. span: an empty
+    tensor (0, N); every position in the text is below N.
     """
     if fused("slot_rotary", pos_pages.new_empty(0, dtype=torch.float32), "no span was given" if span is None else None):
         from kvrewrite.kernels.rotary import ranks
@@ -50,7 +50,8 @@ def _(pos_pages, table, lens, following, renew, span):  # type: ignore[no-untype
 def slot_rotary_layers(
     pos_pages: Tensor, tables: Tensor, lens: Tensor, layers: int, following: Tensor, renew: Tensor, span: Tensor | None
 ) -> Tensor:
-    """`slot_rotary` of all layers that share a pool: tables (layers, B, Hkv, P), lens (layers, B, Hkv) -> (layers, B, Hkv, C)."""
+    """`slot_rotary` of all layers that share a pool: tables (layers, B, Hkv, P), lens (layers, B, Hkv) -> (layers, B,
+    Hkv, C)."""
     flat = (tables.flatten(0, 1), lens.reshape(-1, lens.shape[2]), following.repeat(layers), renew.repeat(layers))
     # Lengths lie layer by layer in no order of their dims, which elementwise ops would hand on.
     return torch.ops.kvrewrite.slot_rotary(pos_pages, *flat, span).unflatten(0, (layers, -1)).contiguous()
@@ -65,8 +66,9 @@ def _(pos_pages, tables, lens, layers, following, renew, span):  # type: ignore[
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tensor) -> Tensor:
     """RoPE in the form that every variant has: y = cos[p] * x + sin[p] * x[partner], channel by channel.
 
-    x: (B, Hkv, C, D); cos, sin: (N, D) by position (signs and scaling factors inside; cos = 1 and sin = 0 for channels that
-    are not rotated); positions: (B, Hkv, C) int64 < N; partner: (D,) int64, the other channel of each channel's pair.
+    x: (B, Hkv, C, D); cos, sin: (N, D) by position (signs and scaling factors inside; cos = 1 and sin = 0 for channels
+    that are not rotated); positions: (B, Hkv, C) int64 < N; partner: (D,) int64, the other channel of each channel's
+    pair.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     turned = x.to(wide) * cos[positions].to(wide) + x[..., partner].to(wide) * sin[positions].to(wide)
@@ -89,7 +91,8 @@ def read_rotated(
     partner: Tensor,
     half: int,
 ) -> Tensor:
-    """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel: zeros).
+    """`rotate(read_pages(k_pages, table), ...)` in one go: (B, Hkv, C, D). Dead slots may hold anything (kernel:
+    zeros).
 
     half: h where the partners of channels 0..h-1 are h..2h-1 and no other channel is rotated, which is faster; else 0.
     """
@@ -108,7 +111,8 @@ def _(k_pages, table, lens, cos, sin, positions, partner, half):  # type: ignore
 
 
 def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """RoPE of tokens x (B, H, T, D) whose channels' partners are half a head away; cos, sin: (B, T, D), or None: x itself."""
+    """RoPE of tokens x (B, H, T, D) whose channels' partners are half a head away; cos, sin: (B, T, D), or None: x
+    itself."""
     if cos is None or sin is None:
         return x
     low, high = x.chunk(2, dim=-1)
@@ -117,8 +121,8 @@ def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("kvrewrite::turn_both", mutates_args=())
 def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`turn` of queries (B, H, T, D) and keys (B, Hkv, T, D) of any number of tokens; cos, sin: (B or 1, T, D). In memory both
-    results are (B, T, heads, D)."""
+    """`turn` of queries (B, H, T, D) and keys (B, Hkv, T, D) of any number of tokens; cos, sin: (B or 1, T, D). In
+    memory both results are (B, T, heads, D)."""
     if fused("turn_both", q):
         from kvrewrite.kernels.rotary.rope import turn_both as kernel
 
@@ -145,8 +149,8 @@ def settle_keys(
 ) -> None:
     """Rotates the cached keys of a layer in place by their stored rotary positions, or takes that rotation back.
 
-    Contiguous positions: once ranks are frozen, keys can lie rotated, so that decoding reads them as they are. cos, sin:
-    (N, D) by position; N reaches beyond every stored position.
+    Contiguous positions: once ranks are frozen, keys can lie rotated, so that decoding reads them as they are. cos,
+    sin: (N, D) by position; N reaches beyond every stored position.
     """
     if fused("settle_keys", k_pages):
         from kvrewrite.kernels.rotary import rotate_cached_keys as kernel

@@ -76,7 +76,7 @@ def _(scores, among):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("kvrewrite::pool_window", mutates_args=())
 def pool_window(mass: Tensor, valid: Tensor, window: int, kernel: int, largest: bool) -> Tensor:
-    """Pools (B, Hkv, T) over neighbours among the tokens in front of each row's last `window` valid ones."""
+    """Pools (B, Hkv, T) over neighbours among the tokens before each row's last `window` valid ones."""
     return reference.pool_window(mass, valid, window, kernel, largest)
 
 
@@ -112,7 +112,8 @@ def _(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> 
 
 @torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))
 def surprisal(logits: Tensor, ids: Tensor, valid: Tensor, last: Tensor, positions: Tensor) -> Tensor:
-    """Minus the log probability of each new token (B, T) fp32; last (B, V) fp32: the logits in front of the first, renewed."""
+    """Minus the log probability of each new token (B, T) fp32; last (B, V) fp32: the logits before the first,
+    renewed."""
     return reference.surprisal(logits, ids, valid, last, positions[:, 0] > 0)
 
 
@@ -125,8 +126,8 @@ def _(logits, ids, valid, last, positions):  # type: ignore[no-untyped-def]
 def gate(
     q: Tensor, k: Tensor, v: Tensor, k_state: Tensor, v_state: Tensor, positions: Tensor, valid: Tensor, heads: int
 ) -> Tensor:
-    """An Attention-Gate's own causal attention over all tokens so far, (B, T, heads * d) fp32; appends k and v to its state
-    (B, capacity, heads * d) at positions (B, T)."""
+    """An Attention-Gate's own causal attention over all tokens so far, (B, T, heads * d) fp32; appends k and v to its
+    state (B, capacity, heads * d) at positions (B, T)."""
     return reference.gate(q, k, v, k_state, v_state, positions[:, 0], valid, heads)
 
 
@@ -137,7 +138,8 @@ def _(q, k, v, k_state, v_state, positions, valid, heads):  # type: ignore[no-un
 
 @torch.library.custom_op("kvrewrite::sink_gate", mutates_args=())
 def sink_gate(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, k_base: Tensor, bias: Tensor) -> Tensor:
-    """Fast KVzip's scores (B, Hkv, T) fp32 of tokens whose gates project to q and k. See kernels/scores/reference.py."""
+    """Fast KVzip's scores (B, Hkv, T) fp32 of tokens whose gates project to q and k. See
+    kernels/scores/reference.py."""
     return reference.sink_gate(q, k, q_norm, k_norm, k_base, bias)
 
 
@@ -157,11 +159,11 @@ def kept_above(
     window: int,
     chunk: int,
 ) -> Tensor:
-    """How many slots of each head stay (B, Hkv) int32: those that score `threshold` or more and the `recent` (B,) newest, at
-    most `keep` (B, Hkv) int32.
+    """How many slots of each head stay (B, Hkv) int32: those that score `threshold` or more and the `recent` (B,)
+    newest, at most `keep` (B, Hkv) int32.
 
-    scores, places (B, Hkv, N): of all slots, places as `slot_positions` gives them. Slots that no later query sees through
-    `window` or `chunk` do not count. Rows whose `evicts` (B,) is 0 lose nothing.
+    scores, places (B, Hkv, N): of all slots, places as `slot_positions` gives them. Slots that no later query sees
+    through `window` or `chunk` do not count. Rows whose `evicts` (B,) is 0 lose nothing.
     """
     return reference.kept_above(scores, places, recent, keep, evicts, threshold, window, chunk)
 
@@ -175,11 +177,12 @@ def _(scores, places, recent, keep, evicts, threshold, window, chunk):  # type: 
 def share_layers(
     scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
 ) -> list[Tensor]:
-    """How many slots each head of each layer keeps, (B, Hkv) int32 a layer, where all heads of all layers share one budget.
+    """How many slots each head of each layer keeps, (B, Hkv) int32 a layer, where all heads of all layers share one
+    budget.
 
-    scores, places: a (B, Hkv, N) of each layer, all its slots; keep: a (B, Hkv) int32 of each layer, whose sum is what a
-    row keeps. Positions below `sinks` and the `recent` (B,) newest slots of each head count as best; of equal scores those
-    of the lower layer and head stay. A device is asked once whether anything goes.
+    scores, places: a (B, Hkv, N) of each layer, all its slots; keep: a (B, Hkv) int32 of each layer, whose sum is what
+    a row keeps. Positions below `sinks` and the `recent` (B,) newest slots of each head count as best; of equal scores
+    those of the lower layer and head stay. A device is asked once whether anything goes.
     """
     return reference.share_layers(scores, places, keep, recent, sinks)
 

@@ -1,8 +1,8 @@
 """The operators of layers that carry a state besides keys and values: a window of inputs, or a linear recurrence.
 
-`with_past`, `decayed_sum` and `linear_scan` are what canonical graphs have: they see a whole sequence, begin with nothing, and
-gradients go through them. `cached_past`, `cached_sum` and `cached_scan` take their place once the state is an input, and renew
-it in place.
+`with_past`, `decayed_sum` and `linear_scan` are what canonical graphs have: they see a whole sequence, begin with
+nothing, and gradients go through them. `cached_past`, `cached_sum` and `cached_scan` take their place once the state is
+an input, and renew it in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _library.define("with_past(Tensor x, int count, int dim) -> Tensor")
 
 
 def _with_past(x: Tensor, count: int, dim: int) -> Tensor:
-    """x with `count` tokens of zeros in front, along `dim`."""
+    """x with `count` tokens of zeros before it, along `dim`."""
     shape = list(x.shape)
     shape[dim] = count
     return torch.cat([x.new_zeros(shape), x], dim)
@@ -95,8 +95,8 @@ linear_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
 def cached_past(x: Tensor, past: Tensor, valid: Tensor, dim: int) -> Tensor:
     """[past, x] along `dim`, and `past` becomes the last inputs of each row.
 
-    x: (B, ...) with T new tokens along `dim`, of which the first valid (B,) int32 of each row are real; past: the same with the
-    last n tokens, zeros at first.
+    x: (B, ...) with T new tokens along `dim`, of which the first valid (B,) int32 of each row are real; past: the same
+    with the last n tokens, zeros at first.
     """
     return reference.with_past(x, past, valid, dim)
 

@@ -33,8 +33,8 @@ def cache_update(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, r
     """Appends the valid new tokens and keeps, in every head, the `keep` slots of highest score.
 
     Protected: positions below `protected_first` and the `recent` newest slots of each head. Of equal scores the earlier
-    position stays. NaN scores count as the lowest. Afterwards slots [0, lens) of each head are live. A latent cache has no
-    values beside its keys: v (B, 1, T, 0), v_pages (pages, PAGE, 0).
+    position stays. NaN scores count as the lowest. Afterwards slots [0, lens) of each head are live. A latent cache has
+    no values beside its keys: v (B, 1, T, 0), v_pages (pages, PAGE, 0).
     """
     why = "merging" if ragged.threshold is not None else why_not_latent(cache.v_pages.shape[-1])
     if fused("cache_update", new.k, why):
@@ -67,15 +67,16 @@ token_update_op = define(
 def token_update(
     new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, preceding: Preceding, ranks: bool
 ) -> None:
-    """`cache_update` of one new token per row (T = 1), of heads that neither share budgets nor merge, and what precedes it.
+    """`cache_update` of one new token per row (T = 1), of heads that neither share budgets nor merge, and what precedes
+    it.
 
     head: (Hkv, W), contiguous: then scores (B, 1, W) is the hidden layer of a retaining head, whose scores are
-    act(scores) head^T; activation: one of ops.linear.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is cached
-    rotated by `turn`.
+    act(scores) head^T; activation: one of ops.linear.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is
+    cached rotated by `turn`.
 
-    ranks: the second position of a slot says how many live slots of its head are newer: it is that of the newest token of the
-    text, `positions`, minus their number. New tokens come with rotary = positions. When a slot goes, those that are older come
-    one nearer, and all do when a new token does not enter.
+    ranks: the second position of a slot says how many live slots of its head are newer: it is that of the newest token
+    of the text, `positions`, minus their number. New tokens come with rotary = positions. When a slot goes, those that
+    are older come one nearer, and all do when a new token does not enter.
     """
     if fused("token_update", new.k, why_not_latent(cache.v_pages.shape[-1])):
         from kvrewrite.kernels.update.decode import decode_update
@@ -88,7 +89,7 @@ def token_update(
         scores = linear(ACTIVATIONS[activation](scores), head).transpose(1, 2).to(torch.float32)
     cache_update(new._replace(k=turn(new.k, cos, sin), new_scores=scores), rows, cache, eviction)
     if ranks:
-        # Made anew for all slots: a head's newest one has the position of the newest token.
+        # Computed again for all slots: a head's newest one has the position of the newest token.
         following, renew = rows.positions[:, 0] + 1, rows.valid > 0
         torch.ops.kvrewrite.slot_rotary(cache.pos_pages, cache.table, cache.lens, following, renew, None)
 

@@ -1,9 +1,9 @@
 """Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay a token.
 
-A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and positions
-are buffers on the device that a request is bound to, so that a new request replays what another one captured. What a policy
-remembers besides lies in such buffers, too, while its request is bound. A step is captured anew when a pool had to grow (its
-memory moved), a table became wider, or the text longer than it has room for.
+A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and
+positions are buffers on the device that a request is bound to, so that a new request replays what another one captured.
+What a policy remembers besides lies in such buffers, too, while its request is bound. A step is captured again when a
+pool had to grow (its memory moved), a table became wider, or the text longer than it has room for.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ class _Step:
 
 @dataclass
 class _Ahead:
-    """The next token of a cache, planned while the device was at work on the one before. Its row numbers are on the device.
+    """The next token of a cache, planned while the device was at work on the one before. Its row numbers are on the
+    device.
 
     version: the cache's, then; next_rotary: what the cache's becomes, or None.
     """
@@ -195,8 +196,8 @@ class _Ahead:
 
 
 class DecodeRunner:
-    """Decode steps of one model, by batch size. gm: its graph, before `lower_decode`; capture: into CUDA graphs; captures counts
-    them."""
+    """Decode steps of one model, by batch size. gm: its graph, before `lower_decode`; capture: into CUDA graphs;
+    captures counts them."""
 
     def __init__(
         self,
@@ -241,7 +242,8 @@ class DecodeRunner:
         return self._launch(step, ids, cache, plan, next_rotary)
 
     def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
-        """The numbers of each row for the next token. Returns the positions that newcomers get, where they are made anew."""
+        """The numbers of each row for the next token. Returns the positions of the new tokens, where they are made
+        again."""
         contiguous = self.model.program.layout.contiguous
         anew = contiguous and not self.rotates_keys
         following = list(cache.length) if anew else cache.next_rotary
@@ -287,7 +289,8 @@ class DecodeRunner:
         return self._launch(ahead.step, ids, cache, ahead.plan, ahead.next_rotary)
 
     def _make(self, cache: EvictionCache, plan: StepPlan) -> _Step:
-        """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds it."""
+        """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds
+        it."""
         widths = []
         for lease, part in zip(cache.leases, plan.classes):
             held = int(lease.bound.max())
@@ -332,8 +335,8 @@ class DecodeRunner:
             self.release()
 
     def release(self) -> None:
-        """Gives the bound cache its lengths and states back. It is bound until it has them all: the step of another cache for
-        which this is done may be interrupted."""
+        """Gives the bound cache its lengths and states back. It is bound until it has them all: the step of another
+        cache for which this is done may be interrupted."""
         cache = None if self._bound is None else self._bound()
         if cache is None or not self._is_bound(cache):  # gone, or reset
             self._bound = None

@@ -5,8 +5,8 @@ inputs (pages, page tables, lengths), which it changes in place; planning and le
 `export_steps` exports that graph twice, for several tokens and for one, and `ExportedSteps.attach` runs a model through
 them, which is also how they are tested.
 
-A saved .pt2 file is executable content: torch.export.load falls back to unpickling what it does not know. So `load_steps`
-reads one only when it is told to trust it and its hash is that of the list beside it.
+A saved .pt2 file is executable content: torch.export.load falls back to unpickling what it does not know. So
+`load_steps` reads one only when it is told to trust it and its hash is that of the list beside it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LISTING = "steps.json"
 class Steps(ABC):
     """A model's graph in two programs: `prefill` (B, T > 1) and `decode` (B, 1).
 
-    inputs: what they take, in this order; "moving": the dimensions that may have other sizes than the example. Both return
-    the logits (B, 1, vocabulary) of the column that `logit_index` names, and write to the cache's tensors.
+    inputs: what they take, in this order; "moving": the dimensions that may have other sizes than the example. Both
+    return the logits (B, 1, vocabulary) of the column that `logit_index` names, and write to the cache's tensors.
     """
 
     inputs: dict[str, list[dict[str, Any]]]
@@ -103,7 +103,8 @@ class ExportedSteps(Steps):
 
     @contextmanager
     def attach(self, model: RewrittenModel) -> Iterator[RewrittenModel]:
-        """Inside, `model` runs these programs instead of its own graph: `with steps.attach(model): model.generate(...)`."""
+        """Inside, `model` runs these programs instead of its own graph: `with steps.attach(model):
+        model.generate(...)`."""
         if model.program.policy != self.policy:
             raise InputError(f"the steps are of {self.policy}, the model of {model.program.policy}")
         if model.__dict__["_compile_options"] is not None:
@@ -160,8 +161,8 @@ def load_steps(directory: str | Path, *, trust_compiled: bool = False) -> Export
 def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps:
     """Exports the steps of a rewritten model.
 
-    batch_size: 1, or at least 2 for any number of rows from 2 on (one row is a case of its own to torch.export). Prompts of
-    any length, caches of any size. Raises CaptureError where torch.export can't.
+    batch_size: 1, or at least 2 for any number of rows from 2 on (one row is a case of its own to torch.export).
+    Prompts of any length, caches of any size. Raises CaptureError where torch.export can't.
     """
     if not hasattr(model, "program"):
         raise InputError(
@@ -180,7 +181,8 @@ def export_steps(model: RewrittenModel, *, batch_size: int = 1) -> ExportedSteps
 
 
 def _record(model: RewrittenModel, rows: int) -> dict[str, dict[str, Tensor]]:
-    """The inputs of the segment of a prompt with the largest page table, and of the token behind it, as before the step."""
+    """The inputs of the segment of a prompt with the largest page table, and of the token after it, as before the
+    step."""
     limit = (model.program.max_positions or 2 * LENGTH) - 1
     length = LENGTH if limit > LENGTH else limit - limit // 3
     if model.policy.name == "full" and isinstance(model.policy.budget, int):

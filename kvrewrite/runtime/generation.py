@@ -1,4 +1,5 @@
-"""What transformers' `generate` asks of a rewritten model: a cache, the inputs of a token, and refusals of what it can't do."""
+"""What transformers' `generate` asks of a rewritten model: a cache, the inputs of a token, and refusals of what it
+can't do."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class _Ending(StoppingCriteriaList):
 
 
 def drop_unsupported(own: GenerationConfig) -> None:
-    """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a word."""
+    """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a
+    word."""
     for name, off in (
         ("cache_implementation", None), ("prompt_lookup_num_tokens", None), ("output_attentions", False),
         ("output_hidden_states", False),
@@ -81,13 +83,13 @@ class Generation(GenerationMixin):
         """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
 
     def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with every
-        version of transformers, which renamed it.
+        """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with
+        every version of transformers, which renamed it.
 
         A cache that has seen tokens wants the whole text, which must begin with them, or the new ids alone with an
-        attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams, several
-        sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have ended pause: what
-        fills them up does not go into the cache.
+        attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams,
+        several sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have
+        ended pause: what fills them up does not go into the cache.
         """
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
@@ -104,7 +106,8 @@ class Generation(GenerationMixin):
 
     @staticmethod
     def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:
-        """Refuses a text that does not go on from what the cache holds. (Other faults are found where there is no cache, too.)"""
+        """Refuses a text that does not go on from what the cache holds. (Other faults are found where there is no
+        cache, too.)"""
         if not cache.columns or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] % cache.batch_size:
             return
         width = ids.shape[1]
@@ -166,7 +169,8 @@ class Generation(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing else."""
+        """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing
+        else."""
         if generated and next_sequence_length == 1:
             cache: EvictionCache = kwargs[CACHE_NAME]
             cache.history.follow(input_ids, cache.columns)
@@ -182,8 +186,8 @@ class Generation(GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Called by `generate` behind every step. Every column from here on is a real token of every row and the cache counts
-        positions, so masks and positions that grow with the text have served."""
+        """Called by `generate` after every step. Every column from here on is a real token of every row and the cache
+        counts positions, so masks and positions that grow with the text have served."""
         cache = model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
         if not model_kwargs.get("generated"):
             cache.end_prompt()

@@ -1,4 +1,4 @@
-"""The rewritten model: a program and its parameters behind the interface of a transformers causal LM."""
+"""The rewritten model: a program and its parameters with the interface of a transformers causal LM."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def _unpickled(cls: type[RewrittenModel], program: dict[str, Any], rest: dict[st
 class RewrittenModel(nn.Module, Generation):
     """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
 
-    Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts of
-    any length are cut into the policy's segments inside. Rows may be padded anywhere. Threads may share a model: its steps run
-    one after another.
+    Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts
+    of any length are cut into the policy's segments inside. Rows may be padded anywhere. Threads may share a model: its
+    steps run one after another.
     """
 
     adapters: AdapterWatch | None
@@ -132,7 +132,8 @@ class RewrittenModel(nn.Module, Generation):
 
     @exclusive
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
-        """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made for."""
+        """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made
+        for."""
         twin = memo[id(self)] = object.__new__(type(self))
         kept = {name: value for name, value in self.__dict__.items() if name not in RUNTIME}
         twin.__dict__.update(copy.deepcopy(kept, memo), **dict.fromkeys(RUNTIME))
@@ -150,7 +151,8 @@ class RewrittenModel(nn.Module, Generation):
         return next(self.graph_module.parameters()).device
 
     def _note_gpu(self) -> None:
-        """Remembers the number of the model's GPU, if it has one: looking the device up takes microseconds at every token."""
+        """Remembers the number of the model's GPU, if it has one: looking the device up takes microseconds at every
+        token."""
         device = self.device
         self.__dict__["_gpu"] = device.index if device.type == "cuda" else None
 
@@ -185,8 +187,8 @@ class RewrittenModel(nn.Module, Generation):
         return sum(x.numel() * x.element_size() for x in held)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma) put on
-        them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
+        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma)
+        put on them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
         for node in self.graph_module.graph.nodes:
             if node.target is not torch.ops.aten.embedding.default:
                 continue
@@ -245,14 +247,15 @@ class RewrittenModel(nn.Module, Generation):
     # -- compile -------------------------------------------------------------------------------------------------
     @exclusive
     def compile(self, *, static_decode: bool | None = None, **kwargs: Any) -> None:  # type: ignore[override]
-        """Compiles the model with torch.compile (options as there); layers that repeat are compiled once. Planning and caches
-        stay in Python.
+        """Compiles the model with torch.compile (options as there); layers that repeat are compiled once. Planning and
+        caches stay in Python.
 
-        static_decode: single tokens run from static buffers, on CUDA as one captured graph a step; default: on CUDA. Caches
-        made from then on lease pages from pools that belong to the model, so that new requests replay what was captured, also
-        the chunks of a prompt without logits that have the same shape (`kvrewrite/runtime/prompt_graph.py`).
-        A policy for which that is not possible decodes through compiled parts instead, and a warning says why. Locret's heads
-        are folded into one linear layer of the hidden states; compile again after a change of weights.
+        static_decode: single tokens run from static buffers, on CUDA as one captured graph a step; default: on CUDA.
+        Caches made from then on lease pages from pools that belong to the model, so that new requests replay what was
+        captured, also the chunks of a prompt without logits that have the same shape
+        (`kvrewrite/runtime/prompt_graph.py`). A policy for which that is not possible decodes through compiled parts
+        instead, and a warning says why. Locret's heads are folded into one linear layer of the hidden states; compile
+        again after a change of weights.
         """
         if not self.on_one_device:
             raise InputError(
@@ -281,8 +284,8 @@ class RewrittenModel(nn.Module, Generation):
 
     @exclusive
     def uncompile(self) -> None:
-        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools are dropped
-        with the last cache that uses them."""
+        """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools
+        are dropped with the last cache that uses them."""
         decoder: DecodeRunner | None = self.__dict__.get("_decoder")
         if decoder is not None:
             decoder.release()
@@ -301,7 +304,8 @@ class RewrittenModel(nn.Module, Generation):
         return found
 
     def shared_stores(self) -> list[PageStore] | None:
-        """The pools that this model's caches lease from, one for each cache class; None where each cache has its own."""
+        """The pools that this model's caches lease from, one for each cache class; None where each cache has its
+        own."""
         if self.decoder is None:
             return None
         if self.__dict__["_stores"] is None:
@@ -316,7 +320,8 @@ class RewrittenModel(nn.Module, Generation):
     # -- caches --------------------------------------------------------------------------------------------------
     @exclusive
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
-        """An empty cache for `batch_size` rows; max_length: tokens that a row will have in all, where RoPE depends on it."""
+        """An empty cache for `batch_size` rows; max_length: tokens that a row will have in all, where RoPE depends on
+        it."""
         return EvictionCache(self, batch_size, max_length=max_length)
 
     def prefill(
@@ -341,7 +346,7 @@ class RewrittenModel(nn.Module, Generation):
 
     def prompt_ids(self, context_ids: Tensor, question_ids: Tensor, *, bos_token_id: int | None = None) -> Tensor:
         """A prompt (B, T) from a context and a question about it (without special tokens), in the order that the policy
-        wants: the question last, and with locret_q in front, too, behind a BOS token that begins the context.
+        wants: the question last, and with locret_q also first, after a BOS token that begins the context.
 
         bos_token_id: default: the configuration's.
         """
@@ -409,15 +414,16 @@ class RewrittenModel(nn.Module, Generation):
     ) -> Any:
         """Runs new tokens through the model and its cache.
 
-        input_ids: (B, T) int64, rows padded anywhere according to attention_mask (B, past + T) or (B, T), 1 for real tokens. Its
-        past must be what the cache was given; columns in which a row paused (0 then) may be 1 at last, and go in before the new
-        ones. One token on a row that has some is decoding, more are a prompt.
-        position_ids are counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to
-        return logits for, 0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's
-        own logits (`generate` says so), so they are not looked at, which would stall a GPU at every token. labels: (B, T) int64,
-        -100 where none is wanted; the result has a `loss` then, the mean cross entropy of each label given the column before
-        it, its sum divided by num_items_in_batch if that is given. Returns logits (B, T or logits_to_keep, vocabulary), zero at
-        padding, and the cache. Logits are made before the eviction that follows their segment of the prompt.
+        input_ids: (B, T) int64, rows padded anywhere according to attention_mask (B, past + T) or (B, T), 1 for real
+        tokens. Its past must be what the cache was given; columns in which a row paused (0 then) may be 1 at last, and
+        go in before the new ones. One token on a row that has some is decoding, more are a prompt. position_ids are
+        counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to return logits for,
+        0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's own logits
+        (`generate` says so), so they are not looked at, which would stall a GPU at every token. labels: (B, T) int64,
+        -100 where none is wanted; the result has a `loss` then, the mean cross entropy of each label given the column
+        before it, its sum divided by num_items_in_batch if that is given. Returns logits (B, T or logits_to_keep,
+        vocabulary), zero at padding, and the cache. Logits are made before the eviction that follows their segment of
+        the prompt.
 
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
@@ -500,8 +506,8 @@ class RewrittenModel(nn.Module, Generation):
         self._check_pieces(tokens, cache)
 
     def _check_pieces(self, tokens: inputs.Tokens, cache: EvictionCache) -> None:
-        """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its budget.
-        (More of a prompt that fits the budget is right, because nothing goes.)"""
+        """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its
+        budget. (More of a prompt that fits the budget is right, because nothing goes.)"""
         if not self.policy.whole_prompt:
             return
         for row, n in enumerate(tokens.counts):
@@ -525,7 +531,8 @@ class RewrittenModel(nn.Module, Generation):
         return self.program.layout.owners
 
     def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
-        """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show it."""
+        """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show
+        it."""
         if self.__dict__["_told_scores"]:
             return
         for n, seen in zip(counts, cache.seen):
@@ -550,7 +557,8 @@ class RewrittenModel(nn.Module, Generation):
         return f"transform with chunk=1 (every token then sees what was kept before it), or {prefill}"
 
     def run_graph(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:
-        """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be None."""
+        """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be
+        None."""
         given = {name: given[name] for name in self.program.layout.input_names}
         execution: Execution | None = self.__dict__["_execution"]
         prefill = self.prefill_runner

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def dynamic_sizes() -> Iterator[None]:
-    """For torch.compile: sizes that happen to be equal (rows, kv heads, layers) are not one size to it, and there may be
-    as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
+    """For torch.compile: sizes that happen to be equal (rows, kv heads, layers) are not one size to it, and there may
+    be as many graphs as there are combinations of one and several (rows, tokens, logits, pages)."""
     from torch.fx.experimental import _config as symbolic
 
     limits = torch._dynamo.config.patch(recompile_limit=32)
@@ -49,10 +49,11 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 def record_graph(run: Callable[[], T], memory: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """What `run` launches on the current GPU as a CUDA graph, and what it returned. memory: the id of a pool to take memory from.
+    """What `run` launches on the current GPU as a CUDA graph, and what it returned. memory: the id of a pool to take
+    memory from.
 
-    On a stream of that GPU: torch's own default belongs to the GPU that was current at the first capture of the process, and
-    capturing there makes that one current.
+    On a stream of that GPU: torch's own default belongs to the GPU that was current at the first capture of the
+    process, and capturing there makes that one current.
     """
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
     with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
@@ -63,9 +64,9 @@ def record_graph(run: Callable[[], T], memory: Any = None) -> tuple[torch.cuda.C
 class Execution:
     """A program in parts. Called with the program's inputs by name; returns the logits.
 
-    compiler: makes a callable of a part's graph (`torch.compile` with its options), once for each distinct graph; None runs
-    them as they are. rows_move: whether numbers of rows and tokens are no constants to it. Values are dropped behind their last
-    reader.
+    compiler: makes a callable of a part's graph (`torch.compile` with its options), once for each distinct graph; None
+    runs them as they are. rows_move: whether numbers of rows and tokens are no constants to it. Values are dropped
+    after their last reader.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class Execution:
         self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None, logits: bool = True
     ) -> Tensor | None:
         """inputs: what the layout of the program names. layers: what each layer has of inputs that all share, where
-        that is there already. logits: whether they are wanted; without them the result is None, and nothing is computed that
-        only they need."""
+        that is there already. logits: whether they are wanted; without them the result is None, and nothing is computed
+        that only they need."""
         program = self.partition if logits else self.silent
         values: dict[str, Any] = {**inputs, **self._attributes}
         copies = {} if layers is not None else self._views(inputs)
@@ -127,8 +128,8 @@ class Execution:
     def _views(self, inputs: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
         """Each layer's part of the inputs that all layers share.
 
-        torch.compile gets copies (they are small): it guards the base of a view, and Inductor (2.13) takes the sizes of a view
-        that is written to for constants. What is written to is copied back.
+        torch.compile gets copies (they are small): it guards the base of a view, and Inductor (2.13) takes the sizes of
+        a view that is written to for constants. What is written to is copied back.
         """
         sources = dict.fromkeys(source for source, _ in self.partition.views.values())
         if not self._marks:

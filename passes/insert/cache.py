@@ -1,9 +1,9 @@
 """Turns attention over a whole sequence into attention over a bounded, paged cache that is an input of the graph.
 
 Requires the canonical graph with positions lifted, each attention node carrying its `AttentionSite`. Ensures that every
-site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it once,
-behind its last reader (so that at most one layer's new keys and values are alive), and that the logits are computed only
-where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
+site reads its cache with `cached_attention` (or `latent_attention`), that every owner of keys and values updates it
+once, after its last reader (so that at most one layer's new keys and values are alive), and that the logits are
+computed only where they are asked for. Runs last: graph matchers refuse to cross mutating ops.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def _read_cache(
 def _rate(
     gm: fx.GraphModule, sites: list[AttentionSite], policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared
 ) -> fx.Node:
-    """What layers that share one budget are worth, each behind its attention; returns a node behind all of them."""
+    """What layers that share one budget are worth, each after its attention; returns a node after all of them."""
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     ends = []
     for layer, cache in owners.items():
@@ -348,7 +348,7 @@ def _close_cache(
     gm: fx.GraphModule, site: AttentionSite, policy: Policy, inputs: dict[str, Any], cache: dict[str, Any],
     shared: _Shared, logits: fx.Node | None, last: fx.Node | None,
 ) -> fx.Node:  # fmt: skip
-    """Scores and updates one owner's cache behind its last reader, or behind `last` where scores need the logits or what
+    """Scores and updates one owner's cache after its last reader, or after `last` where scores need the logits or what
     all layers are worth."""
     q, k, v = (cache["readers"][0][name] for name in ("q", "k", "v"))
     waits = policy.after_logits or policy.shares_layers

@@ -1,9 +1,9 @@
 """Puts a rewritten graph on the devices of its parameters: layers on different devices, as accelerate dispatches them.
 
-Requires a graph behind `insert_cache` whose cache classes have devices, and the device of each parameter. Ensures that every
-op finds its tensors on one device: each parameter's own, and that of the layer's cache for ops that touch one. What crosses is
-copied once, in front of its first reader there; so transfers stand where the devices of the parameters change, and the logits
-come back to the device of the inputs. Caches and parameters are never copied.
+Requires a graph after `insert_cache` whose cache classes have devices, and the device of each parameter. Ensures that
+every op finds its tensors on one device: each parameter's own, and that of the layer's cache for ops that touch one.
+What crosses is copied once, before its first reader there; so transfers stand where the devices of the parameters
+change, and the logits come back to the device of the inputs. Caches and parameters are never copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEVICE = "kvrewrite_device"  # in a node's meta: where it runs (`execution.Stage
 
 
 def site_devices(gm: fx.GraphModule, devices: Mapping[str, str]) -> dict[int, str]:
-    """The device of each site of a canonical graph: that of the parameters read last in front of its attention."""
+    """The device of each site of a canonical graph: that of the parameters read last before its attention."""
     found: dict[int, str] = {}
     for node, device in _stages(gm, devices).items():
         if node.target is ops.attention.default:
@@ -34,7 +34,7 @@ def site_devices(gm: fx.GraphModule, devices: Mapping[str, str]) -> dict[int, st
 
 
 def _stages(gm: fx.GraphModule, devices: Mapping[str, str]) -> dict[fx.Node, str]:
-    """For every call the device of the parameters that it reads, or that calls in front of it read."""
+    """For every call the device of the parameters that it reads, or that calls before it read."""
     now = _first(gm, devices)
     found = {}
     for node in gm.graph.nodes:

@@ -18,9 +18,9 @@ _LOCAL = {
 def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int, whole: bool = False) -> None:
     """Makes the graph return logits only at `logit_index` (B, K): (B, K, vocabulary).
 
-    The hidden states are gathered in front of the vocabulary projection where it can be found behind local ops only: at
-    128K vocabulary entries the logits of a whole chunk would be larger than its cache. whole: something else needs all of
-    them, so they are gathered at the end.
+    The hidden states are gathered before the vocabulary projection if only local ops come after it: at 128K vocabulary
+    entries the logits of a whole chunk would be larger than its cache. whole: something else needs all of them, so they
+    are gathered at the end.
     """
     output = output_node(gm)
     node: fx.Node = output.args[0]  # type: ignore[assignment]

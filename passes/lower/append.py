@@ -1,9 +1,10 @@
-"""Lowering for single tokens that only join the cache: nothing goes, nothing is scored, the pools are read and not written.
+"""Lowering for single tokens that only join the cache: nothing goes, nothing is scored, the pools are read and not
+written.
 
-Requires a graph behind `insert_cache` of a policy with `rates_prompts_only`, with original positions and slots in full precision.
-Ensures the same logits up to rounding, and that the graph's results are (logits, the new tokens' keys of each cache class,
-their values): (B, 1, vocabulary) and (layers, B, Hkv, 1, D). Writing them down is the caller's, for all layers at once. What only
-scores needed is gone with the updates.
+Requires a graph after `insert_cache` of a policy with `rates_prompts_only`, with original positions and slots in full
+precision. Ensures the same logits up to rounding, and that the graph's results are (logits, the new tokens' keys of
+each cache class, their values): (B, 1, vocabulary) and (layers, B, Hkv, 1, D). Writing them down is the caller's, for
+all layers at once. What only scores needed is gone with the updates.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def _return_newcomers(gm: fx.GraphModule, classes: list[CacheClass]) -> None:
 
 
 def _attend_densely(gm: fx.GraphModule, classes: list[CacheClass]) -> None:
-    """Attention of one token on the live slots and on itself, the query heads of a group side by side as rows of one product.
+    """Attention of one token on the live slots and on itself, the query heads of a group side by side as rows of one
+    product.
 
     What dead slots hold is finite: zeros, or what was alive once. So a weight of 0 is enough to leave it out."""
     add, inputs = InputMaker(gm), {}

@@ -1,12 +1,13 @@
 """Fuses RMS norms into the linear layers that read them, in a graph that runs single tokens.
 
-Requires a graph behind `fuse_linears`. Ensures the same values up to the order of sums and the rounding of what is normalized
-(on the CPU the same bits), with
+Requires a graph after `fuse_linears`. Ensures the same values up to the order of sums and the rounding of what is
+normalized (on the CPU the same bits), with
 
     linears(g * to(x32 * rsqrt(mean(x32 ** 2) + eps)), ...)   as   kvrewrite.norm_linears(x, g, eps, ...)
 
-and kvrewrite.gated_linear as kvrewrite.norm_gated_linear, where x32 is x in fp32. So neither the norm nor what it makes costs a
-launch. A norm that something else reads, too, stays, and so do norms of another form (a gain of 1 + g, a mean taken off).
+and kvrewrite.gated_linear as kvrewrite.norm_gated_linear, where x32 is x in fp32. So neither the norm nor what it makes
+costs a launch. A norm that something else reads, too, stays, and so do norms of another form (a gain of 1 + g, a mean
+taken off).
 """
 
 from __future__ import annotations

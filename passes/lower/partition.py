@@ -1,9 +1,10 @@
 """Cuts a rewritten program at its attention sites, so that what repeats from layer to layer is compiled once.
 
-Requires a graph behind `insert_cache`. A part begins where a site first reads its cache and ends in front of the next one:
-attention, the eviction behind it, the rest of the layer and the projections of the next. In front stands a prologue, and
-the last part has the logits. Parts have no parameters of their own: those are inputs, as are views of the caches, so that
-layers that compute the same have graphs with the same fingerprint and share one `GraphModule`. Nodes keep their order.
+Requires a graph after `insert_cache`. A part begins where a site first reads its cache and ends before the next one:
+attention, the eviction after it, the rest of the layer and the projections of the next. Before them comes a prologue,
+and the last part has the logits. Parts have no parameters of their own: those are inputs, as are views of the caches,
+so that layers that compute the same have graphs with the same fingerprint and share one `GraphModule`. Nodes keep their
+order.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ aten = torch.ops.aten
 
 @dataclass
 class Part:
-    """One stretch of a program. inputs, outputs: names of values; outputs are made here and read by later parts. moving: for
-    each input the dimensions whose size may differ between calls."""
+    """One stretch of a program. inputs, outputs: names of values; outputs are made here and read by later parts.
+    moving: for each input the dimensions whose size may differ between calls."""
 
     graph: fx.GraphModule
     inputs: list[str]
     outputs: list[str]
     moving: list[tuple[int, ...]]
-    last_use: list[str] = field(default_factory=list)  # values that nothing needs behind this part
+    last_use: list[str] = field(default_factory=list)  # values that nothing needs after this part
 
 
 @dataclass
 class Partition:
-    """A program in parts. inputs: those of the graph by name. views: name of a view -> (graph input, layer), `input[layer]`.
-    attributes: names of parameters and buffers that parts read. result: the name of the logits, or None where nobody wants
-    them."""
+    """A program in parts. inputs: those of the graph by name. views: name of a view -> (graph input, layer),
+    `input[layer]`. attributes: names of parameters and buffers that parts read. result: the name of the logits, or None
+    where nobody wants them."""
 
     parts: list[Part]
     inputs: dict[str, InputSpec]
@@ -59,8 +60,8 @@ class Partition:
 
 
 def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
-    """Cuts a copy of the graph; `gm` stays as it is and keeps the parameters. rows_move: whether the numbers of rows and
-    tokens may differ from call to call; those of pages may."""
+    """Cuts a copy of the graph; `gm` stays as it is and keeps the parameters. rows_move: whether the numbers of rows
+    and tokens may differ from call to call; those of pages may."""
     passes = PassLog()
     views: dict[str, tuple[str, int]] = {}
     homes: dict[fx.Node, int] = {}  # node -> its part
@@ -99,8 +100,8 @@ def partition(gm: fx.GraphModule, rows_move: bool = True) -> Partition:
 
 
 def without_result(whole: Partition) -> Partition:
-    """The same program, but for what its last part computes for the logits alone: most often all but the update of the last
-    cache. Other parts are the same graphs, so that there is little more to compile."""
+    """The same program, but for what its last part computes for the logits alone: most often all but the update of the
+    last cache. Other parts are the same graphs, so that there is little more to compile."""
     last = whole.parts[-1]
     graph = fx.GraphModule({}, without_logits(last.graph).graph)
     inputs, moving = [], []
@@ -117,7 +118,8 @@ def without_result(whole: Partition) -> Partition:
 
 
 def _is_size_node(node: fx.Node) -> bool:
-    """Sizes are computed anew in each part that needs them, from tensors: an int between parts would be a constant to it."""
+    """Sizes are computed again in each part that needs them, from tensors: an int between parts would be a constant to
+    it."""
     return node.op == "call_function" and (node.target in SIZE_OPS or is_size(node))
 
 
@@ -130,7 +132,8 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _reads_cache(node: fx.Node) -> bool:
-    """Whether a part may begin here: at a site's first look at cached keys. (Stored scores are read behind attention.)"""
+    """Whether a part may begin here: at a site's first look at cached keys. (Stored scores are read after
+    attention.)"""
     if is_op(node, ops.read_pages.default):
         pool = arg(node, "pool")
         spec = spec_of(pool)
@@ -175,7 +178,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 
 def _extract(nodes: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-    """A graph of its own of `nodes`, and what stands behind its placeholders, in order of first use."""
+    """A graph of its own of `nodes`, and the nodes that its placeholders stand for, in order of first use."""
     graph = fx.Graph()
     own = set(nodes)
     inputs: list[fx.Node] = []
@@ -228,7 +231,7 @@ def _moving(node: fx.Node, rows_move: bool) -> tuple[int, ...]:
 
 
 def _note_last_uses(parts: list[Part], result: str | None) -> None:
-    """Says behind which part each value can be freed."""
+    """Says after which part each value can be freed."""
     seen = {result}
     for part in reversed(parts):
         for name in [*part.inputs, *part.outputs]:
