@@ -28,8 +28,8 @@ MIX = {
 
 
 def train_tokenizer(vocabulary: int) -> Tokenizer:
-    """Trains byte-level BPE on the filler's text and on the tasks' words and pairs of digits, often enough for one
-    token each."""
+    """Trains byte-level BPE on the filler's text and the tasks' words and pairs of digits, so that each becomes one
+    token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,8 +106,8 @@ def text_example(rng: random.Random, tokens: int, pieces: Pieces) -> Example:
 
 
 def task_example(rng: random.Random, task: str, tokens: int, pieces: Pieces) -> Example:
-    """Returns a task's context, then questions with replies that end with <eos>; one text in ten has a question
-    first."""
+    """Returns a task's context, then questions with replies that end with <eos>; one text in ten starts with a
+    question."""
     first = rng.random() < 0.1
     document = tasks.draft(
         task,
@@ -164,7 +164,7 @@ class Batch:
 
 
 def make_batch(rng: random.Random, stage: Stage, size: int, vocabulary: int, pieces: Pieces) -> Batch:
-    """Makes about `size` tokens of one length, with fixed R = size / 8 and X = size / 16, so that nothing is
+    """Makes about `size` tokens of one length; R = size / 8 and X = size / 16 are fixed, so that nothing is
     recompiled."""
     tokens = rng.choices([t for t, _ in stage.lengths], [s for _, s in stage.lengths])[0]
     rows, most = size // tokens, size // 8

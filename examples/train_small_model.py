@@ -78,8 +78,7 @@ def project(
 
 
 def sink_lack(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """Returns how far queries at positions `at` (S,) are from giving position 0 the weight SINK_SHARE: mean of the log
-    ratio."""
+    """Returns how far queries at `at` (S,) are from giving position 0 the weight SINK_SHARE: mean of the log ratio."""
     groups = q.shape[1] // k.shape[1]
     some = q[:, :, at].unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (B, Hkv, groups * S, D)
     scores = (some @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
@@ -154,8 +153,8 @@ class Small(torch.nn.Module):
         return [getattr(self, f"{name}_{i}") for name in self.NAMES]
 
     def hidden(self, ids: Tensor, layer=None, queries: int = 1) -> tuple[Tensor, Tensor]:
-        """Maps (B, T) to (B, T, C) in fp32; also returns the layers' mean `sink_lack` at random queries, without the
-        first layer."""
+        """Maps (B, T) to (B, T, C) in fp32; also returns the mean `sink_lack` of all layers but the first at random
+        queries."""
         x = F.embedding(ids, self.embedding)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         at = torch.randint(16, ids.shape[1], (queries,), device=ids.device)

@@ -1,7 +1,8 @@
-"""What ops and kernels take, in groups: each is written once here. kvrewrite/ops/groups.py makes the ops' flat schemas of them.
+"""What ops and kernels take, in groups: each is written once here. kvrewrite/ops/groups.py makes the ops' flat schemas
+of them.
 
-Shapes: B rows, T new tokens, H query heads, Hkv kv heads, D and Dv head dims, P pages of a head at most, PAGE slots a page,
-C = P * PAGE slots. All positions are those of the original text, never slots.
+Shapes: B rows, T new tokens, H query heads, Hkv kv heads, D and Dv head dims, P pages of a head at most, PAGE slots per
+page, C = P * PAGE slots. All positions are those of the original text, never slots.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ class Tokens(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """What stands for cached keys (B, Hkv, C, D) or values (B, Hkv, C, Dv) that had to be rotated or dequantized first."""
+    """What stands for cached keys (B, Hkv, C, D) or values (B, Hkv, C, Dv) that had to be rotated or dequantized
+    first."""
 
     k_dense: Tensor | None = None
     v_dense: Tensor | None = None
 
 
 class Pages(NamedTuple):
-    """A cache to read: pools k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv) and pos_pages (pages, PAGE, 2) int32 (original
-    and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots. A width of 0 of v_pages says that a value is
-    the first Dv channels of its key (a latent cache)."""
+    """A cache to read: pools k_pages (pages, PAGE, D), v_pages (pages, PAGE, Dv) and pos_pages (pages, PAGE, 2) int32
+    (original and rotary position); table (B, Hkv, P) int32; lens (B, Hkv) int32 live slots. A width of 0 of v_pages
+    says that a value is the first Dv channels of its key (a latent cache)."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -64,9 +66,9 @@ class Cache(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """A cache whose slots have been gathered: k_cache (B, Hkv, C, D) and v_cache (B, Hkv, C, Dv), contiguous, of which the first
-    lens (B, Hkv) int32 slots of each head are live. cache_pos (B, Hkv, C) int32, contiguous: their positions; None where no
-    window, chunk or ALiBi asks for them."""
+    """A cache whose slots have been gathered: k_cache (B, Hkv, C, D) and v_cache (B, Hkv, C, Dv), contiguous, of which
+    the first lens (B, Hkv) int32 slots of each head are live. cache_pos (B, Hkv, C) int32, contiguous: their positions;
+    None where no window, chunk or ALiBi asks for them."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -92,10 +94,10 @@ class At(NamedTuple):
 class Logits(NamedTuple):
     """How logits are made, and which of them count.
 
-    sinks: (H,) extra logits in the denominator. alibi: (H,) slopes m, adding -m * (query position - key position). hidden (B,
-    Hkv, T) bool: new tokens that a gate evicts before attention; only they themselves see them. scale multiplies the logits,
-    then softcap * tanh(x / softcap) (0: none), then the mask: causal, within `window` tokens (0: none), within chunks of
-    `chunk` tokens (0: none).
+    sinks: (H,) extra logits in the denominator. alibi: (H,) slopes m, adding -m * (query position - key position).
+    hidden (B, Hkv, T) bool: new tokens that a gate evicts before attention; only they themselves see them. scale
+    multiplies the logits, then softcap * tanh(x / softcap) (0: none), then the mask: causal, within `window` tokens (0:
+    none), within chunks of `chunk` tokens (0: none).
     """
 
     sinks: Tensor | None = None
@@ -121,11 +123,11 @@ class Placed(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Whose attention is observed: q (B, H, T, D), k (B, Hkv, T, D), lse (B, H, T) fp32 the natural log-sum-exp of each query
-    row, rows (B, T) its weight.
+    """Whose attention is observed: q (B, H, T, D), k (B, Hkv, T, D), lse (B, H, T) fp32 the natural log-sum-exp of each
+    query row, rows (B, T) its weight.
 
-    above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only the
-    last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work."""
+    above: (B, T) fp32; where given, weights larger than their row's threshold count as 1 and others as 0. newest: only
+    the last so many valid tokens of each row have a weight in `rows` (0: any may), so the others need no work."""
 
     q: Tensor
     k: Tensor
@@ -136,7 +138,7 @@ class Watch(NamedTuple):
 
 
 class TokenOptions(NamedTuple):
-    """What attention of one new token a row can do besides, see `decode_attention`."""
+    """What attention of one new token per row can do besides, see `decode_attention`."""
 
     mass: bool = False
     cos: Tensor | None = None
@@ -151,8 +153,8 @@ PLAIN = TokenOptions()
 
 
 class NewTokens(NamedTuple):
-    """New tokens that enter a cache: k (B, Hkv, T, D), v (B, Hkv, T, Dv), new_scores (B, Hkv, T); slot_scores (B, Hkv, C)
-    replaces the cached slots' scores first (None leaves them)."""
+    """New tokens that enter a cache: k (B, Hkv, T, D), v (B, Hkv, T, Dv), new_scores (B, Hkv, T); slot_scores (B, Hkv,
+    C) replaces the cached slots' scores first (None leaves them)."""
 
     k: Tensor
     v: Tensor
@@ -161,8 +163,8 @@ class NewTokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Each row's tokens and limits: `At`; rotary (B, T) int64, the positions that keys are or will be rotated by; keep (B, Hkv)
-    int32, how many slots each head keeps; recent (B,) int32, how many of its newest are protected."""
+    """Each row's tokens and limits: `At`; rotary (B, T) int64, the positions that keys are or will be rotated by; keep
+    (B, Hkv) int32, how many slots each head keeps; recent (B,) int32, how many of its newest are protected."""
 
     positions: Tensor
     rotary: Tensor
@@ -177,9 +179,9 @@ class Rows(NamedTuple):
 
 
 class Eviction(NamedTuple):
-    """What an eviction goes by: positions below `protected_first` stay; slots that no later query can see through `window` or
-    `chunk` go in any case; select (B, Hkv, C + T) stands for the stored scores; drop (B, Hkv, T) bool: tokens that never
-    enter."""
+    """What an eviction goes by: positions below `protected_first` stay; slots that no later query can see through
+    `window` or `chunk` go in any case; select (B, Hkv, C + T) stands for the stored scores; drop (B, Hkv, T) bool:
+    tokens that never enter."""
 
     protected_first: int = 0
     window: int = 0
@@ -191,10 +193,10 @@ class Eviction(NamedTuple):
 class Ragged(NamedTuple):
     """Heads that share budgets, and slots that are merged.
 
-    floor (B,) float64: in rows where it is not negative the heads of a layer compete for the layer's budget, of which this
-    fraction is reserved equally (Ada-KV). spare (B, W) int32: pages to be dealt to the heads of a row, -1 after the last and in
-    rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on. threshold (B,) fp32, renewed in
-    place: what goes is merged into what stays (D2O; kernels/update/merge.py)."""
+    floor (B,) float64: in rows where it is not negative the heads of a layer compete for the layer's budget, of which
+    this fraction is reserved equally (Ada-KV). spare (B, W) int32: pages to be dealt to the heads of a row, -1 after
+    the last and in rows that keep their pages; next_table (B, Hkv, W) is filled in and holds from then on. threshold
+    (B,) fp32, renewed in place: what goes is merged into what stays (D2O; kernels/update/merge.py)."""
 
     floor: Tensor | None = None
     spare: Tensor | None = None
@@ -218,7 +220,8 @@ NOTHING = Preceding()
 
 
 class Codes(NamedTuple):
-    """Quantized slots, as kernels/quantized/reference.py has them: codes and parameters by page, and the newest slots in full."""
+    """Quantized slots, as kernels/quantized/reference.py has them: codes and parameters by page, and the newest slots
+    in full."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -238,8 +241,8 @@ class QuantizedPages(NamedTuple):
 
 
 class QuantizedCache(NamedTuple):
-    """`QuantizedPages` to write to, with the slots' scores. k_cached, v_cached (B, Hkv, C, ...): what `read_quantized` gave in
-    this step, not rotated; None: it is read once more."""
+    """`QuantizedPages` to write to, with the slots' scores. k_cached, v_cached (B, Hkv, C, ...): what `read_quantized`
+    gave in this step, not rotated; None: it is read once more."""
 
     score_pages: Tensor
     pos_pages: Tensor
@@ -259,9 +262,9 @@ class Rotation(NamedTuple):
 
 
 class KeyRotation(NamedTuple):
-    """How cached keys are rotated as they are gathered: by rotary (B, Hkv, C) int64, with cos and sin (N, D), contiguous, and
-    partner (D,) int64. half: h where partner is [h..2h - 1, 0..h - 1, 2h..] and the channels from 2h on are not rotated; 0: it
-    may be anything."""
+    """How cached keys are rotated as they are gathered: by rotary (B, Hkv, C) int64, with cos and sin (N, D),
+    contiguous, and partner (D,) int64. half: h where partner is [h..2h - 1, 0..h - 1, 2h..] and the channels from 2h on
+    are not rotated; 0: it may be anything."""
 
     rotary: Tensor | None = None
     cos: Tensor | None = None
@@ -282,15 +285,18 @@ class Forecast(NamedTuple):
     epsilon: float
 
 
-# Reserved for what is planned. Such a group is the last piece of an op's `define`, `Fields(Packing, optional=True)`: calls and
-# artifacts without it stay as they are, ops that do not take it stay as they are, and functions get one more parameter.
+# Reserved for what is planned. Such a group is the last piece of an op's `define`, `Fields(Packing, optional=True)`:
+# calls and artifacts without it stay as they are, ops that do not take it stay as they are, and functions get one more
+# parameter.
 class Packing(NamedTuple):
-    """Whose tokens a packed row holds: request (B, T) int32, the row of tables and lengths that each token belongs to."""
+    """Whose tokens a packed row holds: request (B, T) int32, the row of tables and lengths that each token belongs
+    to."""
 
     request: Tensor | None = None
 
 
 class VisibleBlocks(NamedTuple):
-    """Which pages a query block sees (sparse prefill, retrieval): blocks (B, Hkv, query blocks, N) int32, -1 after the last."""
+    """Which pages a query block sees (sparse prefill, retrieval): blocks (B, Hkv, query blocks, N) int32, -1 after the
+    last."""
 
     blocks: Tensor | None = None

@@ -73,8 +73,7 @@ def transform(
 
 
 def _own_parameters(gm: nn.Module) -> None:
-    """Gives the graph its own Parameter objects over the same storage, so that moving one model does not move the
-    other."""
+    """Gives the graph its own Parameters over the same storage, so that moving one model does not move the other."""
     own: dict[int, nn.Parameter] = {}
     for module in gm.modules():
         for name, parameter in module._parameters.items():

@@ -145,8 +145,7 @@ def _in_memory(
 
 
 def _length(tokens: int, windows: list[int], limit: int | None) -> int:
-    """Chooses a text length: long enough that windows of up to 1024 tokens hide something, short enough for the
-    model."""
+    """Chooses a text length: windows of up to 1024 tokens must hide something, and the model must take it."""
     longest = max([tokens, *(w + 8 for w in windows if w <= 1024)])
     return longest if limit is None else min(longest, limit)
 

@@ -240,7 +240,8 @@ def _chunk_attention(
         SOFTCAP, WINDOW, CHUNK, ALIBI, HIDDEN,
     )  # fmt: skip
 
-    # Positions ascend by at least 1 a token, so a token further back than window - 1 tokens is out of the window, too.
+    # Positions ascend by at least 1 per token, so a token further back than window - 1 tokens is out of the window,
+    # too.
     first = 0
     if WINDOW:
         first = tl.maximum(first, m0 - window + 1)

@@ -1,4 +1,4 @@
-"""Attention of one new token a row on a paged cache: what decoding does at every step.
+"""Attention of one new token per row on a paged cache: what decoding does at every step.
 
 The pages of all heads lie one after the other in one list, and each of a fixed number of workers takes an equal,
 contiguous part of it, across heads where need be ("stream-K"). So the time goes by the sum of the heads' lengths, not
@@ -23,7 +23,7 @@ from kvrewrite.kernels.launch import begin, fetch
 from kvrewrite.kernels.launch import options as launch_options
 from kvrewrite.kernels.limits import split_width, why_not
 
-PAGE = 64  # slots a page
+PAGE = 64  # slots per page
 LOG2E = 1.4426950408889634
 ANY = 1 << 62
 _PAGE = tl.constexpr(PAGE)
@@ -37,7 +37,7 @@ class Config(NamedTuple):
     per_sm: int  # at most so many workers for each multiprocessor
     num_warps: int
     num_stages: int  # one more than the steps whose loads are under way at a time
-    pages: int = 1  # pages a step, 1 or 2
+    pages: int = 1  # pages per step, 1 or 2
     overlap: int = 0  # the second kernel begins 0: when the first has ended, 1: when it starts, 2: when its loops end
 
     @property
@@ -60,7 +60,7 @@ BY_SIZE: tuple[tuple[int, int, Config], ...] = (
 
 
 def config(dtype: torch.dtype, d: int, dv: int, group: int, n_heads: int, capacity: int) -> Config:
-    """The configuration for a dtype, head dims, query heads a kv head, B * Hkv and slots a head (of the table).
+    """The configuration for a dtype, head dims, query heads per kv head, B * Hkv and slots per head (of the table).
 
     Other dims: as many workers as a multiprocessor's memory (227 KB) has room for.
     """
@@ -477,7 +477,7 @@ def decode_attention(
     options: TokenOptions = PLAIN,
     launch: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`kvrewrite::cached_attention` for one new token a row.
+    """`kvrewrite::cached_attention` for one new token per row.
 
     q, k, v: bf16, fp16 or fp32, last dim contiguous: the new tokens, of which row b has one if valid is 1; they are not
     in the cache yet and are later than everything that is. Nothing is hidden.

@@ -1,4 +1,5 @@
-"""Attention of one new token a row on a paged cache whose older slots are quantized (`kernels/quantized/reference.py`).
+"""Attention of one new token per row on a paged cache whose older slots are quantized
+(`kernels/quantized/reference.py`).
 
 Work is cut and put together as in `decode.py`. Codes are never turned back into keys and values: what scales a channel
 of a group of keys is multiplied into the query, once a group; what scales a group of channels of a value into the

@@ -20,7 +20,7 @@ Layout: codes (..., S, width) uint8; int4 holds channel i in the low half of byt
 half; fp8 is the bit pattern. Parameters: keys (..., S / group, D, P), values (..., S, D / value_group, P), where P = 2
 (lo, hi) or, for fp8, 1 (largest magnitude).
 
-Bytes of a slot, keys and values and parameters, group 32, caches of two bytes a number (dense: 4 D):
+Bytes of a slot, keys and values and parameters, group 32, caches of two bytes per number (dense: 4 D):
 
     D      dense   int8   fp8   int4
     128      512    288   272    160

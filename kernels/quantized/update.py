@@ -1,4 +1,4 @@
-"""What decoding does to a quantized cache after attention: one new token a row comes in, and what has no room goes.
+"""What decoding does to a quantized cache after attention: one new token per row comes in, and what has no room goes.
 
 Everything happens in place and in one launch, a program for each (row, kv head). What goes is found as in
 `decode_update.py`. Where the rest lies then is the rule of `kernels/quantized/reference.py` (`place`), to the slot, and
@@ -436,7 +436,8 @@ def _update_kernel(
 def decode_update_quantized(
     new: NewTokens, rows: Rows, cache: QuantizedCache, codes: Codes, scheme: Scheme, eviction: Eviction
 ) -> None:
-    """`kvrewrite::cache_update_quantized` for one new token a row, in heads that neither share budgets nor merge slots.
+    """`kvrewrite::cache_update_quantized` for one new token per row, in heads that neither share budgets nor merge
+    slots.
 
     Arguments as `decode_update` and `decode_attention_quantized` have them; k, v, parameters and tails in one dtype
     (bf16, fp16, fp32). What stays, the order of slots, codes, parameters and tails are exactly the reference's where

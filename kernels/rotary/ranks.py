@@ -1,6 +1,6 @@
 """`kvrewrite::slot_rotary` on the GPU: the ranks of cached slots by position, whatever their order.
 
-Positions are unique within a head, so a rank is a number of positions that are there: one byte a position is set to 1
+Positions are unique within a head, so a rank is a number of positions that are there: one byte per position is set to 1
 by the slots that hold it, bytes are summed up eight at a time, and a slot reads off how many lie after its own. No
 atomics.
 """
@@ -42,7 +42,7 @@ def _mark(
 
 @triton.jit
 def _accumulate(words, before, renew, count, kv_heads, BLOCK: tl.constexpr):
-    """before[i] = bytes set in the words before the i-th of a head's `count`: one program a head."""
+    """before[i] = bytes set in the words before the i-th of a head's `count`: one program per head."""
     row = tl.program_id(0)
     if tl.load(renew + row // kv_heads) != 0:
         words += row.to(tl.int64) * count

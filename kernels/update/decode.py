@@ -1,4 +1,4 @@
-"""What decoding does to a paged cache after attention: one new token a row comes in, and what has no room goes.
+"""What decoding does to a paged cache after attention: one new token per row comes in, and what has no room goes.
 
 Everything happens in place and in one launch, a program for each (row, kv head). While there is room the new token goes
 after the last slot, and nothing else is read. Otherwise the slot of lowest worth is found in one pass over scores and
@@ -17,8 +17,8 @@ from kvrewrite.kernels.groups import NOTHING, Cache, Eviction, NewTokens, Preced
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.linear.small import activate
 
-PAGE = 64  # slots a page
-MOST_SLOTS = 1 << 21  # slots a head that the counters have room for
+PAGE = 64  # slots per page
+MOST_SLOTS = 1 << 21  # slots per head that the counters have room for
 _PAGE = tl.constexpr(PAGE)
 _FIELD = tl.constexpr(21)  # bits of each of three counters in an int64
 _MASK = tl.constexpr(MOST_SLOTS - 1)
@@ -366,7 +366,7 @@ def decode_update(
     preceding: Preceding = NOTHING,
     ranks: bool = False,
 ) -> None:
-    """`kvrewrite::cache_update` for one new token a row, in heads that neither share budgets nor merge slots.
+    """`kvrewrite::cache_update` for one new token per row, in heads that neither share budgets nor merge slots.
 
     k, v, slot_scores and select: last dim contiguous. The positions of a head's slots are
     different from one another, not negative, and earlier than the new token's.

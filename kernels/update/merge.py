@@ -10,13 +10,14 @@ Source: D2O (arXiv 2406.13035), the authors' code AIoT-MLSys-Lab/D2O, class `D2O
   weigh the dropped tokens, the kept one weighs 1, and the divisor counts tokens. The weights of one slot do not add up to
   1; a slot that tokens less similar than 1 go to gets shorter.
 
-The paper's formula for the weights could not be compared with that code. Ours: one threshold a row, where the code has one
-a batch (of one row); per kv head, where the code repeats the kv heads before caching; heads may drop unequal numbers, then
-the mean is over the heads that have an i-th token; tokens are counted, and ties between equally similar slots decided,
-by position in the text, so slot order is free; a key of length 0 or with NaN has no similarity and is left alone.
+The paper's formula for the weights could not be compared with that code. Ours: one threshold per row, where the code
+has one a batch (of one row); per kv head, where the code repeats the kv heads before caching; heads may drop unequal
+numbers, then the mean is over the heads that have an i-th token; tokens are counted, and ties between equally similar
+slots decided, by position in the text, so slot order is free; a key of length 0 or with NaN has no similarity and is
+left alone.
 
-Similarities are computed in fp64 and rounded to fp32 before anything is decided, sums are in fp64: batching, padding and
-the device do not change the result.
+Similarities are computed in fp64 and rounded to fp32 before anything is decided, sums are in fp64: batching, padding
+and the device do not change the result.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Folds the victims into the kept slots; returns new (k, v, threshold).
 
-    k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); kept, victims: (B, Hkv, N) bool, disjoint; what is in neither is dead and may hold
-    anything; pos: (B, Hkv, N) position in the text; threshold: (B,) fp32, NaN before the row's first eviction. Only kept
-    slots change, and only those that a victim goes to. Rows without victims keep everything, their threshold too.
-    most: no head has more victims (ValueError on the CPU if one has); without it the device is asked, which waits for it.
+    k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); kept, victims: (B, Hkv, N) bool, disjoint; what is in neither is dead and may
+    hold anything; pos: (B, Hkv, N) position in the text; threshold: (B,) fp32, NaN before the row's first eviction.
+    Only kept slots change, and only those that a victim goes to. Rows without victims keep everything, their threshold
+    too. most: no head has more victims (ValueError on the CPU if one has); without it the device is asked, which waits
+    for it.
     """
     if most is None or not k.is_cuda:  # a device can't be asked without waiting for it
         found = int(victims.sum(-1).max()) if victims.numel() else 0
@@ -67,7 +69,8 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
 
 
 def _nearest(k: Tensor, kept: Tensor, pos: Tensor, order: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    """For each dropped token the largest cosine similarity (B, Hkv, M) fp32 to a kept key (-inf: none), and its slot."""
+    """For each dropped token the largest cosine similarity (B, Hkv, M) fp32 to a kept key (-inf: none), and its
+    slot."""
     # What is not a kept key, and a key that has no direction, is NaN, and so is every cosine with it.
     unit = torch.where(kept[..., None], k, 0).double()
     unit = unit / unit.norm(dim=-1, keepdim=True)

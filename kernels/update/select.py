@@ -1,7 +1,7 @@
 """Append, select and compact on the GPU: `kvrewrite::cache_update` without merging.
 
 Three launches. `_plan` has one program for each (row, kv head): it finds the worth of the last entry that stays (the
-threshold). `_lists` writes down which entries move to which slots, and `_move` copies those, many programs a head.
+threshold). `_lists` writes down which entries move to which slots, and `_move` copies those, many programs per head.
 Survivors that already lie below the new length stay where they are; the others fill the slots that victims leave, so
 that sources and destinations never overlap and, once the cache is full, only new tokens that win are moved. The order
 of slots is free.
@@ -123,13 +123,13 @@ def _plan(
 ):  # fmt: skip
     """Which entries of one head stay, as facts for `_lists`: entry i stays if keys[i] >= threshold. Writes lens, and
     slot_scores to their pages. Where all stay, the moves are listed at once: sources[r] goes to slot targets[r], r <
-    both moves; a source is a slot, or -1 - t for new token t. Both lists have room for `listed` moves a head.
+    both moves; a source is a slot, or -1 - t for new token t. Both lists have room for `listed` moves per head.
 
     STAGE 0: all at once. With budgets that are shared where floor (B,) is not negative: 1: the worth of entries, and
     facts for ragged.py; 2: the rest, with the (B, Hkv) `budgets` in those rows. DEAL: rows whose first spare page is
-    not negative move to pages with `room` slots a head.
+    not negative move to pages with `room` slots per head.
 
-    keys, places: int32 scratch, `stride` a head: worth and position of entries. indices, orders: TAIL a head, for
+    keys, places: int32 scratch, `stride` per head: worth and position of entries. indices, orders: TAIL per head, for
     entries near the threshold; filled: their number. pos_pages: seen as int64, the position in the lower half.
     """
     row = tl.program_id(0)
@@ -480,8 +480,8 @@ def _move(
 
 
 def plan_config(entries: int) -> tuple[int, int, int]:
-    """(BLOCK, TAIL, warps) of `_plan` for so many entries a head. Two counts share an int32, so there are fewer than
-    32768 entries a block and blocks a head."""
+    """(BLOCK, TAIL, warps) of `_plan` for so many entries per head. Two counts share an int32, so there are fewer than
+    32768 entries per block and blocks per head."""
     if entries <= 1024:
         return 256, 64, 4
     if entries <= 4096:

@@ -20,8 +20,8 @@ from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment, make
 # ------------------------------------------------------------------------------------------ the model
 @dataclass(frozen=True)
 class Work:
-    """The cost of one token in linear layers: FLOPs of all but the output layer, of the output layer, and bytes of
-    weights that a step reads."""
+    """One token's cost in linear layers: FLOPs of all but the output layer, of the output layer, weight bytes per
+    step."""
 
     linear_flops: float
     head_flops: float
@@ -75,8 +75,7 @@ def sites_of(config: Any) -> list[AttentionSite]:
 # ------------------------------------------------------------------------------------------ the request
 @functools.lru_cache(maxsize=4096)
 def visible_pairs(tokens: int, cached: int, seen: int = 0, window: int = 0, chunk: int = 0) -> int:
-    """Returns the (query, key) pairs of `tokens` new tokens on `cached` slots and themselves; `seen` tokens came before
-    them."""
+    """Counts (query, key) pairs of `tokens` new tokens on `cached` slots and themselves, after `seen` tokens."""
     keys = cached + np.arange(1, tokens + 1, dtype=np.int64)
     if window:
         keys = np.minimum(keys, window)
@@ -98,7 +97,7 @@ class Attention:
 
 
 def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | None = None) -> Attention:
-    """Returns the attention cost of a prompt of `context` tokens under a policy; None: a full cache, the prompt in one
+    """Returns the attention cost of a prompt of `context` tokens; policy: None: a full cache, the prompt in one
     call."""
     segments = [Segment(context, UNLIMITED)] if policy is None else policy.plan(context)
     owners = [s for s in sites if s.shares_kv_with is None]

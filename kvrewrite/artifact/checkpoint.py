@@ -157,8 +157,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | Path, listed: Collection[str] | None = None) -> Checkpoint:
-        """Reads the headers of a Hugging Face checkpoint directory. Raises ArtifactError that says what is wrong with
-        it.
+        """Reads the headers of a Hugging Face checkpoint directory. Raises ArtifactError that says what is wrong.
 
         listed: files that may be opened (those of a manifest); any other weight file is refused. Default: any.
         """

@@ -27,8 +27,8 @@ _WRONG = (ValueError, TypeError, KeyError, OSError, AttributeError, IndexError, 
 
 
 def refuse_unlisted(directory: Path, listed: Iterable[str], patterns: Iterable[str]) -> None:
-    """Raises ArtifactError if a directory has files of these kinds that its manifest does not list: they would take
-    effect."""
+    """Raises ArtifactError if a directory has files of these kinds that its manifest does not list: they would be
+    used."""
     known, patterns = set(listed), tuple(patterns)
     if found := sorted(
         name
@@ -44,8 +44,7 @@ def refuse_unlisted(directory: Path, listed: Iterable[str], patterns: Iterable[s
 
 
 def read_config(directory: str | Path) -> Any:
-    """Returns the configuration of a model directory as transformers has it; one without a model type becomes a plain
-    one.
+    """Returns the configuration of a model directory as transformers has it; a plain one if it has no model type.
 
     Raises ArtifactError if it is damaged or transformers does not know the model type.
     """

@@ -1,5 +1,4 @@
-"""Reads and writes policy weights: trained gates and retaining heads, as safetensors. Only this module reads
-pickles."""
+"""Reads and writes policy weights (gates, retaining heads) as safetensors. Only this module reads pickles."""
 
 from __future__ import annotations
 

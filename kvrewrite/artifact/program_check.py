@@ -19,7 +19,7 @@ _MEMORY = 1 << 30  # bytes of values that any graph may have in a short call
 
 
 def check_program(program: Program, device: torch.device, what: str) -> None:
-    """Raises ArtifactError with the place. what: the directory, for errors. Replaces facts in the graph with computed
+    """Raises ArtifactError with the place. what: the directory, for errors. Replaces the graph's facts with computed
     ones."""
     try:
         policy = make_policy(program.policy["name"], **program.policy["options"])

@@ -165,8 +165,7 @@ def _kvzap(path: Path) -> Found:
 
 
 def _numpy() -> list[Any]:
-    """Returns the types in pickled numpy arrays of numbers: Fast KVzip's files hold some (losses), which are
-    dropped."""
+    """Returns the types in pickled numpy arrays: Fast KVzip's files hold some (losses), which are dropped."""
     import numpy as np
     from numpy._core import multiarray
 
@@ -236,8 +235,7 @@ def _trim_kv(path: Path) -> Found:
 
 
 def _duo_attention(path: Path) -> Found:
-    """Reads full_attention_heads.tsv: one line per layer, one number per kv head; config.json has the training
-    settings."""
+    """Reads full_attention_heads.tsv: a line per layer, a number per kv head; config.json has the training settings."""
     file = _file(path, ("full_attention_heads.tsv",), "full_attention_heads.tsv or its directory")
     if text_is_lfs(file):
         raise PolicyWeightsError(lfs_message(file))

@@ -22,9 +22,10 @@ CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPas
 
 @dataclass
 class MemoryReport:
-    """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages in use;
-    reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have, too. text: besides
-    these, the ids of what went in, 4 bytes a token, which later calls are compared with; reports are equal without it."""
+    """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages
+    in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
+    too. text: besides these, the ids of what went in, 4 bytes per token, which later calls are compared with; reports
+    are equal without it."""
 
     live: int
     leased: int
@@ -36,8 +37,8 @@ class MemoryReport:
 class EvictionCache(Request, Cache):
     """A bounded cache for a rewritten model. Make one with `model.new_cache(batch_size)`.
 
-    Passed as `cache` (or `past_key_values`, its older name); transformers' `generate` makes one by itself. `max_length` (tokens
-    of prompt and answer) chooses between short and long rotary frequencies where a model has both.
+    Passed as `cache` (or `past_key_values`, its older name); transformers' `generate` makes one by itself. `max_length`
+    (tokens of prompt and answer) chooses between short and long rotary frequencies where a model has both.
     """
 
     is_compileable = False
@@ -162,8 +163,8 @@ class EvictionCache(Request, Cache):
         self.select(source)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Row i becomes `repeats` rows, which share its pages until they write to them. On a fork, where the rows that there
-        are should remain: `rows = cache.fork(); rows.batch_repeat_interleave(3)`."""
+        """Row i becomes `repeats` rows, which share its pages until they write to them. On a fork, where the rows that
+        there are should remain: `rows = cache.fork(); rows.batch_repeat_interleave(3)`."""
         if not isinstance(repeats, int) or repeats < 1:
             raise CacheError(f"batch_repeat_interleave: repeats is {repeats!r}, expected a whole number from 1 on")
         self.select([row for row in range(self.batch_size) for _ in range(repeats)])

@@ -207,7 +207,7 @@ class Lease:
     def resize(self, bound: np.ndarray, reserve: int) -> None:
         """Leases and returns pages so that every head can hold `bound` (layers, rows, kv heads) slots.
 
-        reserve: slots a head that the store should have room for when it must grow anyway.
+        reserve: slots per head that the store should have room for when it must grow anyway.
         """
         self.bound = bound
         need = pages_of(bound)

@@ -229,7 +229,7 @@ class Request:
         return True
 
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
-        """Leases what a step needs, besides what the device deals out. reserve: slots a head that pools should have
+        """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
         room for when they grow anyway."""
         for state in self.states:
             state.hold(self._longest(plan))

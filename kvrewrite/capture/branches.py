@@ -148,7 +148,7 @@ def _sizes(program: Any) -> tuple[Any, Any, Any]:
 
 
 def _comparisons(program: Any) -> list[tuple[Any, str]]:
-    """Returns the comparisons of rows and tokens in the model's own code, each with its line, and the texts' least
+    """Returns the comparisons of rows and tokens in the model's own code, with their lines, and the texts' least
     length."""
     environment, rows, tokens = _sizes(program)
     if environment is None:
@@ -166,8 +166,8 @@ def _comparisons(program: Any) -> list[tuple[Any, str]]:
 
 
 def _otherwise(program: Any, expression: Any, seen: list[int]) -> list[tuple[int, int]]:
-    """Returns sizes (rows, tokens) for which a true expression is false: those nearest to the trace's, smaller and
-    larger."""
+    """Returns sizes (rows, tokens), nearest to the trace's from below and above, for which a true expression is
+    false."""
     _, rows, tokens = _sizes(program)
     constants = {abs(int(n)) for n in expression.atoms(sympy.Integer) if abs(int(n)) <= LONGEST}
     near = {c * k + d for c in constants for k in (1, 2) for d in (-1, 0, 1)} | set(range(2, 25))
@@ -189,8 +189,7 @@ def _holds(expression: Any, sizes: dict[Any, int]) -> bool:
 
 
 def program_text(program: Any) -> str:
-    """Returns a program as text; programs that compute the same results from the same values have equal text in any
-    order."""
+    """Returns a program as text, equal for programs that compute the same results from the same values in any order."""
     constants = []
     for name, value in program.constants.items():
         if isinstance(value, Tensor) and value.device.type != "meta" and type(value) is torch.Tensor:

@@ -15,8 +15,7 @@ TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (export makes size 1 a constant)
 
 @dataclass
 class RotaryTable:
-    """Inverse frequencies that depend on the length (longrope, dynamic NTK): a graph attribute, and how to choose its
-    values.
+    """Inverse frequencies that depend on the length (longrope, dynamic NTK): a graph attribute and how to choose.
 
     `short` applies up to `threshold` tokens, `long` beyond. `dynamic` types recompute the frequencies for every length,
     so they are fixed at `fixed_length`.

@@ -1,5 +1,4 @@
-"""Decomposes composite ops node by node, like `ExportedProgram.run_decompositions({})`, without tracing the model
-again.
+"""Decomposes composite ops node by node, like `ExportedProgram.run_decompositions({})`, without another trace.
 
 That method runs the whole model twice more with symbolic shapes: three quarters of a capture's time. Here each
 composite op is traced alone, once for all nodes with the same arguments (layers repeat), and inlined in the node's

@@ -27,8 +27,8 @@ from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 
 @contextlib.contextmanager
 def _scans_as_ops() -> Iterator[None]:
-    """While open, traces torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), as one op
-    of ours."""
+    """While open, traces torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), as our
+    op."""
     # Patched in the function's own module: the package exports the function under the module's name.
     module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
     original = module.associative_scan
@@ -267,8 +267,7 @@ def _why_constant(program: Any, culprit: str) -> str:
 
 
 def _place_of_constant(ids: Tensor, number: int) -> str:
-    """Returns where the trace assumed that a size of the token ids is `number`, as torch recorded it; empty if it did
-    not."""
+    """Returns where the trace assumed, as torch recorded it, that a size of the token ids is `number`; else ""."""
     shape_env = getattr(getattr(ids, "fake_mode", None), "shape_env", None)
     for guard in getattr(shape_env, "guards", ()):
         assumed = guard.expr

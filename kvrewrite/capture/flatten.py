@@ -203,8 +203,7 @@ def longest_text(program: Any) -> int | None:
 
 
 def upper_bound(size: torch.SymInt) -> int | None:
-    """Returns the largest length that the traced graph allows (a table of learned positions, a causal buffer), if
-    any."""
+    """Returns the largest length that the traced graph allows (a table of learned positions, a causal buffer)."""
     ranges = size.node.shape_env.var_to_range.get(size.node.expr)
     if ranges is None:
         return None

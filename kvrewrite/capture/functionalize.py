@@ -29,8 +29,7 @@ class _NotKnown(Exception):
 
 
 def functionalize(gm: fx.GraphModule) -> bool:
-    """Removes in-place ops and `detach` from a graph; returns False and leaves the graph unchanged if it meets an
-    unknown write.
+    """Removes in-place ops and `detach` from a graph; at an unknown write returns False and leaves the graph unchanged.
 
     gm: flat, traced by torch.export under no_grad, with the trace's fake tensors in `meta["val"]`. The node that
     replaces an in-place op has the same dtype, shape and strides.

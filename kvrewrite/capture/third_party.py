@@ -40,8 +40,8 @@ def _is(model: object, package: str, name: str) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside a `peft.PeftModel` (its layers contain the adapters); any other model
-    unchanged."""
+    """Returns the transformers model inside a `peft.PeftModel` (its layers contain the adapters), or the model
+    itself."""
     if not _is(model, "peft.", "PeftModel"):
         return model
     wrapped: Any = model

@@ -263,8 +263,7 @@ class Adapter:
             )
 
     def _real_columns(self, inputs: tuple[Any, ...], ids: Tensor) -> Tensor | None:
-        """Returns the attention mask as (B, columns). Expanded masks from generate (B, 1, T, past + T) are folded
-        back."""
+        """Returns the attention mask as (B, columns); folds masks expanded by generate (B, 1, T, past + T)."""
         if self.mask is None:
             return None
         masks: list[Tensor] = [inputs[i] for i in ([self.mask] if isinstance(self.mask, int) else self.mask)]

@@ -42,8 +42,7 @@ def reason_against(program: Program, policy: Policy) -> str:
 
 
 class AppendRunner:
-    """Runs steps of one model. gm: its graph; compiler: makes a callable of the lowered one (`torch.compile` with its
-    options)."""
+    """Runs steps of one model. gm: its graph; compiler: compiles the lowered one (`torch.compile` with its options)."""
 
     def __init__(
         self, model: RewrittenModel, gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]

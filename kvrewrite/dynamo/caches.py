@@ -91,7 +91,7 @@ class IdentityLease(Lease):
         return found[1]
 
     def views(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns keys and values of each layer, (B, Hkv, slots, D): the live slots; shorter rows are filled up at the
+        """Returns keys and values of each layer, (B, Hkv, slots, D): the live slots; shorter rows are padded at the
         end."""
         both = []
         for pool in ("k_pages", "v_pages"):
@@ -141,8 +141,7 @@ class StockState(EvictionCache):
         return to_device([[n] for n in self.seen], self.device)
 
     def live(self, c: int) -> Tensor:
-        """Returns which slots of a class hold a token, the same in all of its layers and heads: (B, 1, 1, room)
-        bool."""
+        """Returns which slots of a class hold a token, the same in all its layers and heads: (B, 1, 1, room) bool."""
         lease = self.stock_leases[c]
         slot = torch.arange(lease.pages.shape[-1] * PAGE, device=self.device)
         return slot < lease.lens[0, :, :1, None, None]
@@ -161,8 +160,7 @@ class StockState(EvictionCache):
 
 
 def state_of(tensors: list[Tensor]) -> StockState:
-    """Returns the state that backs what the layers of a DynamicCache hold; raises CacheError if they hold something
-    else."""
+    """Returns the state that backs what the layers of a DynamicCache hold; raises CacheError if there is none."""
     held = [getattr(t, HELD, None) for t in tensors]
     first = held[0]
     if first is None or any(h is None or h.state is not first.state or h.place != i for i, h in enumerate(held)):
@@ -322,7 +320,7 @@ def _check_traced() -> None:
 
 
 def type_for(model: nn.Module) -> type[BackendCache]:
-    """Returns `BackendCache`, or a subclass that also passes for the cache classes that the model's own module checks
+    """Returns `BackendCache`, or a subclass that also passes for the cache classes that the model's module checks
     for."""
     home = type(model).__module__
     own = [c for c in vars(sys.modules[home]).values() if isinstance(c, type) and c.__module__ == home]

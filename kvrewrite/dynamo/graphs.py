@@ -1,5 +1,4 @@
-"""Classifies graphs that the torch.compile backend gets: do they have attention, and do they treat every token by
-itself?
+"""Classifies graphs of the torch.compile backend: do they have attention, and do they treat every token by itself?
 
 Attention is recognized by its ops. Tokens can mix in more ways than a list of ops could name (attention by hand,
 recurrences, convolutions, fused layers), so the second question is answered by trying: the graph is run with one entry
@@ -100,8 +99,7 @@ def is_token_wise(run: Callable[..., Any], inputs: Sequence[Any], weights: set[i
 
 
 def _outputs(run: Callable[..., Any], inputs: Sequence[Any], weights: set[int]) -> list[Tensor]:
-    """Returns the graph's outputs, with the same random numbers each time. The graph may write to copies of its
-    inputs."""
+    """Returns the graph's outputs, always with the same random numbers. The graph may write to copies of its inputs."""
     copies = [x.clone() if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) else x for x in inputs]
     devices = sorted({x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

@@ -85,8 +85,7 @@ class Rewrite:
         self._compile()
 
     def _compile(self) -> None:
-        """Compiles with Inductor. A stock cache has its own pools, so single tokens don't run from the model's
-        buffers."""
+        """Compiles with Inductor. A stock cache has its own pools, so single tokens don't run from the model's."""
         more: dict[str, Any] = {} if self.settings.mode is None else {"mode": self.settings.mode}
         if self.settings.inductor:
             self.model.compile(static_decode=False, backend="inductor", **more)

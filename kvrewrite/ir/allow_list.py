@@ -89,8 +89,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def op_name(target: Any) -> str:
-    """Returns a graph file's name for the function that a node calls; raises ArtifactError if it is not on the
-    allow-list."""
+    """Returns a graph file's name for the function that a node calls; raises ArtifactError if it is not allowed."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         resolve_op(name)

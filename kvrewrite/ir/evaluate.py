@@ -332,8 +332,7 @@ def _grouped_product(args: tuple[Any, ...]) -> Tensor | None:
 
 
 def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiplies x (T, a), its rows sorted by group, with each row's group weight (G, a, b); ends (G,): last row +
-    1."""
+    """Multiplies x (T, a), rows sorted by group, with each row's group weight (G, a, b); ends (G,): last row + 1."""
     out = x.new_zeros(x.shape[0], weights.shape[-1])
     start = 0
     for group, end in enumerate(ends.tolist()):

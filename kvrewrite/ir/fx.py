@@ -34,7 +34,7 @@ def parameters(target: Any) -> dict[str, tuple[int, Any]]:
 
 
 def arg(node: Any, name: str) -> Any:
-    """Returns a call's argument for the parameter `name`, or its default. Raises KeyError if the op has no such
+    """Returns a call's argument for the parameter `name`, or its default. Raises KeyError if there is no such
     parameter."""
     place, default = parameters(node.target)[name]
     return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
@@ -104,8 +104,7 @@ def clean_path(path: str) -> str:
 
 
 def ancestors(roots: Iterable[fx.Node], stop: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
-    """Returns all nodes that `roots` depend on, roots included; does not go further up from nodes where `stop` is
-    true."""
+    """Returns all nodes that `roots` depend on, roots included; does not look past nodes where `stop` is true."""
     seen: set[fx.Node] = set()
     todo = list(roots)
     while todo:

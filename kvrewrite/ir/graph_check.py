@@ -324,8 +324,7 @@ class _Check:
             raise ArtifactError(f"its {heads} heads can't share {groups} kv heads")
 
     def _check_roles(self, base: str, nodes: dict[str, Any], values: dict[str, Any]) -> None:
-        """Checks that pages, tables, lengths and positions are the program's own inputs, all of the same layer's
-        cache."""
+        """Checks that pages, tables, lengths and positions are the program's own inputs, all of one layer's cache."""
         found: set[tuple[int, int | None]] = set()
         for name, source in nodes.items():
             if source is None:
@@ -446,8 +445,7 @@ def _is_own_memory(node: Any) -> bool:
 
 
 def _any_layer(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Replaces arguments by ones that give the same kind of value: the index of a selected layer does not matter if it
-    exists."""
+    """Replaces arguments by ones that give the same kind of value: the index of an existing layer does not matter."""
     if target is aten.select.int and len(args) == 3 and type(args[2]) is int and isinstance(args[0], Tensor):
         count = args[0].shape[args[1]] if args[1] == 0 and args[0].dim() else None
         if isinstance(count, int) and 0 <= args[2] < count:

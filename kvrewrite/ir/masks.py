@@ -23,8 +23,8 @@ class UnknownMask(Exception):
 
 
 def spread(length: int) -> Tensor:
-    """Returns ascending int64 positions below `length`: the first and last ones, and two at every distance from 0 to
-    length - 1."""
+    """Returns ascending int64 positions: the first and last below `length`, and two at every distance up to length -
+    1."""
     step = max(2, math.isqrt(length))
     last = range(max(0, length - BLOCK), length)
     return _sorted({*range(min(step, length)), *range(0, length, step), *last})
@@ -95,8 +95,7 @@ def with_ends(positions: Tensor, seen_at: Callable[[Tensor], Tensor]) -> tuple[T
 
 
 def _around(ends: set[int], last: int, most: int) -> set[int]:
-    """Returns about `most` positions up to `last` where windows and chunks of the sizes `ends` would end, all over the
-    text."""
+    """Returns about `most` positions up to `last` where windows and chunks of the sizes `ends` would end."""
     found: set[int] = set()
     queries = [last >> i for i in range(max(1, min(last.bit_length(), most // (7 * max(1, len(ends))))))]
     for end in ends:
@@ -108,8 +107,7 @@ def _around(ends: set[int], last: int, most: int) -> set[int]:
 
 
 def first_difference(seen: Tensor, other: Tensor, positions: Tensor) -> tuple[int, int] | None:
-    """Returns the query and key, nearest to each other, at which two masks (..., n, n) differ; None if they are the
-    same."""
+    """Returns the nearest query and key at which two masks (..., n, n) differ; None if they are the same."""
     differs = (seen != other).reshape(-1, *seen.shape[-2:]).any(0)
     if not bool(differs.any()):
         return None

@@ -19,8 +19,7 @@ _ASSIGNS = re.compile(r"\s*(\w+)(?:\s*:[^=]*)? = ")  # a line of the code that t
 
 @contextlib.contextmanager
 def failures_named(source: Any) -> Iterator[None]:
-    """Turns what torch raises while a graph loaded from the directory `source` runs into an ArtifactError with the
-    node.
+    """Turns what torch raises while a graph from the directory `source` runs into an ArtifactError with the node.
 
     Errors of other graphs (source is no path), and of a GPU that is out of memory, stay as they are.
     """

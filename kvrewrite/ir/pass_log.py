@@ -1,5 +1,4 @@
-"""Logs what each pass did in torch's own logs: TORCH_LOGS="kvrewrite" for one line per pass, "+kvrewrite" also for its
-graph.
+"""Logs each pass in torch's own logs: TORCH_LOGS="kvrewrite" for one line per pass, "+kvrewrite" also for its graph.
 
 TORCH_LOGS is parsed while torch is imported, before a package outside torch can register an alias or an artifact; but
 it accepts any importable module's name, so the logger is named after this module. With TORCH_TRACE the graph after

@@ -33,7 +33,6 @@ def _is_weight(node: Any) -> bool:
 
 
 def projections(node: fx.Node) -> list[fx.Node]:
-    """Returns the outputs of weight ops that `node` is made from, in graph order; does not look further up than
-    these."""
+    """Returns the weight ops' outputs that `node` is made from, in graph order; does not look past these."""
     region = ancestors([node], stop=is_weight_op)
     return sorted(n for n in region if is_weight_op(n) and n.op == "call_function")

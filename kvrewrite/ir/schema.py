@@ -291,8 +291,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode(data: bytes, kind: type[T], what: Any) -> T:
-    """Parses JSON text as `kind`. Raises ArtifactError that says where it does not fit; what: the file that it comes
-    from."""
+    """Parses JSON text as `kind`. Raises ArtifactError that says where it does not fit; what: the file's name."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:

@@ -68,8 +68,7 @@ class NamedSizes:
 
 
 class FactReader:
-    """Inverts `FactWriter` for one graph with tensors on `device`. Values are fake tensors; equal ones are the same
-    object."""
+    """Inverts `FactWriter` for one graph on `device`. Values are fake tensors; equal ones are the same object."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -1,8 +1,8 @@
 """The operators that rewritten graphs attend with: schemas, fakes and the dispatch to their implementations.
 
 Only torch is imported here. Shapes: B rows, T new tokens, H query heads, Hkv kv heads, D and Dv head dims, P pages of a
-head at most, PAGE slots a page, C = P * PAGE slots. All positions are those of the original text (int64), never slots. What
-arguments are is written with their groups (kernels/groups.py).
+head at most, PAGE slots per page, C = P * PAGE slots. All positions are those of the original text (int64), never
+slots. What arguments are is written with their groups (kernels/groups.py).
 
 Mutation is declared honestly; no op returns an alias of an argument. Never clone a cache in a graph: PyTorch turns
 `y = x.clone(); op(y, x)` into `op(x, x)`.
@@ -123,8 +123,8 @@ cached_attention_op = define(
 def cached_attention(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens on [live cache slots] + [the new tokens, causal].
 
-    Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the projection
-    after it reads it.
+    Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the
+    projection after it reads it.
     """
     q, k, v = tokens
     if fused("cached_attention", q, why_not_cached(tokens, dense, cache, logits)):
@@ -176,8 +176,8 @@ observe_op = define(
 
 @observe_op
 def observe(watch: Watch, dense: Dense, cache: KeyPages, at: At, logits: Logits) -> Tensor:
-    """Attention mass of every slot and new token under the query rows weighted by `rows`: (B, Hkv, C + T) fp32, summed over the
-    query heads of each group. `lse` is what `cached_attention` returned."""
+    """Attention mass of every slot and new token under the query rows weighted by `rows`: (B, Hkv, C + T) fp32, summed
+    over the query heads of each group. `lse` is what `cached_attention` returned."""
     q, k, lse, rows, above, newest = watch
     channels = q.shape[3]
     why = f"keys of more than {limits.MOST_CHANNELS} channels" if channels > limits.MOST_CHANNELS else None

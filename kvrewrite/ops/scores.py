@@ -177,7 +177,7 @@ def _(scores, places, recent, keep, evicts, threshold, window, chunk):  # type: 
 def share_layers(
     scores: list[Tensor], places: list[Tensor], keep: list[Tensor], recent: Tensor, sinks: int
 ) -> list[Tensor]:
-    """How many slots each head of each layer keeps, (B, Hkv) int32 a layer, where all heads of all layers share one
+    """How many slots each head of each layer keeps, (B, Hkv) int32 per layer, where all heads of all layers share one
     budget.
 
     scores, places: a (B, Hkv, N) of each layer, all its slots; keep: a (B, Hkv) int32 of each layer, whose sum is what

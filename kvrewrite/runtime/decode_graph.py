@@ -1,4 +1,4 @@
-"""Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay a token.
+"""Single tokens at speed: the whole decode step from static buffers, on CUDA one graph replay per token.
 
 A captured step belongs to a batch size and to the pools of its model, not to a request: lengths, page tables and
 positions are buffers on the device that a request is bound to, so that a new request replays what another one captured.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ops = torch.ops.kvrewrite
 RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
-ROOM = 4096  # slots a head that a captured step has room for beyond those at its capture, if its budget allows
+ROOM = 4096  # slots per head that a captured step has room for beyond those at its capture, if its budget allows
 SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
 
 
@@ -61,7 +61,7 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
 
 
 class _Rows:
-    """Numbers that the host has for each row, sent to the device in one copy a step."""
+    """Numbers that the host has for each row, sent to the device in one copy per step."""
 
     def __init__(self, names: list[str], batch: int, device: torch.device):
         self.names = names

@@ -138,7 +138,7 @@ class Execution:
         for source in sources:
             views = inputs[source].unbind(0)
             own = [torch.empty_like(x) for x in views]
-            torch._foreach_copy_(own, views)  # one launch on a GPU, not one a layer
+            torch._foreach_copy_(own, views)  # one launch on a GPU, not one per layer
             copies[source] = own
         return copies
 

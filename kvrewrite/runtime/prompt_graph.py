@@ -1,9 +1,9 @@
 """Chunks of prompts at speed: on CUDA a whole chunk is one graph replay.
 
-Queueing a chunk op by op takes the host a few milliseconds a layer, which is longer than a GPU needs for it where budgets are
-small. What a chunk launches depends on the shapes of its inputs alone, so it is captured when a shape comes for the second time:
-once the cache is full, all chunks of a prompt are alike. Chunks whose logits somebody wants (the last one of a prompt) run as
-they are.
+Queueing a chunk op by op takes the host a few milliseconds per layer, which is longer than a GPU needs for it where
+budgets are small. What a chunk launches depends on the shapes of its inputs alone, so it is captured when a shape comes
+for the second time: once the cache is full, all chunks of a prompt are alike. Chunks whose logits somebody wants (the
+last one of a prompt) run as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ KEPT = 8  # shapes whose buffers and graphs are kept; the one that was not used 
 
 
 def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """Why chunks of this program are not captured; "" where they are. What speaks against captured tokens does here, too."""
+    """Why chunks of this program are not captured; "" where they are. What speaks against captured tokens does here,
+    too."""
     if reason := decode_graph.reason_against(program, policy, device):
         return reason
     if program.layout.quantize is not None:
@@ -40,8 +41,8 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
 
 
 class _Chunk:
-    """Buffers for the inputs of one shape, and its graph once it is captured. The pools are the model's own and not kept alive:
-    one that has to grow moves."""
+    """Buffers for the inputs of one shape, and its graph once it is captured. The pools are the model's own and not
+    kept alive: one that has to grow moves."""
 
     def __init__(self, given: Mapping[str, Tensor], pools: Mapping[str, Tensor]):
         own: dict[int, Tensor] = {}  # what is one tensor to the caller is one here: torch.compile guards that
@@ -73,8 +74,8 @@ class _Chunk:
 
 
 class PrefillRunner:
-    """Runs chunks without logits. execution: the program in compiled parts; capture: into CUDA graphs (otherwise chunks run from
-    the same buffers, part by part); captures counts them."""
+    """Runs chunks without logits. execution: the program in compiled parts; capture: into CUDA graphs (otherwise chunks
+    run from the same buffers, part by part); captures counts them."""
 
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0

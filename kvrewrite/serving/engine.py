@@ -168,8 +168,8 @@ class Engine:
         self._draining = True
 
     def stop(self) -> None:
-        """Answers every running or waiting request with an error, and ends the thread at the next token or chunk.
-        Returns immediately."""
+        """Answers all running and waiting requests with an error; the thread ends at the next token or chunk. Does not
+        wait."""
         with self._changed:
             self._stopped = True
             ended = [*([self._current] if self._current else []), *self._waiting]

@@ -142,8 +142,7 @@ _Id = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 def _either(name: str) -> Discriminator:
-    """Chooses between text and a list, so that an error is about the one that was given. Tags are not part of the
-    place."""
+    """Chooses between text and a list, so that an error is about the given one. Tags are not part of the place."""
     return Discriminator(_text_or_list, custom_error_type=name, custom_error_message=f"expected {name}")
 
 
@@ -198,8 +197,7 @@ class _Chat(_Body):
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_json(data: bytes | bytearray) -> Any:
-    """Parses a body as JSON; also refuses what Python accepts: lone surrogates, NaN, deep nesting. Raises
-    RequestError."""
+    """Parses a body as JSON; raises RequestError also for lone surrogates, NaN, deep nesting, which Python accepts."""
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:

@@ -140,8 +140,7 @@ def make_server(
 
 
 def serve(engine: Engine, name: str, **settings: Any) -> None:
-    """Serves until it is interrupted; settings: those of `make_server`. Raises KVRewriteError if the engine ended by
-    itself."""
+    """Serves until it is interrupted; settings: those of `make_server`. Raises KVRewriteError if the engine failed."""
     server = make_server(engine, name, **settings)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended

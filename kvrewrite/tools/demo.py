@@ -1,5 +1,4 @@
-"""The demonstration: converts the small model that ships with kvrewrite and compares it with itself; offline, on a
-CPU."""
+"""The demonstration: converts the small model that ships with kvrewrite and compares both; offline, on a CPU."""
 
 from __future__ import annotations
 

@@ -130,8 +130,8 @@ class Source:
         return self._base
 
     def rewritten(self, arm: Arm) -> Any:
-        """Returns the model with an arm's policy; it shares the base's weights. Raises KVRewriteError if that is
-        impossible."""
+        """Returns the model with an arm's policy; it shares the base's weights. Raises KVRewriteError if it can't be
+        made."""
         if arm.spec.name == CONVERTED:
             if self.manifest is None:
                 raise OptionError(f"{self.directory} is no converted model; name the policies to run with --policy")

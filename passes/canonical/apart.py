@@ -109,8 +109,7 @@ def why_not(captured: Captured, nodes: Iterable[fx.Node]) -> str | None:
 
 
 def _is_apart(axes: Axes, node: fx.Node) -> bool:
-    """Whether the op of `node` keeps positions apart. Raises ValueError if an axis holds the sequence in another
-    way."""
+    """Whether the op of `node` keeps positions apart. Raises ValueError if an axis holds the sequence otherwise."""
     name = _name(node)
     own = axes.axes(node)
     read = [n for n in node.all_input_nodes if tensor_of(n) is not None]

@@ -53,7 +53,7 @@ class Bias:
 
 
 def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | None = None) -> Bias:
-    """Classifies `added` (B, H, n, n or n + 1): a known mask, plus nothing or ALiBi, plus attention sinks in the extra
+    """Classifies `added` (B, H, n, n or n + 1): a known mask, plus nothing or ALiBi, plus attention sinks in the last
     column.
 
     positions: of the tokens, ascending from 0, as `classify_mask` needs them; default: all of a text. slopes: ALiBi's
@@ -86,8 +86,7 @@ def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | No
 
 
 def _relative(added: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what is added to the scores (B, H, n, n), minus what each query adds to its own token, and that (B, H, n,
-    1)."""
+    """Returns what is added to the scores (B, H, n, n) relative to each query's own token, and its (B, H, n, 1)."""
     added = added[..., : added.shape[2]]
     own = added.diagonal(dim1=-2, dim2=-1)[..., None]
     if not bool((own > MASKED).all()):
@@ -104,8 +103,8 @@ def _seen(bias: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
 
 
 def _classify_bias(bias: Tensor, seen: Tensor, positions: Tensor) -> Tensor | None:
-    """Returns the ALiBi slopes (H,) of a bias (H, n, n) that is 0 on the diagonal; only entries in `seen` count. None:
-    no ALiBi."""
+    """Returns the ALiBi slopes (H,) of a bias (H, n, n), 0 on the diagonal; only entries in `seen` count. None: no
+    ALiBi."""
     visible = torch.where(seen, bias, 0.0)
     if float(visible.abs().max()) <= TOLERANCE:
         return None
@@ -143,8 +142,7 @@ def fit(chain: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: int) 
     below = torch.ones(length, length, dtype=torch.float64).tril(-1)
 
     def answers(size: float, only_sign: bool) -> tuple[Tensor, Tensor]:
-        """Returns scores and the chain's answer. The diagonal stays 0, so that a change of whole rows can be told
-        apart."""
+        """Returns scores and the chain's answer. The diagonal stays 0: this separates a change of whole rows."""
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = (x.sign() if only_sign else x) * size * below
         y = chain(x)[..., :length]
@@ -217,8 +215,8 @@ AddedAt = Callable[[int, Tensor | None], Tensor]
 
 
 def classify_everywhere(captured: Captured, nodes: set[fx.Node], planes: int, added_at: AddedAt, far: bool) -> Bias:
-    """Classifies what is added to scores; compares all pairs of the first tokens, and every distance up to the model's
-    longest length.
+    """Classifies what is added to scores: at all pairs of the first tokens and at every distance up to the longest
+    length.
 
     nodes: the ops that make it; planes: how many matrices it has; far: whether it can be evaluated at chosen positions.
     If it can't, only all pairs are compared. `captured.compared` records the distance that was reached. Raises
@@ -339,8 +337,7 @@ def _runs_far(added_at: AddedAt, length: int) -> bool:
 
 
 def _as_far_as_it_runs(captured: Captured, length: int, far: int, added_at: AddedAt) -> int:
-    """Returns `far`, or the largest smaller length for which a table has entries; at least `length`, which is known to
-    run."""
+    """Returns `far`, or the largest smaller length for which a table has entries; at least `length`, which runs."""
     if far <= length or _runs_far(added_at, far):
         return far
     if not _runs_far(added_at, length):

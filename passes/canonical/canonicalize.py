@@ -37,16 +37,14 @@ REPLACED, RESULT = "kvrewrite_replaced", "kvrewrite_result"
 
 
 def add_call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    """Adds a call at the graph's insertion point; its `meta["val"]` comes from running `target` on the arguments' own
-    values."""
+    """Adds a call at the graph's insertion point; runs `target` on the arguments' `meta["val"]` for its own."""
     node = gm.graph.call_function(target, args, kwargs)
     node.meta["val"] = fake_value(node)
     return node
 
 
 def size_node(captured: Captured, dim: int) -> fx.Node:
-    """Returns the graph's node for the batch size (dim 0) or length (dim 1) of `input_ids`; makes one if there is
-    none."""
+    """Returns the graph's node for the batch size (dim 0) or length (dim 1) of `input_ids`; makes one if needed."""
     gm = captured.graph
     ids = placeholder(gm, "input_ids")
     assert ids is not None
@@ -61,8 +59,7 @@ def size_node(captured: Captured, dim: int) -> fx.Node:
 
 
 def sizes_first(captured: Captured) -> tuple[fx.Node, fx.Node]:
-    """Moves the nodes of batch size and length to the top of the graph, so that every node may use them; returns
-    both."""
+    """Moves the nodes of batch size and length to the top of the graph, before all their users; returns both."""
     graph = captured.graph.graph
     nodes = size_node(captured, 0), size_node(captured, 1)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]

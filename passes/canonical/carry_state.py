@@ -1,5 +1,4 @@
-"""Finds token mixing other than attention that can be carried as a state, and replaces it with an op that later passes
-know.
+"""Finds token mixing besides attention that a state can carry, and replaces it with an op that later passes know.
 
 A layer that convolves or scans is a region of the graph. It begins at ops that pad the sequence or look at other tokens
 and ends where there is one entry per token again (`regions.py`). Evaluation shows what a region computes, whatever its

@@ -78,8 +78,7 @@ def _layer_of(node: fx.Node) -> str:
 
 
 def sequence_axes(node: Any, length: Any) -> list[int]:
-    """Returns the sequence axes of a tensor: those of that size, or of a size that grows with it but not with the
-    batch."""
+    """Returns the sequence axes of a tensor: of that size, or of a size that grows with it but not with the batch."""
     value = tensor_of(node)
     if value is None:
         return []

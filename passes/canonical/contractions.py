@@ -30,8 +30,7 @@ class Contraction:
 
 
 def contraction(node: fx.Node, left: fx.Node | None = None) -> Contraction:
-    """Describes `node` as a Contraction. left: the operand that must be the left one; default: the one with the
-    result's dim -2."""
+    """Describes `node` as a Contraction. left: the operand to be the left one; default: that of the result's dim -2."""
     if is_op(node, aten.einsum.default):
         return _einsum(node, left)
     first, second = node.args[1:3] if is_op(node, aten.baddbmm.default) else node.args[:2]  # type: ignore[misc]

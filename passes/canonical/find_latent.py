@@ -1,5 +1,4 @@
-"""Finds the compressed latent that keys and values are made of (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1) by
-dataflow.
+"""Finds the latent that keys and values are made of (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1) by dataflow.
 
 Requires the canonical graph. At a site with a latent c (B, T, R), head h has the key [W_uk,h c, r] and the value W_uv,h
 c; the rotated part r (B, T, P) is the same for all heads. Both are found by dependence: W_uk c is the projection
@@ -103,7 +102,7 @@ def _check_projection(up: fx.Node) -> None:
 
 
 def _channels(node: fx.Node) -> int | None:
-    """Returns the channels per token of a (B, T, N), (B, 1, T, N) or (B, T, 1, N) node that all heads share; else
+    """Returns the channels per token of a (B, T, N), (B, 1, T, N) or (B, T, 1, N) node shared by all heads; else
     None."""
     value = tensor_of(node)
     if value is None or not value.is_floating_point() or value.dim() not in (3, 4):

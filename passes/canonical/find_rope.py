@@ -177,8 +177,8 @@ class _NotPairs(Exception):
 
 
 def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None) -> tuple[Tensor, torch.dtype]:
-    """Finds which channels the rotation pairs by rotating unit vectors at several positions; also the dtype of cos and
-    sin."""
+    """Finds which channels the rotation pairs by rotating unit vectors at several positions; also cos' and sin's
+    dtype."""
     replay = _on_cpu(replay)
     partner = torch.arange(dim)
     matrices = []
@@ -250,8 +250,7 @@ def _on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.GraphModule:
-    """Builds the graph positions (N,) -> (cos (N, D), sin (N, D)) by rotating the two halves of all pairs with the
-    rotation."""
+    """Builds the graph positions (N,) -> (cos (N, D), sin (N, D)) by rotating the two halves of all pairs."""
     graph = fx.Graph()
     positions = graph.placeholder("positions")
     first = _halves(partner)

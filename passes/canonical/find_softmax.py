@@ -160,8 +160,7 @@ def _scores_lead(captured: Captured, scores: fx.Node, qk: Contraction) -> tuple[
 
 
 def _operand_heads(captured: Captured, operand: Operand) -> int:
-    """Returns the heads of an operand before it is broadcast; its missing dims must be the last ones before the
-    length."""
+    """Returns an operand's heads before it is broadcast; its missing dims must be the last ones before the length."""
     shape = shape_of(operand.node)
     lead = tuple(1 if d < 0 else shape[d] for d in operand.order[:-2])
     return ratio_of(captured, lead)
@@ -183,8 +182,7 @@ def _check_weights(captured: Captured, softmax: fx.Node, weights: fx.Node, heads
 def _fold_chain(
     captured: Captured, source: fx.Node, scores: fx.Node, heads: int
 ) -> tuple[Bias, Fit, fx.Node | None, Live]:
-    """Reads off the chain from the scores to `source`, the softmax's input: bias, fit, attention sinks and live
-    parts."""
+    """Reads off the chain from the scores to `source`, the softmax's input: bias, fit, attention sinks, live parts."""
     behind = ancestors([source], stop=lambda n: n is scores or only_shape(n)) - {scores}
     baddbmm = is_op(scores, aten.baddbmm.default)
     added = scores.args[0] if baddbmm else None

@@ -69,7 +69,7 @@ def _is_table_of_a_mask(value: Tensor) -> bool:
 
 
 def other_values(captured: Captured, nodes: Iterable[fx.Node], seed: int) -> dict[fx.Node, Tensor]:
-    """Returns other possible values for the learned leaves among `nodes`. A buffer that is not all zeros is only
+    """Returns other possible values for the learned leaves of `nodes`. A buffer that is not all zeros is only
     scaled."""
     values = {}
     for i, node in enumerate(learned_leaves(captured, nodes)):

@@ -76,8 +76,7 @@ def _length_dims(captured: Captured, node: fx.Node) -> list[int]:
 
 
 def _is_source(captured: Captured, node: fx.Node, data: set[fx.Node]) -> bool:
-    """Whether `node` makes positions: an arange over the length, a running sum of ones, or the first rows of a
-    table."""
+    """Whether `node` makes positions: an arange over the length, a running sum of ones, or a table's first rows."""
     if is_op(node, *ARANGES):
         return bool(_length_dims(captured, node))
     if is_op(node, aten.cumsum.default):
@@ -91,8 +90,7 @@ def _is_source(captured: Captured, node: fx.Node, data: set[fx.Node]) -> bool:
 
 
 def _line(captured: Captured, node: fx.Node) -> tuple[int, int] | None:
-    """Returns (first, step) of a sum over the length, (length,) or (1 or batch, length), that grows by one step per
-    token."""
+    """Returns (first, step) of a sum over the length, (length,) or (1 or batch, length), with one step per token."""
     dims, rank = _length_dims(captured, node), len(shape_of(node))
     count = min(CHECK_LENGTH, captured.max_positions or CHECK_LENGTH)
     if dims != [rank - 1] or rank > 2 or count < 2:
@@ -260,8 +258,7 @@ class _Lifter:
         return self.split[key]
 
     def _split(self, lifted: fx.Node, rank: int, length: int, batch: int) -> fx.Node:
-        """Splits (..., batch * length at dim `length`, ...), padded to `rank` dims, into (..., batch, ..., length,
-        ...)."""
+        """Splits (..., batch * length at dim `length`, ...), padded to `rank` dims: (..., batch, ..., length, ...)."""
         shape: list[Any] = list(shape_of(lifted))
         shape = [1] * (rank - len(shape)) + shape
         if symbol(shape[batch]) != 1:

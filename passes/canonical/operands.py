@@ -80,8 +80,7 @@ def module_of(node: fx.Node) -> str:
 
 
 def check_operands(captured: Captured, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[int, int]:
-    """Returns (heads, kv heads) of q, k and v of shape (..., length, features); refuses cross-attention and odd
-    ranks."""
+    """Returns (heads, kv heads) of q, k, v (..., length, features); refuses cross-attention and odd ranks."""
     for name, node in (("query", q), ("key", k), ("value", v)):
         shape = shape_of(node)
         if not 3 <= len(shape) <= 4 or not is_length(captured, shape[-2]):

@@ -213,8 +213,7 @@ class Recurrence:
         return None
 
     def _gain_shape(self, node: fx.Node) -> list[int] | None:
-        """Returns how a floating constant broadcasts to (..., heads, channels) if it has one number per channel or per
-        head."""
+        """Returns how a floating constant with one number per channel or head broadcasts to (..., heads, channels)."""
         value = tensor_of(node)
         heads, channels = self.heads
         if value is None or not value.is_floating_point() or any(not isinstance(s, int) for s in value.shape):

@@ -247,8 +247,8 @@ class _Validation:
                 )
 
     def _weights_between(self, replaced: fx.Node, starts: list[fx.Node]) -> str:
-        """Names the parameters between a site's inputs and output: the reason for a mismatch if one was folded into a
-        number."""
+        """Names the parameters between a site's inputs and output: one that was folded into a number explains a
+        mismatch."""
         names = {n.name for n in starts}
         between = ancestors([replaced], stop=lambda n: n.name in names)
         learned = sorted(
@@ -460,7 +460,7 @@ def _unbacked(value: Tensor, sizes: dict[Any, int]) -> bool:
 
 
 def _token_value(node: fx.Node, order: Iterable[int], inputs: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Returns a value for a cut node that depends only on each token and its position; order: its dims as (row, token,
+    """Returns a value for a cut node that depends only on each token and its position; order: dims as (row, token,
     ...)."""
     order = list(order)
     ids, positions = inputs["input_ids"].double(), inputs["position_ids"].double()

@@ -1,9 +1,10 @@
-"""Lowering for single tokens, one a row: fused ops take the place of several, on a copy of the program that a device runs.
+"""Lowering for single tokens, one per row: fused ops take the place of several, on a copy of the program that a device
+runs.
 
-Requires a graph after `insert_cache`; ensures the same results up to rounding. Attention with its mass comes from one op,
-linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their pages, so
-that nothing is rotated while decoding. Where ranks change with every token, attention rotates keys as it reads them, and the
-update keeps ranks up to date. The saved program stays as it is.
+Requires a graph after `insert_cache`; ensures the same results up to rounding. Attention with its mass comes from one
+op, linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their
+pages, so that nothing is rotated while decoding. Where ranks change with every token, attention rotates keys as it
+reads them, and the update keeps ranks up to date. The saved program stays as it is.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def _ignore_flags(gm: fx.GraphModule) -> None:
 
 
 def _absorb_latents(gm: fx.GraphModule) -> None:
-    """One token's attention on latents as the ops that it consists of: it is always absorbed, and `observe` looks with the same
-    queries."""
+    """One token's attention on latents as the ops that it consists of: it is always absorbed, and `observe` looks with
+    the same queries."""
     for node in calls(gm, ops.latent_attention.default):
         args = named_args(node)
         q, k, up_k, up_v = (args.pop(name) for name in ("q", "k", "up_k", "up_v"))
@@ -146,7 +147,8 @@ def fuse_mass(gm: fx.GraphModule) -> None:
 
 
 def _quantized(k_dense: Any, v_dense: Any) -> dict[str, Any] | None:
-    """Where keys and values are what quantized slots stand for: those slots, as arguments of `decode_attention_quantized`."""
+    """Where keys and values are what quantized slots stand for: those slots, as arguments of
+    `decode_attention_quantized`."""
     if not is_op(k_dense, ops.read_quantized.default) or not is_op(v_dense, ops.read_quantized.default):
         return None
     stored = {name: arg(k_dense, name) for name in ("qlens", "kind", "group")}
@@ -156,8 +158,8 @@ def _quantized(k_dense: Any, v_dense: Any) -> dict[str, Any] | None:
 
 
 def _keep_pages(gm: fx.GraphModule) -> None:
-    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1). What
-    quantized slots stand for is not needed: attention and update read codes."""
+    """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1).
+    What quantized slots stand for is not needed: attention and update read codes."""
     for node in calls(gm, ops.cache_update.default):
         set_args(node, floor=None, spare=None, next_table=None)
     for node in calls(gm, ops.cache_update_quantized.default):
@@ -165,8 +167,8 @@ def _keep_pages(gm: fx.GraphModule) -> None:
 
 
 def _fuse_updates(gm: fx.GraphModule) -> None:
-    """The update of one token takes in what precedes it: its rotation, and what a retaining head does after its hidden layer.
-    Attention takes in the rotation, too."""
+    """The update of one token takes in what precedes it: its rotation, and what a retaining head does after its hidden
+    layer. Attention takes in the rotation, too."""
     turns = {n: rotation(n) for n in calls(gm, aten.add.Tensor)}
     whole: dict[Any, Any] = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
     for node, found in turns.items():
@@ -206,9 +208,9 @@ def _as_token_update(update: fx.Node, **changed: Any) -> None:
 
 
 def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
-    """Contiguous positions that change with every token: `decode_attention` rotates the keys, and `token_update` keeps ranks in
-    the pages, both as their docstrings say. Where something else wants the rotated keys, or channels have other partners than
-    those half a head away, they are made as before."""
+    """Contiguous positions that change with every token: `decode_attention` rotates the keys, and `token_update` keeps
+    ranks in the pages, both as their docstrings say. Where something else wants the rotated keys, or channels have
+    other partners than those half a head away, they are made as before."""
     for read in calls(gm, ops.read_rotated.default):
         table, ranks = arg(read, "table"), arg(read, "positions")
         readers = list(read.users)
@@ -241,7 +243,8 @@ def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
 
 
 def _takes_unrotated(user: fx.Node, x: fx.Node) -> bool:
-    """Whether a reader of the rotated token x has one argument for it, and can rotate it itself, or wants its size only."""
+    """Whether a reader of the rotated token x has one argument for it, and can rotate it itself, or wants its size
+    only."""
     if is_op(user, aten.sym_size.int):
         return True
     if is_op(user, ops.decode_attention.default):

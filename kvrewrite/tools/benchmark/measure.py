@@ -290,8 +290,7 @@ def _decode(
 
 
 def _generate(subject: Subject, cell: dict[str, Any], ids: Tensor, options: Options, device: Device) -> None:
-    """Returns seconds per token between the first and the last of `generate`, so that the prompt's spread is
-    excluded."""
+    """Returns seconds per token from the first to the last of `generate`, without the prompt and its spread."""
     clock = Clock()
     total, _ = device.seconds(lambda: subject.generate(ids, options.new_tokens, clock))
     made = len(clock.times)

@@ -1,5 +1,4 @@
-"""Runs a benchmark: (policies and baselines) x context lengths x batch sizes, in one process; writes JSON after every
-cell."""
+"""Runs a benchmark, (policies and baselines) x context lengths x batch sizes, in one process; JSON after every cell."""
 
 from __future__ import annotations
 
@@ -252,7 +251,7 @@ class _Runner:
         self.progress(f"{cell['label']}, {cell['context']:,} x {cell['batch']}: {text}", self.done, self.total)
 
     def _too_long(self, cell: Mapping[str, Any], earlier: list[dict[str, Any]]) -> str | None:
-        """The reason why a cell would take too long, judged by a smaller size (time grows at least in proportion), or
+        """The reason why a cell would take too long, judged by a smaller size (time grows at least linearly), or
         None."""
         limit = self.settings.options.seconds
         for other in earlier:

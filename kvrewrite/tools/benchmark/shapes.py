@@ -1,5 +1,4 @@
-"""Chooses the model to measure: a directory, or a named shape with random weights, which take as long as trained
-ones."""
+"""Chooses the model to measure: a directory, or a named shape with random weights, which takes the same time."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ def _llama_8b() -> Any:
 
 
 def _phi3_mini() -> Any:
-    """microsoft/Phi-3-mini-128k-instruct. Its factors are trained; these grow similarly. Its window of 262144 has no
-    effect."""
+    """microsoft/Phi-3-mini-128k-instruct. Its factors are trained; these grow similarly. Its window of 262144 never
+    bites."""
     from transformers import Phi3Config
 
     pairs = 48

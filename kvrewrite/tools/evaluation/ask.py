@@ -94,8 +94,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 class _Watch(StoppingCriteria):
-    """Ends rows whose answer is complete, and measures the cache once, when it holds the prompt and nothing
-    generated."""
+    """Ends rows whose answer is complete, and measures the cache once, when it holds exactly the prompt."""
 
     def __init__(self, tokenizer: Any, prompt: int, limits: list[int], cache: Any, held: Held):
         self.tokenizer, self.prompt, self.limits = tokenizer, prompt, limits

@@ -189,7 +189,7 @@ def frequent_words(room: Room) -> Document:
 
 
 def few_shot(room: Room) -> Document:
-    """Few-shot classification: four classes of four nouns each; an input is two adjectives and a noun, the label a
+    """Few-shot classification: four classes of four nouns each; an input is two adjectives and a noun, a label a
     word."""
     words = room.words(20)
     labels, members = words[:4], words[4:]
@@ -274,8 +274,7 @@ def few_shot_rare(
 
 
 def few_shot_varied(room: Room) -> Document:
-    """`few_shot_rare` in a thousand forms instead of three: 30 words before an input, 37 marks between it and its
-    label."""
+    """`few_shot_rare` in a thousand forms, not three: 30 words before an input, 37 marks between it and its label."""
     return few_shot_rare(room, _VARIED)
 
 

@@ -29,7 +29,7 @@ LONGEST_LINE = 96
 
 @cache
 def prose() -> tuple[str, ...]:
-    """Returns lines of Python's reference topics in order, each a piece that starts with a line break; empty if
+    """Returns lines of Python's reference topics in order, each a piece that begins with a line break; empty if
     missing."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -41,8 +41,7 @@ def prose() -> tuple[str, ...]:
 
 @cache
 def code() -> tuple[str, ...]:
-    """Returns lines of standard library modules in order, with their indentation, each a piece that starts with a line
-    break."""
+    """Returns lines of standard library modules in order, indented, each a piece that starts with a line break."""
     root = Path(sysconfig.get_path("stdlib"))
     lines: list[str] = []
     for name in _MODULES.split():

@@ -70,8 +70,7 @@ class Room:
         return sum(map(self.length, pieces))
 
     def reserve(self, questions: list[Question]) -> list[Question]:
-        """Returns as many questions as fit into half of the room, at least one; reduces the remaining length by
-        theirs."""
+        """Returns as many questions as fit into half of the room, at least one; takes their length off what is left."""
         kept: list[Question] = []
         for question in questions[: self.questions]:
             need = self.cost(question.pieces) + (self.cost(question.target) + 1 if self.replies else 0)

@@ -1,5 +1,4 @@
-"""The graph around every attention site, before and after: which nodes belong to it, their names, and which sites are
-alike."""
+"""The graph around every attention site, before and after: its nodes, their names, and which sites are alike."""
 
 from __future__ import annotations
 

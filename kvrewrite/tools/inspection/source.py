@@ -44,8 +44,7 @@ DTYPES = {
 
 
 def op_name(node: fx.Node) -> str:
-    """Returns the op that a node calls, without overload and the aten namespace: "linear",
-    "kvrewrite.cached_attention"."""
+    """Returns the op that a node calls, without overload and "aten": "linear", "kvrewrite.cached_attention"."""
     if isinstance(node.target, torch._ops.OpOverload):
         space, name = node.target._schema.name.split("::")
         return name if space == "aten" else f"{space}.{name}"

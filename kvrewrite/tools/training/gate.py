@@ -179,8 +179,8 @@ class GateLoss:
 def gate_loss(
     model: GatedModel, options: GateOptions, input_ids: Tensor, labels: Tensor, real: Tensor, progress: float
 ) -> GateLoss:
-    """Computes the loss of one batch: input_ids, labels (IGNORED: no target) and real (bool, rows left-aligned), each
-    (B, T)."""
+    """Computes the loss of a batch: input_ids, labels (IGNORED: no target), real (bool, rows left-aligned), each (B,
+    T)."""
     gated = gated_tokens(options, labels, real)
     index, targets = target_index(labels)
     zero = torch.zeros((), device=input_ids.device)
@@ -334,8 +334,8 @@ class GateTask(Task):
         return parts | {"kept": found.kept.mean(), "kept_least": found.kept.min()}
 
     def save(self, out: Path, metadata: dict[str, str]) -> list[Path]:
-        """Writes what `GateTraining.save` writes, and <name>.png: the share that each head evicts of the last batches'
-        tokens."""
+        """Writes what `GateTraining.save` writes, and <name>.png: the share of the last batches' tokens that a head
+        evicts."""
         drawn: list[Path] = []
         if self._recent and self.options.gates:
             ratios = eviction_ratios(self.gates.model, self._recent)
@@ -382,8 +382,7 @@ def plot_eviction(ratios: Tensor, out: str | Path, layers: Sequence[int]) -> Non
 # ----------------------------------------------------------------------------------------------------------------
 # saving
 def save_gates(out: str | Path, model: GatedModel, metadata: Mapping[str, str]) -> None:
-    """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: additional
-    entries."""
+    """Writes the gates as inference reads them, in the model's dtype, with their sizes; metadata: more entries."""
     from kvrewrite.artifact.policy_weights import save_policy_weights
     from kvrewrite.passes.pipeline import model_fingerprint
     from kvrewrite.policies.weights import BASE_MODEL

@@ -1,5 +1,4 @@
-"""Builds the training graph of Attention-Gates: the canonical graph with gates at the sites that own keys, and no
-cache.
+"""Builds the training graph of Attention-Gates: the canonical graph with gates where sites own keys, and no cache.
 
 A gate's nodes are those that the policy inserts for inference (`AttentionGate.probability`). The differences: the
 gate's own attention sees the whole text at once, flags become straight-through gates, and attention has gradients
@@ -38,8 +37,8 @@ ops = torch.ops.kvrewrite
 # --------------------------------------------------------------------------------------------------- what the graph
 # calls
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Computes the gate's causal attention over a whole text: (B, T, heads * d) each, in fp32, like
-    `kvrewrite::gate`."""
+    """Computes the gate's causal attention over a whole text, like `kvrewrite::gate`: (B, T, heads * d) each, in
+    fp32."""
     b, t, width = q.shape
     q, k, v = (x.float().view(b, t, heads, width // heads).transpose(1, 2) for x in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -184,8 +183,8 @@ class GatedModel(nn.Module):
         return logits, list(gates)
 
     def _chain(self, device: torch.device) -> fx.GraphModule:
-        """Returns the graph in parts; rebuilds them if the model has moved, because that puts other buffers into the
-        graph."""
+        """Returns the graph in parts; rebuilds them if the model has moved, because moving changes the graph's
+        buffers."""
         if not self._parts or self._parts[0][0] != device:
             self._parts = [(device, _cut(self.graph))]
         return self._parts[0][1]

@@ -180,8 +180,7 @@ gated_attention_backward_op = define(
 def gated_attention_backward(
     grad: Tensor, tokens: Tokens, gate: Tensor, out: Tensor, lse: Tensor, logits: Logits, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns gradients of q, k, v (in their dtypes), gate (fp32) and sinks (H,) from the output's; see
-    `gated_attention`."""
+    """Returns gradients of q, k, v (in their dtypes), gate (fp32) and sinks (H,); grad: the output's."""
     (q, k, v), sinks, alibi = tokens, logits.sinks, logits.alibi
     shape = _Shape(logits.scale, logits.softcap, logits.window, logits.chunk)
     b, h, t, d = q.shape

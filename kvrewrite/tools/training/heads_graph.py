@@ -1,5 +1,4 @@
-"""Builds the training graph of retaining heads: the canonical graph with heads at the sites that own keys, and no
-cache.
+"""Builds the training graph of retaining heads: the canonical graph with heads where sites own keys, and no cache.
 
 A head's nodes are those that the policy inserts for inference (`Locret.score`). Heads feed only the loss, so there is
 no backward pass through the backbone: its parameters are frozen, and autograd only records the heads.
@@ -35,8 +34,7 @@ class TrainingHook(SiteHook):
 
 
 def attend(tokens: tuple[Tensor, ...], sinks: Tensor | None, alibi: Tensor | None, *shape: float) -> Tensor:
-    """Computes `kvrewrite::attention` of whole texts without a T x T tensor in memory: by SDPA if equivalent, else in
-    blocks.
+    """Computes `kvrewrite::attention` of whole texts without a T x T tensor: by SDPA if equivalent, else in blocks.
 
     tokens: q, k and v; shape: scale, softcap, window and chunk."""
     q, k, v = tokens

@@ -84,8 +84,7 @@ def write_labels(
 
 
 class LabelFile:
-    """A file that `write_labels` wrote, for a run that `said` describes. Raises TrainingError if it is of another
-    run."""
+    """A file that `write_labels` wrote, for a run that `said` describes. Raises TrainingError for any other run."""
 
     def __init__(self, path: Path, said: Mapping[str, str], heads: list[int]):
         _, found = read_header(path)

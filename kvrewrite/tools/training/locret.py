@@ -59,7 +59,7 @@ class LocretOptions:
 
 @dataclass
 class HeadLoss:
-    """The loss of a batch: `total` = regression + smoothing (already weighted). overlap: of the best tenth of the
+    """The loss of a batch: `total` = regression + smoothing (already weighted). overlap: of the best tenth of
     positions."""
 
     total: Tensor
@@ -91,8 +91,7 @@ def head_loss(scores: list[Tensor], labels: list[Tensor], smoothing: float) -> H
 
 
 def top_overlap(scores: Tensor, labels: Tensor) -> Tensor:
-    """Returns the share of each head's best tenth by label that is in its best tenth by score; the mean over rows and
-    heads."""
+    """Returns the share of each head's best tenth by label that is also best by score; the mean over rows and heads."""
     counted = labels > -torch.inf
     wanted = (counted.sum(dim=-1, keepdim=True) * TOP).long().clamp(min=1)
 
@@ -105,8 +104,7 @@ def top_overlap(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class LocretTask(Task):
-    """A model prepared for training: captured, sites found, heads inserted. The backbone's parameters are the model's
-    own, frozen.
+    """A model prepared for training: captured, sites found, heads inserted. The frozen backbone is the model's own.
 
     The captured graph runs once per batch and gives scores, queries and keys of all layers. Labels come from the same
     run, because prompt and answer are one causal text: the same numbers as in the authors' offline pass.
@@ -177,8 +175,7 @@ class LocretTask(Task):
 
     @torch.no_grad()
     def label(self, row: dict[str, list[int]]) -> Tensor:
-        """Returns the labels of one text {"input_ids", "labels"}: (kv heads of all layers, tokens of the prompt)
-        fp32."""
+        """Returns the labels of one text {"input_ids", "labels"}: (kv heads of all layers, prompt tokens) fp32."""
         device = self.heads[0].device
         batch = {name: value.to(device) for name, value in collate([row]).items()}
         prompt = int((batch["labels"] < 0).sum())

@@ -63,8 +63,7 @@ def save_adapter(model: Any, out: str | Path) -> None:
 
 
 def merge_lora(model: Any, out: str | Path, tokenizer: Any = None) -> None:
-    """Adds the adapters to the weights and writes a plain transformers model directory, which `kvrewrite convert`
-    takes.
+    """Adds the adapters to the weights and writes a plain transformers model directory for `kvrewrite convert`.
 
     The adapters are gone from `model` afterwards. 16-bit weights round the sum, so that logits differ from those in
     training by as much; in fp32 they agree.

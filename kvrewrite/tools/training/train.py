@@ -63,8 +63,7 @@ class Trained:
 
 
 def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
-    """Makes a policy's task; options: fields of `LocretOptions` or `GateOptions`. tokenizer: saved with a merged
-    model."""
+    """Makes a policy's task; options: fields of `LocretOptions` or `GateOptions`. tokenizer: for a merged model."""
     if policy not in POLICIES:
         raise OptionError(f"{policy} is not trained; expected one of {', '.join(POLICIES)}")
     if policy == "attention_gate":
@@ -180,8 +179,7 @@ def train(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Returns the sha256 of a model's parameters' names, dtypes and values: the base model that weights were trained
-    on."""
+    """Returns the sha256 of a model's parameters' names, dtypes and values: identifies the base model of weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())

@@ -62,8 +62,7 @@ class Task(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How it is trained. The defaults are Locret's (one sample per step, AdamW, linear warm-up and decay, clipping by
-    value).
+    """How it is trained; Locret's defaults (one sample per step, AdamW, linear warm-up and decay, clipping by value).
 
     steps, warmup: optimizer steps. batch_size: texts per device and step. clip_value, clip_norm: of gradients (0: off).
     save_every: steps between checkpoints in `checkpoints` (0: none); keep: how many stay. resume: continues from the
@@ -105,8 +104,7 @@ class FitOptions:
 
 @dataclass
 class Fitted:
-    """What a training run did. log: what was logged, {"step", "loss", ...}; seconds of training; peak_bytes on a
-    GPU."""
+    """What a training run did. log: what was logged, {"step", "loss", ...}; seconds: training; peak_bytes: on a GPU."""
 
     log: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -124,8 +122,7 @@ def require_training() -> None:
 
 
 def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
-    """Makes a left-aligned batch of rows {"input_ids", "labels"} (lists of ints): input_ids, labels and real, each (B,
-    T)."""
+    """Makes a left-aligned batch of rows {"input_ids", "labels"} (int lists): input_ids, labels, real, each (B, T)."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
