@@ -41,7 +41,7 @@ SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at 
 
 
 def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
+    """The reason why single tokens of this program don't run from static buffers on a device, or ""."""
     if policy.merge:
         return "merging asks the device how many slots go"
     scheme = program.layout.scheme
