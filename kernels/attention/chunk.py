@@ -4,7 +4,7 @@ routes.
 `chunk_attention` is the entry point. It has three routes to the same result:
 
 - "hopper": chunk_attention_hopper.py, warp-specialized, for the plain case on compute capability 9.0;
-- "triton": the kernel below, for everything: window, chunk, softcap, ALiBi, sinks, hidden tokens, any head dimension;
+- "triton": the kernel below, for everything: window, chunk, softcap, ALiBi, attention sinks, hidden tokens, any head dimension;
 - "cudnn": two calls of cuDNN's attention and a merge by LSE (`merged_sdpa`), where every cache is full: a baseline.
 
 "auto" takes what `choose_route` says, a function of shapes, dtypes and options only.
@@ -444,7 +444,7 @@ def features_in_use(logits: Logits) -> tuple[str, ...]:
 def _why_not_hopper(
     capability: tuple[int, int] | None, dtype: torch.dtype, d: int, dv: int, features: tuple[str, ...]
 ) -> str | None:
-    """Why the warp-specialized kernel can't compute such a call, or None."""
+    """The reason why the warp-specialized kernel can't compute such a call, or None."""
     if capability is None or capability[0] != 9:
         return f"compute capability {capability} (it needs 9.0)"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -465,7 +465,7 @@ def _why_not_aligned(*tensors: Tensor) -> str | None:
 
 
 def _why_not_cudnn(q: Tensor, sinks: Tensor | None, features: tuple[str, ...], full: bool) -> str | None:
-    """Why two calls of cuDNN can't compute such a call, or None."""
+    """The reason why two calls of cuDNN can't compute such a call, or None."""
     if not q.is_cuda:
         return "tensors that are not on a CUDA device"
     if q.dtype not in (torch.bfloat16, torch.float16):

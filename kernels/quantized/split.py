@@ -1,4 +1,5 @@
-"""Which quantized caches the decode kernels take, and how they split a value's channels. (Ops ask without loading Triton.)"""
+"""Which quantized caches the decode kernels take, and how they split a value's channels. (Ops ask without loading
+Triton.)"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ MOST_PARTS = 16
 
 
 class Split(NamedTuple):
-    """How the channels of a value are taken: `halves` (2 where a byte has two codes) of `parts` parts of `width` channels, each
-    with one scale."""
+    """How the channels of a value are taken: `halves` (2 where a byte has two codes) of `parts` parts of `width`
+    channels, each with one scale."""
 
     halves: int
     parts: int
@@ -33,7 +34,7 @@ def split(scheme: Scheme, dv: int) -> Split:
 
 
 def why_not(scheme: Scheme, d: int, dv: int, group: int = 1) -> str | None:
-    """Why there is no kernel for these head dims, and query heads per kv head; None where there is one."""
+    """The reason why there is no kernel for these head dims and query heads per kv head, or None."""
     if not LEAST_GROUP <= scheme.group <= MOST_GROUP or MOST_GROUP % scheme.group:
         return f"it takes key groups of 16, 32 or 64 slots, not of {scheme.group}"
     if why := limits.why_not(d, dv, group, 1, False):

@@ -83,7 +83,7 @@ def _rank(
 
 
 def rank_config(capacity: int) -> tuple[int, int, int]:
-    """(slots a program, words a turn of the accumulating program, its warps)."""
+    """(slots per program, words per iteration of the accumulating program, its warps)."""
     return (256, 1024, 4) if capacity <= 4096 else (512, 4096, 8)
 
 

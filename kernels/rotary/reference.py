@@ -20,8 +20,8 @@ def settle(
 ) -> None:
     """See `kvrewrite::settle_keys`. One head at a time, so that little memory is needed.
 
-    The rotation turns the pair (i, j = partner[i]) by [[cos_i, sin_i], [sin_j, cos_j]]; taking it back multiplies by the
-    inverse of that matrix (scaled rotations, as of longrope, have a determinant other than 1).
+    The rotation multiplies the pair (i, j = partner[i]) by [[cos_i, sin_i], [sin_j, cos_j]]; taking it back multiplies
+    by the inverse of that matrix (scaled rotations, as of longrope, have a determinant other than 1).
     """
     slot = torch.arange(table.shape[2] * k_pages.shape[1], device=table.device)
     for head in range(table.shape[1]):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS = 8  # that a program turns: each finds cos and sin in registers
+HEADS = 8  # that a program rotates: each finds cos and sin in registers
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def _turn_both(
 
 
 def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x * cos + [-x2, x1] * sin of the halves x1, x2 of queries (B, H, T, D) and keys (B, Hkv, T, D), each contiguous in its last
-    dimension; cos, sin: (B or 1, T, D), likewise. Computed in fp32 and rounded once. Returns tensors of the same shapes that in
-    memory are (B, T, heads, D)."""
+    """x * cos + [-x2, x1] * sin of the halves x1, x2 of queries (B, H, T, D) and keys (B, Hkv, T, D), each contiguous
+    in its last dimension; cos, sin: (B or 1, T, D), likewise. Computed in fp32 and rounded once. Returns tensors of the
+    same shapes that in memory are (B, T, heads, D)."""
     b, h, t, d = q.shape
     for name, x, shape in (("k", k, (b, k.shape[1], t, d)), ("cos", cos, (t, d)), ("sin", sin, (t, d))):
         if tuple(x.shape[-len(shape) :]) != shape or (x.dim() == 3 and x.shape[0] not in (1, b)):

@@ -1,12 +1,13 @@
-"""What ragged evictions need besides select.py: budgets that the heads of a layer share (Ada-KV), and pages dealt on the device.
+"""What ragged evictions need besides select.py: budgets that the heads of a layer share (Ada-KV), and pages dealt on
+the device.
 
-Shared budgets: the heads' unprotected entries compete for the sum of the heads' unprotected budgets. The worth of the last that
-wins is found by its four bytes, most significant first: a pass counts, for each head, the entries in question by their next
-byte. Counts are integers, so it does not matter in which order programs add theirs. Of equal entries those of the lower head
-win, so counts are all that budgets need; which entries they are is `_plan`'s business.
+Shared budgets: the heads' unprotected entries compete for the sum of the heads' unprotected budgets. The worth of the
+last that wins is found by its four bytes, most significant first: a pass counts, for each head, the entries in question
+by their next byte. Counts are integers, so it does not matter in which order programs add theirs. Of equal entries
+those of the lower head win, so counts are all that budgets need; which entries they are is `_plan`'s business.
 
-Scratch memory of a head is that of select.py: `stride` int32 keys, and facts of which 3 is how many entries later queries see,
-4 how many of them are protected, and 5 how many keys there are (0: its row does not share).
+Scratch memory of a head is that of select.py: `stride` int32 keys, and facts of which 3 is how many entries later
+queries see, 4 how many of them are protected, and 5 how many keys there are (0: its row does not share).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _counted(counts, digit, kv_heads, HEADS: tl.constexpr):
 
 @triton.jit
 def _step(total, left):
-    """The byte of the left-th largest of `total` (256,) entries by byte, and how many of those with that byte are among them."""
+    """The byte of the left-th largest of `total` (256,) entries by byte, and how many of those with that byte are among
+    them."""
     byte = tl.arange(0, 256)
     from_here = tl.sum(total, 0) - tl.cumsum(total, 0) + total  # entries with this byte or a larger one
     found = tl.max(tl.where(from_here >= left, byte, 0), 0)
@@ -55,7 +57,8 @@ def _count_bytes(
     keys, facts, floor, valid, keep, ke_b, ke_h, counts, stride, kv_heads,
     DIGIT: tl.constexpr, HEADS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Counts a span of a head's entries whose first DIGIT bytes are those of the last one that wins, by their next byte."""
+    """Counts a span of a head's entries whose first DIGIT bytes are those of the last one that wins, by their next
+    byte."""
     row = tl.program_id(1)
     b = row // kv_heads
     n = tl.load(facts + row * 8 + 5)
@@ -87,7 +90,8 @@ def _count_bytes(
 def _share(
     facts, floor, valid, keep, ke_b, ke_h, counts, budgets, kv_heads, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The budgets of a row's heads, as `head_budgets` in kernels/update/reference.py has them, in the same arithmetic."""
+    """The budgets of a row's heads, as `head_budgets` in kernels/update/reference.py has them, in the same
+    arithmetic."""
     b = tl.program_id(0)
     head = tl.arange(0, HEADS)
     there = head < kv_heads
@@ -124,8 +128,8 @@ def share_budgets(
 ) -> None:
     """Fills in budgets (B * Hkv,) int32 in the rows that share, floor (B,) float64 >= 0, and have new tokens.
 
-    keys (B * Hkv, stride) and facts (B * Hkv, 8) as select.py's `_plan` leaves them at its first stage, with blocks of `block`
-    entries; valid (B,), keep (B, Hkv) int32.
+    keys (B * Hkv, stride) and facts (B * Hkv, 8) as select.py's `_plan` leaves them at its first stage, with blocks of
+    `block` entries; valid (B,), keep (B, Hkv) int32.
     """
     b, hkv = keep.shape
     rows, stride = keys.shape
@@ -169,8 +173,8 @@ def _deal(
 
 
 def deal(spare: Tensor, table: Tensor, next_table: Tensor, lens: Tensor, page: int) -> None:
-    """Fills in next_table (B, Hkv, W'): in rows that are offered pages, spare (B, W) >= 0, one after the other to the heads that
-    need them for lens (B, Hkv) slots; other rows keep those of table (B, Hkv, P)."""
+    """Fills in next_table (B, Hkv, W'): in rows that are offered pages, spare (B, W) >= 0, one after the other to the
+    heads that need them for lens (B, Hkv) slots; other rows keep those of table (B, Hkv, P)."""
     b, hkv, width = next_table.shape
     _deal[(triton.cdiv(width, 256), b * hkv)](
         spare, spare.stride(0), table, *table.stride(), next_table, *next_table.stride(), lens, *lens.stride(), spare.shape[1],
@@ -185,7 +189,7 @@ def _copy_out(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     RESCORE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS moves of a head a program and turn; see `copy_out`."""
+    """ROWS moves of a head per program and iteration; see `copy_out`."""
     row = tl.program_id(1)
     b = (row // kv_heads).to(tl.int64)
     h = (row % kv_heads).to(tl.int64)
@@ -217,9 +221,9 @@ def _copy_out(
 def copy_out(
     cache: Cache, slot_scores: Tensor | None, spare: Tensor, sources: Tensor, moves: Tensor, per_turn: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies the slots that are to be moved out of their pages, since those may have been dealt to other heads; in rows that are
-    offered pages only. Move r of a head, sources (B * Hkv, moves), is entry r of what is returned: keys (B * Hkv, C, D), values,
-    scores (slot_scores where given) and positions (B * Hkv, C, 2)."""
+    """Copies the slots that are to be moved out of their pages, since those may have been dealt to other heads; in rows
+    that are offered pages only. Move r of a head, sources (B * Hkv, moves), is entry r of what is returned: keys (B *
+    Hkv, C, D), values, scores (slot_scores where given) and positions (B * Hkv, C, 2)."""
     k_pages, v_pages, score_pages, pos_pages, table, _ = cache
     b, hkv, width = table.shape
     page, rows, listed = k_pages.shape[1], b * hkv, sources.shape[1]

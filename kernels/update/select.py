@@ -417,7 +417,7 @@ def _move(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     DEAL: tl.constexpr,
 ):  # fmt: skip
-    """Carries out the moves of a head that `_plan` has listed: ROWS of them a program and turn.
+    """Carries out the moves of a head that `_plan` has listed: ROWS of them per program and iteration.
 
     DEAL: they go to the pages of next_table; in rows that are dealt new ones, slots come from where `ragged.copy_out`
     put them.
@@ -490,7 +490,7 @@ def plan_config(entries: int) -> tuple[int, int, int]:
 
 
 def move_config(k_dim: int, itemsize: int) -> tuple[int, int]:
-    """(ROWS, warps) of `_move`: about 8 KiB of keys a turn, four 16-byte accesses a thread."""
+    """(ROWS, warps) of `_move`: about 8 KiB of keys per iteration, four 16-byte accesses per thread."""
     rows = max(8, 8192 // (triton.next_power_of_2(k_dim) * itemsize))
     return min(rows, 64), 4
 

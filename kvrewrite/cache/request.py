@@ -99,7 +99,7 @@ class Request:
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
         self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps
-        # them (both in kvrewrite/runtime/decode_graph.py).
+        # them (both in kvrewrite/runtime/key_rotation.py).
         self.keys_settled = self.ranks_held = False
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many

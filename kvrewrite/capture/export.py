@@ -27,8 +27,7 @@ from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
 
 @contextlib.contextmanager
 def _scans_as_ops() -> Iterator[None]:
-    """While open, traces torch's associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), as our
-    op."""
+    """While open, traces associative_scan of a linear recurrence, (a, x), (b, y) -> (a b, b x + y), as our op."""
     # Patched in the function's own module: the package exports the function under the module's name.
     module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
     original = module.associative_scan

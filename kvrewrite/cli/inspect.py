@@ -75,7 +75,7 @@ def inspect(
         given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
         chosen = policies.make(policy, **given)
     converted = artifact.is_artifact(directory)
-    # A module from elsewhere can't be compiled again; what was found is in the manifest.
+    # A foreign module can't be compiled again; its sites are in the manifest.
     foreign = converted and chosen is None and not read_json(directory / "config.json").get("model_type")
     stored = converted and chosen is None and page is None and (no_code or foreign)
     data: dict[str, Any] = {"model": model, "policy": None}
@@ -131,7 +131,7 @@ def inspect(
 
 
 def _print_group(console: Console, group: Group) -> None:
-    """The code of one kind of site."""
+    """Prints the code of one kind of site."""
     from rich.rule import Rule
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What users type, as values: options of policies, budgets, models; and the flags that several commands have."""
+"""Parses what users type: options of policies, budgets, models; and the flags that several commands share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def parse_value(text: str, hint: str) -> Any:
-    """`text` as one of the types in an annotation such as "int | None"; ValueError where it is none."""
+    """Parses `text` as one of the types in an annotation such as "int | None"; raises ValueError if it is none of
+    them."""
     kinds = [k.strip() for k in hint.split("|")]
     if "None" in kinds and text.lower() in ("none", "null"):
         return None
@@ -41,20 +42,22 @@ def parse_value(text: str, hint: str) -> Any:
 
 
 def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, Any]:
-    """`key=value` pairs as the policy's fields want them. given: options with a flag of their own, None if unset."""
+    """Parses `key=value` pairs to the types of the policy's fields. given: options with their own flag, None if
+    unset."""
     from kvrewrite.policies import ALIASES, POLICIES
     from kvrewrite.policies.base import annotation
 
     policy = ALIASES.get(policy, policy)
     hints = {f.name: annotation(f) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
-    # An unknown option goes through as it is: the policy names it and its likely spelling.
+    # An unknown option passes unchanged: the policy names it and its likely spelling.
     return parse_pairs(policy, pairs, hints, {k: v for k, v in given.items() if v is not None})
 
 
 def parse_pairs(
     policy: str, pairs: Iterable[str], hints: Mapping[str, str], given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """`key=value` pairs as values of the types in `hints`; a key without a hint keeps its text. given: what is set already."""
+    """Parses `key=value` pairs to the types in `hints`; a key without a hint keeps its text. given: options already
+    set."""
     options = dict(given or {})
     for pair in pairs:
         key, sign, text = pair.partition("=")
@@ -80,7 +83,7 @@ DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 
 def parse_budget(text: str) -> int | float:
-    """A fraction of the cache ("0.25", "25%") or a number of slots ("1024")."""
+    """Parses a fraction of the cache ("0.25", "25%") or a number of slots ("1024")."""
     try:
         if text.endswith("%"):
             value: int | float = float(text[:-1]) / 100
@@ -96,7 +99,7 @@ def parse_budget(text: str) -> int | float:
 
 
 def split_policy(text: str) -> tuple[str, list[str]]:
-    """`name:key=value,key=value` as a name and pairs; a part without "=" belongs to the value before it."""
+    """Splits `name:key=value,key=value` into name and pairs; a part without "=" belongs to the value before it."""
     name, _, rest = text.partition(":")
     pairs: list[str] = []
     for part in rest.split(",") if rest else []:
@@ -108,7 +111,7 @@ def split_policy(text: str) -> tuple[str, list[str]]:
 
 
 def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[PolicySpec, ...]:
-    """The policies that --policy and --policy-weights name; raises OptionError for names that do not exist."""
+    """Returns the policies of --policy and --policy-weights; raises OptionError for unknown names."""
     from kvrewrite.policies import ALIASES, POLICIES
     from kvrewrite.tools.subjects import PolicySpec
 
@@ -138,7 +141,7 @@ def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[Po
 
 
 def with_shipped_weights(specs: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...]:
-    """For the small model: policies without weights of their own take those that are part of kvrewrite."""
+    """Gives policies without weights those that ship with the small model."""
     from kvrewrite.assets import small_policies
 
     shipped = small_policies()
@@ -146,7 +149,7 @@ def with_shipped_weights(specs: tuple[PolicySpec, ...]) -> tuple[PolicySpec, ...
 
 
 def model_directory(model: str | None) -> Path:
-    """MODEL, or the small model that is part of kvrewrite."""
+    """Returns MODEL's directory, or that of the small model that ships with kvrewrite."""
     if model is not None:
         from kvrewrite.artifact.local_directory import checkpoint_directory
 

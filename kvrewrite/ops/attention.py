@@ -143,7 +143,7 @@ def cached_attention(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits:
 
 
 def why_not_cached(tokens: Tokens, dense: Dense, cache: Pages, logits: Logits) -> str | None:
-    """Why no kernel computes `cached_attention` of these tensors; None where one does."""
+    """The reason why no kernel computes `cached_attention` of these tensors, or None."""
     q, k, v = tokens
     if dense.v_dense is None and (why := limits.why_not_latent(cache.v_pages.shape[-1])):
         return why

@@ -1,9 +1,9 @@
 """Steps compiled ahead of time: an AOTInductor package in a model directory, so that loading it compiles nothing.
 
-`compile_ahead` takes the programs of `exported.py` through AOTInductor. The packages hold native code and no weights: those
-are the model's own tensors, which it shares. Native code runs when it is loaded, so that happens only on trust; and it fits
-one version of torch and of kvrewrite (whose ops it calls) and one kind of device, which the manifest says. Nothing is taken
-in silence in its place: what does not fit is an error.
+`compile_ahead` takes the programs of `exported.py` through AOTInductor. The packages hold native code and no weights:
+those are the model's own tensors, which it shares. Native code runs when it is loaded, so that happens only on trust;
+and it fits one version of torch and of kvrewrite (whose ops it calls) and one kind of device, which the manifest says.
+Nothing is taken in silence in its place: what does not fit is an error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_kind(kind: str | None, device: str | torch.device) -> None:
 
 
 def reason_against(device: torch.device) -> str:
-    """Why no steps are compiled ahead for a device with this version of torch; "" where they are."""
+    """The reason why no steps are compiled ahead for a device with this version of torch, or ""."""
     if device.type == "cuda" and torch.__version__ < "2.12":
         return f"torch {torch.__version__} crashes when it loads such packages on a GPU (seen with 2.11 on an H100)"
     return ""
@@ -62,8 +62,8 @@ def reason_against(device: torch.device) -> str:
 def compile_ahead(model: RewrittenModel, folder: Path, batch_size: int = 1) -> dict[str, Any]:
     """Compiles a model's steps for its device into `folder`/compiled/; returns what the manifest says of them.
 
-    batch_size: 1, or at least 2 for any number of rows from 2 on. Inductor's configuration is that of the process. Takes
-    minutes and a C++ compiler. Raises CaptureError where it can't be done.
+    batch_size: 1, or at least 2 for any number of rows from 2 on. Inductor's configuration is that of the process.
+    Takes minutes and a C++ compiler. Raises CaptureError where it can't be done.
     """
     steps = export_steps(model, batch_size=batch_size)
     (folder / FOLDER).mkdir()
@@ -114,7 +114,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def load_ahead(model: RewrittenModel, directory: Path, manifest: Mapping[str, Any]) -> CompiledSteps:
     """The steps in a model directory that `read_artifact` has checked, hashes of these files included, for its model.
 
-    Raises ArtifactError with what differs where there are none, or where they are of another torch, kvrewrite or device.
+    Raises ArtifactError with what differs where there are none, or where they are of another torch, kvrewrite or
+    device.
     """
     compiled = manifest.get("compiled")
     if compiled is None:

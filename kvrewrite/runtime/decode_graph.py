@@ -20,14 +20,14 @@ from torch import Tensor, fx
 
 from kvrewrite.cache.pages import Lease, to_device
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
-from kvrewrite.ir.fx import is_op
-from kvrewrite.ir.layout import PAGE, spec_of
+from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
 from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy, Segment
 from kvrewrite.runtime.inputs import WIDE, no_room, row_inputs, row_numbers
+from kvrewrite.runtime.key_rotation import KeyRotation, rotates_keys
 from kvrewrite.runtime.parts import Execution, reason_against_graphs, record_graph
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at 
 
 
 def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """Why single tokens of this program don't run from static buffers on a device; "" where they do."""
+    """The reason why single tokens of this program don't run from static buffers on a device, or ""."""
     if policy.merge:
         return "merging asks the device how many slots go"
     scheme = program.layout.scheme
@@ -58,70 +58,6 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
     return reason_against_graphs(program.graph) if device.type == "cuda" else ""
-
-
-def settles(program: Program, policy: Policy) -> bool:
-    """Whether ranks are frozen while decoding, so that keys can lie rotated in their pages."""
-    return program.layout.contiguous and not policy.renews_ranks_in_decoding
-
-
-class Settling:
-    """What is done to cached keys before the first single token: where ranks are frozen, they are rotated, which is
-    taken back before the next prompt; else ranks are written down as `token_update` keeps them."""
-
-    def __init__(self, model: RewrittenModel):
-        self.model = model
-        self.sites: list[tuple[int, int, int, str]] = []  # class, layer in it, rotation, name of its partners
-        for node in model.graph_module.graph.nodes:
-            if is_op(node, ops.rotate.default):
-                _, cos, _, positions, partner = node.args
-                table = positions.args[1]
-                cache, rotation = spec_of(table.args[0]), spec_of(cos)
-                assert cache is not None and cache.cls is not None and rotation is not None
-                assert rotation.rotation is not None
-                site = (cache.cls, int(table.args[2]), rotation.rotation, str(partner.target))
-                if site not in self.sites:
-                    self.sites.append(site)
-
-    def settle(self, cache: EvictionCache) -> None:
-        """Ranks that are not final yet are made, then keys are rotated in place."""
-        device = self.model.device
-        renew = [not s and n > 0 for s, n in zip(cache.settled, cache.seen)]
-        cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
-        cache.settled = [s or r for s, r in zip(cache.settled, renew)]
-        following, anew = to_device(cache.next_rotary, device), to_device(renew, device)
-        span = torch.empty(0, max(1, *cache.seen), device=device)
-        self._turn(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
-        cache.keys_settled = True
-
-    def hold_ranks(self, cache: EvictionCache) -> None:
-        """Writes the ranks of all slots to their pages, counted from the newest token of the text."""
-        device = self.model.device
-        following, anew = to_device(cache.seen, device), to_device([True] * cache.batch_size, device)
-        span = torch.empty(0, max(1, *cache.seen), device=device)
-        for lease in cache.leases:
-            lease.unshare(np.zeros_like(lease.bound))
-        for c, layer in {(c, layer): None for c, layer, *_ in self.sites}:
-            lease = cache.leases[c]
-            ops.slot_rotary(lease.store.pos_pages, lease.table[layer], lease.lens[layer], following, anew, span)
-        cache.ranks_held = True
-
-    def undo(self, cache: EvictionCache) -> None:
-        """Keys are unrotated again."""
-        self._turn(cache, undo=True, ranks=None)
-        cache.keys_settled = False
-
-    def _turn(self, cache: EvictionCache, undo: bool, ranks: tuple[Tensor, Tensor, Tensor] | None) -> None:
-        for lease in cache.leases:
-            lease.unshare(np.zeros_like(lease.bound))
-        tables = cache.rotary(max(cache.next_rotary) + 1)
-        for c, layer, rotation, partner in self.sites:
-            lease = cache.leases[c]
-            where = (lease.store.pos_pages, lease.table[layer], lease.lens[layer])
-            if ranks is not None:
-                ops.slot_rotary(*where, *ranks)
-            turn = self.model.graph_module.get_buffer(partner)
-            ops.settle_keys(lease.store.k_pages, *where, *tables[rotation], turn, undo)
 
 
 class _Rows:
@@ -182,7 +118,7 @@ class _Step:
 
     def reach(self, cache: EvictionCache) -> int:
         """Positions that tables of cos and sin need here: those that keys or queries are rotated by."""
-        if settles(self.runner.model.program, self.runner.model.policy):
+        if self.runner.rotates_keys:
             return 1  # nothing is rotated by tables
         return min(self.span, self.runner.model.program.max_positions or self.span)
 
@@ -271,9 +207,9 @@ class DecodeRunner:
         capture: bool,
     ):
         self.model, self.capture, self.captures = model, capture, 0
-        self.settles = settles(model.program, model.policy)
-        self.settling = Settling(model) if model.program.layout.contiguous else None
-        self.execution = Execution(lower_decode(gm, self.settles), compiler, rows_move=False)
+        self.rotates_keys = rotates_keys(model.program, model.policy)
+        self.key_rotation = KeyRotation(model) if model.program.layout.contiguous else None
+        self.execution = Execution(lower_decode(gm, self.rotates_keys), compiler, rows_move=False)
         self.sources = self.execution.partition.sources
         self._steps: dict[int, _Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
@@ -289,10 +225,10 @@ class DecodeRunner:
 
     def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
-        if self.settling is not None and self.settles and not cache.keys_settled:
-            self.settling.settle(cache)
-        if self.settling is not None and not self.settles and not cache.ranks_held:
-            self.settling.hold_ranks(cache)
+        if self.key_rotation is not None and self.rotates_keys and not cache.keys_settled:
+            self.key_rotation.rotate(cache)
+        if self.key_rotation is not None and not self.rotates_keys and not cache.ranks_held:
+            self.key_rotation.hold_ranks(cache)
         self._ahead = None
         plan = cache.plan_token(segments)
         cache.hold(plan)
@@ -309,7 +245,7 @@ class DecodeRunner:
         """The numbers of each row for the next token. Returns the positions of the new tokens, where they are made
         again."""
         contiguous = self.model.program.layout.contiguous
-        anew = contiguous and not self.settles
+        anew = contiguous and not self.rotates_keys
         following = list(cache.length) if anew else cache.next_rotary
         step.rows.send(row_numbers(self.model.program.layout, cache, segments, following))
         return following if anew else None

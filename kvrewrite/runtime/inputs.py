@@ -1,7 +1,7 @@
 """What a call gives a rewritten model: checked, row by row, and turned into the row inputs of its graph.
 
-`new_tokens` finds the real tokens of each row. `row_numbers` are what the host tells the graph about each row, and `row_inputs`
-the inputs that come of them: chunks of prompts and single tokens from static buffers are given the same.
+`new_tokens` finds the real tokens of each row. `row_numbers` are what the host tells the graph about each row, and
+`row_inputs` the inputs that come of them: chunks of prompts and single tokens from static buffers are given the same.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ WIDE = ("positions", "following")  # row numbers that are int64 to the graph; th
 class Tokens:
     """What a call gives each row.
 
-    ids (rows, columns): those of the call with, before them, `late` columns that some row has still to be given; where: the
-    columns of each row's real tokens among them; real: which columns are real from then on, (rows, all columns) bool, or None
-    where all that is new is; decoding: rows that go on by one token, or pause.
+    ids (rows, columns): those of the call with, before them, `late` columns that some row has still to be given; where:
+    the columns of each row's real tokens among them; real: which columns are real from then on, (rows, all columns)
+    bool, or None where all that is new is; decoding: rows that go on by one token, or pause.
     """
 
     ids: Tensor
@@ -49,8 +49,8 @@ class Tokens:
 
 
 def new_tokens(ids: Tensor, mask: Tensor | None, cache: Request) -> Tokens:
-    """What `ids` (rows, columns) and the mask of a call give each row of a cache. Raises InputError for a mask of another
-    shape, or one that differs from what went in."""
+    """What `ids` (rows, columns) and the mask of a call give each row of a cache. Raises InputError for a mask of
+    another shape, or one that differs from what went in."""
     batch, width = ids.shape
     late, where, real = 0, [np.arange(width)] * batch, None
     if mask is not None:
@@ -71,15 +71,16 @@ def new_tokens(ids: Tensor, mask: Tensor | None, cache: Request) -> Tokens:
                 real, late = given, past - first
                 new = np.concatenate([given[:, first:past] & ~before[:, first:], new], 1)
             where = [np.flatnonzero(row) for row in new]
-    # Row by row, by its real tokens, so that a row does not depend on what else is in the batch. One that pauses keeps its
-    # ranks, too.
+    # Row by row, by its real tokens, so that a row does not depend on what else is in the batch. One that pauses keeps
+    # its ranks, too.
     decoding = [len(columns) <= 1 and seen > 0 for columns, seen in zip(where, cache.seen)]
     return Tokens(ids, late, where, real, decoding)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
 def check_ids(ids: Tensor, vocab_size: int, decoding: bool) -> None:
-    """Raises InputError for ids beyond the vocabulary. Single tokens on a GPU are not looked at: that would stall it."""
+    """Raises InputError for ids beyond the vocabulary. Single tokens on a GPU are not looked at: that would stall
+    it."""
     if ids.numel() and not (decoding and ids.is_cuda):
         low, high = torch.stack(torch.aminmax(ids)).tolist()
         if low < 0 or high >= vocab_size:
@@ -111,7 +112,7 @@ def row_plan(policy: Policy, count: int, decoding: bool, row: RowState) -> list[
 
 
 def no_room(model: RewrittenModel, cache: Request, row: int, count: int, decoding: bool) -> Exception | None:
-    """Why a row can't take `count` more tokens, or None."""
+    """The reason why a row can't take `count` more tokens, or None."""
     limit, total = model.program.max_positions, cache.seen[row] + count
     if limit is not None and (reach := _reach(model, cache, row, count, decoding)) > limit:
         return InputError(
@@ -140,9 +141,9 @@ def _reach(model: RewrittenModel, cache: Request, row: int, count: int, decoding
 def row_numbers(
     layout: CacheLayout, cache: Request, segments: Sequence[Segment | None], following: list[int]
 ) -> dict[str, list[int]]:
-    """What the host tells the graph about each row. positions: that of its first new token in the text; following: the one that
-    its key is rotated by (contiguous positions); valid: new tokens; recent: newest slots that are protected; and the policy's own
-    numbers. None among `segments`: a row that does nothing."""
+    """What the host tells the graph about each row. positions: that of its first new token in the text; following: the
+    one that its key is rotated by (contiguous positions); valid: new tokens; recent: newest slots that are protected;
+    and the policy's own numbers. None among `segments`: a row that does nothing."""
     numbers = {
         "positions": cache.seen,
         "valid": [s.length if s else 0 for s in segments],
@@ -158,7 +159,8 @@ def row_numbers(
 def row_inputs(
     rows: Mapping[str, Tensor], max_positions: int | None, column: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Graph inputs that come of `row_numbers`, given as tensors (rows,). column: 0 to T - 1 where rows have T new tokens."""
+    """Graph inputs that come of `row_numbers`, given as tensors (rows,). column: 0 to T - 1 where rows have T new
+    tokens."""
 
     def count(begin: Tensor) -> Tensor:
         return begin[:, None] if column is None else begin[:, None] + column

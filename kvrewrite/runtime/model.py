@@ -38,8 +38,9 @@ from kvrewrite.runtime.arguments import (
     check_logits_to_keep,
     check_tensor,
 )
-from kvrewrite.runtime.decode_graph import DecodeRunner, Settling, reason_against
+from kvrewrite.runtime.decode_graph import DecodeRunner, reason_against
 from kvrewrite.runtime.generation import Generation, drop_unsupported
+from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.loss import check_labels, with_loss
 from kvrewrite.runtime.parts import Execution, Staged
 from kvrewrite.runtime.pickling import program_of, program_state
@@ -471,7 +472,7 @@ class RewrittenModel(nn.Module, Generation):
             logits = self.decoder.step(input_ids, cache, segments)
         else:
             if cache.keys_settled:
-                Settling(self).undo(cache)  # also where the model is not compiled any more
+                KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
             logits = SegmentedCall(self, tokens, cache).run(columns)

@@ -34,7 +34,7 @@ HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "trans
 
 
 def reason_against_graphs(gm: fx.GraphModule) -> str:
-    """Why a graph can't be captured as a CUDA graph, as far as its ops tell; "" where nothing speaks against it."""
+    """The reason why a graph can't be captured as a CUDA graph, judging by its ops, or ""."""
     found = {str(n.target) for n in gm.graph.nodes if n.op == "call_function"} & set(HOST_READS)
     if not found:
         return ""

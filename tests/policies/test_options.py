@@ -197,7 +197,7 @@ def test_threshold_starts_anew() -> None:
     cache = model.new_cache(2)
 
     def thresholds() -> Tensor:
-        return torch.stack([s.value for s in cache.states if s.name.startswith("merge_")])
+        return torch.stack([s.value for s in cache.states if s.input.startswith("state_merge_")])
 
     ids, mask = tokens(2, 20, 5), torch.ones(2, 20, dtype=torch.long)
     mask[1, :9] = 0
@@ -328,7 +328,7 @@ def test_quantization_against_oracle(name: str) -> None:
         at += width
         got = model(call, past_key_values=cache).logits
         (lease,) = cache.leases
-        states = {s.name: s.value for s in cache.states}
+        states = {s.input.removeprefix("state_"): s.value for s in cache.states}
         for b, oracle in enumerate(rows):
             row = call[b].tolist()
             expected = oracle.decode(row[0]) if width == 1 else oracle.prompt(row)
@@ -445,11 +445,15 @@ def test_memory_is_what_is_held(name: str) -> None:
     page = sum(p[0].numel() * p.element_size() for p in pools)
     assert report.leased == pages * page + states
     live, tails = 0.0, 0
-    qlens = {int(s.name.split("_")[-1]): s.value for s in cache.states if s.name.startswith("qlens")}
+    qlens = {
+        int(s.input.removeprefix("state_").split("_")[-1]): s.value
+        for s in cache.states
+        if s.input.startswith("state_qlens")
+    }
     for i, layer in enumerate(lease.layers):
         live += float(qlens[layer].sum()) * page / 64
         tails += int((lease.lens[i] - qlens[layer]).sum()) * ((16 + 16) * 4 + 12)
-    small = sum(s.value.nbytes for s in cache.states if "tail" not in s.name)
+    small = sum(s.value.nbytes for s in cache.states if "tail" not in s.input)
     assert report.live == int(live) + tails + small
     assert report.live <= report.leased <= report.reserved
 

@@ -201,9 +201,9 @@ def test_settled_keys_come_back() -> None:
     model(tokens()[:, :30], past_key_values=cache)
     lease = cache.leases[0]
     before = lease.store.k_pages.clone()
-    model.decoder.settling.settle(cache)
+    model.decoder.key_rotation.rotate(cache)
     assert not torch.allclose(lease.store.k_pages, before, atol=1e-3)
-    model.decoder.settling.undo(cache)
+    model.decoder.key_rotation.undo(cache)
     live = torch.unique(lease.table)[1:].long()
     torch.testing.assert_close(lease.store.k_pages[live], before[live], rtol=0, atol=1e-6)
 

@@ -225,6 +225,15 @@ def test_attention_of_chunks():
     assert full.flops == [2 * 32 * 4 * 55] * 2 and full.call == [(10, 0)] * 2 and full.held == [10, 10]
 
 
+def test_heads_with_different_budgets():
+    """A head that retrieves attends to everything, one that streams to its budget; each is half of the layer."""
+    policy = policies.make("duo_attention", budget=8, start=2, chunk=4, heads="10")
+    found = flops.attention_of([site(0)], 12, policy)
+    alone = [flops.attention_of([site(0)], 12, policies.make("streaming_llm", budget=n, chunk=4)) for n in (99, 8)]
+    assert found.flops[0] == (alone[0].flops[0] + alone[1].flops[0]) / 2
+    assert found.held == [10] and found.read == [4 + 8 + 12] and found.call == [(4, 8)]
+
+
 def test_floor_and_limit():
     work = flops.Work(linear_flops=1000, head_flops=100, weight_bytes=4000)
     floor = roofline.prefill_floor(work, 10, 2, 1e4, [(500, 1e3), (300, 1e2)])

@@ -1,4 +1,5 @@
-"""What a request can't be faster than: bytes and FLOPs of a model and a policy, over rates measured in the same run.
+"""Computes lower bounds of a request's time: a model's and policy's bytes and FLOPs over rates measured in the same
+run.
 
     floor of a prefill = FLOPs of linear layers / GEMM rate + FLOPs of attention / rate of the attention kernel
     limit of a decode step = max(weight bytes / copy bandwidth, FLOPs of linear layers / GEMM rate)
