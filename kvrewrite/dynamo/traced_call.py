@@ -65,7 +65,8 @@ def traced_call() -> Call:
     root = root_frame()
     code: types.CodeType = root.f_code
     _keep_compiling(code)
-    if any(isinstance(value, RewrittenModel) for value in root.f_locals.values()):
+    ours = str(root.f_globals.get("__name__")).startswith(("kvrewrite.runtime", "kvrewrite.cache"))
+    if ours or any(isinstance(value, RewrittenModel) for value in root.f_locals.values()):
         raise UnsupportedModelError(
             "the model is rewritten already: compile it with model.compile(), without this backend"
         )
