@@ -170,7 +170,7 @@ def test_opcheck(case: str) -> None:
     plain = [x if x is None else x.detach() for x in tensors]
     out, lse = gated_attention(*plain, *rest, True)
     inputs = (torch.ones_like(out), *plain[:4], out, lse, plain[4], *rest, True)
-    torch.library.opcheck(module.gated_attention_backward, inputs)
+    torch.library.opcheck(torch.ops.kvrewrite.gated_attention_backward.default, inputs)
 
 
 def test_memory_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +189,10 @@ def test_memory_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
             sizes.extend(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
             return result
 
+    groups = Tokens(q, k, v), gate, Logits(scale=0.5)
     with torch.no_grad(), Watch():  # a dispatch mode does not look into an op, so its function is called
-        out, lse = gated_attention._init_fn(q, k, v, gate, *rest)
-        module.gated_attention_backward._init_fn(out, q, k, v, gate, out, lse, *rest)
+        out, lse = module.gated(*groups, False)
+        module.gated_attention_backward(out, *groups[:2], out, lse, groups[2], False)
     assert len(sizes) > 100 and max(sizes) <= limit // 4 < t * t
     kept = 0
 
