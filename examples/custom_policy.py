@@ -33,9 +33,14 @@ class LargestKeys(Policy):
 
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 model = LlamaForCausalLM(config).eval()
 small = kvrewrite.transform(model, policy="largest_keys", budget=48, window=16)
 cache = small.new_cache()

@@ -13,9 +13,14 @@ torch.set_num_threads(1)  # the model is tiny
 torch.manual_seed(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
 config = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 small = kvrewrite.transform(LlamaForCausalLM(config).eval(), policy="streaming_llm", budget=64)
 cache = small.new_cache()
 logits = small(torch.randint(0, 256, (1, 100)), cache=cache, logits_to_keep=1).logits

@@ -21,10 +21,18 @@ KINDS = ["copy", "text", *tasks.TASKS]
 SPLIT = r" ?\p{L}+| ?[0-9]{1,2}| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s+"
 # Percentage of each kind of text in training; copies are set per stage.
 MIX = {
-    "text": 4, "needle_single": 4, "needle_multikey": 14, "needle_distractors": 15, "needle_multivalue": 12,
-    "needle_multiquery": 7, "kv_retrieval": 15, "variable_tracking": 9, "common_words": 11, "frequent_words": 6,
+    "text": 4,
+    "needle_single": 4,
+    "needle_multikey": 14,
+    "needle_distractors": 15,
+    "needle_multivalue": 12,
+    "needle_multiquery": 7,
+    "kv_retrieval": 15,
+    "variable_tracking": 9,
+    "common_words": 11,
+    "frequent_words": 6,
     "few_shot": 3,
-}  # fmt: skip
+}
 
 
 def train_tokenizer(vocabulary: int) -> Tokenizer:

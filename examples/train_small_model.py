@@ -38,11 +38,24 @@ from torch.nn import functional as F
 from kvrewrite.tools.evaluation import tasks
 
 SHAPE = {
-    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+}
+TINY = SHAPE | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 THETA = 1e5
 TEXT_WEIGHT = 0.15
 SINK_WEIGHT = 0.02  # of `sink_lack`, see there
@@ -88,9 +101,18 @@ def sink_lack(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
 
 
 def layer(
-    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, qkv: Tensor, out: Tensor, norm2: Tensor, up: Tensor, down: Tensor,
-    heads: tuple[int, int, int], at: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    norm2: Tensor,
+    up: Tensor,
+    down: Tensor,
+    heads: tuple[int, int, int],
+    at: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Runs one decoder layer on (B, T, C) in fp32; matrix products in bf16. `up` is gate and up projection in one.
 
     Also returns `sink_lack` of the queries at positions `at`.
@@ -192,10 +214,13 @@ class Small(torch.nn.Module):
             found |= {f"{at}self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
             gate, value = up.chunk(2)
             found |= {
-                at + "self_attn.o_proj.weight": out, at + "mlp.gate_proj.weight": gate, at + "mlp.up_proj.weight": value,
-                at + "mlp.down_proj.weight": down, at + "input_layernorm.weight": norm,
+                at + "self_attn.o_proj.weight": out,
+                at + "mlp.gate_proj.weight": gate,
+                at + "mlp.up_proj.weight": value,
+                at + "mlp.down_proj.weight": down,
+                at + "input_layernorm.weight": norm,
                 at + "post_attention_layernorm.weight": norm2,
-            }  # fmt: skip
+            }
         return {name: weight.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, weight in found.items()}
 
 
@@ -351,8 +376,10 @@ def exam(model: Small, tokenizer: Tokenizer, papers: dict, device: str) -> dict:
                 text = tokenizer.decode(reply[: reply.index(EOS)] if EOS in reply else reply)
                 scores += tasks.score(sample, text)
         found[f"{task}@{tokens}"] = {
-            "exact": round(100 * exact / len(paper), 2), "score": round(100 * scores / len(paper), 2), "n": len(paper),
-        }  # fmt: skip
+            "exact": round(100 * exact / len(paper), 2),
+            "score": round(100 * scores / len(paper), 2),
+            "n": len(paper),
+        }
         print(f"exam {task}@{tokens}", found[f"{task}@{tokens}"], flush=True)
     return found
 
@@ -376,16 +403,27 @@ def export(model: Small, tokenizer_file: Path, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        **model.shape, rope_parameters={"rope_type": "default", "rope_theta": THETA}, tie_word_embeddings=True,
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        **model.shape,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(out)
     GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False).save_pretrained(out)
     save_file(model.exported(), out / "model.safetensors", {"format": "pt"})
     PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left",
-        model_max_length=model.shape["max_position_embeddings"], clean_up_tokenization_spaces=False,
-    ).save_pretrained(out)  # fmt: skip
+        tokenizer_file=str(tokenizer_file),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=model.shape["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(out)
 
 
 def main() -> None:

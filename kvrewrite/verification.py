@@ -95,9 +95,15 @@ def verify(
 
 
 def _directory(
-    report: Report, directory: Path, original: nn.Module | None, tokens: int, seed: int, hashes: bool,
-    device: torch.device, say: Progress,
-) -> None:  # fmt: skip
+    report: Report,
+    directory: Path,
+    original: nn.Module | None,
+    tokens: int,
+    seed: int,
+    hashes: bool,
+    device: torch.device,
+    say: Progress,
+) -> None:
     """Checks a model directory. The original and the rewritten model are never in memory together."""
     from kvrewrite.api import load
     from kvrewrite.artifact import directory as artifact

@@ -140,8 +140,9 @@ def insert(
         raise OptionError(f"{policy.name} needs the model's rotation: {facts['rope_problem']}")
     if policy.positions == "contiguous":
         if "rope_problem" in facts:
-            raise OptionError(f"{policy.name}: positions=contiguous is not possible: {facts['rope_problem']}; "
-                              "use positions=original")  # fmt: skip
+            raise OptionError(
+                f"{policy.name}: positions=contiguous is not possible: {facts['rope_problem']}; use positions=original"
+            )
         if not any(isinstance(r, Rope) for r in ropes.values()):
             raise OptionError(
                 f"{policy.name}: positions=contiguous needs rotary embeddings, and this model has none (learned or no "

@@ -85,6 +85,10 @@ def model_card(program: Program, name: str, plans: list[MemoryPlan]) -> str:
         )
     options = ", ".join(f"`{k}={v}`" for k, v in program.policy["options"].items())
     return _TEXT.format(
-        title=name or "A model", policy=program.policy["name"], options=options, memory=memory,
-        proof=proof_text(program.proof), sites="\n".join(sites),
-    )  # fmt: skip
+        title=name or "A model",
+        policy=program.policy["name"],
+        options=options,
+        memory=memory,
+        proof=proof_text(program.proof),
+        sites="\n".join(sites),
+    )

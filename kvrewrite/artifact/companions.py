@@ -18,10 +18,23 @@ GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # one of them must be there
 # What transformers looks for when it opens a tokenizer.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model",
-    "sentencepiece.bpe.model", "*.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*",
+)
 # What transformers' own checks of such files raise; all mean that the file is wrong.
 _WRONG = (ValueError, TypeError, KeyError, OSError, AttributeError, IndexError, RuntimeError, ImportError)
 

@@ -25,8 +25,16 @@ from kvrewrite.policies.weights import LISTED
 _MAX_DEPTH, _MAX_TENSORS = 32, 1_000_000  # of dicts in a pickle
 # What torch.load raises for files that are truncated or of another kind.
 _UNREADABLE = (
-    EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError
-)  # fmt: skip
+    EOFError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    OSError,
+)
 
 
 def import_pickle(

@@ -57,7 +57,7 @@ def _check_layout(program: Program, policy: Policy, what: str) -> None:
             layout.quantize and (layout.quantize.kind, layout.quantize.group, layout.quantize.residual),
             None if policy.quantize == "none" else (policy.quantize, policy.quantize_group, policy.quantize_residual),
         ),
-    }  # fmt: skip
+    }
     for name, (told, wanted) in agree.items():
         if told != wanted:
             raise wrong(f"{name} is {told}, but with {policy.name} and its options it is {wanted}")

@@ -154,8 +154,11 @@ def _kvzap(path: Path) -> Found:
     layers = _by_layer(file, tensors, r"layers\.(\d+)\.(.+)")
     linear = "weight" in layers[0]
     expected: dict[str, Shape] = {
-        "0.weight": ("hidden", "input"), "0.bias": ("hidden",), "2.weight": ("kv heads", "hidden"), "2.bias": ("kv heads",)
-    }  # fmt: skip
+        "0.weight": ("hidden", "input"),
+        "0.bias": ("hidden",),
+        "2.weight": ("kv heads", "hidden"),
+        "2.bias": ("kv heads",),
+    }
     sizes = _fit(file, layers, {"weight": ("kv heads", "input"), "bias": ("kv heads",)} if linear else expected)
     config = _config(file)
     facts = {"input_dim": sizes["input"], "output_dim": sizes["kv heads"], "n_modules": len(layers)}
@@ -187,11 +190,15 @@ def _fast_kvzip(path: Path) -> Found:
         file,
         layers,
         {
-            "q_norm.weight": ("rank",), "k_norm.weight": ("rank",), "k_base": ("kv heads", 1, "sinks", "rank"),
-            "b": ("kv heads", 1, "group"), "q_proj.weight": ("heads*rank", "input"), "q_proj.bias": ("heads*rank",),
+            "q_norm.weight": ("rank",),
+            "k_norm.weight": ("rank",),
+            "k_base": ("kv heads", 1, "sinks", "rank"),
+            "b": ("kv heads", 1, "group"),
+            "q_proj.weight": ("heads*rank", "input"),
+            "q_proj.bias": ("heads*rank",),
             "k_proj.weight": ("kv heads*rank", "input"),
         },
-    )  # fmt: skip
+    )
     for name, product in (("kv heads*rank", sizes["kv heads"]), ("heads*rank", sizes["kv heads"] * sizes["group"])):
         if sizes[name] != product * sizes["rank"]:
             raise PolicyWeightsError(
@@ -199,9 +206,12 @@ def _fast_kvzip(path: Path) -> Found:
             )
     tensors = {f"gates.{i}.{n}": t for i, layer in enumerate(layers) for n, t in layer.items()}
     return tensors, {
-        "gates": str(len(layers)), "kv_heads": str(sizes["kv heads"]), "group": str(sizes["group"]),
-        "rank": str(sizes["rank"]), "sinks": str(sizes["sinks"]),
-    }  # fmt: skip
+        "gates": str(len(layers)),
+        "kv_heads": str(sizes["kv heads"]),
+        "group": str(sizes["group"]),
+        "rank": str(sizes["rank"]),
+        "sinks": str(sizes["sinks"]),
+    }
 
 
 def _trim_kv(path: Path) -> Found:
@@ -219,8 +229,11 @@ def _trim_kv(path: Path) -> Found:
     (inner, other), outer = PARTS[kind]
     wide: Shape = ("hidden", "input")
     expected: dict[str, Shape] = {
-        inner: wide, other: wide if kind == "rg3" else ("hidden",), outer: ("kv heads", "hidden"), "bias": ("kv heads",)
-    }  # fmt: skip
+        inner: wide,
+        other: wide if kind == "rg3" else ("hidden",),
+        outer: ("kv heads", "hidden"),
+        "bias": ("kv heads",),
+    }
     sizes = _fit(file, layers, expected)
     _agree(file, config, {"num_hidden_layers": len(layers), "num_key_value_heads": sizes["kv heads"]})
     metadata = {"layers": str(len(layers)), "kv_heads": str(sizes["kv heads"]), "hidden_size": str(sizes["hidden"])}
@@ -263,6 +276,10 @@ def _duo_attention(path: Path) -> Found:
 
 
 IMPORTERS: dict[str, Callable[[Path], Found]] = {
-    "locret": _locret, "locret_q": _locret, "kvzap": _kvzap, "fast_kvzip": _fast_kvzip, "trim_kv": _trim_kv,
+    "locret": _locret,
+    "locret_q": _locret,
+    "kvzap": _kvzap,
+    "fast_kvzip": _fast_kvzip,
+    "trim_kv": _trim_kv,
     "duo_attention": _duo_attention,
-}  # fmt: skip
+}

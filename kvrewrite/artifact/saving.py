@@ -97,9 +97,14 @@ def save(
     tensors: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
     tensors.update(source.named_buffers(remove_duplicate=False))
     return write_artifact(
-        out, program, base=tensors, config=json.loads(config.to_json_string()), force=force, card=card,
+        out,
+        program,
+        base=tensors,
+        config=json.loads(config.to_json_string()),
+        force=force,
+        card=card,
         compile_steps=compile_steps,
-    )  # fmt: skip
+    )
 
 
 def _is_listed(path: Path, source: Path, manifest: Mapping[str, Any]) -> bool:

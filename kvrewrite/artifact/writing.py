@@ -39,12 +39,28 @@ from kvrewrite.ir.serialize import attach, graph_from_dict, graph_to_dict
 
 # A model's files besides config and weights. The base's README.md is not among them: the card replaces it.
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model",
-    "tokenizer.model.v3", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
-    "*.tiktoken", "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-    "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 Compile = Callable[[Path], Mapping[str, Any]]
 
 

@@ -45,9 +45,14 @@ class PageStore:
     pos_pages: Tensor
 
     def __init__(
-        self, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device, scheme: Scheme | None = None,
+        self,
+        k_dim: int,
+        v_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scheme: Scheme | None = None,
         lasting: bool = False,
-    ):  # fmt: skip
+    ):
         self.device = device
         self.lasting = lasting  # whether it belongs to a model, and outlives the caches that lease from it
         self.shapes = pool_shapes(k_dim, v_dim, dtype, scheme)

@@ -202,9 +202,13 @@ class SlotPlanner:
         self._known: tuple[Any, Any, list[Budgets]] = (None, None, [])
 
     def plan(
-        self, held: Sequence[Held], shares: list[np.ndarray], segments: Sequence[Segment | None],
-        totals: Sequence[int], renew: Sequence[bool] | None = None,
-    ) -> StepPlan:  # fmt: skip
+        self,
+        held: Sequence[Held],
+        shares: list[np.ndarray],
+        segments: Sequence[Segment | None],
+        totals: Sequence[int],
+        renew: Sequence[bool] | None = None,
+    ) -> StepPlan:
         """One step. shares: what each head keeps of its layer's budget after a ragged eviction, -1: an equal part
         (another list once that changes); totals: each row's tokens once its prompt is through; renew: rows whose ranks
         are made again (contiguous positions)."""

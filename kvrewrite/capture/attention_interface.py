@@ -19,10 +19,26 @@ MAX_CHUNK = 2048  # largest chunk, for layers that cut the sequence into chunks
 # Arguments, besides q, k, v, mask, scaling and dropout, that a transformers attention function may be given. Any other
 # that is not None would silently change the result.
 KNOWN_ATTENTION_KWARGS = {
-    "sliding_window", "softcap", "s_aux", "sinks", "is_causal", "position_ids", "position_embeddings", "use_cache",
-    "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_hidden_states",
-    "return_dict", "num_items_in_batch", "output_router_logits", "is_training", "layer_idx",
-}  # fmt: skip
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "sinks",
+    "is_causal",
+    "position_ids",
+    "position_embeddings",
+    "use_cache",
+    "output_attentions",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "output_hidden_states",
+    "return_dict",
+    "num_items_in_batch",
+    "output_router_logits",
+    "is_training",
+    "layer_idx",
+}
 
 
 def _classify_mask_function(mask_function: Any) -> tuple[int, int, int]:

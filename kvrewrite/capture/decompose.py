@@ -26,10 +26,27 @@ aten = torch.ops.aten
 COMPOSITE = "CompositeImplicitAutograd"
 # Arithmetic on sizes, and picking one of an op's several results.
 PLAIN = {
-    operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
-    operator.neg, operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_,
-    operator.or_, torch.sym_not, torch.sym_float, torch.sym_int,
-}  # fmt: skip
+    operator.getitem,
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.floordiv,
+    operator.truediv,
+    operator.mod,
+    operator.neg,
+    operator.pow,
+    operator.eq,
+    operator.ne,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+    operator.and_,
+    operator.or_,
+    torch.sym_not,
+    torch.sym_float,
+    torch.sym_int,
+}
 # Ops that functionalization or export treats specially.
 SPECIAL = (aten.lift_fresh.default, aten.lift.default)
 

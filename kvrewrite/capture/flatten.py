@@ -94,9 +94,21 @@ def vocab_size(model: nn.Module) -> int | None:
 def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
     """Returns rows and columns of the table that looks up the unchanged token ids; None if there is none."""
     aten = torch.ops.aten
-    unchanged = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.reshape.default, aten.contiguous.default,
-                 aten.unsqueeze.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.alias.default,
-                 aten.to.dtype, aten._unsafe_view.default, aten.detach.default}  # fmt: skip
+    unchanged = {
+        aten._to_copy.default,
+        aten.clone.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.contiguous.default,
+        aten.unsqueeze.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.permute.default,
+        aten.alias.default,
+        aten.to.dtype,
+        aten._unsafe_view.default,
+        aten.detach.default,
+    }
     ids = {n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
     for node in graph.nodes:
         if is_op(node, *unchanged) and node.args[0] in ids:

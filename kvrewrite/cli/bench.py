@@ -27,43 +27,72 @@ def parse_bytes(text: str) -> int:
 @click.command(cls=Command)
 @click.argument("model")
 @click.option(
-    "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
+    "--policy",
+    "-p",
+    "policy_texts",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,...]",
     help="A policy with its options; repeatable. 'all': every one without trained weights.",
-)  # fmt: skip
+)
 @click.option(
-    "--budget", "-b", "budget_texts", multiple=True, metavar="NUMBER",
+    "--budget",
+    "-b",
+    "budget_texts",
+    multiple=True,
+    metavar="NUMBER",
     help="Slots (1024) or a part of the text (0.25, 25%); repeatable. Default: each policy's own.",
-)  # fmt: skip
+)
 @click.option(
-    "--context", "-c", "contexts", multiple=True, type=click.IntRange(min=2), default=(4096,), show_default=True,
+    "--context",
+    "-c",
+    "contexts",
+    multiple=True,
+    type=click.IntRange(min=2),
+    default=(4096,),
+    show_default=True,
     help="Tokens of a prompt; repeatable.",
-)  # fmt: skip
+)
 @click.option(
-    "--batch", "batches", multiple=True, type=click.IntRange(min=1), default=(1,), show_default=True,
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1,),
+    show_default=True,
     help="Rows; repeatable.",
-)  # fmt: skip
+)
 @click.option(
-    "--baselines", "baseline_text", default="sdpa", show_default=True, metavar="NAMES",
+    "--baselines",
+    "baseline_text",
+    default="sdpa",
+    show_default=True,
+    metavar="NAMES",
     help="sdpa, eager, static (compiled), kvpress, separated by commas; all, or none.",
-)  # fmt: skip
+)
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Prefills that are timed.")
 @click.option("--steps", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps that are timed.")
 @click.option(
     "--new-tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens of generate; 0: none."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=300, show_default=True,
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300,
+    show_default=True,
     help="Of a cell after its cold start; what would take longer is left out, and the cell says so.",
-)  # fmt: skip
+)
 @click.option("--memory-limit", "limit_text", metavar="SIZE", help="Cap of the GPU memory, weights included: 24GiB.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="Policies' models. Default: on a GPU only.")
 @click.option("--profile", is_flag=True, help="The longest kernels of a decode step and of a chunk, into the JSON.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and tokens.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")
 @click.option(
-    "--dtype", type=DTYPES, default="auto", show_default=True,
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
     help="auto: the checkpoint's own (named shapes: bfloat16), but float32 on a CPU.",
-)  # fmt: skip
+)
 @click.option(
     "--policy-weights", multiple=True, metavar="NAME=FILE", help="safetensors file of a policy's trained weights."
 )
@@ -73,11 +102,29 @@ def parse_bytes(text: str) -> int:
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG file to write.")
 @AS_JSON
 def bench(
-    model: str, policy_texts: tuple[str, ...], budget_texts: tuple[str, ...], contexts: tuple[int, ...],
-    batches: tuple[int, ...], baseline_text: str, repeat: int, steps: int, new_tokens: int, seconds: float,
-    limit_text: str | None, compiled: bool | None, profile: bool, seed: int, device: str | None, dtype: str,
-    policy_weights: tuple[str, ...], out: Path | None, resume: bool, force: bool, plot: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    policy_texts: tuple[str, ...],
+    budget_texts: tuple[str, ...],
+    contexts: tuple[int, ...],
+    batches: tuple[int, ...],
+    baseline_text: str,
+    repeat: int,
+    steps: int,
+    new_tokens: int,
+    seconds: float,
+    limit_text: str | None,
+    compiled: bool | None,
+    profile: bool,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    policy_weights: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Measures prefill, decoding and memory of policies beside transformers' full cache and beside the roofline.
 
     MODEL is a checkpoint or a converted directory, or a named shape with random weights: llama-3.1-8b, phi-3-mini,
@@ -98,9 +145,18 @@ def bench(
     if not specs and _is_converted(model):
         specs = (PolicySpec(CONVERTED),)
     settings = Settings(
-        model, specs, budgets, contexts, batches, baselines, str(find_device(device or _default_device())), dtype, compiled,
-        limit, Options(repeat, steps, new_tokens, seconds, profile, seed),
-    )  # fmt: skip
+        model,
+        specs,
+        budgets,
+        contexts,
+        batches,
+        baselines,
+        str(find_device(device or _default_device())),
+        dtype,
+        compiled,
+        limit,
+        Options(repeat, steps, new_tokens, seconds, profile, seed),
+    )
     _run(settings, out, resume, plot, as_json)
 
 

@@ -30,27 +30,50 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size to estimate.")
 @click.option("--max-length", type=int, help="Where RoPE depends on the length (dynamic NTK): the length to fix it at.")
 @click.option(
-    "--check", type=click.Choice(["full", "sites", "off"]), default="full", show_default=True,
+    "--check",
+    type=click.Choice(["full", "sites", "off"]),
+    default="full",
+    show_default=True,
     help="What is proved by running the rewritten graph beside the captured one: all of it, each attention alone, nothing.",
-)  # fmt: skip
+)
 @click.option("--link", is_flag=True, help="Hard-link the base weights instead of copying them.")
 @click.option("--force", is_flag=True, help="Replace an existing model directory.")
 @click.option("--dry-run", is_flag=True, help="Print the sites and the memory estimate; write nothing.")
 @click.option(
-    "--compile", "compiled", type=click.Choice(["aot"]),
+    "--compile",
+    "compiled",
+    type=click.Choice(["aot"]),
     help="Add the model compiled ahead of time by AOTInductor. Loads the weights and takes minutes.",
-)  # fmt: skip
+)
 @click.option("--compile-device", default="cpu", show_default=True, help="With --compile: where it will run.")
 @click.option(
-    "--compile-batch", type=click.IntRange(1, 2), default=1, show_default=True,
+    "--compile-batch",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
     help="With --compile: 1 row, or 2 for any number from 2 on.",
-)  # fmt: skip
+)
 @AS_JSON
 def convert(
-    model: str, policy: str, out: Path | None, policy_weights: Path | None, budget: str | None, chunk: int | None,
-    options: tuple[str, ...], contexts: tuple[int, ...], batch: int, max_length: int | None, check: str, link: bool,
-    force: bool, dry_run: bool, compiled: str | None, compile_device: str, compile_batch: int, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    policy: str,
+    out: Path | None,
+    policy_weights: Path | None,
+    budget: str | None,
+    chunk: int | None,
+    options: tuple[str, ...],
+    contexts: tuple[int, ...],
+    batch: int,
+    max_length: int | None,
+    check: str,
+    link: bool,
+    force: bool,
+    dry_run: bool,
+    compiled: str | None,
+    compile_device: str,
+    compile_batch: int,
+    as_json: bool,
+) -> None:
     """Converts the checkpoint directory MODEL to a model directory whose cache evicts.
 
     The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are
@@ -74,10 +97,22 @@ def convert(
     started = time.perf_counter()
     with named_steps(STAGES - dry_run) as progress:
         done = api.convert(
-            directory, None if dry_run else out, policy, policy_weights=policy_weights, max_length=max_length,
-            contexts=list(contexts) or None, batch=batch, check=check, link=link, force=force, progress=progress,
-            compile=compiled, compile_device=where, compile_batch=compile_batch, **given,
-        )  # fmt: skip
+            directory,
+            None if dry_run else out,
+            policy,
+            policy_weights=policy_weights,
+            max_length=max_length,
+            contexts=list(contexts) or None,
+            batch=batch,
+            check=check,
+            link=link,
+            force=force,
+            progress=progress,
+            compile=compiled,
+            compile_device=where,
+            compile_batch=compile_batch,
+            **given,
+        )
     seconds = time.perf_counter() - started
     if as_json:
         print_json(

@@ -16,30 +16,48 @@ from kvrewrite.errors import ArtifactError
 @click.command("eval", cls=Command)
 @click.argument("model", required=False)
 @click.option(
-    "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
+    "--policy",
+    "-p",
+    "policy_texts",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,...]",
     help="A policy with its options; repeatable. 'all': every one without trained weights. The full cache always runs.",
-)  # fmt: skip
+)
 @click.option(
-    "--budget", "-b", "budget_texts", multiple=True, metavar="NUMBER",
+    "--budget",
+    "-b",
+    "budget_texts",
+    multiple=True,
+    metavar="NUMBER",
     help="Part of the cache to keep (0.25, 25%) or slots (1024); repeatable. Default: each policy's own.",
-)  # fmt: skip
+)
 @click.option(
-    "--mode", type=click.Choice(["aware", "blind", "both"]), default="both", show_default=True,
+    "--mode",
+    type=click.Choice(["aware", "blind", "both"]),
+    default="both",
+    show_default=True,
     help="Whether the context is compressed together with the question, or before it is known.",
-)  # fmt: skip
+)
 @click.option("--task", "-t", "tasks", multiple=True, help="A task; repeatable. Default: all.")
 @click.option(
-    "--tokens", multiple=True, type=click.IntRange(min=16), default=(4096,), show_default=True,
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(min=16),
+    default=(4096,),
+    show_default=True,
     help="Length of a prompt in tokens; repeatable.",
-)  # fmt: skip
+)
 @click.option("--samples", type=click.IntRange(min=1), default=50, show_default=True, help="Samples a task.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--dtype", type=DTYPES, default="auto", show_default=True,
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
     help="auto: the checkpoint's own, but float32 on a CPU.",
-)  # fmt: skip
+)
 @click.option(
     "--policy-weights", multiple=True, metavar="NAME=FILE", help="safetensors file of a policy's trained weights."
 )
@@ -52,11 +70,27 @@ from kvrewrite.errors import ArtifactError
 @click.option("--limit", type=click.IntRange(min=1), help="With --harness: samples a task.")
 @AS_JSON
 def evaluate(
-    model: str | None, policy_texts: tuple[str, ...], budget_texts: tuple[str, ...], mode: str, tasks: tuple[str, ...],
-    tokens: tuple[int, ...], samples: int, seed: int, batch_size: int, device: str, dtype: str,
-    policy_weights: tuple[str, ...], out: Path | None, resume: bool, force: bool, harness: str | None,
-    harness_tasks: str | None, include_path: Path | None, limit: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str | None,
+    policy_texts: tuple[str, ...],
+    budget_texts: tuple[str, ...],
+    mode: str,
+    tasks: tuple[str, ...],
+    tokens: tuple[int, ...],
+    samples: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    policy_weights: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    harness: str | None,
+    harness_tasks: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
     """Measures what policies and budgets cost in accuracy and save in memory.
 
     MODEL is a checkpoint or a converted directory; without it, the small model that is part of kvrewrite. Every policy
@@ -84,9 +118,18 @@ def evaluate(
         specs = (PolicySpec(CONVERTED),)
     where = str(find_device(device))
     settings = Settings(
-        directory, specs, budgets, MODES if mode == "both" else (mode,), tasks, tokens, samples, seed, batch_size, where,
+        directory,
+        specs,
+        budgets,
+        MODES if mode == "both" else (mode,),
+        tasks,
+        tokens,
+        samples,
+        seed,
+        batch_size,
+        where,
         dtype,
-    )  # fmt: skip
+    )
     quiet_transformers()
     if harness:
         _run_harness(settings, str(harness_tasks), include_path, limit, out, as_json)
@@ -139,9 +182,14 @@ def _run_harness(
 
     with long_bar() as progress:
         results = run(
-            settings, [n.strip() for n in names.split(",") if n.strip()], include_path=include, limit=limit, out=out,
-            progress=progress, warn=warn,
-        )  # fmt: skip
+            settings,
+            [n.strip() for n in names.split(",") if n.strip()],
+            include_path=include,
+            limit=limit,
+            out=out,
+            progress=progress,
+            warn=warn,
+        )
     if as_json:
         print_json(results)
         return

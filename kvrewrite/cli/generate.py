@@ -25,9 +25,18 @@ from kvrewrite.errors import OptionError
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @TRUST
 def generate(
-    directory: str, prompt: str | None, prompt_file: str | None, max_new_tokens: int, sample: bool,
-    temperature: float | None, top_p: float | None, seed: int, device: str, chat: bool, trust_compiled: bool,
-) -> None:  # fmt: skip
+    directory: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    max_new_tokens: int,
+    sample: bool,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    device: str,
+    chat: bool,
+    trust_compiled: bool,
+) -> None:
     """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give one of --prompt and --prompt-file")

@@ -36,9 +36,12 @@ LEGEND = (
     "--graph", is_flag=True, help="Also print the whole graph: canonical, or the rewritten one of a converted model."
 )
 @click.option(
-    "--html", "page", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--html",
+    "page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
     help="Also write a report: memory plan, cost model, code, passes, in one HTML file.",
-)  # fmt: skip
+)
 @click.option(
     "--context", type=click.IntRange(min=1), help="With --html: tokens of the memory plan; default the longest."
 )
@@ -46,10 +49,21 @@ LEGEND = (
 @click.option("--max-length", type=int, help="As in convert.")
 @AS_JSON
 def inspect(
-    model: str, policy: str | None, options: tuple[str, ...], budget: str | None, chunk: int | None,
-    policy_weights: Path | None, site: int | None, no_code: bool, graph: bool, page: Path | None, context: int | None,
-    force: bool, max_length: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    policy: str | None,
+    options: tuple[str, ...],
+    budget: str | None,
+    chunk: int | None,
+    policy_weights: Path | None,
+    site: int | None,
+    no_code: bool,
+    graph: bool,
+    page: Path | None,
+    context: int | None,
+    force: bool,
+    max_length: int | None,
+    as_json: bool,
+) -> None:
     """Shows every attention site that is found in MODEL, a checkpoint or a converted directory, without its weights.
 
     Then the graph around each site as Python, before and after the policy and its cache went in; sites that do the same

@@ -75,9 +75,10 @@ def parse_pairs(
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 TRUST = click.option(
-    "--trust-compiled", is_flag=True,
+    "--trust-compiled",
+    is_flag=True,
     help="Load the steps that DIRECTORY has compiled (--compile aot): native code, so only from whom you trust.",
-)  # fmt: skip
+)
 ALL = "all"  # every policy that needs no trained weights
 DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 

@@ -14,9 +14,12 @@ from kvrewrite.errors import ArtifactError, OptionError
 @click.command(cls=Command)
 @click.argument("source", required=False)
 @click.option(
-    "--kind", type=click.Choice(["accuracy", "memory", "eviction", "retention"]), default="accuracy", show_default=True,
+    "--kind",
+    type=click.Choice(["accuracy", "memory", "eviction", "retention"]),
+    default="accuracy",
+    show_default=True,
     help="accuracy against budget, memory against context, what each head evicts, or which positions a prompt keeps.",
-)  # fmt: skip
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The PNG file to write.")
 @click.option(
     "--task",
@@ -26,9 +29,13 @@ from kvrewrite.errors import ArtifactError, OptionError
     help="accuracy and eviction: only these tasks; repeatable. Default: their mean.",
 )
 @click.option(
-    "--policy", "-p", "policy_texts", multiple=True, metavar="NAME[:KEY=VALUE,...]",
+    "--policy",
+    "-p",
+    "policy_texts",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,...]",
     help="memory and retention: a policy; repeatable. accuracy and eviction: only these.",
-)  # fmt: skip
+)
 @click.option("--budget", "-b", "budget_text", help="memory and retention: part of the cache (0.25) or slots (1024).")
 @click.option(
     "--prompt-file", type=click.Path(allow_dash=True), help="retention: a file with the prompt; - reads stdin."
@@ -39,10 +46,19 @@ from kvrewrite.errors import ArtifactError, OptionError
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
 @click.option("--force", is_flag=True, help="Replace --out.")
 def plot(
-    source: str | None, kind: str, out: Path, tasks: tuple[str, ...], policy_texts: tuple[str, ...],
-    budget_text: str | None, prompt_file: str | None, contexts: tuple[int, ...], policy_weights: tuple[str, ...],
-    device: str, dtype: str, force: bool,
-) -> None:  # fmt: skip
+    source: str | None,
+    kind: str,
+    out: Path,
+    tasks: tuple[str, ...],
+    policy_texts: tuple[str, ...],
+    budget_text: str | None,
+    prompt_file: str | None,
+    contexts: tuple[int, ...],
+    policy_weights: tuple[str, ...],
+    device: str,
+    dtype: str,
+    force: bool,
+) -> None:
     """Draws results as a PNG.
 
     SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory

@@ -19,29 +19,45 @@ from kvrewrite.cli.shared import Command, find_device
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model (slow first requests, fast later ones).")
 @click.option(
-    "--trust-compiled", is_flag=True,
+    "--trust-compiled",
+    is_flag=True,
     help="Load the steps that DIRECTORY has compiled (convert --compile aot): native code, so only from whom you trust.",
-)  # fmt: skip
+)
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True,
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
     help="The most tokens that an answer may have.",
-)  # fmt: skip
+)
 @click.option(
-    "--waiting", type=click.IntRange(min=1), default=64, show_default=True,
+    "--waiting",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
     help="Requests that may wait; one more gets an error (429).",
-)  # fmt: skip
+)
 @click.option(
-    "--max-prompt-tokens", type=click.IntRange(min=1), default=32768, show_default=True,
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    default=32768,
+    show_default=True,
     help="The most tokens that a prompt may have; it limits the size of requests, too.",
-)  # fmt: skip
+)
 @click.option(
-    "--max-connections", type=click.IntRange(min=1), default=256, show_default=True,
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
     help="Open connections; beyond that the one that has idled longest is closed.",
-)  # fmt: skip
+)
 @click.option(
-    "--grace-seconds", type=click.FloatRange(min=0), default=8, show_default=True,
+    "--grace-seconds",
+    type=click.FloatRange(min=0),
+    default=8,
+    show_default=True,
     help="What SIGTERM leaves to the requests that are there; the rest get an error (503). A second one ends at once.",
-)  # fmt: skip
+)
 def serve(
     directory: str,
     host: str,

@@ -37,10 +37,15 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--policy", "-p", required=True, type=POLICIES, help="Whose weights are trained.")
 @click.option(
-    "--data", "-d", "data", multiple=True, required=True, type=click.Path(path_type=Path),
+    "--data",
+    "-d",
+    "data",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
     help="Texts, .jsonl or .parquet; repeatable. Rows have messages; prompt, answer; context, question, answer; context, turns; "
     "or text.",
-)  # fmt: skip
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
 @click.option(
     "--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Of the policy's training; repeatable."
@@ -50,9 +55,10 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     "--question-tokens", type=click.IntRange(min=0), default=0, help="locret_q: in front; 0: the whole question."
 )
 @click.option(
-    "--labels", type=click.Path(path_type=Path, dir_okay=False),
+    "--labels",
+    type=click.Path(path_type=Path, dir_okay=False),
     help="locret: file of labels; made where there is none, read by later runs on the same model, data and options.",
-)  # fmt: skip
+)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a device and step.")
@@ -67,9 +73,12 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and of the texts' order."
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
     help="Of the model; auto: the checkpoint's own. What is trained is fp32.",
-)  # fmt: skip
+)
 @click.option("--device", help="cpu, cuda, ... Default: cuda where there is one.")
 @click.option("--checkpoints", type=click.Path(path_type=Path, file_okay=False), help="Folder for checkpoints.")
 @click.option(
@@ -83,12 +92,35 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @click.option("--force", is_flag=True, help="Replace --out.")
 @AS_JSON
 def train(
-    model: Path, policy: str, data: tuple[Path, ...], out: Path, pairs: tuple[str, ...], max_tokens: int | None,
-    question_tokens: int, labels: Path | None, steps: int, warmup: int | None, batch_size: int, accumulate: int,
-    weight_decay: float, clip_value: float, clip_norm: float, schedule: str, seed: int, dtype: str, device: str | None,
-    checkpoints: Path | None, save_every: int, resume: bool, log_every: int, report_to: tuple[str, ...], workers: int,
-    plot: Path | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
+    model: Path,
+    policy: str,
+    data: tuple[Path, ...],
+    out: Path,
+    pairs: tuple[str, ...],
+    max_tokens: int | None,
+    question_tokens: int,
+    labels: Path | None,
+    steps: int,
+    warmup: int | None,
+    batch_size: int,
+    accumulate: int,
+    weight_decay: float,
+    clip_value: float,
+    clip_norm: float,
+    schedule: str,
+    seed: int,
+    dtype: str,
+    device: str | None,
+    checkpoints: Path | None,
+    save_every: int,
+    resume: bool,
+    log_every: int,
+    report_to: tuple[str, ...],
+    workers: int,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Trains the weights of a policy: Locret's retaining heads, or Attention-Gates.
 
     MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs:
@@ -105,17 +137,39 @@ def train(
     quiet_transformers()
     options = {"seed": seed, **parse_training_options(policy, pairs)}
     fitting = FitOptions(
-        steps=steps, warmup=min(2 * steps // 3, steps - 1) if warmup is None else warmup, batch_size=batch_size,
-        accumulate=accumulate, weight_decay=weight_decay, clip_value=clip_value, clip_norm=clip_norm, schedule=schedule,
-        seed=seed, save_every=save_every, log_every=log_every, checkpoints=checkpoints, resume=resume,
-        report_to=report_to, workers=workers, quiet=as_json,
-    )  # fmt: skip
+        steps=steps,
+        warmup=min(2 * steps // 3, steps - 1) if warmup is None else warmup,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        weight_decay=weight_decay,
+        clip_value=clip_value,
+        clip_norm=clip_norm,
+        schedule=schedule,
+        seed=seed,
+        save_every=save_every,
+        log_every=log_every,
+        checkpoints=checkpoints,
+        resume=resume,
+        report_to=report_to,
+        workers=workers,
+        quiet=as_json,
+    )
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's progress belongs there
         trained = run(
-            model, policy, data, out, max_tokens=max_tokens, question_tokens=question_tokens, options=options,
-            fitting=fitting, device=None if device is None else str(find_device(device)), dtype=dtype, plot=plot,
-            force=force, labels=labels,
-        )  # fmt: skip
+            model,
+            policy,
+            data,
+            out,
+            max_tokens=max_tokens,
+            question_tokens=question_tokens,
+            options=options,
+            fitting=fitting,
+            device=None if device is None else str(find_device(device)),
+            dtype=dtype,
+            plot=plot,
+            force=force,
+            labels=labels,
+        )
     if not is_main_process():
         return
     if as_json:

@@ -15,8 +15,13 @@ from torch import Tensor, fx
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _PASSING = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "getitem"} | {
-    "reshape", "view", "flatten", "transpose", "unsqueeze", "squeeze"
-}  # fmt: skip
+    "reshape",
+    "view",
+    "flatten",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__"}
 
 

@@ -72,16 +72,42 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     **{
         f"operator.{name}": getattr(operator, name)
         for name in (
-            "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg",
-            "not_", "or_", "pow", "sub", "truediv",
+            "abs",
+            "add",
+            "and_",
+            "eq",
+            "floordiv",
+            "ge",
+            "getitem",
+            "gt",
+            "le",
+            "lt",
+            "mod",
+            "mul",
+            "ne",
+            "neg",
+            "not_",
+            "or_",
+            "pow",
+            "sub",
+            "truediv",
         )
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
-    **{f"torch.{name}": getattr(torch, name) for name in (
-        "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum",
-    )},
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in (
+            "sym_float",
+            "sym_int",
+            "sym_ite",
+            "sym_max",
+            "sym_min",
+            "sym_not",
+            "sym_sum",
+        )
+    },
     "torch._sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
-}  # fmt: skip
+}
 
 
 _BUILTIN_NAMES = {id(function): name for name, function in BUILTINS.items()}

@@ -45,25 +45,52 @@ _LEAST_MEMORY = 1 << 30  # what a graph may need in short calls, whatever the mo
 _SECONDS, _SECONDS_A_NODE = 60.0, 0.01
 # Ops whose result torch can't predict without computing it; the file's statement is accepted and its uses are checked.
 _UNKNOWN = (
-    DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode, UnsupportedOperatorException,
-)  # fmt: skip
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+)
 Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 # Arguments of cache ops that must be inputs of the program, and their kind.
 _POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages", "k_params", "v_params")
 _VIEWS = ("table", "lens", "spare", "next_table")
 _INPUTS = {
-    "positions": "positions", "valid": "valid", "recent": "recent", "rotary": "position_ids", "following": "following",
-    "renew": "renew", "span": "span",
-}  # fmt: skip
+    "positions": "positions",
+    "valid": "valid",
+    "recent": "recent",
+    "rotary": "position_ids",
+    "following": "following",
+    "renew": "renew",
+    "span": "span",
+}
 _STATES = {
-    "k_tail": "k_tail_", "v_tail": "v_tail_", "qlens": "qlens_", "threshold": "merge_",
-    "past": "past_", "last": "last_logits", "k_state": "gate_k_", "v_state": "gate_v_",
-}  # fmt: skip
+    "k_tail": "k_tail_",
+    "v_tail": "v_tail_",
+    "qlens": "qlens_",
+    "threshold": "merge_",
+    "past": "past_",
+    "last": "last_logits",
+    "k_state": "gate_k_",
+    "v_state": "gate_v_",
+}
 _CACHE_OPS = {
-    "cached_attention", "latent_attention", "observe", "cache_update", "cache_update_quantized", "read_quantized", "read_pages",
-    "slot_rotary", "slot_positions", "rotate", "gate", "surprisal", "cached_past", "cached_scan", "cached_sum",
-}  # fmt: skip
+    "cached_attention",
+    "latent_attention",
+    "observe",
+    "cache_update",
+    "cache_update_quantized",
+    "read_quantized",
+    "read_pages",
+    "slot_rotary",
+    "slot_positions",
+    "rotate",
+    "gate",
+    "surprisal",
+    "cached_past",
+    "cached_scan",
+    "cached_sum",
+}
 # Shapes by letters; a letter is the same size throughout a call. B, K, C are the rows, kv heads and slots of the table,
 # T the new tokens, N all slots and new tokens.
 _SHAPES = {
@@ -94,10 +121,19 @@ _SHAPES = {
     "cached_scan": "q BTHN k BTHN v BTHP beta BTH state BHNP valid B",
 }
 _DTYPES = {
-    "table": torch.int32, "lens": torch.int32, "keep": torch.int32, "valid": torch.int32, "recent": torch.int32,
-    "qlens": torch.int32, "positions": torch.int64, "rotary": torch.int64, "hidden": torch.bool, "drop": torch.bool,
-    "spare": torch.int32, "next_table": torch.int32,
-}  # fmt: skip
+    "table": torch.int32,
+    "lens": torch.int32,
+    "keep": torch.int32,
+    "valid": torch.int32,
+    "recent": torch.int32,
+    "qlens": torch.int32,
+    "positions": torch.int64,
+    "rotary": torch.int64,
+    "hidden": torch.bool,
+    "drop": torch.bool,
+    "spare": torch.int32,
+    "next_table": torch.int32,
+}
 
 
 class Sizes:
@@ -130,8 +166,11 @@ class Sizes:
         if tensor.layout != torch.strided:
             raise ArtifactError(f"it makes a tensor of layout {tensor.layout}, expected a strided one")
         key = (
-            tensor.dtype, tensor.device, tuple(symbol(s) for s in tensor.shape), tuple(symbol(s) for s in tensor.stride())
-        )  # fmt: skip
+            tensor.dtype,
+            tensor.device,
+            tuple(symbol(s) for s in tensor.shape),
+            tuple(symbol(s) for s in tensor.stride()),
+        )
         return self._tensors.setdefault(key, tensor)
 
 

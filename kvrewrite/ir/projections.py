@@ -12,9 +12,15 @@ from kvrewrite.ir.fx import ancestors
 aten = torch.ops.aten
 
 WEIGHT_OPS = (
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default, aten._grouped_mm.default,
-    aten.convolution.default, aten.conv1d.default, aten.baddbmm.default,
-)  # fmt: skip
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.embedding.default,
+    aten._grouped_mm.default,
+    aten.convolution.default,
+    aten.conv1d.default,
+    aten.baddbmm.default,
+)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.to.dtype)
 
 

@@ -26,9 +26,19 @@ from kvrewrite.ir.value_facts import DTYPES, FactReader, FactWriter
 
 GRAPH_FORMAT = 2
 _ONE_ARGUMENT = {
-    "operator.abs", "operator.neg", "operator.not_", "math.ceil", "math.floor", "math.sqrt", "math.trunc",
-    "torch._sym_sqrt", "torch.sym_float", "torch.sym_int", "torch.sym_not", "torch.sym_sum",
-}  # fmt: skip
+    "operator.abs",
+    "operator.neg",
+    "operator.not_",
+    "math.ceil",
+    "math.floor",
+    "math.sqrt",
+    "math.trunc",
+    "torch._sym_sqrt",
+    "torch.sym_float",
+    "torch.sym_int",
+    "torch.sym_not",
+    "torch.sym_sum",
+}
 
 LAYOUTS = {"strided": torch.strided}
 MEMORY_FORMATS = {

@@ -29,10 +29,29 @@ from kvrewrite.policies.trim_kv import TrimKV
 POLICIES: dict[str, type[Policy]] = {
     p.name: p
     for p in (
-        Full, StreamingLLM, H2O, Scissorhands, TOVA, SirLLM, SnapKV, PyramidKV, AdaKV, NACL, ExpectedAttention, KeyDiff,
-        Knorm, Random, Locret, LocretQ, KVzap, FastKVzip, TrimKV, DuoAttention, AttentionGate,
+        Full,
+        StreamingLLM,
+        H2O,
+        Scissorhands,
+        TOVA,
+        SirLLM,
+        SnapKV,
+        PyramidKV,
+        AdaKV,
+        NACL,
+        ExpectedAttention,
+        KeyDiff,
+        Knorm,
+        Random,
+        Locret,
+        LocretQ,
+        KVzap,
+        FastKVzip,
+        TrimKV,
+        DuoAttention,
+        AttentionGate,
     )
-}  # fmt: skip
+}
 ALIASES = {"msrnn": "tova"}  # what NACL's paper calls TOVA
 
 
@@ -102,4 +121,4 @@ __all__ = [
     "TrimKV",
     "make",
     "register",
-]  # fmt: skip
+]

@@ -54,7 +54,14 @@ class ExpectedAttention(Policy):
     def score(self, site: Site) -> Scores:
         """What the Gaussian gives, for the new tokens; only a first prompt is ever evicted from."""
         scores = site.ops.expected_attention(
-            site.query_before_rope, site.k, site.v, *site.rotary, site.valid,
-            site.scale, self.n_sink, self.n_future, float(self.epsilon),
-        )  # fmt: skip
+            site.query_before_rope,
+            site.k,
+            site.v,
+            *site.rotary,
+            site.valid,
+            site.scale,
+            self.n_sink,
+            self.n_future,
+            float(self.epsilon),
+        )
         return Scores(scores)

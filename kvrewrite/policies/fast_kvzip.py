@@ -79,8 +79,13 @@ class FastKVzip(Policy):
         if self.scope not in ("model", "layer", "head"):
             raise OptionError(f'fast_kvzip: scope is {self.scope!r}, expected "model", "layer" or "head"')
         for option, least in (
-            ("n_sink", 0), ("window", 0), ("interval", 0), ("decode_window", 0), ("rank", 1), ("gate_sinks", 1)
-        ):  # fmt: skip
+            ("n_sink", 0),
+            ("window", 0),
+            ("interval", 0),
+            ("decode_window", 0),
+            ("rank", 1),
+            ("gate_sinks", 1),
+        ):
             if getattr(self, option) < least:
                 raise OptionError(f"fast_kvzip: {option} is {getattr(self, option)}, expected at least {least}")
         if not 0 <= self.window_ratio <= 1:

@@ -154,9 +154,12 @@ def load_ahead(model: RewrittenModel, directory: Path, manifest: Mapping[str, An
         runner.load_constants({n: tensors[n] for n in wanted}, check_full_update=True, user_managed=True)
         runners[name] = runner
     return CompiledSteps(
-        inputs=compiled["inputs"], batch_size=compiled["batch_size"], policy=model.program.policy, runners=runners,
+        inputs=compiled["inputs"],
+        batch_size=compiled["batch_size"],
+        policy=model.program.policy,
+        runners=runners,
         tensors=tensors,
-    )  # fmt: skip
+    )
 
 
 def _said(value: Any) -> str:

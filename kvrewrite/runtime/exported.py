@@ -126,9 +126,12 @@ class ExportedSteps(Steps):
             torch.export.save(getattr(self, name), path)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         data = {
-            "torch": torch.__version__, "policy": self.policy, "batch_size": self.batch_size, "inputs": self.inputs,
+            "torch": torch.__version__,
+            "policy": self.policy,
+            "batch_size": self.batch_size,
+            "inputs": self.inputs,
             "files": files,
-        }  # fmt: skip
+        }
         (directory / LISTING).write_text(json.dumps(data, indent=1) + "\n")
         return directory
 

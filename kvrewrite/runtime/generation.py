@@ -33,9 +33,11 @@ def drop_unsupported(own: GenerationConfig) -> None:
     """Takes out of a model's own generation config what `generate` would refuse though nobody passed it, with a
     word."""
     for name, off in (
-        ("cache_implementation", None), ("prompt_lookup_num_tokens", None), ("output_attentions", False),
+        ("cache_implementation", None),
+        ("prompt_lookup_num_tokens", None),
+        ("output_attentions", False),
         ("output_hidden_states", False),
-    ):  # fmt: skip
+    ):
         if value := getattr(own, name, None):
             setattr(own, name, off)
             warnings.warn(
@@ -116,9 +118,15 @@ class Generation(GenerationMixin):
         cache.history.check_text(ids, cache.columns)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
-        max_cache_length: int, *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Called by `generate`: gives it an EvictionCache unless the caller brought one."""
         if getattr(generation_config, "cache_implementation", None) is not None:
             raise CacheError(

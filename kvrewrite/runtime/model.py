@@ -574,9 +574,14 @@ class RewrittenModel(nn.Module, Generation):
 
     # -- saving --------------------------------------------------------------------------------------------------
     def save_pretrained(
-        self, save_directory: str | Path, *, force: bool = False, compile: str | None = None, compile_batch: int = 1,
+        self,
+        save_directory: str | Path,
+        *,
+        force: bool = False,
+        compile: str | None = None,
+        compile_batch: int = 1,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact.directory`, and
         `kvrewrite.runtime.aot` for compile="aot"."""
         from kvrewrite.artifact.saving import save

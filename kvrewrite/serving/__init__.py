@@ -27,6 +27,17 @@ from kvrewrite.serving.server import Server, make_server, serve
 from kvrewrite.serving.text import TextStream
 
 __all__ = [
-    "Engine", "Event", "Job", "Limits", "Request", "RequestError", "Server", "TextStream", "make_app", "make_server",
-    "read_json", "read_request", "serve",
-]  # fmt: skip
+    "Engine",
+    "Event",
+    "Job",
+    "Limits",
+    "Request",
+    "RequestError",
+    "Server",
+    "TextStream",
+    "make_app",
+    "make_server",
+    "read_json",
+    "read_request",
+    "serve",
+]

@@ -217,8 +217,9 @@ class Engine:
             raise RequestError(
                 f"the prompt has {tokens} tokens, but this server takes at most {self.max_prompt_tokens} "
                 "(--max-prompt-tokens)",
-                param="messages" if request.chat else "prompt", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages" if request.chat else "prompt",
+                code="context_length_exceeded",
+            )
 
     def _tokens(self, request: Request) -> list[int]:
         if not request.chat:
@@ -271,10 +272,15 @@ class Engine:
         cache.before_chunk = job.check
         try:
             model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=most, **{CACHE_NAME: cache},
-                pad_token_id=pad, streamer=sink, **request.sampling,
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=most,
+                **{CACHE_NAME: cache},
+                pad_token_id=pad,
+                streamer=sink,
+                **request.sampling,
                 stopping_criteria=StoppingCriteriaList([_Ends(job, text)]),
-            )  # fmt: skip
+            )
         finally:
             cache.reset()
             self.leased_after = cache.memory().leased

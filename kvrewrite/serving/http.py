@@ -119,8 +119,10 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
         if request.model not in (None, name):
             raise RequestError(
                 f"this server has the model {name!r}, not {request.model!r:.80}",
-                status=404, param="model", code="model_not_found",
-            )  # fmt: skip
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(request, lambda event: _deliver(loop, events, event))
         shape = _Shape(request, name)
@@ -157,9 +159,13 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
     async def health(_: HTTPRequest) -> Response:
         ok = engine.alive and not engine.draining
         status = {
-            "status": "ok" if ok else "stopping" if engine.alive else "stopped", "running": engine.running,
-            "waiting": engine.waiting, "served": engine.served, "cancelled": engine.cancelled, "failed": engine.failed,
-        }  # fmt: skip
+            "status": "ok" if ok else "stopping" if engine.alive else "stopped",
+            "running": engine.running,
+            "waiting": engine.waiting,
+            "served": engine.served,
+            "cancelled": engine.cancelled,
+            "failed": engine.failed,
+        }
         return JSONResponse(status, 200 if ok else 503)
 
     @contextlib.asynccontextmanager
@@ -170,7 +176,10 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
     app = Starlette(
         lifespan=lifespan,
         exception_handlers={
-            RequestError: _refused, HTTPException: _unknown, ClientDisconnect: _gone, Exception: _failed,
+            RequestError: _refused,
+            HTTPException: _unknown,
+            ClientDisconnect: _gone,
+            Exception: _failed,
         },
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -179,7 +188,7 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
             Route("/v1/models/{id:path}", model),
             Route("/health", health),
         ],
-    )  # fmt: skip
+    )
     app.state.bodies = bodies
     return app
 
@@ -196,8 +205,9 @@ def _check_origin(request: HTTPRequest) -> None:
         raise RequestError(
             f"a web page of {origin!r:.80} sent this; pages of this machine only are served. A proxy that is to serve "
             "others takes the Origin header away",
-            status=403, code="foreign_origin",
-        )  # fmt: skip
+            status=403,
+            code="foreign_origin",
+        )
 
 
 def _host(origin: str) -> str | None:

@@ -33,16 +33,35 @@ _HARMLESS = {
 }
 # Fields that would change it and are not supported: refused unless their value asks for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "logprobs": (None, False),
-    "top_logprobs": (None, 0), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
-    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []), "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
-    "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
-}  # fmt: skip
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
 # The same for a message: fields that clients send back from an answer.
 _NOTHING_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "refusal": (None, ""), "annotations": (None, []), "audio": (None,), "function_call": (None,), "tool_calls": (None, []),
-}  # fmt: skip
+    "refusal": (None, ""),
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "tool_calls": (None, []),
+}
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings, and characters of each
 MIN_TEMPERATURE = 1e-8  # dividing logits by less may overflow
 BYTES_PER_TOKEN, BYTES_BESIDE = 16, 1 << 16  # of a body: per token of the longest prompt, and for the rest
@@ -248,9 +267,17 @@ def read_request(body: Any, chat: bool) -> Request:
     else:
         prompt, template = found.prompt, {}
     return Request(
-        prompt, chat, limit, sampling, found.seed, found.stop or [], bool(found.stream),
-        bool(found.stream_options and found.stream_options.include_usage), template, found.model,
-    )  # fmt: skip
+        prompt,
+        chat,
+        limit,
+        sampling,
+        found.seed,
+        found.stop or [],
+        bool(found.stream),
+        bool(found.stream_options and found.stream_options.include_usage),
+        template,
+        found.model,
+    )
 
 
 def _as_request_error(error: ValidationError) -> RequestError:

@@ -35,9 +35,12 @@ class Connection(H11Protocol):
         self._stage: tuple[str, Any] = ("head", None)
         self._since = self.opened = self.loop.time()
         self._seconds = {
-            "head": limits.head_seconds, "body": limits.body_seconds, "served": math.inf,
-            "stalled": limits.stall_seconds, "closing": limits.stall_seconds,
-        }  # fmt: skip
+            "head": limits.head_seconds,
+            "body": limits.body_seconds,
+            "served": math.inf,
+            "stalled": limits.stall_seconds,
+            "closing": limits.stall_seconds,
+        }
         self._period = min(1.0, min(self._seconds.values()) / 4)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -123,19 +126,30 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    engine: Engine, name: str, *, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info",
+    engine: Engine,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
     limits: Limits | None = None,
-) -> Server:  # fmt: skip
+) -> Server:
     """Makes a server for an engine; `run()` serves until a signal comes. name: the model's name."""
     limits = limits or Limits()
     limits.check(engine.max_waiting)
     app = make_app(engine, name, limits)
     http: Any = functools.partial(Connection, limits=limits)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level=log_level, http=http, ws="none", backlog=BACKLOG,
+        app,
+        host=host,
+        port=port,
+        log_level=log_level,
+        http=http,
+        ws="none",
+        backlog=BACKLOG,
         timeout_keep_alive=math.ceil(limits.head_seconds),
         timeout_graceful_shutdown=math.ceil(limits.grace_seconds + 2 * ANSWER_SECONDS),
-    )  # fmt: skip
+    )
     return Server(config, engine, app.state.bodies, limits)
 
 

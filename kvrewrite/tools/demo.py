@@ -120,8 +120,9 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     evicted = small.generate(prompt, attention_mask=torch.ones_like(prompt), cache=cache, **settings)
     console.print(
         f"   {prompt.shape[1]} tokens, one of many needles asked for: {escape(repr(sample.question.strip()))}\n"
-        f"   the answer is {', '.join(sample.answers)}", soft_wrap=True,
-    )  # fmt: skip
+        f"   the answer is {', '.join(sample.answers)}",
+        soft_wrap=True,
+    )
     for title, result in (("full cache", full), (f"{SHARE:.1%} of it", evicted)):
         words = tokenizer.decode(result.sequences[0, prompt.shape[1] :], skip_special_tokens=True)
         console.print(f"   [bold]{title}[/]: {escape(repr(words))}", soft_wrap=True)
@@ -157,7 +158,7 @@ def _compare(original: Any, tokenizer: Any, questions: int, console: Console) ->
         title=f"{questions} questions ({TASK}), {TOKENS} tokens each, {SHARE:.1%} of the cache\n(attention_gate: what its gates "
         "let pass): a glimpse, no measurement",
         title_justify="left",
-    )  # fmt: skip
+    )
     for name in ("policy", "right", "slots kept a head"):
         table.add_column(name, justify="right" if name != "policy" else "left")
     samples = [tasks.make(TASK, tokens=TOKENS, seed=100 + i, tokenizer=tokenizer) for i in range(questions)]

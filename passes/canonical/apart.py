@@ -19,13 +19,39 @@ from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.fx import is_size, shape_of, symbol, tensor_of
 
 POINTWISE = {
-    "_to_copy", "to", "clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "masked_fill", "where",
-    "floor_divide", "__and__", "__or__", "__xor__", "type_as", "scalar_tensor", "true_divide", "log_sigmoid",
-}  # fmt: skip
+    "_to_copy",
+    "to",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "masked_fill",
+    "where",
+    "floor_divide",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "type_as",
+    "scalar_tensor",
+    "true_divide",
+    "log_sigmoid",
+}
 FACTORIES = {
-    "ones", "zeros", "full", "empty", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros",
-    "new_full", "new_empty",
-}  # fmt: skip
+    "ones",
+    "zeros",
+    "full",
+    "empty",
+    "ones_like",
+    "zeros_like",
+    "full_like",
+    "empty_like",
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "new_empty",
+}
 # Each axis of the result is one of the argument's, or new.
 AXES = {
     "permute",

@@ -21,18 +21,36 @@ from kvrewrite.ir.site import AttentionSite
 aten = torch.ops.aten
 # Ops that reduce or scan one axis (second argument).
 ALONG = {
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumsum.default,
-    aten.cumprod.default, aten.logcumsumexp.default, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default,
-    aten.max.dim, aten.min.dim, aten.flip.default, aten.roll.default, aten.sort.default, aten.var.correction,
-    aten.std.correction, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
-}  # fmt: skip
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.flip.default,
+    aten.roll.default,
+    aten.sort.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.prod.dim_int,
+    aten.logsumexp.default,
+    aten.linalg_vector_norm.default,
+}
 WHOLE = {aten.sum.default, aten.mean.default, aten.max.default}
 CONVOLUTIONS = {aten.convolution.default, aten.conv1d.default, aten.conv1d.padding, aten.unfold.default}
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 PICKS = {aten.select.int, aten.slice.Tensor, aten.index_select.default}
 SOURCES = {
-    torch.ops.kvrewrite.attention.default, torch.ops.kvrewrite.linear_scan.default, torch.ops.kvrewrite.decayed_sum.default,
-}  # fmt: skip
+    torch.ops.kvrewrite.attention.default,
+    torch.ops.kvrewrite.linear_scan.default,
+    torch.ops.kvrewrite.decayed_sum.default,
+}
 # In a node's meta: "" if its token mixing is accounted for, else the reason why it could not be.
 CARRIED = "kvrewrite_carried"
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}

@@ -59,9 +59,13 @@ def depends(region: set[fx.Node], roots: set[fx.Node]) -> set[fx.Node]:
 
 
 def find_rope(
-    gm: fx.GraphModule, key: fx.Node, kv_heads: int, position_ids: fx.Node | None, limit: int | None = None,
+    gm: fx.GraphModule,
+    key: fx.Node,
+    kv_heads: int,
+    position_ids: fx.Node | None,
+    limit: int | None = None,
     known: dict[Any, Rope] | None = None,
-) -> Rope | NoRope:  # fmt: skip
+) -> Rope | NoRope:
     """Finds the rotation of `key`, the (B, Hkv, T, D) argument of an attention site; limit: positions that tables have.
 
     known: collects the rotations found in `gm`; a layer that rotates like an earlier one shares its table.

@@ -136,9 +136,7 @@ def _constant_factors(captured: Captured, nodes: set[fx.Node], scores: fx.Node |
 class _Chain:
     """Evaluates one chain, with other values of the parameters that it reads."""
 
-    def __init__(
-        self, captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, chain_at: ChainAt, heads: int
-    ):  # fmt: skip
+    def __init__(self, captured: Captured, nodes: set[fx.Node], scores: fx.Node | None, chain_at: ChainAt, heads: int):
         self.captured, self.nodes, self.scores, self.chain_at, self.heads = captured, nodes, scores, chain_at, heads
         self.leaves = learned_leaves(captured, nodes)
         self.probe = Probe(captured, BATCH, LENGTH)

@@ -28,8 +28,15 @@ PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm
 MOST_HASHED = 1 << 24  # most elements of a table that is identified by its values
 # Only the shape and dtype of their first argument count.
 SHAPE_ONLY = (
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-)  # fmt: skip
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
 MASKED = -9999.0  # logits this far below a token's own are a mask: finfo.min, -inf, and the -1e4 of older models
 UNDERFLOW = -200.0  # a weight of exp(-200) adds nothing to one, even in float64
 

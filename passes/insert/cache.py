@@ -330,9 +330,13 @@ def _rate(policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared) ->
 
 
 def _close_cache(
-    policy: Policy, inputs: dict[str, Any], cache: dict[str, Any], shared: _Shared, logits: fx.Node | None,
+    policy: Policy,
+    inputs: dict[str, Any],
+    cache: dict[str, Any],
+    shared: _Shared,
+    logits: fx.Node | None,
     last: fx.Node | None,
-) -> fx.Node:  # fmt: skip
+) -> fx.Node:
     """Scores and updates one owner's cache after its last reader, or after `last` where scores need the logits or what
     all layers are worth. Returns the update."""
     site = cache["site"]

@@ -10,9 +10,18 @@ from kvrewrite.ir.fx import output_node, shape_of
 
 aten = torch.ops.aten
 _LOCAL = {
-    aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default, aten._to_copy.default,
-    aten.to.dtype, aten.alias.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
-}  # fmt: skip
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.tanh.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.alias.default,
+    aten.clone.default,
+    aten.add.Tensor,
+    aten.add.Scalar,
+}
 
 
 def logits_at(gm: fx.GraphModule, logit_index: fx.Node, vocab_size: int, whole: bool = False) -> None:

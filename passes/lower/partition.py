@@ -145,9 +145,13 @@ def _reads_cache(node: fx.Node) -> bool:
 def _attends(node: fx.Node) -> bool:
     """Whether this is a site's attention."""
     return is_op(
-        node, ops.cached_attention.default, ops.latent_attention.default, ops.attend_and_update.default,
-        ops.decode_attention.default, ops.decode_attention_quantized.default,
-    )  # fmt: skip
+        node,
+        ops.cached_attention.default,
+        ops.latent_attention.default,
+        ops.attend_and_update.default,
+        ops.decode_attention.default,
+        ops.decode_attention_quantized.default,
+    )
 
 
 def _name(node: fx.Node) -> str:

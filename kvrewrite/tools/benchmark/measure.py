@@ -153,9 +153,14 @@ def tokens_of(context: int, batch: int, vocabulary: int, seed: int, device: torc
 
 @torch.no_grad()
 def measure(
-    subject: Subject, cell: dict[str, Any], ids: Tensor, options: Options, base: int | None, vocabulary: int,
+    subject: Subject,
+    cell: dict[str, Any],
+    ids: Tensor,
+    options: Options,
+    base: int | None,
+    vocabulary: int,
     progress: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Measures a cell and stores each part in `cell` when it is found, so that a failure keeps the parts before it.
 
     base: bytes allocated with only the model and the policy's weights; peaks are over it.
@@ -300,9 +305,12 @@ def _generate(subject: Subject, cell: dict[str, Any], ids: Tensor, options: Opti
     step = (clock.times[-1] - clock.times[0]) / (made - 1)
     bare = cell["decode"]["seconds"]["median"]
     cell["generate"] = {
-        "total_seconds": total, "tokens": made, "seconds_per_token": step, "over_step": step / bare,
+        "total_seconds": total,
+        "tokens": made,
+        "seconds_per_token": step,
+        "over_step": step / bare,
         "tokens_per_second": ids.shape[0] / step,
-    }  # fmt: skip
+    }
     if cell.get("prefill"):
         less = total - cell["prefill"]["seconds"]["median"]
         cell["generate"]["without_prefill_per_token"] = less / made
@@ -311,7 +319,7 @@ def _generate(subject: Subject, cell: dict[str, Any], ids: Tensor, options: Opti
 # -------------------------------------------------------------------------------------------------------------- profile
 def _profile(
     subject: Subject, cache: Any, token: Tensor, position: int, ids: Tensor, vocabulary: int, device: Device
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     found: dict[str, Any] = {"decode_step": top_kernels(lambda: subject.step(cache, token, position), device)}
 
     def more(count: int) -> Tensor:
@@ -401,8 +409,12 @@ def generate(model: Any, ids: Tensor, tokens: int, clock: Clock) -> None:
     ends, settings.eos_token_id = settings.eos_token_id, None
     try:
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
-        )  # fmt: skip
+        )
     finally:
         settings.eos_token_id = ends

@@ -55,9 +55,12 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
     unit, size = _unit(cells)
     for context, batch in dict.fromkeys((c["context"], c["batch"]) for c in cells):
         table = Table(
-            title=f"{context:,} tokens, batch {batch}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+            title=f"{context:,} tokens, batch {batch}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
             pad_edge=False,
-        )  # fmt: skip
+        )
         table.add_column("", overflow="fold", max_width=max(16, min(48, width - NUMBERS)))
         for name in COLUMNS:
             table.add_column(name + (unit if name.endswith("\n") else ""), justify="right", no_wrap=True)

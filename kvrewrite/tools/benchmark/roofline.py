@@ -166,9 +166,25 @@ class Rates:
 
         def call() -> Any:
             return torch.ops.kvrewrite.cached_attention(
-                q, k, v, None, k_pages, v_pages, places, table, lens, positions, valid, None, None, None, site.scale,
-                site.softcap, site.window, site.chunk,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                None,
+                k_pages,
+                v_pages,
+                places,
+                table,
+                lens,
+                positions,
+                valid,
+                None,
+                None,
+                None,
+                site.scale,
+                site.softcap,
+                site.window,
+                site.chunk,
+            )
 
         pairs = visible_pairs(tokens, cached, cached, site.window, site.chunk)
         flops = 2.0 * (site.head_dim + site.v_head_dim) * site.heads * pairs * batch
@@ -199,8 +215,14 @@ def _site_text(site: AttentionSite) -> str:
 
 
 def limits(
-    rates: Rates, model: Any, sites: Sequence[AttentionSite], policy: Policy | None, context: int, batch: int, steps: int
-) -> dict[str, Any]:  # fmt: skip
+    rates: Rates,
+    model: Any,
+    sites: Sequence[AttentionSite],
+    policy: Policy | None,
+    context: int,
+    batch: int,
+    steps: int,
+) -> dict[str, Any]:
     """Returns floor and limit of a cell, with the rates that they use; parts are None if a rate is missing."""
     work, attention = work_of(model), attention_of(sites, context, policy)
     longest = max((tokens for tokens, _ in attention.call), default=context)

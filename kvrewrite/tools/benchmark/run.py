@@ -50,18 +50,29 @@ def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> l
 def _policy_cell(arm: Arm, source: Source | ShapeSource, context: int, batch: int) -> dict[str, Any]:
     made_up = isinstance(source, ShapeSource) and arm.spec.name != CONVERTED and source.random_weights(arm)
     return {
-        "kind": "policy", "name": arm.spec.name, "label": str(arm), "options": dict(arm.spec.options),
-        "budget": arm.budget, "weights": "random" if made_up else file_hash(arm.spec.weights), "context": context,
+        "kind": "policy",
+        "name": arm.spec.name,
+        "label": str(arm),
+        "options": dict(arm.spec.options),
+        "budget": arm.budget,
+        "weights": "random" if made_up else file_hash(arm.spec.weights),
+        "context": context,
         "batch": batch,
-    }  # fmt: skip
+    }
 
 
 def _baseline_cell(name: str, context: int, batch: int, budget: int | None = None) -> dict[str, Any]:
     label = name if budget is None else f"{name} at {budget:,}"
     return {
-        "kind": "baseline", "name": name, "label": label, "options": {}, "budget": budget, "weights": None,
-        "context": context, "batch": batch,
-    }  # fmt: skip
+        "kind": "baseline",
+        "name": name,
+        "label": label,
+        "options": {},
+        "budget": budget,
+        "weights": None,
+        "context": context,
+        "batch": batch,
+    }
 
 
 def _press_budgets(chosen: Sequence[Arm], context: int) -> list[int | None]:
@@ -152,8 +163,13 @@ def limit_memory(device: torch.device, limit: int | None) -> None:
 
 
 def bench(
-    settings: Settings, *, out: Path | None = None, resume: bool = False, progress: Progress = _quiet, warn: Warn = _quiet
-) -> dict[str, Any]:  # fmt: skip
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: Progress = _quiet,
+    warn: Warn = _quiet,
+) -> dict[str, Any]:
     """Runs every cell and returns the results as data.
 
     out: written after every cell. resume: continues from `out`; failed cells are tried again. A cell that could not be

@@ -192,9 +192,13 @@ def _tasks(names: list[str], include_path: Path | None) -> tuple[Any, dict[str, 
 def _cell(arm: Arm, task: str) -> dict[str, Any]:
     mode = BASELINE if arm.spec.name == "full" and not arm.options else "aware"
     return {
-        "policy": arm.spec.name, "label": arm.spec.label, "options": dict(arm.spec.options), "budget": arm.budget,
-        "mode": mode, "task": task,
-    }  # fmt: skip
+        "policy": arm.spec.name,
+        "label": arm.spec.label,
+        "options": dict(arm.spec.options),
+        "budget": arm.budget,
+        "mode": mode,
+        "task": task,
+    }
 
 
 def _run_task(
@@ -205,10 +209,17 @@ def _run_task(
     lm = _model_class()(model, source.tokenizer, settings.batch_size, None)
     try:
         found = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000,
-            random_seed=settings.seed, numpy_random_seed=settings.seed, torch_random_seed=settings.seed,
+            model=lm,
+            tasks=[task],
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
-        )  # fmt: skip
+        )
     except KVRewriteError as error:
         return {"status": "refused", "reason": str(error)}
     name = task.task_name

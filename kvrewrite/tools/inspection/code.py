@@ -280,9 +280,12 @@ class Group:
 
         def code(side: SiteCode) -> dict[str, Any]:
             return {
-                "layer": side.layer, "module": side.module, "inputs": side.inputs,
-                "lines": [{**asdict(line), "comment": line.comment} for line in side.lines], "text": side.text(),
-            }  # fmt: skip
+                "layer": side.layer,
+                "module": side.module,
+                "inputs": side.inputs,
+                "lines": [{**asdict(line), "comment": line.comment} for line in side.lines],
+                "text": side.text(),
+            }
 
         return {
             "layers": self.layers,

@@ -25,22 +25,54 @@ END = 2**63 - 1  # of a slice: to the end
 # Operator precedence, as in Python's grammar.
 COMPARISON, SUM, PRODUCT, UNARY, POWER, ATOM = range(6)
 BINARY: dict[str, tuple[str, int]] = {
-    "add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT), "matmul": ("@", PRODUCT),
-    "mm": ("@", PRODUCT), "bmm": ("@", PRODUCT), "floordiv": ("//", PRODUCT), "floor_divide": ("//", PRODUCT),
-    "truediv": ("/", PRODUCT), "mod": ("%", PRODUCT), "remainder": ("%", PRODUCT),
-}  # fmt: skip
+    "add": ("+", SUM),
+    "sub": ("-", SUM),
+    "mul": ("*", PRODUCT),
+    "div": ("/", PRODUCT),
+    "matmul": ("@", PRODUCT),
+    "mm": ("@", PRODUCT),
+    "bmm": ("@", PRODUCT),
+    "floordiv": ("//", PRODUCT),
+    "floor_divide": ("//", PRODUCT),
+    "truediv": ("/", PRODUCT),
+    "mod": ("%", PRODUCT),
+    "remainder": ("%", PRODUCT),
+}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 # Called as methods of their first argument, with the rest unchanged.
 METHODS = {
-    "transpose", "permute", "unsqueeze", "squeeze", "mean", "sum", "amax", "amin", "clamp", "clamp_min", "clamp_max", "gather",
-    "index_select", "masked_fill", "contiguous", "flatten", "softmax", "argmax", "cumsum", "t", "repeat_interleave",
-}  # fmt: skip
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "gather",
+    "index_select",
+    "masked_fill",
+    "contiguous",
+    "flatten",
+    "softmax",
+    "argmax",
+    "cumsum",
+    "t",
+    "repeat_interleave",
+}
 SIZED = {"reshape": "reshape", "view": "view", "_unsafe_view": "view", "expand": "expand", "repeat": "repeat"}
 FUNCTIONS = {"linear": "F.linear", "silu": "F.silu", "gelu": "F.gelu", "embedding": "F.embedding"}
 NONE_IS_ZERO = {"softcap", "window", "chunk", "sinks"}  # where 0 means that there is none, as in the ops' docstrings
 DTYPES = {
-    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "fp8",
-}  # fmt: skip
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "float8_e4m3fn": "fp8",
+}
 
 
 def op_name(node: fx.Node) -> str:
@@ -352,10 +384,27 @@ def _flat(node: fx.Node) -> list[Any]:
 
 
 NAMES = {
-    "getitem": "part", "slice": "part", "split_with_sizes": "parts", "split": "parts", "add": "total", "sub": "rest",
-    "cat": "joined", "where": "chosen", "observe": "observed", "lt": "below", "gt": "above", "reshape": "t", "view": "t",
-    "transpose": "t", "expand": "t", "unsqueeze": "t", "permute": "t", "mul": "product", "_to_copy": "cast", "to": "cast",
-}  # fmt: skip
+    "getitem": "part",
+    "slice": "part",
+    "split_with_sizes": "parts",
+    "split": "parts",
+    "add": "total",
+    "sub": "rest",
+    "cat": "joined",
+    "where": "chosen",
+    "observe": "observed",
+    "lt": "below",
+    "gt": "above",
+    "reshape": "t",
+    "view": "t",
+    "transpose": "t",
+    "expand": "t",
+    "unsqueeze": "t",
+    "permute": "t",
+    "mul": "product",
+    "_to_copy": "cast",
+    "to": "cast",
+}
 
 
 def _named_after(node: fx.Node) -> str:

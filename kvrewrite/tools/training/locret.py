@@ -167,11 +167,16 @@ class LocretTask(Task):
         answers = answer_index(answer)
         importance = [
             causal_importance(
-                q.detach(), k.detach(), real & ~answer, answers, scale=site.scale, mask=(site.window, site.chunk),
+                q.detach(),
+                k.detach(),
+                real & ~answer,
+                answers,
+                scale=site.scale,
+                mask=(site.window, site.chunk),
                 kind=self.options.label,
             )
             for site, q, k in zip(self.owners, queries, keys, strict=True)
-        ]  # fmt: skip
+        ]
         return list(scores), importance
 
     @torch.no_grad()
