@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class AttentionGate(Policy):
     """Attention-Gate (Zeng et al., arXiv 2410.12876): a small attention per layer looks at the layer's input and flags

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, PolicyWeightsError
 from kvrewrite.policies.base import UNLIMITED, Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class DuoAttention(Policy):
     """DuoAttention (Xiao et al., arXiv 2410.10819; code and patterns mit-han-lab/duo-attention @ fe93c31).

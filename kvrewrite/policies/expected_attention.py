@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
     """Expected attention (Devoto et al., arXiv 2510.00636, section 3; code NVIDIA/kvpress).

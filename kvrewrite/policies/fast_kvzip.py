@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class FastKVzip(Policy):
     """Fast KVzip (Kim et al., arXiv 2601.17668; code Janghyun1230/FastKVzip @ 7d78b34, and FastKVzipPress in NVIDIA/kvpress).

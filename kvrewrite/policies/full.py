@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Full(Policy):
     """No eviction. `budget` is a capacity here: a longer text is refused with an error; None grows without limit."""

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
     """Keeps the `recent_tokens` newest slots and the slots that received most attention so far (Zhang et al., arXiv

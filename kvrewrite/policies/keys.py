@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Knorm(Policy):
     """Keys of small norm stay: score_j = -||k_j|| (Devoto et al., arXiv 2406.11430, section 3), per kv head, in prefill and
@@ -33,6 +35,7 @@ class Knorm(Policy):
         return Scores(-site.k.float().norm(dim=-1))
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(Policy):
     """Keys unlike the others stay (Park et al., arXiv 2504.15364, section 3): score_j = -cos(k_j, mean of k_i / ||k_i||) over

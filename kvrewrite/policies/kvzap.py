@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class KVzap(Policy):
     """KVzap (NVIDIA, arXiv 2601.07891; code NVIDIA/kvpress @ 8bb29b9: KVzapPress in DMSPress).

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Locret(Policy):
     """Retaining heads (Huang et al., arXiv 2410.01805, algorithm 1 and table 4; code huangyuxiang03/Locret @ 28995c5).
@@ -116,6 +118,7 @@ class Locret(Policy):
         return segments
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class LocretQ(Locret):
     """Locret-Q (section 4.4 of the paper): the question stands in front of the context, so that every eviction sees it, and

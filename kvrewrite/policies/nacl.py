@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 LARGE = 1e30  # above any score
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class NACL(Policy):
     """NACL (Chen et al., ACL 2024, arXiv 2408.03675, algorithm 1 and table 4; code PaddlePaddle/Research ACL2024-NACL).

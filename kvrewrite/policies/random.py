@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Random(Policy):
     """Keeps a random set in every head. A slot's score is a hash of (seed, layer, kv head, position in the text), so the same

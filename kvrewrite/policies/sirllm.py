@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 from kvrewrite.policies.streaming_llm import contiguous_where_possible
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class SirLLM(Policy):
     """SirLLM (Yao et al., arXiv 2405.12528, section 3; code Zoeyyao27/SirLLM).

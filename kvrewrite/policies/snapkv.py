@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores, Segment, pyramid
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """SnapKV (Li et al., arXiv 2404.14469, section 4; code FasterDecoding/SnapKV).
@@ -56,6 +58,7 @@ class SnapKV(Policy):
         return Scores(site.ops.pool_window(new, site.valid, self.window, self.kernel, self.pooling == "max"))
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
     """PyramidKV (Cai et al., arXiv 2406.02069; code Zefan-Cai/KVCache-Factory): SnapKV's scores, and budgets that fall from
@@ -97,6 +100,7 @@ class PyramidKV(SnapKV):
         return pyramid(keep, self.window, tokens, layers, self.beta)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
     """Ada-KV (Feng et al., arXiv 2407.11550, algorithm 1; code FFY0/AdaKV): SnapKV's scores, and the heads of a layer share

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.ir.site import AttentionSite
@@ -22,6 +23,7 @@ def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts:
     return dataclasses.replace(policy, positions="contiguous" if usable else "original")
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
     """Keeps the first `start` tokens and the most recent budget - start (Xiao et al., arXiv 2309.17453, section 3.2).

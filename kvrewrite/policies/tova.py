@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
     """Token omission via attention (Oren et al., arXiv 2401.06104, section 3.3; code schwartz-lab-NLP/TOVA); NACL's paper

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, PolicyWeightsError
 from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one 
 }
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class TrimKV(Policy):
     """TRIM-KV (Bui et al., "Cache What Lasts", arXiv 2512.03324; code ngocbh/trimkv @ 0456bc4): retention gates.

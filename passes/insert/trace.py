@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.ir.fx import get_attr, symbol, tensor_of
+from kvrewrite.ir.fx import get_attr, parameters, set_args, symbol, tensor_of
 from kvrewrite.ir.serialize import op_name
 from kvrewrite.ir.value_facts import NamedSizes
 
 aten = torch.ops.aten
 END = 2**63 - 1  # where a slice of everything ends
-LAYER = {torch.ops.kvrewrite.uniform.default: 2}  # ops that are told their site's number, and in which argument
+TOLD = torch.ops.kvrewrite.uniform.default  # is told its site's number, as `layer`
 # What Python's operators are called, and what the same is called in captured graphs.
 SPELLINGS: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -111,7 +111,7 @@ class Run(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if self.on:
-            told = args[: LAYER[func]] if func in LAYER else args
+            told = args[: parameters(func)["layer"][0]] if func is TOLD else args
             self.notes.append((func, repr(tree_map(self.name, (told, kwargs, found)))))
         return found
 
@@ -149,8 +149,8 @@ def inline(body: fx.Graph, inputs: Sequence[fx.Node], before: fx.Node, layer: in
             elif inner.op != "placeholder":
                 env[inner] = graph.node_copy(inner, env.__getitem__)
                 env[inner].meta = {}
-                if inner.target in LAYER:
-                    env[inner].update_arg(LAYER[inner.target], layer)
+                if inner.target is TOLD:
+                    set_args(env[inner], layer=layer)
     return found
 
 
