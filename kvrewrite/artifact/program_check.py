@@ -25,7 +25,9 @@ def check_program(program: Program, device: torch.device, what: str) -> None:
         policy = make_policy(program.policy["name"], **program.policy["options"])
         policy.check_layers(program.layout.owners)
     except (OptionError, TypeError) as error:
-        raise ArtifactError(f"{what}: its policy can't be made: {error}; the manifest is damaged") from error
+        raise ArtifactError(
+            f"{what}: its policy can't be made: {error}; import the module that registers it, or the manifest is damaged"
+        ) from error
     _check_layout(program, policy, what)
     weights = sum(t.nbytes for t in {id(t): t for t in program.graph.parameters()}.values())
     sizes = Sizes(device)

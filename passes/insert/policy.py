@@ -102,7 +102,7 @@ def insert_score(writer: PolicyWriter, nodes: SiteNodes, before: fx.Node) -> Sco
         if not isinstance(scores, Scores):
             scores = Scores(scores)
         for name in ("new", "slots", "select"):
-            _check(policy, name, getattr(scores, name))
+            _check(policy, name, getattr(scores, name), site.kv_heads)
         return scores.new, scores.slots, scores.select, scores.keep
 
     found = writer.write(score, nodes, before)
@@ -110,7 +110,7 @@ def insert_score(writer: PolicyWriter, nodes: SiteNodes, before: fx.Node) -> Sco
     return Scores(*found)
 
 
-def _check(policy: Policy, name: str, found: Any) -> None:
+def _check(policy: Policy, name: str, found: Any, kv_heads: int) -> None:
     """Scores must be what the update takes; OptionError says what they are."""
     if found is None and name != "new":
         return
@@ -118,4 +118,9 @@ def _check(policy: Policy, name: str, found: Any) -> None:
         got = f"{found.dim()}-dimensional {found.dtype}" if isinstance(found, Tensor) else repr(found)
         raise OptionError(
             f"policy {policy.name}: {name} of its scores is {got}, expected a tensor (rows, kv heads, tokens) in fp32"
+        )
+    if found.shape[1] != kv_heads:
+        raise OptionError(
+            f"policy {policy.name}: {name} of its scores has {found.shape[1]} heads, expected one per kv head ({kv_heads}); "
+            "query heads of a group share their keys: take their mean or maximum"
         )

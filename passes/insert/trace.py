@@ -128,6 +128,11 @@ def trace(function: Callable[..., list[Any]], values: Sequence[Tensor], policy: 
             )
         if node.op == "call_function":
             node.target = SPELLINGS.get(node.target, node.target)
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise OptionError(
+                    f"policy {policy}: {node.target} draws random numbers, which differ between chunks and batches; use "
+                    "site.ops.uniform, which hashes positions"
+                )
             try:
                 op_name(node.target)
             except ArtifactError as error:

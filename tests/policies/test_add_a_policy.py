@@ -94,7 +94,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda p, s: s.position_scores() * (2.0 if s.positions.sum() > 3 else 1.0),
         "numbers in a tensor",
     ),
-    "random": (lambda p, s: torch.rand_like(s.position_scores()), "rand_like"),
+    "random": (
+        lambda p, s: torch.rand_like(s.position_scores()),
+        "rand_like.* draws random numbers.* site.ops.uniform",
+    ),
+    "query heads": (lambda p, s: s.q.float().norm(dim=-1), "new of its scores has 4 heads, expected one per kv head"),
     "constants": (lambda p, s: s.position_scores() * torch.tensor([2.0]), "constants"),
     "dtype": (lambda p, s: s.positions, "expected a tensor"),
     "nothing": (lambda p, s: Scores(None), "expected a tensor"),
