@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kvrewrite import __version__
 from kvrewrite.analysis.memory import human
 from kvrewrite.artifact.checkpoint import Checkpoint
+from kvrewrite.artifact.companions import GENERATION, TOKENIZER_FILES
 from kvrewrite.artifact.directory import (
     CARD,
     CONFIG,
@@ -39,23 +40,8 @@ from kvrewrite.ir.serialize import attach, graph_from_dict, graph_to_dict
 
 # A model's files besides config and weights. The base's README.md is not among them: the card replaces it.
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
+    *(name.removesuffix("/*") for name in TOKENIZER_FILES),  # folders as a whole
+    GENERATION,
     "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",

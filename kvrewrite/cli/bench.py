@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvrewrite.cli.options import AS_JSON, DTYPES, parse_budget, parse_policies
+from kvrewrite.cli.options import AS_JSON, CELLS_OUT, DTYPES, POLICY_WEIGHTS, RESUME, parse_budget, parse_policies
 from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
 from kvrewrite.errors import ArtifactError, OptionError
 
@@ -93,11 +93,9 @@ def parse_bytes(text: str) -> int:
     show_default=True,
     help="auto: the checkpoint's own (named shapes: bfloat16), but float32 on a CPU.",
 )
-@click.option(
-    "--policy-weights", multiple=True, metavar="NAME=FILE", help="safetensors file of a policy's trained weights."
-)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file, written after every cell.")
-@click.option("--resume", is_flag=True, help="Continue from --out where it has results.")
+@POLICY_WEIGHTS
+@CELLS_OUT
+@RESUME
 @click.option("--force", is_flag=True, help="Replace --out and --plot.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG file to write.")
 @AS_JSON

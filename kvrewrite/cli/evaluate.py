@@ -8,7 +8,17 @@ from typing import Any
 
 import click
 
-from kvrewrite.cli.options import AS_JSON, DTYPES, model_directory, parse_budget, parse_policies, with_shipped_weights
+from kvrewrite.cli.options import (
+    AS_JSON,
+    CELLS_OUT,
+    DTYPES,
+    POLICY_WEIGHTS,
+    RESUME,
+    model_directory,
+    parse_budget,
+    parse_policies,
+    with_shipped_weights,
+)
 from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
 from kvrewrite.errors import ArtifactError
 
@@ -58,11 +68,9 @@ from kvrewrite.errors import ArtifactError
     show_default=True,
     help="auto: the checkpoint's own, but float32 on a CPU.",
 )
-@click.option(
-    "--policy-weights", multiple=True, metavar="NAME=FILE", help="safetensors file of a policy's trained weights."
-)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file, written after every cell.")
-@click.option("--resume", is_flag=True, help="Continue from --out where it has results.")
+@POLICY_WEIGHTS
+@CELLS_OUT
+@RESUME
 @click.option("--force", is_flag=True, help="Replace --out.")
 @click.option("--harness", type=click.Choice(["lm_eval"]), help="Run another harness's tasks: --tasks, --limit.")
 @click.option("--tasks", "harness_tasks", help="With --harness: its tasks, separated by commas.")

@@ -80,6 +80,14 @@ TRUST = click.option(
     help="Load the steps that DIRECTORY has compiled (--compile aot): native code, so only from whom you trust.",
 )
 ALL = "all"  # every policy that needs no trained weights
+# Of commands that measure many cells and write each as it comes: eval and bench.
+POLICY_WEIGHTS = click.option(
+    "--policy-weights", multiple=True, metavar="NAME=FILE", help="safetensors file of a policy's trained weights."
+)
+CELLS_OUT = click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file, written after every cell."
+)
+RESUME = click.option("--resume", is_flag=True, help="Continue from --out where it has results.")
 DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 
