@@ -27,7 +27,8 @@ from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
 from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE, CacheLayout
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
+from kvrewrite.policies.base import Policy
+from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 # Lists that have an entry for each row.
 PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
