@@ -172,6 +172,10 @@ class StepPlan:
         """New tokens of each row."""
         return [s.length if s is not None else 0 for s in self.segments]
 
+    def longest(self, seen: Sequence[int]) -> int:
+        """Tokens of the longest row after the step, of rows that have `seen`."""
+        return max(before + new for before, new in zip(seen, self.tokens))
+
     def most_kept(self, row: int) -> int:
         """The largest budget that a head of a row has."""
         return max(int(part.budgets.keep[:, row].max()) for part in self.classes)
