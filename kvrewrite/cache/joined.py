@@ -134,7 +134,9 @@ class JoinedRows(EvictionCache):
             if empty:
                 setattr(self, flag, getattr(request, flag))
             elif getattr(self, flag) != getattr(request, flag):
-                raise CacheError(f"the request's keys lie otherwise than those of the rows here ({flag}); rotate them first")
+                raise CacheError(
+                    f"the request's keys lie otherwise than those of the rows here ({flag}); rotate them first"
+                )
         request.begin_step()
         self.begin_step()
         self._changes += 1
@@ -144,7 +146,9 @@ class JoinedRows(EvictionCache):
             _put_state(state, row, theirs)
         for name in PER_ROW:
             getattr(self, name)[row] = getattr(request, name)[0]
-        self._shares = [self._replaced(shares, row, other[:, 0]) for shares, other in zip(self._shares, request._shares)]
+        self._shares = [
+            self._replaced(shares, row, other[:, 0]) for shares, other in zip(self._shares, request._shares)
+        ]
         self._loose |= request._loose
         self._unmeasured = max(self._unmeasured, request._unmeasured)
         self.max_length = max(self.max_length or 0, request.max_length or 0) or None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -193,7 +193,9 @@ class Batch:
         if budget is None or budget == policy.budget:
             return policy
         if policy.layer_budgets not in ("equal", "pyramid") or policy.head_pattern:
-            raise OptionError(f"budget={budget}: the model's policy has budgets for each layer or head, which a request can't change")
+            raise OptionError(
+                f"budget={budget}: the model's policy has budgets for each layer or head, which a request can't change"
+            )
         return dataclasses.replace(policy, budget=budget)
 
     @exclusive

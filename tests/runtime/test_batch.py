@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from dataclasses import dataclass, field
@@ -19,7 +20,11 @@ from tests.support.zoo import VOCAB
 
 FAMILIES = ["llama", "gemma3_text", "phi3", "gpt2"]
 CASES = [(name, positions) for name, positions in POLICIES if name != "full"]
-CASES += [(p.name, "original" if p().positions == "original" else "contiguous") for p in ours() if p.name not in dict(POLICIES)]
+CASES += [
+    (p.name, "original" if p().positions == "original" else "contiguous")
+    for p in ours()
+    if p.name not in dict(POLICIES)
+]
 NO_ROTATION = {"gpt2"}
 ONLY_LLAMA = {"duo_attention", "fast_kvzip", "kvzap", "trim_kv", "attention_gate", "expected_attention", "locret_q"}
 
@@ -122,7 +127,9 @@ def run(batch: Batch, requests: list[Wanted], generator: random.Random, most: in
 def asked(family: str, policy: str, positions: str) -> tuple[list[Wanted], list[Wanted]]:
     """Requests, and each alone."""
     model, generator = make(family, policy, positions), random.Random(5)
-    requests = [Wanted(distinct(n, generator), c) for n, c in ((21, 6), (1, 9), (13, 1), (30, 8), (12, 5), (17, 12), (25, 3))]
+    requests = [
+        Wanted(distinct(n, generator), c) for n, c in ((21, 6), (1, 9), (13, 1), (30, 8), (12, 5), (17, 12), (25, 3))
+    ]
     return requests, [alone(model, w) for w in requests]
 
 
@@ -142,3 +149,153 @@ def test_a_request_is_the_one_that_it_is_alone(family: str, policy: str, positio
         assert f.tokens == e.tokens, i
         assert f.kept == e.kept, i
     assert batch.used == 0
+
+
+@pytest.mark.parametrize(
+    "policy, positions, more",
+    [
+        ("streaming_llm", "contiguous", {}),
+        ("h2o", "original", {}),
+        ("snapkv", "original", {}),
+        ("adakv", "original", {}),
+        ("h2o", "original", {"quantize": "int8", "quantize_group": 4, "quantize_residual": 4}),
+        ("locret", "contiguous", {}),
+    ],
+)
+def test_static_buffers_of_a_batch(policy: str, positions: str, more: dict[str, Any]) -> None:
+    """The same where the decode step runs from static buffers, in which rows without a request rest."""
+    plain = make("llama", policy, positions, **more)
+    requests = [Wanted(distinct(n, random.Random(n)), c) for n, c in ((21, 6), (9, 12), (13, 1), (30, 8), (17, 5))]
+    expected = [alone(plain, w) for w in requests]
+    model = copy.deepcopy(plain)
+    model.compile(static_decode=True, backend="eager")
+    assert model.decoder is not None
+    found = [Wanted(w.prompt, w.count) for w in requests]
+    run(Batch(model), found, random.Random(3), most=5, preempt=0.03)
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+
+
+def test_what_is_planned_ahead_serves_a_batch() -> None:
+    """Tokens of a batch whose requests stay are planned while the device works on the ones before."""
+    model = copy.deepcopy(make("llama", "h2o", "original"))
+    model.compile(static_decode=True, backend="eager")
+    batch, planned = Batch(model), 0
+    requests = [batch.start(distinct(9, random.Random(i)), max_length=40) for i in range(3)]
+    tokens = [int(batch.advance(r).argmax()) for r in requests]
+    for _ in range(12):
+        for group in batch._groups.values():
+            planned += model.decoder.has_planned(torch.zeros(4, 1, dtype=torch.int64), group.rows)
+        tokens = batch.decode(requests, tokens).argmax(-1).tolist()
+    assert planned >= 8
+
+
+@pytest.mark.parametrize(
+    "policy, positions", [("streaming_llm", "contiguous"), ("h2o", "original"), ("adakv", "original")]
+)
+def test_a_pool_that_is_full(policy: str, positions: str) -> None:
+    """Where pages run out a step says so before it begins; whoever is preempted has the same answer later."""
+    model, (requests, expected) = make("llama", policy, positions), asked("llama", policy, positions)
+    page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)  # a page for each head of each layer
+    batch = Batch(model, memory=3 * page)
+    found = [Wanted(w.prompt, w.count) for w in requests]
+    assert run(batch, found, random.Random(1), most=6) > 0
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+    assert batch.used == 0
+
+
+def test_a_prompt_that_never_fits_is_refused_before_any_work() -> None:
+    model = make("llama", "snapkv", "original")
+    page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)
+    batch = Batch(model, memory=2 * page)
+    with pytest.raises(InputError, match="pages, but the pool has"):
+        batch.start(distinct(200, random.Random(0)), max_length=210)  # the whole prompt is held before its eviction
+    assert batch.used == 0
+    with pytest.raises(OptionError, match="less than one page"):
+        Batch(model, memory=100)
+    with pytest.raises(InputError, match="no tokens"):
+        batch.start([])
+    with pytest.raises(InputError, match="token ids reach"):
+        batch.start([VOCAB + 3])
+
+
+def test_a_budget_of_its_own() -> None:
+    """A request may have another budget than the policy; the others keep theirs."""
+    model, generator = make("llama", "h2o", "original"), random.Random(2)
+    requests = [Wanted(distinct(n, generator), 6, b) for n, b in ((21, 8), (25, None), (30, 16), (18, None))]
+    expected = [
+        alone(make("llama", "h2o", "original", budget=w.budget or BUDGET), Wanted(w.prompt, w.count)) for w in requests
+    ]
+    found = [Wanted(w.prompt, w.count, w.budget) for w in requests]
+    run(Batch(model), found, random.Random(1), most=4)
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+    with pytest.raises(OptionError, match="budget"):
+        Batch(model).start([2, 3], budget=0)
+
+
+def test_several_answers_to_one_prompt() -> None:
+    """Forks share the prompt's pages until they write to them."""
+    model = make("llama", "h2o", "original")
+    batch, prompt = Batch(model), distinct(21, random.Random(0))
+    first = batch.start(prompt, max_length=30)
+    while (row := batch.advance(first)) is None:
+        pass
+    twins = [first, batch.fork(first), batch.fork(first)]
+    begins = row.topk(3).indices.tolist()  # each goes on with another token
+    tokens, answers = list(begins), [[b] for b in begins]
+    for _ in range(4):
+        tokens = batch.decode(twins, tokens).argmax(-1).tolist()
+        for answer, token in zip(answers, tokens):
+            answer.append(token)
+    for begin, answer in zip(begins, answers):
+        cache = model.new_cache(1, max_length=30)
+        model(torch.tensor([prompt]), past_key_values=cache)
+        token, expected = begin, [begin]
+        for _ in range(4):
+            token = int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
+            expected.append(token)
+        assert answer == expected
+    for twin in twins:
+        batch.end(twin)
+    assert batch.used == 0
+
+
+def test_a_prefix_that_requests_share() -> None:
+    """A fork of a cache at a chunk's end stands for the beginning of the prompt."""
+    model, generator = make("llama", "h2o", "original"), random.Random(4)
+    batch, chunk = Batch(model), OPTIONS["h2o"]["chunk"]
+    prompt = distinct(2 * chunk + 7, generator)
+    lone = alone(model, Wanted(prompt, 5))
+    begun = batch.start(prompt[: 2 * chunk])
+    while batch.advance(begun) is None:
+        pass
+    prefix = begun.cache
+    assert prefix is not None
+    running = batch.start(prompt, max_length=len(prompt) + 5, prefix=prefix)
+    while (row := batch.advance(running)) is None:
+        pass
+    tokens = [int(row.argmax())]
+    for _ in range(4):
+        tokens.append(int(batch.decode([running], tokens[-1:])[0].argmax()))
+    assert tokens == lone.tokens
+    assert running.positions() == lone.kept
+
+
+def test_misuse_is_named() -> None:
+    batch = Batch(make("llama", "h2o", "original"))
+    request = batch.start(distinct(20, random.Random(0)))
+    with pytest.raises(CacheError, match="not through"):
+        batch.decode([request], [3])
+    with pytest.raises(CacheError, match="no request"):
+        batch.decode([], [])
+    with pytest.raises(CacheError, match="before its first token"):
+        batch.fork(request)
+    batch.end(request)
+    assert request.ended
+    with pytest.raises(CacheError, match="ended"):
+        batch.advance(request)
