@@ -27,7 +27,8 @@ from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
 from kvrewrite.errors import CacheError, InputError, KVRewriteError
 from kvrewrite.ir.layout import PAGE, CacheLayout
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
+from kvrewrite.policies.base import Policy
+from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kvrewrite.ir.layout import PAGE
-from kvrewrite.policies.base import UNLIMITED, Policy, Segment
+from kvrewrite.policies.base import Policy
+from kvrewrite.policies.segments import UNLIMITED, Segment
 
 NEVER = UNLIMITED // 256  # stands for no budget where budgets of heads are summed up
 

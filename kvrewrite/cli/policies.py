@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _policy_data(policy: type[Policy]) -> dict[str, Any]:
-    from kvrewrite.policies.base import annotation
+    from kvrewrite.policies.options import annotation
 
     options = {f.name: {"type": annotation(f), "default": f.default} for f in dataclasses.fields(policy)}
     return {
