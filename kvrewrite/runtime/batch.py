@@ -23,8 +23,7 @@ from kvrewrite.cache.request import exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.policies import UNLIMITED, Policy, RowState
-from kvrewrite.runtime.inputs import Tokens, check_ids
-from kvrewrite.runtime.segments import SegmentedCall
+from kvrewrite.runtime.call import Call, Tokens, check_ids
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 class Running:
     """A request in a `Batch`. cache: what it holds while its prompt is computed; prompt_left: segments still to come."""
 
-    def __init__(self, cache: EvictionCache, call: SegmentedCall | None):
+    def __init__(self, cache: EvictionCache, call: Call | None):
         self.cache: EvictionCache | None = cache
         self.call = call
         self.group: _Group | None = None  # where it decodes
@@ -183,7 +182,7 @@ class Batch:
         count = tokens.shape[1]
         if problem := cache.no_room(0, count, False):
             raise problem
-        call = SegmentedCall(self.model, Tokens(tokens, 0, [np.arange(count)], None, [False]), cache, 1)
+        call = Call(self.model, Tokens(tokens, 0, [np.arange(count)], None, [False]), cache, 1)
         running = Running(cache, call)
         self._running.add(running)
         return running
@@ -298,7 +297,7 @@ class Batch:
         try:
             if decoder is None:
                 where = [np.arange(int(row in taking)) for row in range(size)]
-                logits = SegmentedCall(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
+                logits = Call(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
             elif decoder.has_planned(ids, cache):
                 logits = decoder.planned_step(ids, cache)
             else:
