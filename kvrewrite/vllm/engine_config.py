@@ -14,6 +14,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.vllm.labels import AXES
 
 log = logging.getLogger(__name__)
+_CHECK = "kvrewrite.vllm.request_check:RequestCheck"
 
 
 class EngineConfig(VerifyAndUpdateConfig):
@@ -25,8 +26,12 @@ class EngineConfig(VerifyAndUpdateConfig):
         manifest = read_manifest(model_config.model)
         dtype = getattr(torch, manifest["dtype"])
         if model_config.dtype != dtype:
-            log.warning("the model was converted in %s, so vLLM's dtype is that instead of %s", dtype, model_config.dtype)
+            log.warning(
+                "the model was converted in %s, so vLLM's dtype is that instead of %s", dtype, model_config.dtype
+            )
             model_config.dtype = dtype
+        if _CHECK not in (given := model_config.logits_processors or []):
+            model_config.logits_processors = [*given, _CHECK]
         # vLLM's copy; the program has its own RoPE.
         model_config.hf_config.rope_parameters = {"rope_type": "default", "mrope_section": [1] * AXES}
 
@@ -59,7 +64,9 @@ def _refused(config: Any) -> list[str]:
         if (size := getattr(parallel, option, 1)) > 1:
             reasons.append(f"{option}={size}: kvrewrite's program runs on one device; start one engine on each")
     if config.lora_config is not None:
-        reasons.append("LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`")
+        reasons.append(
+            "LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`"
+        )
     if config.speculative_config is not None:
         reasons.append("speculative decoding takes tokens back, which an evicted cache can't; leave it out")
     if model.quantization is not None:
@@ -72,7 +79,9 @@ def _refused(config: Any) -> list[str]:
             f"kv_cache_dtype={cache.cache_dtype}: the cache is kvrewrite's; quantize it with kvrewrite convert --quantize"
         )
     if config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
-        reasons.append("KV transfer and offloading move blocks of vLLM's cache, which hold no tokens here; leave them out")
+        reasons.append(
+            "KV transfer and offloading move blocks of vLLM's cache, which hold no tokens here; leave them out"
+        )
     if model.runner_type != "generate":
         reasons.append(f"runner={model.runner_type}: the program makes text; expected runner=generate")
     if model.enable_prompt_embeds:

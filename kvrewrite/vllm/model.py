@@ -22,8 +22,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-import kvrewrite
 from kvrewrite.analysis.memory import carried_bytes, human
+from kvrewrite.api import load
 from kvrewrite.errors import KVRewriteError, OptionError
 from kvrewrite.runtime.batch import Batch
 from kvrewrite.vllm.labels import answer_delta, prompt_positions, read
@@ -72,7 +72,8 @@ class Handle(nn.Module, MambaBase):
 
     def __init__(self, size: int, vllm_config: Any):
         super().__init__()
-        self.size, self.kv_cache = size, ()
+        self.size = size
+        self.kv_cache: tuple[Tensor, ...] = ()
         vllm_config.compilation_config.static_forward_context[LAYER] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -120,7 +121,7 @@ class KVRewriteForCausalLM(nn.Module):
         config = vllm_config.model_config
         self.length: int = config.max_model_len
         with torch.device("cpu"), set_default_torch_dtype(torch.float32):
-            self.program = kvrewrite.load(config.model, device=vllm_config.device_config.device)
+            self.program = load(config.model, device=vllm_config.device_config.device)
             if self.program.device.type == "cuda" and not config.enforce_eager:
                 self.program.compile()
         policy = self.program.policy
@@ -141,11 +142,17 @@ class KVRewriteForCausalLM(nn.Module):
         from vllm.logger import init_logger
 
         policy = self.program.policy
-        unbounded = "" if policy.evicts_ever and not policy.whole_prompt and policy.decode_eviction else (
-            f"; {policy.name} keeps every token of an answer, so that is as much as --max-model-len asks for"
+        unbounded = (
+            ""
+            if policy.evicts_ever and not policy.whole_prompt and policy.decode_eviction
+            else (f"; {policy.name} keeps every token of an answer, so that is as much as --max-model-len asks for")
         )
         init_logger("vllm.kvrewrite").info(
-            "%s: a request of up to %d tokens holds at most %s%s", policy.name, self.length, human(self.handle.size), unbounded
+            "%s: a request of up to %d tokens holds at most %s%s",
+            policy.name,
+            self.length,
+            human(self.handle.size),
+            unbounded,
         )
 
     def _zeros(self) -> Tensor:
