@@ -304,6 +304,16 @@ class Policy:
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
         return self
 
+    def of_rank(self, rank: int, ranks: int) -> Policy:
+        """The policy as one of several processes has it, each of which holds a block of every layer's heads (tensor
+        parallelism). Raises OptionError where that is not possible."""
+        if self.merge:
+            raise OptionError(
+                f"{self.name}: merge=True judges the tokens of all heads of a layer together, and with tensor parallelism no "
+                "process has them all; use merge=False or one process"
+            )
+        return self
+
     def check_layers(self, owners: int) -> None:
         """Raises OptionError where layer_budgets does not fit a model with `owners` layers that own a cache."""
         if self.layer_budgets in ("equal", "pyramid"):
