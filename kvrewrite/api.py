@@ -215,7 +215,9 @@ def load(
     directory = Path(directory)
     peers = _peers(tp_plan, tp_size, device)
     if peers is not None and trust_compiled:
-        raise OptionError("compiled steps are those of one process; load without trust_compiled, and call model.compile()")
+        raise OptionError(
+            "compiled steps are those of one process; load without trust_compiled, and call model.compile()"
+        )
     if verify_hashes:
         artifact.verify_hashes(directory)
     model, manifest = _load(directory, device, peers, check)

@@ -27,9 +27,9 @@ from kvrewrite import __version__
 from kvrewrite.artifact.checkpoint import Checkpoint, some
 from kvrewrite.artifact.copier import Copier
 from kvrewrite.artifact.files import json_text, load_tensors, sha256_of
+from kvrewrite.artifact.parts import empty_parameters, load_part
 from kvrewrite.artifact.program_check import check_program
 from kvrewrite.artifact.publishing import leftovers
-from kvrewrite.artifact.parts import empty_parameters, load_part
 from kvrewrite.artifact.recipes import load_parameters
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir import schema

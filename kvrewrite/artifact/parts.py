@@ -16,9 +16,7 @@ from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
 
 
-def empty_parameters(
-    checkpoint: Checkpoint, recipes: Mapping[str, Recipe], names: Iterable[str]
-) -> dict[str, Tensor]:
+def empty_parameters(checkpoint: Checkpoint, recipes: Mapping[str, Recipe], names: Iterable[str]) -> dict[str, Tensor]:
     """What `load_parameters` gives, on meta."""
     made: dict[str, Tensor] = {}
     found = {}

@@ -312,6 +312,11 @@ class Policy:
                 f"{self.name}: merge=True judges the tokens of all heads of a layer together, and with tensor parallelism no "
                 "process has them all; use merge=False or one process"
             )
+        if self.head_budgets != "equal" or self.shares_layers:
+            raise OptionError(
+                f"{self.name}: heads of several processes would share one budget, which is not possible; with tensor parallelism "
+                'use head_budgets="equal" (fast_kvzip: scope="head")'
+            )
         return self
 
     def check_layers(self, owners: int) -> None:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
@@ -60,7 +59,7 @@ class Generation(GenerationMixin):
 
     policy: Policy
     program: Program
-    device: torch.device
+    device: Any
     cache_owners: Any
     new_cache: Callable[..., EvictionCache]
     _check_cache: Callable[[Any, int | None], None]

@@ -53,7 +53,8 @@ def find_peers(tp_plan: str | None, tp_size: int | None, device: torch.device | 
             f"the process group has {dist.get_backend_config()}, which does not reach {device}; expected "
             'init_process_group("nccl")'
         )
-    return Peers(dist.get_rank(), ranks, str(dist.group.WORLD.group_name)) if ranks > 1 else None  # type: ignore[union-attr]
+    world: Any = dist.group.WORLD
+    return Peers(dist.get_rank(), ranks, str(world.group_name)) if ranks > 1 else None
 
 
 def own_device(device: torch.device | str) -> torch.device:

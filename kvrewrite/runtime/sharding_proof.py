@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.errors import KVRewriteError, UnsupportedModelError
+from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference
 from kvrewrite.ir.fx import get_attr, is_op, named_args
 from kvrewrite.ir.parallel import Peers
@@ -37,7 +37,7 @@ class Trace:
 
     logits: list[Tensor]
     updates: list[dict[str, Tensor]]
-    kept: list[Any]  # positions that each head holds at the end, by layer
+    kept: dict[int, Any]  # positions that each head holds at the end, by layer
 
 
 class Meeting:
@@ -67,15 +67,16 @@ class Watched(Evaluator):
         self.updates: list[dict[str, Tensor]] = []
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Any]) -> Any:
+        source: Any = node.args[0] if node.args else None
         if is_op(node, WAIT):
-            return values[node.args[0]]  # type: ignore[index]
+            return values[source]
         if is_op(node, REDUCE, GATHER):
             assert self.meeting is not None
-            given = self.meeting(self.rank, values[node.args[0]])  # type: ignore[index]
-            return sum(given[1:], given[0]) if is_op(node, REDUCE) else torch.cat(given)
+            blocks = self.meeting(self.rank, values[source])
+            return sum(blocks[1:], blocks[0]) if is_op(node, REDUCE) else torch.cat(blocks)
         if is_op(node, *UPDATES):
             given = {name: values.get(value) for name, value in named_args(node).items() if name in PER_HEAD}
-            self.updates.append({name: value.clone() for name, value in given.items() if value is not None})
+            self.updates.append({name: x.clone() for name, x in given.items() if isinstance(x, Tensor)})
         return super()._compute(node, values, inputs)
 
 
@@ -166,7 +167,6 @@ def _same(got: Tensor, want: Tensor, what: str) -> None:
     # The text's first token has the largest number as its surprisal, and infinite scores protect.
     got, want = (x.nan_to_num(posinf=0.0, neginf=0.0) for x in (got, want))
     if problem := difference(got, want):
-        raise UnsupportedModelError(f"tensor parallelism: dealt out, the model differs from itself in one process: {what}: {problem}")
-
-
-__all__ = ["KVRewriteError", "prove_shards"]
+        raise UnsupportedModelError(
+            f"tensor parallelism: dealt out, the model differs from itself in one process: {what}: {problem}"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import KVRewriteError, UnsupportedModelError
-from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
+from kvrewrite.ir.evaluate import EvaluationError, Evaluator, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.canonical.validate import FARTHEST

@@ -18,10 +18,24 @@ from kvrewrite.passes.shard.rules import RULES, Answer, Call
 ops = torch.ops.kvrewrite
 
 # The dimension of each argument that counts heads; the results' are 1. Arguments that are not listed are whole.
-_ATTENTION = {"q": 1, "k": 1, "v": 1, "sinks": 0, "alibi": 0, "hidden": 1, "table": 1, "lens": 1, "k_dense": 1, "v_dense": 1}
-_UPDATE = dict.fromkeys(
-    "k v new_scores slot_scores keep table lens select drop next_table k_tail v_tail qlens k_cached v_cached".split(), 1
-)
+_ATTENTION = {
+    "q": 1,
+    "k": 1,
+    "v": 1,
+    "sinks": 0,
+    "alibi": 0,
+    "hidden": 1,
+    "table": 1,
+    "lens": 1,
+    "k_dense": 1,
+    "v_dense": 1,
+}
+_UPDATE = {
+    **dict.fromkeys(
+        ("k", "v", "new_scores", "slot_scores", "keep", "table", "lens", "select", "drop", "next_table"), 1
+    ),
+    **dict.fromkeys(("k_tail", "v_tail", "qlens", "k_cached", "v_cached"), 1),
+}
 HEADS: dict[Any, dict[str, int]] = {
     ops.cached_attention.default: _ATTENTION,
     ops.observe.default: {"q": 1, "k": 1, "lse": 1, "k_dense": 1, "table": 1, "lens": 1, "alibi": 0, "hidden": 1},

@@ -51,14 +51,14 @@ def weight_of(node: fx.Node, ranks_of: Mapping[fx.Node, Any]) -> Product | None:
     if node.op != "call_function":
         return None
     for at in (1, 2):
-        weight = node.args[at] if at < len(node.args) else None
+        weight: Any = node.args[at] if at < len(node.args) else None
         shape = ranks_of.get(weight) if isinstance(weight, fx.Node) else None
         if not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
             continue
         found = product_of(node.target, len(shape))
         if found is None or found.weight != at:
             continue
-        if attribute_of(weight, Split(0, (1,)), lambda n: len(ranks_of[n])) is None:  # type: ignore[arg-type]
+        if attribute_of(weight, Split(0, (1,)), lambda n: len(ranks_of[n])) is None:
             continue
         return found if _bias(node, found) is None or _plain(node, found) else None
     return None

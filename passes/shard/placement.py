@@ -47,6 +47,13 @@ class Split:
         return blocks_of(self.parts, rank, ranks)
 
 
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments of a call with `function` of each that is no list, tuple or dict; a `Want` is one."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, Want):
+        return type(value)(mapped(v, function) for v in value)
+    return {k: mapped(v, function) for k, v in value.items()} if isinstance(value, dict) else function(value)
+
+
 def even(dim: int, size: Any, ranks: int) -> Split | None:
     """A dimension of one part, None where it can't be cut."""
     return Split(dim, (int(size),)) if type(size) is int and size and size % ranks == 0 else None
@@ -88,9 +95,7 @@ def regroup(split: Split, old: Sequence[Any], new: Sequence[Any], ranks: int) ->
     return None
 
 
-def _group(
-    dim: int, old: Sequence[int], new: Sequence[int]
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def _group(dim: int, old: Sequence[int], new: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """The smallest runs of dimensions [first, end), of `old` around `dim` and of `new`, that hold the same numbers."""
     i = j = 0
     while i < len(old):
@@ -111,24 +116,21 @@ def _group(
     return None
 
 
-def attribute_of(
-    node: fx.Node, split: Split, rank_of: Callable[[fx.Node], int]
-) -> tuple[fx.Node, Split] | None:
+def attribute_of(node: fx.Node, split: Split, rank_of: Callable[[fx.Node], int]) -> tuple[fx.Node, Split] | None:
     """Where `node` is an attribute of the graph, seen transposed or cast: the attribute, and how that must lie so that
     the node lies as `split`. rank_of: how many dimensions a node's tensor has."""
     dim = split.dim
     while node.op == "call_function":
-        name, args = str(node.target), node.args
+        name = str(node.target)
+        args: Any = node.args
         if name not in (*VIEWS, *CASTS):
             return None
-        source: Any = args[0]
         if name == "aten.t.default":
             dim = 1 - dim
         elif name == "aten.transpose.int":
-            a, b = (int(d) % rank_of(node) for d in (args[1], args[2]))  # type: ignore[arg-type]
+            a, b = (d % rank_of(node) for d in args[1:3])
             dim = {a: b, b: a}.get(dim, dim)
         elif name == "aten.permute.default":
-            order = [int(d) for d in args[1]]  # type: ignore[union-attr, call-overload, arg-type]
-            dim = order[dim] % len(order)
-        node = source
+            dim = args[1][dim] % len(args[1])
+        node = args[0]
     return (node, split.at(dim)) if node.op == "get_attr" else None

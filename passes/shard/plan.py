@@ -18,17 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvrewrite.errors import UnsupportedModelError
-from kvrewrite.ir.fx import dependents, get_attr, mutates
+from kvrewrite.ir.fx import arg, dependents, get_attr, mutates
 from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.ir.projections import is_weight_op
 from kvrewrite.passes.shard.linears import Product, multiply, weight_of
-from kvrewrite.passes.shard.placement import LOCAL, Placement, Split, Want, attribute_of, even
+from kvrewrite.passes.shard.placement import LOCAL, Placement, Split, Want, attribute_of, mapped
 from kvrewrite.passes.shard.rules import Answer, Call, answer
 
 aten = torch.ops.aten
 ops = torch.ops.kvrewrite
 # Sizes that stand for those that a call decides: different primes, so that no two dimensions are taken for each other.
 _SIZES = {"B": 3, "T": 11, "L": 5, "R": 4099, "S": 8209, "Z": 2053, "P": 17, "W": 13, "X": 13, "O": 29}
+LEAST = 8  # channels: a smaller block is not worth the ranks' conversation
 _HEADS_OF_STATES = {"k_tail": 1, "v_tail": 1, "qlens": 1}  # what a quantized cache has of each head
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.clone.default, aten.alias.default, aten._to_copy.default)
 
@@ -91,7 +92,7 @@ def whole_shapes(gm: fx.GraphModule, layout: CacheLayout) -> dict[fx.Node, Any]:
             with mode:
                 values[node] = torch.empty(real.shape, dtype=real.dtype)
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _argument(a, values))  # type: ignore[misc]
+            args, kwargs = (mapped(a, lambda a: _argument(a, values)) for a in (node.args, dict(node.kwargs)))
             try:
                 with mode, enable_python_dispatcher():
                     values[node] = node.target(*args, **kwargs)
@@ -127,7 +128,7 @@ def _options(node: fx.Node, product: Product, shapes: dict[fx.Node, Any], ranks:
             lead = [n for n in shapes[user][len(shapes[node]) - 1 :] if n is not None and n > 1]
             if lead and width % lead[0] == 0:
                 found.append((width // lead[0],) * lead[0])
-    return [o for o in dict.fromkeys(found) if Split(0, o).fits(ranks)]
+    return [o for o in dict.fromkeys(found) if Split(0, o).fits(ranks) and min(o) >= LEAST * ranks]
 
 
 def _borders(node: fx.Node, shapes: dict[fx.Node, Any], width: int) -> list[int]:
@@ -138,7 +139,7 @@ def _borders(node: fx.Node, shapes: dict[fx.Node, Any], width: int) -> list[int]
         if user.target in _RESHAPES and shapes.get(user) is not None and shapes[user][-1] == width:
             found |= set(_borders(user, shapes, width))
         elif user.target is aten.slice.Tensor:
-            dim, start, end = (*user.args[1:4], *(0, None, None)[len(user.args) - 1 :])[:3]
+            dim, start, end = (arg(user, name) for name in ("dim", "start", "end"))
             if dim % (last + 1) == last:
                 found |= {n % width for n in (start or 0, end) if type(n) is int and abs(n) < width}
         elif isinstance(shapes.get(user), list):
@@ -230,26 +231,16 @@ def _follow(
 def wants_of(found: Answer) -> list[Want]:
     """All arguments of a call that are nodes."""
     wants: list[Want] = []
-    _walk((found.args, found.kwargs, found.bias), wants)
+    mapped([found.args, found.kwargs, found.bias], lambda v: wants.append(v) if isinstance(v, Want) else None)
     return wants
-
-
-def _walk(value: Any, wants: list[Want]) -> None:
-    if isinstance(value, Want):
-        wants.append(value)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            _walk(v, wants)
-    elif isinstance(value, dict):
-        for v in value.values():
-            _walk(v, wants)
 
 
 def _check(node: fx.Node, wants: list[Want], places: dict[fx.Node, Placement]) -> None:
     """What is a rank's own, or written to, must be taken as it lies."""
     written = set()
     if mutates(node):
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        target: Any = node.target
+        schema = target._schema.arguments
         written = {a for a, s in zip(node.args, schema) if s.alias_info is not None and s.alias_info.is_write}
     for want in wants:
         have = places.get(want.node)
@@ -296,6 +287,3 @@ def _uses(attribute: fx.Node, node: fx.Node, plan: Plan) -> list[Split | None]:
             else:
                 found.append(None)
     return found
-
-
-__all__ = ["Plan", "even", "make_plan", "wants_of", "whole_shapes"]

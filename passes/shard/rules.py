@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from kvrewrite.ir.fx import arg, parameters
-from kvrewrite.passes.shard.placement import LOCAL, Placement, Split, Want, even, regroup
+from kvrewrite.passes.shard.placement import LOCAL, Placement, Split, Want, even, mapped, regroup
 
 aten = torch.ops.aten
 
@@ -47,6 +47,10 @@ class Call:
     def target(self) -> Any:
         return self.node.target
 
+    @property
+    def args(self) -> Any:
+        return self.node.args
+
     def place(self, x: Any) -> Placement:
         return self._places.get(x) if isinstance(x, fx.Node) else None
 
@@ -76,8 +80,11 @@ class Call:
 
     def answer(self, want: Callable[[fx.Node], Placement], out: Placement, **more: Any) -> Answer:
         """Every node among the arguments as `want` says."""
-        args, kwargs = fx.node.map_arg((self.node.args, dict(self.node.kwargs)), lambda n: Want(n, want(n)))  # type: ignore[misc]
-        return Answer(args, kwargs, out, **more)
+
+        def wanted(value: Any) -> Any:
+            return Want(value, want(value)) if isinstance(value, fx.Node) else value
+
+        return Answer(mapped(self.args, wanted), mapped(dict(self.node.kwargs), wanted), out, **more)
 
     def as_it_is(self, out: Placement) -> Answer:
         """Takes its arguments as they lie."""
@@ -203,19 +210,19 @@ def along(call: Call, x: Any, dims: Any, keepdim: bool) -> Answer | None:
 )
 def reduction(call: Call) -> Answer | None:
     """Sums, means and norms of dimensions."""
-    return along(call, call.node.args[0], arg(call.node, "dim"), bool(arg(call.node, "keepdim")))
+    return along(call, call.args[0], arg(call.node, "dim"), bool(arg(call.node, "keepdim")))
 
 
 @rule("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default", "cumsum.default", "cumprod.default")
 def running(call: Call) -> Answer | None:
     """Along one dimension; the shape stays."""
-    return along(call, call.node.args[0], arg(call.node, "dim"), True)
+    return along(call, call.args[0], arg(call.node, "dim"), True)
 
 
 @rule("rms_norm.default", "layer_norm.default")
 def norm(call: Call) -> Answer | None:
     """Over the last dimensions."""
-    x, count = call.node.args[0], len(arg(call.node, "normalized_shape"))
+    x, count = call.args[0], len(arg(call.node, "normalized_shape"))
     return along(call, x, list(range(-count, 0)), True)
 
 
@@ -223,7 +230,7 @@ def norm(call: Call) -> Answer | None:
 @rule("view.default", "reshape.default", "_unsafe_view.default")
 def view(call: Call) -> Answer | None:
     """The same numbers in another shape."""
-    x, sizes = call.node.args[0], list(call.node.args[1])  # type: ignore[arg-type]
+    x, sizes = call.args[0], list(call.args[1])
     split = call.split(x)
     out = split and regroup(split, call.shape(x) or (), call.out_shape, call.ranks)
     if out is None or not _set_size(sizes, out, call):
@@ -247,7 +254,7 @@ def _set_size(sizes: list[Any], out: Split, call: Call) -> bool:
 @rule("flatten.using_ints", "unflatten.int")
 def flatten(call: Call) -> Answer | None:
     """As `view`, where sizes other than those of the dimension stay unsaid."""
-    x = call.node.args[0]
+    x = call.args[0]
     split = call.split(x)
     out = split and regroup(split, call.shape(x) or (), call.out_shape, call.ranks)
     if out is None:
@@ -267,7 +274,7 @@ def flatten(call: Call) -> Answer | None:
 @rule("expand.default")
 def expand(call: Call) -> Answer | None:
     """Repeats dimensions of size 1, which are never dealt out."""
-    x, sizes = call.node.args[0], list(call.node.args[1])  # type: ignore[arg-type]
+    x, sizes = call.args[0], list(call.args[1])
     split = call.split(x)
     if split is None:
         return None
@@ -278,13 +285,13 @@ def expand(call: Call) -> Answer | None:
 @rule("transpose.int", "permute.default", "t.default")
 def permute(call: Call) -> Answer | None:
     """Dimensions in another order."""
-    x = call.node.args[0]
+    x = call.args[0]
     split, rank = call.split(x), call.rank(x)
     if split is None:
         return None
     order = list(range(rank))
     if call.target is aten.permute.default:
-        order = [int(d) % rank for d in call.node.args[1]]  # type: ignore[union-attr, call-overload, arg-type]
+        order = [d % rank for d in call.args[1]]
     elif rank > 1:
         a, b = (0, 1) if call.target is aten.t.default else (call.dim("dim0", x), call.dim("dim1", x))
         order[a], order[b] = order[b], order[a]
@@ -294,15 +301,15 @@ def permute(call: Call) -> Answer | None:
 @rule("unsqueeze.default")
 def unsqueeze(call: Call) -> Answer | None:
     """One more dimension."""
-    x = call.node.args[0]
+    x = call.args[0]
     split, at = call.split(x), arg(call.node, "dim") % (call.rank(x) + 1)
-    return split and call.as_it_is(split.at(split.dim + (at <= split.dim)))
+    return None if split is None else call.as_it_is(split.at(split.dim + (at <= split.dim)))
 
 
 @rule("squeeze.dim", "squeeze.dims")
 def squeeze(call: Call) -> Answer | None:
     """Without dimensions of size 1."""
-    x, dims = call.node.args[0], arg(call.node, "dim")
+    x, dims = call.args[0], arg(call.node, "dim")
     split, shape = call.split(x), call.shape(x) or ()
     if split is None:
         return None
@@ -313,7 +320,7 @@ def squeeze(call: Call) -> Answer | None:
 @rule("select.int")
 def select(call: Call) -> Answer | None:
     """One index of a dimension."""
-    x, dim = call.node.args[0], arg(call.node, "dim")
+    x, dim = call.args[0], arg(call.node, "dim")
     if call.place(x) == LOCAL:
         return call.as_it_is(LOCAL)
     split, at = call.split(x), dim % call.rank(x)
@@ -325,22 +332,26 @@ def select(call: Call) -> Answer | None:
 @rule("slice.Tensor")
 def slices(call: Call) -> Answer | None:
     """A range of a dimension; of the dealt one, whole parts."""
-    x = call.node.args[0]
+    x = call.args[0]
     split, at = call.split(x), call.dim("dim", x)
     if split is None:
         return None
     if at != split.dim:
         return call.as_it_is(split)
     start, end, step = (arg(call.node, name) for name in ("start", "end", "step"))
-    if step != 1 or not all(v is None or type(v) is int for v in (start, end)):
+    if type(step) is not int or not all(v is None or type(v) is int for v in (start, end)):
         return None
     size = split.size
+    if step > 1:  # every second one, say: of each block the same
+        own = size // call.ranks
+        if len(split.parts) > 1 or own % step or not 0 <= (start or 0) < step or (end is not None and end < size):
+            return None
+        return call.as_it_is(Split(split.dim, (size // step,)))
     start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start or 0, size if end is None else end))
     found = _parts(split, start, end)
     if found is None:
         return None
-    own = (start // call.ranks, end // call.ranks)
-    return call.with_args(found, start=own[0], end=own[1])
+    return call.with_args(found, start=start // call.ranks, end=end // call.ranks)
 
 
 def _parts(split: Split, start: int, end: int) -> Split | None:
@@ -354,7 +365,7 @@ def _parts(split: Split, start: int, end: int) -> Split | None:
 @rule("split_with_sizes.default", "split.Tensor", "chunk.default", "unbind.int")
 def pieces(call: Call) -> Answer | None:
     """Several ranges of a dimension."""
-    x, dim = call.node.args[0], call.dim("dim", call.node.args[0])
+    x, dim = call.args[0], call.dim("dim", call.args[0])
     split = call.split(x)
     if split is None:
         return None
@@ -375,13 +386,17 @@ def pieces(call: Call) -> Answer | None:
         return call.with_args(tuple(found), split_sizes=sizes)
     if len(set(sizes)) > 1:
         return None
-    return call.with_args(tuple(found), split_size=sizes[0]) if call.target is aten.split.Tensor else call.as_it_is(tuple(found))
+    return (
+        call.with_args(tuple(found), split_size=sizes[0])
+        if call.target is aten.split.Tensor
+        else call.as_it_is(tuple(found))
+    )
 
 
 @rule("cat.default", "stack.default")
 def cat(call: Call) -> Answer | None:
     """One after the other; along the dealt dimension there are more parts then."""
-    tensors: Any = call.node.args[0]
+    tensors: Any = call.args[0]
     first = next((x for x in tensors if call.split(x) is not None), None)
     if first is None:
         return None
@@ -407,7 +422,7 @@ def cat(call: Call) -> Answer | None:
 @rule("constant_pad_nd.default", "flip.default")
 def others(call: Call) -> Answer | None:
     """Pads or turns dimensions that are not dealt out."""
-    x = call.node.args[0]
+    x = call.args[0]
     split, rank = call.split(x), call.rank(x)
     if split is None:
         return None
@@ -416,6 +431,17 @@ def others(call: Call) -> Answer | None:
     else:
         touched = {rank - 1 - i for i in range(len(arg(call.node, "pad")) // 2)}
     return None if split.dim in touched else call.as_it_is(split)
+
+
+@rule("index.Tensor")
+def index(call: Call) -> Answer | None:
+    """Picks along one dimension that is not dealt out, by a list of indices."""
+    x, indices = call.args[:2]
+    split = call.split(x)
+    given = [i for i, value in enumerate(indices) if value is not None]
+    if split is None or len(given) != 1 or given[0] == split.dim or call.rank(indices[given[0]]) != 1:
+        return None
+    return call.answer(lambda n: split if n is x else None, split)
 
 
 @rule("new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default")
@@ -427,7 +453,7 @@ def made(call: Call) -> Answer | None:
 @rule("sym_size.int")
 def size(call: Call) -> Answer | None:
     """The size of the whole tensor."""
-    x, dim = call.node.args[0], call.dim("dim", call.node.args[0])
+    x, dim = call.args[0], call.dim("dim", call.args[0])
     split = call.split(x)
     if split is None:
         return None
@@ -441,22 +467,22 @@ def size(call: Call) -> Answer | None:
 @rule("bmm.default", "matmul.default")
 def batched(call: Call) -> Answer | None:
     """Products of matrices, for each index of the dimensions in front."""
-    a, b = call.node.args[:2]
+    a, b = call.args[:2]
     split = call.split(a) or call.split(b)
     rank = call.rank(a)
     if split is None or rank != call.rank(b) or rank < 3 or split.dim >= rank - 2:
         return None
     sizes = [(call.shape(x) or ())[split.dim] for x in (a, b)]
     wants = {x: split if n == split.size else None for x, n in zip((a, b), sizes)}
-    return call.answer(wants.__getitem__, split)  # type: ignore[arg-type]
+    return call.answer(wants.__getitem__, split)
 
 
 def result(call: Call) -> Answer:
     """One of several results."""
-    source, index = call.node.args
+    source, index = call.args
     found = call.place(source)
     out = found[index] if isinstance(found, tuple) and type(index) is int else None
-    return Answer((Want(source, found), index), {}, out)  # type: ignore[arg-type]
+    return Answer((Want(source, found), index), {}, out)
 
 
 RULES[operator.getitem] = result

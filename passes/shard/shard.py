@@ -159,7 +159,9 @@ def report(program: Program, plan: Plan, cut: set[int], peers: Peers) -> list[st
     whole = [(n, t) for n, t in tensors.values() if n not in plan.attributes]
     total = sum(t.nbytes for _, t in tensors.values())
     own = sum(t.nbytes if n not in plan.attributes else t.nbytes // peers.ranks for n, t in tensors.values())
-    lines.append(f"{own} of {total} bytes of weights on each rank; {len(tensors) - len(whole)} of {len(tensors)} tensors are cut")
+    lines.append(
+        f"{own} of {total} bytes of weights on each rank; {len(tensors) - len(whole)} of {len(tensors)} tensors are cut"
+    )
     large = [f"{n} {list(t.shape)}" for n, t in whole if t.dim() > 1 and t.numel() >= WORTH]
     lines += [f"whole on every rank: {line}" for line in large]
     return lines

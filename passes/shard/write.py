@@ -9,14 +9,14 @@ from torch import Tensor, fx
 
 from kvrewrite.ir.fx import fake_value
 from kvrewrite.passes.shard.cache_rules import FirstHead
-from kvrewrite.passes.shard.placement import Split, Want
+from kvrewrite.passes.shard.placement import Split, Want, mapped
 from kvrewrite.passes.shard.plan import Plan
 from kvrewrite.passes.shard.rules import Answer
 
 aten = torch.ops.aten
 comm = torch.ops._c10d_functional
 REDUCE, GATHER, WAIT = comm.all_reduce.default, comm.all_gather_into_tensor.default, comm.wait_tensor.default
-ADDLESS = {aten.addmm.default: aten.mm.default}  # a product without its bias
+ADDLESS: dict[Any, Any] = {aten.addmm.default: aten.mm.default}  # a product without its bias
 
 
 class Writer:
@@ -40,15 +40,11 @@ class Writer:
 
     def _write(self, node: fx.Node, found: Answer) -> None:
         def given(value: Any) -> Any:
-            if isinstance(value, Want):
-                return self._convert(value, node)
             if isinstance(value, FirstHead):
                 return int(value) * self.rank
-            if isinstance(value, (list, tuple)):
-                return type(value)(given(v) for v in value)
-            return {k: given(v) for k, v in value.items()} if isinstance(value, dict) else value
+            return self._convert(value, node) if isinstance(value, Want) else value
 
-        node.args, node.kwargs = given(tuple(found.args)), given(found.kwargs)
+        node.args, node.kwargs = mapped(tuple(found.args), given), mapped(found.kwargs, given)
         if found.constant is not None:
             self._instead[node] = found.constant
         elif found.reduce:
