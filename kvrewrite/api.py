@@ -25,7 +25,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.canonical.validate import require_check
+from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.passes.pipeline import Observer
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.foreign_config import foreign_config

@@ -468,8 +468,7 @@ class RewrittenModel(nn.Module, Generation):
             self._warn_of_scores(tokens.counts, cache)
         cache.begin_step()
         if self.decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
-            segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
-            logits = self.decoder.step(input_ids, cache, segments)
+            logits = self.decoder.step(input_ids, cache)
         else:
             if cache.keys_settled:
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
@@ -498,7 +497,7 @@ class RewrittenModel(nn.Module, Generation):
     def _check_tokens(self, tokens: inputs.Tokens, position_ids: Tensor | None, cache: EvictionCache) -> None:
         """Raises InputError or CacheError where a row can't take its new tokens."""
         for row, (count, decodes) in enumerate(zip(tokens.counts, tokens.decoding)):
-            problem = inputs.no_room(self, cache, row, count, decodes)
+            problem = cache.no_room(row, count, decodes)
             if problem is not None:
                 raise problem
         if position_ids is not None and not all(tokens.decoding):

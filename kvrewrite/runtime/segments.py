@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.pages import to_device
+from kvrewrite.cache.request import WIDE, row_inputs
 from kvrewrite.cache.slot_plan import slots_decoded, walk
 from kvrewrite.policies import RowState, Segment
-from kvrewrite.runtime.inputs import WIDE, Tokens, row_inputs, row_numbers, row_plan
+from kvrewrite.runtime.inputs import Tokens
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -26,8 +27,7 @@ class SegmentedCall:
     def __init__(self, model: RewrittenModel, tokens: Tokens, cache: EvictionCache):
         self.model, self.tokens, self.cache = model, tokens, cache
         self.plans = [
-            row_plan(model.policy, n, decodes, cache.row(row))
-            for row, (n, decodes) in enumerate(zip(tokens.counts, tokens.decoding))
+            cache.segments(row, n, decodes) for row, (n, decodes) in enumerate(zip(tokens.counts, tokens.decoding))
         ]
         self.totals = [seen + n for seen, n in zip(cache.seen, tokens.counts)]
         self.reserve = self._reserve()
@@ -104,7 +104,7 @@ class SegmentedCall:
         longest = max(len(part) for part in parts)
         rows = {
             name: to_device(torch.tensor(values, dtype=torch.int64 if name in WIDE else torch.int32), device)
-            for name, values in row_numbers(program.layout, cache, segments, cache.next_rotary).items()
+            for name, values in cache.row_numbers(segments).items()
         }
         inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
         index = np.zeros((len(parts), longest), dtype=np.int64)

@@ -19,7 +19,7 @@ from kvrewrite.errors import KVRewriteError, UnsupportedModelError
 from kvrewrite.ir.evaluate import EvaluationError, Evaluator, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.canonical.validate import FARTHEST
+from kvrewrite.passes.canonical.both_graphs import FARTHEST
 
 TOKENS = 24
 PIECES = (7, 5, 1, 1, 4)  # tokens of the first chunks; the rest is one more
