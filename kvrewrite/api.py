@@ -43,7 +43,6 @@ def transform(
     check: str = "full",
     observe: Observer | None = None,
     tp_plan: str | None = None,
-    tp_size: int | None = None,
     **options: Any,
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
@@ -56,15 +55,15 @@ def transform(
     observe: called with (pass name, graph) after each pass.
     check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with stand-ins
     for large weights): "full", "sites" (each attention alone) or "off".
-    tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism, as transformers'
-    from_pretrained; docs/tensor_parallel.md); tp_size: how many of them there must be.
+    tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
+    docs/tensor_parallel.md).
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
     from kvrewrite.runtime.model import RewrittenModel
 
     chosen = policies.make(policy, **options)
-    peers = _peers(tp_plan, tp_size, next((p.device for p in model.parameters()), torch.device("cpu")))
+    peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
@@ -203,7 +202,8 @@ def load(
 ) -> RewrittenModel:
     """Loads a model directory that kvrewrite wrote: offline, without the original model's code.
 
-    tp_plan, tp_size: as for `transform`; each process reads only its part of the weights, to the GPU of its number.
+    tp_plan: as for `transform`; each process reads only its part of the weights, to the GPU of its number. tp_size: how
+    many processes there must be (both names are those of transformers' from_pretrained).
     check: "full" proves the parts by running them together on one process; "off" does not.
 
     verify_hashes: also hashes the base weights (reads all of them). trust_compiled: also loads the compiled steps in

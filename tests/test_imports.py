@@ -133,6 +133,7 @@ LAYERS = (
     ("tools.evaluation",),
     ("tools.benchmark", "tools.inspection", "tools.training", "tools.demo"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, row in enumerate(LAYERS) for room in row}
 

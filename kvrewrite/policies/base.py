@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvrewrite.errors import OptionError
 from kvrewrite.policies.budgets import pyramid
 from kvrewrite.policies.options import Options
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment

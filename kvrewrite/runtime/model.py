@@ -121,6 +121,8 @@ class RewrittenModel(nn.Module, Generation):
     # -- copies --------------------------------------------------------------------------------------------------
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled without what `compile()` made: call it again on what comes out, which is a model of its own."""
+        if self.program.parallel is not None:
+            raise OptionError("one process's part of a model can't be pickled; the others would not know of it")
         rest = {name: getattr(self, name) for name in ("config", "generation_config", "source", "adapters", "training")}
         return _unpickled, (type(self), program_state(self.program), rest)
 
@@ -587,6 +589,8 @@ class RewrittenModel(nn.Module, Generation):
         from kvrewrite.runtime.aot import check_kind, compile_ahead
 
         check_kind(compile, self.device)
+        if self.program.parallel is not None:
+            raise OptionError("one process's part of a model can't be saved; save the whole model, in one process")
         steps = None if compile is None else lambda folder: compile_ahead(self, folder, compile_batch)
         out, source, config = save_directory, self.source, self.config
         save(self.program, out, source=source, config=config, force=force, compile_steps=steps)

@@ -69,4 +69,8 @@ def test_families(family: str) -> None:
 )
 def test_policies(policy: str) -> None:
     program = rewritten("llama", policy, **options(policy)).program
-    prove_shards(program, 2)
+    if policy == "adakv":
+        with pytest.raises(OptionError, match="share one budget"):
+            prove_shards(program, 2)
+    else:
+        prove_shards(program, 2)
