@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kvrewrite
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import ArtifactError, OptionError
 from tests.support.ranks import run_ranks
 from tests.support.tiny import TEXT, make_checkpoint
 
@@ -41,7 +41,7 @@ def in_ranks(rank: int, directories: dict[str, str]) -> dict[str, Any]:
         found[policy] = answers(model)
     with pytest.raises(OptionError, match="tp_size is 3, but there are 2"):
         kvrewrite.load(directory, tp_size=3)
-    with pytest.raises(OptionError, match="can't be saved"):
+    with pytest.raises(ArtifactError, match="can't be saved"):
         model.save_pretrained("nowhere")
     with pytest.raises(OptionError, match="same ids"):
         model.generate(IDS[:, rank:], max_new_tokens=1, pad_token_id=0)
