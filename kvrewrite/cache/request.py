@@ -342,11 +342,11 @@ class Request:
             after = part.after if measured is None else np.minimum(part.after, measured[c])
             dealt = self._dealt.pop(c, None)
             if dealt is not None:
-                lease.settle(dealt)
-                after = part.settle(after, lease.bound)
+                lease.take_dealt(dealt)
+                after = part.with_dealt(after, lease.bound)
             if plan.ragged:
                 given = lease.bound if dealt is not None and competes else None
-                shares.append(part.settle_shares(self._shares[c], given))
+                shares.append(part.next_shares(self._shares[c], given))
             lease.resize(after, 0)
             if dealt is not None and self._stores is None:
                 # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because
