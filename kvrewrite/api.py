@@ -191,8 +191,9 @@ def load(
     model, manifest = _load(directory, device)
     if trust_compiled:
         from kvrewrite.runtime.aot import load_ahead
+        from kvrewrite.runtime.executor import Executor
 
-        model.__dict__["_execution"] = load_ahead(model, directory, manifest)
+        model.executor = Executor(load_ahead(model, directory, manifest))
     elif "compiled" in manifest:
         warnings.warn(
             f"{directory} has compiled steps, which were not loaded: they are native code. If you trust where they come from, "

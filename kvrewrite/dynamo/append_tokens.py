@@ -54,7 +54,7 @@ class AppendRunner:
         self._names, self._moving = [s.name for s in specs], [s.moving for s in specs]
         self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
-        self._gpu, self.owner = model.__dict__["_gpu"], model.owner  # for the decorators of `step`
+        self.gpu, self.owner = model.gpu, model.owner  # for the decorators of `step`
 
     @exclusive
     @on_its_device

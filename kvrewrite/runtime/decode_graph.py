@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.pages import Lease, to_device
+from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.request import WIDE, row_inputs
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.layout import PAGE
@@ -154,7 +154,8 @@ class _Step:
         return inputs, layers
 
     def _run(self) -> Tensor:
-        logits = self.runner.execution(*self._inputs())
+        inputs, layers = self._inputs()
+        logits = self.runner.execution(inputs, layers=layers)
         assert logits is not None
         return logits
 
@@ -222,6 +223,15 @@ class DecodeRunner:
         self._seen_keeps: list[Any] = []
         self._ahead: _Ahead | None = None
 
+    @functools.cached_property
+    def stores(self) -> list[PageStore]:
+        """The pools that all of the model's caches lease from, one for each cache class."""
+        model, layout = self.model, self.model.program.layout
+        return [
+            PageStore(spec.k_dim, spec.v_dim, model.dtype, model.device, layout.scheme, lasting=True)
+            for spec in layout.classes
+        ]
+
     def step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
         if self.key_rotation is not None and self.rotates_keys and not cache.keys_settled:
@@ -276,7 +286,8 @@ class DecodeRunner:
         ahead, bound = self._ahead, self._bound
         if ahead is None or bound is None or cache is None or ahead.cache() is not cache or bound() is not cache:
             return False
-        return ids is not None and ids.shape == ahead.step.ids.shape and ahead.version == cache.version
+        same_shape = isinstance(ids, Tensor) and ids.shape == ahead.step.ids.shape
+        return same_shape and ahead.version == cache.version
 
     def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """The same as `step`, where `has_planned`."""
