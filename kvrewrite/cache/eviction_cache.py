@@ -44,9 +44,9 @@ class EvictionCache(Request, Cache):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
+    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None, **given: Any):
         Cache.__init__(self, layers=[])  # not that of a class between (`type_for` in kvrewrite/dynamo/caches.py)
-        Request.__init__(self, model, batch_size, max_length=max_length)
+        Request.__init__(self, model, batch_size, max_length=max_length, **given)
 
     def fork(self) -> Self:
         """An independent copy that shares this cache's pages until one of the two writes to them (copy on write).

@@ -25,7 +25,7 @@ from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
-from kvrewrite.errors import CacheError, InputError, KVRewriteError
+from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
 from kvrewrite.ir.layout import PAGE, CacheLayout
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
@@ -77,8 +77,8 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Request:
-    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on
-    it."""
+    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on it;
+    stores: pools to lease from, one per class, default: the model's, or its own; policy: the model's with another budget."""
 
     # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
     before_chunk: Callable[[], None] | None = None
@@ -86,19 +86,27 @@ class Request:
     owner: Owner = Owner()  # until it has a model
     _unfinished = False
 
-    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        stores: list[PageStore] | None = None,
+        policy: Policy | None = None,
+    ):
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
         self.layout: CacheLayout = model.program.layout
-        self._policy: Policy = model.policy
+        self._policy: Policy = policy or model.policy
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
         self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
         self._make_rotary = model.make_rotary
         self._max_positions: int = model.program.max_positions or UNLIMITED
-        self._stores: list[PageStore] | None = model.shared_stores()
+        self._stores: list[PageStore] | None = stores or model.shared_stores()
         self._changes = 0
         self._reset()
 
@@ -220,12 +228,19 @@ class Request:
         """What `count` new tokens of a row do. decoding: whether the row goes on by one token."""
         if not count:
             return []
-        state = self.row(row)
-        return [self._policy.decode_segment(state)] if decoding else self._policy.plan(count, state)
+        state, policy = self.row(row), self._policy_of(row)
+        return [policy.decode_segment(state)] if decoding else policy.plan(count, state)
+
+    def next_token(self, row: int) -> Segment | None:
+        """What one more token of a row does; None: the row rests."""
+        return self._policy_of(row).decode_segment(self.row(row))
+
+    def _policy_of(self, row: int) -> Policy:
+        return self._policy
 
     def no_room(self, row: int, count: int, decoding: bool) -> KVRewriteError | None:
         """The reason why a row can't take `count` more tokens, or None."""
-        policy, limit, total = self._policy, self._max_positions, self.seen[row] + count
+        policy, limit, total = self._policy_of(row), self._max_positions, self.seen[row] + count
         if limit < UNLIMITED and (reach := self._reach(row, count, decoding)) > limit:
             return InputError(
                 f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most {limit} "
@@ -279,9 +294,9 @@ class Request:
         return self._planner.plan(self.leases, self._shares, segments, totals, renew)
 
     def plan_token(self) -> StepPlan:
-        """The plan of one more token of every row from static buffers, where ranks are computed again or were frozen
-        before."""
-        segments = [self._policy.decode_segment(self.row(row)) for row in range(self._rows)]
+        """The plan of one more token of every row that does not rest, from static buffers, where ranks are computed again
+        or were frozen before."""
+        segments = [self.next_token(row) for row in range(self._rows)]
         anew = self.layout.contiguous and self._policy.renews_ranks_in_decoding
         return self.plan(segments, renew=[True] * self._rows if anew else None)
 
@@ -298,13 +313,22 @@ class Request:
 
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
         """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
-        room for when they grow anyway."""
+        room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
+        self._check_pools(plan)
         for state in self.states:
             state.hold(plan.longest(self.seen))
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
             lease.resize(part.during, reserve)
+
+    def _check_pools(self, plan: StepPlan) -> None:
+        for lease, part in zip(self.leases, plan.classes):
+            if lease.store.limit is not None and (need := lease.pages_wanted(part)) > lease.store.room:
+                raise PoolFull(
+                    f"the step needs {need} pages more, but the pool has room for {lease.store.room:.0f} "
+                    f"(its limit is {lease.store.limit}); end or preempt another request, or give the pool more memory"
+                )
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt

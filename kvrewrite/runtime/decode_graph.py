@@ -302,7 +302,8 @@ class DecodeRunner:
         for lease, part in zip(cache.leases, plan.classes):
             held = int(lease.bound.max())
             coming = max(ROOM, (cache.max_length or 0) - max(cache.seen), held // 2)
-            slots = int(slots_decoded(held, coming, part.budgets.most.max()))
+            most = part.budgets.most[:, np.flatnonzero(plan.tokens)]  # rows that rest have no budget
+            slots = int(slots_decoded(held, coming, most.max()))
             widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
         span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
         return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
