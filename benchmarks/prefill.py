@@ -29,7 +29,11 @@ from kvrewrite.tools.benchmark.shapes import ShapeSource
 from kvrewrite.tools.subjects import Arm, PolicySpec
 
 CAPTURE = "capture"
-LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "rotate": "_rotate_both"}  # in kvrewrite/passes/lower/prompt.py
+LOWERINGS = {
+    "overlap": "_overlap",
+    "gated": "_fuse_gates",
+    "rotate": "_rotate_both",
+}  # in kvrewrite/passes/lower/prompt.py
 
 
 def _nothing(gm: Any) -> None:
