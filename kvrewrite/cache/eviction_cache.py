@@ -118,7 +118,7 @@ class EvictionCache(Request, Cache):
     def _return_gone(self) -> None:
         """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""
         for lease in self.leases:
-            if lease.store.settled:
+            if lease.store.consistent:
                 lease.store.begin()
                 lease.store.end()
 
