@@ -145,7 +145,7 @@ def test_memory_is_what_vllm_gave(vllm: Any, directory: Any) -> None:
 
 def test_sampling(vllm: Any, directory: Any) -> None:
     """Several answers of one prompt, seeds, logprobs, and stop conditions are vLLM's."""
-    with engine(vllm, directory("h2o"), max_num_batched_tokens=64) as llm:
+    with engine(vllm, directory("h2o"), max_num_batched_tokens=512) as llm:
         some = vllm.SamplingParams(temperature=1.0, n=3, seed=5, max_tokens=8, logprobs=2)
         first, again = (llm.generate([{"prompt_token_ids": prompts()[0]}], some, use_tqdm=False)[0] for _ in range(2))
         assert [o.token_ids for o in first.outputs] == [o.token_ids for o in again.outputs]
