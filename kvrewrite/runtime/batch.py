@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +23,7 @@ from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.policies import UNLIMITED, Policy, RowState
 from kvrewrite.runtime.call import Call, Tokens, check_ids
-
-if TYPE_CHECKING:
-    from kvrewrite.runtime.model import RewrittenModel
+from kvrewrite.runtime.model import RewrittenModel, on_its_device
 
 
 class Running:
@@ -101,7 +98,6 @@ class Batch:
         if not model.on_one_device:
             raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
         self.model, self.owner = model, model.owner
-        self._gpu = model.device.index if model.device.type == "cuda" else None
         layout = model.program.layout
         self.stores = model.shared_stores() or [
             PageStore(c.k_dim, c.v_dim, model.dtype, model.device, layout.scheme, lasting=True) for c in layout.classes
@@ -110,6 +106,11 @@ class Batch:
         self._running: set[Running] = set()
         if memory is not None:
             self._limit(memory)
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the model's GPU, if it has one."""
+        return self.model.gpu
 
     # -- memory ------------------------------------------------------------------------------------------------------
     def _limit(self, memory: int) -> None:
@@ -155,6 +156,7 @@ class Batch:
 
     # -- requests ------------------------------------------------------------------------------------------------------
     @exclusive
+    @on_its_device
     def start(
         self,
         ids: Sequence[int] | Tensor,
@@ -198,6 +200,7 @@ class Batch:
         return dataclasses.replace(policy, budget=budget)
 
     @exclusive
+    @on_its_device
     def advance(self, running: Running) -> Tensor | None:
         """Computes the next segment of a prompt. Returns the logits (vocabulary) after the last one, else None. Raises
         PoolFull, with nothing changed, where pages are short."""
@@ -240,6 +243,7 @@ class Batch:
 
     # -- one token of each ---------------------------------------------------------------------------------------------
     @exclusive
+    @on_its_device
     def decode(self, requests: Sequence[Running], tokens: Sequence[int]) -> Tensor:
         """One token of each of these requests, whose prompts are through: logits (requests, vocabulary). Raises PoolFull, with
         nothing changed, where pages are short."""
