@@ -105,8 +105,9 @@ def run(batch: Batch, requests: list[Wanted], generator: random.Random, most: in
             wanted.replayed = 0
             active.append(wanted)
         try:
-            for wanted in [w for w in active if w.running.prompt_left]:
-                if generator.random() < 0.6 and (row := batch.advance(wanted.running)) is not None:
+            begun = [w for w in active if w.running.prompt_left and generator.random() < 0.6]
+            for wanted, row in zip(begun, batch.advance_together([w.running for w in begun])):
+                if row is not None:
                     feed(wanted, row)
             ready = [w for w in active if not w.running.prompt_left and generator.random() < 0.8]
             generator.shuffle(ready)
