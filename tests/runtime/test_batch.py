@@ -15,7 +15,7 @@ from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running
 from tests.runtime.test_invariants import BUDGET, OPTIONS, POLICIES, TIES
 from tests.support.products import covering
-from tests.support.rewritten import ours, rewritten
+from tests.support.rewritten import captured, original, ours, rewrite, rewritten
 from tests.support.zoo import VOCAB
 
 FAMILIES = ["llama", "gemma3_text", "phi3", "gpt2"]
@@ -305,3 +305,41 @@ def test_misuse_is_named() -> None:
     assert request.ended
     with pytest.raises(CacheError, match="ended"):
         batch.advance(request)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "policy, positions, more",
+    [
+        ("streaming_llm", "contiguous", {}),
+        ("h2o", "original", {}),
+        ("snapkv", "original", {}),
+        ("adakv", "original", {}),
+        ("locret", "contiguous", {}),
+        ("attention_gate", "original", {}),
+        ("h2o", "original", {"budget": 50, "quantize": "int8", "quantize_group": 16, "quantize_residual": 16}),
+    ],
+)
+def test_a_batch_on_a_gpu(policy: str, positions: str, more: dict[str, Any]) -> None:
+    """Captured steps of 1, 2, 4 and 8 rows, some of which rest, and prompts side by side, beside lone requests on the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    given = dict(OPTIONS.get(policy, {}), positions=positions, **more)
+    if policy != "attention_gate":
+        given.setdefault("budget", 16)
+    plain = rewritten("llama", policy, **given)
+    model = rewrite(original("llama"), captured("llama"), policy, None, **given)
+    model.graph_module = model.program.graph = copy.deepcopy(model.graph_module)
+    model.to("cuda").compile()
+    requests = [
+        Wanted(distinct(n, random.Random(n)), c) for n, c in ((41, 6), (9, 12), (13, 1), (30, 8), (17, 5), (60, 7))
+    ]
+    expected = [alone(plain, w) for w in requests]
+    batch = Batch(model, memory=64 << 20)
+    for seed in range(3):
+        found = [Wanted(w.prompt, w.count) for w in requests]
+        run(batch, found, random.Random(seed), most=6, preempt=0.03)
+        for f, e in zip(found, expected, strict=True):
+            assert f.tokens == e.tokens
+            assert f.kept == e.kept
+        assert batch.used == 0
+    assert model.decoder.captures <= 4
