@@ -236,7 +236,8 @@ class Call:
         if self.model.program.layout.contiguous:
             always = self.model.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
-            renew = [always or not (d and settled) for d, settled in zip(self.tokens.decoding, self.cache.settled)]
+            frozen = self.cache.ranks_frozen
+            renew = [always or not (d and f) for d, f in zip(self.tokens.decoding, frozen)]
         return Pass(self.cache.plan(segments, self.totals, renew), parts, wanted, renew)
 
     def begin(self, now: Pass) -> dict[str, Tensor]:
@@ -246,7 +247,8 @@ class Call:
         inputs = cache.inputs(now.plan)
         if now.renew is not None:
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, now.renew)]
-            cache.settled = [d if n else s for d, n, s in zip(self.tokens.decoding, now.plan.tokens, cache.settled)]
+            frozen = zip(self.tokens.decoding, now.plan.tokens, cache.ranks_frozen)
+            cache.ranks_frozen = [d if n else f for d, n, f in frozen]
             inputs["renew"] = to_device(torch.tensor(now.renew), cache.device)
         return inputs
 
