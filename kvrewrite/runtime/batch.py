@@ -269,7 +269,7 @@ class Batch:
         if problem := cache.no_room(0, 1, True):
             raise problem
         if decoder is not None and decoder.key_rotation is not None:
-            if decoder.rotates_keys and not cache.keys_settled:
+            if decoder.rotates_keys and not cache.keys_rotated:
                 decoder.key_rotation.rotate(cache)
             if not decoder.rotates_keys and not cache.ranks_held:
                 decoder.key_rotation.hold_ranks(cache)

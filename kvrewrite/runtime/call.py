@@ -248,13 +248,15 @@ class Call:
         if self.model.program.layout.contiguous:
             always = self.model.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
-            renew = [always or not (d and settled) for d, settled in zip(self.tokens.decoding, cache.settled)]
+            renew = [always or not (d and frozen) for d, frozen in zip(self.tokens.decoding, cache.ranks_frozen)]
         plan = cache.plan(segments, self.totals, renew)
         cache.hold(plan, self.reserve)
         inputs = cache.inputs(plan)
         if renew is not None:
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
-            cache.settled = [d if n else s for d, n, s in zip(self.tokens.decoding, plan.tokens, cache.settled)]
+            cache.ranks_frozen = [
+                d if n else f for d, n, f in zip(self.tokens.decoding, plan.tokens, cache.ranks_frozen)
+            ]
             inputs["renew"] = to_device(torch.tensor(renew), cache.device)
         inputs.update(self._inputs(segments, parts, wanted))
         out = self.model.run_graph(inputs, logits=any(wanted))
