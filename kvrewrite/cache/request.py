@@ -15,7 +15,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,23 +196,6 @@ class Request:
         for lease in self.leases:
             lease.store.end()
         self._unfinished = False
-
-    @exclusive
-    def fork(self) -> Self:
-        """An independent copy that shares this cache's pages until one of the two writes to them (copy on write)."""
-        self.check_finished()
-        self._touch()
-        twin: Self = object.__new__(type(self))
-        # Should what follows fail, it must not return this cache's pages.
-        twin.__dict__.update(self.__dict__, leases=[])
-        for name in PER_ROW:
-            setattr(twin, name, list(getattr(self, name)))
-        twin.leases = [lease.fork() for lease in self.leases]
-        twin.history, twin.ended = self.history.fork(), None
-        twin.states = [state.fork() for state in self.states]
-        for lease in self.leases:
-            lease.store.end()
-        return twin
 
     def end_prompt(self) -> None:
         """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
@@ -414,22 +397,3 @@ class Request:
             self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
             self._rotary = self._make_rotary(self._rotary_length, self.length_tables)
         return self._rotary
-
-    @exclusive
-    def select(self, source: list[int]) -> None:
-        """Row i goes on from what row source[i] holds, for as many rows as `source` has."""
-        if not source or not all(0 <= s < self.batch_size for s in source):
-            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
-        self.begin_step()
-        self._changes += 1
-        for lease in self.leases:
-            lease.select(source)
-        self._shares = [shares[:, source] for shares in self._shares]
-        for state in self.states:
-            state.select(source)
-        for name in PER_ROW:
-            values = getattr(self, name)
-            setattr(self, name, [values[s] for s in source])
-        self.history.select(source, self.columns)
-        self._rows, self.ended = len(source), None
-        self.end_step()
