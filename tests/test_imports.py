@@ -122,17 +122,18 @@ LAYERS = (
     ("analysis",),  # before artifact: a model directory has a model card
     ("artifact", "passes.canonical"),  # a directory's program is checked against its policy and its cache's pages
     ("passes.insert",),
-    ("passes.lower",),
+    ("passes.lower", "passes.shard"),
     ("passes",),
     ("runtime",),
     ("compiler",),  # passes, then the proof of the whole, which runs the program
     ("api", "serving"),
-    ("dynamo", "verification"),
+    ("dynamo", "verification", "vllm"),
     ("", "backend", "exporting"),  # the public names: `kvrewrite` itself and two faces
     ("tools",),  # modules that all tools share
     ("tools.evaluation",),
     ("tools.benchmark", "tools.inspection", "tools.training", "tools.demo"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, row in enumerate(LAYERS) for room in row}
 

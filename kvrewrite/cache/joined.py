@@ -130,7 +130,7 @@ class JoinedRows(EvictionCache):
                 f"row {row} holds {self.seen[row]} tokens and the request has {request.batch_size} rows; expected none, and one"
             )
         empty = not any(self.seen)
-        for flag in ("keys_settled", "ranks_held"):
+        for flag in ("keys_rotated", "ranks_held"):
             if empty:
                 setattr(self, flag, getattr(request, flag))
             elif getattr(self, flag) != getattr(request, flag):

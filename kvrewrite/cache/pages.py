@@ -63,7 +63,7 @@ class PageStore:
         self.limit: int | None = None  # most pages that it may have, page 0 included; None: as many as memory has
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self.changes = 0  # grows whenever a page is leased, shared, returned or moved
-        self.settled = True  # False while a change is under way, and after one that was interrupted
+        self.consistent = True  # False while a change is under way, and after one that was interrupted
         self.gone: deque[Lease] = deque()  # their caches were collected as garbage, at any point and in any thread
         self._moved: list[tuple[Lease, np.ndarray]] = []  # what `compact` has still to say to leases
         self._grow(1)
@@ -77,16 +77,16 @@ class PageStore:
     def begin(self) -> None:
         """Begins a change: first repairs what an interrupted one left, and takes back the pages of caches that are
         gone."""
-        if not self.settled:
+        if not self.consistent:
             self._repair()
-        self.settled = False
+        self.consistent = False
         while self.gone:
             self.gone[0].close()
             self.gone.popleft()
 
     def end(self) -> None:
         """The change is complete."""
-        self.settled = True
+        self.consistent = True
 
     def _repair(self) -> None:
         """Counts references again. What the interrupted cache's lease has may be wrong, but it is closed before it is
@@ -311,7 +311,7 @@ class Lease:
         table = self._layer_last((n, batch, self.kv_heads, max(-(-most // PAGE), self.pages.shape[-1])))
         return to_device(spare, self.store.device), table
 
-    def settle(self, table: Tensor) -> None:
+    def take_dealt(self, table: Tensor) -> None:
         """Takes what the device dealt out and returns the rest. table: as `offer` gave it, filled in."""
         lens = self.lens.cpu().numpy().astype(np.int64)
         width = table.shape[-1]

@@ -15,7 +15,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
-PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
+PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted")
 
 
 def row_inputs(
@@ -49,6 +49,21 @@ def row_inputs(
     if max_positions is not None:  # padding after a row's end may not index out of a table of positions
         inputs["position_ids"] = inputs["position_ids"].clamp(max=max_positions - 1)
     return inputs
+
+
+def check_pools(steps: Sequence[tuple[Request, StepPlan]]) -> None:
+    """Raises PoolFull where pools with a limit have too few pages for all these steps."""
+    needs: dict[PageStore, int] = {}
+    for request, plan in steps:
+        for lease, part in zip(request.leases, plan.classes):
+            if lease.store.limit is not None:
+                needs[lease.store] = needs.get(lease.store, 0) + lease.pages_wanted(part)
+    for store, need in needs.items():
+        if need > store.room:
+            raise PoolFull(
+                f"the step needs {need} pages more, but the pool has room for {store.room:.0f} (its limit is {store.limit}); "
+                "end or preempt another request, or give the pool more memory"
+            )
 
 
 class Owner:
@@ -123,10 +138,10 @@ class Request:
         self.generated = [0] * batch  # of them, those since the last prompt
         self.length = [0] * batch  # most live slots of a layer without a window
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
-        self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
+        self.ranks_frozen = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps
         # them (both in kvrewrite/runtime/key_rotation.py).
-        self.keys_settled = self.ranks_held = False
+        self.keys_rotated = self.ranks_held = False
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
@@ -197,23 +212,6 @@ class Request:
             lease.store.end()
         self._unfinished = False
 
-    @exclusive
-    def fork(self) -> Self:
-        """An independent copy that shares this cache's pages until one of the two writes to them (copy on write)."""
-        self.check_finished()
-        self._touch()
-        twin: Self = object.__new__(type(self))
-        # Should what follows fail, it must not return this cache's pages.
-        twin.__dict__.update(self.__dict__, leases=[])
-        for name in PER_ROW:
-            setattr(twin, name, list(getattr(self, name)))
-        twin.leases = [lease.fork() for lease in self.leases]
-        twin.history, twin.ended = self.history.fork(), None
-        twin.states = [state.fork() for state in self.states]
-        for lease in self.leases:
-            lease.store.end()
-        return twin
-
     def end_prompt(self) -> None:
         """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
@@ -257,7 +255,7 @@ class Request:
         """One more than the largest position that `count` new tokens of a row will have."""
         if not self.layout.contiguous:
             return self.seen[row] + count
-        if decoding and self.settled[row] and not self._policy.renews_ranks_in_decoding:
+        if decoding and self.ranks_frozen[row] and not self._policy.renews_ranks_in_decoding:
             return self.next_rotary[row] + count
         steps = walk(self.segments(row, count, decoding), self.length[row])
         return max((during for during, _ in steps), default=0)
@@ -314,21 +312,13 @@ class Request:
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
         """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
         room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
-        self._check_pools(plan)
+        check_pools([(self, plan)])
         for state in self.states:
             state.hold(plan.longest(self.seen))
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
             lease.resize(part.during, reserve)
-
-    def _check_pools(self, plan: StepPlan) -> None:
-        for lease, part in zip(self.leases, plan.classes):
-            if lease.store.limit is not None and (need := lease.pages_wanted(part)) > lease.store.room:
-                raise PoolFull(
-                    f"the step needs {need} pages more, but the pool has room for {lease.store.room:.0f} "
-                    f"(its limit is {lease.store.limit}); end or preempt another request, or give the pool more memory"
-                )
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt
@@ -366,11 +356,11 @@ class Request:
             after = part.after if measured is None else np.minimum(part.after, measured[c])
             dealt = self._dealt.pop(c, None)
             if dealt is not None:
-                lease.settle(dealt)
-                after = part.settle(after, lease.bound)
+                lease.take_dealt(dealt)
+                after = part.with_dealt(after, lease.bound)
             if plan.ragged:
                 given = lease.bound if dealt is not None and competes else None
-                shares.append(part.settle_shares(self._shares[c], given))
+                shares.append(part.next_shares(self._shares[c], given))
             lease.resize(after, 0)
             if dealt is not None and self._stores is None:
                 # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because
@@ -414,22 +404,3 @@ class Request:
             self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
             self._rotary = self._make_rotary(self._rotary_length, self.length_tables)
         return self._rotary
-
-    @exclusive
-    def select(self, source: list[int]) -> None:
-        """Row i goes on from what row source[i] holds, for as many rows as `source` has."""
-        if not source or not all(0 <= s < self.batch_size for s in source):
-            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
-        self.begin_step()
-        self._changes += 1
-        for lease in self.leases:
-            lease.select(source)
-        self._shares = [shares[:, source] for shares in self._shares]
-        for state in self.states:
-            state.select(source)
-        for name in PER_ROW:
-            values = getattr(self, name)
-            setattr(self, name, [values[s] for s in source])
-        self.history.select(source, self.columns)
-        self._rows, self.ended = len(source), None
-        self.end_step()

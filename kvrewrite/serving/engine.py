@@ -214,8 +214,9 @@ class Engine:
         self.batch.check_fits(len(ids), len(ids) + job.most, job.policy)
         job.tables = tuple(map(id, model.length_tables(len(ids) + job.most).values()))
         samplers = [Sampler(model, request, ids, job.most, i) for i in range(request.n)]
-        for sampler in samplers if request.schema is not None else ():
-            sampler.grammar = self._grammars.make(request.schema)
+        if request.schema is not None:
+            for sampler in samplers:
+                sampler.grammar = self._grammars.make(request.schema)
         job.answers = [
             Answer(job, i, sampler, TextStream(self.tokenizer, request.stops)) for i, sampler in enumerate(samplers)
         ]

@@ -1,0 +1,129 @@
+"""Models that several processes run together (gloo on the CPU): the tokens, sets and logits of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvrewrite
+from kvrewrite.errors import ArtifactError, OptionError
+from tests.support.ranks import run_ranks
+from tests.support.tiny import TEXT, make_checkpoint
+
+IDS = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(3))
+POLICIES = {"h2o": {"budget": 16}, "tova": {"budget": 16, "chunk": 16}, "streaming_llm": {"budget": 16, "chunk": 16}}
+
+
+def answers(model: Any) -> dict[str, Any]:
+    """What a model makes of a text: plain data."""
+    fixed = {"max_new_tokens": 10, "min_new_tokens": 10, "pad_token_id": 0}
+    cache = model.new_cache(2)
+    greedy = model.generate(IDS, cache=cache, do_sample=False, **fixed)
+    sampled = model.generate(IDS, do_sample=True, **fixed)
+    logits = model(IDS).logits
+    kept = {layer: [list(map(list, row)) for row in rows] for layer, rows in cache.positions().items()}
+    weights = sum(p.nbytes for p in model.parameters())
+    found = {"greedy": greedy.tolist(), "sampled": sampled.tolist(), "kept": kept, "weights": weights}
+    return {**found, "logits": logits.tolist(), "leased": cache.memory().leased}
+
+
+def in_ranks(rank: int, directories: dict[str, str], ranks: int) -> dict[str, Any]:
+    found = {}
+    for policy, directory in directories.items():
+        model = kvrewrite.load(directory, tp_plan="auto", tp_size=ranks)
+        torch.manual_seed(rank)  # rank 0's counts
+        found[policy] = answers(model)
+    with pytest.raises(OptionError, match=f"tp_size is 5, but there are {ranks}"):
+        kvrewrite.load(directory, tp_size=5)
+    with pytest.raises(ArtifactError, match="can't be saved"):
+        model.save_pretrained("nowhere")
+    with pytest.raises(OptionError, match="same ids"):
+        model.generate(IDS[:, rank:], max_new_tokens=1, pad_token_id=0)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("policies", [("tova",), pytest.param(tuple(POLICIES), marks=pytest.mark.thorough)])
+def test_processes(ranks: int, policies: tuple[str, ...], tmp_path: Path) -> None:
+    changes = (
+        {}
+        if ranks == 2
+        else {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72}
+    )
+    base = make_checkpoint(tmp_path / "base", **changes)
+    directories = {policy: str(tmp_path / policy) for policy in policies}
+    for policy, directory in directories.items():
+        kvrewrite.convert(base, directory, policy, check="off", **POLICIES[policy])
+    parts = run_ranks(ranks, in_ranks, directories, ranks)
+    for policy, directory in directories.items():
+        torch.manual_seed(0)
+        whole = answers(kvrewrite.load(directory))
+        for part in parts:
+            own = part[policy]
+            assert own["greedy"] == whole["greedy"] and own["sampled"] == whole["sampled"]
+            torch.testing.assert_close(torch.tensor(own["logits"]), torch.tensor(whole["logits"]), atol=2e-6, rtol=1e-5)
+            assert own["leased"] * ranks == whole["leased"]
+            assert own["weights"] < 1.1 / ranks * whole["weights"]  # norms are on all
+            assert own["logits"] == parts[0][policy]["logits"]  # bit by bit
+        for layer, rows in whole["kept"].items():
+            for row, heads in enumerate(rows):
+                assert [head for part in parts for head in part[policy]["kept"][layer][row]] == heads
+
+
+def on_gpus(rank: int, directory: str) -> list[Any]:
+    torch.cuda.set_device(rank)
+    model = kvrewrite.load(directory, device="cuda", tp_plan="auto")
+    model.compile()
+    return decoded(model)
+
+
+def decoded(model: Any) -> list[Any]:
+    """Tokens of two texts, so that the second replays what the first captured."""
+    fixed = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    return [model.generate(ids.to(model.device), **fixed).tolist() for ids in (IDS, IDS.flip(0))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["h2o", "tova", "streaming_llm"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(policy: str, tmp_path: Path) -> None:
+    """NCCL inside the CUDA graphs of chunks and steps."""
+    base = make_checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    kvrewrite.convert(base, tmp_path / "out", policy, **POLICIES[policy])
+    whole = kvrewrite.load(tmp_path / "out", device="cuda:0")
+    whole.compile()
+    expected = decoded(whole)
+    assert run_ranks(2, on_gpus, str(tmp_path / "out")) == [expected] * 2
+
+
+@pytest.mark.thorough
+def test_command(tmp_path: Path) -> None:
+    kvrewrite.convert(make_checkpoint(tmp_path / "base"), tmp_path / "out", "h2o", budget=16, check="off")
+    asked = ["-m", "kvrewrite", "generate", str(tmp_path / "out"), "--prompt", TEXT, "--max-new-tokens", "8"]
+    asked += ["--sample", "--seed", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [
+        [sys.executable, *asked],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *asked],
+    ]
+    alone, together = (
+        subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280) for command in commands
+    )
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout and alone.stdout
+
+
+def test_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    kvrewrite.convert(make_checkpoint(tmp_path / "base"), directory, "h2o", budget=16, check="off")
+    with pytest.raises(OptionError, match="torchrun"):
+        kvrewrite.load(directory, tp_plan="auto")
+    with pytest.raises(OptionError, match='expected "auto"'):
+        kvrewrite.load(directory, tp_plan="colwise")
+    assert kvrewrite.load(directory, tp_size=1).program.parallel is None
