@@ -11,7 +11,7 @@ from tests.support.fuzz_files import run
 CHUNK = 500
 
 
-@pytest.mark.parametrize("mutations", [60, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("mutations", [40, pytest.param(200, marks=pytest.mark.thorough)])
 def test_mutated_files_load_or_raise_artifact_errors(tmp_path: Path, mutations: int) -> None:
     counts, failures = run(range(mutations), tmp_path)
     assert not failures, "\n".join(failures)

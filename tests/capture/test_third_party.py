@@ -285,7 +285,14 @@ class TestPeft:
 
 # ----------------------------------------------------------------------------------------------------- quantized weights
 class TestQuantized:
-    @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param("Int8WeightOnlyConfig", marks=pytest.mark.thorough),  # test_torchao_evicting has it
+            "IntxWeightOnlyConfig",
+            pytest.param("Float8WeightOnlyConfig", marks=pytest.mark.thorough),
+        ],
+    )
     def test_torchao(self, base: Any, config: str, tmp_path: Any) -> None:
         quantization = pytest.importorskip("torchao.quantization")
         options = {"weight_dtype": torch.int4} if config == "IntxWeightOnlyConfig" else {}

@@ -389,7 +389,7 @@ def test_forks_of_quantized_caches(name: str) -> None:
 
     def ask(cache: Any, seed: int) -> Tensor:
         out = [model(words(2, 9, seed), past_key_values=cache).logits]
-        out += [model(words(2, 1, 100 * seed + t), past_key_values=cache).logits for t in range(40)]
+        out += [model(words(2, 1, 100 * seed + t), past_key_values=cache).logits for t in range(24)]
         return torch.cat(out, dim=1)
 
     alone = []
@@ -547,6 +547,9 @@ def test_plan_is_what_is_leased(family: str, policy: str, options: dict[str, Any
     assert cache.memory().live <= cache.memory().leased <= cache.memory().reserved
 
 
+INT8: dict[str, Any] = {"quantize": "int8", "quantize_group": 8, "quantize_residual": 16}
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """Both options at once, in another process's eyes: the same bits; verify knows what a quantized cache promises."""
     options: dict[str, Any] = {"quantize": "int4", "quantize_group": 16, "quantize_residual": 16, "merge": True}
@@ -566,30 +569,30 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "options"),
+    ("policy", "options", "batches"),
     [
         (
             "h2o",
-            {
-                "budget": 70,
-                "chunk": 40,
-                "quantize": "int8",
-                "quantize_group": 8,
-                "quantize_residual": 16,
-                "merge": True,
-            },
+            {"budget": 70, "recent_tokens": 8, "chunk": 40, "head_budgets": "adakv", "merge": True, **INT8},
+            (2,),
         ),
-        ("adakv", {"budget": 60, "window": 8, "quantize": "int4", "quantize_group": 8, "quantize_residual": 8}),
+        pytest.param("h2o", {"budget": 70, "chunk": 40, "merge": True, **INT8}, (2, 3), marks=pytest.mark.thorough),
+        pytest.param(
+            "adakv",
+            {"budget": 60, "window": 8, "quantize": "int4", "quantize_group": 8, "quantize_residual": 8},
+            (2,),
+            marks=pytest.mark.thorough,
+        ),
     ],
-    ids=["merging int8", "ragged int4"],
+    ids=["ragged merging int8", "merging int8", "ragged int4"],
 )
-def test_compiled_is_eager(policy: str, options: dict[str, Any]) -> None:
+def test_compiled_is_eager(policy: str, options: dict[str, Any], batches: tuple[int, ...]) -> None:
     """The mutations of tails, codes and thresholds survive, for several batch sizes, with padding."""
     torch._dynamo.reset()
     eager = rewritten(policy, **options)
     compiled = rewrite(llama(), captured(), policy, None, **options)
     compiled.compile(backend="aot_eager")
-    for batch in (2, 3) if "merge" in options else (2,):
+    for batch in batches:
         ids, mask = words(batch, 92, batch), torch.ones(batch, 92, dtype=torch.long)
         mask[1, :5] = 0
         caches, widths = [m.new_cache(batch) for m in (eager, compiled)], (75, 1, 1, 12, 1, 1, 1)

@@ -76,9 +76,9 @@ def test_same_as_plain(family: str, policy: str, options: dict[str, Any]) -> Non
     caches = [m.new_cache(2) for m in models]
     ids, mask, at = tokens(), torch.ones(2, 90, dtype=torch.long), 0
     mask[1, :5] = 0
-    for width in (40, *[1] * 27, 9, *[1] * 5):
+    for width in (54, *[1] * 13, 9, *[1] * 5):
         part = {"input_ids": ids[:, at : at + width], "attention_mask": mask[:, at : at + width]}
-        keep = 1 if width == 40 else 0  # chunks without logits are run by what captures them
+        keep = 1 if width == 54 else 0  # chunks without logits are run by what captures them
         expected, got = [m(**part, past_key_values=c, logits_to_keep=keep).logits for m, c in zip(models, caches)]
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
         at += width

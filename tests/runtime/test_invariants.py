@@ -289,7 +289,7 @@ def check_rows_alone(model: Any, calls: list[list[tuple[list[int], str]]], must_
 
 
 @covering(
-    {"name": 2, ("policy", "positions"): 3},
+    {"name": 2, ("policy", "positions"): 2},
     apart=lambda case: refused(case) or (case["name"], case["policy"]) in TIES,
 )
 @pytest.mark.parametrize(("name", "policy", "positions"), in_core(EVICTING + MORE))
