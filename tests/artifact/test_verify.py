@@ -11,12 +11,16 @@ import torch
 import kvrewrite
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.verification import pieces, single_steps, verify
-from tests.support.foreign import make_foreign
-from tests.support.rewritten import original, rewritten
+from tests.support.rewritten import captured, original, rewrite, rewritten
 from tests.support.tiny import make_checkpoint
 from tests.support.zoo import make
 
 pytestmark = pytest.mark.xdist_group("verify")  # whose fixtures are made once
+
+
+def fresh(family):
+    """A model and its rewrite, which the test may change."""
+    return original(family), rewrite(original(family), captured(family), "streaming_llm", None, budget=16, chunk=8)
 
 
 def results(report):
@@ -116,7 +120,7 @@ EVERY = {
 def test_every_policy(policy):
     """The probe that evicts nothing runs the graph of any policy: ragged, gated, quantized, scored behind the logits."""
     options = EVERY[policy] if policy == "attention_gate" else {"budget": 16, **EVERY[policy]}
-    report = verify(rewritten("llama", policy, **options), original("llama"), tokens=48)
+    report = verify(rewritten("llama", policy, **options), original("llama"), tokens=32)
     assert report.ok, results(report)
     assert results(report)["original, full budget"] is True
 
@@ -144,8 +148,7 @@ def test_the_reference_has_the_softcap():
 
 
 def test_a_foreign_module():
-    model = make_foreign("NanoGPT")
-    small = kvrewrite.transform(model, policy="streaming_llm", budget=16, chunk=8)
+    model, small = fresh("NanoGPT")
     assert results(verify(small, tokens=24))["original, full budget"] is True
     small.source = None
     report = verify(small, tokens=24)
@@ -155,15 +158,14 @@ def test_a_foreign_module():
 
 
 def test_another_original_is_caught():
-    small = kvrewrite.transform(make("llama"), policy="streaming_llm", budget=16, chunk=8)
+    _, small = fresh("llama")
     report = verify(small, make("llama", seed=1), tokens=24)
     assert not report.ok
     assert results(report)["original, full budget"] is False
 
 
 def test_a_wrong_rewrite_is_caught():
-    model = make("llama")
-    small = kvrewrite.transform(model, policy="streaming_llm", budget=16, chunk=8)
+    model, small = fresh("llama")
     graph = small.graph_module
     node = next(n for n in graph.graph.nodes if n.target is torch.ops.kvrewrite.cached_attention.default)
     scale = small.sites[0].scale
@@ -176,7 +178,7 @@ def test_a_wrong_rewrite_is_caught():
 
 
 def test_a_lost_site_is_caught():
-    small = kvrewrite.transform(make("llama"), policy="streaming_llm", budget=16, chunk=8)
+    _, small = fresh("llama")
     small.program = copy.copy(small.program)
     small.program.sites = small.program.sites[:1]
     report = verify(small, tokens=8)
@@ -192,7 +194,7 @@ def test_a_directory(converted):
 
 
 def test_a_directory_of_a_foreign_module(tmp_path):
-    small = kvrewrite.transform(make_foreign("NanoGPT"), policy="streaming_llm", budget=16, chunk=8)
+    _, small = fresh("NanoGPT")
     small.save_pretrained(tmp_path / "out")
     report = verify(tmp_path / "out", tokens=24)
     assert report.ok, report.checks

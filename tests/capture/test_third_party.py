@@ -249,7 +249,9 @@ class TestPeft:
         with pytest.raises(UnsupportedModelError, match="ran a model inside of it that is not compiled"):
             torch.compile(Wrapper(), backend="kvrewrite", options=options).generate(**settings)
 
-    @pytest.mark.parametrize("kind", ["DoRA", "IA3", "LoHa", "LoKr"])
+    @pytest.mark.parametrize(
+        "kind", ["DoRA", "IA3", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("LoHa", "LoKr"))]
+    )
     def test_other_adapters(self, base: Any, kind: str) -> None:
         import peft
 

@@ -237,7 +237,7 @@ def double(module: nn.Module, args: Any, out: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "forward"])
+@pytest.mark.parametrize("how", [pytest.param("torch.compile", marks=pytest.mark.thorough), "model.compile", "forward"])
 def test_a_models_own_hooks_run_once(how: str) -> None:
     """torch runs them around what Dynamo traces."""
     model: Any = make("llama", num_hidden_layers=1)

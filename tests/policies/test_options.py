@@ -245,8 +245,12 @@ def run(model: Any, cache: Any, ids: Tensor, widths: tuple[int, ...], mask: Tens
 WIDTHS = (41, 1, 1, 1, 1, 21, *[1] * 20)
 
 
+# test_quantization_against_oracle has these, too.
+TWICE = ("h2o contiguous", "keydiff", "scissorhands")
+
+
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in TWICE else n for n in FORMS])
 def test_residual_as_long_as_the_text_is_dense(name: str) -> None:
     """Nothing is ever quantized: the same as without, bit for bit as long as decoding evicts nothing (where it does, slots
     lie in another order, and sums are rounded otherwise)."""
