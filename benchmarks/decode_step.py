@@ -42,7 +42,7 @@ def prepare(layers: int, slots: int, arm: Arm, batch: int) -> tuple[Any, Any]:
     source.hf_config.num_hidden_layers = layers
     model = source.rewritten(arm)
     model.compile()
-    model.__dict__["_execution"] = Execution(lower_prefill(model.graph_module), None)
+    model.executor.prompt = Execution(lower_prefill(model.graph_module), None)
     cache = model.new_cache(batch)
     generator = torch.Generator(device="cuda").manual_seed(0)
     prompt = torch.randint(1, 128000, (batch, slots + 1024), generator=generator, device="cuda")

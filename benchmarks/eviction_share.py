@@ -196,7 +196,7 @@ def prepared(policy: str, options: dict[str, Any], layers: int, prompt: int, sta
     model = source.rewritten(Arm(PolicySpec(policy, options)))
     model.compile(static_decode=static)
     if static:
-        model.__dict__["_execution"] = Execution(lower.lower_prefill(model.graph_module), None)
+        model.executor.prompt = Execution(lower.lower_prefill(model.graph_module), None)
     generator = torch.Generator(device="cuda").manual_seed(0)
     cache = model.new_cache(1)
     ids = torch.randint(1, 128000, (1, prompt), generator=generator, device="cuda")

@@ -30,6 +30,7 @@ import kvrewrite
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.runtime import decode_graph
 from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.model import RewrittenModel
 from kvrewrite.runtime.parts import Execution
 
@@ -55,8 +56,8 @@ def build(layers: int, policy: str, budget: int, cuda: bool) -> Any:
         assert model.decoder is not None, f"{policy} is not captured"
     else:
         folded = fold(model.graph_module)
-        model.__dict__["_execution"] = Execution(lower_prefill(folded), None)
-        model.__dict__["_decoder"] = DecodeRunner(model, folded, None, capture=False)
+        runner = DecodeRunner(model, folded, None, capture=False)
+        model.executor = Executor(Execution(lower_prefill(folded), None), runner)
     return model
 
 

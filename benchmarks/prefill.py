@@ -44,7 +44,7 @@ def build(source: ShapeSource, arm: Arm, without: str | None) -> Any:
             stack.enter_context(unittest.mock.patch.object(prompt, LOWERINGS[without], _nothing))
         model.compile()
     if without == CAPTURE:
-        model.__dict__["_prefill_runner"] = None
+        model.executor.prompt = model.executor.prompt.execution
     return model
 
 

@@ -23,7 +23,7 @@ from kvrewrite.compiler import Progress, Weights, compile_captured, find_sites, 
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.passes.canonical.validate import require_check
+from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.passes.pipeline import Observer
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.foreign_config import foreign_config
@@ -191,8 +191,9 @@ def load(
     model, manifest = _load(directory, device)
     if trust_compiled:
         from kvrewrite.runtime.aot import load_ahead
+        from kvrewrite.runtime.executor import Executor
 
-        model.__dict__["_execution"] = load_ahead(model, directory, manifest)
+        model.executor = Executor(load_ahead(model, directory, manifest))
     elif "compiled" in manifest:
         warnings.warn(
             f"{directory} has compiled steps, which were not loaded: they are native code. If you trust where they come from, "

@@ -23,6 +23,7 @@ from kvrewrite.ir.fx import named_args, placeholder
 from kvrewrite.ir.pass_log import PassLog
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.canonical.both_graphs import Snapshot
 from kvrewrite.passes.canonical.canonicalize import canonicalize, check_no_scores
 from kvrewrite.passes.canonical.carry_state import carry_state
 from kvrewrite.passes.canonical.check import check as check_mixing
@@ -30,7 +31,8 @@ from kvrewrite.passes.canonical.find_latent import Latent, find_latent
 from kvrewrite.passes.canonical.find_rope import NoRope, Rope, find_rope
 from kvrewrite.passes.canonical.lift_positions import lift_positions, limit_positions
 from kvrewrite.passes.canonical.normalize import normalize
-from kvrewrite.passes.canonical.validate import Snapshot, require_check, validate
+from kvrewrite.passes.canonical.proof import require_check
+from kvrewrite.passes.canonical.validate import validate
 from kvrewrite.passes.insert.cache import insert_cache, site_nodes
 from kvrewrite.passes.insert.devices import place
 from kvrewrite.passes.insert.latent import cache_latent

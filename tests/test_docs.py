@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.policy_tables import README, written
+from tests.support.rewritten import ours
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = "kvrewrite|passes|kernels|tests|examples|benchmarks|docs"
@@ -46,6 +49,13 @@ def test_modules_exist(page: Path) -> None:
         if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.append(module)
     assert not missing
+
+
+def test_tables_of_policies_are_the_registry() -> None:
+    """Otherwise: python -m tests.support.policy_tables"""
+    text = README.read_text()
+    assert written(text) == text
+    assert all(p.evicts_when and p.summary and p.source for p in ours())
 
 
 def test_what_is_missing_would_be_found() -> None:

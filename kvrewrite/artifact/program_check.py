@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.ir.graph_check import Place, Sizes, check_graph, same_sizes
+from kvrewrite.ir.fake_values import Sizes, same_sizes
+from kvrewrite.ir.graph_check import Place, check_graph
 from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -24,13 +24,31 @@ from torch import Tensor
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
-from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of
-from kvrewrite.errors import CacheError
+from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
+from kvrewrite.errors import CacheError, InputError, KVRewriteError
 from kvrewrite.ir.layout import PAGE, CacheLayout
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Segment
+from kvrewrite.policies.base import Policy
+from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
+WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
 PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
+
+
+def row_inputs(
+    rows: Mapping[str, Tensor], max_positions: int | None, column: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Graph inputs that come of `Request.row_numbers`, given as tensors (rows,). column: 0 to T - 1 where rows have T
+    new tokens."""
+
+    def count(begin: Tensor) -> Tensor:
+        return begin[:, None] if column is None else begin[:, None] + column
+
+    inputs = {**rows, "positions": count(rows["positions"])}
+    inputs["position_ids"] = count(rows["following"]) if "following" in rows else inputs["positions"]
+    if max_positions is not None:  # padding after a row's end may not index out of a table of positions
+        inputs["position_ids"] = inputs["position_ids"].clamp(max=max_positions - 1)
+    return inputs
 
 
 class Owner:
@@ -77,7 +95,7 @@ class Request:
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
-        self._model_tables = model.length_tables(max_length)
+        self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
         self._make_rotary = model.make_rotary
         self._max_positions: int = model.program.max_positions or UNLIMITED
         self._stores: list[PageStore] | None = model.shared_stores()
@@ -193,9 +211,58 @@ class Request:
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
         self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
 
+    # -- rows ----------------------------------------------------------------------------------------------------
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""
         return RowState(self.seen[row], self.generated[row], self.length[row])
+
+    def segments(self, row: int, count: int, decoding: bool) -> list[Segment]:
+        """What `count` new tokens of a row do. decoding: whether the row goes on by one token."""
+        if not count:
+            return []
+        state = self.row(row)
+        return [self._policy.decode_segment(state)] if decoding else self._policy.plan(count, state)
+
+    def no_room(self, row: int, count: int, decoding: bool) -> KVRewriteError | None:
+        """The reason why a row can't take `count` more tokens, or None."""
+        policy, limit, total = self._policy, self._max_positions, self.seen[row] + count
+        if limit < UNLIMITED and (reach := self._reach(row, count, decoding)) > limit:
+            return InputError(
+                f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most {limit} "
+                "tokens at a time (a table of positions can't be extended)"
+            )
+        if policy.capacity is not None and total > policy.capacity:
+            return CacheError(
+                f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {policy.budget}; use a "
+                "larger budget or a policy that evicts"
+            )
+        return None
+
+    def _reach(self, row: int, count: int, decoding: bool) -> int:
+        """One more than the largest position that `count` new tokens of a row will have."""
+        if not self.layout.contiguous:
+            return self.seen[row] + count
+        if decoding and self.settled[row] and not self._policy.renews_ranks_in_decoding:
+            return self.next_rotary[row] + count
+        steps = walk(self.segments(row, count, decoding), self.length[row])
+        return max((during for during, _ in steps), default=0)
+
+    def row_numbers(
+        self, segments: Sequence[Segment | None], following: list[int] | None = None
+    ) -> dict[str, list[int]]:
+        """What the host tells the graph about each row. positions: that of its first new token in the text; following:
+        the one that its key is rotated by (contiguous positions; None: `next_rotary`); valid: new tokens; recent: newest
+        slots that are protected; and the policy's own numbers. None among `segments`: a row that does nothing."""
+        numbers = {
+            "positions": self.seen,
+            "valid": [s.length if s else 0 for s in segments],
+            "recent": [s.recent if s else 0 for s in segments],
+        }
+        if self.layout.contiguous:
+            numbers["following"] = self.next_rotary if following is None else following
+        for name in self.layout.row_inputs:
+            numbers[name] = [s.values.get(name, 0) if s else 0 for s in segments]
+        return numbers
 
     # -- steps: plan, hold, run, commit --------------------------------------------------------------------------
     def plan(
@@ -211,15 +278,16 @@ class Request:
             totals = [seen + (s.length if s is not None else 0) for seen, s in zip(self.seen, segments)]
         return self._planner.plan(self.leases, self._shares, segments, totals, renew)
 
-    def plan_token(self, segments: Sequence[Segment]) -> StepPlan:
+    def plan_token(self) -> StepPlan:
         """The plan of one more token of every row from static buffers, where ranks are computed again or were frozen
         before."""
-        anew = self.layout.contiguous and self._planner.policy.renews_ranks_in_decoding
-        return self.plan(segments, renew=[True] * self.batch_size if anew else None)
+        segments = [self._policy.decode_segment(self.row(row)) for row in range(self._rows)]
+        anew = self.layout.contiguous and self._policy.renews_ranks_in_decoding
+        return self.plan(segments, renew=[True] * self._rows if anew else None)
 
     def has_room(self, plan: StepPlan) -> bool:
         """Whether `hold` has nothing to lease, return or copy."""
-        if not all(state.has_room(self._longest(plan)) for state in self.states):
+        if self.states and not all(state.has_room(plan.longest(self.seen)) for state in self.states):
             return False
         for lease, part in zip(self.leases, plan.classes):
             if not np.array_equal(pages_of(part.during), lease.counts):
@@ -232,20 +300,17 @@ class Request:
         """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
         room for when they grow anyway."""
         for state in self.states:
-            state.hold(self._longest(plan))
+            state.hold(plan.longest(self.seen))
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
             lease.resize(part.during, reserve)
 
-    def _longest(self, plan: StepPlan) -> int:
-        return max(seen + new for seen, new in zip(self.seen, plan.tokens))
-
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt
         out."""
         out: dict[str, Tensor] = {}
-        policy, self._dealt = self._planner.policy, {}
+        policy, self._dealt = self._policy, {}
         for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
             device = lease.store.device
             if self.layout.ragged:
@@ -272,7 +337,7 @@ class Request:
         self._changes += 1
         longest = [-1] * self.batch_size  # of layers without a window
         measured, shares = self._measure(plan), []
-        competes = self._planner.policy.head_budgets != "equal"
+        competes = self._policy.head_budgets != "equal"
         for c, (lease, part) in enumerate(zip(self.leases, plan.classes)):
             after = part.after if measured is None else np.minimum(part.after, measured[c])
             dealt = self._dealt.pop(c, None)
@@ -307,9 +372,8 @@ class Request:
         budget evict); else None. Between that, pages are leased for the most that a head can have."""
         self._loose |= plan.loose
         self._unmeasured += 1
-        policy, soon = self._planner.policy, False
-        if policy.shares_layers:  # much may go at once
-            soon = any(s is not None and s.keep < UNLIMITED for s in plan.segments)
+        evicts = any(s is not None and s.keep < UNLIMITED for s in plan.segments)
+        soon = self._policy.shares_layers and evicts  # much may go at once
         if not self._loose or not (soon or self._unmeasured >= PAGE):
             return None
         self._unmeasured = 0
@@ -324,13 +388,8 @@ class Request:
         """cos and sin of each rotation for contiguous positions below `length`."""
         if length > self._rotary_length:
             self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
-            self._rotary = self._make_rotary(self._rotary_length, self._model_tables)
+            self._rotary = self._make_rotary(self._rotary_length, self.length_tables)
         return self._rotary
-
-    @property
-    def length_tables(self) -> dict[str, Tensor]:
-        """Rotary frequencies chosen for this cache's `max_length`."""
-        return self._model_tables
 
     @exclusive
     def select(self, source: list[int]) -> None:

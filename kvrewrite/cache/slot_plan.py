@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kvrewrite.ir.layout import PAGE
-from kvrewrite.policies.base import UNLIMITED, Policy, Segment
+from kvrewrite.policies.base import Policy
+from kvrewrite.policies.segments import UNLIMITED, Segment
 
 NEVER = UNLIMITED // 256  # stands for no budget where budgets of heads are summed up
 
@@ -170,6 +171,10 @@ class StepPlan:
     def tokens(self) -> list[int]:
         """New tokens of each row."""
         return [s.length if s is not None else 0 for s in self.segments]
+
+    def longest(self, seen: Sequence[int]) -> int:
+        """Tokens of the longest row after the step, of rows that have `seen`."""
+        return max(before + new for before, new in zip(seen, self.tokens))
 
     def most_kept(self, row: int) -> int:
         """The largest budget that a head of a row has."""

@@ -19,9 +19,8 @@ from kvrewrite.cli.shared import Command, print_json
 def import_weights(source: Path, out: Path, policy: str | None, force: bool, as_json: bool) -> None:
     """Turns published trained heads into safetensors for --policy-weights. Nothing in a pickle is run.
 
-    With --policy: locret, locret_q (a .bin file), kvzap (model.safetensors or its directory), fast_kvzip (a .pt file), trim_kv
-    (trimkv_weights.pth or its directory), duo_attention (full_attention_heads.tsv or its directory). Without: any torch
-    pickle of tensors, under the names that it has.
+    With --policy: the file that the policy's authors publish, or its directory; `kvrewrite policies NAME` says which file
+    that is. Without: any torch pickle of tensors, under the names that it has.
     """
     metadata: dict[str, str] = {}
     if policy is None:

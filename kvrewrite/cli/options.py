@@ -45,7 +45,7 @@ def parse_options(policy: str, pairs: Iterable[str], **given: Any) -> dict[str, 
     """Parses `key=value` pairs to the types of the policy's fields. given: options with their own flag, None if
     unset."""
     from kvrewrite.policies import ALIASES, POLICIES
-    from kvrewrite.policies.base import annotation
+    from kvrewrite.policies.options import annotation
 
     policy = ALIASES.get(policy, policy)
     hints = {f.name: annotation(f) for f in dataclasses.fields(POLICIES[policy])} if policy in POLICIES else {}
@@ -133,10 +133,8 @@ def parse_policies(texts: tuple[str, ...], weights: tuple[str, ...]) -> tuple[Po
     specs = []
     for text in texts:
         if text == ALL:
-            names = {
-                p.name for p in POLICIES.values() if p.name != "full" and not (p.needs_weights and p.name not in files)
-            }
-            specs += [PolicySpec(n, {}, files.get(n)) for n in POLICIES if n in names]
+            ready = [n for n, p in POLICIES.items() if p.evicts_ever and (n in files or not p.needs_weights)]
+            specs += [PolicySpec(n, {}, files.get(n)) for n in ready]
             continue
         name, pairs = split_policy(text)
         name = ALIASES.get(name, name)

@@ -94,11 +94,11 @@ def plot(
     budget = None if budget_text is None else parse_budget(budget_text)
     if not specs:
         raise click.UsageError(f"--kind {kind} needs --policy")
-    from kvrewrite.tools.subjects import Source, arms
+    from kvrewrite.tools.subjects import Source, beside_baseline
 
     quiet_transformers()
     found = Source(model_directory(source), device=find_device(device), dtype=dtype)
-    chosen = arms(specs, [] if budget is None else [budget])
+    chosen = beside_baseline(specs, [] if budget is None else [budget])
     if kind == "memory":
         plots.estimated_memory(found, chosen, list(contexts) or [2**n for n in range(10, 18)], out)
     else:

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 def _policy_data(policy: type[Policy]) -> dict[str, Any]:
-    from kvrewrite.policies.base import annotation
+    from kvrewrite.policies.options import annotation
 
     options = {f.name: {"type": annotation(f), "default": f.default} for f in dataclasses.fields(policy)}
     return {
         "name": policy.name,
         "summary": policy.summary,
+        "evicts": policy.evicts_when or None,
         "source": policy.source,
         "needs_weights": policy.needs_weights,
+        "published": policy.published or None,
         "options": options,
     }
 
@@ -64,6 +66,11 @@ def policies(name: str | None, as_json: bool) -> None:
         console.print(f"Options that every policy has, with their defaults unless the table says otherwise: {listed}")
         return
     console.print(inspection.cleandoc(chosen[0].__doc__ or ""), soft_wrap=True, markup=False)
+    if chosen[0].evicts_when:
+        console.print(f"Evicts: {chosen[0].evicts_when}", soft_wrap=True, markup=False)
+    if chosen[0].published:
+        text = f"Trained weights (kvrewrite import-weights FILE --policy {name}): {chosen[0].published}"
+        console.print(text, soft_wrap=True, markup=False)
     table = Table()
     for title in ("option", "type", "default"):
         table.add_column(title)

@@ -20,7 +20,7 @@ POLICIES = click.Choice(["locret", "locret_q", "attention_gate"])
 
 def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     """Parses `key=value` pairs to the types of the policy's training options."""
-    from kvrewrite.policies.base import annotation
+    from kvrewrite.policies.options import annotation
 
     if policy == "attention_gate":
         from kvrewrite.tools.training.gate import GateOptions as Options

@@ -27,7 +27,7 @@ from kvrewrite.dynamo.traced_call import (
     traced_call,
 )
 from kvrewrite.errors import CacheError, CaptureError, InputError, UnsupportedModelError
-from kvrewrite.runtime.inputs import check_ids
+from kvrewrite.runtime.call import check_cache, check_ids
 from kvrewrite.runtime.model import RewrittenModel
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed the argument
@@ -202,7 +202,7 @@ class Adapter:
             self.checked = True
         mask = self._real_columns(inputs, ids)
         if rewrite.appends is not None and self.cached and _is_one_token(ids, mask, cache):
-            model._check_cache(cache, ids.shape[0])
+            check_cache(model, cache, ids.shape[0])
             check_ids(ids, model.program.vocab_size, decoding=True)
             logits = rewrite.appends.step(ids, cache)
         else:

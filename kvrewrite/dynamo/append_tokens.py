@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.cache.pages import to_device
-from kvrewrite.cache.request import exclusive
+from kvrewrite.cache.request import exclusive, row_inputs
 from kvrewrite.dynamo.caches import StockState
 from kvrewrite.ir.layout import spec_of
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.lower.append import lower_append
 from kvrewrite.policies import Policy
-from kvrewrite.runtime.inputs import no_room, row_inputs
 from kvrewrite.runtime.model import RewrittenModel, on_its_device
 from kvrewrite.runtime.parts import dynamic_sizes, mark_moving
 
@@ -55,20 +54,18 @@ class AppendRunner:
         self._names, self._moving = [s.name for s in specs], [s.moving for s in specs]
         self._run = compiler(fx.GraphModule(lowered, lowered.graph))  # Dynamo does not trace lazily generated code
         self._ones: dict[int, Tensor] = {}
-        self._gpu, self.owner = model.__dict__["_gpu"], model.owner  # for the decorators of `step`
+        self.gpu, self.owner = model.gpu, model.owner  # for the decorators of `step`
 
     @exclusive
     @on_its_device
     def step(self, ids: Tensor, cache: StockState) -> Tensor:
         """Decodes one token (B, 1) per row; returns logits (B, 1, vocabulary)."""
-        model, rows = self.model, range(cache.batch_size)
-        for row in rows:
-            problem = no_room(model, cache, row, 1, True)
+        for row in range(cache.batch_size):
+            problem = cache.no_room(row, 1, True)
             if problem is not None:
                 raise problem
-        segments = [model.policy.decode_segment(cache.row(row)) for row in rows]
         cache.begin_step()
-        plan = cache.plan_token(segments)
+        plan = cache.plan_token()
         cache.hold(plan)
         inputs = self._inputs(ids, cache)
         arguments = [inputs[name] for name in self._names]

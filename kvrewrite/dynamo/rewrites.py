@@ -20,7 +20,7 @@ from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.dynamo.append_tokens import AppendRunner, reason_against
 from kvrewrite.dynamo.modules import plain_view, state_key
 from kvrewrite.errors import OptionError
-from kvrewrite.passes.canonical.validate import require_check
+from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.foreign_config import foreign_config
 from kvrewrite.runtime.model import RewrittenModel

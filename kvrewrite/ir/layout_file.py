@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.errors import ArtifactError
+from kvrewrite.ir.fake_values import Sizes, same_sizes
 from kvrewrite.ir.fx import get_attr
-from kvrewrite.ir.graph_check import Place, Sizes, check_graph, same_sizes
+from kvrewrite.ir.graph_check import Place, check_graph
 from kvrewrite.ir.layout import (
     CacheClass,
     CacheLayout,

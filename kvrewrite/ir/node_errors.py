@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,25 +15,19 @@ from kvrewrite.errors import ArtifactError, KVRewriteError
 _ASSIGNS = re.compile(r"\s*(\w+)(?:\s*:[^=]*)? = ")  # a line of the code that torch.fx generates for a node
 
 
-@contextlib.contextmanager
-def failures_named(source: Any) -> Iterator[None]:
-    """Turns what torch raises while a graph from the directory `source` runs into an ArtifactError with the node.
+def named_failure(error: Exception, source: Any) -> ArtifactError | None:
+    """An ArtifactError with the node for what torch raised while a graph from the directory `source` ran.
 
-    Errors of other graphs (source is no path), and of a GPU that is out of memory, stay as they are.
+    None for errors of other graphs (source is no path), and of a GPU that is out of memory.
     """
-    try:
-        yield
-    except (KVRewriteError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch raises many types
-        node = _node(error.__traceback__)
-        if not isinstance(source, Path) or node is None:
-            raise
-        lines = str(error).strip().splitlines()
-        raise ArtifactError(
-            f"{source}/graph.json: node {node!r} failed: {type(error).__name__}: {lines[0][:300] if lines else ''}. The file is "
-            "damaged or was not written by kvrewrite, or memory ran out; `kvrewrite verify` tells"
-        ) from error
+    node = _node(error.__traceback__)
+    if isinstance(error, (KVRewriteError, torch.OutOfMemoryError)) or not isinstance(source, Path) or node is None:
+        return None
+    lines = str(error).strip().splitlines()
+    return ArtifactError(
+        f"{source}/graph.json: node {node!r} failed: {type(error).__name__}: {lines[0][:300] if lines else ''}. The file is "
+        "damaged or was not written by kvrewrite, or memory ran out; `kvrewrite verify` tells"
+    )
 
 
 def _node(traceback: TracebackType | None) -> str | None:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from kvrewrite.policies.attention_gate import AttentionGate
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.duo_attention import DuoAttention
 from kvrewrite.policies.expected_attention import ExpectedAttention
 from kvrewrite.policies.fast_kvzip import FastKVzip
@@ -19,6 +19,7 @@ from kvrewrite.policies.nacl import NACL
 from kvrewrite.policies.random import Random
 from kvrewrite.policies.registry import ALIASES, POLICIES, make, register
 from kvrewrite.policies.scissorhands import Scissorhands
+from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 from kvrewrite.policies.sirllm import SirLLM
 from kvrewrite.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from kvrewrite.policies.streaming_llm import StreamingLLM

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,9 @@ class AttentionGate(Policy):
     """
 
     name = "attention_gate"
-    summary = "trained gates flag tokens before attention"
+    summary = "what trained gates let pass, per head"
     source = "arXiv 2410.12876"
+    evicts_when = "prompts, before attention"
     needs_weights = True
     gates = True
     inputs = ("gated",)
@@ -117,11 +119,11 @@ class AttentionGate(Policy):
         may = (site.positions >= self.start) & (site.input("gated") > 0).unsqueeze(1)
         return (p <= self.threshold) & may.unsqueeze(1)
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Every token of a prompt passes a gate."""
         return [dataclasses.replace(s, values={"gated": 1}) for s in super().plan(length, row)]
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """Generated tokens stay."""
         keep = self.slots(row.seen + 1) if self.decode_eviction else UNLIMITED
         return Segment(1, keep, prompt=False)

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, PolicyWeightsError
-from kvrewrite.policies.base import UNLIMITED, Policy, Scores
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import UNLIMITED
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.policies.published import Published
     from kvrewrite.policies.site import Site
 
 PATTERN = "full_attention_heads"  # the name of the one tensor, (layers, kv heads)
@@ -35,10 +39,13 @@ class DuoAttention(Policy):
     """
 
     name = "duo_attention"
-    summary = "everything in retrieval heads, sinks + recent window in the others"
+    summary = "everything in retrieval heads, the first tokens and a recent window in the others"
     source = "arXiv 2410.10819"
+    evicts_when = "chunks, decoding"
     needs_weights = True
     weights_are_options = True
+    published = "full_attention_heads.tsv or its directory"
+    published_as = ("full_attention_heads.tsv",)
     has_scores = False
     head_pattern = True
 
@@ -106,6 +113,29 @@ class DuoAttention(Policy):
         width = len(rows[0])
         digits = ["0" if n in small else "1" for n in range(len(flat))]
         return ",".join("".join(digits[at : at + width]) for at in range(0, len(flat), width))
+
+    @classmethod
+    def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A line per layer, a number per kv head; the config.json beside it has the training settings."""
+        import torch
+
+        try:
+            rows = [[float(x) for x in line.split()] for line in file.text().splitlines() if line.strip()]
+        except ValueError as error:
+            raise file.error(f"not a table of numbers: {error}") from error
+        if not rows or len({len(row) for row in rows}) != 1:
+            got = ", ".join(str(n) for n in sorted({len(row) for row in rows})) or "no"
+            raise file.error(f"lines of {got} numbers; expected a line per layer, each with a number per kv head")
+        pattern = torch.tensor(rows, dtype=torch.float32)
+        if not bool(pattern.isfinite().all()):
+            raise file.error("numbers that are not finite")
+        config, metadata = file.config(), {"layers": str(len(rows)), "kv_heads": str(len(rows[0]))}
+        for key, name in (("sink_size", "trained_sink_size"), ("recent_size", "trained_recent_size")):
+            if isinstance(config.get(key), int):
+                metadata[name] = str(config[key])
+        if isinstance(config.get("model_name"), str):
+            metadata["trained_for"] = config["model_name"]
+        return {PATTERN: pattern}, metadata
 
     def score(self, site: Site) -> Scores:
         """A token is worth its position: the oldest goes first."""

@@ -27,6 +27,7 @@ class ExpectedAttention(Policy):
     name = "expected_attention"
     summary = "attention expected from Gaussian future queries"
     source = "arXiv 2510.00636"
+    evicts_when = "first prompt"
     whole_prompt = True
     needs_rotary = True
 

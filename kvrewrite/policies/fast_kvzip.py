@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.policies.published import Published
     from kvrewrite.policies.site import Site
 
 
@@ -41,7 +43,9 @@ class FastKVzip(Policy):
     name = "fast_kvzip"
     summary = "what trained gates rate highest, over all heads of all layers"
     source = "arXiv 2601.17668"
+    evicts_when = "chunks, every 128 tokens"
     needs_weights = True
+    published = "a .pt file of Fast KVzip's gates, such as qwen3-8b/q4_dim16_sink16.pt"
 
     budget: int | float | None = 0.3
     chunk: int | None = 16000
@@ -147,6 +151,30 @@ class FastKVzip(Policy):
         }
         return {f"{self._gate_name(site)}.{name}": shape for name, shape in shapes.items()}
 
+    @classmethod
+    def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """{"module": [state_dict of each gate], and records of the training, some of them numpy arrays}."""
+        layers = file.state_dicts("module", "gates", numpy_types())
+        sizes = file.sizes(
+            layers,
+            {
+                "q_norm.weight": ("rank",),
+                "k_norm.weight": ("rank",),
+                "k_base": ("kv heads", 1, "sinks", "rank"),
+                "b": ("kv heads", 1, "group"),
+                "q_proj.weight": ("heads*rank", "input"),
+                "q_proj.bias": ("heads*rank",),
+                "k_proj.weight": ("kv heads*rank", "input"),
+            },
+        )
+        heads, group, rank = sizes["kv heads"], sizes["group"], sizes["rank"]
+        for name, rows in (("kv heads*rank", heads * rank), ("heads*rank", heads * group * rank)):
+            if sizes[name] != rows:
+                raise file.error(f"its projections have {sizes[name]} rows ({name}), expected {rows}")
+        tensors = {f"gates.{i}.{n}": t for i, layer in enumerate(layers) for n, t in layer.items()}
+        known = {"gates": len(layers), "kv_heads": heads, "group": group, "rank": rank, "sinks": sizes["sinks"]}
+        return tensors, {name: str(size) for name, size in known.items()}
+
     def _gate_score(self, site: Site) -> Tensor:
         """The gate's score of the new tokens, (B, Hkv, T)."""
         name, x = self._gate_name(site), site.hidden_states
@@ -177,7 +205,7 @@ class FastKVzip(Policy):
         return Scores(site.recall("rated")[0], keep=won[layers.index(site.layer)])
 
     # -- runtime
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Chunks, with the window that the prompt's length asks for."""
         step, keep = self.chunk or max(1, length), self.slots(row.seen + length)
         short = length < (self.chunk or length + 1)
@@ -185,8 +213,19 @@ class FastKVzip(Policy):
         window = min(window, max(0, keep - self.n_sink))
         return [Segment(min(step, length - at), keep, window) for at in range(0, length, step)]
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """An eviction every `interval` tokens of the text."""
         if not self.decode_eviction or not self.interval or row.seen % self.interval:
             return Segment(1, UNLIMITED, prompt=False)
         return Segment(1, self.slots(row.seen + 1), self.decode_window, prompt=False)
+
+
+def numpy_types() -> list[Any]:
+    """The types in pickled numpy arrays, which the losses in the authors' files are."""
+    import numpy as np
+    from numpy._core import multiarray
+
+    rebuild = multiarray._reconstruct  # type: ignore[attr-defined]
+    dtypes = [getattr(np.dtypes, n) for n in ("Float64DType", "Float32DType", "Int64DType")]
+    # The module had another name before numpy 2.
+    return [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]

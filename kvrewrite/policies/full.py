@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
@@ -19,8 +20,10 @@ class Full(Policy):
     """No eviction. `budget` is a capacity here: a longer text is refused with an error; None grows without limit."""
 
     name = "full"
-    summary = "keeps everything, up to its capacity"
+    summary = "everything, up to a capacity: the baseline"
     source = "-"
+    evicts_when = "never"
+    evicts_ever = False
     has_scores = False
     latent_scores = True
 
@@ -31,11 +34,6 @@ class Full(Policy):
     def capacity(self) -> int | None:
         """The budget."""
         return self.budget if isinstance(self.budget, int) else None
-
-    @property
-    def evicts_ever(self) -> bool:
-        """Nothing goes."""
-        return False
 
     @property
     def rates_prompts_only(self) -> bool:
@@ -53,7 +51,7 @@ class Full(Policy):
         """No score is ever compared; the position is as good as any."""
         return Scores(site.position_scores())
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Chunks without eviction."""
         step = self.chunk or max(1, length)
         return [Segment(min(step, length - at), UNLIMITED) for at in range(0, length, step)]

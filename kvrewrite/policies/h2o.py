@@ -25,8 +25,9 @@ class H2O(Policy):
     """
 
     name = "h2o"
-    summary = "accumulated attention + recent window"
+    summary = "what received most attention so far, and a recent window"
     source = "arXiv 2306.14048"
+    evicts_when = "prompt or chunks, decoding"
     latent_scores = True
 
     budget: int | float | None = 1024

@@ -22,6 +22,7 @@ class Knorm(Policy):
     name = "knorm"
     summary = "keys of small norm"
     source = "arXiv 2406.11430"
+    evicts_when = "prompt or chunks, decoding"
 
     budget: int | float | None = 2048
 
@@ -47,6 +48,7 @@ class KeyDiff(Policy):
     name = "keydiff"
     summary = "keys unlike the other keys"
     source = "arXiv 2504.15364"
+    evicts_when = "chunks, decoding"
 
     budget: int | float | None = 2048
     chunk: int | None = 128

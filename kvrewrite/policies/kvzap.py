@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.policies.published import Published, Shape
     from kvrewrite.policies.site import Site
 
 
@@ -33,9 +37,12 @@ class KVzap(Policy):
     """
 
     name = "kvzap"
-    summary = "what a small model scores above a threshold, per head"
+    summary = "what a small trained model scores above a threshold, per head"
     source = "arXiv 2601.07891"
+    evicts_when = "prompts, decoding"
     needs_weights = True
+    published = "the model.safetensors of a KVzap model, or its directory"
+    published_as = ("model.safetensors", "pytorch_model.bin")
     inputs = ("drops",)
 
     threshold: float | None = -4.0
@@ -88,6 +95,22 @@ class KVzap(Policy):
         first = {f"{layer}.0.weight": (self.hidden_size, width), f"{layer}.0.bias": (self.hidden_size,)}
         return {**first, f"{layer}.2.weight": (heads, self.hidden_size), f"{layer}.2.bias": (heads,)}
 
+    @classmethod
+    def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A KVzapModel from save_pretrained: nn.Linear, or Sequential(Linear, GELU, Linear), for every layer."""
+        tensors = file.tensors()
+        layers = file.by_layer(tensors, r"layers\.(\d+)\.(.+)")
+        linear = "weight" in layers[0]
+        expected: dict[str, Shape] = {"weight": ("kv heads", "input"), "bias": ("kv heads",)}
+        if not linear:
+            first: dict[str, Shape] = {"0.weight": ("hidden", "input"), "0.bias": ("hidden",)}
+            expected = {**first, "2.weight": ("kv heads", "hidden"), "2.bias": ("kv heads",)}
+        sizes = file.sizes(layers, expected)
+        facts = {"input_dim": sizes["input"], "output_dim": sizes["kv heads"], "n_modules": len(layers)}
+        file.agree_with_config({**facts, "hidden_dim": None if linear else sizes["hidden"]})
+        kind = "linear" if linear else "mlp"
+        return tensors, {"kind": kind, "layers": str(len(layers)), "kv_heads": str(sizes["kv heads"])}
+
     def score(self, site: Site) -> Scores:
         """The prediction, and how many of a head's slots are good enough."""
         x, last = site.hidden_states, f"layers.{site.layer}"
@@ -105,7 +128,7 @@ class KVzap(Policy):
         """A segment in which what is not good enough goes."""
         return Segment(length, keep, self.window, {"drops": 1}, **rest)
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What leaves the window is judged, unless decode_eviction is off."""
         if not self.decode_eviction:
             return Segment(1, UNLIMITED, prompt=False)

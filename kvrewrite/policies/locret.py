@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.policies.published import Published
     from kvrewrite.policies.site import Site
 
 
@@ -31,9 +35,11 @@ class Locret(Policy):
     """
 
     name = "locret"
-    summary = "trained retaining heads, chunked prefill"
+    summary = "what trained retaining heads score highest"
     source = "arXiv 2410.01805"
+    evicts_when = "chunks"
     needs_weights = True
+    published = "the .bin file of Locret's retaining heads"
 
     budget: int | float | None = 6000
     chunk: int | None = 3072
@@ -58,9 +64,9 @@ class Locret(Policy):
                 f"locret: budget is {self.budget}, but {self.stabilizers} stabilizers are kept after each chunk; expected "
                 "a budget above the stabilizers"
             )
-        if self.layer_budgets not in ("equal", "pyramid") and min(self._layer_list()) <= self.sinks + self.stabilizers:
+        if self.layer_budgets not in ("equal", "pyramid") and min(self.layer_list()) <= self.sinks + self.stabilizers:
             raise OptionError(
-                f"{self.name}: layer_budgets has a layer of {min(self._layer_list())} slots, but {self.sinks} first tokens and "
+                f"{self.name}: layer_budgets has a layer of {min(self.layer_list())} slots, but {self.sinks} first tokens and "
                 f"{self.stabilizers} stabilizers are kept after each chunk; expected more in every layer"
             )
 
@@ -94,12 +100,22 @@ class Locret(Policy):
     def _name(site: Site, part: str) -> str:
         return f"model.layers.{site.layer}.self_attn.{part}.weight"
 
+    @classmethod
+    def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A state_dict with fc1 and fc2 of every layer (huangyuxiang03/Locret @ 28995c5)."""
+        prefix = "model.layers.{}.self_attn."
+        layers = file.by_layer(file.tensors(), r"model\.layers\.(\d+)\.self_attn\.(.+)")
+        sizes = file.sizes(layers, {"fc1.weight": ("hidden", "q+k+v"), "fc2.weight": ("kv heads", "hidden")})
+        tensors = {prefix.format(i) + n: t for i, layer in enumerate(layers) for n, t in layer.items()}
+        heads, hidden = str(sizes["kv heads"]), str(sizes["hidden"])
+        return tensors, {"layers": str(len(layers)), "kv_heads": heads, "hidden_size": hidden}
+
     def score(self, site: Site) -> Scores:
         """fc2(act(fc1([q | k | v]))) of the tokens' own projections; a score never changes afterwards."""
         wide = site.activation(site.linear(site.projected, self._name(site, "fc1")), self.activation)
         return Scores(site.per_head(site.linear(wide, self._name(site, "fc2"))))
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Algorithm 1: chunks up to the local tail, then the tail."""
         assert self.chunk is not None
         keep = self.slots(row.seen + length)
@@ -129,7 +145,7 @@ class LocretQ(Locret):
     """
 
     name = "locret_q"
-    summary = "locret with the question in front of the context"
+    summary = "as locret, with the question before the context"
     needs_question = True
     question_first = True
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,9 @@ class NACL(Policy):
     """
 
     name = "nacl"
-    summary = "attention of proxy tokens + random sampling"
+    summary = "attention of proxy tokens, and a random sample"
     source = "arXiv 2408.03675"
+    evicts_when = "first prompt, every m tokens"
     whole_prompt = True
     needs_question = True
     scores_per_head = False  # part of what stays is drawn by lot
@@ -68,14 +70,14 @@ class NACL(Policy):
         values = {"proxies": proxies, "first_tokens": first, "evicts": 1}
         return Segment(length, budget, protected - first, values, prompt)
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """One eviction, at the first prompt. The statistics of decoding begin anew at every prompt."""
         if row.seen:
             return [Segment(length, UNLIMITED, values={"evicts": 1})]
         proxies = int(length * (0.2 if self.preset == "paper" else 0.01))
         return [self._evicting(length, self.slots(length), max(1, proxies), True)]
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """An eviction every `interval` tokens; between them their queries' attention adds up."""
         if not self.interval or not self.decode_eviction or (row.generated + 1) % self.interval:
             return Segment(1, UNLIMITED, values={"proxies": 1}, prompt=False)

@@ -21,6 +21,7 @@ class Random(Policy):
     name = "random"
     summary = "a random set in every head"
     source = "-"
+    evicts_when = "prompt or chunks, decoding"
     latent_scores = True
 
     budget: int | float | None = 1024

@@ -10,7 +10,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy
 
 POLICIES: dict[str, type[Policy]] = {}
-ALIASES = {"msrnn": "tova"}  # what NACL's paper calls TOVA
+ALIASES: dict[str, str] = {}  # other names of policies
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -19,7 +19,12 @@ def register(cls: type[Policy]) -> type[Policy]:
         raise OptionError(f"{cls.name!r} is another name of {ALIASES[cls.name]!r} already; choose a different one")
     if POLICIES.get(cls.name, cls).__qualname__ != cls.__qualname__:
         raise OptionError(f"there is a policy called {cls.name!r} already: {POLICIES[cls.name].__qualname__}")
+    aliases = vars(cls).get("aliases", ())  # its own, not those of a policy that it inherits from
+    for alias in aliases:
+        if alias in POLICIES or ALIASES.get(alias, cls.name) != cls.name:
+            raise OptionError(f"{cls.name}: its alias {alias!r} is a policy already; choose a different one")
     POLICIES[cls.name] = cls
+    ALIASES.update(dict.fromkeys(aliases, cls.name))
     return cls
 
 

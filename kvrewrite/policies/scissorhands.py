@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
@@ -29,8 +30,9 @@ class Scissorhands(Policy):
     """
 
     name = "scissorhands"
-    summary = "what received more than its share, lately"
+    summary = "what received more than its share of attention lately"
     source = "arXiv 2305.17118"
+    evicts_when = "at once, when the budget is full"
     inputs = ("first_query", "compresses")
     latent_scores = True
 
@@ -68,13 +70,13 @@ class Scissorhands(Policy):
     def _kept(self, budget: int) -> int:
         return budget - int(self.drop * budget)
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Chunk by chunk, compressing where the budget is exceeded."""
         step = self.chunk or max(1, length)
         lengths = [min(step, length - at) for at in range(0, length, step)]
         return self._segments(lengths, row, self.slots(row.seen + length), True)
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """Compresses when the budget is exceeded."""
         if not self.decode_eviction:
             return Segment(1, UNLIMITED, self.recent_tokens, {"first_query": UNLIMITED}, False)

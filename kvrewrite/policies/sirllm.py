@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, RowState, Segment
 from kvrewrite.policies.streaming_llm import contiguous_where_possible
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class SirLLM(Policy):
     """
 
     name = "sirllm"
-    summary = "tokens that surprised the model"
+    summary = "tokens that surprised the model; old turns fade"
     source = "arXiv 2405.12528"
+    evicts_when = "chunks, decoding"
     after_logits = True
     scores_per_head = False
     inputs = ("turn",)
@@ -76,7 +78,7 @@ class SirLLM(Policy):
         """Contiguous positions where the model's rotation was found, original ones where there is none."""
         return contiguous_where_possible(self, sites, facts)
 
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """The first segment of a further prompt is where old scores fade."""
         segments = super().plan(length, row)
         if row.seen and segments:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import Policy, Scores, Segment, pyramid
+from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.budgets import pyramid
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import Segment
 
 if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
@@ -27,6 +29,7 @@ class SnapKV(Policy):
     name = "snapkv"
     summary = "what the prompt's last queries attend to, pooled"
     source = "arXiv 2404.14469"
+    evicts_when = "first prompt"
     whole_prompt = True
     needs_question = True
     latent_scores = True
@@ -69,7 +72,7 @@ class PyramidKV(SnapKV):
     """
 
     name = "pyramidkv"
-    summary = "SnapKV with budgets that fall from layer to layer"
+    summary = "as snapkv, with budgets that fall from layer to layer"
     source = "arXiv 2406.02069"
 
     window: int = 8
@@ -108,7 +111,7 @@ class AdaKV(SnapKV):
     """
 
     name = "adakv"
-    summary = "SnapKV with budgets that heads compete for"
+    summary = "as snapkv, with budgets that the heads compete for"
     source = "arXiv 2407.11550"
     latent_scores = False  # heads compete
 

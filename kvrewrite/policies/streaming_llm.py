@@ -35,8 +35,9 @@ class StreamingLLM(Policy):
     """
 
     name = "streaming_llm"
-    summary = "attention sinks + recent window"
+    summary = "the first tokens and a recent window"
     source = "arXiv 2309.17453"
+    evicts_when = "chunks, decoding"
     has_scores = False
     latent_scores = True
 

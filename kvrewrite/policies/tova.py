@@ -24,11 +24,13 @@ class TOVA(Policy):
     """
 
     name = "tova"
-    summary = "what the last query attends to, one set a layer"
+    summary = "what the last query attends to, one set per layer"
     source = "arXiv 2401.06104"
+    evicts_when = "prompt or chunks, decoding"
     needs_question = True
     scores_per_head = False
     latent_scores = True
+    aliases = ("msrnn",)  # in NACL's paper
 
     budget: int | float | None = 1024
 

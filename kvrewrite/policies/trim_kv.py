@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, PolicyWeightsError
-from kvrewrite.policies.base import UNLIMITED, Policy, RowState, Scores, Segment
+from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvrewrite.ir.site import AttentionSite
+    from kvrewrite.policies.published import Published, Shape
     from kvrewrite.policies.site import Site
 
 GATES = ("rg", "rg2", "rg3")
@@ -44,7 +46,10 @@ class TrimKV(Policy):
     name = "trim_kv"
     summary = "what trained gates forget slowest"
     source = "arXiv 2512.03324"
+    evicts_when = "when M + buffer slots are held"
     needs_weights = True
+    published = "trimkv_weights.pth or its directory"
+    published_as = ("trimkv_weights.pth",)
 
     budget: int | float | None = 512
     buffer_size: int = 128
@@ -129,6 +134,31 @@ class TrimKV(Policy):
             name("bias"): (site.kv_heads,),
         }
 
+    @classmethod
+    def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The retention_gate part of a state_dict; the config.json beside it names the kind."""
+        tensors, config = file.tensors(), file.config()
+        layers = file.by_layer(tensors, r"model\.layers\.(\d+)\.self_attn\.retention_gate\.(.+)")
+        told = config.get("retention_gate")
+        if told is not None and told not in GATES:
+            raise file.error(f"config.json says retention_gate={told!r}, expected one of {', '.join(GATES)}")
+        kind = told or ("rg3" if "gate_proj.weight" in layers[0] else "rg")
+        (inner, other), outer = PARTS[kind]
+        wide: Shape = ("hidden", "input")
+        expected: dict[str, Shape] = {inner: wide, other: wide if kind == "rg3" else ("hidden",)}
+        sizes = file.sizes(layers, {**expected, outer: ("kv heads", "hidden"), "bias": ("kv heads",)})
+        file.agree_with_config({"num_hidden_layers": len(layers), "num_key_value_heads": sizes["kv heads"]})
+        heads, hidden = str(sizes["kv heads"]), str(sizes["hidden"])
+        metadata = {"layers": str(len(layers)), "kv_heads": heads, "hidden_size": hidden}
+        if told or kind == "rg3":  # rg and rg2 have the same names
+            metadata["retention_gate"] = kind
+        for key in ("memory_size", "buffer_size"):  # what the gates were trained for
+            if isinstance(config.get(key), int):
+                metadata[f"trained_{key}"] = str(config[key])
+        if isinstance(config.get("base_model"), str):
+            metadata["trained_for"] = config["base_model"]
+        return tensors, metadata
+
     def _source(self, site: Site) -> Tensor:
         """What the gates read, (B, T, channels)."""
         if self.retention_gate not in ("rg2", "rg3"):
@@ -149,7 +179,7 @@ class TrimKV(Policy):
         return Scores(new, select=site.join(site.stored_scores(), new) * age.float())
 
     # -- runtime
-    def plan(self, length: int, row: RowState = RowState()) -> list[Segment]:  # noqa: B008 (frozen)
+    def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """Chunk by chunk, cut down where the buffer is full."""
         step = self.chunk or max(1, length)
         budget, held, segments = self.slots(row.seen + length), row.held, []
@@ -160,7 +190,7 @@ class TrimKV(Policy):
             held = min(held, budget) if full else held
         return segments
 
-    def decode_segment(self, row: RowState = RowState()) -> Segment:  # noqa: B008 (frozen)
+    def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """Cut down when the buffer is full."""
         budget = self.slots(row.seen + 1)
         full = self.decode_eviction and row.held + 1 >= budget + self.buffer_size

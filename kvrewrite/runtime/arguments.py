@@ -1,4 +1,4 @@
-"""Arguments of a rewritten model's `forward` and `generate`: what changes nothing passes, everything else is refused by name.
+"""Arguments of a rewritten model's `forward` beside its own: what changes nothing passes, everything else is refused by name.
 
 The original's `forward` takes more than a rewritten one, and much of it changes the result (images, embeddings, the bounds of
 packed texts). Callers also pass arguments that change nothing (`generate`, Trainer, pipelines, lm-eval); those are listed here.
@@ -62,37 +62,4 @@ def check_columns(cache_position: Tensor | None, begin: int, width: int) -> None
         raise InputError(
             f"{COUNTED} is {cache_position}, expected {begin} to {begin + width - 1}: columns are counted by the cache; leave "
             f"{COUNTED} out"
-        )
-
-
-def check_tensor(name: str, value: Any) -> None:
-    """Raises InputError where a tensor argument is something else, such as a list."""
-    if value is not None and not isinstance(value, Tensor):
-        raise InputError(
-            f"{name} is a {type(value).__name__}, expected a (batch, tokens) tensor; torch.tensor([...]) makes one of lists"
-        )
-
-
-def check_ids_form(input_ids: Any) -> None:
-    """Raises InputError where `input_ids` is no (batch, tokens) tensor of integers with at least one row and one column."""
-    check_tensor("input_ids", input_ids)
-    if input_ids is None or input_ids.dim() != 2:
-        got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
-        raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"input_ids has dtype {input_ids.dtype}, expected int64")
-    if not input_ids.numel():
-        raise InputError(
-            f"input_ids has shape {tuple(input_ids.shape)}, expected at least one token; an empty prompt can begin with the "
-            "tokenizer's BOS token"
-        )
-
-
-def check_logits_to_keep(logits_to_keep: Any) -> None:
-    """Raises InputError where it is no number of columns."""
-    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
-        raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
-    if logits_to_keep < 0:
-        raise InputError(
-            f"logits_to_keep is {logits_to_keep}, expected 0 (all columns) or how many of the last columns to return"
         )

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.cache.pages import Lease, to_device
+from kvrewrite.cache.pages import Lease, PageStore, to_device
+from kvrewrite.cache.request import WIDE, row_inputs
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
 from kvrewrite.kernels.quantized.split import why_not
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
-from kvrewrite.policies import UNLIMITED, Policy, Segment
-from kvrewrite.runtime.inputs import WIDE, no_room, row_inputs, row_numbers
+from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.runtime.key_rotation import KeyRotation, rotates_keys
 from kvrewrite.runtime.parts import Execution, reason_against_graphs, record_graph
 
@@ -90,9 +90,8 @@ class _Step:
     def __init__(self, runner: DecodeRunner, cache: EvictionCache, widths: list[int], span: int):
         self.runner, self.batch, self.widths, self.span = runner, cache.batch_size, widths, span
         device, batch = cache.device, cache.batch_size
-        layout = runner.model.program.layout
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        names = list(row_numbers(layout, cache, [None] * batch, cache.next_rotary))
+        names = list(cache.row_numbers([None] * batch))
         self.rows = _Rows(names, batch, device)
         self.tables, self.lens, self.keeps, self.pools = [], [], [], []
         for lease, width in zip(cache.leases, widths):
@@ -155,7 +154,8 @@ class _Step:
         return inputs, layers
 
     def _run(self) -> Tensor:
-        logits = self.runner.execution(*self._inputs())
+        inputs, layers = self._inputs()
+        logits = self.runner.execution(inputs, layers=layers)
         assert logits is not None
         return logits
 
@@ -223,14 +223,23 @@ class DecodeRunner:
         self._seen_keeps: list[Any] = []
         self._ahead: _Ahead | None = None
 
-    def step(self, ids: Tensor, cache: EvictionCache, segments: list[Segment]) -> Tensor:
+    @functools.cached_property
+    def stores(self) -> list[PageStore]:
+        """The pools that all of the model's caches lease from, one for each cache class."""
+        model, layout = self.model, self.model.program.layout
+        return [
+            PageStore(spec.k_dim, spec.v_dim, model.dtype, model.device, layout.scheme, lasting=True)
+            for spec in layout.classes
+        ]
+
+    def step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
         if self.key_rotation is not None and self.rotates_keys and not cache.keys_settled:
             self.key_rotation.rotate(cache)
         if self.key_rotation is not None and not self.rotates_keys and not cache.ranks_held:
             self.key_rotation.hold_ranks(cache)
         self._ahead = None
-        plan = cache.plan_token(segments)
+        plan = cache.plan_token()
         cache.hold(plan)
         step = self._steps.get(cache.batch_size)
         if step is None or not step.fits(cache):
@@ -238,17 +247,16 @@ class DecodeRunner:
             self._steps.pop(cache.batch_size, None)
             step = self._steps[cache.batch_size] = self._make(cache, plan)
         self._bind(step, cache, plan)
-        next_rotary = self._send_rows(step, cache, segments)
+        next_rotary = self._send_rows(step, cache, plan)
         return self._launch(step, ids, cache, plan, next_rotary)
 
-    def _send_rows(self, step: _Step, cache: EvictionCache, segments: list[Segment]) -> list[int] | None:
+    def _send_rows(self, step: _Step, cache: EvictionCache, plan: StepPlan) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions of the new tokens, where they are made
         again."""
-        contiguous = self.model.program.layout.contiguous
-        anew = contiguous and not self.rotates_keys
-        following = list(cache.length) if anew else cache.next_rotary
-        step.rows.send(row_numbers(self.model.program.layout, cache, segments, following))
-        return following if anew else None
+        anew = self.key_rotation is not None and not self.rotates_keys
+        following = list(cache.length) if anew else None
+        step.rows.send(cache.row_numbers(plan.segments, following))
+        return following
 
     def _launch(
         self, step: _Step, ids: Tensor, cache: EvictionCache, plan: StepPlan, next_rotary: list[int] | None
@@ -264,15 +272,13 @@ class DecodeRunner:
 
     def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Ahead | None:
         """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
-        rows = range(cache.batch_size)
-        if any(no_room(self.model, cache, row, 1, True) for row in rows) or not step.fits(cache):
+        if any(cache.no_room(row, 1, True) for row in range(cache.batch_size)) or not step.fits(cache):
             return None
-        segments = [self.model.policy.decode_segment(cache.row(row)) for row in rows]
-        plan = cache.plan_token(segments)
+        plan = cache.plan_token()
         if not cache.has_room(plan) or self._bound is None or self._bound() is not cache:
             return None
         self._bind(step, cache, plan)
-        next_rotary = self._send_rows(step, cache, segments)
+        next_rotary = self._send_rows(step, cache, plan)
         return _Ahead(weakref.ref(cache), cache.version, step, plan, next_rotary)
 
     def has_planned(self, ids: Tensor | None, cache: EvictionCache | None) -> bool:
@@ -280,7 +286,8 @@ class DecodeRunner:
         ahead, bound = self._ahead, self._bound
         if ahead is None or bound is None or cache is None or ahead.cache() is not cache or bound() is not cache:
             return False
-        return ids is not None and ids.shape == ahead.step.ids.shape and ahead.version == cache.version
+        same_shape = isinstance(ids, Tensor) and ids.shape == ahead.step.ids.shape
+        return same_shape and ahead.version == cache.version
 
     def planned_step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """The same as `step`, where `has_planned`."""

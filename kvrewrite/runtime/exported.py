@@ -25,6 +25,7 @@ from torch import Tensor
 from kvrewrite.artifact.checkpoint import read_json
 from kvrewrite.artifact.files import sha256_of
 from kvrewrite.errors import ArtifactError, CaptureError, InputError
+from kvrewrite.runtime.executor import Executor, run_by
 from kvrewrite.runtime.parts import dynamic_sizes
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class Steps(ABC):
     batch_size: int  # 1, or the smallest of several
     policy: dict[str, Any]
 
-    def __call__(self, values: dict[str, Tensor], logits: bool = True) -> Tensor:
+    def __call__(self, inputs: dict[str, Tensor], logits: bool) -> Tensor:
         """Runs one step, see `run`. logits: whether they are wanted; they come in any case."""
-        return self.run(values)
+        return self.run(inputs)
 
     def run(self, values: dict[str, Tensor]) -> Tensor:
         """Runs one step; values: the program's inputs by name."""
@@ -107,14 +108,10 @@ class ExportedSteps(Steps):
         model.generate(...)`."""
         if model.program.policy != self.policy:
             raise InputError(f"the steps are of {self.policy}, the model of {model.program.policy}")
-        if model.__dict__["_compile_options"] is not None:
+        if model.executor is not None and model.executor.options is not None:
             raise InputError("the model is compiled; call model.uncompile() first")
-        before = model.__dict__["_execution"]
-        model.__dict__["_execution"] = self
-        try:
+        with run_by(model, Executor(self)):
             yield model
-        finally:
-            model.__dict__["_execution"] = before
 
     def save(self, directory: str | Path) -> Path:
         """Writes prefill.pt2, decode.pt2 (weights included, in each) and steps.json, which lists inputs and hashes."""
@@ -193,14 +190,12 @@ def _record(model: RewrittenModel, rows: int) -> dict[str, dict[str, Tensor]]:
     names = model.program.layout.input_names
     found: list[dict[str, Tensor]] = []
 
-    def record(values: dict[str, Tensor], logits: bool = True) -> Tensor:
-        found.append({name: values[name].clone() for name in names})
-        out: Tensor = model.graph_module(*(values[name] for name in names))
+    def record(inputs: dict[str, Tensor], logits: bool) -> Tensor:
+        found.append({name: inputs[name].clone() for name in names})
+        out: Tensor = model.graph_module(*(inputs[name] for name in names))
         return out
 
-    before = model.__dict__["_execution"], model.__dict__["_decoder"]
-    model.__dict__.update(_execution=record, _decoder=None)
-    try:
+    with run_by(model, Executor(record)):
         ids = torch.arange(rows * (length + 1), device=model.device).reshape(rows, -1) % model.program.vocab_size
         cache = model.new_cache(rows)
         model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
@@ -208,8 +203,6 @@ def _record(model: RewrittenModel, rows: int) -> dict[str, dict[str, Tensor]]:
         prompt = [values for values in found if values["input_ids"].shape[1] > 1]
         widest = max(prompt, key=lambda values: max(values[name].shape[-1] for name in tables))
         model(ids[:, length:], past_key_values=cache, logits_to_keep=1)
-    finally:
-        model.__dict__.update(_execution=before[0], _decoder=before[1])
     return {"prefill": widest, "decode": found[-1]}
 
 

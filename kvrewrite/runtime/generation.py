@@ -13,7 +13,8 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.policies import Policy
-from kvrewrite.runtime.arguments import check_ids_form
+from kvrewrite.runtime.call import check_cache, check_ids_form
+from kvrewrite.runtime.whole_prompts import check_chunk_size
 
 
 class _Ending(StoppingCriteriaList):
@@ -59,7 +60,6 @@ class Generation(GenerationMixin):
     policy: Policy
     cache_owners: Any
     new_cache: Callable[..., EvictionCache]
-    _check_cache: Callable[[Any, int | None], None]
 
     def can_generate(self) -> bool:
         """Yes."""
@@ -102,7 +102,7 @@ class Generation(GenerationMixin):
         if ids is not None:
             check_ids_form(ids)
         if given is not None:
-            self._check_cache(given, None)
+            check_cache(self, given, None)
             self._check_text(ids, kwargs.get("attention_mask"), given)
         return super().generate(*args, **kwargs)
 
@@ -145,7 +145,7 @@ class Generation(GenerationMixin):
             if cache.batch_size in (1, batch_size) and rows > cache.batch_size:
                 cache = given.fork()
                 cache.batch_repeat_interleave(rows // cache.batch_size)
-            self._check_cache(cache, rows)
+            check_cache(self, cache, rows)
         cache.ended = None
         model_kwargs[CACHE_NAME] = cache
         # Somebody may go on with the cache, which then should hold no padding.
@@ -160,19 +160,13 @@ class Generation(GenerationMixin):
         return found if cache is None else _Ending(found, cache)
 
     def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
-        """The same as `_check_pieces`, before the first piece has run."""
+        """Refuses to cut a prompt that the policy needs whole."""
         cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
         columns = mask if mask is not None else model_kwargs.get("position_ids")
         if size is None or columns is None or not self.policy.whole_prompt or any(cache.seen):
             return
         longest = columns.shape[-1] if mask is None else int(mask.sum(1).max())
-        if columns.shape[-1] > size and self.policy.evicts(self.policy.plan(longest), self.cache_owners):
-            raise CacheError(
-                f"prefill_chunk_size={size} would cut the prompt of {longest} tokens, but {self.policy.name} evicts once, from a "
-                f"row's first prompt as a whole, and would keep the pieces whatever its budget ({self.policy.budget}). Leave "
-                "prefill_chunk_size out (whole keys and values are alive in one layer at a time), or use a policy that evicts "
-                "between chunks (tova, h2o, keydiff, locret)"
-            )
+        check_chunk_size(self.policy, self.cache_owners, size, columns.shape[-1], longest)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,39 +18,28 @@ from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import PageStore
 from kvrewrite.cache.request import Owner, exclusive
 from kvrewrite.capture.third_party import AdapterWatch
-from kvrewrite.errors import CacheError, InputError, OptionError, UnsupportedModelError
+from kvrewrite.errors import InputError
 from kvrewrite.ir.fx import get_attr
-from kvrewrite.ir.node_errors import failures_named
+from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
-from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
 from kvrewrite.policies.question import join_question
-from kvrewrite.runtime import inputs
-from kvrewrite.runtime.arguments import (
-    COUNTED,
-    check_arguments,
-    check_columns,
-    check_ids_form,
-    check_logits_to_keep,
-    check_tensor,
-)
-from kvrewrite.runtime.decode_graph import DecodeRunner, reason_against
+from kvrewrite.runtime.arguments import COUNTED, check_arguments, check_columns
+from kvrewrite.runtime.call import Call, check_cache, check_form, check_ids, check_ids_form, check_rows, new_tokens
+from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.executor import Executor, compiled
 from kvrewrite.runtime.generation import Generation, drop_unsupported
 from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.loss import check_labels, with_loss
-from kvrewrite.runtime.parts import Execution, Staged
-from kvrewrite.runtime.pickling import program_of, program_state
-from kvrewrite.runtime.prompt_graph import PrefillRunner
-from kvrewrite.runtime.prompt_graph import reason_against as reason_against_chunks
-from kvrewrite.runtime.segments import SegmentedCall
+from kvrewrite.runtime.parts import Staged
+from kvrewrite.runtime.pickling import model_of, program_state
+from kvrewrite.runtime.pretrained import Pretrained
+from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
-# What may stand between token ids and the table of their embeddings.
-_RESHAPING = {getattr(torch.ops.aten, n).default for n in ("view", "reshape", "clone", "alias", "unsqueeze", "squeeze")}
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
-RUNTIME = ("_execution", "_decoder", "_prefill_runner", "_stores", "_compile_options")  # what compile() makes
 
 
 def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +47,7 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        index = self.__dict__["_gpu"]
+        index = self.gpu
         if index is None or index == torch.cuda.current_device():
             return forward(self, *args, **kwargs)
         with torch.cuda.device(index):
@@ -69,13 +56,7 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _unpickled(cls: type[RewrittenModel], program: dict[str, Any], rest: dict[str, Any]) -> RewrittenModel:
-    """A model from what `RewrittenModel.__reduce_ex__` keeps."""
-    training = rest.pop("training")
-    return cls(program_of(program), **rest).train(training)
-
-
-class RewrittenModel(nn.Module, Generation):
+class RewrittenModel(Pretrained, Generation):
     """A decoder whose attention reads and writes an `EvictionCache`; driven by transformers' own `generate`.
 
     Made by `kvrewrite.transform` and `kvrewrite.load`. `forward` takes what a causal LM of transformers takes; prompts
@@ -106,14 +87,13 @@ class RewrittenModel(nn.Module, Generation):
         # What save_pretrained copies the original from; not a submodule, or it would move with this model.
         self.__dict__["source"] = source
         self.__dict__["adapters"] = adapters
-        self.__dict__["_told_scores"] = False
-        # Not submodules: they are the same graph.
-        self.__dict__.update(dict.fromkeys(RUNTIME))
+        self._told_scores = False
+        self.executor: Executor | None = None  # None: the graph runs op by op
         # Tables that the compiler made lie on the CPU.
         if program.layout.devices is None:
             self.graph_module.to(self.device)
         else:
-            self.__dict__["_staged"] = Staged(self.graph_module, program.layout.devices)
+            self._staged = Staged(self.graph_module, program.layout.devices)
         self._note_gpu()
         self._rotary_graphs: list[Any] = [r.module(self.graph_module, self.device) for r in program.layout.rotary]
         self.eval()
@@ -122,7 +102,7 @@ class RewrittenModel(nn.Module, Generation):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled without what `compile()` made: call it again on what comes out, which is a model of its own."""
         rest = {name: getattr(self, name) for name in ("config", "generation_config", "source", "adapters", "training")}
-        return _unpickled, (type(self), program_state(self.program), rest)
+        return model_of, (type(self), program_state(self.program), rest)
 
     def __copy__(self) -> RewrittenModel:
         """A view of the same model, which takes its caches, too."""
@@ -135,10 +115,10 @@ class RewrittenModel(nn.Module, Generation):
         """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made
         for."""
         twin = memo[id(self)] = object.__new__(type(self))
-        kept = {name: value for name, value in self.__dict__.items() if name not in RUNTIME}
-        twin.__dict__.update(copy.deepcopy(kept, memo), **dict.fromkeys(RUNTIME))
-        if self.__dict__["_compile_options"] is not None:
-            twin.compile(**self.__dict__["_compile_options"])
+        kept = {name: value for name, value in self.__dict__.items() if name != "executor"}
+        twin.__dict__.update(copy.deepcopy(kept, memo), executor=None)
+        if self.executor is not None and self.executor.options is not None:
+            twin.compile(**self.executor.options)
         return twin
 
     # -- what transformers asks a model --------------------------------------------------------------------------
@@ -154,7 +134,7 @@ class RewrittenModel(nn.Module, Generation):
         """Remembers the number of the model's GPU, if it has one: looking the device up takes microseconds at every
         token."""
         device = self.device
-        self.__dict__["_gpu"] = device.index if device.type == "cuda" else None
+        self.gpu = device.index if device.type == "cuda" else None
 
     @property
     def on_one_device(self) -> bool:
@@ -165,48 +145,6 @@ class RewrittenModel(nn.Module, Generation):
     def dtype(self) -> torch.dtype:
         """The dtype that the model was captured in."""
         return getattr(torch, self.program.dtype)
-
-    @property
-    def name_or_path(self) -> str:
-        """Where the tokenizer is: the model's directory, or where the original came from (lm-eval looks there)."""
-        if isinstance(self.source, Path):
-            return str(self.source)
-        return str(getattr(self.config, "_name_or_path", ""))
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the weights have, those of the policy included; none is trainable."""
-        counted = {id(p): p for p in self.parameters() if p.requires_grad or not only_trainable}
-        for node in self.graph_module.graph.nodes if exclude_embeddings else ():
-            if node.target is torch.ops.aten.embedding.default and node.args[0].op == "get_attr":
-                counted.pop(id(get_attr(self.graph_module, node.args[0].target)), None)
-        return sum(p.numel() for p in counted.values())
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights, and of the tables that the graph reads. Caches have a `memory()` of their own."""
-        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(x.numel() * x.element_size() for x in held)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma)
-        put on them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
-        for node in self.graph_module.graph.nodes:
-            if node.target is not torch.ops.aten.embedding.default:
-                continue
-            table, ids = node.args[:2]
-            while ids.target in _RESHAPING:
-                ids = ids.args[0]
-            if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
-                weight = get_attr(self.graph_module, table.target)
-                found = nn.Embedding.from_pretrained(weight)
-                found.weight = weight  # the same object, not another one over its storage
-                return found
-        raise UnsupportedModelError("the model's graph does not look tokens up in one table")
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Refused: the size of the vocabulary is part of the graph."""
-        raise InputError(
-            "a rewritten model can't change its vocabulary, which is part of its graph; resize the original and transform that"
-        )
 
     @property
     def sites(self) -> list[Any]:
@@ -221,8 +159,8 @@ class RewrittenModel(nn.Module, Generation):
                 f"the model was captured in {self.dtype} and can't become {sample.dtype}: casts are part of its graph. Load "
                 "the original in the dtype that you want and transform that"
             )
-        ready = self.__dict__["_execution"] is not None and self.__dict__["_compile_options"] is None
-        if ready and sample.device != self.device:
+        again = self.executor.options if self.executor is not None else None
+        if self.executor is not None and again is None and sample.device != self.device:
             raise InputError(
                 f"the model runs steps that were compiled for {self.device} and can't move to {sample.device} with them; call "
                 "model.uncompile() first, or load it there"
@@ -240,8 +178,8 @@ class RewrittenModel(nn.Module, Generation):
         for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
         self._note_gpu()
-        if self.__dict__["_compile_options"] is not None:
-            self.compile(**self.__dict__["_compile_options"])
+        if again is not None:
+            self.compile(**again)
         return self
 
     # -- compile -------------------------------------------------------------------------------------------------
@@ -257,65 +195,26 @@ class RewrittenModel(nn.Module, Generation):
         instead, and a warning says why. Locret's heads are folded into one linear layer of the hidden states; compile
         again after a change of weights.
         """
-        if not self.on_one_device:
-            raise InputError(
-                "a model on several devices can't be compiled: parts that repeat are compiled once, for one device, and a CUDA "
-                "graph belongs to one. It runs op by op; load it on one device to compile it"
-            )
         self.uncompile()
-        options = {"fullgraph": True, **kwargs}
-
-        def compiler(part: fx.GraphModule) -> Callable[..., Any]:
-            return torch.compile(part, **options)
-
-        self.__dict__["_compile_options"] = {"static_decode": static_decode, **kwargs}
-        folded = fold(self.graph_module)
-        self.__dict__["_execution"] = Execution(lower_prefill(folded), compiler)
-        on_cuda = self.device.type == "cuda"
-        if static_decode is False or (static_decode is None and not on_cuda):
-            return
-        reason = reason_against(self.program, self.policy, self.device)
-        if reason:
-            warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=2)
-            return
-        self.__dict__["_decoder"] = DecodeRunner(self, folded, compiler, capture=on_cuda)
-        if not reason_against_chunks(self.program, self.policy, self.device):
-            self.__dict__["_prefill_runner"] = PrefillRunner(self.__dict__["_execution"], capture=on_cuda)
+        self.executor = compiled(self, static_decode, kwargs)
 
     @exclusive
     def uncompile(self) -> None:
         """Back to running op by op, also from steps that were loaded compiled. Captured graphs and the model's pools
         are dropped with the last cache that uses them."""
-        decoder: DecodeRunner | None = self.__dict__.get("_decoder")
-        if decoder is not None:
-            decoder.release()
-        self.__dict__.update(dict.fromkeys(RUNTIME))
+        if self.decoder is not None:
+            self.decoder.release()
+        self.executor = None
 
     @property
     def decoder(self) -> DecodeRunner | None:
         """What runs single tokens from static buffers, if anything does."""
-        found: DecodeRunner | None = self.__dict__["_decoder"]
-        return found
-
-    @property
-    def prefill_runner(self) -> PrefillRunner | None:
-        """What runs chunks of prompts from static buffers, if anything does."""
-        found: PrefillRunner | None = self.__dict__["_prefill_runner"]
-        return found
+        return None if self.executor is None else self.executor.token
 
     def shared_stores(self) -> list[PageStore] | None:
         """The pools that this model's caches lease from, one for each cache class; None where each cache has its
         own."""
-        if self.decoder is None:
-            return None
-        if self.__dict__["_stores"] is None:
-            layout = self.program.layout
-            self.__dict__["_stores"] = [
-                PageStore(spec.k_dim, spec.v_dim, self.dtype, self.device, layout.scheme, lasting=True)
-                for spec in layout.classes
-            ]
-        stores: list[PageStore] = self.__dict__["_stores"]
-        return stores
+        return None if self.decoder is None else self.decoder.stores
 
     # -- caches --------------------------------------------------------------------------------------------------
     @exclusive
@@ -372,27 +271,8 @@ class RewrittenModel(nn.Module, Generation):
         positions = torch.arange(length, device=self.device)
         made = []
         for graph, entry in zip(self._rotary_graphs, self.program.layout.rotary):
-            with failures_named(self.source):
-                made.append(graph(positions, *(tables[name] for name in entry.length_tables)))
+            made.append(self._run(graph, positions, *(tables[name] for name in entry.length_tables)))
         return made
-
-    def _check_cache(self, cache: Any, batch: int | None) -> None:
-        if not isinstance(cache, EvictionCache):
-            raise CacheError(
-                f"past_key_values is a {type(cache).__name__}, expected an EvictionCache from this model's new_cache()"
-            )
-        if cache.owner is not self.owner:
-            raise CacheError(
-                "the cache belongs to another model (a copy of a model is another one); make one with this model's new_cache()"
-            )
-        cache.check_finished()
-        if batch is not None and cache.batch_size != batch:
-            raise CacheError(
-                f"the cache is for batch size {cache.batch_size}, but the input has {batch} rows; rows that go on from one text "
-                "come of cache.fork() and batch_repeat_interleave(n) of that"
-            )
-        if cache.device != self.device:
-            raise CacheError(f"the cache is on {cache.device}, the model on {self.device}")
 
     # -- forward -------------------------------------------------------------------------------------------------
     @exclusive
@@ -427,11 +307,13 @@ class RewrittenModel(nn.Module, Generation):
 
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
-        if generated and self.decoder is not None and not kwargs and attention_mask is None and labels is None:
-            known = past_key_values if cache is None else cache
-            if self.decoder.has_planned(input_ids, known):
-                return self._output(self._planned_token(input_ids, known, True), known, use_cache, return_dict)
-        check_arguments(kwargs, RewrittenModel.forward)
+        cache_given, decoder = past_key_values if cache is None else cache, self.decoder
+        plain = attention_mask is None and labels is None and not kwargs
+        planned = plain and decoder is not None and decoder.has_planned(input_ids, cache_given)
+        if generated and planned:
+            return self._planned_token(input_ids, cache_given, generated, use_cache, return_dict)
+        if kwargs:
+            check_arguments(kwargs, RewrittenModel.forward)
         if self.adapters is not None and not generated:
             self.adapters.check()
         if torch.compiler.is_exporting():
@@ -439,54 +321,51 @@ class RewrittenModel(nn.Module, Generation):
                 "torch.export got a rewritten model, whose forward plans evictions in Python; export its steps: "
                 "kvrewrite.runtime.exported.export_steps(model)"
             )
-        check_ids_form(input_ids)
+        check_form(input_ids, attention_mask, position_ids, logits_to_keep)
         assert input_ids is not None
-        check_tensor("attention_mask", attention_mask)
-        check_tensor("position_ids", position_ids)
-        check_logits_to_keep(logits_to_keep)
         if labels is not None:
             check_labels(labels, input_ids, logits_to_keep, self.training)
-        batch, width = input_ids.shape
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
-        cache = past_key_values if cache is None else cache
-        plain = attention_mask is None and labels is None and not kwargs
-        if self.decoder is not None and plain and self.decoder.has_planned(input_ids, cache):
-            inputs.check_ids(input_ids, self.program.vocab_size, decoding=True)
-            return self._output(self._planned_token(input_ids, cache, False), cache, use_cache, return_dict)
-        scores = cache is None or labels is not None
-        if cache is None:
-            # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
-            cache = self.new_cache(batch, max_length=width)
-        self._check_cache(cache, batch)
-        tokens = inputs.new_tokens(input_ids, attention_mask, cache)
-        check_columns(kwargs.get(COUNTED), cache.columns, width)
-        self._check_tokens(tokens, position_ids, cache)
+        if planned:
+            check_ids(input_ids, self.program.vocab_size, decoding=True)
+            return self._planned_token(input_ids, cache_given, generated, use_cache, return_dict)
+        batch, width = input_ids.shape
+        # Where RoPE depends on the length, a call without a cache is as long as it is, as in the original model.
+        cache = self.new_cache(batch, max_length=width) if cache_given is None else cache_given
+        check_cache(self, cache, batch)
+        tokens = new_tokens(input_ids, attention_mask, cache)
+        if kwargs:
+            check_columns(kwargs.get(COUNTED), cache.columns, width)
+        check_rows(tokens, position_ids, cache)
+        if self.policy.whole_prompt:
+            check_pieces(self, tokens, cache)
         if not generated:
-            inputs.check_ids(input_ids, self.program.vocab_size, all(tokens.decoding))
-        if scores and logits_to_keep != 1:
-            self._warn_of_scores(tokens.counts, cache)
+            check_ids(input_ids, self.program.vocab_size, all(tokens.decoding))
+        if (cache_given is None or labels is not None) and logits_to_keep != 1 and not self._told_scores:
+            self._told_scores = warn_of_scores(self, tokens, cache)
         cache.begin_step()
-        if self.decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
-            segments = [self.policy.decode_segment(cache.row(row)) for row in range(batch)]
-            logits = self.decoder.step(input_ids, cache, segments)
+        if decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
+            logits = decoder.step(input_ids, cache)
         else:
             if cache.keys_settled:
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
-            logits = SegmentedCall(self, tokens, cache).run(columns)
+            logits = Call(self, tokens, cache).run(columns)
         cache.record(input_ids, tokens.real, generated)
         out = self._output(logits, cache, use_cache, return_dict)
         return out if labels is None else with_loss(out, logits, labels, attention_mask, num_items_in_batch)
 
-    def _planned_token(self, ids: Any, cache: Any, generated: bool) -> Tensor:
-        """The logits of the token that the decoder has planned."""
+    def _planned_token(
+        self, ids: Any, cache: Any, generated: bool, use_cache: bool | None, return_dict: bool | None
+    ) -> Any:
+        """What `forward` returns for the token that the decoder has planned."""
         assert self.decoder is not None
         cache.begin_step()
         logits = self.decoder.planned_step(ids, cache)
         cache.record(ids, None, generated)
-        return logits
+        return self._output(logits, cache, use_cache, return_dict)
 
     @staticmethod
     def _output(logits: Tensor, cache: EvictionCache | None, use_cache: bool | None, return_dict: bool | None) -> Any:
@@ -495,99 +374,26 @@ class RewrittenModel(nn.Module, Generation):
             return (logits, cache) if keep_cache else (logits,)
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache if keep_cache else None})  # type: ignore[arg-type]
 
-    def _check_tokens(self, tokens: inputs.Tokens, position_ids: Tensor | None, cache: EvictionCache) -> None:
-        """Raises InputError or CacheError where a row can't take its new tokens."""
-        for row, (count, decodes) in enumerate(zip(tokens.counts, tokens.decoding)):
-            problem = inputs.no_room(self, cache, row, count, decodes)
-            if problem is not None:
-                raise problem
-        if position_ids is not None and not all(tokens.decoding):
-            inputs.check_positions(position_ids, tokens, cache)
-        self._check_pieces(tokens, cache)
-
-    def _check_pieces(self, tokens: inputs.Tokens, cache: EvictionCache) -> None:
-        """A policy that evicts once needs a row's first prompt whole: of pieces it would keep everything, whatever its
-        budget. (More of a prompt that fits the budget is right, because nothing goes.)"""
-        if not self.policy.whole_prompt:
-            return
-        for row, n in enumerate(tokens.counts):
-            seen = cache.seen[row]
-            if not n or not seen or tokens.decoding[row] or cache.prompted[row]:
-                continue
-            if cache.generated[row]:
-                cache.prompted[row] = True  # what follows an answer is another prompt
-            elif self.policy.evicts(self.policy.plan(seen + n), self.cache_owners):
-                raise CacheError(
-                    f"row {row} gets {n} more tokens of a prompt after {seen}, before any token was generated, but "
-                    f"{self.policy.name} evicts once, from a row's first prompt as a whole, and would keep the pieces whatever "
-                    f"its budget ({self.policy.budget}). Pass the prompt in one call (generate without prefill_chunk_size), or "
-                    "use a policy that evicts between chunks (tova, h2o, keydiff, locret). If the first part is a text of its "
-                    "own that is asked about, make its cache with model.prefill(text), or say so with cache.end_prompt()"
-                )
-
     @property
     def cache_owners(self) -> int:
         """How many layers own a cache."""
         return self.program.layout.owners
 
-    def _warn_of_scores(self, counts: list[int], cache: EvictionCache) -> None:
-        """Warns once where logits of several columns are asked for, the policy evicts, and no column's logits can show
-        it."""
-        if self.__dict__["_told_scores"]:
-            return
-        for n, seen in zip(counts, cache.seen):
-            plan = self.policy.plan(n) if n > 1 and not seen else []
-            whole, before_last = (self.policy.evicts(part, self.cache_owners) for part in (plan, plan[:-1]))
-            if whole and not before_last:
-                self.__dict__["_told_scores"] = True
-                warnings.warn(
-                    f"{self.policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "
-                    f"or log-likelihoods made of them are those of the full cache. To score under eviction, {self._scoring()} "
-                    "(docs/measuring.md; said once)",
-                    stacklevel=2,
-                )
-
-    def _scoring(self) -> str:
-        """How a text is scored under eviction with this policy."""
-        prefill = "score what follows a context on the cache that model.prefill(context) returns"
-        try:
-            dataclasses.replace(self.policy, chunk=1)
-        except OptionError:
-            return prefill
-        return f"transform with chunk=1 (every token then sees what was kept before it), or {prefill}"
-
     def run_graph(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:
         """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be
         None."""
         given = {name: given[name] for name in self.program.layout.input_names}
-        execution: Execution | None = self.__dict__["_execution"]
-        prefill = self.prefill_runner
-        if execution is None:
-            run = self.graph_module if self.on_one_device else self.__dict__["_staged"]
-            with failures_named(self.source):
-                out: Tensor = run(*given.values())
-            return out
-        if prefill is None or logits:
-            return execution(given, logits=logits)
-        prefill(given)
-        return None
+        if self.executor is not None:
+            return self.executor.prompt(given, logits)
+        run = self.graph_module if self.on_one_device else self._staged
+        out: Tensor = self._run(run, *given.values())
+        return out
 
-    # -- saving --------------------------------------------------------------------------------------------------
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        force: bool = False,
-        compile: str | None = None,
-        compile_batch: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the model as a directory that `kvrewrite.load` reads; see `kvrewrite.artifact.directory`, and
-        `kvrewrite.runtime.aot` for compile="aot"."""
-        from kvrewrite.artifact.saving import save
-        from kvrewrite.runtime.aot import check_kind, compile_ahead
-
-        check_kind(compile, self.device)
-        steps = None if compile is None else lambda folder: compile_ahead(self, folder, compile_batch)
-        out, source, config = save_directory, self.source, self.config
-        save(self.program, out, source=source, config=config, force=force, compile_steps=steps)
+    def _run(self, graph: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Runs a graph of this model; an error says which node of a file it was."""
+        try:
+            return graph(*inputs)
+        except Exception as error:  # torch raises many types
+            if named := named_failure(error, self.source):
+                raise named from error
+            raise

@@ -97,11 +97,11 @@ class Execution:
         return found
 
     def __call__(
-        self, inputs: dict[str, Tensor], layers: dict[str, Sequence[Tensor]] | None = None, logits: bool = True
+        self, inputs: dict[str, Tensor], logits: bool = True, layers: dict[str, Sequence[Tensor]] | None = None
     ) -> Tensor | None:
-        """inputs: what the layout of the program names. layers: what each layer has of inputs that all share, where
-        that is there already. logits: whether they are wanted; without them the result is None, and nothing is computed
-        that only they need."""
+        """inputs: what the layout of the program names. logits: whether they are wanted; without them the result is
+        None, and nothing is computed that only they need. layers: what each layer has of inputs that all share, where
+        that is there already."""
         program = self.partition if logits else self.silent
         values: dict[str, Any] = {**inputs, **self._attributes}
         copies = {} if layers is not None else self._views(inputs)

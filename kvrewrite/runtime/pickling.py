@@ -42,3 +42,9 @@ def program_of(state: dict[str, Any]) -> Program:
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
     layout = read_layout(state["layout"], graph, dtype, device, "the pickled model")
     return Program(graph=graph, layout=layout, **state["fields"])
+
+
+def model_of(cls: type[Any], program: dict[str, Any], rest: dict[str, Any]) -> Any:
+    """A model from what `RewrittenModel.__reduce_ex__` keeps."""
+    training = rest.pop("training")
+    return cls(program_of(program), **rest).train(training)

@@ -74,8 +74,8 @@ class _Chunk:
 
 
 class PrefillRunner:
-    """Runs chunks without logits. execution: the program in compiled parts; capture: into CUDA graphs (otherwise chunks
-    run from the same buffers, part by part); captures counts them."""
+    """Runs chunks without logits from buffers. execution: the program in compiled parts, which runs what logits are wanted of;
+    capture: into CUDA graphs (otherwise chunks run from the same buffers, part by part); captures counts them."""
 
     def __init__(self, execution: Execution, capture: bool):
         self.execution, self.capture, self.captures = execution, capture, 0
@@ -91,8 +91,14 @@ class PrefillRunner:
         """Names of inputs that the program reads."""
         return self.execution.silent.sources
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> None:
+    def __call__(self, inputs: dict[str, Tensor], logits: bool) -> Tensor | None:
         """One chunk of every row. inputs: as `Execution` takes them."""
+        if logits:
+            return self.execution(inputs)
+        self._from_buffers(inputs)
+        return None
+
+    def _from_buffers(self, inputs: Mapping[str, Tensor]) -> None:
         needed = self._sources & inputs.keys()
         given = {name: inputs[name] for name in sorted(needed - self._pools)}
         fixed = {name: inputs[name] for name in sorted(needed & self._pools)}

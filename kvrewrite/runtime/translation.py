@@ -19,7 +19,7 @@ from kvrewrite.errors import KVRewriteError, UnsupportedModelError
 from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.canonical.validate import FARTHEST
+from kvrewrite.passes.canonical.both_graphs import FARTHEST
 
 TOKENS = 24
 PIECES = (7, 5, 1, 1, 4)  # tokens of the first chunks; the rest is one more
@@ -122,7 +122,7 @@ class _Run:
     def __init__(self, evaluator: Evaluator):
         self.evaluator = evaluator
 
-    def __call__(self, inputs: Mapping[str, Tensor], logits: bool) -> Tensor:
+    def __call__(self, inputs: dict[str, Tensor], logits: bool) -> Tensor:
         return _result(self.evaluator, inputs)
 
 
@@ -143,6 +143,7 @@ def _as_they_are(name: str, value: Any) -> Any:
 
 def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
     """The program as a model on the CPU in float64, with stand-in weights that are never multiplied out."""
+    from kvrewrite.runtime.executor import Executor
     from kvrewrite.runtime.foreign_config import foreign_config
     from kvrewrite.runtime.model import RewrittenModel
 
@@ -167,6 +168,6 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
     layout = dataclasses.replace(program.layout, states=states, devices=None)
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
     model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
-    model.__dict__["_execution"] = _Run(Evaluator(program.graph.graph, program.graph, stand_ins))
+    model.executor = Executor(_Run(Evaluator(program.graph.graph, program.graph, stand_ins)))
     model._rotary_graphs = [_RunRotary(gm) for gm in model._rotary_graphs]
     return model

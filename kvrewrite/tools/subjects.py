@@ -36,6 +36,11 @@ class PolicySpec:
         given = ",".join(f"{k}={v}" for k, v in self.options.items())
         return f"{self.name}:{given}" if given else self.name
 
+    @property
+    def evicts(self) -> bool:
+        """Whether it evicts, as far as its name says: not the baseline, and not a converted directory's own policy."""
+        return self.name in policies.POLICIES and policies.POLICIES[self.name].evicts_ever
+
     def check(self) -> None:
         """Raises OptionError for unknown names of policies and options."""
         if self.name == CONVERTED:
@@ -61,6 +66,11 @@ class Arm:
         """Returns all given options."""
         return {**self.spec.options, **({} if self.budget is None else {"budget": self.budget})}
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the model as it is: nothing goes, and no option changes what is stored."""
+        return not self.options and self.spec.name != CONVERTED and not self.spec.evicts
+
     def __str__(self) -> str:
         return self.spec.label if self.budget is None else f"{self.spec.label} at {budget_text(self.budget)}"
 
@@ -72,13 +82,22 @@ def budget_text(budget: int | float | None) -> str:
     return f"{budget * 100:g}%" if isinstance(budget, float) else f"{budget:,}"
 
 
+FULL_CACHE = Arm(PolicySpec(policies.Full.name))
+
+
 def arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
-    """Returns every policy at every budget; one that names its own budget, or has none (`full`), runs once."""
-    found = []
+    """Returns every policy at every budget; one that names its own budget, or evicts nothing, runs once."""
+    found: dict[str, Arm] = {}
     for spec in specs:
-        once = spec.name in ("full", CONVERTED) or "budget" in spec.options
-        found += [Arm(spec, b) for b in ([None] if once or not budgets else budgets)]
-    return list({str(arm): arm for arm in found if str(arm) != "full"}.values())
+        once = not spec.evicts or "budget" in spec.options or not budgets
+        for budget in [None] if once else budgets:
+            found.setdefault(str(Arm(spec, budget)), Arm(spec, budget))
+    return list(found.values())
+
+
+def beside_baseline(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
+    """Returns `arms` but for the baseline, for tools that run it in any case."""
+    return [arm for arm in arms(specs, budgets) if not arm.is_baseline]
 
 
 class Source:

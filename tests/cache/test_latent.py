@@ -438,4 +438,4 @@ def test_on_a_gpu(policy: str, options: dict[str, Any], name: str) -> None:
                 torch.testing.assert_close(got, expected[:, end - 1 : end], rtol=0, atol=1e-4)
         assert both[1].positions() == both[0].positions()
     if device == "cuda" and name == "minicpm3":  # the other has experts
-        assert small.decoder.captures == 1 and small.prefill_runner.captures >= 1
+        assert small.decoder.captures == 1 and small.executor.prompt.captures >= 1

@@ -211,7 +211,7 @@ def test_a_models_own_gpu_is_the_current_one_while_it_runs(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(inputs, "check_ids", lambda *_: seen.append(current[0]))
     for gpu, expected in ((None, 0), (0, 0), (1, 1)):
-        monkeypatch.setitem(model.__dict__, "_gpu", gpu)
+        monkeypatch.setattr(model, "gpu", gpu)
         model(ids(1, 4))
         assert seen.pop() == expected and current == [0]
     with pytest.raises(InputError):

@@ -37,7 +37,7 @@ from tests.support.oracle_rules import (
     uniform,
 )
 from tests.support.products import covering
-from tests.support.rewritten import rewrite
+from tests.support.rewritten import ours, rewrite
 from tests.support.zoo import VOCAB, make
 
 pytestmark = pytest.mark.xdist_group("policies")
@@ -335,7 +335,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 0.4, "recent_tokens": 2, "chunk": 9, "head_budgets": "adakv"},
         KeyDiffRule(budget=0.4, recent=2, chunk=9, head_budgets="adakv"),
     ),
-    "knorm": ("knorm", {"budget": 9}, KnormRule(budget=9)),
     "knorm chunks": ("knorm", {"budget": 12, "chunk": 5}, KnormRule(budget=12, chunk=5)),
     "knorm layers": ("knorm", {"layer_budgets": "12,9,6"}, KnormRule(budget=1, layer_budgets=(12, 9, 6))),
     "knorm pyramid": (  # the last layer keeps nothing: each token sees itself alone there
@@ -473,6 +472,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"gate_heads": 2, "gate_dim": 8, "chunk": 6, "threshold": 0.7},
         attention_gate(chunk=6, threshold=0.7),
     ),
+    **{rule.policy: (rule.policy, {"budget": 9}, rule(budget=9)) for rule in Scored.__subclasses__() if rule.policy},
 }
 
 # What needs longer prompts or answers to happen at all; with the widths of the calls.
@@ -620,8 +620,7 @@ def test_long(name: str) -> None:
 
 
 def test_every_policy_has_a_case() -> None:
-    ours = {c.name for c in policies.POLICIES.values() if c.__module__.startswith("kvrewrite.")}
-    assert ours == {policy for policy, _, _ in CASES.values()}
+    assert {p.name for p in ours()} == {policy for policy, _, _ in CASES.values()}
 
 
 def test_tova_is_msrnn() -> None:

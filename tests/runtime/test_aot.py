@@ -97,8 +97,8 @@ def test_the_same_tokens_and_only_on_trust(out: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fast = kvrewrite.load(out, trust_compiled=True)
-    assert plain.__dict__["_execution"] is None
-    assert isinstance(fast.__dict__["_execution"], aot.CompiledSteps)
+    assert plain.executor is None
+    assert isinstance(fast.executor.prompt, aot.CompiledSteps)
     prompt, token = ids(1, 90), ids(1, 2)[:, :1]
     expected, found = plain.prefill(prompt), fast.prefill(prompt)
     difference = fast(token, past_key_values=found).logits - plain(token, past_key_values=expected).logits
@@ -227,7 +227,7 @@ def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="compiled steps, which were not loaded"):
         plain = kvrewrite.load(tmp_path / "out", device="cuda")
     fast = kvrewrite.load(tmp_path / "out", device="cuda", trust_compiled=True)
-    assert isinstance(fast.__dict__["_execution"], aot.CompiledSteps)
+    assert isinstance(fast.executor.prompt, aot.CompiledSteps)
     prompt = ids(1, 150).cuda()
     caches = [m.prefill(prompt) for m in (plain, fast)]
     for token in ids(1, 9).cuda().split(1, dim=1):

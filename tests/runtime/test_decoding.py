@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.runtime.prompt_graph import PrefillRunner
 from kvrewrite.runtime.prompt_graph import reason_against as reason_against_chunks
@@ -48,10 +49,10 @@ def static(family: str, policy: str, **options: Any) -> Any:
     """A model that decodes and runs chunks from static buffers, lowered as for a GPU, without torch.compile."""
     model = rewrite(original(family), captured(family), policy, None, **options)
     folded = fold(model.graph_module)
-    model.__dict__["_execution"] = Execution(lower_prefill(folded), None)
-    model.__dict__["_decoder"] = DecodeRunner(model, folded, None, capture=False)
+    execution = Execution(lower_prefill(folded), None)
+    model.executor = Executor(execution, DecodeRunner(model, folded, None, capture=False))
     if not reason_against_chunks(model.program, model.policy, model.device):
-        model.__dict__["_prefill_runner"] = PrefillRunner(model.__dict__["_execution"], capture=False)
+        model.executor.prompt = PrefillRunner(execution, capture=False)
     return model
 
 
@@ -85,8 +86,8 @@ def test_same_as_plain(family: str, policy: str, options: dict[str, Any]) -> Non
         if at % 6 == 0 or width > 1:
             same(*caches)
     same(*caches)
-    runner = models[1].prefill_runner
-    assert runner is None or "chunk" not in options or runner._chunks  # chunks did run from buffers
+    run = models[1].executor.prompt
+    assert not isinstance(run, PrefillRunner) or "chunk" not in options or run._chunks  # chunks did run from buffers
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_chunks_are_captured(policy: str, options: dict[str, Any]) -> None:
             outs.append(torch.cat(out, 1).cpu())
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
         assert caches[0].positions() == caches[1].positions()
-        captures.append(model.prefill_runner.captures)
+        captures.append(model.executor.prompt.captures)
         if request == 1:
             lease = caches[1].leases[0]
             del caches, cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from tests.support.foreign import FOREIGN
 from tests.support.products import covering
-from tests.support.rewritten import build, captured, logits, original, rewritten
+from tests.support.rewritten import build, captured, logits, original, ours, rewritten
 from tests.support.zoo import FAMILIES, VOCAB, WALKED
 
 ALL = [*FAMILIES, *WALKED, *FOREIGN]
@@ -58,26 +58,14 @@ POLICIES = [
 ]
 EVICTING = [p for p in POLICIES if p[0] != "full"]
 # These go through parts of the compiler that the ones above exercise on all families; so the core families are enough.
-MORE = [
-    ("adakv", "original"),
-    ("attention_gate", "original"),
-    ("duo_attention", "original"),
-    ("expected_attention", "original"),
-    ("fast_kvzip", "original"),
-    ("keydiff", "original"),
-    ("knorm", "original"),
-    ("kvzap", "original"),
-    ("locret_q", "contiguous"),
-    ("nacl", "original"),
-    ("pyramidkv", "original"),
-    ("random", "original"),
-    ("scissorhands", "original"),
-    ("sirllm", "contiguous"),
-    ("sirllm", "original"),
-    ("snapkv", "original"),
-    ("tova", "original"),
-    ("trim_kv", "original"),
-]
+MORE = sorted(
+    [
+        (p.name, "original" if p().positions == "original" else "contiguous")
+        for p in ours()
+        if p.name not in dict(POLICIES)
+    ]
+    + [("sirllm", "original")]
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"chunk": 7},
     "streaming_llm": {"start": 2, "chunk": 7},
@@ -136,9 +124,9 @@ def get(name: str, policy: str, positions: str, **options: Any) -> Any:
     if name in REFUSED.get(policy, {}):
         expected.append(REFUSED[policy][name])
     if not expected:
-        return rewritten(name, policy, positions=positions, **{**OPTIONS[policy], **options})
+        return rewritten(name, policy, positions=positions, **{**OPTIONS.get(policy, {}), **options})
     with pytest.raises((OptionError, UnsupportedModelError)) as refusal:
-        rewritten(name, policy, positions=positions, **{**OPTIONS[policy], **options})
+        rewritten(name, policy, positions=positions, **{**OPTIONS.get(policy, {}), **options})
     assert any(words in str(refusal.value) for words in expected)
     pytest.skip(str(refusal.value))
 
@@ -327,7 +315,7 @@ def test_rows_that_start_late(name: str, policy: str, positions: str, decode_evi
 
 
 @covering({"name": 1, "policy": 1})
-@pytest.mark.parametrize("policy", OPTIONS)
+@pytest.mark.parametrize("policy", [p.name for p in ours()])
 @pytest.mark.parametrize("name", families(["llama", "gpt2"]))
 def test_a_row_without_any_token(name: str, policy: str) -> None:
     """A row that stays empty harms nobody, not even itself."""

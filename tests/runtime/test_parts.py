@@ -20,6 +20,7 @@ from kvrewrite.passes.lower.match import half_split
 from kvrewrite.passes.lower.partition import partition
 from kvrewrite.passes.lower.prompt import fold, lower_prefill, without_logits
 from kvrewrite.passes.pipeline import canonical
+from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.parts import Execution
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
@@ -80,7 +81,7 @@ def test_parts_are_the_whole(family: str, policy: str, options: dict[str, Any]) 
     """The same bits, prompt and tokens; also where only the last logits are wanted, and chunks before them run without any."""
     whole = rewritten(family, policy, **options)
     parts = rewrite(original(family), captured(family), policy, None, **options)
-    parts.__dict__["_execution"] = Execution(parts.graph_module, None)
+    parts.executor = Executor(Execution(parts.graph_module, None))
     ids = torch.randint(1, 96, (2, 36), generator=torch.Generator().manual_seed(0))
     for keep in (0, 1):
         caches = [m.new_cache(2) for m in (whole, parts)]
@@ -158,7 +159,7 @@ def test_kernels_together(family: str, policy: str, options: dict[str, Any]) -> 
     """A prompt and tokens through the lowered program and the kernels (Triton's interpreter) keep what the reference keeps."""
     plain = rewritten(family, policy, **options)
     lowered = rewrite(original(family), captured(family), policy, None, **options)
-    lowered.__dict__["_execution"] = Execution(lower_prefill(fold(lowered.graph_module)), None)
+    lowered.executor = Executor(Execution(lower_prefill(fold(lowered.graph_module)), None))
     ids = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(s))[:40] + 1 for s in range(2)])
     caches = [plain.new_cache(2), lowered.new_cache(2)]
     for at, width in ((0, 22), (22, 1), (23, 1), (24, 5), (29, 1)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,13 @@ def best(entries: list[Entry], scores: list[float], slots: int, safe: list[bool]
 
 @dataclass(kw_only=True)
 class Scored(Rule):
-    """Every (layer, kv head) keeps its `budget` best; this base class knows budgets, the rules know scores."""
+    """Every (layer, kv head) keeps its `budget` best; this base class knows budgets, the rules know scores.
 
+    policy: a rule that names its policy is tested with a budget and no other option; further cases are in
+    tests/policies/test_policies.py.
+    """
+
+    policy: ClassVar[str] = ""
     budget: int | float
     chunk: int | None = None
     contiguous: bool = False
@@ -233,6 +239,8 @@ class KeyDiffRule(Scored):
 @dataclass(kw_only=True)
 class KnormRule(Scored):
     """Short keys stay."""
+
+    policy = "knorm"
 
     def scores(self, layer: Layer, moment: Moment) -> Scores:
         return [[-length(e.key) for e in entries] for entries in layer.heads]

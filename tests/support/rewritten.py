@@ -25,6 +25,11 @@ from tests.support.zoo import make
 HIDDEN = 24  # of random retaining heads
 
 
+def ours() -> list[type[policies.Policy]]:
+    """The policies of this repository, without those that tests and examples register."""
+    return [p for p in policies.POLICIES.values() if p.__module__.startswith("kvrewrite.policies.")]
+
+
 def build(name: str) -> nn.Module:
     """A tiny model. Fresh weights attend to all tokens alike, which hides mistakes in scores; so queries and keys grow."""
     model = make_foreign(name) if name in FOREIGN else make(name)

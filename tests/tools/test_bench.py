@@ -19,7 +19,7 @@ from kvrewrite.ir.site import AttentionSite
 from kvrewrite.tools.benchmark import report, roofline, run, shapes
 from kvrewrite.tools.benchmark.measure import Options, spread
 from kvrewrite.tools.benchmark.results import Settings
-from kvrewrite.tools.subjects import PolicySpec
+from kvrewrite.tools.subjects import PolicySpec, arms
 
 pytestmark = pytest.mark.xdist_group("bench")
 LOCRET = {"budget": 24, "chunk": 16, "stabilizers": 4, "local_tail": 4, "hidden_size": 8}
@@ -162,9 +162,9 @@ def test_eager_attention_that_does_not_fit_and_no_kvpress(monkeypatch):
 
 
 def test_kvpress_gets_the_budgets_of_the_policies():
-    arms = run.bench_arms([PolicySpec("snapkv"), PolicySpec("h2o"), PolicySpec("full")], [0.25, 512])
-    assert run._press_budgets(arms, 4096) == [1024, 512]
-    assert run._press_budgets(arms, 256) == [64]  # 512 slots would hold all
+    chosen = arms([PolicySpec("snapkv"), PolicySpec("h2o"), PolicySpec("full")], [0.25, 512])
+    assert run._press_budgets(chosen, 4096) == [1024, 512]
+    assert run._press_budgets(chosen, 256) == [64]  # 512 slots would hold all
     assert run._press_budgets([], 256) == [None]
 
 

@@ -20,7 +20,7 @@ from kvrewrite.policies.question import join_question
 from kvrewrite.tools.evaluation import intervals, run
 from kvrewrite.tools.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
 from kvrewrite.tools.evaluation.run import Settings
-from kvrewrite.tools.subjects import Arm, PolicySpec, Source, arms
+from kvrewrite.tools.subjects import Arm, PolicySpec, Source, arms, beside_baseline
 from tests.support.tiny import TEXT, make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("eval")  # whose fixtures are made once
@@ -424,8 +424,12 @@ def test_policies():
 
 def test_arms():
     specs = (PolicySpec("full"), PolicySpec("h2o"), PolicySpec("h2o", {"budget": 9}), PolicySpec("h2o"))
-    assert [str(a) for a in arms(specs, (0.5, 64))] == ["h2o at 50%", "h2o at 64", "h2o:budget=9"]
-    assert [str(a) for a in arms(specs, ())] == ["h2o", "h2o:budget=9"]
+    assert [str(a) for a in arms(specs, (0.5, 64))] == ["full", "h2o at 50%", "h2o at 64", "h2o:budget=9"]
+    assert [str(a) for a in beside_baseline(specs, (0.5, 64))] == ["h2o at 50%", "h2o at 64", "h2o:budget=9"]
+    assert [str(a) for a in beside_baseline(specs, ())] == ["h2o", "h2o:budget=9"]
+    assert [str(a) for a in beside_baseline((PolicySpec("full", {"quantize": "int8"}),), (0.5,))] == [
+        "full:quantize=int8"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

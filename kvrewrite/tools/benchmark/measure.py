@@ -370,7 +370,10 @@ class Rewritten:
     @property
     def captures_prompts(self) -> bool:  # type: ignore[override]
         """Whether prompts run from static buffers."""
-        return self.model.prefill_runner is not None
+        from kvrewrite.runtime.prompt_graph import PrefillRunner
+
+        executor = self.model.executor
+        return executor is not None and isinstance(executor.prompt, PrefillRunner)
 
     def begin(self, batch: int, length: int) -> Any:
         """Returns an empty cache."""

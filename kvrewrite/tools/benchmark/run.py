@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from kvrewrite.tools.benchmark.measure import Rewritten, measure, tokens_of
 from kvrewrite.tools.benchmark.results import FORMAT, KIND, Settings, Warn, cell_key, describe, earlier_cells, machine
 from kvrewrite.tools.benchmark.roofline import Rates, first_line, is_fatal, is_out_of_memory, limits, release
 from kvrewrite.tools.benchmark.shapes import ShapeSource, open_source
-from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, file_hash, write_json
+from kvrewrite.tools.subjects import CONVERTED, Arm, Source, arms, file_hash, write_json
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,16 +31,6 @@ def _quiet(*_: Any) -> None:
 
 class DeviceBroken(KVRewriteError):
     """Every GPU call fails; only a new process helps."""
-
-
-def bench_arms(specs: Iterable[PolicySpec], budgets: Sequence[int | float]) -> list[Arm]:
-    """Returns every policy at every budget; a policy with its own budget, or with none, runs once."""
-    found: dict[str, Arm] = {}
-    for spec in specs:
-        once = spec.name in ("full", CONVERTED) or "budget" in spec.options or not budgets
-        for budget in [None] if once else budgets:
-            found.setdefault(str(Arm(spec, budget)), Arm(spec, budget))
-    return list(found.values())
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -89,7 +79,7 @@ def _press_budgets(chosen: Sequence[Arm], context: int) -> list[int | None]:
 
 def _plan(settings: Settings, source: Source | ShapeSource) -> list[tuple[Arm | str, dict[str, Any]]]:
     """Returns every cell in running order: the full cache, the policies, the other baselines."""
-    chosen = bench_arms(settings.policies, settings.budgets)
+    chosen = arms(settings.policies, settings.budgets)
     sizes = [(c, b) for c in sorted(set(settings.contexts)) for b in sorted(set(settings.batches))]
     first: list[tuple[Arm | str, dict[str, Any]]] = []
     last: list[tuple[Arm | str, dict[str, Any]]] = []
@@ -358,4 +348,4 @@ class _Runner:
         release(self.device)
 
 
-__all__ = ["Settings", "bench", "bench_arms", "compare"]
+__all__ = ["Settings", "bench", "compare"]

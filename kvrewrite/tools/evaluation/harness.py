@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import Policy
 from kvrewrite.tools.evaluation.run import BASELINE, Progress, Settings, Warn, describe
-from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, arms, budget_text, versions, write_json
+from kvrewrite.tools.subjects import FULL_CACHE, Arm, Source, beside_baseline, budget_text, versions, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,7 +133,7 @@ def run(
     manager, loaded = _tasks(tasks, include_path)
     types = {name: str(task.config.output_type) for name, task in loaded.items()}
     source = Source(settings.model, device=settings.device, dtype=settings.dtype)
-    planned = [Arm(PolicySpec("full")), *arms(settings.policies, settings.budgets)]
+    planned = [FULL_CACHE, *beside_baseline(settings.policies, settings.budgets)]
     _warn_of(types, planned, warn)
 
     import lm_eval
@@ -190,7 +190,7 @@ def _tasks(names: list[str], include_path: Path | None) -> tuple[Any, dict[str, 
 
 
 def _cell(arm: Arm, task: str) -> dict[str, Any]:
-    mode = BASELINE if arm.spec.name == "full" and not arm.options else "aware"
+    mode = BASELINE if arm.is_baseline else "aware"
     return {
         "policy": arm.spec.name,
         "label": arm.spec.label,
@@ -246,7 +246,7 @@ def _warn_of(types: dict[str, str], planned: list[Arm], warn: Warn) -> None:
     warn(f"{', '.join(never)} ({kinds}): never generates, so nothing is evicted in decoding, and in scoring:")
     said: dict[str, list[str]] = {}
     for arm in planned:
-        if arm.spec.name in ("full", CONVERTED):
+        if not arm.spec.evicts:
             continue
         try:
             policy = policies.make(arm.spec.name, **arm.options)

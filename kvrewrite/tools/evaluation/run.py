@@ -24,7 +24,17 @@ from kvrewrite import policies
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.tools.evaluation import intervals
 from kvrewrite.tools.evaluation.ask import POINTS, Answers, Question, ask_aware, ask_blind, encode
-from kvrewrite.tools.subjects import CONVERTED, Arm, PolicySpec, Source, arms, file_hash, versions, write_json
+from kvrewrite.tools.subjects import (
+    CONVERTED,
+    FULL_CACHE,
+    Arm,
+    PolicySpec,
+    Source,
+    beside_baseline,
+    file_hash,
+    versions,
+    write_json,
+)
 
 FORMAT = 1
 MODES = ("aware", "blind")
@@ -273,8 +283,8 @@ def evaluate(
     _ = source.tokenizer  # a directory without one is refused once, not per cell
     described = describe(settings, source)
     kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
-    planned = [(Arm(PolicySpec("full")), BASELINE)]
-    planned += [(arm, mode) for arm in arms(settings.policies, settings.budgets) for mode in settings.modes]
+    planned = [(FULL_CACHE, BASELINE)]
+    planned += [(arm, mode) for arm in beside_baseline(settings.policies, settings.budgets) for mode in settings.modes]
     _warn_of(settings, source, planned, warn)
 
     results: dict[str, Any] = {

@@ -293,6 +293,8 @@ class GateTraining:
 class GateTask(Task):
     """Attention-Gates for the trainer: `GateTraining`, registering only its trained parameters."""
 
+    ends_answers = True
+
     def __init__(self, model: nn.Module, options: GateOptions, tokenizer: Any = None):
         super().__init__()
         if options.plot:

@@ -112,6 +112,8 @@ class LocretTask(Task):
     """
 
     needs = "answer"
+    max_tokens = 10240
+    has_labels = True
 
     def __init__(self, model: nn.Module, options: LocretOptions, policy: Locret | None = None):
         super().__init__()

@@ -17,7 +17,9 @@ from torch import nn
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, OptionError, TrainingError
+from kvrewrite.policies import POLICIES, Locret, make
 from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint
+from kvrewrite.tools.training.gate import GateOptions, GateTask
 from kvrewrite.tools.training.locret import LocretOptions, LocretTask
 from kvrewrite.tools.training.trainer import (
     FitOptions,
@@ -28,9 +30,6 @@ from kvrewrite.tools.training.trainer import (
     is_main_process,
     require_training,
 )
-
-POLICIES = ("locret", "locret_q", "attention_gate")
-MAX_TOKENS = {"locret": 10240, "locret_q": 10240, "attention_gate": 4096}
 
 
 @dataclass
@@ -62,17 +61,22 @@ class Trained:
         }
 
 
+TASKS: dict[str, type[Task]] = {"locret": LocretTask, "locret_q": LocretTask, "attention_gate": GateTask}
+
+
+def task_class(policy: str) -> type[Task]:
+    """The kind of task that trains a policy's weights."""
+    if policy not in TASKS:
+        raise OptionError(f"{policy} is not trained; expected one of {', '.join(TASKS)}")
+    return TASKS[policy]
+
+
 def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
     """Makes a policy's task; options: fields of `LocretOptions` or `GateOptions`. tokenizer: for a merged model."""
-    if policy not in POLICIES:
-        raise OptionError(f"{policy} is not trained; expected one of {', '.join(POLICIES)}")
-    if policy == "attention_gate":
-        from kvrewrite.tools.training.gate import GateOptions, GateTask
-
+    if task_class(policy) is GateTask:
         return GateTask(model, _options(GateOptions, options or {}), tokenizer)
-    from kvrewrite.policies.locret import Locret, LocretQ
-
-    chosen = LocretQ() if policy == "locret_q" else Locret()
+    chosen = make(policy)
+    assert isinstance(chosen, Locret)
     return LocretTask(model, _options(LocretOptions, options or {}), chosen)
 
 
@@ -114,10 +118,10 @@ def train(
     fitting = fitting or FitOptions()
     check_out(out, force)
     check_plot(plot)
-    if labels is not None and policy not in ("locret", "locret_q"):
+    if labels is not None and not task_class(policy).has_labels:
         raise OptionError(f"{policy} is trained without labels; leave --labels (labels) out")
     _, paths = check_files(data)
-    limit = max_tokens or MAX_TOKENS.get(policy, 4096)
+    limit = max_tokens or task_class(policy).max_tokens
     if isinstance(model, (str, Path)):
         base, tokenizer = _read(Path(model), dtype, tokenizer)
         name = Path(model).name
@@ -135,9 +139,8 @@ def train(
     longest = getattr(task, "longest", None)
     if longest is not None and limit > longest:
         limit = int(longest)
-    encode = Encoder(
-        tokenizer, task.needs, limit, policy == "locret_q", question_tokens, longest, end=policy == "attention_gate"
-    )
+    first = POLICIES[policy].question_first
+    encode = Encoder(tokenizer, task.needs, limit, first, question_tokens, longest, end=task.ends_answers)
     texts = Texts(paths, encode, fitting.seed)
     run = {
         "policy": policy,

@@ -28,6 +28,12 @@ class Task(nn.Module, ABC):
 
     needs: ClassVar[str] = "answer"
     """"answer": texts with an answer; "text": any."""
+    max_tokens: ClassVar[int] = 4096
+    """The longest prompt or text, unless the user says another."""
+    ends_answers: ClassVar[bool] = False
+    """Whether an answer without the token that ends a text gets one."""
+    has_labels: ClassVar[bool] = False
+    """Whether it learns from labels of its own, which a file can keep (`use_labels`)."""
     progress: float = 0.0
     """The share of the steps that are done; set before each step."""
 

@@ -1,0 +1,273 @@
+"""One call of a rewritten model: what it gives each row, checked, cut into the policy's segments, and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.pages import to_device
+from kvrewrite.cache.request import WIDE, Request, row_inputs
+from kvrewrite.cache.slot_plan import slots_decoded, walk
+from kvrewrite.errors import CacheError, InputError
+from kvrewrite.policies import RowState, Segment
+
+if TYPE_CHECKING:
+    from kvrewrite.runtime.model import RewrittenModel
+
+SPAN_STEP = 4096  # graph input `span` is a multiple of this, and of an eighth of the power of two below it
+
+
+# -- what is given ---------------------------------------------------------------------------------------------------
+def check_tensor(name: str, value: Any) -> None:
+    """Raises InputError where a tensor argument is something else, such as a list."""
+    if value is not None and not isinstance(value, Tensor):
+        raise InputError(
+            f"{name} is a {type(value).__name__}, expected a (batch, tokens) tensor; torch.tensor([...]) makes one of lists"
+        )
+
+
+def check_ids_form(input_ids: Any) -> None:
+    """Raises InputError where `input_ids` is no (batch, tokens) tensor of integers with at least one row and one column."""
+    check_tensor("input_ids", input_ids)
+    if input_ids is None or input_ids.dim() != 2:
+        got = "nothing" if input_ids is None else f"shape {tuple(input_ids.shape)}"
+        raise InputError(f"input_ids: got {got}, expected a (batch, tokens) tensor of token ids")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"input_ids has dtype {input_ids.dtype}, expected int64")
+    if not input_ids.numel():
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)}, expected at least one token; an empty prompt can begin with the "
+            "tokenizer's BOS token"
+        )
+
+
+def check_form(input_ids: Any, attention_mask: Any, position_ids: Any, logits_to_keep: Any) -> None:
+    """Raises InputError for arguments that no cache could make sense of."""
+    check_ids_form(input_ids)
+    check_tensor("attention_mask", attention_mask)
+    check_tensor("position_ids", position_ids)
+    if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
+        raise InputError(f"logits_to_keep is a {type(logits_to_keep).__name__}, expected an int")
+    if logits_to_keep < 0:
+        raise InputError(
+            f"logits_to_keep is {logits_to_keep}, expected 0 (all columns) or how many of the last columns to return"
+        )
+
+
+def check_ids(ids: Tensor, vocab_size: int, decoding: bool) -> None:
+    """Raises InputError for ids beyond the vocabulary. Single tokens on a GPU are not looked at: that would stall
+    it."""
+    if ids.numel() and not (decoding and ids.is_cuda):
+        low, high = torch.stack(torch.aminmax(ids)).tolist()
+        if low < 0 or high >= vocab_size:
+            raise InputError(
+                f"token ids reach from {low} to {high}, expected 0 to {vocab_size - 1}; does the tokenizer belong to this model?"
+            )
+
+
+def check_positions(position_ids: Tensor, tokens: Tokens, cache: Request) -> None:
+    """Raises InputError where positions that are given are not those that the cache counts."""
+    rows = position_ids.expand(len(tokens.where), -1).cpu().numpy()
+    for row, columns in enumerate(tokens.where):
+        new = columns >= tokens.late
+        expected = (cache.seen[row] + np.arange(len(columns)))[new]
+        got = rows[row, columns[new] - tokens.late]
+        if not np.array_equal(got, expected):
+            paused = "; in this row some columns were padding, which attention_mask (batch, past + new) should say"
+            raise InputError(
+                f"position_ids of row {row} are {got[:8].tolist()}..., expected {expected[:8].tolist()}...: positions are "
+                "counted by the cache; leave position_ids out" + (paused if cache.seen[row] < cache.columns else "")
+            )
+
+
+def check_cache(model: Any, cache: Any, batch: int | None) -> None:
+    """Raises CacheError where a cache is not this model's, or not one of `batch` rows (None: any number)."""
+    if not isinstance(cache, EvictionCache):
+        raise CacheError(
+            f"past_key_values is a {type(cache).__name__}, expected an EvictionCache from this model's new_cache()"
+        )
+    if cache.owner is not model.owner:
+        raise CacheError(
+            "the cache belongs to another model (a copy of a model is another one); make one with this model's new_cache()"
+        )
+    cache.check_finished()
+    if batch is not None and cache.batch_size != batch:
+        raise CacheError(
+            f"the cache is for batch size {cache.batch_size}, but the input has {batch} rows; rows that go on from one text "
+            "come of cache.fork() and batch_repeat_interleave(n) of that"
+        )
+    if cache.device != model.device:
+        raise CacheError(f"the cache is on {cache.device}, the model on {model.device}")
+
+
+# -- what is new -----------------------------------------------------------------------------------------------------
+@dataclass
+class Tokens:
+    """What a call gives each row.
+
+    ids (rows, columns): those of the call with, before them, `late` columns that some row has still to be given; where:
+    the columns of each row's real tokens among them; real: which columns are real from then on, (rows, all columns)
+    bool, or None where all that is new is; decoding: rows that go on by one token, or pause.
+    """
+
+    ids: Tensor
+    late: int
+    where: list[np.ndarray]
+    real: np.ndarray | None
+    decoding: list[bool]
+
+    @property
+    def counts(self) -> list[int]:
+        """New tokens of each row."""
+        return [len(columns) for columns in self.where]
+
+
+def new_tokens(ids: Tensor, mask: Tensor | None, cache: Request) -> Tokens:
+    """What `ids` (rows, columns) and the mask of a call give each row of a cache. Raises InputError for a mask of
+    another shape, or one that differs from what went in."""
+    batch, width = ids.shape
+    late, where, real = 0, [np.arange(width)] * batch, None
+    if mask is not None:
+        past = cache.columns
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, past + width):
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {past + width}) or ({batch}, {width})"
+            )
+        given = mask.to(torch.bool).cpu().numpy()
+        new, first = given[:, given.shape[1] - width :], past
+        if given.shape[1] > width:
+            first = cache.history.late(given[:, :past], past)
+        if first < past or not new.all():
+            before = cache.history.real(past)
+            real = np.concatenate([before, new], 1)
+            if first < past:
+                ids = torch.cat([cache.history.ids(past)[:, first:].to(ids), ids], 1)
+                real, late = given, past - first
+                new = np.concatenate([given[:, first:past] & ~before[:, first:], new], 1)
+            where = [np.flatnonzero(row) for row in new]
+    # Row by row, by its real tokens, so that a row does not depend on what else is in the batch. One that pauses keeps
+    # its ranks, too.
+    decoding = [len(columns) <= 1 and seen > 0 for columns, seen in zip(where, cache.seen)]
+    return Tokens(ids, late, where, real, decoding)
+
+
+def check_rows(tokens: Tokens, position_ids: Tensor | None, cache: Request) -> None:
+    """Raises InputError or CacheError where a row can't take its new tokens."""
+    for row, (count, decodes) in enumerate(zip(tokens.counts, tokens.decoding)):
+        problem = cache.no_room(row, count, decodes)
+        if problem is not None:
+            raise problem
+    if position_ids is not None and not all(tokens.decoding):
+        check_positions(position_ids, tokens, cache)
+
+
+# -- the passes ------------------------------------------------------------------------------------------------------
+class Call:
+    """Runs a call: all rows side by side, one pass through the graph for each segment. plans: what each row does, segment by
+    segment; totals: its tokens once the call is through."""
+
+    def __init__(self, model: RewrittenModel, tokens: Tokens, cache: Request):
+        self.model, self.tokens, self.cache = model, tokens, cache
+        self.plans = [
+            cache.segments(row, n, decodes) for row, (n, decodes) in enumerate(zip(tokens.counts, tokens.decoding))
+        ]
+        self.totals = [seen + n for seen, n in zip(cache.seen, tokens.counts)]
+        self.reserve = self._reserve()
+
+    def _reserve(self) -> int:
+        """Slots per head that pools should have room for: what the longest row holds on the way and in the end, and what its
+        answer will add as far as its length is known."""
+        most, cache = 0, self.cache
+        for row, plan in enumerate(self.plans):
+            after = [cache.length[row], *(held for _, held in walk(plan, cache.length[row]))]
+            held = after[-1]
+            seen = self.totals[row]
+            coming = min(max(0, (cache.max_length or 0) - seen), held + 256)
+            last = RowState(seen=seen + max(0, coming - 1), held=held)
+            most = max(most, *after, int(slots_decoded(held, coming, self.model.policy.decode_segment(last).keep)))
+        return most
+
+    def run(self, columns: int) -> Tensor:
+        """The logits of the last `columns` columns (rows, columns, vocabulary), zero where a row has no token."""
+        rows, begin = range(len(self.plans)), self.tokens.ids.shape[1] - columns
+        logits: Tensor | None = None
+        done = [0] * len(rows)
+        # Each row's first token whose logits are asked for.
+        lowest = [int(np.searchsorted(found, begin)) for found in self.tokens.where]
+        for step in range(max(map(len, self.plans), default=0)):
+            if self.cache.before_chunk is not None:
+                self.cache.before_chunk()
+            segments = [plan[step] if step < len(plan) else None for plan in self.plans]
+            valid = [s.length if s else 0 for s in segments]
+            parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, done, valid)]
+            # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
+            wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(lowest, done, valid)]
+            out = self._pass(segments, parts, wanted)
+            if out is not None:
+                if logits is None:
+                    logits = out.new_zeros(len(rows), columns, out.shape[-1])
+                for row in rows:
+                    if wanted[row]:
+                        at = parts[row][wanted[row][0] :] - begin
+                        adjacent = at[-1] - at[0] + 1 == len(at)
+                        target: Any = slice(int(at[0]), int(at[-1]) + 1) if adjacent else to_device(at, out.device)
+                        logits[row, target] = out[row, : len(at)]
+            done = [d + n for d, n in zip(done, valid)]
+        if logits is None:
+            vocab_size, dtype = self.model.program.vocab_size, self.model.dtype
+            return torch.zeros(len(rows), columns, vocab_size, device=self.cache.device, dtype=dtype)
+        return logits
+
+    def _pass(self, segments: list[Segment | None], parts: list[np.ndarray], wanted: list[list[int]]) -> Tensor | None:
+        """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
+        each row. None where no logits are wanted, and what runs the graph can do without them."""
+        cache, renew = self.cache, None
+        if self.model.program.layout.contiguous:
+            always = self.model.policy.renews_ranks_in_decoding
+            # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
+            renew = [always or not (d and settled) for d, settled in zip(self.tokens.decoding, cache.settled)]
+        plan = cache.plan(segments, self.totals, renew)
+        cache.hold(plan, self.reserve)
+        inputs = cache.inputs(plan)
+        if renew is not None:
+            cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
+            cache.settled = [d if n else s for d, n, s in zip(self.tokens.decoding, plan.tokens, cache.settled)]
+            inputs["renew"] = to_device(torch.tensor(renew), cache.device)
+        inputs.update(self._inputs(segments, parts, wanted))
+        out = self.model.run_graph(inputs, logits=any(wanted))
+        cache.commit(plan)
+        return out
+
+    def _inputs(
+        self, segments: list[Segment | None], parts: list[np.ndarray], wanted: list[list[int]]
+    ) -> dict[str, Tensor]:
+        """Inputs of the graph besides those of the cache."""
+        cache, program, device = self.cache, self.model.program, self.cache.device
+        longest = max(len(part) for part in parts)
+        rows = {
+            name: to_device(torch.tensor(values, dtype=torch.int64 if name in WIDE else torch.int32), device)
+            for name, values in cache.row_numbers(segments).items()
+        }
+        inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
+        index = np.zeros((len(parts), longest), dtype=np.int64)
+        for row, part in enumerate(parts):
+            index[row, : len(part)] = part
+        inputs["input_ids"] = torch.gather(self.tokens.ids.to(device).long(), 1, to_device(index, device))
+        picks = max(1, max(len(w) for w in wanted))
+        inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)
+        begins = cache.seen
+        if program.layout.contiguous:
+            begins = cache.next_rotary
+            # The same for all chunks of a prompt, and for prompts that are about as long: captured chunks ask for one shape.
+            reach = max(max(self.totals), max(cache.seen) + longest)
+            step = max(SPAN_STEP, (1 << (reach.bit_length() - 1)) // 8)
+            inputs["span"] = torch.empty(0, -(-reach // step) * step, device=device)
+        reach = max(begins) + longest + self.model.policy.rotary_ahead
+        for i, (cos, sin) in enumerate(cache.rotary(min(reach, program.max_positions or reach))):
+            inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
+        return {**inputs, **cache.length_tables}
