@@ -61,9 +61,8 @@ def family_of(item: pytest.Item) -> str | None:
     """The model family that a test takes its captured model of (tests/support/rewritten.py)."""
     from tests.support import rewritten, zoo
 
-    if not {rewritten.traced, rewritten.captured, rewritten.rewritten} & {
-        value for name in ("traced", "captured", "rewritten") if callable(value := getattr(item.module, name, None))
-    }:
+    shared = (rewritten.traced, rewritten.captured, rewritten.own, rewritten.rewritten)
+    if not any(getattr(item.module, function.__name__, None) is function for function in shared):
         return None
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     value = parameters.get("family", parameters.get("name"))

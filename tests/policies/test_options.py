@@ -22,6 +22,7 @@ from kvrewrite.passes.pipeline import canonical
 from kvrewrite.verification import verify
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
 from tests.support.oracle_rules import H2ORule, KeyDiffRule, ScissorhandsRule, SnapKVRule
+from tests.support.products import few
 from tests.support.rewritten import rewrite
 from tests.support.rewritten import rewritten as shared_rewritten
 from tests.support.slow_cache import SlowHead
@@ -142,7 +143,7 @@ MERGING: dict[str, tuple[str, dict[str, Any], Rule]] = {
 }
 
 
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("name", few(MERGING, rest=("snapkv, once",)))
 def test_merging_against_oracle(name: str) -> None:
     """Prompt, answer, prompt, answer, of two rows: what is kept, keys and values as they are stored, and logits."""
     policy, options, rule = MERGING[name]
@@ -245,12 +246,9 @@ def run(model: Any, cache: Any, ids: Tensor, widths: tuple[int, ...], mask: Tens
 WIDTHS = (41, 1, 1, 1, 1, 21, *[1] * 20)
 
 
-# test_quantization_against_oracle has these, too.
-TWICE = ("h2o contiguous", "keydiff", "scissorhands")
-
-
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in TWICE else n for n in FORMS])
+# test_quantization_against_oracle has the rest, too.
+@pytest.mark.parametrize("name", few(FORMS, rest=("h2o contiguous", "keydiff", "scissorhands")))
 def test_residual_as_long_as_the_text_is_dense(name: str) -> None:
     """Nothing is ever quantized: the same as without, bit for bit as long as decoding evicts nothing (where it does, slots
     lie in another order, and sums are rounded otherwise)."""
@@ -319,7 +317,7 @@ QUANTIZED: dict[str, tuple[str, int, str, dict[str, Any], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", few(QUANTIZED, rest=("h2o in chunks",)))  # as "merging" without it
 def test_quantization_against_oracle(name: str) -> None:
     """Prompt, answer, prompt, answer of two rows in fp64: what is kept, what keys and values became, and logits."""
     kind, residual, policy, options, rule = QUANTIZED[name]

@@ -18,7 +18,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 # Inductor takes long; what is before Inductor is in test_compiles_a_few_times_only, too.
 CASES: list[Any] = [
-    ("streaming_llm", {"backend": "aot_eager", "fullgraph": True}),
+    pytest.param("streaming_llm", {"backend": "aot_eager", "fullgraph": True}, marks=pytest.mark.thorough),
     pytest.param("streaming_llm", {"fullgraph": True}, marks=pytest.mark.thorough),
     ("h2o", {}),
 ]

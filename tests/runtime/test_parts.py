@@ -144,7 +144,12 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("family", "policy", "options"),
     [
-        ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
+        pytest.param(
+            "llama",
+            "locret",
+            {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3},
+            marks=pytest.mark.thorough,
+        ),
         pytest.param("gemma2", "h2o", {"budget": 16, "chunk": 9}, marks=pytest.mark.thorough),
         ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
         pytest.param(
