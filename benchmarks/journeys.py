@@ -1,6 +1,9 @@
 """How many of the project's modules a prompt and a token enter: what a reader has to open to follow one.
 
-python -m benchmarks.journeys   (tiny random Llama of two layers with h2o, on the CPU; a token is one of `generate`'s)
+    python -m benchmarks.journeys
+
+A tiny random Llama of two layers with h2o, on a GPU if there is one; a token is one of `generate`'s. A module counts
+if one of its functions is called. On a GPU, what was captured as a CUDA graph enters no ops.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ import torch
 
 HOME = Path(__file__).resolve().parents[1]
 FOLDERS = ("kvrewrite", "passes", "kernels")
-GRAPH = ("kvrewrite/ops/", "kernels/")  # what a graph runs; on CUDA a captured one enters none of it
+GROUPS = {
+    "runtime and cache": ("kvrewrite/runtime/", "kvrewrite/cache/"),
+    "policies": ("kvrewrite/policies/",),
+    "ops and kernels": ("kvrewrite/ops/", "kernels/"),
+}
 
 
 class Journey:
@@ -36,6 +43,11 @@ class Journey:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
+
+    def groups(self) -> dict[str, int]:
+        """How many modules of each group were entered, and of no group ("others")."""
+        counts = {name: sum(m.startswith(folders) for m in self.modules) for name, folders in GROUPS.items()}
+        return {**counts, "others": len(self.modules) - sum(counts.values())}
 
     def _module(self, file: str) -> str:
         """A file's path in the project, or "". (kvrewrite/passes and kvrewrite/kernels are links.)"""
@@ -71,7 +83,8 @@ def tiny_model(static: bool) -> Any:
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
-    model = kvrewrite.transform(LlamaForCausalLM(config).eval(), policy="h2o", budget=32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = kvrewrite.transform(LlamaForCausalLM(config).eval().to(device), policy="h2o", budget=32)
     if static:
         model.compile(static_decode=True, backend="eager")
     return model
@@ -80,7 +93,7 @@ def tiny_model(static: bool) -> Any:
 def journeys(static: bool) -> dict[str, Journey]:
     """Of a prompt, and of the third token after it: the first ones make buffers."""
     model, found = tiny_model(static), {}
-    ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(1)).to(model.device)
     with torch.no_grad():
         for _ in range(2):  # what is made at the first request is no part of a journey
             cache = model.new_cache(1)
@@ -95,11 +108,8 @@ def main() -> None:
     for static in (False, True):
         for name, journey in journeys(static).items():
             kind = "static buffers" if static else "eager"
-            inside = sum(module.startswith(GRAPH) for module in journey.modules)
-            print(
-                f"{name}, {kind}: {len(journey.modules) - inside} modules of the host's path, {inside} of ops and kernels, "
-                f"{journey.switches} switches"
-            )
+            counts = ", ".join(f"{count} of {group}" for group, count in journey.groups().items() if count)
+            print(f"{name}, {kind}: {len(journey.modules)} modules ({counts}), {journey.switches} switches")
             for module, calls in sorted(journey.modules.items()):
                 print(f"    {calls:5d}  {module}")
 

@@ -1,7 +1,7 @@
 """Where a chunked prefill of Llama-3.1-8B's shape with Locret spends its time, bf16, batch 1. Needs a GPU.
 
     python -m benchmarks.prefill [--layers 8] [--tokens 131072] [--budget 16384 6000] [--chunk 3072] [--repeat 3]
-        [--without overlap gated turn capture]
+        [--without overlap gated rotate capture]
 
 For each budget: seconds of a prefill (from a synchronized device to a synchronized device) and how long the host needs to queue
 it; then, from a profile of one more, each kernel's time a layer and chunk in the chunks with a full cache, and the share of the
@@ -29,7 +29,11 @@ from kvrewrite.tools.benchmark.shapes import ShapeSource
 from kvrewrite.tools.subjects import Arm, PolicySpec
 
 CAPTURE = "capture"
-LOWERINGS = {"overlap": "_overlap", "gated": "_fuse_gates", "turn": "_turn_both"}  # in kvrewrite/passes/lower/prompt.py
+LOWERINGS = {
+    "overlap": "_overlap",
+    "gated": "_fuse_gates",
+    "rotate": "_rotate_both",
+}  # in kvrewrite/passes/lower/prompt.py
 
 
 def _nothing(gm: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.capture.third_party import AdapterWatch, has_adapters, unwrap
 from kvrewrite.compiler import Progress, Weights, compile_captured, find_sites, quiet
 from kvrewrite.errors import OptionError
+from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.proof import require_check
@@ -40,6 +42,7 @@ def transform(
     max_length: int | None = None,
     check: str = "full",
     observe: Observer | None = None,
+    tp_plan: str | None = None,
     **options: Any,
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
@@ -52,12 +55,15 @@ def transform(
     observe: called with (pass name, graph) after each pass.
     check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with stand-ins
     for large weights): "full", "sites" (each attention alone) or "off".
+    tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
+    docs/tensor_parallel.md).
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
     from kvrewrite.runtime.model import RewrittenModel
 
     chosen = policies.make(policy, **options)
+    peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
@@ -69,7 +75,21 @@ def transform(
         config, generation_config = foreign_config(program, type(model).__name__), None
     _own_parameters(program.graph)
     adapters = AdapterWatch(model) if has_adapters(model) else None
+    if peers is not None:
+        from kvrewrite.runtime.parallel import part_of
+
+        # No source: the whole model's memory is its owner's to give back.
+        return RewrittenModel(part_of(program, peers, check == "full"), config, generation_config, adapters=adapters)
     return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+
+
+def _peers(tp_plan: str | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
+    """The processes that share a model, None for one alone."""
+    if tp_plan is None and tp_size is None:
+        return None
+    from kvrewrite.runtime.parallel import find_peers
+
+    return find_peers(tp_plan, tp_size, device)
 
 
 def _own_parameters(gm: nn.Module) -> None:
@@ -176,8 +196,15 @@ def load(
     device: str | torch.device = "cpu",
     verify_hashes: bool = False,
     trust_compiled: bool = False,
+    tp_plan: str | None = None,
+    tp_size: int | None = None,
+    check: str = "full",
 ) -> RewrittenModel:
     """Loads a model directory that kvrewrite wrote: offline, without the original model's code.
+
+    tp_plan: as for `transform`; each process reads only its part of the weights, to the GPU of its number. tp_size: how
+    many processes there must be (both names are those of transformers' from_pretrained).
+    check: "full" proves the parts by running them together on one process; "off" does not.
 
     verify_hashes: also hashes the base weights (reads all of them). trust_compiled: also loads the compiled steps in
     the directory (`convert(compile="aot")`). They are native code: trust only sources whose code you would run. Without
@@ -186,9 +213,14 @@ def load(
     from kvrewrite.artifact import directory as artifact
 
     directory = Path(directory)
+    peers = _peers(tp_plan, tp_size, device)
+    if peers is not None and trust_compiled:
+        raise OptionError(
+            "compiled steps are those of one process; load without trust_compiled, and call model.compile()"
+        )
     if verify_hashes:
         artifact.verify_hashes(directory)
-    model, manifest = _load(directory, device)
+    model, manifest = _load(directory, device, peers, check)
     if trust_compiled:
         from kvrewrite.runtime.aot import load_ahead
         from kvrewrite.runtime.executor import Executor
@@ -210,12 +242,19 @@ def _import_ahead(device: torch.device) -> None:
             importlib.import_module(name)
 
 
-def _load(directory: Path, device: str | torch.device) -> tuple[RewrittenModel, dict[str, Any]]:
-    """Returns the model of a directory and its manifest."""
+def _load(
+    directory: Path, device: str | torch.device, peers: Peers | None = None, check: str = "off"
+) -> tuple[RewrittenModel, dict[str, Any]]:
+    """Returns the model of a directory, or this process's part of it, and its manifest."""
     from kvrewrite.artifact import directory as artifact
 
+    part: Callable[[Program], Program] | None = None
+    if peers is not None:
+        from kvrewrite.runtime.parallel import own_device, part_of
+
+        device, part = own_device(device), functools.partial(part_of, peers=peers, prove=check == "full")
     program, manifest = artifact.read_artifact(
-        directory, device, functools.partial(_import_ahead, torch.device(device))
+        directory, device, functools.partial(_import_ahead, torch.device(device)), part
     )
     # After the weights' copy begins: these imports take seconds, which overlap with the copy to a GPU.
     from kvrewrite.artifact.companions import read_config, read_generation_config

@@ -31,6 +31,10 @@ class CacheError(KVRewriteError, ValueError):
     """A cache that does not belong to this call (other model, other batch size), or that is full."""
 
 
+class PoolFull(CacheError):
+    """A pool of pages with a limit has too few for the next step, which did not begin: nothing has changed."""
+
+
 class InputError(KVRewriteError, ValueError):
     """Token ids, masks or positions that the model cannot take."""
 

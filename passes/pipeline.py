@@ -66,8 +66,8 @@ def canonical(captured: Captured, observe: Observer | None = None, check: str = 
     step("normalize")
     before = Snapshot(captured) if check != "off" else None
     sites = canonicalize(captured)
-    if captured.branch:
-        raise UnsupportedModelError(captured.branch)
+    if captured.why_not:
+        raise UnsupportedModelError(captured.why_not)
     step("canonicalize")
     carry_state(captured)
     step("carry_state")

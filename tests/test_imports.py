@@ -122,7 +122,7 @@ LAYERS = (
     ("analysis",),  # before artifact: a model directory has a model card
     ("artifact", "passes.canonical"),  # a directory's program is checked against its policy and its cache's pages
     ("passes.insert",),
-    ("passes.lower",),
+    ("passes.lower", "passes.shard"),
     ("passes",),
     ("runtime",),
     ("compiler",),  # passes, then the proof of the whole, which runs the program
@@ -133,6 +133,7 @@ LAYERS = (
     ("tools.evaluation",),
     ("tools.benchmark", "tools.inspection", "tools.training", "tools.demo"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, row in enumerate(LAYERS) for room in row}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvrewrite.kernels import pages
 
 
-def settle(
+def rotate_cached_keys(
     k_pages: Tensor,
     pos_pages: Tensor,
     table: Tensor,

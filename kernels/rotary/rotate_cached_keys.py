@@ -10,7 +10,7 @@ ROWS = 16  # slots a program; a page is a multiple
 
 
 @triton.jit
-def _settle(
+def _rotate_cached_keys(
     k_pages, pos_pages, table, ta_b, ta_h, ta_p, lens, le_b, le_h, cos, sin, partner,
     D: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, UNDO: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _settle(
         tl.store(keys + d, turned.to(k_pages.dtype.element_ty), mask=mask)
 
 
-def settle(
+def rotate_cached_keys(
     k_pages: Tensor,
     pos_pages: Tensor,
     table: Tensor,
@@ -65,7 +65,7 @@ def settle(
         raise ValueError(f"pages must hold a multiple of {ROWS} slots, got {page}")
     if table.numel() == 0:
         return
-    _settle[(width * page // ROWS, hkv, b)](
+    _rotate_cached_keys[(width * page // ROWS, hkv, b)](
         k_pages, pos_pages, table, *table.stride(), lens, *lens.stride(), cos, sin, partner,
         D=dim, PAD=triton.next_power_of_2(dim), PAGE=page, ROWS=ROWS, UNDO=undo, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

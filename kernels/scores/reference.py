@@ -26,13 +26,13 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
+def uniform(positions: Tensor, seed: int, layer: int, first_head: int = 0) -> Tensor:
     """A number in (0, 1) for each (seed, layer, head, position), the same on every device and in any batch.
 
     positions: (B, Hkv, N) int64. Returns fp32 with 24 random bits (the finalizer of SplitMix64, Steele et al., OOPSLA
     2014, over a weighted sum of the four).
     """
-    head = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    head = torch.arange(first_head, first_head + positions.shape[1], device=positions.device)[:, None]
     start = _signed(seed * M1 + layer * M2)
     z = (positions + 1) * _signed(M4) + head * _signed(M3) + start
     z = (z ^ _shift(z, 30)) * _signed(M2)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +52,14 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
+
+
+class Block(NamedTuple):
+    """A range of one dimension of a tensor."""
+
+    dim: int
+    start: int
+    length: int
 
 
 def read_json(path: Path, *, limit: int = 1 << 30) -> Any:
@@ -293,12 +301,18 @@ class Reader:
         self.stack.close()
         self.open_files.clear()
 
-    def __call__(self, key: str) -> Tensor:
+    def __call__(self, key: str, block: Block | None = None) -> Tensor:
+        """Returns a tensor, or a block of it; nothing else of the file is read."""
         info = self.checkpoint.tensors[key]
         path = self.checkpoint.directory / info.file
         try:
             if info.file not in self.open_files:
                 self.open_files[info.file] = self.stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            return self.open_files[info.file].get_tensor(key)
+            file = self.open_files[info.file]
+            if block is None:
+                return file.get_tensor(key)
+            rest = (slice(None),) * block.dim
+            found: Tensor = file.get_slice(key)[*rest, slice(block.start, block.start + block.length)]
+            return found
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{key!r} can't be read from {path}: {error}") from error

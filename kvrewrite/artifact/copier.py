@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvrewrite.artifact.checkpoint import Reader
+from kvrewrite.artifact.checkpoint import Block, Reader
 from kvrewrite.errors import ArtifactError
 
 COPIERS = 4  # threads that copy tensors to a GPU
@@ -32,18 +33,24 @@ class Copier:
     def __enter__(self) -> Copier:
         return self
 
-    def __call__(self, reader: Reader, key: str, dtype: torch.dtype) -> Tensor:
-        """Returns the tensor `key` in `dtype`."""
+    def __call__(self, reader: Reader, key: str, dtype: torch.dtype, block: Block | None = None) -> Tensor:
+        """Returns the tensor `key`, or a block of it, in `dtype`."""
         if self._pool is None:
-            return reader(key).to(device=self._device, dtype=dtype)
+            # A block is a view of the mapped file.
+            return reader(key, block).to(device=self._device, dtype=dtype).contiguous()
         info = reader.checkpoint.tensors[key]
-        target = torch.empty(info.shape, dtype=dtype, device=self._device)
+        shape, first = list(info.shape), 0
+        if block is not None:
+            shape[block.dim] = block.length
+            first = block.start * info.dtype.itemsize * math.prod(info.shape[1:])
+        target = torch.empty(shape, dtype=dtype, device=self._device)
         stream = torch.cuda.current_stream(self._device)
-        if info.dtype == dtype and target.nbytes >= STAGED:
+        in_one = block is None or block.dim == 0
+        if in_one and info.dtype == dtype and target.nbytes >= STAGED:
             path = reader.checkpoint.directory / info.file
-            self._pending.append(self._pool.submit(self._fill, target, path, info.start, stream))
+            self._pending.append(self._pool.submit(self._fill, target, path, info.start + first, stream))
         else:
-            self._pending.append(self._pool.submit(self._fill, target, reader(key), 0, stream))
+            self._pending.append(self._pool.submit(self._fill, target, reader(key, block), 0, stream))
         return target
 
     def _fill(self, target: Tensor, source: Tensor | Path, start: int, made_on: torch.cuda.Stream) -> None:

@@ -27,6 +27,7 @@ from kvrewrite import __version__
 from kvrewrite.artifact.checkpoint import Checkpoint, some
 from kvrewrite.artifact.copier import Copier
 from kvrewrite.artifact.files import json_text, load_tensors, sha256_of
+from kvrewrite.artifact.parts import empty_parameters, load_part
 from kvrewrite.artifact.program_check import check_program
 from kvrewrite.artifact.publishing import leftovers
 from kvrewrite.artifact.recipes import load_parameters
@@ -109,9 +110,15 @@ def check_file(directory: Path, name: str, entry: Mapping[str, Any], hashed: boo
 
 
 def read_artifact(
-    directory: str | Path, device: torch.device | str = "cpu", meanwhile: Callable[[], None] | None = None
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    meanwhile: Callable[[], None] | None = None,
+    part: Callable[[Program], Program] | None = None,
 ) -> tuple[Program, dict[str, Any]]:
     """Loads a model directory: returns the program, with all its tensors on `device` in its graph, and the manifest.
+
+    part: makes of the program, whose base weights are on meta, the part that is wanted; then only what that reads of them
+    is read from the files.
 
     Checks the manifest, the sizes of all files, the hashes of all but the base weights, and the headers of those;
     `verify_hashes` checks the rest. Needs neither the network nor the original model's code. meanwhile: called while
@@ -126,15 +133,24 @@ def read_artifact(
     for name, entry in files.items():
         check_file(directory, name, entry, hashed=name in own or not name.endswith(".safetensors"))
     with Copier(device) as copier:  # the graph is read while the weights are being copied
-        program = _read_program(directory, manifest, device, copier)
+        program = _read_program(directory, manifest, device, copier, part)
         if meanwhile is not None:
             meanwhile()
     return program, manifest
 
 
-def _read_program(directory: Path, manifest: dict[str, Any], device: torch.device, copier: Copier) -> Program:
+def _read_program(
+    directory: Path,
+    manifest: dict[str, Any],
+    device: torch.device,
+    copier: Copier,
+    part: Callable[[Program], Program] | None,
+) -> Program:
     checkpoint = Checkpoint.open(directory, manifest["files"])
-    base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device, copier=copier)
+    if part is None:
+        base = load_parameters(checkpoint, manifest["recipes"], manifest["base"], device, copier=copier)
+    else:
+        base = empty_parameters(checkpoint, manifest["recipes"], manifest["base"])
     own = {CONSTANTS: manifest["constants"], POLICY: manifest["policy_weights"]}
     tensors: dict[str, Tensor] = dict(base)
     for file, names in own.items():
@@ -172,6 +188,9 @@ def _read_program(directory: Path, manifest: dict[str, Any], device: torch.devic
         aliases=manifest["aliases"],
     )
     check_program(program, device, str(directory))
+    if part is not None:
+        program = part(program)
+        load_part(program, checkpoint, manifest["recipes"], device, copier)
     return program
 
 

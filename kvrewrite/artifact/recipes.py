@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.artifact.checkpoint import Checkpoint, Reader, TensorInfo, are_sizes, some
+from kvrewrite.artifact.checkpoint import Block, Checkpoint, Reader, TensorInfo, are_sizes, some
 from kvrewrite.artifact.copier import Copier
 from kvrewrite.errors import ArtifactError
 
@@ -132,6 +132,11 @@ def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
             start += length
     elif "transpose" in recipe:
         follow(name, recipe["transpose"], reader, out.transpose(*recipe["dims"]))
+    elif (nearer := _narrowed(recipe)) is not None:
+        if isinstance(nearer, Block):
+            out.copy_(reader(recipe["narrow"]["key"], nearer))
+        else:
+            follow(name, nearer, reader, out)
     else:  # a part or another shape of something, which is made first
         inner = recipe.get("reshape", recipe.get("narrow"))
         whole = torch.empty(_recipe_shape(name, inner, tensors, 0), dtype=out.dtype)
@@ -139,6 +144,42 @@ def follow(name: str, recipe: Recipe, reader: Reader, out: Tensor) -> None:
         if "narrow" in recipe:
             whole = whole.narrow(recipe["dim"], recipe["start"], recipe["length"])
         out.copy_(whole.reshape(out.shape))
+
+
+def _narrowed(recipe: Recipe) -> Recipe | Block | None:
+    """A part of something as something made of parts, so that files are read in parts: a block of a checkpoint's tensor, or a
+    recipe; None where that is not possible."""
+    inner = recipe.get("narrow")
+    if inner is None:
+        return None
+    block = Block(recipe["dim"], recipe["start"], recipe["length"])
+
+    def part(of: Recipe, dim: int) -> Recipe:
+        return {"narrow": of, "dim": dim, "start": block.start, "length": block.length}
+
+    if "key" in inner:
+        return block
+    if "transpose" in inner:
+        a, b = inner["dims"]
+        return {"transpose": part(inner["transpose"], {a: b, b: a}.get(block.dim, block.dim)), "dims": [a, b]}
+    for kind in ("stack", "cat"):
+        if kind in inner and inner["dim"] != block.dim:
+            dim = block.dim - (kind == "stack" and inner["dim"] < block.dim)
+            return {kind: [part(r, dim) for r in inner[kind]], "dim": inner["dim"]}
+    if "stack" in inner:
+        return {"stack": inner["stack"][block.start : block.start + block.length], "dim": inner["dim"]}
+    return None
+
+
+def cut_recipe(recipe: Recipe, blocks: list[Block], shape: tuple[int, ...]) -> Recipe:
+    """The recipe of some blocks of what a recipe gives, side by side. shape: of the whole."""
+    told = {"dtype": recipe["dtype"]} if "dtype" in recipe else {}
+    whole = {k: v for k, v in recipe.items() if k != "dtype" and (k != "shape" or "reshape" in recipe)}
+    parts: list[Recipe] = [{"narrow": whole, **block._asdict()} for block in blocks]
+    own = list(shape)
+    own[blocks[0].dim] = sum(block.length for block in blocks)
+    found = parts[0] if len(parts) == 1 else {"cat": parts, "dim": blocks[0].dim}
+    return {**found, "shape": own, **told}
 
 
 def load_parameters(
@@ -175,6 +216,8 @@ def load_parameters(
             if signature not in made:
                 if "key" in recipe:
                     made[signature] = copy(reader, recipe["key"], wanted)
+                elif isinstance(block := _narrowed(recipe), Block):
+                    made[signature] = copy(reader, recipe["narrow"]["key"], wanted, block)
                 else:
                     result = torch.empty(shape, dtype=wanted, device=device)
                     follow(name, recipe, reader, result)

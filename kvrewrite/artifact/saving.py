@@ -38,6 +38,8 @@ def save(
     source: the model or model directory that the program was rewritten from. config: for a module that is not from
     transformers. compile_steps: as for `write_artifact`. Raises ArtifactError.
     """
+    if program.parallel is not None:
+        raise ArtifactError("one process's part of a model can't be saved; save the whole model, in one process")
     out = Path(out).resolve()
     card = model_card(program, "", [])
     if isinstance(source, Path):

@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.pages import SLOT_EXTRA, Lease
-from kvrewrite.cache.request import Request, exclusive
+from kvrewrite.cache.request import PER_ROW, Request, exclusive
 from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE
 
@@ -44,17 +44,31 @@ class EvictionCache(Request, Cache):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
+    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None, **given: Any):
         Cache.__init__(self, layers=[])  # not that of a class between (`type_for` in kvrewrite/dynamo/caches.py)
-        Request.__init__(self, model, batch_size, max_length=max_length)
+        Request.__init__(self, model, batch_size, max_length=max_length, **given)
 
+    # -- copies --------------------------------------------------------------------------------------------------
+    @exclusive
     def fork(self) -> Self:
         """An independent copy that shares this cache's pages until one of the two writes to them (copy on write).
 
         So a document is compressed once and asked many times: `cache = model.prefill(document)`, then
         `model.generate(..., cache=cache.fork())` for every question.
         """
-        return super().fork()
+        self.check_finished()
+        self._touch()
+        twin: Self = object.__new__(type(self))
+        # Should what follows fail, it must not return this cache's pages.
+        twin.__dict__.update(self.__dict__, leases=[])
+        for name in PER_ROW:
+            setattr(twin, name, list(getattr(self, name)))
+        twin.leases = [lease.fork() for lease in self.leases]
+        twin.history, twin.ended = self.history.fork(), None
+        twin.states = [state.fork() for state in self.states]
+        for lease in self.leases:
+            lease.store.end()
+        return twin
 
     __copy__ = fork
 
@@ -65,6 +79,25 @@ class EvictionCache(Request, Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
         raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
+
+    @exclusive
+    def select(self, source: list[int]) -> None:
+        """Row i goes on from what row source[i] holds, for as many rows as `source` has."""
+        if not source or not all(0 <= s < self.batch_size for s in source):
+            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
+        self.begin_step()
+        self._changes += 1
+        for lease in self.leases:
+            lease.select(source)
+        self._shares = [shares[:, source] for shares in self._shares]
+        for state in self.states:
+            state.select(source)
+        for name in PER_ROW:
+            values = getattr(self, name)
+            setattr(self, name, [values[s] for s in source])
+        self.history.select(source, self.columns)
+        self._rows, self.ended = len(source), None
+        self.end_step()
 
     # -- reports -------------------------------------------------------------------------------------------------
     @exclusive
@@ -85,7 +118,7 @@ class EvictionCache(Request, Cache):
     def _return_gone(self) -> None:
         """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""
         for lease in self.leases:
-            if lease.store.settled:
+            if lease.store.consistent:
                 lease.store.begin()
                 lease.store.end()
 

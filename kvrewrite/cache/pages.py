@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvrewrite.cache.slot_plan import pages_of
+from kvrewrite.cache.slot_plan import ClassPlan, pages_of
 from kvrewrite.ir.layout import PAGE, CacheClass, pool_shapes
 from kvrewrite.kernels.quantized.scheme import Scheme
 
@@ -60,9 +60,10 @@ class PageStore:
         self.dense_bytes = (k_dim + v_dim) * dtype.itemsize  # a slot's key and value in full precision
         self.references = np.zeros(0, dtype=np.int32)
         self.free: list[int] = []
+        self.limit: int | None = None  # most pages that it may have, page 0 included; None: as many as memory has
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self.changes = 0  # grows whenever a page is leased, shared, returned or moved
-        self.settled = True  # False while a change is under way, and after one that was interrupted
+        self.consistent = True  # False while a change is under way, and after one that was interrupted
         self.gone: deque[Lease] = deque()  # their caches were collected as garbage, at any point and in any thread
         self._moved: list[tuple[Lease, np.ndarray]] = []  # what `compact` has still to say to leases
         self._grow(1)
@@ -76,16 +77,16 @@ class PageStore:
     def begin(self) -> None:
         """Begins a change: first repairs what an interrupted one left, and takes back the pages of caches that are
         gone."""
-        if not self.settled:
+        if not self.consistent:
             self._repair()
-        self.settled = False
+        self.consistent = False
         while self.gone:
             self.gone[0].close()
             self.gone.popleft()
 
     def end(self) -> None:
         """The change is complete."""
-        self.settled = True
+        self.consistent = True
 
     def _repair(self) -> None:
         """Counts references again. What the interrupted cache's lease has may be wrong, but it is closed before it is
@@ -126,11 +127,24 @@ class PageStore:
         """Whether some page has several references."""
         return bool((self.references > 1).any())
 
+    @property
+    def room(self) -> float:
+        """How many pages can be leased."""
+        return math.inf if self.limit is None else len(self.free) + self.limit - self.total
+
+    def reserve(self, total: int) -> None:
+        """Grows to `total` pages at once, so that pools need not move later."""
+        if total > self.total:
+            self._grow(total)
+
     def lease(self, count: int, reserve: int = 0) -> np.ndarray:
-        """`count` pages, each with one reference; grows to at least `reserve` pages when there are not enough."""
+        """`count` pages, each with one reference; grows to at least `reserve` pages when there are not enough. Callers ask
+        `room` before they begin a step."""
         if count > len(self.free):
+            need = self.total + count - len(self.free)
             # At least an eighth more, so that decoding does not copy everything at every page.
-            self._grow(max(self.total + count - len(self.free), reserve, self.total + self.total // 8))
+            total = max(need, reserve, self.total + self.total // 8)
+            self._grow(total if self.limit is None else max(need, min(total, self.limit)))
         self.changes += 1
         taken = [self.free.pop() for _ in range(count)]
         found = np.array(taken, dtype=np.int32)
@@ -233,6 +247,16 @@ class Lease:
         self.counts = need
         self._write_table()
 
+    def pages_wanted(self, part: ClassPlan) -> int:
+        """Pages that a step needs besides those that are leased, at most: for new slots, for copies of shared pages, and
+        to be dealt out."""
+        more = int(np.maximum(pages_of(part.during) - self.counts, 0).sum())
+        if self.store.is_shared:
+            more += int(self.shared_from(part.first_written).sum())
+        if part.deals.any():
+            more += int(np.where(part.deals, pages_of(part.dealt_slots) + self.kv_heads, 0).sum())
+        return more
+
     def wanted(self, need: np.ndarray, reserve: int) -> int:
         """Pages that the store should have once every head may hold `reserve` slots."""
         limit = np.where(self.windows > 0, np.minimum(self.windows, reserve), reserve)[:, None, None]
@@ -287,7 +311,7 @@ class Lease:
         table = self._layer_last((n, batch, self.kv_heads, max(-(-most // PAGE), self.pages.shape[-1])))
         return to_device(spare, self.store.device), table
 
-    def settle(self, table: Tensor) -> None:
+    def take_dealt(self, table: Tensor) -> None:
         """Takes what the device dealt out and returns the rest. table: as `offer` gave it, filled in."""
         lens = self.lens.cpu().numpy().astype(np.int64)
         width = table.shape[-1]

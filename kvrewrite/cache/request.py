@@ -15,7 +15,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
-from kvrewrite.errors import CacheError, InputError, KVRewriteError
+from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
 from kvrewrite.ir.layout import PAGE, CacheLayout
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
-PER_ROW = ("seen", "generated", "length", "next_rotary", "settled", "prompted")
+PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted")
 
 
 def row_inputs(
@@ -77,8 +77,8 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Request:
-    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on
-    it."""
+    """Rows that go through a model together. max_length: tokens that a row will have in all, where RoPE depends on it;
+    stores: pools to lease from, one per class, default: the model's, or its own; policy: the model's with another budget."""
 
     # Called before every pass through the model, so also between the chunks of a prompt; what it raises ends the call.
     before_chunk: Callable[[], None] | None = None
@@ -86,19 +86,27 @@ class Request:
     owner: Owner = Owner()  # until it has a model
     _unfinished = False
 
-    def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        stores: list[PageStore] | None = None,
+        policy: Policy | None = None,
+    ):
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, expected at least 1")
         self.owner = model.owner
         self.layout: CacheLayout = model.program.layout
-        self._policy: Policy = model.policy
+        self._policy: Policy = policy or model.policy
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
         self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
         self._make_rotary = model.make_rotary
         self._max_positions: int = model.program.max_positions or UNLIMITED
-        self._stores: list[PageStore] | None = model.shared_stores()
+        self._stores: list[PageStore] | None = stores or model.shared_stores()
         self._changes = 0
         self._reset()
 
@@ -115,10 +123,10 @@ class Request:
         self.generated = [0] * batch  # of them, those since the last prompt
         self.length = [0] * batch  # most live slots of a layer without a window
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
-        self.settled = [False] * batch  # contiguous positions: ranks are those that the row decodes with
+        self.ranks_frozen = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps
         # them (both in kvrewrite/runtime/key_rotation.py).
-        self.keys_settled = self.ranks_held = False
+        self.keys_rotated = self.ranks_held = False
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
@@ -189,23 +197,6 @@ class Request:
             lease.store.end()
         self._unfinished = False
 
-    @exclusive
-    def fork(self) -> Self:
-        """An independent copy that shares this cache's pages until one of the two writes to them (copy on write)."""
-        self.check_finished()
-        self._touch()
-        twin: Self = object.__new__(type(self))
-        # Should what follows fail, it must not return this cache's pages.
-        twin.__dict__.update(self.__dict__, leases=[])
-        for name in PER_ROW:
-            setattr(twin, name, list(getattr(self, name)))
-        twin.leases = [lease.fork() for lease in self.leases]
-        twin.history, twin.ended = self.history.fork(), None
-        twin.states = [state.fork() for state in self.states]
-        for lease in self.leases:
-            lease.store.end()
-        return twin
-
     def end_prompt(self) -> None:
         """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
@@ -220,12 +211,19 @@ class Request:
         """What `count` new tokens of a row do. decoding: whether the row goes on by one token."""
         if not count:
             return []
-        state = self.row(row)
-        return [self._policy.decode_segment(state)] if decoding else self._policy.plan(count, state)
+        state, policy = self.row(row), self._policy_of(row)
+        return [policy.decode_segment(state)] if decoding else policy.plan(count, state)
+
+    def next_token(self, row: int) -> Segment | None:
+        """What one more token of a row does; None: the row rests."""
+        return self._policy_of(row).decode_segment(self.row(row))
+
+    def _policy_of(self, row: int) -> Policy:
+        return self._policy
 
     def no_room(self, row: int, count: int, decoding: bool) -> KVRewriteError | None:
         """The reason why a row can't take `count` more tokens, or None."""
-        policy, limit, total = self._policy, self._max_positions, self.seen[row] + count
+        policy, limit, total = self._policy_of(row), self._max_positions, self.seen[row] + count
         if limit < UNLIMITED and (reach := self._reach(row, count, decoding)) > limit:
             return InputError(
                 f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most {limit} "
@@ -242,7 +240,7 @@ class Request:
         """One more than the largest position that `count` new tokens of a row will have."""
         if not self.layout.contiguous:
             return self.seen[row] + count
-        if decoding and self.settled[row] and not self._policy.renews_ranks_in_decoding:
+        if decoding and self.ranks_frozen[row] and not self._policy.renews_ranks_in_decoding:
             return self.next_rotary[row] + count
         steps = walk(self.segments(row, count, decoding), self.length[row])
         return max((during for during, _ in steps), default=0)
@@ -279,9 +277,9 @@ class Request:
         return self._planner.plan(self.leases, self._shares, segments, totals, renew)
 
     def plan_token(self) -> StepPlan:
-        """The plan of one more token of every row from static buffers, where ranks are computed again or were frozen
-        before."""
-        segments = [self._policy.decode_segment(self.row(row)) for row in range(self._rows)]
+        """The plan of one more token of every row that does not rest, from static buffers, where ranks are computed again
+        or were frozen before."""
+        segments = [self.next_token(row) for row in range(self._rows)]
         anew = self.layout.contiguous and self._policy.renews_ranks_in_decoding
         return self.plan(segments, renew=[True] * self._rows if anew else None)
 
@@ -298,13 +296,22 @@ class Request:
 
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
         """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
-        room for when they grow anyway."""
+        room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
+        self._check_pools(plan)
         for state in self.states:
             state.hold(plan.longest(self.seen))
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
             lease.resize(part.during, reserve)
+
+    def _check_pools(self, plan: StepPlan) -> None:
+        for lease, part in zip(self.leases, plan.classes):
+            if lease.store.limit is not None and (need := lease.pages_wanted(part)) > lease.store.room:
+                raise PoolFull(
+                    f"the step needs {need} pages more, but the pool has room for {lease.store.room:.0f} "
+                    f"(its limit is {lease.store.limit}); end or preempt another request, or give the pool more memory"
+                )
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt
@@ -342,11 +349,11 @@ class Request:
             after = part.after if measured is None else np.minimum(part.after, measured[c])
             dealt = self._dealt.pop(c, None)
             if dealt is not None:
-                lease.settle(dealt)
-                after = part.settle(after, lease.bound)
+                lease.take_dealt(dealt)
+                after = part.with_dealt(after, lease.bound)
             if plan.ragged:
                 given = lease.bound if dealt is not None and competes else None
-                shares.append(part.settle_shares(self._shares[c], given))
+                shares.append(part.next_shares(self._shares[c], given))
             lease.resize(after, 0)
             if dealt is not None and self._stores is None:
                 # As much again stays: pages for decoding and for forks. A pool of the model's stays as it is, because
@@ -390,22 +397,3 @@ class Request:
             self._rotary_length = max(length, min(2 * self._rotary_length, self._max_positions))
             self._rotary = self._make_rotary(self._rotary_length, self.length_tables)
         return self._rotary
-
-    @exclusive
-    def select(self, source: list[int]) -> None:
-        """Row i goes on from what row source[i] holds, for as many rows as `source` has."""
-        if not source or not all(0 <= s < self.batch_size for s in source):
-            raise CacheError(f"got rows {source}, expected at least one, and numbers below {self.batch_size}")
-        self.begin_step()
-        self._changes += 1
-        for lease in self.leases:
-            lease.select(source)
-        self._shares = [shares[:, source] for shares in self._shares]
-        for state in self.states:
-            state.select(source)
-        for name in PER_ROW:
-            values = getattr(self, name)
-            setattr(self, name, [values[s] for s in source])
-        self.history.select(source, self.columns)
-        self._rows, self.ended = len(source), None
-        self.end_step()

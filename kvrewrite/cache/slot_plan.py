@@ -141,11 +141,11 @@ class ClassPlan:
         """Most slots that one head can hold then."""
         return int((self.bound + self.new)[:, self.deals].max(initial=0))
 
-    def settle(self, after: np.ndarray, dealt: np.ndarray) -> np.ndarray:
+    def with_dealt(self, after: np.ndarray, dealt: np.ndarray) -> np.ndarray:
         """`after`, with what heads were dealt where they were."""
         return np.where(self.deals[None, :, None], dealt, after)
 
-    def settle_shares(self, shares: np.ndarray, dealt: np.ndarray | None) -> np.ndarray:
+    def next_shares(self, shares: np.ndarray, dealt: np.ndarray | None) -> np.ndarray:
         """What each head may keep of its layer's budget from now on, -1 for an equal share: what it was dealt (None:
         nothing was dealt, or heads do not compete) where its layer had to evict; a prompt that fits makes shares equal
         again."""
@@ -160,7 +160,7 @@ class ClassPlan:
 @dataclass
 class StepPlan:
     """What a step does. segments: what each row does, None: nothing; ragged: whether some row's prompt has a ragged
-    eviction, which needs `ClassPlan.settle_shares`; loose: whether heads can end up with fewer slots than `after`."""
+    eviction, which needs `ClassPlan.next_shares`; loose: whether heads can end up with fewer slots than `after`."""
 
     segments: Sequence[Segment | None]
     classes: list[ClassPlan]

@@ -59,22 +59,22 @@ def without_branches(program: Any, trace: Trace, rows: int, tokens: int) -> Any:
     return longest[1]
 
 
-def shorter(model: int | None, graph: int | None, trace: Trace, rows: int) -> str:
-    """The reason why a graph for at most `graph` tokens is not the model, or "". model: the bound that the model's
+def why_not_longer(model: int | None, graph: int | None, trace: Trace, rows: int) -> str | None:
+    """The reason why a graph for at most `graph` tokens is not the model, or None. model: the bound that the model's
     trace found, or None. A model that raises for texts several times that long has a bound of its own (the end of a
     table)."""
     if graph is None or (model is not None and graph >= model):
-        return ""
+        return None
     if _traced(trace, (rows, 4 * graph), "") is None:
-        return ""
+        return None
     return (
         f"the graph that was traced holds for texts of up to {graph} tokens only, and the model takes longer ones: an op in it "
         f"does something else from {graph + 1} tokens on (such as `topk(min(n, length))`), and a graph holds for all texts"
     )
 
 
-def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
-    """The reason why `program`, traced by `trace(rows, tokens)`, does not hold for one token or for one row, or "".
+def why_not_single(program: Any, trace: Trace, rows: int, tokens: int) -> str | None:
+    """The reason why `program`, traced by `trace(rows, tokens)`, does not hold for one token or for one row, or None.
 
     torch treats a size of one as a constant from the start and never records a branch on it, so these sizes are traced
     separately. A size for which the model raises, or which can't be computed here, is no reason against the program.
@@ -83,7 +83,7 @@ def alone(program: Any, trace: Trace, rows: int, tokens: int) -> str:
         other = _traced(trace, size, "")
         if other is not None and _same_results(program, other, *size) is False:
             return _reason(size, (rows, tokens), "")
-    return ""
+    return None
 
 
 def _same_results(one: Any, other: Any, rows: int, tokens: int) -> bool | None:

@@ -56,6 +56,6 @@ class Captured:
     before: Any = None
     stand_ins: Any = None
     proof: Any = None
-    # Why the graph does not hold for all numbers of tokens and rows; "" if it does. `canonical` raises this after
+    # Why the graph does not hold for all numbers of tokens and rows, None if it does. `canonical` raises this after
     # faults of the attention, which may be the cause of the model's branch.
-    branch: str = ""
+    why_not: str | None = None

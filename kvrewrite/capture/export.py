@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.capture.attention_interface import InterfaceCalls, of_transformers, replaced
-from kvrewrite.capture.branches import alone, program_text, shorter, without_branches
+from kvrewrite.capture.branches import program_text, why_not_longer, why_not_single, without_branches
 from kvrewrite.capture.captured import TRACE_BATCH, TRACE_LENGTH, Captured, RotaryTable
 from kvrewrite.capture.decompose import decompose
 from kvrewrite.capture.explain_failure import FixedSize, causes, explain, noted_place
@@ -130,7 +130,8 @@ def export_model(
     vocab = vocab_size(model) or 2
     first_position = _first_position(model) if takes_positions else 0
     wrapper = _LogitsOnly(model, takes_positions, first_position, extra)
-    trace_length, chunk, branch = TRACE_LENGTH, 0, ""
+    trace_length, chunk = TRACE_LENGTH, 0
+    why_not: str | None = None  # one graph does not hold for all texts
     with fixed_rotary(model, max_length) as tables, _scans_as_ops(), _quick_tracing():
         try:
             # no_grad: otherwise regions under no_grad, RoPE among them, become submodules of the graph. If a trace
@@ -161,15 +162,15 @@ def export_model(
                     try:
                         program = without_branches(program, again, TRACE_BATCH, trace_length)
                     except UnsupportedModelError as error:
-                        branch = str(error)
-                    if not branch and not of_transformers(model):
-                        branch = alone(program, once, TRACE_BATCH, trace_length)
+                        why_not = str(error)
+                    if not why_not and not of_transformers(model):
+                        why_not = why_not_single(program, once, TRACE_BATCH, trace_length)
                     if calls is not None:
                         calls.modules[:] = called
                 longest = longest_text(program)
                 program = decompose(program)
-                if not branch and not chunk:  # report only the first fault
-                    branch = shorter(longest, longest_text(program), again, TRACE_BATCH)
+                if not why_not and not chunk:  # report only the first fault
+                    why_not = why_not_longer(longest, longest_text(program), again, TRACE_BATCH)
                     if calls is not None:
                         calls.modules[:] = called
         except KVRewriteError:
@@ -191,7 +192,7 @@ def export_model(
                 _trace(wrapper, trace_length, vocab, first.device)
             raise CaptureError(_why_constant(program, found[-1].where if found else ""))
     captured = flatten(program, model, frontend, takes_positions)
-    captured.unrolled, captured.trace_length, captured.branch = chunk > 0, trace_length, branch
+    captured.unrolled, captured.trace_length, captured.why_not = chunk > 0, trace_length, why_not
     names = {id(m): n for n, m in model.named_modules()}
     attributes = {n.target for n in captured.graph.graph.nodes if n.op == "get_attr"}
     for module, buffer, threshold, short, long in tables:

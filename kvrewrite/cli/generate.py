@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -37,7 +38,10 @@ def generate(
     chat: bool,
     trust_compiled: bool,
 ) -> None:
-    """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr."""
+    """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr.
+
+    Under torchrun the processes share the model (tensor parallelism), and the first one prints.
+    """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give one of --prompt and --prompt-file")
     if not sample and (temperature is not None or top_p is not None):
@@ -54,7 +58,8 @@ def generate(
     from kvrewrite import api
     from kvrewrite.artifact.companions import read_tokenizer
 
-    where = find_device(device)
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    where = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if shared and device == "cuda" else device)
     tokenizer = read_tokenizer(directory)
     if chat:
         if not tokenizer.chat_template:
@@ -68,7 +73,8 @@ def generate(
     ids = tokens["input_ids"]
     if ids.shape[1] == 0:
         raise OptionError("the prompt has no tokens")
-    model: Any = api.load(directory, device=where, trust_compiled=trust_compiled)
+    model: Any = api.load(directory, device=where, trust_compiled=trust_compiled, tp_plan="auto" if shared else None)
+    speaks, where = not shared or model.program.parallel.peers.rank == 0, model.device
     cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
     chosen = {"temperature": temperature, "top_p": top_p}
     settings = {k: v for k, v in chosen.items() if v is not None}
@@ -80,13 +86,16 @@ def generate(
         cache=cache,
         max_new_tokens=max_new_tokens,
         do_sample=sample,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if speaks else None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **settings,
     )
     seconds = time.perf_counter() - started
     made = out.shape[1] - ids.shape[1]
-    click.echo(memory_line(model, cache, int(ids.shape[1]), int(made), seconds), err=True)
+    if speaks:
+        click.echo(memory_line(model, cache, int(ids.shape[1]), int(made), seconds), err=True)
+    if shared:
+        torch.distributed.destroy_process_group()
 
 
 def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:
@@ -97,6 +106,12 @@ def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) 
     seen, carried = max(cache.seen), carried_bytes(model.program.layout)
     full = plan_memory(model.sites, model.policy, model.dtype.itemsize, seen, cache.batch_size, carried).full
     return (
-        f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache: {human(memory.live)} live, "
+        f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache{of_each(model)}: {human(memory.live)} live, "
         f"{human(memory.leased)} leased; a full cache of {seen} tokens: {human(full)}"
     )
+
+
+def of_each(model: Any) -> str:
+    """Whose memory it is, where several processes share a model."""
+    parallel = model.program.parallel
+    return "" if parallel is None else f" of each of {parallel.peers.ranks} processes"

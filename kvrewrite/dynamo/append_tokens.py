@@ -24,8 +24,8 @@ from kvrewrite.runtime.model import RewrittenModel, on_its_device
 from kvrewrite.runtime.parts import dynamic_sizes, mark_moving
 
 
-def reason_against(program: Program, policy: Policy) -> str:
-    """The reason why single tokens of this program are not simply appended, or ""."""
+def why_not(program: Program, policy: Policy) -> str | None:
+    """The reason why single tokens of this program are not simply appended, or None."""
     layout = program.layout
     if not policy.rates_prompts_only:
         return f"{policy.name} scores or evicts single tokens"
@@ -37,7 +37,7 @@ def reason_against(program: Program, policy: Policy) -> str:
         return "something besides slots is carried"
     if any(not c.v_dim for c in layout.classes) or any(s.alibi or s.window or s.chunk for s in program.sites):
         return "latents, windows or ALiBi"
-    return ""
+    return None
 
 
 class AppendRunner:

@@ -66,7 +66,7 @@ class IdentityLease(Lease):
         store: PageStore = object.__new__(PageStore)
         store.__dict__.update(self.store.__dict__)
         store.references, store.free, store.leases = self.store.references.copy(), [], weakref.WeakSet([twin])
-        store.gone, store.settled = deque(), True
+        store.gone, store.consistent = deque(), True
         for name in store.shapes:
             setattr(store, name, getattr(self.store, name).clone())
         self.store.leases.discard(twin)

@@ -17,7 +17,7 @@ from kvrewrite import policies
 from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.frontend import capture
 from kvrewrite.compiler import compile_captured, quiet
-from kvrewrite.dynamo.append_tokens import AppendRunner, reason_against
+from kvrewrite.dynamo import append_tokens
 from kvrewrite.dynamo.modules import plain_view, state_key
 from kvrewrite.errors import OptionError
 from kvrewrite.passes.canonical.proof import require_check
@@ -81,7 +81,7 @@ class Rewrite:
         self.hook_counts = list(map(len, self.hooks))
         self.model = RewrittenModel(program, config)  # type: ignore[arg-type]
         self.settings = settings
-        self.appends: AppendRunner | None = None
+        self.appends: append_tokens.AppendRunner | None = None
         self._compile()
 
     def _compile(self) -> None:
@@ -89,7 +89,7 @@ class Rewrite:
         more: dict[str, Any] = {} if self.settings.mode is None else {"mode": self.settings.mode}
         if self.settings.inductor:
             self.model.compile(static_decode=False, backend="inductor", **more)
-        if not reason_against(self.model.program, self.model.policy):
+        if append_tokens.why_not(self.model.program, self.model.policy) is None:
 
             def compiler(graph: fx.GraphModule) -> Callable[..., Any]:
                 return (
@@ -98,7 +98,7 @@ class Rewrite:
                     else graph
                 )
 
-            self.appends = AppendRunner(self.model, self.model.graph_module, compiler)
+            self.appends = append_tokens.AppendRunner(self.model, self.model.graph_module, compiler)
 
     def replaced(self) -> bool:
         """Whether a submodule of the original was replaced since the capture, or has other hooks. Dynamo makes another

@@ -126,10 +126,10 @@ def op_name(target: Any) -> str:
         str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__qualname__", repr(target))
     )
     module = getattr(target, "__module__", None)
-    raise ArtifactError(_refusal(f"{module}.{shown}" if module and not shown.startswith(module) else shown))
+    raise ArtifactError(_not_allowed(f"{module}.{shown}" if module and not shown.startswith(module) else shown))
 
 
-def _refusal(name: str) -> str:
+def _not_allowed(name: str) -> str:
     return (
         f"the op {name!r} is not on the list of ops that a saved graph may use (functional aten ops, kvrewrite's own, "
         "arithmetic on sizes). Files of kvrewrite never contain others; if your model needs it, ask for it to be added "
@@ -145,7 +145,7 @@ def resolve_op(name: Any) -> Callable[..., Any]:
         return BUILTINS[name]
     parts = name.split(".")
     if len(parts) != 3 or not all(NAME.match(p) for p in parts):
-        raise ArtifactError(_refusal(name))
+        raise ArtifactError(_not_allowed(name))
     namespace, base, overload = parts
     if namespace == "aten":
         allowed = base in ATEN
@@ -156,7 +156,7 @@ def resolve_op(name: Any) -> Callable[..., Any]:
     else:
         allowed = name in LIBRARY_OPS
     if not allowed:
-        raise ArtifactError(_refusal(name))
+        raise ArtifactError(_not_allowed(name))
     if name in LIBRARY_OPS:
         importlib.import_module(LIBRARY_OPS[name])
     try:
@@ -167,5 +167,5 @@ def resolve_op(name: Any) -> Callable[..., Any]:
     if not isinstance(found, torch._ops.OpOverload):
         raise ArtifactError(f"the op {name!r} does not exist in this installation (torch {torch.__version__})")
     if namespace != "kvrewrite" and found._schema.is_mutable:
-        raise ArtifactError(_refusal(name) + " (it writes to one of its arguments)")
+        raise ArtifactError(_not_allowed(name) + " (it writes to one of its arguments)")
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from kvrewrite.ir.layout import CacheLayout
+from kvrewrite.ir.parallel import Parallel
 from kvrewrite.ir.site import AttentionSite
 
 
@@ -35,3 +36,4 @@ class Program:
     constants: list[str] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     proof: dict[str, Any] | None = None  # what was proved by running (`passes/canonical/validate.py`)
+    parallel: Parallel | None = None  # where it is one rank's part of a model

@@ -23,7 +23,7 @@ from kvrewrite.kernels.groups import (
 from kvrewrite.ops.attention import ALL_VISIBLE, cached_attention, fake_attended, observe, why_not_cached
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.ops.groups import Fields, define
-from kvrewrite.ops.rotary import turn
+from kvrewrite.ops.rotary import rope
 from kvrewrite.ops.update import EVICTION, POOLS, cache_update
 
 decode_attention_op = define(
@@ -46,7 +46,7 @@ def decode_attention(
     """`cached_attention` of one new token per row (T = 1), with the attention mass of every slot from the same pass.
 
     Returns out (B, H, 1, Dv), the log-sum-exp (B, H, 1) fp32, and with `mass` what `observe` gives for a weight of 1:
-    (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `turn` first.
+    (B, Hkv, C + 1) fp32; without it that is empty. cos, sin: (B, 1, D): q and k come unrotated, and are rotated by `rope` first.
     early: what is launched just before writes none of pools, table, lens and valid; kernels then read them while it still runs.
 
     following (B,) int64, key_cos and key_sin (N, D): cached keys come unrotated. A slot of rank r from the newest (0) has the
@@ -65,7 +65,7 @@ def decode_attention(
         out, lse, found = kernel(tokens, dense, cache, at, logits, options)
         return out, lse, lse.new_empty(0) if found is None else found
     mass, cos, sin, _, following, key_cos, key_sin = options
-    tokens = Tokens(turn(q, cos, sin), turn(k, cos, sin), v)
+    tokens = Tokens(rope(q, cos, sin), rope(k, cos, sin), v)
     if following is not None:
         live = torch.arange(cache.table.shape[2] * cache.k_pages.shape[1], device=q.device) < cache.lens[..., None]
         back = at.positions[:, :, None] - pages.read(cache.pos_pages, cache.table)[..., 1]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.groups import KeyRotation
-from kvrewrite.kernels.rotary.reference import settle
+from kvrewrite.kernels.rotary.reference import rotate_cached_keys
 from kvrewrite.kernels.update.reference import ranks_from_newest
 from kvrewrite.ops.dispatch import fused, unversioned
 
@@ -71,8 +71,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, partner: Tens
     pair.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    turned = x.to(wide) * cos[positions].to(wide) + x[..., partner].to(wide) * sin[positions].to(wide)
-    return turned.to(x.dtype)
+    rotated = x.to(wide) * cos[positions].to(wide) + x[..., partner].to(wide) * sin[positions].to(wide)
+    return rotated.to(x.dtype)
 
 
 @rotate.register_fake
@@ -110,7 +110,7 @@ def _(k_pages, table, lens, cos, sin, positions, partner, half):  # type: ignore
     return k_pages.new_empty(*table.shape[:2], table.shape[2] * k_pages.shape[1], k_pages.shape[2])
 
 
-def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def rope(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """RoPE of tokens x (B, H, T, D) whose channels' partners are half a head away; cos, sin: (B, T, D), or None: x
     itself."""
     if cos is None or sin is None:
@@ -121,14 +121,14 @@ def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("kvrewrite::turn_both", mutates_args=())
 def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`turn` of queries (B, H, T, D) and keys (B, Hkv, T, D) of any number of tokens; cos, sin: (B or 1, T, D). In
+    """`rope` of queries (B, H, T, D) and keys (B, Hkv, T, D) of any number of tokens; cos, sin: (B or 1, T, D). In
     memory both results are (B, T, heads, D)."""
     if fused("turn_both", q):
         from kvrewrite.kernels.rotary.rope import turn_both as kernel
 
         return kernel(q, k, cos, sin)
-    turned_q, turned_k = [turn(x, cos, sin).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
-    return turned_q, turned_k
+    rotated_q, rotated_k = [rope(x, cos, sin).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    return rotated_q, rotated_k
 
 
 @turn_both.register_fake
@@ -155,9 +155,9 @@ def settle_keys(
     if fused("settle_keys", k_pages):
         from kvrewrite.kernels.rotary import rotate_cached_keys as kernel
 
-        kernel.settle(k_pages, pos_pages, table, lens, cos.contiguous(), sin.contiguous(), partner, undo)
+        kernel.rotate_cached_keys(k_pages, pos_pages, table, lens, cos.contiguous(), sin.contiguous(), partner, undo)
         return
-    settle(k_pages, pos_pages, table, lens, cos, sin, partner, undo)
+    rotate_cached_keys(k_pages, pos_pages, table, lens, cos, sin, partner, undo)
 
 
 @settle_keys.register_fake

@@ -53,13 +53,14 @@ def _(positions):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("kvrewrite::uniform", mutates_args=())
-def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
-    """A number in (0, 1) for each (seed, layer, head, position), fp32; positions: (B, Hkv, N)."""
-    return reference.uniform(positions, seed, layer)
+def uniform(positions: Tensor, seed: int, layer: int, first_head: int = 0) -> Tensor:
+    """A number in (0, 1) for each (seed, layer, head, position), fp32; positions: (B, Hkv, N). first_head: the number of
+    the first of these heads, where others are elsewhere."""
+    return reference.uniform(positions, seed, layer, first_head)
 
 
 @uniform.register_fake
-def _(positions, seed, layer):  # type: ignore[no-untyped-def]
+def _(positions, seed, layer, first_head=0):  # type: ignore[no-untyped-def]
     return torch.empty_like(positions, dtype=torch.float32)
 
 

@@ -11,7 +11,7 @@ from kvrewrite.kernels.update import reference
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.ops.groups import Fields, define
 from kvrewrite.ops.linear import ACTIVATIONS
-from kvrewrite.ops.rotary import turn
+from kvrewrite.ops.rotary import rope
 
 EVICTION = Fields(Eviction, "sinks=protected_first window chunk select drop")
 POOLS = ("k_pages", "v_pages", "score_pages", "pos_pages", "lens")
@@ -72,7 +72,7 @@ def token_update(
 
     head: (Hkv, W), contiguous: then scores (B, 1, W) is the hidden layer of a retaining head, whose scores are
     act(scores) head^T; activation: one of ops.linear.ACTIVATIONS. cos, sin: (B, 1, D): then k comes unrotated and is
-    cached rotated by `turn`.
+    cached rotated by `rope`.
 
     ranks: the second position of a slot says how many live slots of its head are newer: it is that of the newest token
     of the text, `positions`, minus their number. New tokens come with rotary = positions. When a slot goes, those that
@@ -87,7 +87,7 @@ def token_update(
     scores, (head, activation, cos, sin) = new.new_scores, preceding
     if head is not None:
         scores = linear(ACTIVATIONS[activation](scores), head).transpose(1, 2).to(torch.float32)
-    cache_update(new._replace(k=turn(new.k, cos, sin), new_scores=scores), rows, cache, eviction)
+    cache_update(new._replace(k=rope(new.k, cos, sin), new_scores=scores), rows, cache, eviction)
     if ranks:
         # Computed again for all slots: a head's newest one has the position of the newest token.
         following, renew = rows.positions[:, 0] + 1, rows.valid > 0

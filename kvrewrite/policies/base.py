@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvrewrite.errors import OptionError
 from kvrewrite.policies.budgets import pyramid
 from kvrewrite.policies.options import Options
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
@@ -61,6 +62,21 @@ class Policy(Options):
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
+        return self
+
+    def of_rank(self, rank: int, ranks: int) -> Policy:
+        """The policy as one of several processes has it, each of which holds a block of every layer's heads (tensor
+        parallelism). Raises OptionError where that is not possible."""
+        if self.merge:
+            raise OptionError(
+                f"{self.name}: merge=True judges the tokens of all heads of a layer together, and with tensor parallelism no "
+                "process has them all; use merge=False or one process"
+            )
+        if self.head_budgets != "equal" or self.shares_layers:
+            raise OptionError(
+                f"{self.name}: heads of several processes would share one budget, which is not possible; with tensor parallelism "
+                'use head_budgets="equal" (fast_kvzip: scope="head")'
+            )
         return self
 
     # -- graph ---------------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ class DuoAttention(Policy):
             )
         return dataclasses.replace(self, heads=heads)
 
+    def of_rank(self, rank: int, ranks: int) -> Policy:
+        """The pattern of a rank's own heads."""
+        super().of_rank(rank, ranks)
+        blocks = [(group, len(group) // ranks) for group in self.heads.split(",")]
+        return dataclasses.replace(self, heads=",".join(g[rank * n : (rank + 1) * n] for g, n in blocks))
+
     def _classify(self, tensors: dict[str, Any]) -> str:
         """Which heads keep everything."""
         pattern = tensors.get(PATTERN)

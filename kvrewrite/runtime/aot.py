@@ -48,15 +48,15 @@ def check_kind(kind: str | None, device: str | torch.device) -> None:
         return
     if kind not in KINDS:
         raise OptionError(f"compile is {kind!r}, expected {' or '.join(map(repr, KINDS))} or nothing")
-    if reason := reason_against(torch.device(device)):
+    if reason := why_not(torch.device(device)):
         raise OptionError(f"compile={kind!r}: {reason}. Leave it out, and call compile() where the model runs")
 
 
-def reason_against(device: torch.device) -> str:
-    """The reason why no steps are compiled ahead for a device with this version of torch, or ""."""
+def why_not(device: torch.device) -> str | None:
+    """The reason why no steps are compiled ahead for a device with this version of torch, or None."""
     if device.type == "cuda" and torch.__version__ < "2.12":
         return f"torch {torch.__version__} crashes when it loads such packages on a GPU (seen with 2.11 on an H100)"
-    return ""
+    return None
 
 
 def compile_ahead(model: RewrittenModel, folder: Path, batch_size: int = 1) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def load_ahead(model: RewrittenModel, directory: Path, manifest: Mapping[str, An
             f"the compiled steps in {directory} do not fit: they were made with {'; '.join(differ)}. Load without "
             "trust_compiled, or compile them again here (kvrewrite convert --compile aot)"
         )
-    if reason := reason_against(model.device):
+    if reason := why_not(model.device):
         raise ArtifactError(f"{directory}: {reason}. Load without trust_compiled")
     named = (model.graph_module.named_parameters, model.graph_module.named_buffers)
     tensors = {name: tensor.detach() for which in named for name, tensor in which(remove_duplicate=False)}

@@ -168,16 +168,28 @@ def check_rows(tokens: Tokens, position_ids: Tensor | None, cache: Request) -> N
 
 # -- the passes ------------------------------------------------------------------------------------------------------
 class Call:
-    """Runs a call: all rows side by side, one pass through the graph for each segment. plans: what each row does, segment by
-    segment; totals: its tokens once the call is through."""
+    """Runs a call: all rows side by side, one pass through the graph for each segment. `run` does it at once; or `advance`
+    until it is `finished`, then `logits`, of the last `columns` columns. plans: what each row does, segment by segment;
+    totals: its tokens once the call is through."""
 
-    def __init__(self, model: RewrittenModel, tokens: Tokens, cache: Request):
-        self.model, self.tokens, self.cache = model, tokens, cache
+    def __init__(self, model: RewrittenModel, tokens: Tokens, cache: Request, columns: int):
+        self.model, self.tokens, self.cache, self.columns = model, tokens, cache, columns
         self.plans = [
             cache.segments(row, n, decodes) for row, (n, decodes) in enumerate(zip(tokens.counts, tokens.decoding))
         ]
         self.totals = [seen + n for seen, n in zip(cache.seen, tokens.counts)]
         self.reserve = self._reserve()
+        self.passes = max(map(len, self.plans), default=0)
+        self.step, self._done = 0, [0] * len(self.plans)
+        self._logits: Tensor | None = None
+        begin = tokens.ids.shape[1] - columns
+        # Each row's first token whose logits are asked for.
+        self._lowest = [int(np.searchsorted(found, begin)) for found in tokens.where]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all passes are through."""
+        return self.step >= self.passes
 
     def _reserve(self) -> int:
         """Slots per head that pools should have room for: what the longest row holds on the way and in the end, and what its
@@ -192,36 +204,42 @@ class Call:
             most = max(most, *after, int(slots_decoded(held, coming, self.model.policy.decode_segment(last).keep)))
         return most
 
-    def run(self, columns: int) -> Tensor:
-        """The logits of the last `columns` columns (rows, columns, vocabulary), zero where a row has no token."""
-        rows, begin = range(len(self.plans)), self.tokens.ids.shape[1] - columns
-        logits: Tensor | None = None
-        done = [0] * len(rows)
-        # Each row's first token whose logits are asked for.
-        lowest = [int(np.searchsorted(found, begin)) for found in self.tokens.where]
-        for step in range(max(map(len, self.plans), default=0)):
+    def run(self) -> Tensor:
+        """All passes; the logits."""
+        while not self.finished:
             if self.cache.before_chunk is not None:
                 self.cache.before_chunk()
-            segments = [plan[step] if step < len(plan) else None for plan in self.plans]
-            valid = [s.length if s else 0 for s in segments]
-            parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, done, valid)]
-            # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
-            wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(lowest, done, valid)]
-            out = self._pass(segments, parts, wanted)
-            if out is not None:
-                if logits is None:
-                    logits = out.new_zeros(len(rows), columns, out.shape[-1])
-                for row in rows:
-                    if wanted[row]:
-                        at = parts[row][wanted[row][0] :] - begin
-                        adjacent = at[-1] - at[0] + 1 == len(at)
-                        target: Any = slice(int(at[0]), int(at[-1]) + 1) if adjacent else to_device(at, out.device)
-                        logits[row, target] = out[row, : len(at)]
-            done = [d + n for d, n in zip(done, valid)]
-        if logits is None:
-            vocab_size, dtype = self.model.program.vocab_size, self.model.dtype
-            return torch.zeros(len(rows), columns, vocab_size, device=self.cache.device, dtype=dtype)
-        return logits
+            self.advance()
+        return self.logits
+
+    def advance(self) -> None:
+        """One pass: the next segment of every row that has one."""
+        step, done, begin = self.step, self._done, self.tokens.ids.shape[1] - self.columns
+        segments = [plan[step] if step < len(plan) else None for plan in self.plans]
+        valid = [s.length if s else 0 for s in segments]
+        parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, done, valid)]
+        # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
+        wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(self._lowest, done, valid)]
+        out = self._pass(segments, parts, wanted)
+        if out is not None:
+            if self._logits is None:
+                self._logits = out.new_zeros(len(valid), self.columns, out.shape[-1])
+            for row, picked in enumerate(wanted):
+                if picked:
+                    at = parts[row][picked[0] :] - begin
+                    adjacent = at[-1] - at[0] + 1 == len(at)
+                    target: Any = slice(int(at[0]), int(at[-1]) + 1) if adjacent else to_device(at, out.device)
+                    self._logits[row, target] = out[row, : len(at)]
+        self._done = [d + n for d, n in zip(done, valid)]
+        self.step += 1
+
+    @property
+    def logits(self) -> Tensor:
+        """Those of the last columns (rows, columns, vocabulary), zero where a row has no token."""
+        if self._logits is None:
+            shape = (len(self.plans), self.columns, self.model.program.vocab_size)
+            return torch.zeros(shape, device=self.cache.device, dtype=self.model.dtype)
+        return self._logits
 
     def _pass(self, segments: list[Segment | None], parts: list[np.ndarray], wanted: list[list[int]]) -> Tensor | None:
         """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
@@ -230,13 +248,15 @@ class Call:
         if self.model.program.layout.contiguous:
             always = self.model.policy.renews_ranks_in_decoding
             # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
-            renew = [always or not (d and settled) for d, settled in zip(self.tokens.decoding, cache.settled)]
+            renew = [always or not (d and frozen) for d, frozen in zip(self.tokens.decoding, cache.ranks_frozen)]
         plan = cache.plan(segments, self.totals, renew)
         cache.hold(plan, self.reserve)
         inputs = cache.inputs(plan)
         if renew is not None:
             cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
-            cache.settled = [d if n else s for d, n, s in zip(self.tokens.decoding, plan.tokens, cache.settled)]
+            cache.ranks_frozen = [
+                d if n else f for d, n, f in zip(self.tokens.decoding, plan.tokens, cache.ranks_frozen)
+            ]
             inputs["renew"] = to_device(torch.tensor(renew), cache.device)
         inputs.update(self._inputs(segments, parts, wanted))
         out = self.model.run_graph(inputs, logits=any(wanted))

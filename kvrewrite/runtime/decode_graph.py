@@ -23,12 +23,12 @@ from kvrewrite.cache.request import WIDE, row_inputs
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
-from kvrewrite.kernels.quantized.split import why_not
+from kvrewrite.kernels.quantized.split import why_not as why_no_kernel
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy
 from kvrewrite.runtime.key_rotation import KeyRotation, rotates_keys
-from kvrewrite.runtime.parts import Execution, reason_against_graphs, record_graph
+from kvrewrite.runtime.parts import Execution, record_graph, why_not_captured
 
 if TYPE_CHECKING:
     from kvrewrite.cache.eviction_cache import EvictionCache
@@ -40,8 +40,8 @@ ROOM = 4096  # slots per head that a captured step has room for beyond those at 
 SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
 
 
-def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """The reason why single tokens of this program don't run from static buffers on a device, or ""."""
+def why_not(program: Program, policy: Policy, device: torch.device) -> str | None:
+    """The reason why single tokens of this program don't run from static buffers on a device, or None."""
     if policy.merge:
         return "merging asks the device how many slots go"
     scheme = program.layout.scheme
@@ -51,13 +51,13 @@ def reason_against(program: Program, policy: Policy, device: torch.device) -> st
         # What the reference writes depends on what it reads, which a captured graph can't do.
         sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
         for spec in program.layout.classes:
-            why = why_not(scheme, spec.k_dim, spec.v_dim)
+            why = why_no_kernel(scheme, spec.k_dim, spec.v_dim)
             if not fused("cache_update_quantized", sample, why):
                 why = why or f"not in {program.dtype}, or kernels are off"
                 return f"there is no kernel for the update of this quantized cache ({why})"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
-    return reason_against_graphs(program.graph) if device.type == "cuda" else ""
+    return why_not_captured(program.graph) if device.type == "cuda" else None
 
 
 class _Rows:
@@ -70,10 +70,10 @@ class _Rows:
         self.numbers = [host.numpy() for host in self.host]
         self.sent = [torch.cuda.Event() if pinned else None for _ in range(RING)]
         self.device = torch.zeros(len(names), batch, dtype=torch.int64, device=device)
-        self.turn = 0
+        self.next = 0
 
     def send(self, values: dict[str, list[int]]) -> None:
-        at, self.turn = self.turn, (self.turn + 1) % RING
+        at, self.next = self.next, (self.next + 1) % RING
         event = self.sent[at]
         if event is not None:
             event.synchronize()
@@ -234,7 +234,7 @@ class DecodeRunner:
 
     def step(self, ids: Tensor, cache: EvictionCache) -> Tensor:
         """One token (B, 1) of every row; logits (B, 1, vocabulary)."""
-        if self.key_rotation is not None and self.rotates_keys and not cache.keys_settled:
+        if self.key_rotation is not None and self.rotates_keys and not cache.keys_rotated:
             self.key_rotation.rotate(cache)
         if self.key_rotation is not None and not self.rotates_keys and not cache.ranks_held:
             self.key_rotation.hold_ranks(cache)
@@ -265,7 +265,7 @@ class DecodeRunner:
         step.ids.copy_(ids)
         logits = step()
         if next_rotary is not None:
-            cache.next_rotary, cache.settled = next_rotary, [True] * cache.batch_size
+            cache.next_rotary, cache.ranks_frozen = next_rotary, [True] * cache.batch_size
         cache.commit(plan)
         self._ahead = self._look_ahead(step, cache)
         return logits
@@ -302,7 +302,8 @@ class DecodeRunner:
         for lease, part in zip(cache.leases, plan.classes):
             held = int(lease.bound.max())
             coming = max(ROOM, (cache.max_length or 0) - max(cache.seen), held // 2)
-            slots = int(slots_decoded(held, coming, part.budgets.most.max()))
+            most = part.budgets.most[:, np.flatnonzero(plan.tokens)]  # rows that rest have no budget
+            slots = int(slots_decoded(held, coming, most.max()))
             widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
         span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
         return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 
 from kvrewrite.errors import InputError
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
-from kvrewrite.runtime.decode_graph import DecodeRunner, reason_against
+from kvrewrite.runtime import decode_graph, prompt_graph
+from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.runtime.prompt_graph import PrefillRunner
-from kvrewrite.runtime.prompt_graph import reason_against as reason_against_chunks
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -61,12 +61,12 @@ def compiled(model: RewrittenModel, static_decode: bool | None, options: dict[st
     if static_decode is False or (static_decode is None and not on_cuda):
         return found
     subject = model.program, model.policy, model.device
-    if reason := reason_against(*subject):
+    if reason := decode_graph.why_not(*subject):
         # To whom called `compile`, which has a decorator.
         warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=4)
         return found
     found.token = DecodeRunner(model, folded, compiler, capture=on_cuda)
-    if not reason_against_chunks(*subject):
+    if prompt_graph.why_not(*subject) is None:
         found.prompt = PrefillRunner(execution, capture=on_cuda)
     return found
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.errors import CacheError, InputError
+from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.call import check_cache, check_ids_form
 from kvrewrite.runtime.whole_prompts import check_chunk_size
@@ -58,6 +59,8 @@ class Generation(GenerationMixin):
     base_model_prefix = ""
 
     policy: Policy
+    program: Program
+    device: Any
     cache_owners: Any
     new_cache: Callable[..., EvictionCache]
 
@@ -104,7 +107,18 @@ class Generation(GenerationMixin):
         if given is not None:
             check_cache(self, given, None)
             self._check_text(ids, kwargs.get("attention_mask"), given)
+        self._agree(ids)
         return super().generate(*args, **kwargs)
+
+    def _agree(self, ids: Any) -> None:
+        """The processes of a tensor-parallel model go on with the same ids and the same random numbers."""
+        parallel = self.program.parallel
+        if parallel is not None:
+            from kvrewrite.runtime.parallel import check_same, share_chance
+
+            if isinstance(ids, Tensor):
+                check_same(ids.to(self.device), parallel.peers)
+            share_chance(self.device)
 
     @staticmethod
     def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:

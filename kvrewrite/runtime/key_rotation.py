@@ -47,13 +47,13 @@ class KeyRotation:
     def rotate(self, cache: EvictionCache) -> None:
         """Ranks that are not final yet are made, then keys are rotated in place."""
         device = self.model.device
-        renew = [not s and n > 0 for s, n in zip(cache.settled, cache.seen)]
+        renew = [not s and n > 0 for s, n in zip(cache.ranks_frozen, cache.seen)]
         cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
-        cache.settled = [s or r for s, r in zip(cache.settled, renew)]
+        cache.ranks_frozen = [s or r for s, r in zip(cache.ranks_frozen, renew)]
         following, anew = to_device(cache.next_rotary, device), to_device(renew, device)
         span = torch.empty(0, max(1, *cache.seen), device=device)
         self._apply(cache, undo=False, ranks=(following, anew, span) if any(renew) else None)
-        cache.keys_settled = True
+        cache.keys_rotated = True
 
     def hold_ranks(self, cache: EvictionCache) -> None:
         """Writes the ranks of all slots to their pages, counted from the newest token of the text."""
@@ -70,7 +70,7 @@ class KeyRotation:
     def undo(self, cache: EvictionCache) -> None:
         """Keys are unrotated again."""
         self._apply(cache, undo=True, ranks=None)
-        cache.keys_settled = False
+        cache.keys_rotated = False
 
     def _apply(self, cache: EvictionCache, undo: bool, ranks: tuple[Tensor, Tensor, Tensor] | None) -> None:
         for lease in cache.leases:
@@ -81,5 +81,5 @@ class KeyRotation:
             where = (lease.store.pos_pages, lease.table[layer], lease.lens[layer])
             if ranks is not None:
                 ops.slot_rotary(*where, *ranks)
-            turn = self.model.graph_module.get_buffer(partner)
-            ops.settle_keys(lease.store.k_pages, *where, *tables[rotation], turn, undo)
+            channels = self.model.graph_module.get_buffer(partner)
+            ops.settle_keys(lease.store.k_pages, *where, *tables[rotation], channels, undo)

@@ -348,11 +348,11 @@ class RewrittenModel(Pretrained, Generation):
         if decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
             logits = decoder.step(input_ids, cache)
         else:
-            if cache.keys_settled:
+            if cache.keys_rotated:
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
-            logits = Call(self, tokens, cache).run(columns)
+            logits = Call(self, tokens, cache, columns).run()
         cache.record(input_ids, tokens.real, generated)
         out = self._output(logits, cache, use_cache, return_dict)
         return out if labels is None else with_loss(out, logits, labels, attention_mask, num_items_in_batch)

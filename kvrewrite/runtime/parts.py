@@ -33,11 +33,11 @@ def dynamic_sizes() -> Iterator[None]:
 HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "transformers.grouped_mm_fallback.default")
 
 
-def reason_against_graphs(gm: fx.GraphModule) -> str:
-    """The reason why a graph can't be captured as a CUDA graph, judging by its ops, or ""."""
+def why_not_captured(gm: fx.GraphModule) -> str | None:
+    """The reason why a graph can't be captured as a CUDA graph, judging by its ops, or None."""
     found = {str(n.target) for n in gm.graph.nodes if n.op == "call_function"} & set(HOST_READS)
     if not found:
-        return ""
+        return None
     name = min(found)
     why = " (experts multiply so in other dtypes than bfloat16)" if "grouped_mm" in name else ""
     return f"{name.removesuffix('.default')} looks at results on the host{why}"

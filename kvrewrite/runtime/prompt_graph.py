@@ -27,17 +27,17 @@ from kvrewrite.runtime.parts import Execution, record_graph
 KEPT = 8  # shapes whose buffers and graphs are kept; the one that was not used for longest goes first
 
 
-def reason_against(program: Program, policy: Policy, device: torch.device) -> str:
-    """Why chunks of this program are not captured; "" where they are. What speaks against captured tokens does here,
+def why_not(program: Program, policy: Policy, device: torch.device) -> str | None:
+    """The reason why chunks of this program are not captured, or None. What speaks against captured tokens does here,
     too."""
-    if reason := decode_graph.reason_against(program, policy, device):
+    if reason := decode_graph.why_not(program, policy, device):
         return reason
     if program.layout.quantize is not None:
         return "what is coded anew in a quantized cache is looked up on the host"
     sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)
     if device.type == "cuda" and not fused("cache_update", sample):
         return f"there are no kernels for {program.dtype}, or they are off; the reference looks at results on the host"
-    return ""
+    return None
 
 
 class _Chunk:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.errors import KVRewriteError, UnsupportedModelError
-from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProduct, difference, widen
+from kvrewrite.ir.evaluate import EvaluationError, Evaluator, ThinProduct, difference, widen
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.canonical.both_graphs import FARTHEST
@@ -61,7 +61,7 @@ def prove_whole(program: Program, captured: Captured, reference: Reference) -> l
     """
     from kvrewrite.policies.full import Full
 
-    model = _rehearsed(program, captured.stand_ins)
+    model = rehearsed(program, captured.stand_ins)
     kept = model.policy.quantize_residual if model.policy.quantize != "none" else None
     model.policy = Full(chunk=None, positions=model.policy.positions)
     # Of a quantized cache the newest slots are exact, and only those.
@@ -141,8 +141,9 @@ def _as_they_are(name: str, value: Any) -> Any:
     return value.to("cpu", widen(value.dtype)) if isinstance(value, Tensor) else value
 
 
-def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
-    """The program as a model on the CPU in float64, with stand-in weights that are never multiplied out."""
+def rehearsed(program: Program, stand_ins: Any, evaluator: Evaluator | None = None) -> Any:
+    """The program as a model on the CPU in float64, with stand-in weights that are never multiplied out. evaluator: what
+    runs its graph."""
     from kvrewrite.runtime.executor import Executor
     from kvrewrite.runtime.foreign_config import foreign_config
     from kvrewrite.runtime.model import RewrittenModel
@@ -168,6 +169,6 @@ def _rehearsed(program: Program, stand_ins: StandIns) -> Any:
     layout = dataclasses.replace(program.layout, states=states, devices=None)
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
     model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
-    model.executor = Executor(_Run(Evaluator(program.graph.graph, program.graph, stand_ins)))
+    model.executor = Executor(_Run(evaluator or Evaluator(program.graph.graph, program.graph, stand_ins)))
     model._rotary_graphs = [_RunRotary(gm) for gm in model._rotary_graphs]
     return model

@@ -86,16 +86,16 @@ class TextStream:
         if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""  # the middle of a character, or a special token
         self._begin, self._read = self._read, len(self._ids)
-        return self._settle(now[len(before) :])
+        return self._release(now[len(before) :])
 
-    def _settle(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         whole = self._held + text
         found = self._finder.feed(text)
         if found is not None:
             end, length = found
             self.stopped = True
-            settled, self._held = whole[: len(self._held) + end - length], ""
-            return settled
+            released, self._held = whole[: len(self._held) + end - length], ""
+            return released
         cut = len(whole) - self._finder.held
         self._held = whole[cut:]
         return whole[:cut]
@@ -105,5 +105,5 @@ class TextStream:
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._begin : self._read])
-        settled = self._settle(self._decode(self._ids[self._begin :])[len(before) :])
-        return settled + self._held
+        released = self._release(self._decode(self._ids[self._begin :])[len(before) :])
+        return released + self._held

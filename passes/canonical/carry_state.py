@@ -44,7 +44,7 @@ def carry_state(captured: Captured) -> None:
     """
     gm = captured.graph
     if captured.unrolled:
-        _settle_lengths(captured)
+        _resolve_lengths(captured)
     for node in gm.graph.nodes:
         if is_op(node, ops.decayed_sum.default):
             node.meta[CARRIED] = ""
@@ -69,14 +69,14 @@ def carry_state(captured: Captured) -> None:
     gm.recompile()
 
 
-def _settle_lengths(captured: Captured) -> None:
+def _resolve_lengths(captured: Captured) -> None:
     """Replaces sizes that equal the length by the length. A loop over chunks ends at a chunk's or the text's end, so
     the length of its results is the sum of all these differences."""
     length, tokens = captured.length_symbol, captured.trace_length
     ids = placeholder(captured.graph, "input_ids")
     assert ids is not None
 
-    def settled(size: Any) -> Any:
+    def resolved(size: Any) -> Any:
         expr = symbol(size)
         if getattr(expr, "free_symbols", None) != {length}:
             return size
@@ -89,10 +89,10 @@ def _settle_lengths(captured: Captured) -> None:
     known = size_node(captured, 1)
     for node in list(captured.graph.graph.nodes):
         value = node.meta.get("val")
-        if is_size(node) and settled(value) is not value:
+        if is_size(node) and resolved(value) is not value:
             node.replace_all_uses_with(known)
         elif isinstance(value, Tensor) and hasattr(value, "fake_mode"):
-            sizes = [settled(s) for s in value.shape]
+            sizes = [resolved(s) for s in value.shape]
             if any(a is not b for a, b in zip(sizes, value.shape)):
                 with value.fake_mode:
                     node.meta["val"] = value.new_empty(sizes)

@@ -190,11 +190,11 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
     for position in (p for p in (1, 2, 7, 100) if p < limit):
         units = torch.eye(dim).expand(1, kv_heads, dim, dim).contiguous()
         try:
-            turned = replay(units, torch.full((1, dim), position))
+            rotated = replay(units, torch.full((1, dim), position))
         except (RuntimeError, IndexError) as error:
             raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
-        matrices.append(turned[0, 0].double().T)  # column i: the image of unit vector i
-        if not torch.allclose(turned, turned[:, :1].expand_as(turned), atol=1e-5):
+        matrices.append(rotated[0, 0].double().T)  # column i: the image of unit vector i
+        if not torch.allclose(rotated, rotated[:, :1].expand_as(rotated), atol=1e-5):
             raise _NotPairs("the rotation differs between kv heads")
     for matrix in matrices:
         off = (matrix - torch.diag(torch.diagonal(matrix))).abs() > 1e-7
@@ -209,12 +209,12 @@ def _pairing(replay: fx.GraphModule, kv_heads: int, dim: int, limit: int | None)
     positions = torch.tensor([[0, 1, 3, 50, 1000]]).clamp(max=limit - 1)
     try:
         cos, sin = _split(replay, kv_heads, partner, positions[0])
-        turned = replay(x, positions).float()
+        rotated = replay(x, positions).float()
     except (RuntimeError, IndexError) as error:
         raise _NotPairs(f"the rotation could not be evaluated on its own ({str(error).splitlines()[0]})") from error
     dtype = torch.promote_types(cos.dtype, torch.float32)
     cos, sin = cos.float(), sin.float()
-    if not torch.allclose(turned, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
+    if not torch.allclose(rotated, x * cos + x[..., partner] * sin, atol=1e-3, rtol=1e-3):
         raise _NotPairs("the rotation is not linear in the key")
     return partner, dtype
 
@@ -224,10 +224,10 @@ def _split(replay: fx.GraphModule, kv_heads: int, partner: Tensor, positions: Te
     first = _halves(partner)
     x = torch.stack([first, 1 - first]).to(torch.float32)[:, None, None, :]
     x = x.expand(2, kv_heads, len(positions), -1).contiguous()
-    turned = replay(x, positions.expand(2, -1))[:, 0]
-    cos = torch.where(first.bool(), turned[0], turned[1])
+    rotated = replay(x, positions.expand(2, -1))[:, 0]
+    cos = torch.where(first.bool(), rotated[0], rotated[1])
     alone = partner == torch.arange(len(partner))
-    return cos, torch.where(alone, 0.0, torch.where(first.bool(), turned[1], turned[0]))
+    return cos, torch.where(alone, 0.0, torch.where(first.bool(), rotated[1], rotated[0]))
 
 
 def _halves(partner: Tensor) -> Tensor:
@@ -274,10 +274,10 @@ def _table_graph(replay: fx.GraphModule, kv_heads: int, partner: Tensor) -> fx.G
     rows = graph.call_function(
         aten.expand.default, (graph.call_function(aten.unsqueeze.default, (positions, 0)), [2, length])
     )
-    turned = graph.graph_copy(replay.graph, _bind(replay, x, rows))
-    turned = graph.call_function(aten.select.int, (turned, 1, 0))
-    a = graph.call_function(aten.select.int, (turned, 0, 0))
-    b = graph.call_function(aten.select.int, (turned, 0, 1))
+    rotated = graph.graph_copy(replay.graph, _bind(replay, x, rows))
+    rotated = graph.call_function(aten.select.int, (rotated, 1, 0))
+    a = graph.call_function(aten.select.int, (rotated, 0, 0))
+    b = graph.call_function(aten.select.int, (rotated, 0, 1))
     mask = graph.get_attr("rotary_first")
     other = graph.call_function(aten.rsub.Scalar, (mask, 1))
 

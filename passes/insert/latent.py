@@ -75,12 +75,12 @@ def _absorb(gm: fx.GraphModule, node: fx.Node, found: Latent, keys: dict[Any, tu
             keys[found.latent, found.rotary] = key, add_call(gm, aten.slice.Tensor, key, 3, 0, rank)
         key, value = keys[found.latent, found.rotary]
         if found.rotary_first:
-            turned, rest = (add_call(gm, aten.slice.Tensor, q, 3, *ends) for ends in ((0, rotary), (rotary, width)))
-            q = add_call(gm, aten.cat.default, [rest, turned], -1)
+            rotated, rest = (add_call(gm, aten.slice.Tensor, q, 3, *ends) for ends in ((0, rotary), (rotary, width)))
+            q = add_call(gm, aten.cat.default, [rest, rotated], -1)
         nope = add_call(gm, aten.slice.Tensor, q, 3, 0, width - rotary)
-        turned = add_call(gm, aten.slice.Tensor, q, 3, width - rotary, width)
+        rotated = add_call(gm, aten.slice.Tensor, q, 3, width - rotary, width)
         absorbed = add_call(gm, aten.einsum.default, ABSORB, [nope, head_rows(gm, found.keys, site.heads)])
-        absorbed = add_call(gm, aten.cat.default, [absorbed, turned], -1)
+        absorbed = add_call(gm, aten.cat.default, [absorbed, rotated], -1)
         latent = {**named_args(node), "q": absorbed, "k": key, "v": value}
         attention = add_call(gm, SOURCE, *op_args(SOURCE, **latent))
         out = add_call(gm, aten.einsum.default, PROJECT, [attention, head_rows(gm, found.values, site.heads)])

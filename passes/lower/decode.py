@@ -2,7 +2,7 @@
 runs.
 
 Requires a graph after `insert_cache`; ensures the same results up to rounding. Attention with its mass comes from one
-op, linears of the same input are one launch, and where ranks are frozen (`settled`) cached keys lie rotated in their
+op, linears of the same input are one launch, and where ranks are frozen (`keys_rotated`) cached keys lie rotated in their
 pages, so that nothing is rotated while decoding. Where ranks change with every token, attention rotates keys as it
 reads them, and the update keeps ranks up to date. The saved program stays as it is.
 """
@@ -35,30 +35,30 @@ ops = torch.ops.kvrewrite
 aten = torch.ops.aten
 
 
-def lower_decode(gm: fx.GraphModule, settled: bool) -> fx.GraphModule:
+def lower_decode(gm: fx.GraphModule, keys_rotated: bool) -> fx.GraphModule:
     """A copy for single tokens."""
     latents = [_absorb_latents] if calls(gm, ops.latent_attention.default) else []
     steps = [
-        _use_settled_keys if settled else fuse_reads,
+        _use_rotated_keys if keys_rotated else fuse_reads,
         *latents,
         _ignore_flags,
         fuse_mass,
         take_the_only_row,
         _keep_pages,
         _fuse_updates,
-        *([] if settled else [_turn_keys_in_attention]),
+        *([] if keys_rotated else [_rotate_keys_in_attention]),
         _fuse_linears,
         fuse_norms,
         erase_dead,
     ]
-    return lowered(gm, "decode_settled_" if settled else "decode_", steps)
+    return lowered(gm, "decode_rotated_" if keys_rotated else "decode_", steps)
 
 
 def _fuse_linears(gm: fx.GraphModule) -> None:
     fuse_linears(gm, singles=True)
 
 
-def _use_settled_keys(gm: fx.GraphModule) -> None:
+def _use_rotated_keys(gm: fx.GraphModule) -> None:
     """Attention reads the pages as they are, and the new token's key is cached rotated, too."""
     rotated: dict[Any, Any] = {}
     for node in calls(gm, ops.cached_attention.default):
@@ -94,10 +94,10 @@ def _absorb_latents(gm: fx.GraphModule) -> None:
             if watchers:
                 absorbed = arg(watchers[0], "q")
             else:
-                nope, turned = (_call(gm, aten.slice.Tensor, q, 3, *e) for e in ((0, keys[2]), (keys[2], END)))
+                nope, rotated = (_call(gm, aten.slice.Tensor, q, 3, *e) for e in ((0, keys[2]), (keys[2], END)))
                 w_k = _head_rows(gm, up_k, heads, *keys)
                 absorbed = _call(gm, aten.einsum.default, ABSORB, [nope, w_k])
-                absorbed = _call(gm, aten.cat.default, [absorbed, turned], -1)
+                absorbed = _call(gm, aten.cat.default, [absorbed, rotated], -1)
             value = _call(gm, aten.slice.Tensor, k, 3, 0, rank)
             attend = ops.cached_attention.default
             found_args = op_args(attend, q=absorbed, k=k, v=value, k_dense=None, hidden=None, **args)
@@ -169,9 +169,9 @@ def _keep_pages(gm: fx.GraphModule) -> None:
 def _fuse_updates(gm: fx.GraphModule) -> None:
     """The update of one token takes in what precedes it: its rotation, and what a retaining head does after its hidden
     layer. Attention takes in the rotation, too."""
-    turns = {n: rotation(n) for n in calls(gm, aten.add.Tensor)}
+    rotations = {n: rotation(n) for n in calls(gm, aten.add.Tensor)}
     whole: dict[Any, Any] = {}  # rotated token -> (token, cos, sin), where nothing but attention and updates needs it
-    for node, found in turns.items():
+    for node, found in rotations.items():
         if found is not None and all(_takes_unrotated(user, node) for user in node.users):
             whole[node] = found
     for node in calls(gm, ops.decode_attention.default):
@@ -207,7 +207,7 @@ def _as_token_update(update: fx.Node, **changed: Any) -> None:
     replace(update, fused, op_args(fused, **{**kept, **changed}))
 
 
-def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
+def _rotate_keys_in_attention(gm: fx.GraphModule) -> None:
     """Contiguous positions that change with every token: `decode_attention` rotates the keys, and `token_update` keeps
     ranks in the pages, both as their docstrings say. Where something else wants the rotated keys, or channels have
     other partners than those half a head away, they are made as before."""
@@ -226,9 +226,9 @@ def _turn_keys_in_attention(gm: fx.GraphModule) -> None:
             or (is_op(updates[0], ops.cache_update.default) and shares_or_merges(updates[0]))
         ):
             continue
-        turned = {"following": arg(ranks, "following"), "key_cos": arg(read, "cos"), "key_sin": arg(read, "sin")}
+        rotated = {"following": arg(ranks, "following"), "key_cos": arg(read, "cos"), "key_sin": arg(read, "sin")}
         for node in readers:
-            set_args(node, k_dense=None, early=False, **turned)
+            set_args(node, k_dense=None, early=False, **rotated)
         gm.graph.erase_node(read)
         gm.graph.erase_node(ranks)
         (update,) = updates

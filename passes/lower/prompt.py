@@ -48,7 +48,7 @@ def fold(gm: fx.GraphModule) -> fx.GraphModule:
 
 def lower_prefill(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy for prompts."""
-    steps = [_rank_all_layers, fuse_reads, _turn_both, _overlap, _fuse_gates, erase_dead]
+    steps = [_rank_all_layers, fuse_reads, _rotate_both, _overlap, _fuse_gates, erase_dead]
     return lowered(gm, "prefill_", steps)
 
 
@@ -114,7 +114,7 @@ def _rank_all_layers(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def _turn_both(gm: fx.GraphModule) -> None:
+def _rotate_both(gm: fx.GraphModule) -> None:
     """RoPE of the new tokens' queries and keys in one pass."""
     order: dict[fx.Node, float] = {node: i for i, node in enumerate(gm.graph.nodes)}
     done: set[fx.Node] = set()

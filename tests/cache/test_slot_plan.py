@@ -185,9 +185,9 @@ class Request:
             for at, head in self.places(part, c):
                 lengths[at] = len(head.tokens)
             after = np.where(part.deals[None, :, None], lengths, part.after)
-            assert np.array_equal(part.settle(part.after, lengths), after)
+            assert np.array_equal(part.with_dealt(part.after, lengths), after)
             competes = part.deals.any() and self.policy.head_budgets != "equal"
-            shares.append(part.settle_shares(self.shares[c], lengths if competes else None))
+            shares.append(part.next_shares(self.shares[c], lengths if competes else None))
             self.classes[c].bound = lengths if plan.loose else after
             for at, _ in self.places(part, c):
                 i, row, h = at

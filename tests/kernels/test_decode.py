@@ -13,9 +13,9 @@ from kvrewrite.kernels.attention import decode
 from kvrewrite.kernels.groups import Cache as Written
 from kvrewrite.kernels.groups import Eviction, NewTokens, Preceding, Rows
 from kvrewrite.kernels.update.decode import decode_update as update
-from kvrewrite.ops.decode import turn
 from kvrewrite.ops.dispatch import kernels
 from kvrewrite.ops.linear import ACTIVATIONS
+from kvrewrite.ops.rotary import rope
 from tests.support.flat import flat
 
 attend = flat(decode.decode_attention)
@@ -218,7 +218,7 @@ def test_rotates_queries_and_keys(d: int, dv: int) -> None:
     cos, sin = torch.randn(2, 3, d, generator=g)[:, 1:2].to(DEVICE), torch.randn(2, 1, d, generator=g).to(DEVICE)
     given = case.on_device()
     got = attend(**given, **case.options, mass=True, cos=cos, sin=sin)
-    given["q"], given["k"] = turn(given["q"], cos, sin), turn(given["k"], cos, sin)
+    given["q"], given["k"] = rope(given["q"], cos, sin), rope(given["k"], cos, sin)
     expected = attend(**given, **case.options, mass=True)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -500,7 +500,7 @@ def test_makes_scores_and_rotates(width: int, activation: str) -> None:
         shared = [x.to(DEVICE, torch.int64 if x is now else torch.int32) for x in rows]
         eviction = Eviction(protected_first=1)
         first, second = (cache.state() for cache in caches)
-        update(NewTokens(turn(k, cos, sin), v, scores), Rows(*shared), Written(*first), eviction)
+        update(NewTokens(rope(k, cos, sin), v, scores), Rows(*shared), Written(*first), eviction)
         preceding = Preceding(head, activation, cos, sin)
         update(NewTokens(k, v, hidden), Rows(*shared), Written(*second), eviction, preceding)
         for a, b in zip(first, second):

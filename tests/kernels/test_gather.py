@@ -11,7 +11,7 @@ from torch import Tensor
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.groups import KeyRotation
 from kvrewrite.kernels.rotary import gather, ranks, rotate_cached_keys
-from kvrewrite.kernels.rotary import reference as settle_reference
+from kvrewrite.kernels.rotary import reference as rotary_reference
 from kvrewrite.kernels.update import reference
 from tests.support.products import pairwise
 
@@ -232,14 +232,14 @@ def check_random(seed: int, scale: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["half", "pairs"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("undo", [False, True])
-def test_settle(dim: int, half: int, kind: str, dtype: torch.dtype, undo: bool) -> None:
+def test_rotate_cached_keys(dim: int, half: int, kind: str, dtype: torch.dtype, undo: bool) -> None:
     at = layout(11, [[100, 0, 64], [1, 128, 65]], 3)
     k = pool(at, dim, dtype)
     cos, sin, partner = rotation(dim, half, kind, torch.float32)
     rest = (k, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
     mine, wanted = k.clone(), k.clone()
-    rotate_cached_keys.settle(mine, *rest[1:])
-    settle_reference.settle(wanted, *rest[1:])
+    rotate_cached_keys.rotate_cached_keys(mine, *rest[1:])
+    rotary_reference.rotate_cached_keys(wanted, *rest[1:])
     assert torch.equal(dense(mine, at), dense(wanted, at)) and not torch.equal(dense(mine, at), dense(k, at))
     live = torch.zeros_like(k[..., 0], dtype=torch.bool)
     pages.write(live, at["table"], torch.arange(3 * PAGE, device=DEVICE).expand(2, 3, -1), *_alive(at))
@@ -253,13 +253,13 @@ def _alive(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return live, live
 
 
-def test_settle_there_and_back() -> None:
+def test_rotate_cached_keys_there_and_back() -> None:
     at = layout(12, [[1000, 700]], 16)
     k = pool(at, 64, torch.float32)
     cos, sin, partner = rotation(64, 32, "half", torch.float32)
     mine = k.clone()
     for undo in (False, True):
-        rotate_cached_keys.settle(mine, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
+        rotate_cached_keys.rotate_cached_keys(mine, at["pos_pages"], at["table"], at["lens"], cos, sin, partner, undo)
     torch.testing.assert_close(dense(mine, at), dense(k, at), atol=1e-3, rtol=1e-3)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvrewrite.kernels.rotary.rope import turn_both
-from kvrewrite.ops.decode import turn
+from kvrewrite.ops.rotary import rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,9 +33,9 @@ def test_turn_both(b: int, h: int, hkv: int, t: int, d: int, shared: bool, dtype
     for x, got in zip((q, k), turn_both(q, k, cos, sin), strict=True):
         assert got.shape == x.shape and got.transpose(1, 2).is_contiguous()
         if dtype == torch.float32:
-            assert torch.equal(got, turn(x, cos, sin))
-        exact = turn(x.double(), cos.double(), sin.double())
-        assert (got.double() - exact).norm() <= (turn(x, cos, sin).double() - exact).norm() + 1e-12
+            assert torch.equal(got, rope(x, cos, sin))
+        exact = rope(x.double(), cos.double(), sin.double())
+        assert (got.double() - exact).norm() <= (rope(x, cos, sin).double() - exact).norm() + 1e-12
 
 
 def test_what_is_refused() -> None:

@@ -14,7 +14,7 @@ from kvrewrite.analysis.memory import carried_bytes, plan_memory
 from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.kernels.recurrence import reference
-from kvrewrite.runtime.parts import reason_against_graphs
+from kvrewrite.runtime.parts import why_not_captured
 from tests.capture.test_refusals import Decoder
 from tests.support.rewritten import captured, logits, original, rewrite, rewritten
 from tests.support.zoo import VOCAB
@@ -556,5 +556,5 @@ def test_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for t in range(57, 61):
             got = small(text[:, t : t + 1], past_key_values=cache).logits
             torch.testing.assert_close(got, torch.stack([expected[0, t : t + 1], alone[0, t - 9 : t - 8]]), **near)
-    if device == "cuda" and not reason_against_graphs(small.graph_module):  # experts in fp32 look at the host
+    if device == "cuda" and not why_not_captured(small.graph_module):  # experts in fp32 look at the host
         assert small.decoder.captures and small.executor.prompt.captures

@@ -18,7 +18,6 @@ from kvrewrite.errors import ArtifactError, InputError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr, is_op
 from kvrewrite.passes.insert.devices import DEVICE, site_devices
 from kvrewrite.passes.pipeline import expected_weights, insert
-from kvrewrite.runtime import inputs
 from kvrewrite.runtime.model import RewrittenModel
 from tests.support.rewritten import captured, fork, original, rewritten
 
@@ -209,7 +208,7 @@ def test_a_models_own_gpu_is_the_current_one_while_it_runs(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(inputs, "check_ids", lambda *_: seen.append(current[0]))
+    monkeypatch.setattr("kvrewrite.runtime.model.check_ids", lambda *_: seen.append(current[0]))
     for gpu, expected in ((None, 0), (0, 0), (1, 1)):
         monkeypatch.setattr(model, "gpu", gpu)
         model(ids(1, 4))

@@ -65,7 +65,7 @@ def names(gm: fx.GraphModule) -> list[str]:
 def test_launches_of_a_layer() -> None:
     """With Locret seven, all of them ours; the last norm goes into the vocabulary's linear."""
     model = rewrite(original("llama"), captured("llama"), "locret", None, **LOCRET)
-    found = names(lower_decode(fold(model.graph_module), settled=True))
+    found = names(lower_decode(fold(model.graph_module), keys_rotated=True))
     layer = ["decode_attention", "token_update", "linear_add", "norm_gated_linear", "linear_add", "norm_linears"]
     assert found[-len(layer) * LAYERS :] == layer * LAYERS and "rsqrt" not in found
 
@@ -73,7 +73,7 @@ def test_launches_of_a_layer() -> None:
 def test_heads_with_budgets_of_their_own() -> None:
     """Their update is the kernel's, too: pages are dealt at the end of a prompt only."""
     model = rewrite(original("llama"), captured("llama"), "adakv", None, budget=16, window=6, kernel=3)
-    gm = lower_decode(fold(model.graph_module), settled=False)
+    gm = lower_decode(fold(model.graph_module), keys_rotated=False)
     updates = [n for n in gm.graph.nodes if n.target in (ops.cache_update.default, ops.token_update.default)]
     assert len(updates) == LAYERS
     for node in updates:
@@ -134,7 +134,7 @@ def test_what_attention_may_read_early() -> None:
     folded = fold(model.graph_module)
 
     def early() -> list[Any]:
-        gm = lower_decode(folded, settled=False)
+        gm = lower_decode(folded, keys_rotated=False)
         return [n.args[21] for n in gm.graph.nodes if n.target == ops.decode_attention.default]
 
     assert early() == [True, True]

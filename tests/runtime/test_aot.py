@@ -218,7 +218,7 @@ def test_usage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(aot.reason_against(torch.device("cuda"))), reason="refused with this torch")
+@pytest.mark.skipif(bool(aot.why_not(torch.device("cuda"))), reason="refused with this torch")
 def test_on_a_gpu(base: Path, tmp_path: Path) -> None:
     """Compiled there, loaded there: the answers of the model op by op, with kernels in the package's steps; not on a CPU."""
     kvrewrite.convert(base, tmp_path / "out", compile="aot", compile_device="cuda", **STREAMING)

@@ -14,8 +14,7 @@ from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.parts import Execution
-from kvrewrite.runtime.prompt_graph import PrefillRunner
-from kvrewrite.runtime.prompt_graph import reason_against as reason_against_chunks
+from kvrewrite.runtime.prompt_graph import PrefillRunner, why_not
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -54,7 +53,7 @@ def static(family: str, policy: str, **options: Any) -> Any:
     folded = fold(model.graph_module)
     execution = Execution(lower_prefill(folded), None)
     model.executor = Executor(execution, DecodeRunner(model, folded, None, capture=False))
-    if not reason_against_chunks(model.program, model.policy, model.device):
+    if why_not(model.program, model.policy, model.device) is None:
         model.executor.prompt = PrefillRunner(execution, capture=False)
     return model
 
@@ -68,7 +67,7 @@ def tokens(rows: int = 2, length: int = 90) -> Tensor:
 def same(plain: Any, ours: Any) -> None:
     """What two caches keep, hold and count."""
     assert plain.positions() == ours.positions()
-    for name in ("seen", "generated", "length", "next_rotary", "settled", "columns"):
+    for name in ("seen", "generated", "length", "next_rotary", "ranks_frozen", "columns"):
         assert getattr(plain, name) == getattr(ours, name), name
     assert plain.memory().live == ours.memory().live and plain.memory().leased == ours.memory().leased
 
@@ -200,7 +199,7 @@ def test_tables_have_room(options: dict[str, Any]) -> None:
     assert all(table is steps[79] for table in steps[80:])
 
 
-def test_settled_keys_come_back() -> None:
+def test_rotated_keys_come_back() -> None:
     """Rotating cached keys for decoding and taking that back gives the keys of before."""
     model = static("llama", "locret", budget=16, chunk=8, stabilizers=4, local_tail=3)
     cache = model.new_cache(2)

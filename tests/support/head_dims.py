@@ -242,7 +242,7 @@ def read(a: Layer, half: bool) -> dict[str, Tensor]:
     return {"keys": found[live]}
 
 
-def settle(a: Layer) -> dict[str, Tensor]:
+def rotate_keys(a: Layer) -> dict[str, Tensor]:
     """Cached keys, rotated where they lie."""
     a = a.copy()
     d = a.k_pages.shape[2]
@@ -333,7 +333,7 @@ def sweep(
             yield against_exact("token, rope of keys", name, lambda a: token(a, turned=True, keys=True), a)
             yield against_exact("update, rope", name, turned_update, a)
             yield against_exact("read rotated", name, lambda a: read(a, True), a)
-            yield against_bits("settle keys", name, settle, a)
+            yield against_bits("rotate cached keys", name, rotate_keys, a)
     if quantized:
         for kind in KINDS:
             if even or kind != "int4":  # int4 packs two channels into a byte

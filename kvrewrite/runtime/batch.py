@@ -1,0 +1,309 @@
+"""Many requests on one model, each with an answer that does not depend on the others.
+
+A `Batch` leases the pages of all its requests from one pool. Each request computes its prompt by itself, segment by segment of
+its own policy, so that what is kept does not depend on a schedule; then it decodes together with the others, one row each
+(`kvrewrite/cache/joined.py`), from static buffers where the model is compiled. Whoever drives it decides who is next:
+`kvrewrite/serving/scheduler.py` does, and the vLLM plug-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.joined import JoinedRows
+from kvrewrite.cache.pages import PageStore
+from kvrewrite.cache.request import exclusive
+from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
+from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
+from kvrewrite.policies import UNLIMITED, Policy, RowState
+from kvrewrite.runtime.call import Call, Tokens, check_ids
+
+if TYPE_CHECKING:
+    from kvrewrite.runtime.model import RewrittenModel
+
+
+class Running:
+    """A request in a `Batch`. cache: what it holds while its prompt is computed; prompt_left: segments still to come."""
+
+    def __init__(self, cache: EvictionCache, call: Call | None):
+        self.cache: EvictionCache | None = cache
+        self.call = call
+        self.group: _Group | None = None  # where it decodes
+        self.row = -1
+
+    @property
+    def prompt_left(self) -> int:
+        """Segments of its prompt that are still to be computed."""
+        return 0 if self.call is None else self.call.passes - self.call.step
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has left its batch."""
+        return self.cache is None and self.group is None
+
+    @property
+    def seen(self) -> int:
+        """Tokens that went through."""
+        if self.group is not None:
+            return self.group.rows.seen[self.row]
+        return 0 if self.cache is None else self.cache.seen[0]
+
+    def positions(self) -> dict[int, list[list[int]]]:
+        """Positions in the text that are kept: layer -> kv head -> sorted positions."""
+        if self.group is not None:
+            return {layer: rows[self.row] for layer, rows in self.group.rows.positions().items()}
+        return {} if self.cache is None else {layer: rows[0] for layer, rows in self.cache.positions().items()}
+
+
+class _Group:
+    """Requests that decode in one step: those with the same rotary frequencies."""
+
+    def __init__(self, rows: JoinedRows):
+        self.rows = rows
+        self.members: list[Running | None] = [None] * rows.batch_size
+
+    def free_row(self) -> int:
+        """A row without a request; there are twice as many rows if none is left."""
+        if None not in self.members:
+            self.members.extend([None] * len(self.members))
+            self.rows.widen(len(self.members))
+        return self.members.index(None)
+
+    def shrink(self) -> None:
+        """Half as many rows, as long as a quarter of them would do: a step costs what its rows cost."""
+        size = len(self.members)
+        while size > 1 and 4 * sum(m is not None for m in self.members) <= size:
+            size //= 2
+        if size == len(self.members):
+            return
+        taken = [row for row, m in enumerate(self.members) if m is not None]
+        free = [row for row, m in enumerate(self.members) if m is None]
+        source = (taken + free)[:size]
+        self.rows.narrow(source)
+        self.members = [self.members[row] for row in source]
+        for row, member in enumerate(self.members):
+            if member is not None:
+                member.row = row
+
+
+class Batch:
+    """Requests of one model that join and leave between steps. memory: bytes for pages, taken at once; None: as they are
+    needed, without a limit."""
+
+    def __init__(self, model: RewrittenModel, *, memory: int | None = None):
+        if not model.on_one_device:
+            raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
+        self.model, self.owner = model, model.owner
+        self._gpu = model.device.index if model.device.type == "cuda" else None
+        layout = model.program.layout
+        self.stores = model.shared_stores() or [
+            PageStore(c.k_dim, c.v_dim, model.dtype, model.device, layout.scheme, lasting=True) for c in layout.classes
+        ]
+        self._groups: dict[tuple[int, ...], _Group] = {}
+        self._running: set[Running] = set()
+        if memory is not None:
+            self._limit(memory)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+    def _limit(self, memory: int) -> None:
+        """Divides memory among the pools, so that each has room for as many slots of its heads."""
+        classes = self.model.program.layout.classes
+        heads = [len(c.layers) * c.kv_heads for c in classes]
+        each = memory // max(1, sum(n * store.page_bytes for n, store in zip(heads, self.stores)))
+        if each < 1:
+            raise OptionError(f"memory is {memory} bytes, which is less than one page for each head of the model")
+        for n, store in zip(heads, self.stores):
+            store.limit = 1 + n * each
+            store.reserve(store.limit)
+
+    @property
+    def used(self) -> float:
+        """The share of its pages that is leased, of the fullest pool."""
+        return max((1 - len(s.free) / max(1, s.total - 1) for s in self.stores), default=0.0)
+
+    def pages_at_most(self, prompt: int, total: int, policy: Policy | None = None) -> list[int]:
+        """Pages of each pool that a request alone needs at most: a prompt of so many tokens, and so many tokens in all."""
+        policy = policy or self.model.policy
+        classes = self.model.program.layout.classes
+        segments = policy.plan(prompt)
+        order = sorted((layer, c, w) for c, k in enumerate(classes) for layer, w in zip(k.layers, k.windows))
+        heads = [classes[c].kv_heads for _, c, _ in order]
+        slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
+        keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
+        most = [0] * len(classes)
+        for (_, c, window), held in zip(order, slots):
+            during = held[:-1] + np.array([s.length for s in segments])[:, None]
+            after = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
+            most[c] += int(np.maximum(pages_of(during).max(0, initial=0), pages_of(np.asarray(after))).sum())
+        return most
+
+    def check_fits(self, prompt: int, total: int, policy: Policy | None = None) -> None:
+        """Raises InputError for a request that would not fit if it were alone."""
+        for need, store in zip(self.pages_at_most(prompt, total, policy), self.stores):
+            if store.limit is not None and need > store.limit - 1:
+                raise InputError(
+                    f"a prompt of {prompt} tokens and {total} in all need {need} pages, but the pool has {store.limit - 1}; "
+                    "shorten it, use a smaller budget or chunk, or give the pool more memory"
+                )
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    @exclusive
+    def start(
+        self,
+        ids: Sequence[int] | Tensor,
+        *,
+        max_length: int | None = None,
+        budget: int | None = None,
+        prefix: EvictionCache | None = None,
+    ) -> Running:
+        """A request with this prompt; nothing is computed yet. max_length: tokens of prompt and answer, where RoPE depends on
+        it; budget: instead of the policy's; prefix: a cache that holds the beginning of the prompt, of which a fork is used.
+
+        Raises InputError for ids that the model can't take, OptionError for a budget that the policy can't have.
+        """
+        policy = self._policy(budget)
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device).reshape(1, -1)
+        if not tokens.shape[1]:
+            raise InputError("the prompt has no tokens, expected at least one")
+        check_ids(tokens, self.model.program.vocab_size, decoding=False)
+        self.check_fits(tokens.shape[1], max(max_length or 0, tokens.shape[1]), policy)
+        if prefix is None:
+            cache = EvictionCache(self.model, 1, max_length=max_length, stores=self.stores, policy=policy)
+        else:
+            cache = prefix.fork()
+            tokens = tokens[:, cache.seen[0] :]
+        count = tokens.shape[1]
+        if problem := cache.no_room(0, count, False):
+            raise problem
+        call = Call(self.model, Tokens(tokens, 0, [np.arange(count)], None, [False]), cache, 1)
+        running = Running(cache, call)
+        self._running.add(running)
+        return running
+
+    def _policy(self, budget: int | None) -> Policy:
+        policy = self.model.policy
+        if budget is None or budget == policy.budget:
+            return policy
+        if policy.layer_budgets not in ("equal", "pyramid") or policy.head_pattern:
+            raise OptionError(
+                f"budget={budget}: the model's policy has budgets for each layer or head, which a request can't change"
+            )
+        return dataclasses.replace(policy, budget=budget)
+
+    @exclusive
+    def advance(self, running: Running) -> Tensor | None:
+        """Computes the next segment of a prompt. Returns the logits (vocabulary) after the last one, else None. Raises
+        PoolFull, with nothing changed, where pages are short."""
+        cache, call = running.cache, running.call
+        if cache is None or call is None:
+            raise CacheError("the request's prompt is through already, or the request has ended")
+        cache.begin_step()
+        try:
+            call.advance()
+        except PoolFull:
+            cache.end_step()
+            raise
+        cache.end_step()
+        if not call.finished:
+            return None
+        running.call = None
+        cache.end_prompt()
+        return call.logits[0, -1]
+
+    @exclusive
+    def fork(self, running: Running) -> Running:
+        """Another request that goes on from the same prompt, before either decodes."""
+        if running.cache is None or running.call is not None:
+            raise CacheError("a request can be forked once its prompt is through and before its first token")
+        twin = Running(running.cache.fork(), None)
+        self._running.add(twin)
+        return twin
+
+    @exclusive
+    def end(self, running: Running) -> None:
+        """A request leaves; its pages are free."""
+        if running.group is not None:
+            running.group.rows.clear(running.row)
+            running.group.members[running.row] = None
+            running.group.shrink()
+        elif running.cache is not None:
+            running.cache.reset()
+        running.cache = running.group = running.call = None
+        self._running.discard(running)
+
+    # -- one token of each ---------------------------------------------------------------------------------------------
+    @exclusive
+    def decode(self, requests: Sequence[Running], tokens: Sequence[int]) -> Tensor:
+        """One token of each of these requests, whose prompts are through: logits (requests, vocabulary). Raises PoolFull, with
+        nothing changed, where pages are short."""
+        for request in requests:
+            if request.group is None:
+                self._join(request)
+        found: Tensor | None = None
+        for group in self._groups.values():
+            at = [i for i, request in enumerate(requests) if request.group is group]
+            if not at:
+                continue
+            rows = [requests[i].row for i in at]
+            logits = self._step(group, rows, [tokens[i] for i in at])
+            if found is None:
+                if len(at) == len(requests):
+                    return logits
+                found = logits.new_empty(len(requests), logits.shape[-1])
+            found[at] = logits
+        if found is None:
+            raise CacheError("decode was given no request")
+        return found
+
+    def _join(self, request: Running) -> None:
+        cache, decoder = request.cache, self.model.decoder
+        if cache is None or request.call is not None:
+            raise CacheError("the request's prompt is not through yet, or the request has ended")
+        if problem := cache.no_room(0, 1, True):
+            raise problem
+        if decoder is not None and decoder.key_rotation is not None:
+            if decoder.rotates_keys and not cache.keys_rotated:
+                decoder.key_rotation.rotate(cache)
+            if not decoder.rotates_keys and not cache.ranks_held:
+                decoder.key_rotation.hold_ranks(cache)
+        key = tuple(id(table) for table in cache.length_tables.values())
+        if key not in self._groups:
+            rows = JoinedRows(self.model, 1, max_length=cache.max_length, stores=self.stores)
+            self._groups[key] = _Group(rows)
+        group = self._groups[key]
+        row = group.free_row()
+        group.rows.put(row, cache)
+        group.members[row], request.group, request.row, request.cache = request, group, row, None
+
+    def _step(self, group: _Group, rows: list[int], tokens: Sequence[int]) -> Tensor:
+        cache, decoder = group.rows, self.model.decoder
+        size = cache.batch_size
+        taking = set(rows)
+        cache.rest([row not in taking for row in range(size)])
+        for row in rows:
+            if problem := cache.no_room(row, 1, True):
+                raise problem
+        host = torch.zeros(size, 1, dtype=torch.int64)
+        host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
+        ids = host.to(self.model.device)
+        cache.begin_step()
+        try:
+            if decoder is None:
+                where = [np.arange(int(row in taking)) for row in range(size)]
+                logits = Call(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
+            elif decoder.has_planned(ids, cache):
+                logits = decoder.planned_step(ids, cache)
+            else:
+                logits = decoder.step(ids, cache)
+        except PoolFull:
+            cache.end_step()
+            raise
+        cache.end_step()
+        return logits[rows, 0] if rows != list(range(size)) else logits[:, 0]

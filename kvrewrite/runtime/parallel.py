@@ -1,0 +1,119 @@
+"""The processes that run one model together: torch.distributed's group, and what they must agree on.
+
+Every rank runs the same calls with the same ids. What one process would draw or decide by chance comes from rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
+from kvrewrite.ir.parallel import Peers
+from kvrewrite.ir.program import Program
+from kvrewrite.passes.shard.shard import check, shard
+from kvrewrite.runtime.sharding_proof import prove_shards
+
+
+def find_peers(tp_plan: str | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
+    """The group that runs a model, None for one process alone; starts torch.distributed under torchrun where nobody has.
+
+    tp_plan: None or "auto"; tp_size: how many processes there must be, None: as many as there are. device: where the
+    model will be, which chooses NCCL or gloo. Raises OptionError.
+    """
+    if tp_plan is None and tp_size is None:
+        return None
+    if tp_plan not in (None, "auto"):
+        raise OptionError(f'tp_plan is {tp_plan!r}, expected "auto" (products are found in the graph) or None')
+    if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
+        raise OptionError(f"tp_size is {tp_size!r}, expected a number of processes")
+    if tp_size == 1 and not (dist.is_available() and dist.is_initialized()):
+        return None
+    if not dist.is_available():
+        raise OptionError("tensor parallelism needs torch.distributed, which this build of torch does not have")
+    kind = torch.device(device).type
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise OptionError(
+                "tensor parallelism needs several processes, and this one is alone: start them with torchrun --nproc-per-node N, "
+                "or call torch.distributed.init_process_group first"
+            )
+        if kind == "cuda":
+            torch.cuda.set_device(own_device(device))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    ranks = dist.get_world_size()
+    if tp_size is not None and tp_size != ranks:
+        raise OptionError(f"tp_size is {tp_size}, but there are {ranks} processes; expected as many")
+    if kind == "cuda" and "nccl" not in str(dist.get_backend_config()):
+        raise OptionError(
+            f"the process group has {dist.get_backend_config()}, which does not reach {device}; expected "
+            'init_process_group("nccl")'
+        )
+    world: Any = dist.group.WORLD
+    return Peers(dist.get_rank(), ranks, str(world.group_name)) if ranks > 1 else None
+
+
+def own_device(device: torch.device | str) -> torch.device:
+    """The device of this process: of several GPUs, under torchrun, the one with its number."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return device
+
+
+def part_of(program: Program, peers: Peers, prove: bool = True) -> Program:
+    """This rank's part of a program, proved by rank 0. Raises on every rank alike."""
+    check(program, peers)
+    own = shard(program, peers)
+    if prove:
+        _agree(peers, lambda: prove_shards(program, peers.ranks))
+    return own
+
+
+def _agree(peers: Peers, action: Any) -> None:
+    """Rank 0 does something; where it fails, all fail."""
+    told: list[Any] = [None]
+    if peers.rank == 0:
+        try:
+            action()
+        except KVRewriteError as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise UnsupportedModelError(told[0])
+
+
+def share_chance(device: torch.device) -> None:
+    """All ranks go on with rank 0's random numbers, so that they draw the same tokens."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    for i, state in enumerate(states):
+        sent = state.to(device)
+        dist.broadcast(sent, src=0)
+        states[i] = sent.cpu()
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def check_same(ids: Tensor, peers: Peers) -> None:
+    """Raises OptionError where ranks were given different ids: their collectives would not fit together."""
+    facts = torch.tensor([ids.shape[0], ids.shape[1], int(_digest(ids))], dtype=torch.int64, device=ids.device)
+    low, high = facts.clone(), facts.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise OptionError(
+            f"process {peers.rank} was given ids {tuple(ids.shape)}, others have other ones; every process of a tensor-parallel "
+            "model is called with the same ids"
+        )
+
+
+def _digest(ids: Tensor) -> Tensor:
+    place = torch.arange(1, ids.numel() + 1, device=ids.device)
+    return ((ids.flatten().long() + 1) * place * 1_000_003 % 2_147_483_647).sum()

@@ -1,0 +1,301 @@
+"""A request in a batch has the tokens and keeps the slots that it has alone, whatever the schedule and whoever is beside it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
+from kvrewrite.runtime.batch import Batch, Running
+from tests.runtime.test_invariants import BUDGET, OPTIONS, POLICIES
+from tests.support.products import covering
+from tests.support.rewritten import ours, rewritten
+from tests.support.zoo import VOCAB
+
+FAMILIES = ["llama", "gemma3_text", "phi3", "gpt2"]
+CASES = [(name, positions) for name, positions in POLICIES if name != "full"]
+CASES += [
+    (p.name, "original" if p().positions == "original" else "contiguous")
+    for p in ours()
+    if p.name not in dict(POLICIES)
+]
+NO_ROTATION = {"gpt2"}
+ONLY_LLAMA = {"duo_attention", "fast_kvzip", "kvzap", "trim_kv", "attention_gate", "expected_attention", "locret_q"}
+
+
+def distinct(count: int, generator: random.Random) -> list[int]:
+    """Ids without a repetition as far as there are enough: equal keys would be ties, which rounding decides."""
+    ids = list(range(2, VOCAB))
+    generator.shuffle(ids)
+    return (ids * (1 + count // len(ids)))[:count]
+
+
+def make(family: str, policy: str, positions: str, **options: Any) -> Any:
+    given = dict(OPTIONS.get(policy, {}), positions=positions, **options)
+    if policy not in ("full", "kvzap", "duo_attention", "attention_gate"):
+        given.setdefault("budget", BUDGET)
+    return rewritten(family, policy, **given)
+
+
+@dataclass(eq=False)
+class Wanted:
+    """What is asked of a request, and what came of it."""
+
+    prompt: list[int]
+    count: int
+    budget: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    running: Running | None = None
+    replayed: int = 0
+    kept: dict[int, list[list[int]]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) == self.count and self.running is None
+
+
+def alone(model: Any, wanted: Wanted) -> Wanted:
+    """The same request with nobody beside it: one call for the prompt, one for each token."""
+    found = Wanted(wanted.prompt, wanted.count, wanted.budget)
+    if wanted.budget is not None:
+        batch = Batch(model)
+        run(batch, [found], random.Random(0), most=1)
+        return found
+    cache = model.new_cache(1, max_length=len(wanted.prompt) + wanted.count)
+    ids = torch.tensor([wanted.prompt])
+    for _ in range(wanted.count):
+        ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        found.tokens.append(int(ids))
+    found.kept = {layer: rows[0] for layer, rows in cache.positions().items()}
+    return found
+
+
+def run(batch: Batch, requests: list[Wanted], generator: random.Random, most: int, preempt: float = 0.0) -> int:
+    """Drives a batch by a random schedule until all have their tokens. Returns how often one was preempted."""
+    waiting, active, preempted = list(requests), [], 0
+
+    def stop(wanted: Wanted) -> None:
+        assert wanted.running is not None
+        batch.end(wanted.running)
+        wanted.running = None
+        active.remove(wanted)
+
+    def feed(wanted: Wanted, row: torch.Tensor) -> None:
+        """Takes the next token, or the one that it had before it was preempted."""
+        if wanted.replayed == len(wanted.tokens):
+            wanted.tokens.append(int(row.argmax()))
+        wanted.replayed += 1
+        if len(wanted.tokens) == wanted.count and wanted.replayed == wanted.count:
+            wanted.kept = wanted.running.positions()  # type: ignore[union-attr]
+            stop(wanted)
+
+    while waiting or active:
+        if waiting and len(active) < most and (not active or generator.random() < 0.5):
+            wanted = waiting.pop(0)
+            length = len(wanted.prompt) + wanted.count
+            wanted.running = batch.start(wanted.prompt, max_length=length, budget=wanted.budget)
+            wanted.replayed = 0
+            active.append(wanted)
+        try:
+            for wanted in [w for w in active if w.running.prompt_left]:
+                if generator.random() < 0.6 and (row := batch.advance(wanted.running)) is not None:
+                    feed(wanted, row)
+            ready = [w for w in active if not w.running.prompt_left and generator.random() < 0.8]
+            generator.shuffle(ready)
+            if ready:
+                logits = batch.decode([w.running for w in ready], [w.tokens[w.replayed - 1] for w in ready])
+                for wanted, row in zip(ready, logits):
+                    feed(wanted, row)
+            full = False
+        except PoolFull:
+            full = True
+        if active and (full or generator.random() < preempt):
+            wanted = generator.choice(active) if not full else active[-1]
+            stop(wanted)
+            waiting.insert(0, wanted)
+            preempted += 1
+    return preempted
+
+
+@functools.cache
+def asked(family: str, policy: str, positions: str) -> tuple[list[Wanted], list[Wanted]]:
+    """Requests, and each alone."""
+    model, generator = make(family, policy, positions), random.Random(5)
+    requests = [
+        Wanted(distinct(n, generator), c) for n, c in ((21, 6), (1, 9), (13, 1), (30, 8), (12, 5), (17, 12), (25, 3))
+    ]
+    return requests, [alone(model, w) for w in requests]
+
+
+@covering({"family": 1, ("policy", "positions"): 1})
+@pytest.mark.parametrize("policy, positions", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_request_is_the_one_that_it_is_alone(family: str, policy: str, positions: str, seed: int) -> None:
+    """Tokens and kept slots, over random schedules with joins, leaves and preemptions."""
+    if (positions == "contiguous" and family in NO_ROTATION) or (policy in ONLY_LLAMA and family != "llama"):
+        pytest.skip("the compiler refuses this pair")
+    model, (requests, expected) = make(family, policy, positions), asked(family, policy, positions)
+    found = [Wanted(w.prompt, w.count) for w in requests]
+    batch = Batch(model)
+    run(batch, found, random.Random(seed), most=5, preempt=0.05)
+    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+        assert f.tokens == e.tokens, i
+        assert f.kept == e.kept, i
+    assert batch.used == 0
+
+
+@pytest.mark.parametrize(
+    "policy, positions, more",
+    [
+        ("streaming_llm", "contiguous", {}),
+        ("h2o", "original", {}),
+        ("snapkv", "original", {}),
+        ("adakv", "original", {}),
+        ("h2o", "original", {"quantize": "int8", "quantize_group": 4, "quantize_residual": 4}),
+        ("locret", "contiguous", {}),
+    ],
+)
+def test_static_buffers_of_a_batch(policy: str, positions: str, more: dict[str, Any]) -> None:
+    """The same where the decode step runs from static buffers, in which rows without a request rest."""
+    plain = make("llama", policy, positions, **more)
+    requests = [Wanted(distinct(n, random.Random(n)), c) for n, c in ((21, 6), (9, 12), (13, 1), (30, 8), (17, 5))]
+    expected = [alone(plain, w) for w in requests]
+    model = copy.deepcopy(plain)
+    model.compile(static_decode=True, backend="eager")
+    assert model.decoder is not None
+    found = [Wanted(w.prompt, w.count) for w in requests]
+    run(Batch(model), found, random.Random(3), most=5, preempt=0.03)
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+
+
+def test_what_is_planned_ahead_serves_a_batch() -> None:
+    """Tokens of a batch whose requests stay are planned while the device works on the ones before."""
+    model = copy.deepcopy(make("llama", "h2o", "original"))
+    model.compile(static_decode=True, backend="eager")
+    batch, planned = Batch(model), 0
+    requests = [batch.start(distinct(9, random.Random(i)), max_length=40) for i in range(3)]
+    tokens = [int(batch.advance(r).argmax()) for r in requests]
+    for _ in range(12):
+        for group in batch._groups.values():
+            planned += model.decoder.has_planned(torch.zeros(4, 1, dtype=torch.int64), group.rows)
+        tokens = batch.decode(requests, tokens).argmax(-1).tolist()
+    assert planned >= 8
+
+
+@pytest.mark.parametrize(
+    "policy, positions", [("streaming_llm", "contiguous"), ("h2o", "original"), ("adakv", "original")]
+)
+def test_a_pool_that_is_full(policy: str, positions: str) -> None:
+    """Where pages run out a step says so before it begins; whoever is preempted has the same answer later."""
+    model, (requests, expected) = make("llama", policy, positions), asked("llama", policy, positions)
+    page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)  # a page for each head of each layer
+    batch = Batch(model, memory=3 * page)
+    found = [Wanted(w.prompt, w.count) for w in requests]
+    assert run(batch, found, random.Random(1), most=6) > 0
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+    assert batch.used == 0
+
+
+def test_a_prompt_that_never_fits_is_refused_before_any_work() -> None:
+    model = make("llama", "snapkv", "original")
+    page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)
+    batch = Batch(model, memory=2 * page)
+    with pytest.raises(InputError, match="pages, but the pool has"):
+        batch.start(distinct(200, random.Random(0)), max_length=210)  # the whole prompt is held before its eviction
+    assert batch.used == 0
+    with pytest.raises(OptionError, match="less than one page"):
+        Batch(model, memory=100)
+    with pytest.raises(InputError, match="no tokens"):
+        batch.start([])
+    with pytest.raises(InputError, match="token ids reach"):
+        batch.start([VOCAB + 3])
+
+
+def test_a_budget_of_its_own() -> None:
+    """A request may have another budget than the policy; the others keep theirs."""
+    model, generator = make("llama", "h2o", "original"), random.Random(2)
+    requests = [Wanted(distinct(n, generator), 6, b) for n, b in ((21, 8), (25, None), (30, 16), (18, None))]
+    expected = [
+        alone(make("llama", "h2o", "original", budget=w.budget or BUDGET), Wanted(w.prompt, w.count)) for w in requests
+    ]
+    found = [Wanted(w.prompt, w.count, w.budget) for w in requests]
+    run(Batch(model), found, random.Random(1), most=4)
+    for f, e in zip(found, expected, strict=True):
+        assert f.tokens == e.tokens
+        assert f.kept == e.kept
+    with pytest.raises(OptionError, match="budget"):
+        Batch(model).start([2, 3], budget=0)
+
+
+def test_several_answers_to_one_prompt() -> None:
+    """Forks share the prompt's pages until they write to them."""
+    model = make("llama", "h2o", "original")
+    batch, prompt = Batch(model), distinct(21, random.Random(0))
+    first = batch.start(prompt, max_length=30)
+    while (row := batch.advance(first)) is None:
+        pass
+    twins = [first, batch.fork(first), batch.fork(first)]
+    begins = row.topk(3).indices.tolist()  # each goes on with another token
+    tokens, answers = list(begins), [[b] for b in begins]
+    for _ in range(4):
+        tokens = batch.decode(twins, tokens).argmax(-1).tolist()
+        for answer, token in zip(answers, tokens):
+            answer.append(token)
+    for begin, answer in zip(begins, answers):
+        cache = model.new_cache(1, max_length=30)
+        model(torch.tensor([prompt]), past_key_values=cache)
+        token, expected = begin, [begin]
+        for _ in range(4):
+            token = int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
+            expected.append(token)
+        assert answer == expected
+    for twin in twins:
+        batch.end(twin)
+    assert batch.used == 0
+
+
+def test_a_prefix_that_requests_share() -> None:
+    """A fork of a cache at a chunk's end stands for the beginning of the prompt."""
+    model, generator = make("llama", "h2o", "original"), random.Random(4)
+    batch, chunk = Batch(model), OPTIONS["h2o"]["chunk"]
+    prompt = distinct(2 * chunk + 7, generator)
+    lone = alone(model, Wanted(prompt, 5))
+    begun = batch.start(prompt[: 2 * chunk])
+    while batch.advance(begun) is None:
+        pass
+    prefix = begun.cache
+    assert prefix is not None
+    running = batch.start(prompt, max_length=len(prompt) + 5, prefix=prefix)
+    while (row := batch.advance(running)) is None:
+        pass
+    tokens = [int(row.argmax())]
+    for _ in range(4):
+        tokens.append(int(batch.decode([running], tokens[-1:])[0].argmax()))
+    assert tokens == lone.tokens
+    assert running.positions() == lone.kept
+
+
+def test_misuse_is_named() -> None:
+    batch = Batch(make("llama", "h2o", "original"))
+    request = batch.start(distinct(20, random.Random(0)))
+    with pytest.raises(CacheError, match="not through"):
+        batch.decode([request], [3])
+    with pytest.raises(CacheError, match="no request"):
+        batch.decode([], [])
+    with pytest.raises(CacheError, match="before its first token"):
+        batch.fork(request)
+    batch.end(request)
+    assert request.ended
+    with pytest.raises(CacheError, match="ended"):
+        batch.advance(request)

@@ -1,0 +1,57 @@
+"""Runs a function in several processes that torch.distributed joins over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+SECONDS = 240  # a machine of two cores that others use, too
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(rank, *args)` returns in each process, started as torchrun starts it. Raises what one raises."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = context.SimpleQueue()
+    workers = [
+        context.Process(target=_work, args=(rank, ranks, port, function, args, results), daemon=True)
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in workers:
+            rank, value, error = results.get()
+            if error is not None:
+                raise AssertionError(f"rank {rank}:\n{error}")
+            found[rank] = value
+    finally:
+        for worker in workers:
+            worker.join(5 if len(found) < ranks else SECONDS)
+            if worker.is_alive():
+                worker.kill()
+    return [found[rank] for rank in range(ranks)]
+
+
+def _work(rank: int, ranks: int, port: int, function: Any, args: Any, results: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    try:
+        value, error = function(rank, *args), None
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        value, error = None, traceback.format_exc()
+    results.put((rank, value, error))
