@@ -118,7 +118,9 @@ def test_what_does_the_same_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> N
         counts.append(len(names))
     assert counts == [1, 1, 2]
     score, message = REFUSED["branch on a size"]
-    rewrite_with(original("llama"), captured("llama"), _bad(lambda p, s: s.position_scores() * 1.0), None)  # type: ignore[arg-type]
+    good = _bad(lambda p, s: s.position_scores() * 1.0)
+    monkeypatch.setitem(POLICIES, "bad", type(good))
+    rewrite_with(original("llama"), captured("llama"), good, None)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=message):
         rewrite_with(original("llama"), captured("llama"), _bad(score), None)  # type: ignore[arg-type]
 
