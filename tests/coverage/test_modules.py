@@ -41,7 +41,7 @@ def test_refused_modules(name: str) -> None:
     assert outcome.status == "refused" and REFUSED[name] in outcome.reason
 
 
-@pytest.mark.parametrize("name", ["roberta", "afmoe"])
+@pytest.mark.parametrize("name", few(["roberta", "afmoe"], rest=["afmoe"]))
 def test_types(name: str) -> None:
     """Positions that begin at the padding index + 1; a model that `view`s what its attention returns."""
     outcome = measure(name)

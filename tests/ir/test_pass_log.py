@@ -23,10 +23,10 @@ pytestmark = pytest.mark.xdist_group("pass log")
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = ["capture", "normalize", "canonicalize", "carry_state", "lift_positions", "validate", "insert_cache"]
 LOWERED = ["fold_heads"] + [
-    f"prefill_{p}" for p in ("rank_all_layers", "fuse_reads", "turn_both", "overlap", "fuse_gates", "erase_dead")
+    f"prefill_{p}" for p in ("rank_all_layers", "fuse_reads", "rotate_both", "overlap", "fuse_gates", "erase_dead")
 ]
 DECODE = [
-    "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "turn_keys_in_attention",
+    "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "rotate_keys_in_attention",
     "fuse_linears", "fuse_norms", "erase_dead",
 ]  # fmt: skip
 CODE = f"""
