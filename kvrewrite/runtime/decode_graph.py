@@ -57,7 +57,12 @@ def why_not(program: Program, policy: Policy, device: torch.device) -> str | Non
                 return f"there is no kernel for the update of this quantized cache ({why})"
     if policy.shares_layers:
         return f"the layers of {policy.name} share one budget"
-    return why_not_captured(program.graph) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    if program.parallel is not None and (program.layout.ragged or policy.head_pattern):
+        # Pools would grow at different times, and what one process runs to capture, the others would have to run, too.
+        return f"with {policy.name}, heads of different processes keep different numbers of slots"
+    return why_not_captured(program.graph)
 
 
 class _Rows:

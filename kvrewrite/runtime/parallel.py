@@ -15,7 +15,7 @@ from torch import distributed as dist
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.shard.shard import check, shard
+from kvrewrite.passes.shard.shard import Sharder
 from kvrewrite.runtime.sharding_proof import prove_shards
 
 
@@ -67,10 +67,10 @@ def own_device(device: torch.device | str) -> torch.device:
 
 def part_of(program: Program, peers: Peers, prove: bool = True) -> Program:
     """This rank's part of a program, proved by rank 0. Raises on every rank alike."""
-    check(program, peers)
-    own = shard(program, peers)
+    sharder = Sharder(program, peers.ranks)
+    own = sharder.part(peers)
     if prove:
-        _agree(peers, lambda: prove_shards(program, peers.ranks))
+        _agree(peers, lambda: prove_shards(program, peers.ranks, sharder))
     return own
 
 

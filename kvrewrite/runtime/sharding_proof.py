@@ -21,7 +21,7 @@ from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProd
 from kvrewrite.ir.fx import get_attr, is_op, named_args
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
-from kvrewrite.passes.shard.shard import cut_tensor, shard
+from kvrewrite.passes.shard.shard import Sharder, cut_tensor
 from kvrewrite.passes.shard.write import GATHER, REDUCE, WAIT
 from kvrewrite.runtime.translation import rehearsed
 
@@ -94,14 +94,15 @@ def run(program: Program, stand_ins: Any, rank: int = 0, meeting: Meeting | None
     return Trace(logits, evaluator.updates, cache.positions())
 
 
-def prove_shards(program: Program, ranks: int) -> None:
+def prove_shards(program: Program, ranks: int, sharder: Sharder | None = None) -> None:
     """Raises UnsupportedModelError where all ranks together do not give what the program gives. Its parameters may be on
-    meta."""
+    meta. sharder: the program's, where there is one."""
     stand_ins, group = StandIns(), "proof"
     try:
         want = run(program, stand_ins)
         meeting = Meeting(ranks)
-        own = [shard(program, Peers(rank, ranks, group)) for rank in range(ranks)]
+        sharder = sharder or Sharder(program, ranks)
+        own = [sharder.part(Peers(rank, ranks, group)) for rank in range(ranks)]
         with ThreadPoolExecutor(ranks) as pool:
             found = [pool.submit(_run_rank, program, part, stand_ins, meeting) for part in own]
             errors = [e for f in found if (e := f.exception()) is not None]

@@ -36,9 +36,13 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten.clone.default, aten.a
 
 @dataclass
 class Plan:
-    """What `write.py` carries out. answers: by node; places: how each node lies; attributes: those that are cut, by
-    name; tables: look-ups in a table of which a rank has some rows; columns: products cut by columns."""
+    """What `write.py` carries out.
 
+    order: the graph's nodes; answers, places: what each does, and how it lies; attributes: those that are cut, by name;
+    tables: look-ups in a table of which a rank has some rows; columns: products that are cut by columns.
+    """
+
+    order: list[fx.Node]
     answers: dict[fx.Node, Answer]
     places: dict[fx.Node, Placement]
     shapes: dict[fx.Node, Any]
@@ -56,7 +60,7 @@ def make_plan(gm: fx.GraphModule, layout: CacheLayout, cut: set[int], kept: set[
     options = {n: _options(n, p, shapes, ranks) for n, p in products.items()}
     tables = _tables(gm, shapes, ranks)
     final = {n for n in products if not _feeds_more(n, set(products))}
-    plan = Plan({}, {}, shapes, {}, tables, {}, products)
+    plan = Plan(list(gm.graph.nodes), {}, {}, shapes, {}, tables, {}, products)
     while True:
         plan.columns = {n: o[0] for n, o in options.items() if o}
         sources = _follow(gm, layout, plan, cut, ranks)

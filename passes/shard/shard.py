@@ -21,8 +21,9 @@ from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.ir.parallel import Parallel, Peers
 from kvrewrite.ir.program import Program
+from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.shard.cache_rules import HEADS
-from kvrewrite.passes.shard.placement import Placement, Split
+from kvrewrite.passes.shard.placement import Split
 from kvrewrite.passes.shard.plan import Plan, make_plan
 from kvrewrite.passes.shard.write import Writer
 
@@ -30,39 +31,77 @@ assert HEADS  # whose import registers the rules of our own ops
 WORTH = 1 << 12  # a weight with fewer numbers is not worth a line in the report
 
 
-def shard(program: Program, peers: Peers) -> Program:
-    """The part of a program that a rank runs; the program stays as it is.
+class Sharder:
+    """Deals a program out over so many ranks; the program stays as it is. Its parameters may be on meta.
 
-    Parameters may be on meta. Those that are cut are copies; `Program.parallel.cut` says how. Raises OptionError where
-    heads or the policy can't be dealt out, UnsupportedModelError where the graph can't.
+    Raises OptionError where heads or the policy can't be dealt out, UnsupportedModelError where the graph can't.
     """
-    check(program, peers)
-    own = policies.make(program.policy["name"], **program.policy["options"]).of_rank(peers.rank, peers.ranks)
-    cut_classes = {c for c, spec in enumerate(program.layout.classes) if _heads_of(program, c) is not None}
-    gm = _copy(program.graph)
-    plan = make_plan(gm, program.layout, cut_classes, _kept(program), peers.ranks)
-    placeholders = {str(n.target): plan.places.get(n) for n in gm.graph.nodes if n.op == "placeholder"}
-    Writer(gm, plan, peers.rank, peers.ranks, peers.group).run()
-    cut = {name: (split.dim, split.parts) for name, split in plan.attributes.items()}
-    made = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Sharded")  # tables that no node reads stay, too
-    for name in _names(program.graph):
-        set_attr(made, name, _cut(get_attr(program.graph, name), cut.get(name), peers))
-    _tie(made, program.graph, cut)
-    made.graph = gm.graph
-    layout = _layout(program.layout, cut_classes, placeholders, peers.ranks)
-    layout.attach(made)
-    sites = [dataclasses.replace(site, inserted=list(site.inserted)) for site in program.sites]
-    owners = {layer: c for c, spec in enumerate(program.layout.classes) for layer in spec.layers}
-    for site in sites:
-        if owners[site.layer if site.shares_kv_with is None else site.shares_kv_with] in cut_classes:
-            site.heads, site.kv_heads = site.heads // peers.ranks, site.kv_heads // peers.ranks
-    kv_heads = [spec.kv_heads for spec in program.layout.classes]
-    parallel = Parallel(peers, kv_heads, cut, report(program, plan, cut_classes, peers))
-    policy = {"name": own.name, "options": own.options()}
-    return dataclasses.replace(program, graph=made, sites=sites, layout=layout, policy=policy, parallel=parallel)
+
+    def __init__(self, program: Program, ranks: int):
+        check(program, ranks)
+        self.program, self.ranks = program, ranks
+        self.policy = policies.make(program.policy["name"], **program.policy["options"])
+        classes = range(len(program.layout.classes))
+        self.cut_classes = {c for c in classes if _heads_of(program, c) is not None}
+        self.plan = make_plan(program.graph, program.layout, self.cut_classes, _kept(program), ranks)
+
+    def part(self, peers: Peers) -> Program:
+        """What one rank runs. Tensors that are cut are copies; `Program.parallel.cut` says how."""
+        program, plan = self.program, self.plan
+        own = self.policy.of_rank(peers.rank, peers.ranks)
+        graph = Writer(program.graph.graph, plan, peers).run()
+        cut = {name: (split.dim, split.parts) for name, split in plan.attributes.items()}
+        made = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Sharded")  # tables that no node reads stay, too
+        for name in _names(program.graph):
+            set_attr(made, name, _cut(get_attr(program.graph, name), cut.get(name), peers))
+        _tie(made, program.graph, cut)
+        made.graph = graph
+        layout = self._layout()
+        layout.attach(made)
+        kv_heads = [spec.kv_heads for spec in program.layout.classes]
+        parallel = Parallel(peers, kv_heads, cut, report(program, plan, self.cut_classes, peers))
+        policy = {"name": own.name, "options": own.options()}
+        sites = self._sites()
+        return dataclasses.replace(program, graph=made, sites=sites, layout=layout, policy=policy, parallel=parallel)
+
+    def _sites(self) -> list[AttentionSite]:
+        """The sites with a rank's heads."""
+        owners = {layer: c for c, spec in enumerate(self.program.layout.classes) for layer in spec.layers}
+        found = []
+        for site in self.program.sites:
+            cls = owners[site.layer if site.shares_kv_with is None else site.shares_kv_with]
+            ranks = self.ranks if cls in self.cut_classes else 1
+            own = dataclasses.replace(site, inserted=list(site.inserted))
+            own.heads, own.kv_heads = site.heads // ranks, site.kv_heads // ranks
+            found.append(own)
+        return found
+
+    def _layout(self) -> CacheLayout:
+        """What the runtime must know of a rank's graph."""
+        layout, ranks = self.program.layout, self.ranks
+        places = {str(n.target): self.plan.places.get(n) for n in self.plan.order if n.op == "placeholder"}
+        classes = [
+            dataclasses.replace(spec, kv_heads=spec.kv_heads // (ranks if c in self.cut_classes else 1))
+            for c, spec in enumerate(layout.classes)
+        ]
+
+        def own(name: str, shape: Any, skip: int) -> list[Any]:
+            sizes, place = list(shape), places.get(name)
+            if isinstance(place, Split):
+                sizes[place.dim - skip] = place.size // ranks
+            return sizes
+
+        states = [dataclasses.replace(s, shape=own(s.input, s.shape, 1 + s.per_token)) for s in layout.states]
+        inputs = [dataclasses.replace(spec, shape=tuple(own(spec.name, spec.shape, 0))) for spec in layout.inputs]
+        return dataclasses.replace(layout, classes=classes, states=states, inputs=inputs)
 
 
-def check(program: Program, peers: Peers) -> None:
+def shard(program: Program, peers: Peers) -> Program:
+    """The part of a program that a rank runs; see `Sharder`."""
+    return Sharder(program, peers.ranks).part(peers)
+
+
+def check(program: Program, ranks: int) -> None:
     """Raises OptionError where a program can't be dealt out over so many ranks, before any work."""
     if program.parallel is not None:
         raise OptionError("the model is one process's part of a model already; shard the whole one")
@@ -70,14 +109,14 @@ def check(program: Program, peers: Peers) -> None:
         raise OptionError("tensor parallelism: the model lies on several devices of one process; load it on one")
     for c in range(len(program.layout.classes)):
         heads = _heads_of(program, c)
-        if heads is not None and heads % peers.ranks:
+        if heads is not None and heads % ranks:
             fitting = [n for n in range(2, heads + 1) if heads % n == 0]
             raise OptionError(
                 f"tensor parallelism: layer {program.layout.classes[c].layers[0]} has {heads} kv heads, which can't be dealt out "
-                f"over {peers.ranks} processes; "
+                f"over {ranks} processes; "
                 + (f"expected {' or '.join(map(str, fitting))} processes" if fitting else "use one process")
             )
-    policies.make(program.policy["name"], **program.policy["options"]).of_rank(peers.rank, peers.ranks)
+    policies.make(program.policy["name"], **program.policy["options"]).of_rank(0, ranks)
 
 
 def _heads_of(program: Program, cls: int) -> int | None:
@@ -97,13 +136,6 @@ def _kept(program: Program) -> set[str]:
 def _names(gm: nn.Module) -> list[str]:
     tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
     return [name for name, _ in tensors]
-
-
-def _copy(source: fx.GraphModule) -> fx.GraphModule:
-    """The same over a graph of its own."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(source.graph, {}))
-    return fx.GraphModule(source, graph)
 
 
 def _tie(root: nn.Module, source: nn.Module, cut: Mapping[str, Any]) -> None:
@@ -126,24 +158,6 @@ def cut_tensor(value: Tensor, dim: int, parts: tuple[int, ...], peers: Peers) ->
     """A rank's blocks of a tensor, in memory of their own."""
     blocks = [value.narrow(dim, start, n) for start, n in Split(dim, parts).blocks(peers.rank, peers.ranks)]
     return torch.cat(blocks, dim) if len(blocks) > 1 else blocks[0].clone(memory_format=torch.contiguous_format)
-
-
-def _layout(layout: CacheLayout, cut: set[int], places: Mapping[str, Placement], ranks: int) -> CacheLayout:
-    """What the runtime must know of a rank's graph."""
-    classes = [
-        dataclasses.replace(spec, kv_heads=spec.kv_heads // (ranks if c in cut else 1))
-        for c, spec in enumerate(layout.classes)
-    ]
-
-    def own(name: str, shape: Any, skip: int) -> list[Any]:
-        sizes, place = list(shape), places.get(name)
-        if isinstance(place, Split):
-            sizes[place.dim - skip] = place.size // ranks
-        return sizes
-
-    states = [dataclasses.replace(s, shape=own(s.input, s.shape, 1 + s.per_token)) for s in layout.states]
-    inputs = [dataclasses.replace(spec, shape=tuple(own(spec.name, spec.shape, 0))) for spec in layout.inputs]
-    return dataclasses.replace(layout, classes=classes, states=states, inputs=inputs)
 
 
 def report(program: Program, plan: Plan, cut: set[int], peers: Peers) -> list[str]:
