@@ -52,6 +52,21 @@ def row_inputs(
     return inputs
 
 
+def check_pools(steps: Sequence[tuple[Request, StepPlan]]) -> None:
+    """Raises PoolFull where pools with a limit have too few pages for all these steps."""
+    needs: dict[PageStore, int] = {}
+    for request, plan in steps:
+        for lease, part in zip(request.leases, plan.classes):
+            if lease.store.limit is not None:
+                needs[lease.store] = needs.get(lease.store, 0) + lease.pages_wanted(part)
+    for store, need in needs.items():
+        if need > store.room:
+            raise PoolFull(
+                f"the step needs {need} pages more, but the pool has room for {store.room:.0f} (its limit is {store.limit}); "
+                "end or preempt another request, or give the pool more memory"
+            )
+
+
 class Owner:
     """Who a model is to its caches. lock: held by whoever is in a step of the model or changes one of its caches.
 
@@ -303,21 +318,13 @@ class Request:
     def hold(self, plan: StepPlan, reserve: int = 0) -> None:
         """Leases what a step needs, besides what the device deals out. reserve: slots per head that pools should have
         room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
-        self._check_pools(plan)
+        check_pools([(self, plan)])
         for state in self.states:
             state.hold(plan.longest(self.seen))
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
             lease.resize(part.during, reserve)
-
-    def _check_pools(self, plan: StepPlan) -> None:
-        for lease, part in zip(self.leases, plan.classes):
-            if lease.store.limit is not None and (need := lease.pages_wanted(part)) > lease.store.room:
-                raise PoolFull(
-                    f"the step needs {need} pages more, but the pool has room for {lease.store.room:.0f} "
-                    f"(its limit is {lease.store.limit}); end or preempt another request, or give the pool more memory"
-                )
 
     def inputs(self, plan: StepPlan) -> dict[str, Tensor]:
         """The cache inputs of the program's graph for a step whose pages are held; offers pages where they are dealt

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,10 +22,13 @@ from kvrewrite.cache.request import exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.policies import UNLIMITED, Policy, RowState
-from kvrewrite.runtime.call import Call, Tokens, check_ids
+from kvrewrite.runtime.call import Call, Tokens, advance, check_ids
+from kvrewrite.runtime.model import RewrittenModel, on_its_device
 
-if TYPE_CHECKING:
-    from kvrewrite.runtime.model import RewrittenModel
+
+def _tables(cache: EvictionCache) -> tuple[int, ...]:
+    """Which rotary frequencies a cache has: those with the same can go through the graph together."""
+    return tuple(id(table) for table in cache.length_tables.values())
 
 
 class Running:
@@ -101,7 +103,6 @@ class Batch:
         if not model.on_one_device:
             raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
         self.model, self.owner = model, model.owner
-        self._gpu = model.device.index if model.device.type == "cuda" else None
         layout = model.program.layout
         self.stores = model.shared_stores() or [
             PageStore(c.k_dim, c.v_dim, model.dtype, model.device, layout.scheme, lasting=True) for c in layout.classes
@@ -110,6 +111,11 @@ class Batch:
         self._running: set[Running] = set()
         if memory is not None:
             self._limit(memory)
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the model's GPU, if it has one."""
+        return self.model.gpu
 
     # -- memory ------------------------------------------------------------------------------------------------------
     def _limit(self, memory: int) -> None:
@@ -155,6 +161,7 @@ class Batch:
 
     # -- requests ------------------------------------------------------------------------------------------------------
     @exclusive
+    @on_its_device
     def start(
         self,
         ids: Sequence[int] | Tensor,
@@ -197,24 +204,41 @@ class Batch:
             )
         return dataclasses.replace(policy, budget=budget)
 
+    def advance(self, request: Running) -> Tensor | None:
+        """`advance_together` of one request."""
+        return self.advance_together([request])[0]
+
     @exclusive
-    def advance(self, running: Running) -> Tensor | None:
-        """Computes the next segment of a prompt. Returns the logits (vocabulary) after the last one, else None. Raises
-        PoolFull, with nothing changed, where pages are short."""
-        cache, call = running.cache, running.call
-        if cache is None or call is None:
-            raise CacheError("the request's prompt is through already, or the request has ended")
-        cache.begin_step()
-        try:
-            call.advance()
-        except PoolFull:
-            cache.end_step()
-            raise
-        cache.end_step()
-        if not call.finished:
+    @on_its_device
+    def advance_together(self, requests: Sequence[Running]) -> list[Tensor | None]:
+        """Computes the next segment of each of these prompts, side by side; of each the logits (vocabulary) after its last
+        segment, else None. Rows of unequal length are filled up, so segments of similar length should go together.
+        Raises PoolFull, with nothing changed, where pages are short."""
+        calls: dict[tuple[int, ...], list[Call]] = {}
+        for request in requests:
+            if request.cache is None or request.call is None:
+                raise CacheError("the request's prompt is through already, or the request has ended")
+            calls.setdefault(_tables(request.cache), []).append(request.call)
+        for group in calls.values():
+            for call in group:
+                call.cache.begin_step()
+            try:
+                advance(group)
+            except PoolFull:
+                for call in group:
+                    call.cache.end_step()
+                raise
+            for call in group:
+                call.cache.end_step()
+        return [self._prompt_logits(request) for request in requests]
+
+    @staticmethod
+    def _prompt_logits(request: Running) -> Tensor | None:
+        call = request.call
+        if call is None or not call.finished:
             return None
-        running.call = None
-        cache.end_prompt()
+        request.call = None
+        call.cache.end_prompt()
         return call.logits[0, -1]
 
     @exclusive
@@ -240,6 +264,7 @@ class Batch:
 
     # -- one token of each ---------------------------------------------------------------------------------------------
     @exclusive
+    @on_its_device
     def decode(self, requests: Sequence[Running], tokens: Sequence[int]) -> Tensor:
         """One token of each of these requests, whose prompts are through: logits (requests, vocabulary). Raises PoolFull, with
         nothing changed, where pages are short."""
@@ -273,7 +298,7 @@ class Batch:
                 decoder.key_rotation.rotate(cache)
             if not decoder.rotates_keys and not cache.ranks_held:
                 decoder.key_rotation.hold_ranks(cache)
-        key = tuple(id(table) for table in cache.length_tables.values())
+        key = _tables(cache)
         if key not in self._groups:
             rows = JoinedRows(self.model, 1, max_length=cache.max_length, stores=self.stores)
             self._groups[key] = _Group(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.pages import to_device
-from kvrewrite.cache.request import WIDE, Request, row_inputs
-from kvrewrite.cache.slot_plan import slots_decoded, walk
+from kvrewrite.cache.request import WIDE, Request, check_pools, row_inputs
+from kvrewrite.cache.side_by_side import give_back, join
+from kvrewrite.cache.slot_plan import StepPlan, slots_decoded, walk
 from kvrewrite.errors import CacheError, InputError
-from kvrewrite.policies import RowState, Segment
+from kvrewrite.policies import UNLIMITED, RowState
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -167,6 +169,18 @@ def check_rows(tokens: Tokens, position_ids: Tensor | None, cache: Request) -> N
 
 
 # -- the passes ------------------------------------------------------------------------------------------------------
+@dataclass
+class Pass:
+    """What one pass does for the rows of a call. parts: the columns of each row's tokens; wanted: which of them (counted from
+    the segment's start) have logits that are asked for; renew: rows whose ranks are computed again (contiguous
+    positions)."""
+
+    plan: StepPlan
+    parts: list[np.ndarray]
+    wanted: list[list[int]]
+    renew: list[bool] | None
+
+
 class Call:
     """Runs a call: all rows side by side, one pass through the graph for each segment. `run` does it at once; or `advance`
     until it is `finished`, then `logits`, of the last `columns` columns. plans: what each row does, segment by segment;
@@ -209,28 +223,49 @@ class Call:
         while not self.finished:
             if self.cache.before_chunk is not None:
                 self.cache.before_chunk()
-            self.advance()
+            advance([self])
         return self.logits
 
-    def advance(self) -> None:
-        """One pass: the next segment of every row that has one."""
-        step, done, begin = self.step, self._done, self.tokens.ids.shape[1] - self.columns
-        segments = [plan[step] if step < len(plan) else None for plan in self.plans]
+    def next_pass(self) -> Pass:
+        """The next segment of every row that has one; changes nothing."""
+        segments = [plan[self.step] if self.step < len(plan) else None for plan in self.plans]
         valid = [s.length if s else 0 for s in segments]
-        parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, done, valid)]
-        # Which of each row's tokens (counted from the segment's start) have logits that are asked for.
-        wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(self._lowest, done, valid)]
-        out = self._pass(segments, parts, wanted)
+        parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, self._done, valid)]
+        wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(self._lowest, self._done, valid)]
+        renew = None
+        if self.model.program.layout.contiguous:
+            always = self.model.policy.renews_ranks_in_decoding
+            # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
+            frozen = self.cache.ranks_frozen
+            renew = [always or not (d and f) for d, f in zip(self.tokens.decoding, frozen)]
+        return Pass(self.cache.plan(segments, self.totals, renew), parts, wanted, renew)
+
+    def begin(self, now: Pass) -> dict[str, Tensor]:
+        """Leases the pages of a pass; the cache's inputs."""
+        cache = self.cache
+        cache.hold(now.plan, self.reserve)
+        inputs = cache.inputs(now.plan)
+        if now.renew is not None:
+            cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, now.renew)]
+            frozen = zip(self.tokens.decoding, now.plan.tokens, cache.ranks_frozen)
+            cache.ranks_frozen = [d if n else f for d, n, f in frozen]
+            inputs["renew"] = to_device(torch.tensor(now.renew), cache.device)
+        return inputs
+
+    def end(self, now: Pass, out: Tensor | None) -> None:
+        """Records a pass. out: the logits that were asked for, left-aligned in each row, or None."""
+        self.cache.commit(now.plan)
+        begin = self.tokens.ids.shape[1] - self.columns
         if out is not None:
             if self._logits is None:
-                self._logits = out.new_zeros(len(valid), self.columns, out.shape[-1])
-            for row, picked in enumerate(wanted):
+                self._logits = out.new_zeros(len(now.parts), self.columns, out.shape[-1])
+            for row, picked in enumerate(now.wanted):
                 if picked:
-                    at = parts[row][picked[0] :] - begin
+                    at = now.parts[row][picked[0] :] - begin
                     adjacent = at[-1] - at[0] + 1 == len(at)
                     target: Any = slice(int(at[0]), int(at[-1]) + 1) if adjacent else to_device(at, out.device)
                     self._logits[row, target] = out[row, : len(at)]
-        self._done = [d + n for d, n in zip(done, valid)]
+        self._done = [d + n for d, n in zip(self._done, now.plan.tokens)]
         self.step += 1
 
     @property
@@ -241,53 +276,59 @@ class Call:
             return torch.zeros(shape, device=self.cache.device, dtype=self.model.dtype)
         return self._logits
 
-    def _pass(self, segments: list[Segment | None], parts: list[np.ndarray], wanted: list[list[int]]) -> Tensor | None:
-        """One pass through the graph: the same segment number of every row, left-aligned. parts: the columns of its tokens in
-        each row. None where no logits are wanted, and what runs the graph can do without them."""
-        cache, renew = self.cache, None
-        if self.model.program.layout.contiguous:
-            always = self.model.policy.renews_ranks_in_decoding
-            # A prompt's last eviction leaves gaps, so ranks that decoding keeps are made at its first token.
-            renew = [always or not (d and frozen) for d, frozen in zip(self.tokens.decoding, cache.ranks_frozen)]
-        plan = cache.plan(segments, self.totals, renew)
-        cache.hold(plan, self.reserve)
-        inputs = cache.inputs(plan)
-        if renew is not None:
-            cache.next_rotary = [n if r else p for n, p, r in zip(cache.length, cache.next_rotary, renew)]
-            cache.ranks_frozen = [
-                d if n else f for d, n, f in zip(self.tokens.decoding, plan.tokens, cache.ranks_frozen)
-            ]
-            inputs["renew"] = to_device(torch.tensor(renew), cache.device)
-        inputs.update(self._inputs(segments, parts, wanted))
-        out = self.model.run_graph(inputs, logits=any(wanted))
-        cache.commit(plan)
-        return out
 
-    def _inputs(
-        self, segments: list[Segment | None], parts: list[np.ndarray], wanted: list[list[int]]
-    ) -> dict[str, Tensor]:
-        """Inputs of the graph besides those of the cache."""
-        cache, program, device = self.cache, self.model.program, self.cache.device
-        longest = max(len(part) for part in parts)
-        rows = {
-            name: to_device(torch.tensor(values, dtype=torch.int64 if name in WIDE else torch.int32), device)
-            for name, values in cache.row_numbers(segments).items()
-        }
-        inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
-        index = np.zeros((len(parts), longest), dtype=np.int64)
-        for row, part in enumerate(parts):
-            index[row, : len(part)] = part
-        inputs["input_ids"] = torch.gather(self.tokens.ids.to(device).long(), 1, to_device(index, device))
-        picks = max(1, max(len(w) for w in wanted))
-        inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)
-        begins = cache.seen
-        if program.layout.contiguous:
-            begins = cache.next_rotary
-            # The same for all chunks of a prompt, and for prompts that are about as long: captured chunks ask for one shape.
-            reach = max(max(self.totals), max(cache.seen) + longest)
-            step = max(SPAN_STEP, (1 << (reach.bit_length() - 1)) // 8)
-            inputs["span"] = torch.empty(0, -(-reach // step) * step, device=device)
-        reach = max(begins) + longest + self.model.policy.rotary_ahead
-        for i, (cos, sin) in enumerate(cache.rotary(min(reach, program.max_positions or reach))):
-            inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
-        return {**inputs, **cache.length_tables}
+def advance(calls: Sequence[Call]) -> None:
+    """The next pass of these calls of one model, side by side in one pass through the graph. Several need the same pools and
+    rotary frequencies. Raises PoolFull, with nothing changed, where pages are short."""
+    model, specs = calls[0].model, calls[0].model.program.layout.inputs
+    now = [call.next_pass() for call in calls]
+    check_pools([(call.cache, p.plan) for call, p in zip(calls, now)])
+    given = [call.begin(p) for call, p in zip(calls, now)]
+    inputs = given[0] if len(calls) == 1 else join(specs, given)
+    inputs.update(_token_inputs(model, calls, now))
+    wants = any(any(p.wanted) for p in now)
+    out = model.run_graph(inputs, logits=wants)
+    if len(calls) > 1:
+        give_back(specs, given, inputs)
+    row = 0
+    for call, p in zip(calls, now):
+        rows = slice(row, row + len(p.parts))
+        call.end(p, None if out is None else out[rows])
+        row = rows.stop
+
+
+def _token_inputs(model: RewrittenModel, calls: Sequence[Call], now: Sequence[Pass]) -> dict[str, Tensor]:
+    """Inputs of the graph besides those of the caches."""
+    program, device = model.program, calls[0].cache.device
+    caches = [call.cache for call in calls]
+    longest = max(len(part) for p in now for part in p.parts)
+    counted = [cache.row_numbers(p.plan.segments) for cache, p in zip(caches, now)]
+    rows = {}
+    for name in counted[0]:
+        values = [n for numbers in counted for n in numbers[name]]
+        rows[name] = to_device(torch.tensor(values, dtype=torch.int64 if name in WIDE else torch.int32), device)
+    inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
+    picked = [_picked(call.tokens.ids.to(device).long(), p.parts, longest) for call, p in zip(calls, now)]
+    inputs["input_ids"] = torch.cat(picked) if len(picked) > 1 else picked[0]
+    wanted = [row for p in now for row in p.wanted]
+    picks = max(1, max(map(len, wanted)))
+    inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)
+    begins = [begin for cache in caches for begin in cache.seen]
+    if program.layout.contiguous:
+        begins = [begin for cache in caches for begin in cache.next_rotary]
+        # The same for all chunks of a prompt, and for prompts that are about as long: captured chunks ask for one shape.
+        reach = max(max(*call.totals, max(call.cache.seen) + longest) for call in calls)
+        step = max(SPAN_STEP, (1 << (reach.bit_length() - 1)) // 8)
+        inputs["span"] = torch.empty(0, -(-reach // step) * step, device=device)
+    reach = min(max(begins) + longest + model.policy.rotary_ahead, program.max_positions or UNLIMITED)
+    for i, (cos, sin) in enumerate(caches[0].rotary(reach)):
+        inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
+    return {**inputs, **caches[0].length_tables}
+
+
+def _picked(ids: Tensor, parts: Sequence[np.ndarray], longest: int) -> Tensor:
+    """The tokens of each row, left-aligned (rows, longest)."""
+    index = np.zeros((len(parts), longest), dtype=np.int64)
+    for row, part in enumerate(parts):
+        index[row, : len(part)] = part
+    return torch.gather(ids, 1, to_device(index, ids.device))

@@ -257,7 +257,7 @@ def decoding(prompts: list[list[int]], steps: int) -> list[list[tuple[list[int],
 
 # Equal scores, where rounding decides: keys of one norm (RMSNorm with fresh weights), and equal keys of equal tokens in
 # the first layer of a model without RoPE.
-TIES = {("gemma3_text", "knorm"), ("gemma3n_text", "knorm"), ("bloom", "keydiff")}
+TIES = {("gemma3_text", "knorm"), ("gemma3n_text", "knorm"), ("bloom", "keydiff"), ("bloom", "knorm")}
 
 
 def evicting(name: str, policy: str, positions: str, **options: Any) -> Any:
