@@ -127,7 +127,7 @@ LAYERS = (
     ("runtime",),
     ("compiler",),  # passes, then the proof of the whole, which runs the program
     ("api", "serving"),
-    ("dynamo", "verification"),
+    ("dynamo", "verification", "vllm"),
     ("", "backend", "exporting"),  # the public names: `kvrewrite` itself and two faces
     ("tools",),  # modules that all tools share
     ("tools.evaluation",),
