@@ -46,6 +46,11 @@ class Running:
         return 0 if self.call is None else self.call.passes - self.call.step
 
     @property
+    def next_segment(self) -> int:
+        """Tokens of the segment that comes next, 0 once its prompt is through."""
+        return 0 if self.call is None else self.call.plans[0][self.call.step].length
+
+    @property
     def ended(self) -> bool:
         """Whether it has left its batch."""
         return self.cache is None and self.group is None
@@ -331,9 +336,6 @@ class Batch:
         size = cache.batch_size
         taking, everyone = set(rows), rows == list(range(size))
         cache.rest([row not in taking for row in range(size)])
-        for row in rows:
-            if problem := cache.no_room(row, 1, True):
-                raise problem
         if isinstance(tokens, Tensor):
             ids = tokens[:, None]
             if not everyone:
@@ -342,12 +344,16 @@ class Batch:
             host = torch.zeros(size, 1, dtype=torch.int64)
             host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
             ids = host.to(self.model.device)
+        planned = decoder is not None and decoder.has_planned(ids, cache)
+        for row in rows if not planned else ():  # what was planned has room
+            if problem := cache.no_room(row, 1, True):
+                raise problem
         cache.begin_step()
         try:
             if decoder is None:
                 where = [np.arange(int(row in taking)) for row in range(size)]
                 logits = Call(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
-            elif decoder.has_planned(ids, cache):
+            elif planned:
                 logits = decoder.planned_step(ids, cache)
             else:
                 logits = decoder.step(ids, cache)
