@@ -56,13 +56,14 @@ def _refused(config: Any) -> list[str]:
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
     reasons = []
     for option in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
     ):
         if (size := getattr(parallel, option, 1)) > 1:
-            reasons.append(f"{option}={size}: kvrewrite's program runs on one device; start one engine on each")
+            reasons.append(
+                f"{option}={size}: kvrewrite's program can't be cut so; use tensor_parallel_size, or an engine on each device"
+            )
     if config.lora_config is not None:
         reasons.append(
             "LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`"
