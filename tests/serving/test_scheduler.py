@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import random
@@ -183,6 +184,25 @@ def test_long_prompts_do_not_stall_streams(parts: Any) -> None:
         assert all(b - a <= 2 for a, b in itertools.pairwise(prompts))  # at most one token between two segments,
         between = steps[prompts[0] : prompts[-1]]
         assert between.count("token") >= min(10, 40 - prompts[0])  # and no two segments without one
+    finally:
+        engine.close()
+
+
+@pytest.mark.thorough
+def test_a_compiled_model_is_warmed_up(parts: Any) -> None:
+    """Nothing is left to be made when the first requests come; static buffers of 1, 2, 4, 8 rows give the lone answers."""
+    found = asked(parts, bodies(random.Random(9), 12, 60, len(parts[1])))
+    model = copy.deepcopy(parts[0])
+    model.compile(static_decode=True, backend="eager")
+    engine = serving.Engine(model, parts[1], capacity=serving.Capacity(max_requests=8, memory=1 << 22))
+    try:
+        engine.warm_up()
+        assert engine.batch.used == 0
+        made = dict(model.decoder._steps)
+        assert set(made) == {1, 2, 4, 8}
+        serve(engine, found, at_once=12)
+        assert [a.body for a in found if not a.right] == []
+        assert model.decoder._steps == made and empty(engine)
     finally:
         engine.close()
 
