@@ -118,6 +118,12 @@ class Batch:
     needed, without a limit."""
 
     def __init__(self, model: RewrittenModel, *, memory: int | None = None):
+        heads_differ = model.program.layout.ragged or model.policy.head_pattern
+        if memory is not None and model.program.parallel is not None and heads_differ:
+            raise OptionError(
+                f"with {model.policy.name}, heads of different processes keep different numbers of slots, so one process's "
+                "memory would be full before the others'; a batch of it takes no memory limit with tensor parallelism"
+            )
         if not model.on_one_device:
             raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
         self.model, self.owner = model, model.owner
