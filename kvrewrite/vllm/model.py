@@ -120,8 +120,12 @@ class KVRewriteForCausalLM(nn.Module):
         super().__init__()
         config = vllm_config.model_config
         self.length: int = config.max_model_len
+        ranks = vllm_config.parallel_config.tensor_parallel_size
         with torch.device("cpu"), set_default_torch_dtype(torch.float32):
-            self.program = load(config.model, device=vllm_config.device_config.device)
+            device = vllm_config.device_config.device
+            self.program = load(
+                config.model, device=device, **({"tp_plan": "auto", "tp_size": ranks} if ranks > 1 else {})
+            )
             if self.program.device.type == "cuda" and not config.enforce_eager:
                 self.program.compile()
         policy = self.program.policy
