@@ -27,6 +27,7 @@ from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
 from kvrewrite.ir.layout import PAGE, CacheLayout
+from kvrewrite.ir.parallel import Peers
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
@@ -115,6 +116,8 @@ class Request:
         self.owner = model.owner
         self.layout: CacheLayout = model.program.layout
         self._policy: Policy = policy or model.policy
+        parallel = model.program.parallel
+        self._peers: Peers | None = None if parallel is None else parallel.peers
         self._rows = batch_size
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
@@ -160,6 +163,9 @@ class Request:
         self._dealt: dict[int, Tensor] = {}  # tables that the device fills in during a step, by class
         tail = quantize.residual + 2 * quantize.group if quantize else 0
         rules = Rules(self.layout.rewrites_slots, tail)
+        if self._peers is not None:
+            anyone = functools.partial(self._peers.any, device=self.device)
+            rules = Rules(self.layout.rewrites_slots, tail, self._peers.ranks, anyone)
         self._planner = SlotPlanner(self._policy, rules, self.leases)
         self.states = [PolicyState(s, batch, torch.device(s.device or self.device)) for s in self.layout.states]
         self._rotary: list[tuple[Tensor, Tensor]] = []

@@ -11,7 +11,7 @@ Arrays are (layers, rows, kv heads) int64 where nothing else is said. A class is
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -98,7 +98,8 @@ class ClassPlan:
     bound: most slots of each head before it; new: new tokens (1, rows, 1); budgets: of its eviction; after: slots after
     it, as far as the host can tell; prompts (rows,): whose eviction is ragged; deals (rows,): those for which the
     device deals out pages; anywhere: rows (and layers) where it may write to any slot; tail: slots from the end of a
-    head that it may write to elsewhere.
+    head that it may write to elsewhere. pressed (layers, rows): layers that lose tokens, which may be those of other
+    processes' heads; ranks: how many processes the heads are dealt out over.
     """
 
     bound: np.ndarray
@@ -109,6 +110,8 @@ class ClassPlan:
     deals: np.ndarray
     anywhere: np.ndarray
     tail: int
+    pressed: np.ndarray
+    ranks: int = 1
 
     @property
     def evicts(self) -> np.ndarray:
@@ -133,7 +136,7 @@ class ClassPlan:
     @property
     def dealt_slots(self) -> np.ndarray:
         """Most slots that all heads of a layer can hold together after pages were dealt out: (layers, rows)."""
-        budgets = (np.minimum(self.budgets.limit, NEVER) + 1).sum(-1)
+        budgets = (np.minimum(self.budgets.limit, NEVER) + 1).sum(-1) * self.ranks
         return np.where(self.deals, np.minimum((self.bound + self.new).sum(-1), budgets), 0)
 
     @property
@@ -149,7 +152,7 @@ class ClassPlan:
         """What each head may keep of its layer's budget from now on, -1 for an equal share: what it was dealt (None:
         nothing was dealt, or heads do not compete) where its layer had to evict; a prompt that fits makes shares equal
         again."""
-        evicted = self.evicts.any(2, keepdims=True)
+        evicted = self.pressed[..., None]
         tries = self.prompts[None, :, None] & (self.budgets.limit < UNLIMITED)
         shares = np.where(tries & ~evicted, -1, shares)
         if dealt is not None:
@@ -184,10 +187,13 @@ class StepPlan:
 @dataclass(frozen=True)
 class Rules:
     """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes;
-    tail: slots from the end of a head that the next token may write to (quantized caches)."""
+    tail: slots from the end of a head that the next token may write to (quantized caches). ranks: how many processes the
+    heads are dealt out over; anyone: where any of them has a flag set."""
 
     rewrites: bool = False
     tail: int = 0
+    ranks: int = 1
+    anyone: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class SlotPlanner:
@@ -227,11 +233,13 @@ class SlotPlanner:
             if not new.all():
                 after = np.where(joined > 0, after, bound)
             anywhere = (windows < UNLIMITED) | self._rewrites
-            part = ClassPlan(bound, joined, budgets, after, prompts, prompts, anywhere | anew, self.rules.tail)
+            part = ClassPlan(bound, joined, budgets, after, prompts, prompts, anywhere | anew, self.rules.tail, prompts)
             if ragged:
-                deals = part.deals = prompts & (
-                    part.evicts.any((0, 2)) | self.policy.gates | self.policy.data_dependent
-                )
+                pressed: Any = part.evicts.any(2)
+                part.ranks, part.pressed = self.rules.ranks, pressed
+                if self.rules.anyone is not None and self.policy.head_budgets != "equal":
+                    part.pressed = self.rules.anyone(part.pressed)
+                deals = part.deals = prompts & (part.pressed.any(0) | self.policy.gates | self.policy.data_dependent)
                 part.anywhere = anywhere & ~deals[None, :, None] | anew
             parts.append(part)
         return StepPlan(segments, parts, ragged, self.policy.data_dependent)

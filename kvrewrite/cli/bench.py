@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvrewrite.cli.options import AS_JSON, CELLS_OUT, DTYPES, POLICY_WEIGHTS, RESUME, parse_budget, parse_policies
+from kvrewrite.cli.options import (
+    AS_JSON,
+    CELLS_OUT,
+    DTYPES,
+    POLICY_WEIGHTS,
+    RESUME,
+    parse_budget,
+    parse_bytes,
+    parse_policies,
+)
 from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
 from kvrewrite.errors import ArtifactError, OptionError
-
-UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def parse_bytes(text: str) -> int:
-    """Parses a size such as "24GiB" to bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if not found or found[2] not in UNITS or float(found[1]) <= 0:
-        raise OptionError(f"--memory-limit {text}: expected a size such as 24GiB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 @click.command(cls=Command)
@@ -132,7 +130,7 @@ def bench(
     """
     specs = parse_policies(policy_texts, policy_weights)
     budgets = tuple(parse_budget(t) for t in budget_texts)
-    limit = None if limit_text is None else parse_bytes(limit_text)
+    limit = None if limit_text is None else parse_bytes(limit_text, "--memory-limit")
     _check_files(out, plot, resume, force)
     from kvrewrite.tools.benchmark.baselines import parse_baselines
     from kvrewrite.tools.benchmark.measure import Options

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from kvrewrite.tools.subjects import PolicySpec
 
 
+UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Parses a size such as "24GiB" to bytes; option: the one that has it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if not found or found[2] not in UNITS or float(found[1]) <= 0:
+        raise OptionError(f"{option} {text}: expected a size such as 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def parse_value(text: str, hint: str) -> Any:
     """Parses `text` as one of the types in an annotation such as "int | None"; raises ValueError if it is none of
     them."""

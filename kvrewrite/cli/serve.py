@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from kvrewrite.cli.options import parse_bytes
 from kvrewrite.cli.shared import Command, find_device
 
 
@@ -31,9 +32,37 @@ from kvrewrite.cli.shared import Command, find_device
     help="The most tokens that an answer may have.",
 )
 @click.option(
-    "--waiting",
+    "--max-requests",
     type=click.IntRange(min=1),
     default=64,
+    show_default=True,
+    help="Answers that are made at the same time; further requests wait.",
+)
+@click.option(
+    "--memory",
+    "memory_text",
+    metavar="SIZE",
+    help="Memory for what requests keep, such as 8GiB, taken at the start. Default: 80% of what is free on a GPU; on a CPU as "
+    "much as is needed.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of prompts that are computed between two tokens of the answers; fewer: steadier streams.",
+)
+@click.option(
+    "--prefixes",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Common beginnings of prompts that are kept, while there is memory; 0: none.",
+)
+@click.option(
+    "--waiting",
+    type=click.IntRange(min=1),
+    default=128,
     show_default=True,
     help="Requests that may wait; one more gets an error (429).",
 )
@@ -67,6 +96,10 @@ def serve(
     compiled: bool,
     trust_compiled: bool,
     max_new_tokens: int,
+    max_requests: int,
+    memory_text: str | None,
+    prompt_tokens: int,
+    prefixes: int,
     waiting: int,
     max_prompt_tokens: int,
     max_connections: int,
@@ -74,7 +107,7 @@ def serve(
 ) -> None:
     """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
 
-    Requests run one after another, each with a cache of its own; see /health for how many wait.
+    Many requests run at once, and each has the answer that it has alone; /metrics says how many, for Prometheus.
     """
     import importlib.util
 
@@ -85,7 +118,11 @@ def serve(
     from kvrewrite.artifact import directory as artifact
     from kvrewrite.errors import OptionError
 
-    missing = [m for m in ("starlette", "uvicorn", "pydantic", "jinja2") if importlib.util.find_spec(m) is None]
+    missing = [
+        m
+        for m in ("starlette", "uvicorn", "pydantic", "jinja2", "prometheus_client")
+        if importlib.util.find_spec(m) is None
+    ]
     if missing:
         raise OptionError(f"kvrewrite serve needs {', '.join(missing)}: pip install 'kvrewrite[serve]'")
     artifact.read_manifest(directory)
@@ -98,8 +135,20 @@ def serve(
     if compiled:
         model.compile()
     limits = serving.Limits(connections=max_connections, grace_seconds=grace_seconds)
-    limits.check(waiting)
+    limits.check(waiting, max_requests)
     engine = serving.Engine(
-        model, tokenizer, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, waiting=waiting
+        model,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        waiting=waiting,
+        capacity=serving.Capacity(
+            max_requests=max_requests,
+            memory=serving.free_share(where) if memory_text is None else parse_bytes(memory_text, "--memory"),
+            prompt_tokens=prompt_tokens,
+            prefixes=prefixes,
+        ),
     )
+    if compiled:
+        engine.warm_up()
     serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port, limits=limits)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
+from kvrewrite.ops.together import gather_ranks
+
 
 @dataclass(frozen=True)
 class Peers:
@@ -12,6 +17,12 @@ class Peers:
     rank: int
     ranks: int
     group: str
+
+    def any(self, flags: np.ndarray, device: torch.device) -> np.ndarray:
+        """Where some rank has a flag set. device: what the group reaches."""
+        own = torch.from_numpy(flags.astype(np.uint8)).to(device)
+        found: np.ndarray = torch.stack(gather_ranks(own, self.ranks, self.group)).amax(0).cpu().numpy() > 0
+        return found
 
 
 @dataclass

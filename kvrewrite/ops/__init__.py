@@ -8,4 +8,5 @@ import kvrewrite.ops.quantized
 import kvrewrite.ops.rotary
 import kvrewrite.ops.scores
 import kvrewrite.ops.state
+import kvrewrite.ops.together
 import kvrewrite.ops.update  # noqa: F401

@@ -72,11 +72,6 @@ class Policy(Options):
                 f"{self.name}: merge=True judges the tokens of all heads of a layer together, and with tensor parallelism no "
                 "process has them all; use merge=False or one process"
             )
-        if self.head_budgets != "equal" or self.shares_layers:
-            raise OptionError(
-                f"{self.name}: heads of several processes would share one budget, which is not possible; with tensor parallelism "
-                'use head_budgets="equal" (fast_kvzip: scope="head")'
-            )
         return self
 
     # -- graph ---------------------------------------------------------------------------------------------------

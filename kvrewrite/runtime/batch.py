@@ -20,7 +20,7 @@ from kvrewrite.cache.joined import JoinedRows
 from kvrewrite.cache.pages import PageStore
 from kvrewrite.cache.request import exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
-from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
+from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, PoolFull
 from kvrewrite.policies import UNLIMITED, Policy, RowState
 from kvrewrite.runtime.call import Call, Tokens, advance, check_ids
 from kvrewrite.runtime.model import RewrittenModel, on_its_device
@@ -57,6 +57,12 @@ class Running:
             return self.group.rows.seen[self.row]
         return 0 if self.cache is None else self.cache.seen[0]
 
+    def no_room(self) -> KVRewriteError | None:
+        """The reason why it can't have another token, or None."""
+        if self.group is not None:
+            return self.group.rows.no_room(self.row, 1, True)
+        return None if self.cache is None else self.cache.no_room(0, 1, True)
+
     def positions(self) -> dict[int, list[list[int]]]:
         """Positions in the text that are kept: layer -> kv head -> sorted positions."""
         if self.group is not None:
@@ -70,6 +76,13 @@ class _Group:
     def __init__(self, rows: JoinedRows):
         self.rows = rows
         self.members: list[Running | None] = [None] * rows.batch_size
+        self._index: tuple[list[int], Tensor] = ([], torch.empty(0, dtype=torch.int64))
+
+    def index(self, rows: list[int]) -> Tensor:
+        """Numbers of rows on the device; they are sent once as long as they stay."""
+        if self._index[0] != rows:
+            self._index = (rows, torch.tensor(rows, device=self.rows.device))
+        return self._index[1]
 
     def free_row(self) -> int:
         """A row without a request; there are twice as many rows if none is left."""
@@ -134,8 +147,9 @@ class Batch:
         """The share of its pages that is leased, of the fullest pool."""
         return max((1 - len(s.free) / max(1, s.total - 1) for s in self.stores), default=0.0)
 
-    def pages_at_most(self, prompt: int, total: int, policy: Policy | None = None) -> list[int]:
-        """Pages of each pool that a request alone needs at most: a prompt of so many tokens, and so many tokens in all."""
+    def pages_needed(self, prompt: int, total: int, policy: Policy | None = None) -> tuple[list[int], list[int]]:
+        """Pages of each pool that a request alone needs at most: while its prompt of so many tokens is computed, and from
+        then on until it has `total` tokens."""
         policy = policy or self.model.policy
         classes = self.model.program.layout.classes
         segments = policy.plan(prompt)
@@ -143,16 +157,18 @@ class Batch:
         heads = [classes[c].kv_heads for _, c, _ in order]
         slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
         keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
-        most = [0] * len(classes)
+        most, later = [0] * len(classes), [0] * len(classes)
         for (_, c, window), held in zip(order, slots):
             during = held[:-1] + np.array([s.length for s in segments])[:, None]
             after = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
-            most[c] += int(np.maximum(pages_of(during).max(0, initial=0), pages_of(np.asarray(after))).sum())
-        return most
+            decoding = pages_of(np.asarray(after))
+            most[c] += int(np.maximum(pages_of(during).max(0, initial=0), decoding).sum())
+            later[c] += int(decoding.sum())
+        return most, later
 
     def check_fits(self, prompt: int, total: int, policy: Policy | None = None) -> None:
         """Raises InputError for a request that would not fit if it were alone."""
-        for need, store in zip(self.pages_at_most(prompt, total, policy), self.stores):
+        for need, store in zip(self.pages_needed(prompt, total, policy)[0], self.stores):
             if store.limit is not None and need > store.limit - 1:
                 raise InputError(
                     f"a prompt of {prompt} tokens and {total} in all need {need} pages, but the pool has {store.limit - 1}; "
@@ -175,7 +191,7 @@ class Batch:
 
         Raises InputError for ids that the model can't take, OptionError for a budget that the policy can't have.
         """
-        policy = self._policy(budget)
+        policy = self.policy(budget)
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device).reshape(1, -1)
         if not tokens.shape[1]:
             raise InputError("the prompt has no tokens, expected at least one")
@@ -185,6 +201,7 @@ class Batch:
             cache = EvictionCache(self.model, 1, max_length=max_length, stores=self.stores, policy=policy)
         else:
             cache = prefix.fork()
+            cache.max_length = max_length
             tokens = tokens[:, cache.seen[0] :]
         count = tokens.shape[1]
         if problem := cache.no_room(0, count, False):
@@ -194,7 +211,8 @@ class Batch:
         self._running.add(running)
         return running
 
-    def _policy(self, budget: int | None) -> Policy:
+    def policy(self, budget: int | None) -> Policy:
+        """The model's policy with another budget, None: its own. Raises OptionError where a request can't have one."""
         policy = self.model.policy
         if budget is None or budget == policy.budget:
             return policy
@@ -265,9 +283,10 @@ class Batch:
     # -- one token of each ---------------------------------------------------------------------------------------------
     @exclusive
     @on_its_device
-    def decode(self, requests: Sequence[Running], tokens: Sequence[int]) -> Tensor:
-        """One token of each of these requests, whose prompts are through: logits (requests, vocabulary). Raises PoolFull, with
-        nothing changed, where pages are short."""
+    def decode(self, requests: Sequence[Running], tokens: Sequence[int] | Tensor) -> Tensor:
+        """One token of each of these requests, whose prompts are through: logits (requests, vocabulary). tokens: their ids, on
+        the device where they need not come to the host. Raises PoolFull, with nothing changed, where pages are short. After
+        any other error the requests that were joined with these have ended."""
         for request in requests:
             if request.group is None:
                 self._join(request)
@@ -277,10 +296,10 @@ class Batch:
             if not at:
                 continue
             rows = [requests[i].row for i in at]
-            logits = self._step(group, rows, [tokens[i] for i in at])
+            if len(at) == len(requests):
+                return self._step(group, rows, tokens)
+            logits = self._step(group, rows, tokens[at] if isinstance(tokens, Tensor) else [tokens[i] for i in at])
             if found is None:
-                if len(at) == len(requests):
-                    return logits
                 found = logits.new_empty(len(requests), logits.shape[-1])
             found[at] = logits
         if found is None:
@@ -307,17 +326,22 @@ class Batch:
         group.rows.put(row, cache)
         group.members[row], request.group, request.row, request.cache = request, group, row, None
 
-    def _step(self, group: _Group, rows: list[int], tokens: Sequence[int]) -> Tensor:
+    def _step(self, group: _Group, rows: list[int], tokens: Sequence[int] | Tensor) -> Tensor:
         cache, decoder = group.rows, self.model.decoder
         size = cache.batch_size
-        taking = set(rows)
+        taking, everyone = set(rows), rows == list(range(size))
         cache.rest([row not in taking for row in range(size)])
         for row in rows:
             if problem := cache.no_room(row, 1, True):
                 raise problem
-        host = torch.zeros(size, 1, dtype=torch.int64)
-        host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
-        ids = host.to(self.model.device)
+        if isinstance(tokens, Tensor):
+            ids = tokens[:, None]
+            if not everyone:
+                ids = ids.new_zeros(size, 1).index_copy_(0, group.index(rows), ids)
+        else:
+            host = torch.zeros(size, 1, dtype=torch.int64)
+            host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
+            ids = host.to(self.model.device)
         cache.begin_step()
         try:
             if decoder is None:
@@ -330,5 +354,17 @@ class Batch:
         except PoolFull:
             cache.end_step()
             raise
+        except BaseException:
+            self._drop(group)
+            raise
         cache.end_step()
-        return logits[rows, 0] if rows != list(range(size)) else logits[:, 0]
+        return logits[:, 0] if everyone else logits[:, 0].index_select(0, group.index(rows))
+
+    def _drop(self, group: _Group) -> None:
+        """A step was interrupted, so that nobody knows which layers have its tokens: its requests have ended."""
+        for member in group.members:
+            if member is not None:
+                member.cache = member.group = None
+                self._running.discard(member)
+        self._groups = {key: other for key, other in self._groups.items() if other is not group}
+        group.rows.reset()

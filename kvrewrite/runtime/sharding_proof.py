@@ -7,6 +7,7 @@ its blocks of them.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from kvrewrite.ir.evaluate import EvaluationError, Evaluator, StandIns, ThinProd
 from kvrewrite.ir.fx import get_attr, is_op, named_args
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
+from kvrewrite.ops import together
 from kvrewrite.passes.shard.shard import Sharder, cut_tensor
 from kvrewrite.passes.shard.write import GATHER, REDUCE, WAIT
 from kvrewrite.runtime.translation import rehearsed
@@ -80,31 +82,34 @@ class Watched(Evaluator):
         return super()._compute(node, values, inputs)
 
 
-def run(program: Program, stand_ins: Any, rank: int = 0, meeting: Meeting | None = None) -> Trace:
+def run(program: Program, stand_ins: Any, tokens: int, rank: int = 0, meeting: Meeting | None = None) -> Trace:
     """Runs a text through a program, in two pieces and token by token."""
     evaluator = Watched(program.graph, stand_ins, rank, meeting)
     model = rehearsed(program, stand_ins, evaluator)
     generator = torch.Generator().manual_seed(11)
-    ids = torch.randint(program.vocab_size, (ROWS, TOKENS + STEPS), generator=generator)
+    ids = torch.randint(program.vocab_size, (ROWS, tokens + STEPS), generator=generator)
     cache, logits, at = model.new_cache(ROWS, max_length=ids.shape[1]), [], 0
-    pieces = [TOKENS] if model.policy.whole_prompt else [TOKENS - 8, 8]
+    pieces = [tokens] if model.policy.whole_prompt else [tokens - 8, 8]
     for length in [*pieces, *[1] * STEPS]:
         logits.append(model(ids[:, at : at + length], past_key_values=cache).logits)
         at += length
+    if model.policy.head_budgets != "equal":  # what heads have won is decided before the update, or inside it
+        for update in evaluator.updates:
+            del update["keep"]
     return Trace(logits, evaluator.updates, cache.positions())
 
 
-def prove_shards(program: Program, ranks: int, sharder: Sharder | None = None) -> None:
+def prove_shards(program: Program, ranks: int, sharder: Sharder | None = None, tokens: int = TOKENS) -> None:
     """Raises UnsupportedModelError where all ranks together do not give what the program gives. Its parameters may be on
-    meta. sharder: the program's, where there is one."""
+    meta. sharder: the program's, where there is one; tokens: of the text's prompt."""
     stand_ins, group = StandIns(), "proof"
     try:
-        want = run(program, stand_ins)
+        want = run(program, stand_ins, tokens)
         meeting = Meeting(ranks)
         sharder = sharder or Sharder(program, ranks)
         own = [sharder.part(Peers(rank, ranks, group)) for rank in range(ranks)]
         with ThreadPoolExecutor(ranks) as pool:
-            found = [pool.submit(_run_rank, program, part, stand_ins, meeting) for part in own]
+            found = [pool.submit(_run_rank, program, part, stand_ins, meeting, tokens) for part in own]
             errors = [e for f in found if (e := f.exception()) is not None]
             if errors:
                 raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
@@ -115,7 +120,7 @@ def prove_shards(program: Program, ranks: int, sharder: Sharder | None = None) -
         _compare(trace, want, rank, ranks)
 
 
-def _run_rank(program: Program, own: Program, stand_ins: StandIns, meeting: Meeting) -> Trace:
+def _run_rank(program: Program, own: Program, stand_ins: StandIns, meeting: Meeting, tokens: int) -> Trace:
     try:
         assert own.parallel is not None
         peers, cut, known = own.parallel.peers, own.parallel.cut, dict[str, Any]()
@@ -127,7 +132,8 @@ def _run_rank(program: Program, own: Program, stand_ins: StandIns, meeting: Meet
                 known[name] = _cut(stand_ins(name, get_attr(program.graph, name)), *cut[name], peers)
             return known[name]
 
-        return run(own, blocks, peers.rank, meeting)
+        with together.meeting(functools.partial(meeting, peers.rank)):
+            return run(own, blocks, tokens, peers.rank, meeting)
     except BaseException:
         meeting.barrier.abort()
         raise

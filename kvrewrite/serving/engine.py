@@ -1,96 +1,39 @@
-"""Runs requests: one thread owns the model and the tokenizer and serves a queue."""
+"""Serves requests: one thread owns the model and runs rounds of the scheduler, another one makes ids of prompts."""
 
 from __future__ import annotations
 
-import inspect
+import copy
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from kvrewrite.errors import KVRewriteError
-from kvrewrite.runtime.model import CACHE_NAME
-from kvrewrite.serving.requests import Request, RequestError
+from kvrewrite.errors import KVRewriteError, OptionError
+from kvrewrite.runtime.batch import Batch
+from kvrewrite.runtime.call import check_ids
+from kvrewrite.serving.grammar import Grammars
+from kvrewrite.serving.jobs import Answer, Job
+from kvrewrite.serving.limits import Capacity
+from kvrewrite.serving.metrics import Metrics
+from kvrewrite.serving.prompts import check_length, encode
+from kvrewrite.serving.requests import RequestError
+from kvrewrite.serving.sampling import Sampler, check_generation_config
+from kvrewrite.serving.scheduler import Scheduler, fatal
 from kvrewrite.serving.text import TextStream
 
 JOIN_SECONDS = 5.0  # how long `close` waits for the thread, which can't be interrupted during a forward
 
 
-@dataclass
-class Event:
-    """What a running request reports: new text, its end with a reason, or an error."""
-
-    text: str = ""
-    finish: str | None = None
-    prompt_tokens: int = 0
-    tokens: int = 0
-    error: BaseException | None = None
-
-
-class Job:
-    """A request in the engine; `emit` receives its events, in any thread, and must not block.
-
-    cancelled: nobody waits for the answer any more. `Engine.cancel` sets it.
-    """
-
-    def __init__(self, request: Request, emit: Callable[[Event], None]):
-        self.request, self.emit = request, emit
-        self.cancelled = threading.Event()
-
-    def check(self) -> None:
-        """Called before every forward: raises _Abandoned if nobody waits for the answer."""
-        if self.cancelled.is_set():
-            raise _Abandoned
-
-
-class _Abandoned(Exception):
-    """Nobody waits for the answer."""
-
-
-class _Sink(BaseStreamer):
-    """Receives the tokens of `generate`, the prompt first."""
-
-    def __init__(self, job: Job, text: TextStream):
-        self.job, self.text, self.tokens, self._prompt = job, text, 0, True
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receives new tokens."""
-        if self._prompt:
-            self._prompt = False
-            return
-        for token in value.reshape(-1).tolist():
-            self.tokens += 1
-            piece = self.text.push(token)
-            if piece:
-                self.job.emit(Event(piece))
-
-    def end(self) -> None:
-        """Does nothing: the engine sends the rest, because it knows why generation ended."""
-
-
-class _Ends(StoppingCriteria):
-    """Ends generation after a stop string, or if nobody waits for the answer."""
-
-    def __init__(self, job: Job, text: TextStream):
-        self.job, self.text = job, text
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        ends = self.text.stopped or self.job.cancelled.is_set()
-        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
-
-
 class Engine:
-    """Runs one thread that owns a rewritten model and its tokenizer, with a queue of requests.
+    """Owns a rewritten model and its tokenizer and answers many requests at once.
 
-    max_new_tokens: the most that a request may ask for, and the default (chat).
-    max_prompt_tokens: the longest prompt. waiting: requests that may wait; more are refused.
-    Whatever happens in a request, its client gets an answer and the thread continues.
+    max_new_tokens: the most that a request may ask for, and the default (chat). max_prompt_tokens: the longest prompt.
+    waiting: requests that may wait; more are refused. capacity: what there is for those that run. Whatever happens in a
+    request, its client gets an answer and the others go on.
+
+    Raises OptionError for a model that can't serve many requests at once.
     """
 
     def __init__(
@@ -100,16 +43,33 @@ class Engine:
         *,
         max_new_tokens: int = 1024,
         max_prompt_tokens: int = 32768,
-        waiting: int = 64,
+        waiting: int = 128,
+        capacity: Capacity | None = None,
     ):
+        check_generation_config(model.generation_config)
         self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.max_prompt_tokens, self.max_waiting = max_new_tokens, max_prompt_tokens, waiting
+        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        capacity = capacity or Capacity()
+        self.max_waiting, self.max_requests = waiting, capacity.max_requests
+        self.metrics = Metrics()
+        self.batch = Batch(model, memory=capacity.memory)
+        self.scheduler = Scheduler(self.batch, self.metrics, capacity, self._ended)
         self.served, self.cancelled, self.failed = 0, 0, 0
-        self.leased_after = 0  # bytes of pages that the last request's cache still held when it was reset; should be 0
-        self._changed = threading.Condition()  # guards the next five
-        self._waiting: deque[Job] = deque()
-        self._current: Job | None = None
+        self._changed = threading.Condition()  # guards the next three
+        self._jobs: dict[Job, None] = {}  # accepted, and not ended
         self._draining = self._stopped = False
+        # Of its own: a tokenizer is not for two threads at once.
+        self._encoder, self._encodes = ThreadPoolExecutor(1, "kvrewrite-prompts"), copy.deepcopy(tokenizer)
+        ends = model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self._grammars = Grammars(self._encodes, model.program.vocab_size, ends)
+        for name, what, value in (
+            ("requests_running", "Requests that are being served", lambda: self.running),
+            ("requests_waiting", "Requests that wait", lambda: self.waiting),
+            ("pages_used_share", "Share of the cache's pages that is in use", lambda: self.batch.used),
+            ("prefixes", "Beginnings of prompts that are kept", lambda: len(self.scheduler.prefixes)),
+        ):
+            self.metrics.gauge(name, what, value)
         self._thread = threading.Thread(target=self._work, name="kvrewrite-engine", daemon=True)
         self._thread.start()
 
@@ -124,17 +84,44 @@ class Engine:
         return self._draining or self._stopped
 
     @property
-    def running(self) -> bool:
-        """Whether a request is being served."""
-        return self._current is not None
+    def running(self) -> int:
+        """How many requests are being served."""
+        return sum(job.started for job in list(self._jobs))
 
     @property
     def waiting(self) -> int:
-        """Returns the number of waiting requests."""
-        return len(self._waiting)
+        """How many requests wait."""
+        return sum(not job.started for job in list(self._jobs))
+
+    def warm_up(self) -> None:
+        """Compiles and captures what requests will need, before the first one comes: a prompt, and a token of 1, 2, 4, ...
+        answers."""
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        limit = self.model.program.max_positions
+        longest = longest if limit is None else min(longest, limit)
+        prompt = min(longest - 2, max(1, (self.model.policy.chunk or 512)) + 1)
+        batch = self.batch
+        first = batch.start([0] * prompt, max_length=longest)
+        while batch.advance(first) is None:
+            pass
+        size, rows = 1, [first]
+        spare = batch.fork(first)
+        while True:
+            batch.decode(rows, [0] * len(rows))
+            if size >= self.max_requests:
+                break
+            size = min(2 * size, self.max_requests)
+            rows += [batch.fork(spare) for _ in range(size - len(rows))]
+        for request in [*rows, spare]:
+            batch.end(request)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token."""
+        text: str = self.tokenizer.decode([token])
+        return text
 
     def submit(self, job: Job) -> None:
-        """Queues a request; raises RequestError if the queue is full, the request too large or the server ending."""
+        """Accepts a request; raises RequestError if the queue is full, the request too large or the server ending."""
         request = job.request
         if request.max_tokens is not None and request.max_tokens > self.max_new_tokens:
             raise RequestError(
@@ -142,153 +129,135 @@ class Engine:
                 "(--max-new-tokens)",
                 param="max_tokens",
             )
+        if request.n > self.max_requests:
+            raise RequestError(
+                f"n is {request.n}, but this server runs at most {self.max_requests} answers at once (--max-requests)",
+                param="n",
+            )
         if isinstance(request.prompt, list) and not request.chat:
-            self._check_length(len(request.prompt), request)
+            check_length(len(request.prompt), self.max_prompt_tokens, request)
+        try:
+            job.policy = self.batch.policy(request.budget)
+        except OptionError as error:
+            raise RequestError(str(error), param="budget") from error
         with self._changed:
             if not self.alive or self._draining:
                 raise _shutting_down()
-            if len(self._waiting) >= self.max_waiting:
+            if self.waiting >= self.max_waiting:
                 raise RequestError(
                     f"{self.max_waiting} requests are waiting already; try again later", status=429, code="queue_full"
                 )
-            self._waiting.append(job)
-            self._changed.notify()
+            self._jobs[job] = None
+        self._encoder.submit(self._prepare, job)
 
     def cancel(self, job: Job) -> None:
         """Cancels a job that nobody waits for: a waiting one leaves the queue, a running one ends at its next token or,
-        during its prompt, at the next chunk. Does nothing to one that has ended."""
+        during its prompt, at the next segment. Does nothing to one that has ended."""
         job.cancelled.set()
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self.cancelled += 1
+            if not job.started and self.scheduler.waiting.remove(job):
+                self._end(job, None)
+            self.scheduler.cancels = True
+            self._changed.notify()
 
     def drain(self) -> None:
         """Refuses new requests from now on; those accepted are served."""
         self._draining = True
 
     def stop(self) -> None:
-        """Answers all running and waiting requests with an error; the thread ends at the next token or chunk. Does not
+        """Answers all running and waiting requests with an error; the thread ends at the next token or segment. Does not
         wait."""
         with self._changed:
             self._stopped = True
-            ended = [*([self._current] if self._current else []), *self._waiting]
-            self._waiting.clear()
+            jobs = list(self._jobs)
             self._changed.notify_all()
-        for job in ended:
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        for job in jobs:
             if not job.cancelled.is_set():
-                job.emit(Event(error=_shutting_down()))
                 job.cancelled.set()
+                job.report(_shutting_down())
 
     def close(self) -> None:
         """Calls `stop` and waits a while for the thread."""
         self.stop()
         self._thread.join(JOIN_SECONDS)
 
-    # -- the thread ----------------------------------------------------------------------------------------------
-    def _take(self) -> Job | None:
-        """Returns the next request; None if the engine stops."""
+    # -- the thread that makes ids -----------------------------------------------------------------------------------
+    def _prepare(self, job: Job) -> None:
+        """A job's ids and samplers; it waits for its turn then."""
+        try:
+            self._check(job)
+            self.scheduler.submit(job)
+        except BaseException as error:
+            with self._changed:
+                self._end(job, error)
+            return
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._waiting)
-            if self._stopped:
-                return None
-            self._current = self._waiting.popleft()
-            return self._current
+            if job.cancelled.is_set() and self.scheduler.waiting.remove(job):
+                self._end(job, None)
+            self._changed.notify()
 
-    def _work(self) -> None:
-        try:
-            while (job := self._take()) is not None:
-                try:
-                    self._run(job)
-                except _Abandoned:
-                    self.cancelled += 1
-                except BaseException as error:  # also SystemExit and panics of extensions: others wait for this thread
-                    self.failed += 1
-                    if not isinstance(error, (RequestError, KVRewriteError)):
-                        traceback.print_exc()  # tells whoever runs the server; the client is told too
-                    job.emit(Event(error=error))
-                finally:
-                    self._current = None
-        finally:
-            self.stop()  # nobody waits for a thread that has ended
-
-    def _check_length(self, tokens: int, request: Request) -> None:
-        if tokens > self.max_prompt_tokens:
-            raise RequestError(
-                f"the prompt has {tokens} tokens, but this server takes at most {self.max_prompt_tokens} "
-                "(--max-prompt-tokens)",
-                param="messages" if request.chat else "prompt",
-                code="context_length_exceeded",
-            )
-
-    def _tokens(self, request: Request) -> list[int]:
-        if not request.chat:
-            if isinstance(request.prompt, list):
-                return request.prompt
-            ids: list[int] = self.tokenizer(request.prompt)["input_ids"]
-            return ids
-        if not self.tokenizer.chat_template:
-            raise RequestError(
-                "this model's tokenizer has no chat template; use /v1/completions", code="no_chat_template"
-            )
-        from jinja2 import TemplateError
-
-        # The client sets a template's variables, but not the template or how it is applied: a template could keep the
-        # only thread busy for ever.
-        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        if taken := sorted(n for n in request.template if n in own):
-            raise RequestError(
-                f"chat_template_kwargs: {', '.join(taken)} can't be set by a request; expected variables of the model's chat "
-                "template, such as enable_thinking",
-                param="chat_template_kwargs",
-            )
-        try:
-            found = self.tokenizer.apply_chat_template(
-                request.prompt, add_generation_prompt=True, return_dict=True, **request.template
-            )
-        # What templates raise for roles and variables that they do not expect.
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
-        ids = found["input_ids"]
-        return ids
-
-    def _run(self, job: Job) -> None:
+    def _check(self, job: Job) -> None:
         request, model = job.request, self.model
-        ids = self._tokens(request)
+        job.ids = ids = encode(self._encodes, request)
         if not ids:
             raise RequestError("the prompt has no tokens", param="prompt")
-        self._check_length(len(ids), request)
-        default = self.max_new_tokens if request.chat else min(16, self.max_new_tokens)  # 16 is OpenAI's
-        most = request.max_tokens or default
-        text = TextStream(self.tokenizer, request.stops)
-        sink = _Sink(job, text)
-        if request.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(request.seed)
-        tokens = torch.tensor([ids], device=model.device)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        cache = model.new_cache(1, max_length=len(ids) + most)
-        cache.before_chunk = job.check
-        try:
-            model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=most,
-                **{CACHE_NAME: cache},
-                pad_token_id=pad,
-                streamer=sink,
-                **request.sampling,
-                stopping_criteria=StoppingCriteriaList([_Ends(job, text)]),
+        check_length(len(ids), self.max_prompt_tokens, request)
+        if wrong := [i for i in request.logit_bias if not 0 <= i < model.program.vocab_size]:
+            raise RequestError(
+                f"logit_bias has the token ids {wrong[:8]}, expected 0 to {model.program.vocab_size - 1}",
+                param="logit_bias",
             )
+        check_ids(torch.tensor([ids]), model.program.vocab_size, decoding=False)
+        default = self.max_new_tokens if request.chat else min(16, self.max_new_tokens)  # 16 is OpenAI's
+        job.most = request.max_tokens or default
+        self.batch.check_fits(len(ids), len(ids) + job.most, job.policy)
+        job.tables = tuple(map(id, model.length_tables(len(ids) + job.most).values()))
+        samplers = [Sampler(model, request, ids, job.most, i) for i in range(request.n)]
+        if request.schema is not None:
+            for sampler in samplers:
+                sampler.grammar = self._grammars.make(request.schema)
+        job.answers = [
+            Answer(job, i, sampler, TextStream(self.tokenizer, request.stops)) for i, sampler in enumerate(samplers)
+        ]
+
+    # -- the thread that runs the model ------------------------------------------------------------------------------
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or self.scheduler.busy)
+                    if self._stopped:
+                        return
+                self.scheduler.tick()
         finally:
-            cache.reset()
-            self.leased_after = cache.memory().leased
-        job.check()
-        self.served += 1
-        rest = text.end()
-        reason = "length" if sink.tokens >= most and not text.stopped else "stop"
-        job.emit(Event(rest, reason, prompt_tokens=len(ids), tokens=sink.tokens))
+            self.stop()  # nobody waits for a thread that has ended
+            self.scheduler.close()
+
+    def _ended(self, job: Job, error: BaseException | None) -> None:
+        """Called by the scheduler."""
+        with self._changed:
+            self._end(job, error)
+        if error is not None and fatal(error, self.model.device):
+            raise KVRewriteError("the device can't be used any more") from error
+
+    def _end(self, job: Job, error: BaseException | None) -> None:
+        """A job has ended, with an error or without; holds the lock."""
+        if self._jobs.pop(job, job) is job:
+            return
+        job.ended = True
+        if error is not None:
+            self.failed += 1
+            self.metrics.failed.inc()
+            if not isinstance(error, (RequestError, KVRewriteError)):
+                traceback.print_exception(error)  # tells whoever runs the server; the client is told too
+            job.report(error)
+        elif job.cancelled.is_set():
+            self.cancelled += 1
+            self.metrics.cancelled.inc()
+        else:
+            self.served += 1
+            self.metrics.finished.inc()
 
 
 def _shutting_down() -> RequestError:

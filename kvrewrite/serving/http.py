@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -18,10 +16,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kvrewrite.errors import InputError
-from kvrewrite.serving.engine import Engine, Event, Job
+from kvrewrite.serving.answers import Shape, as_request_error, stream
+from kvrewrite.serving.engine import Engine
+from kvrewrite.serving.jobs import Event, Job
 from kvrewrite.serving.limits import Limits
-from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, Request, RequestError, read_json, read_request
+from kvrewrite.serving.mail import Mailbox, Post
+from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, RequestError, read_json, read_request
 
 POLL = 0.1  # seconds between checks that the client is still there
 LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -103,14 +103,21 @@ class _Streaming(StreamingResponse):
 
 
 def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlette:
-    """Makes the ASGI application: /v1/chat/completions, /v1/completions, /v1/models and /health. name: the model's
-    name.
+    """Makes the ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. name: the
+    model's name.
 
     `app.state.bodies` holds the bodies being read (`Bodies`). Its lifespan closes the engine.
     """
     limits = limits or Limits()
     longest = BYTES_BESIDE + BYTES_PER_TOKEN * engine.max_prompt_tokens
     bodies = Bodies(longest, limits.bodies * longest, limits.body_seconds)
+    posts: list[Post] = []
+
+    def post() -> Post:
+        if not posts:
+            posts.append(Post(asyncio.get_running_loop()))
+        return posts[0]
+
     entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "kvrewrite"}
 
     async def answer(http: HTTPRequest, chat: bool) -> Response:
@@ -123,21 +130,21 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
                 param="model",
                 code="model_not_found",
             )
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        job = Job(request, lambda event: _deliver(loop, events, event))
-        shape = _Shape(request, name)
+        mail = Mailbox(post(), limits.unread if request.stream else None)
+        who = http.headers.get("authorization") or (http.client.host if http.client else "")
+        job = Job(request, mail.put, client=f"{who} {request.user or ''}")
+        mail.overflows = lambda: engine.cancel(job)
+        shape = Shape(request, name, engine.token_text)
         engine.submit(job)
         streams = False
         try:
-            event = await _next(events, http.is_disconnected)
+            events = await _first(mail, http)
             if request.stream:
                 streams = True
-                return _Streaming(_stream(request, events, event, shape), lambda: engine.cancel(job))
-            text = event.text
-            while event.finish is None:
-                event = await _next(events, http.is_disconnected)
-                text += event.text
-            return JSONResponse(shape.whole(text, event))
+                return _Streaming(stream(request, mail, events, shape), lambda: engine.cancel(job))
+            while not events[-1].last:
+                events += await _first(mail, http)
+            return JSONResponse(shape.whole(events))
         finally:
             if not streams:
                 engine.cancel(job)
@@ -168,6 +175,9 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
         }
         return JSONResponse(status, 200 if ok else 503)
 
+    async def metrics(_: HTTPRequest) -> Response:
+        return Response(engine.metrics.text(), media_type=engine.metrics.content_type)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
@@ -187,6 +197,7 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
             Route("/v1/models", models),
             Route("/v1/models/{id:path}", model),
             Route("/health", health),
+            Route("/metrics", metrics),
         ],
     )
     app.state.bodies = bodies
@@ -240,93 +251,16 @@ def _failed(_: HTTPRequest, error: Exception) -> Response:
     return JSONResponse(RequestError(f"{type(error).__name__}: {error}", status=500).body(), 500)
 
 
-def _as_request_error(error: BaseException) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, InputError):
-        return RequestError(str(error), param="prompt")
-    if isinstance(error, ValueError):
-        return RequestError(str(error))
-    return RequestError(f"{type(error).__name__}: {error}", status=500)
-
-
-# -------------------------------------------------------------------------------------------------------------- events
-def _deliver(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(events.put_nowait, event)
-
-
-async def _next(events: asyncio.Queue[Event], disconnected: Callable[[], Awaitable[bool]]) -> Event:
-    """Returns the next event; raises its error, or ClientDisconnect if the client has gone."""
+async def _first(mail: Mailbox, http: HTTPRequest) -> list[Event]:
+    """Returns the next events; raises an error among them, or ClientDisconnect if the client has gone."""
     while True:
         try:
-            event = await asyncio.wait_for(events.get(), POLL)
+            events = await asyncio.wait_for(mail.get(), POLL)
         except TimeoutError:
-            if await disconnected():
+            if await http.is_disconnected():
                 raise ClientDisconnect from None
             continue
-        if event.error is not None:
-            raise _as_request_error(event.error) from event.error
-        return event
-
-
-async def _stream(request: Request, events: asyncio.Queue[Event], event: Event, shape: _Shape) -> AsyncIterator[str]:
-    """Yields server-sent events, `event` first."""
-    if request.chat:
-        yield _sse(shape.chunk(role="assistant"))
-    while True:
-        if event.error is not None:
-            yield _sse(_as_request_error(event.error).body())
-            return
-        if event.text:
-            yield _sse(shape.chunk(event.text))
-        if event.finish is not None:
-            break
-        event = await events.get()
-    yield _sse(shape.chunk(finish=event.finish))
-    if request.usage:
-        yield _sse(shape.usage_chunk(event))
-    yield "data: [DONE]\n\n"
-
-
-def _sse(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-class _Shape:
-    """Formats answers as in OpenAI's API."""
-
-    def __init__(self, request: Request, model: str):
-        self.request = request
-        kind = "chat.completion" if request.chat else "text_completion"
-        prefix = "chatcmpl" if request.chat else "cmpl"
-        self.head = {"id": f"{prefix}-{request.id}", "object": kind, "created": request.created, "model": model}
-
-    @staticmethod
-    def usage(event: Event) -> dict[str, int]:
-        total = event.prompt_tokens + event.tokens
-        return {"prompt_tokens": event.prompt_tokens, "completion_tokens": event.tokens, "total_tokens": total}
-
-    def whole(self, text: str, event: Event) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": event.finish}
-        if self.request.chat:
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
-        return {**self.head, "choices": [choice], "usage": self.usage(event)}
-
-    def _chunk_head(self) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.request.chat else "text_completion"
-        return {**self.head, "object": kind}
-
-    def chunk(self, text: str = "", finish: str | None = None, role: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        if self.request.chat:
-            delta = {"role": role, "content": ""} if role else ({"content": text} if text else {})
-            choice["delta"] = delta
-        else:
-            choice["text"] = text
-        return {**self._chunk_head(), "choices": [choice]}
-
-    def usage_chunk(self, event: Event) -> dict[str, Any]:
-        return {**self._chunk_head(), "choices": [], "usage": self.usage(event)}
+        for event in events:
+            if event.error is not None:
+                raise as_request_error(event.error) from event.error
+        return events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 import time
 import uuid
@@ -23,7 +24,6 @@ from pydantic_core import PydanticCustomError, from_json
 
 # Fields of a request that do not change the answer.
 _HARMLESS = {
-    "user",
     "metadata",
     "store",
     "service_tier",
@@ -33,20 +33,13 @@ _HARMLESS = {
 }
 # Fields that would change it and are not supported: refused unless their value asks for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -94,6 +87,16 @@ class Request:
     stops: list[str]
     stream: bool
     usage: bool  # also in the stream
+    n: int = 1
+    stop_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    logprobs: int | None = None  # of so many likeliest tokens, besides the one that was chosen; None: of none
+    frequency: float = 0.0
+    presence: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    budget: int | None = None  # slots per head, instead of the policy's
+    schema: str | None = None  # JSON schema of the answer
+    user: str | None = None
     template: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -131,6 +134,8 @@ class _Strict(BaseModel):
 
 
 _Count = Annotated[int, Field(ge=1, le=1 << 30)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
@@ -139,6 +144,28 @@ _Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
 class _StreamOptions(_Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # nothing is obfuscated
+
+
+class _JsonSchema(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")  # its name, description and strictness change nothing
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class _Format(_Strict):
+    type: Literal["text", "json_schema", "json_object"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> _Format:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("format", "json_schema is missing")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The JSON schema of the answer, if it has one."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return '{"type": "object"}' if self.type == "json_object" else None
 
 
 class _Body(_Strict):
@@ -155,9 +182,16 @@ class _Body(_Strict):
     stop: Annotated[_Stops | None, BeforeValidator(_as_list)] = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-
-
-_Id = Annotated[int, Field(ge=0, lt=1 << 63)]
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    response_format: _Format | None = None
+    user: str | None = None
+    # Not OpenAI's: as in vLLM, and the slots per head that this request may keep.
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    budget: _Count | None = None
 
 
 def _either(name: str) -> Discriminator:
@@ -171,6 +205,7 @@ class _Completion(_Body):
         _either("one text or one list of token ids; send a request for each"),
         BeforeValidator(_one_prompt),
     ]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class _Part(BaseModel):
@@ -212,6 +247,14 @@ class _Chat(_Body):
     messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: _Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _asked(self) -> _Chat:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("logprobs", "top_logprobs needs logprobs: true")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -264,20 +307,41 @@ def read_request(body: Any, chat: bool) -> Request:
     if isinstance(found, _Chat):
         prompt, template = [m.for_template() for m in found.messages], found.chat_template_kwargs or {}
         limit = found.max_completion_tokens or limit
+        logprobs = (found.top_logprobs or 0) if found.logprobs else None
     else:
-        prompt, template = found.prompt, {}
+        prompt, template, logprobs = found.prompt, {}, found.logprobs
     return Request(
-        prompt,
-        chat,
-        limit,
-        sampling,
-        found.seed,
-        found.stop or [],
-        bool(found.stream),
-        bool(found.stream_options and found.stream_options.include_usage),
-        template,
-        found.model,
+        prompt=prompt,
+        chat=chat,
+        max_tokens=limit,
+        sampling=sampling,
+        seed=found.seed,
+        stops=found.stop or [],
+        stream=bool(found.stream),
+        usage=bool(found.stream_options and found.stream_options.include_usage),
+        n=found.n or 1,
+        stop_ids=found.stop_token_ids or [],
+        ignore_eos=bool(found.ignore_eos),
+        logprobs=logprobs,
+        frequency=found.frequency_penalty or 0.0,
+        presence=found.presence_penalty or 0.0,
+        logit_bias=_bias(found.logit_bias or {}),
+        budget=found.budget,
+        schema=None if found.response_format is None else found.response_format.schema_text(),
+        user=found.user,
+        template=template,
+        model=found.model,
     )
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    """logit_bias by token id, which JSON has as text."""
+    try:
+        return {int(token): value for token, value in given.items()}
+    except ValueError as error:
+        raise RequestError(
+            f"logit_bias: {reprlib.repr(list(given))} are expected to be token ids", param="logit_bias"
+        ) from error
 
 
 def _as_request_error(error: ValidationError) -> RequestError:

@@ -136,7 +136,7 @@ def make_server(
 ) -> Server:
     """Makes a server for an engine; `run()` serves until a signal comes. name: the model's name."""
     limits = limits or Limits()
-    limits.check(engine.max_waiting)
+    limits.check(engine.max_waiting, engine.max_requests)
     app = make_app(engine, name, limits)
     http: Any = functools.partial(Connection, limits=limits)
     config = uvicorn.Config(

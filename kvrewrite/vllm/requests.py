@@ -128,6 +128,8 @@ def bytes_at_most(batch: Batch, length: int) -> int:
     heads = [len(c.layers) * c.kv_heads for c in classes]
     prompts = {*range(1, length, max(1, length // 64)), length}
     pages = max(
-        -(-need // n) for prompt in prompts for need, n in zip(batch.pages_at_most(prompt, length), heads, strict=True)
+        -(-need // n)
+        for prompt in prompts
+        for need, n in zip(batch.pages_needed(prompt, length)[0], heads, strict=True)
     )
     return pages * sum(n * store.page_bytes for n, store in zip(heads, batch.stores, strict=True))

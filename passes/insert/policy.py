@@ -32,6 +32,12 @@ def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[st
     return names
 
 
+# What code of kvrewrite's own policies did, and its graph: a further rewrite need not trace it again. They ask nothing of
+# sizes, whatever their options. Others may, which tracing finds out; so they are traced for every rewrite.
+_TRACED: dict[Any, fx.Graph] = {}
+_MOST = 256
+
+
 class PolicyWriter:
     """Writes the hooks of one policy into one graph.
 
@@ -49,8 +55,8 @@ class PolicyWriter:
     ):
         self.sites, self.policy, self.memory = sites, policy, Memory(gm, add_input, max_positions)
         self._make_site = make_site
-        self._numbers, self._symbols = Values(gm, symbolic=False), Values(gm, symbolic=True)
         self._traced: dict[Any, fx.Graph] = {}
+        self._numbers, self._symbols = Values(gm, symbolic=False), Values(gm, symbolic=True)
 
     def expected_weights(self, nodes: SiteNodes) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the policy weights that a site needs."""
@@ -80,15 +86,19 @@ class PolicyWriter:
         noted = Run()
         with noted:
             flat, form = run(look, self._numbers)
-        inputs = [(noted.name(x), x.dtype, x.shape) for x in read.values()]
-        key = (repr(inputs), *noted.notes, repr([noted.name(x) for x in flat]))
-        if key not in self._traced:
+        known = _TRACED if type(self.policy).__module__.startswith("kvrewrite.policies.") else self._traced
+        inputs = [(noted.name(x), x.dtype, x.shape, x.device, self._numbers.moving(node)) for node, x in read.items()]
+        key = (type(self.policy), self._make_site, repr(inputs), *noted.notes, repr([noted.name(x) for x in flat]))
+        body = known.get(key)
+        if body is None:
 
             def traced(*values: Tensor) -> list[Any]:
                 return run(dict(zip(read, values, strict=True)).__getitem__, self._symbols)[0]
 
-            self._traced[key] = trace(traced, [self._symbols(n) for n in read], self.policy.name)
-        result, remembered = tree_unflatten(inline(self._traced[key], list(read), before, nodes.facts.layer), form)
+            if len(known) >= _MOST:
+                known.clear()
+            body = known[key] = trace(traced, [self._symbols(n) for n in read], self.policy.name)
+        result, remembered = tree_unflatten(inline(body, list(read), before, nodes.facts.layer), form)
         self.memory.kept.update(remembered)
         return result
 

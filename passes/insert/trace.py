@@ -1,8 +1,8 @@
 """Runs a policy's code on tensors without data, and traces it into a graph.
 
 A first run, with sizes that are numbers, says what the code reads and does (`Run`). Only code that does something new is
-traced, with sizes that are symbols: tracing with symbols takes long, and layers do the same. Symbols may be any number from 0,
-and code that branches on one is refused, because a graph serves all lengths.
+traced, with sizes that are symbols: tracing with symbols takes long, and layers and further rewrites do the same. Symbols
+may be any number from 0, and code that branches on one is refused, because a graph serves all lengths.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Values:
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node; the same at every call."""
         if node not in self._values:
-            known = get_attr(self._gm, str(node.target)) if node.op == "get_attr" else tensor_of(node)
+            known = self._known(node)
             if known is None:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self)
                 with self._mode, self.quiet(), enable_python_dispatcher():
@@ -71,6 +71,14 @@ class Values:
                 with self._mode:
                     self._values[node] = torch.empty(sizes, dtype=known.dtype, device=self._device)
         return self._values[node]
+
+    def _known(self, node: fx.Node) -> Tensor | None:
+        return get_attr(self._gm, str(node.target)) if node.op == "get_attr" else tensor_of(node)
+
+    def moving(self, node: fx.Node) -> list[bool]:
+        """Which of the sizes that a node has are symbols."""
+        known = self._known(node)
+        return [] if known is None else [not isinstance(symbol(size), int) for size in known.shape]
 
     def _size(self, size: Any) -> Any:
         found = symbol(size)
@@ -122,6 +130,7 @@ def trace(function: Callable[..., list[Any]], values: Sequence[Tensor], policy: 
         make = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True, pre_dispatch=True)
         body = make(*values).graph
     for node in body.nodes:
+        node.meta = {}  # it may live long
         if node.op == "get_attr":
             raise OptionError(
                 f"policy {policy}: its code makes a tensor of constants; use numbers, torch.full or torch.arange"
@@ -153,7 +162,6 @@ def inline(body: fx.Graph, inputs: Sequence[fx.Node], before: fx.Node, layer: in
                 env[inner] = env[inner.args[0]]  # type: ignore[index]
             elif inner.op != "placeholder":
                 env[inner] = graph.node_copy(inner, env.__getitem__)
-                env[inner].meta = {}
                 if inner.target is TOLD:
                     set_args(env[inner], layer=layer)
     return found

@@ -160,6 +160,8 @@ def _quantized(k_dense: Any, v_dense: Any) -> dict[str, Any] | None:
 def _keep_pages(gm: fx.GraphModule) -> None:
     """Single tokens deal no pages and share no budgets: each head keeps the pages that it has (spare and floor are -1).
     What quantized slots stand for is not needed: attention and update read codes."""
+    for node in calls(gm, ops.shared_budgets.default):
+        node.replace_all_uses_with(arg(node, "keep"))
     for node in calls(gm, ops.cache_update.default):
         set_args(node, floor=None, spare=None, next_table=None)
     for node in calls(gm, ops.cache_update_quantized.default):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvrewrite.ir.fx import named_args, parameters
+from kvrewrite.ir.fx import arg, named_args, parameters
 from kvrewrite.passes.shard.placement import LOCAL, Placement, Split, Want, even
 from kvrewrite.passes.shard.rules import RULES, Answer, Call
 
@@ -87,6 +87,29 @@ def _shapes(call: Call, count: int) -> list[Any]:
     return [] if not count else [call.out_shape] if count == 1 else list(call.out_shape)
 
 
+def update(call: Call) -> Answer | None:
+    """Heads that compete for their layer's budget need those of all ranks."""
+    found = heads(call)
+    if found is not None:
+        found.shared = arg(call.node, "floor") is not None
+    return found
+
+
+def share_layers(call: Call) -> Answer | None:
+    """Every head of every layer competes."""
+    given = named_args(call.node)
+    wants: dict[fx.Node, Placement] = {}
+    for name in ("scores", "places", "keep"):
+        for x in given[name]:
+            shape = call.shape(x)
+            split = None if shape is None else even(1, shape[1], call.ranks)
+            if split is None:
+                return None
+            wants[x] = split
+    out = tuple(wants[x] for x in given["keep"])
+    return call.answer(wants.get, out, inherent=True, shared=True)
+
+
 def uniform(call: Call) -> Answer | None:
     """A head draws the numbers that it has among all heads."""
     found = heads(call)
@@ -103,4 +126,7 @@ class FirstHead(int):
 for _target in HEADS:
     RULES[_target] = heads
 RULES[ops.uniform.default] = uniform
+RULES[ops.share_layers.default] = share_layers
+for _target in (ops.cache_update.default, ops.cache_update_quantized.default):
+    RULES[_target] = update
 __all__ = ["HEADS", "FirstHead", "Want"]

@@ -34,6 +34,7 @@ class Answer:
     reduce: bool = False
     bias: Any = None
     constant: int | None = None
+    shared: bool = False
 
 
 class Call:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.ir.fx import fake_value
+from kvrewrite.ir.fx import fake_value, named_args, op_args, parameters, set_args
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.passes.shard.cache_rules import FirstHead
 from kvrewrite.passes.shard.placement import Split, Want, mapped
@@ -15,6 +15,7 @@ from kvrewrite.passes.shard.plan import Plan
 from kvrewrite.passes.shard.rules import Answer
 
 aten = torch.ops.aten
+ops = torch.ops.kvrewrite
 comm = torch.ops._c10d_functional
 REDUCE, GATHER, WAIT = comm.all_reduce.default, comm.all_gather_into_tensor.default, comm.wait_tensor.default
 ADDLESS: dict[Any, Any] = {aten.addmm.default: aten.mm.default}  # a product without its bias
@@ -53,6 +54,8 @@ class Writer:
             return self._convert(value, node) if isinstance(value, Want) else value
 
         node.args, node.kwargs = mapped(tuple(found.args), given), mapped(found.kwargs, given)
+        if found.shared:
+            self._share(node)
         if found.constant is not None:
             self._now[source] = found.constant
         elif found.reduce:
@@ -67,6 +70,22 @@ class Writer:
         if all(n.meta.get("val") is not None for n in node.all_input_nodes):
             node.meta["val"] = fake_value(node)
         return node
+
+    # -- budgets that heads of all ranks share -----------------------------------------------------------------------
+    def _share(self, node: fx.Node) -> None:
+        """What the heads of this rank keep is decided among all ranks."""
+        who = {"rank": self.rank, "ranks": self.ranks, "group": self.group}
+        if node.target is ops.share_layers.default:
+            args = {**named_args(node), **who}
+            node.target = ops.share_layers_together.default
+            node.args, node.kwargs = op_args(node.target, **args), {}
+            return
+        target = ops.shared_budgets.default
+        args = {n: v for n, v in named_args(node).items() if n in parameters(target)}
+        with self.graph.inserting_before(node):
+            keep = self.graph.call_function(target, op_args(target, **args, **who))
+            floor = self.graph.call_function(aten.full_like.default, (args["floor"], -1.0))
+        set_args(node, keep=keep, floor=floor)
 
     # -- sums --------------------------------------------------------------------------------------------------------
     def _reduce(self, source: fx.Node, node: fx.Node, found: Answer) -> fx.Node:

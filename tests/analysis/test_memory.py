@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvrewrite
 from kvrewrite.analysis import memory
 from kvrewrite.analysis.memory import MemoryPlan, human, plan_memory
 from kvrewrite.analysis.model_card import model_card
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
 from kvrewrite.tools.tables import memory_table
-from tests.support.rewritten import rewritten
-from tests.support.zoo import make
+from tests.support.rewritten import original, rewritten
 
 
 def test_constants_are_the_caches():
@@ -41,16 +39,15 @@ def test_plan_is_what_is_leased(family, policy, options):
 
 
 def test_full_is_an_ordinary_cache():
-    model = make("llama")
     ids = torch.randint(0, 97, (2, 100))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = original("llama")(ids, use_cache=True).past_key_values
     measured = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    small = kvrewrite.transform(model, policy="streaming_llm", budget=16)
+    small = rewritten("llama", "streaming_llm", budget=16)
     assert plan_memory(small.sites, small.policy, 4, 100, batch=2).full == measured
 
 
 def test_eviction_bounds_the_plan():
-    small = kvrewrite.transform(make("llama"), policy="streaming_llm", budget=64, chunk=32)
+    small = rewritten("llama", "streaming_llm", budget=64, chunk=32)
     plans = [plan_memory(small.sites, small.policy, 4, n) for n in (64, 1000, 100000)]
     assert len({p.evicted for p in plans}) == 1
     assert plans[2].full == 100 * plans[1].full
@@ -58,7 +55,7 @@ def test_eviction_bounds_the_plan():
 
 def test_what_is_carried_is_said():
     """In the table of the command line and on the model card; models without such layers say nothing of it."""
-    program = kvrewrite.transform(make("llama"), policy="streaming_llm", budget=16).program
+    program = rewritten("llama", "streaming_llm", budget=16).program
     for carried, said in ((3 << 20, True), (0, False)):
         plans = [MemoryPlan(4096, 1, 9 << 20, 5 << 20, 6 << 20, carried)]
         assert ("3.0 MiB" in str(memory_table(plans).caption)) == said

@@ -67,7 +67,7 @@ def test_recipes_give_what_from_pretrained_loads(tmp_path: Path, name: str) -> N
     assert_same(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mixtral", "falcon"])
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("mixtral", marks=pytest.mark.thorough), "falcon"])
 def test_capture_on_meta_is_capture(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path / name, name)
     model, config = build_on_meta(path)

@@ -355,29 +355,38 @@ EVIL = "import os; os.environ['EVIL'] = '1'; open(__file__ + '.ran', 'w')\nfrom 
 
 
 @pytest.mark.parametrize("answer", ["y\n", pytest.param("", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("what", ["config", "tokenizer"])
-def test_code_of_a_directory_never_runs_and_nobody_is_asked(model: Path, what: str, answer: str) -> None:
-    (model / "evil.py").write_text(EVIL)
-    name = f"{what}_config.json" if what == "tokenizer" else "config.json"
-    data = json.loads((model / name).read_text())
-    if what == "config":
-        data |= {"model_type": "nobody_has_this", "auto_map": {"AutoConfig": "evil.Evil"}}
-    else:
-        data |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    (model / name).write_text(json.dumps(data))
-    sign(model, name)
-    verb = (
-        "import kvrewrite; kvrewrite.load"
-        if what == "config"
-        else "from kvrewrite.artifact.companions import *; read_tokenizer"
-    )
+def test_code_of_a_directory_never_runs_and_nobody_is_asked(model: Path, tmp_path: Path, answer: str) -> None:
+    """Neither that of a config nor that of a tokenizer."""
+    other = shutil.copytree(model, tmp_path / "other")
+    for directory, name, changes in (
+        (model, "config.json", {"model_type": "nobody_has_this", "auto_map": {"AutoConfig": "evil.Evil"}}),
+        (
+            other,
+            "tokenizer_config.json",
+            {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}},
+        ),
+    ):
+        (directory / "evil.py").write_text(EVIL)
+        (directory / name).write_text(json.dumps(json.loads((directory / name).read_text()) | changes))
+        sign(directory, name)
+    code = f"""
+import kvrewrite
+from kvrewrite.artifact.companions import read_tokenizer
+from kvrewrite.errors import ArtifactError
+
+try:
+    read_tokenizer({str(other)!r})
+except ArtifactError:
+    pass
+kvrewrite.load({str(model)!r})
+"""
     ran = subprocess.run(
-        [sys.executable, "-c", f"{verb}({str(model)!r})"], input=answer, capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-c", code], input=answer, capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240,
     )  # fmt: skip
-    assert not list(model.glob("*.ran")) and "[y/N]" not in ran.stdout + ran.stderr
-    if what == "config":
-        assert ran.stderr.strip().splitlines()[-1].startswith("kvrewrite.errors.ArtifactError"), ran.stderr[-2000:]
+    assert not [*model.glob("*.ran"), *other.glob("*.ran")] and "[y/N]" not in ran.stdout + ran.stderr
+    assert ran.stderr.strip().splitlines()[-1].startswith("kvrewrite.errors.ArtifactError"), ran.stderr[-2000:]
+    assert "in load" in ran.stderr, ran.stderr[-2000:]  # not before it: the tokenizer was read or refused
 
 
 # ------------------------------------------------------------------------------------------------------------- publishing

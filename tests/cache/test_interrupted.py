@@ -85,7 +85,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("locret", {"budget": 48, "chunk": 40, "stabilizers": 9, "local_tail": 5}, static),
     ("h2o", {"budget": 48, "head_budgets": "adakv"}, static),
 ]
-POINTS = 7
+POINTS = 5
 
 
 @covering({("policy", "options", "make"): 1, ("interrupt", "width"): 2})

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvrewrite.errors import CacheError
 from tests.cache.test_cache import GREEDY, check_pages, tokens
 from tests.runtime.test_decoding import static
+from tests.support.products import covering
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -31,6 +32,7 @@ def ones(ids: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ one text, many rows
+@covering({("policy", "options"): 1, "make": 3})
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(("policy", "options"), CASES, ids=NAMES)
 def test_one_text_many_rows(policy: str, options: dict[str, Any], make: Any) -> None:
@@ -174,6 +176,7 @@ def test_a_copy_of_a_compiled_model_is_compiled() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ inference mode
+@covering({("policy", "options"): 1, "make": 3})
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(
     ("policy", "options"), [*CASES, ("sirllm", {"budget": 40, "chunk": 40})], ids=[*NAMES, "sirllm"]

@@ -102,7 +102,7 @@ def test_forks_of_one_document(policy: str, options: dict[str, Any], make: Any) 
 
     cache = read()
     expected = [answer(model, text, cache.fork()) for text in texts]
-    for _ in range(3):
+    for _ in range(2):
         cache = read()
         jobs = [partial(on_a_fork, model, text, cache) for text in texts[:2]]
         jobs += [partial(answer, model, text, cache.fork()) for text in texts[2:]]

@@ -24,8 +24,8 @@ def shapes(captured: Captured) -> list[str]:
     return [f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else str(v) for v in values]
 
 
-# Two frontends: longrope with chunks, and nn.MultiheadAttention.
-@pytest.mark.parametrize("name", ["phi3", "TorchMHA"])
+# Two frontends: transformers' (thorough: longrope with chunks), and nn.MultiheadAttention.
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("phi3", marks=pytest.mark.thorough), "TorchMHA"])
 def test_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same ops in the same order after canonicalization, with the same shapes, modules and inputs."""
     model, found = build(name), []

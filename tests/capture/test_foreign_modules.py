@@ -34,9 +34,11 @@ def check_exact(model: nn.Module, lengths: tuple[int, ...] = (1, 3, 12, 40)) -> 
 
 
 def make(**methods: Any) -> Decoder:
-    """A decoder with some methods replaced."""
+    """A decoder with some methods replaced; one block is enough for what does not depend on their number."""
     torch.manual_seed(0)
-    return type("Model", (Decoder,), methods)().eval()
+    model = type("Model", (Decoder,), methods)().eval()
+    model.blocks = model.blocks[:1]
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary and logits
@@ -340,7 +342,7 @@ class ValuesFirst(Spelled):
 
 @pytest.mark.parametrize("kind", [EinsumDots, ValuesFirst])
 def test_products_in_other_spellings(kind: type[Spelled]) -> None:
-    assert len(check_exact(make(make_attention=lambda self: kind())).sites) == 2
+    assert len(check_exact(make(make_attention=lambda self: kind())).sites) == 1
 
 
 def test_the_encoder_of_torch_is_told_that_it_is_causal() -> None:

@@ -28,7 +28,10 @@ def test_every_refused_family_has_its_reason_here() -> None:
     assert set(REASONS) == set(REFUSED)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.thorough) if n == "deepseek_v32" else n for n in REFUSED],  # refused as doge is
+)
 def test_families(name: str) -> None:
     error, reason = REASONS[name]
     with pytest.raises(error, match=reason):

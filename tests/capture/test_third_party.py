@@ -249,7 +249,9 @@ class TestPeft:
         with pytest.raises(UnsupportedModelError, match="ran a model inside of it that is not compiled"):
             torch.compile(Wrapper(), backend="kvrewrite", options=options).generate(**settings)
 
-    @pytest.mark.parametrize("kind", ["DoRA", "IA3", "LoHa", "LoKr"])
+    @pytest.mark.parametrize(
+        "kind", ["DoRA", "IA3", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("LoHa", "LoKr"))]
+    )
     def test_other_adapters(self, base: Any, kind: str) -> None:
         import peft
 
@@ -285,7 +287,14 @@ class TestPeft:
 
 # ----------------------------------------------------------------------------------------------------- quantized weights
 class TestQuantized:
-    @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param("Int8WeightOnlyConfig", marks=pytest.mark.thorough),  # test_torchao_evicting has it
+            "IntxWeightOnlyConfig",
+            pytest.param("Float8WeightOnlyConfig", marks=pytest.mark.thorough),
+        ],
+    )
     def test_torchao(self, base: Any, config: str, tmp_path: Any) -> None:
         quantization = pytest.importorskip("torchao.quantization")
         options = {"weight_dtype": torch.int4} if config == "IntxWeightOnlyConfig" else {}

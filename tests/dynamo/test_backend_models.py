@@ -140,7 +140,13 @@ def decoder(attention: Callable[[], nn.Module]) -> nn.Module:
     return type("Model", (Decoder,), {"make_attention": lambda self: attention()})().eval()
 
 
-@pytest.mark.parametrize("make_model", [lambda: decoder(Hidden), Encoder], ids=["softmax", "nn.TransformerEncoder"])
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        pytest.param(lambda: decoder(Hidden), id="softmax"),
+        pytest.param(Encoder, id="nn.TransformerEncoder", marks=pytest.mark.thorough),
+    ],
+)
 def test_rewritten_where_no_op_says_attention(make_model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, text = make_model().eval(), ids(2, 30)
@@ -237,7 +243,7 @@ def double(module: nn.Module, args: Any, out: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "forward"])
+@pytest.mark.parametrize("how", [pytest.param("torch.compile", marks=pytest.mark.thorough), "model.compile", "forward"])
 def test_a_models_own_hooks_run_once(how: str) -> None:
     """torch runs them around what Dynamo traces."""
     model: Any = make("llama", num_hidden_layers=1)

@@ -503,9 +503,8 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(loaded.generate(text, **settings), original("lfm2").generate(text, **settings))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(
-    "where", [*(pytest.param(w, marks=pytest.mark.thorough) for w in ("cpu", "meta")), "parameters on meta"]
-)
+@pytest.mark.thorough  # test_a_loop_over_blocks_is_carried_for_any_number_of_them is the same kind
+@pytest.mark.parametrize("where", ["cpu", "meta", "parameters on meta"])
 def test_a_loop_over_chunks_leaves_no_limit_wherever_parameters_lie(where: str) -> None:
     """What was a loop holds for all lengths once it is a scan: as well where a trace was made without weights, or on a GPU."""
     from kvrewrite.capture.fake_parameters import capture_on_meta

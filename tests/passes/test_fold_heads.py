@@ -14,7 +14,7 @@ from kvrewrite.passes.lower.fold_heads import fold_heads
 from kvrewrite.passes.pipeline import canonical
 from kvrewrite.policies.site import PREFIX
 from tests.passes.test_fuse_linears import with_biases
-from tests.support.rewritten import build, rewrite
+from tests.support.rewritten import build, own, rewrite
 
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 LAYERS = 2
@@ -36,9 +36,13 @@ class Scores(fx.Interpreter):
 
 def pair(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
     """A rewritten family twice, with biases that are not zero."""
-    model = with_biases(build(family)).to(dtype)
-    source = capture(model)
-    canonical(source)
+    if dtype == torch.float32:
+        model, source = own(family)
+        with_biases(model)
+    else:
+        model = with_biases(build(family)).to(dtype)
+        source = capture(model)
+        canonical(source)
     weights = None
     if dtype != torch.float32:
         shapes = rewrite(model, source, "locret", None, **LOCRET).graph_module

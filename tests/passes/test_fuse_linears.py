@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from kvrewrite.capture.frontend import capture
 from kvrewrite.ir.fx import set_attr
 from kvrewrite.ops.linear import ACTIVATIONS, MAX_WEIGHTS, gated_linear, linear_add, linears
 from kvrewrite.passes.lower.fold_heads import fold_heads
 from kvrewrite.passes.lower.fuse_linears import fuse_linears
-from kvrewrite.passes.pipeline import canonical
-from tests.support.rewritten import build, captured, original, rewrite
+from tests.support.rewritten import captured, original, own, rewrite
 
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,9 +66,8 @@ FAMILIES: dict[str, tuple[int, int, int, int]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_bits_as_before(family: str) -> None:
-    model = with_biases(build(family))
-    source = capture(model)
-    canonical(source)
+    model, source = own(family)
+    with_biases(model)
     before, after = (rewrite(model, source, "h2o", None, budget=16) for _ in range(2))
     all_linears = count(before.graph_module, aten.linear.default)
     groups, gates, adds, left = FAMILIES[family]

@@ -29,7 +29,12 @@ FAMILIES = {"llama": (4, 1), "gemma2": (0, 9)}
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gemma2", torch.bfloat16)]
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        pytest.param("llama", torch.bfloat16, marks=pytest.mark.thorough),
+        ("gemma2", torch.bfloat16),
+    ],
 )
 def test_same_bits_as_before(family: str, dtype: torch.dtype) -> None:
     """Gains that differ from 1, in the order of roundings that the model has."""

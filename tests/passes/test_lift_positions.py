@@ -16,13 +16,15 @@ from kvrewrite.passes.canonical.canonicalize import canonicalize
 from kvrewrite.passes.canonical.lift_positions import lift_positions
 from kvrewrite.passes.canonical.normalize import normalize
 from tests.support.foreign import FOREIGN, HEAD_DIM, VOCAB, Decoder, make_foreign
+from tests.support.rewritten import original, traced
 from tests.support.zoo import make
 
 OFFSET = 3
 
 
-def lifted(model: nn.Module) -> Captured:
-    captured = capture(model)
+def lifted(model: nn.Module | str) -> Captured:
+    """The graph of a model, or of a family."""
+    captured = traced(model) if isinstance(model, str) else capture(model)
     normalize(captured)
     canonicalize(captured)
     lift_positions(captured)
@@ -115,8 +117,8 @@ def shifted(model: Decoder) -> Decoder:
 @pytest.mark.parametrize("name", FOREIGN)
 def test_rows_at_different_positions(name: str) -> None:
     """Row 0 begins at 0, row 1 at OFFSET, row 2 has every position doubled."""
-    model, moved = make_foreign(name), shifted(make_foreign(name))
-    captured = lifted(model)
+    model, moved = original(name), shifted(make_foreign(name))
+    captured = lifted(name)
     for length in (1, 4, 21):
         ids = token_ids(2, length)
         positions = torch.stack([torch.arange(length), torch.arange(length) + OFFSET])

@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "adakv": {"window": 4},
     "attention_gate": {"chunk": 8},
     "duo_attention": {"start": 2, "chunk": 8},
-    "fast_kvzip": {"n_sink": 1, "window": 2, "decode_window": 2, "scope": "head"},
+    "fast_kvzip": {"n_sink": 1, "window": 2, "decode_window": 2},
     "full": {},
     "keydiff": {"chunk": 8},
     "kvzap": {"threshold": 0.0, "window": 4},
@@ -67,11 +67,7 @@ def test_families(family: str) -> None:
 )
 def test_policies(policy: str) -> None:
     program = rewritten("llama", policy, **options(policy)).program
-    if policy == "adakv":
-        with pytest.raises(OptionError, match="share one budget"):
-            prove_shards(program, 2)
-    else:
-        prove_shards(program, 2)
+    prove_shards(program, 2)
 
 
 @pytest.mark.parametrize("name", tiers(ODD, ("OutputMixing", "SharedLinear")))
@@ -137,3 +133,20 @@ def test_refusals() -> None:
 def test_quantized_caches(quantize: str) -> None:
     options = {"quantize": quantize, "quantize_residual": 8, "quantize_group": 8, "budget": 20}
     prove_shards(rewritten("llama", "h2o", **options).program, 2)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("h2o", {"head_budgets": "adakv", "head_floor": 0.0}),
+        pytest.param("fast_kvzip", {**SMALL["fast_kvzip"], "interval": 1}, marks=pytest.mark.thorough),
+        pytest.param("fast_kvzip", {**SMALL["fast_kvzip"], "scope": "layer"}, marks=pytest.mark.thorough),
+        pytest.param("adakv", {"window": 4, "head_floor": 0.0}, marks=pytest.mark.thorough),
+        pytest.param("kvzap", {**SMALL["kvzap"], "budget": None}, marks=pytest.mark.thorough),
+        pytest.param("duo_attention", {"start": 2}, marks=pytest.mark.thorough),
+    ],
+)
+def test_ranks_whose_heads_hold_different_numbers_of_pages(policy: str, options: dict[str, Any]) -> None:
+    chunk = {} if policy == "adakv" else {"chunk": 70}
+    program = rewritten("llama", policy, **{"budget": 90, **chunk, **options}).program
+    prove_shards(program, 2, tokens=210)

@@ -19,6 +19,7 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import tensor_of
 from kvrewrite.passes.pipeline import canonical
+from tests.support.products import few
 from tests.support.zoo import make
 
 VOCAB, WIDTH, HEADS, DIM, MOST = 61, 16, 4, 4, 128
@@ -249,7 +250,15 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name",
+    few(
+        EXACT,
+        rest=(
+            "grouped einsum, group before kv head", "window by a shift", "window by a logarithm", "a number for each head"
+        ),
+    ),
+)  # fmt: skip
 def test_other_ways_to_write_attention_are_exact(name: str) -> None:
     model = EXACT[name]()
     small = kvrewrite.transform(model, "full", budget=200)
@@ -263,7 +272,17 @@ def test_other_ways_to_write_attention_are_exact(name: str) -> None:
     assert float((torch.cat(out, 1) - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    few(
+        REFUSED,
+        rest=(
+            "a scale by the length", "weights cut after the softmax", "Fourier transform", "a norm of all", "roll by two",
+            "running maximum", "one row is another matter", "the batch size", "rows mixed", "the token before",
+            "whether a token is there",
+        ),
+    ),
+)  # fmt: skip
 def test_what_is_no_attention_over_a_cache_is_refused(name: str) -> None:
     with pytest.raises(KVRewriteError):
         kvrewrite.transform(REFUSED[name](), "full", budget=200)

@@ -13,6 +13,7 @@ import torch
 
 import kvrewrite
 from kvrewrite.errors import OptionError
+from kvrewrite.passes.insert import policy as policy_writer
 from kvrewrite.policies import POLICIES, Policy, Scores
 from tests.support.rewritten import captured, original
 from tests.support.rewritten import rewrite as rewrite_with
@@ -64,13 +65,13 @@ def test_policy_of_the_page(page: dict[str, Any], tmp_path: Path) -> None:
 def test_policy_of_the_page_in_torch_compile(page: dict[str, Any]) -> None:
     from transformers import DynamicCache
 
-    model, ids = make("llama"), torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(0))
+    model, ids = original("llama"), torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(0))
     options = {"policy": "keys_and_attention", "budget": 24, "inductor": False}
     compiled = torch.compile(model, backend="kvrewrite", options=options)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         out = compiled(ids, past_key_values=cache, use_cache=True)
-    small = kvrewrite.transform(make("llama"), policy="keys_and_attention", budget=24)
+    small = rewrite_with(original("llama"), captured("llama"), "keys_and_attention", None, budget=24)
     torch.testing.assert_close(out.logits[:, -1:], small(ids).logits[:, -1:], atol=1e-4, rtol=1e-4)
 
 
@@ -104,6 +105,24 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "nothing": (lambda p, s: Scores(None), "expected a tensor"),
     "not there": (lambda p, s: s.position_scores() * s.logits.sum(), "no logits"),
 }
+
+
+def test_what_does_the_same_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kvrewrite's own policies, also in further rewrites. Other policies' code may ask what only tracing finds out, though it
+    does what other code did that asked nothing."""
+    counts, names, trace = [], [], policy_writer.trace
+    monkeypatch.setattr(policy_writer, "trace", lambda *given: (names.append(given[-1]), trace(*given))[1])
+    monkeypatch.setattr(policy_writer, "_TRACED", {})
+    for budget, kernel in ((20, 3), (30, 3), (30, 5)):
+        rewrite_with(original("llama"), captured("llama"), "snapkv", None, budget=budget, window=4, kernel=kernel)
+        counts.append(len(names))
+    assert counts == [1, 1, 2]
+    score, message = REFUSED["branch on a size"]
+    good = _bad(lambda p, s: s.position_scores() * 1.0)
+    monkeypatch.setitem(POLICIES, "bad", type(good))
+    rewrite_with(original("llama"), captured("llama"), good, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=message):
+        rewrite_with(original("llama"), captured("llama"), _bad(score), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", REFUSED)

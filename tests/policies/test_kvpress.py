@@ -324,6 +324,7 @@ def authors_pyramid(length: int, budget: int, window: int, beta: int) -> list[in
     return [most - layer * step + window for layer in range(LAYERS)]
 
 
+@covering({("press", "beta"): 2, "ratio": 1})
 @pytest.mark.parametrize(("press", "beta"), [("pyramidkv", 4), ("pyramidkv steep", 20)])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_pyramidkv(ratio: str, press: str, beta: int) -> None:
@@ -443,7 +444,11 @@ def with_heads(press: str, budget: int) -> Any:
     return rewrite(original(), captured(), name, weights, chunk=None, decode_eviction=False, **options)
 
 
-@pytest.mark.parametrize("entry", LEARNED["prompts"], ids=lambda entry: str(entry["length"]))
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(e, marks=pytest.mark.thorough) if i > 2 else e for i, e in enumerate(LEARNED["prompts"])],
+    ids=lambda entry: str(entry["length"]),
+)
 def test_trained_heads(entry: dict[str, Any]) -> None:
     """KVzap under DMS in prompts and while decoding, Fast KVzip over all layers and by layer, DuoAttention: the same
     positions after every step, and the same logits."""

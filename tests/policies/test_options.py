@@ -22,6 +22,7 @@ from kvrewrite.passes.pipeline import canonical
 from kvrewrite.verification import verify
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
 from tests.support.oracle_rules import H2ORule, KeyDiffRule, ScissorhandsRule, SnapKVRule
+from tests.support.products import few
 from tests.support.rewritten import rewrite
 from tests.support.rewritten import rewritten as shared_rewritten
 from tests.support.slow_cache import SlowHead
@@ -142,7 +143,7 @@ MERGING: dict[str, tuple[str, dict[str, Any], Rule]] = {
 }
 
 
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("name", few(MERGING, rest=("snapkv, once",)))
 def test_merging_against_oracle(name: str) -> None:
     """Prompt, answer, prompt, answer, of two rows: what is kept, keys and values as they are stored, and logits."""
     policy, options, rule = MERGING[name]
@@ -246,7 +247,8 @@ WIDTHS = (41, 1, 1, 1, 1, 21, *[1] * 20)
 
 
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("name", FORMS)
+# test_quantization_against_oracle has the rest, too.
+@pytest.mark.parametrize("name", few(FORMS, rest=("h2o contiguous", "keydiff", "scissorhands")))
 def test_residual_as_long_as_the_text_is_dense(name: str) -> None:
     """Nothing is ever quantized: the same as without, bit for bit as long as decoding evicts nothing (where it does, slots
     lie in another order, and sums are rounded otherwise)."""
@@ -315,7 +317,7 @@ QUANTIZED: dict[str, tuple[str, int, str, dict[str, Any], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*stay in full precision")
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", few(QUANTIZED, rest=("h2o in chunks",)))  # as "merging" without it
 def test_quantization_against_oracle(name: str) -> None:
     """Prompt, answer, prompt, answer of two rows in fp64: what is kept, what keys and values became, and logits."""
     kind, residual, policy, options, rule = QUANTIZED[name]
@@ -389,7 +391,7 @@ def test_forks_of_quantized_caches(name: str) -> None:
 
     def ask(cache: Any, seed: int) -> Tensor:
         out = [model(words(2, 9, seed), past_key_values=cache).logits]
-        out += [model(words(2, 1, 100 * seed + t), past_key_values=cache).logits for t in range(40)]
+        out += [model(words(2, 1, 100 * seed + t), past_key_values=cache).logits for t in range(24)]
         return torch.cat(out, dim=1)
 
     alone = []
@@ -547,6 +549,9 @@ def test_plan_is_what_is_leased(family: str, policy: str, options: dict[str, Any
     assert cache.memory().live <= cache.memory().leased <= cache.memory().reserved
 
 
+INT8: dict[str, Any] = {"quantize": "int8", "quantize_group": 8, "quantize_residual": 16}
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """Both options at once, in another process's eyes: the same bits; verify knows what a quantized cache promises."""
     options: dict[str, Any] = {"quantize": "int4", "quantize_group": 16, "quantize_residual": 16, "merge": True}
@@ -566,30 +571,30 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "options"),
+    ("policy", "options", "batches"),
     [
         (
             "h2o",
-            {
-                "budget": 70,
-                "chunk": 40,
-                "quantize": "int8",
-                "quantize_group": 8,
-                "quantize_residual": 16,
-                "merge": True,
-            },
+            {"budget": 70, "recent_tokens": 8, "chunk": 40, "head_budgets": "adakv", "merge": True, **INT8},
+            (2,),
         ),
-        ("adakv", {"budget": 60, "window": 8, "quantize": "int4", "quantize_group": 8, "quantize_residual": 8}),
+        pytest.param("h2o", {"budget": 70, "chunk": 40, "merge": True, **INT8}, (2, 3), marks=pytest.mark.thorough),
+        pytest.param(
+            "adakv",
+            {"budget": 60, "window": 8, "quantize": "int4", "quantize_group": 8, "quantize_residual": 8},
+            (2,),
+            marks=pytest.mark.thorough,
+        ),
     ],
-    ids=["merging int8", "ragged int4"],
+    ids=["ragged merging int8", "merging int8", "ragged int4"],
 )
-def test_compiled_is_eager(policy: str, options: dict[str, Any]) -> None:
+def test_compiled_is_eager(policy: str, options: dict[str, Any], batches: tuple[int, ...]) -> None:
     """The mutations of tails, codes and thresholds survive, for several batch sizes, with padding."""
     torch._dynamo.reset()
     eager = rewritten(policy, **options)
     compiled = rewrite(llama(), captured(), policy, None, **options)
     compiled.compile(backend="aot_eager")
-    for batch in (2, 3) if "merge" in options else (2,):
+    for batch in batches:
         ids, mask = words(batch, 92, batch), torch.ones(batch, 92, dtype=torch.long)
         mask[1, :5] = 0
         caches, widths = [m.new_cache(batch) for m in (eager, compiled)], (75, 1, 1, 12, 1, 1, 1)

@@ -587,7 +587,18 @@ def policy_of(case: Mapping[str, Any]) -> str:
     return CASES[case["name"]][0]
 
 
-@covering({"name": 1, ("policy", "seed", "calls"): 1}, derived={"policy": policy_of})
+def options_of(case: Mapping[str, Any]) -> list[str]:
+    """The options that any policy may have, and whether its budget is a share of the text."""
+    options = CASES[case["name"]][1]
+    shared = ("chunk", "positions", "layer_budgets", "head_budgets", "decode_eviction")
+    return [*(name for name in shared if name in options), *["share"] * isinstance(options.get("budget"), float)]
+
+
+# Every policy twice, each set of shared options, and each way to cut a text.
+@covering(
+    {"name": 0, "policy": 2, "options": 1, ("seed", "calls"): 1},
+    derived={"policy": policy_of, "options": options_of},
+)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("seed", "calls"), [(0, (31,)), (1, (19, 12, 5)), (2, (2, 23)), (3, (9, 1, 1, 14))])
 def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
@@ -595,7 +606,7 @@ def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
     follow(CASES[name], tokens(2 - seed % 2, sum(calls) + DECODE, seed), (*calls, *[1] * DECODE))
 
 
-@covering({"policy": 2, "name": 0}, derived={"policy": policy_of})
+@covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
 @pytest.mark.parametrize("name", [n for n in CASES if n != "full"])
 def test_second_turn(name: str) -> None:
     """Prompt, answer, prompt, answer on one cache."""

@@ -16,10 +16,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "streaming_llm": {"budget": 70, "chunk": 7},
     "h2o": {"budget": 70, "chunk": 40},
 }
-# Inductor takes minutes, so each policy meets it once; what is before Inductor is in test_compiles_a_few_times_only, too.
+# Inductor takes long; what is before Inductor is in test_compiles_a_few_times_only, too.
 CASES: list[Any] = [
-    pytest.param("streaming_llm", {"backend": "aot_eager"}, marks=pytest.mark.thorough),
-    ("streaming_llm", {"fullgraph": True}),
+    pytest.param("streaming_llm", {"backend": "aot_eager", "fullgraph": True}, marks=pytest.mark.thorough),
+    pytest.param("streaming_llm", {"fullgraph": True}, marks=pytest.mark.thorough),
     ("h2o", {}),
 ]
 

@@ -17,7 +17,12 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import TEXT, make_checkpoint
 
 IDS = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(3))
-POLICIES = {"h2o": {"budget": 16}, "tova": {"budget": 16, "chunk": 16}, "streaming_llm": {"budget": 16, "chunk": 16}}
+POLICIES = {
+    "h2o": {"budget": 16},
+    "tova": {"budget": 16, "chunk": 16},
+    "streaming_llm": {"budget": 16, "chunk": 16},
+    "adakv": {"budget": 16, "window": 4},
+}
 
 
 def answers(model: Any) -> dict[str, Any]:

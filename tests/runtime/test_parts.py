@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -10,32 +11,43 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import kvrewrite
+from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.fx import is_op
 from kvrewrite.ops.dispatch import fused, kernels
 from kvrewrite.passes.lower.match import half_split
 from kvrewrite.passes.lower.partition import partition
 from kvrewrite.passes.lower.prompt import fold, lower_prefill, without_logits
+from kvrewrite.passes.pipeline import canonical
 from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.parts import Execution
 from tests.support.rewritten import captured, original, rewrite, rewritten
 
 
-def five_layers() -> nn.Module:
+@functools.cache
+def five_layers() -> tuple[nn.Module, Captured]:
     """Layers that repeat."""
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256,
         )
     )  # fmt: skip
+    found = capture(model)
+    canonical(found)
+    return model, found
 
 
+# One process makes them.
+repeating = pytest.mark.xdist_group("five layers")
+
+
+@repeating
 @pytest.mark.parametrize("policy", ["h2o", "streaming_llm"])
 def test_equal_layers_share_a_graph(policy: str) -> None:
     """A prologue, four layers with the next one's projections, and what is behind the last attention."""
-    model = kvrewrite.transform(five_layers(), policy=policy, budget=16)
+    model = rewrite(*five_layers(), policy, None, budget=16)
     found = partition(model.graph_module)
     assert len(found.parts) == 6 and len(found.distinct) == 3
     assert len({id(part.graph) for part in found.parts[1:-1]}) == 1
@@ -44,9 +56,10 @@ def test_equal_layers_share_a_graph(policy: str) -> None:
     assert not any(node.op == "get_attr" for graph in found.distinct for node in graph.graph.nodes)
 
 
+@repeating
 def test_layers_that_differ_do_not() -> None:
     """The layer's number is part of `random`'s hash."""
-    model = kvrewrite.transform(five_layers(), policy="random", budget=16)
+    model = rewrite(*five_layers(), "random", None, budget=16)
     assert len(partition(model.graph_module).distinct) == 6
 
 
@@ -81,10 +94,11 @@ def test_parts_are_the_whole(family: str, policy: str, options: dict[str, Any]) 
         assert caches[0].positions() == caches[1].positions()
 
 
+@repeating
 def test_without_logits() -> None:
     """The last layer is its keys, values and scores alone; the others are the same graphs. Where scores come from attention or
     from the logits, both stay."""
-    model = kvrewrite.transform(five_layers(), policy="streaming_llm", budget=16, chunk=8)
+    model = rewrite(*five_layers(), "streaming_llm", None, budget=16, chunk=8)
     execution = Execution(model.graph_module, None)
     attention = torch.ops.kvrewrite.cached_attention.default
 
@@ -130,7 +144,12 @@ def test_kernels_are_chosen_in_the_open(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("family", "policy", "options"),
     [
-        ("llama", "locret", {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3}),
+        pytest.param(
+            "llama",
+            "locret",
+            {"budget": 16, "chunk": 8, "stabilizers": 4, "local_tail": 3},
+            marks=pytest.mark.thorough,
+        ),
         pytest.param("gemma2", "h2o", {"budget": 16, "chunk": 9}, marks=pytest.mark.thorough),
         ("gpt_oss", "snapkv", {"budget": 16, "window": 6}),
         pytest.param(

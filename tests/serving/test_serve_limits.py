@@ -28,7 +28,7 @@ from kvrewrite import serving  # noqa: E402
 from kvrewrite.errors import KVRewriteError, OptionError  # noqa: E402
 from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, MAX_STOP_LENGTH  # noqa: E402
 from kvrewrite.serving.text import StopFinder  # noqa: E402
-from tests.support.serving_tools import Server, head, idle, make_parts, until  # noqa: E402
+from tests.support.serving_tools import Server, empty, head, idle, make_parts, until  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("serve_limits")  # whose fixtures are made once
 
@@ -303,12 +303,11 @@ def test_a_client_that_goes_in_its_prompt_ends_it(parts: Any, server: Server) ->
     with gate(parts[0], after=1) as go:
         with connect(server, post({"prompt": [5] * 384, "max_tokens": 4})):
             assert until(lambda: go.passes == 2)
-            job = server.engine._current
-            assert job is not None
+            (job,) = server.engine._jobs
         assert until(job.cancelled.is_set)
         go.set()
         assert idle(server.engine) and go.passes == 2
-    assert server.engine.cancelled == cancelled + 1 and server.engine.leased_after == 0
+    assert server.engine.cancelled == cancelled + 1 and empty(server.engine)
     assert server.call(COMPLETIONS, {"prompt": "She sells", "max_tokens": 2})[0] == 200
 
 
@@ -413,12 +412,12 @@ def test_the_process_ends(parts: Any, folder: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- connections
 def test_idle_connections_do_not_keep_others_out(parts: Any) -> None:
-    engine = serving.Engine(*parts, waiting=4)
-    with serving_with(engine, connections=20, head_seconds=60) as server:
+    engine = serving.Engine(*parts, waiting=4, capacity=serving.Capacity(max_requests=4))
+    with serving_with(engine, connections=24, head_seconds=60) as server:
         clients = [connect(server, b"GET /" if i % 2 else b"") for i in range(60)]
         assert server.call("/health")[0] == 200
         assert server.call(COMPLETIONS, {"prompt": "a", "max_tokens": 1})[0] == 200
-        assert until(lambda: len(server.server.server_state.connections) <= 20)
+        assert until(lambda: len(server.server.server_state.connections) <= 24)
         assert received(clients[0]) == b""  # the oldest gave way
         for client in clients:
             client.close()
@@ -426,8 +425,8 @@ def test_idle_connections_do_not_keep_others_out(parts: Any) -> None:
 
 def test_requests_that_are_served_do_not_give_way(parts: Any) -> None:
     """But those who only connect do."""
-    engine = serving.Engine(*parts, waiting=4)
-    with gate(parts[0]) as go, serving_with(engine, connections=20) as server, ThreadPoolExecutor(5) as pool:
+    engine = serving.Engine(*parts, waiting=4, capacity=serving.Capacity(max_requests=4))
+    with gate(parts[0]) as go, serving_with(engine, connections=24) as server, ThreadPoolExecutor(5) as pool:
         body = {"prompt": "a", "max_tokens": 1}
         answers = [pool.submit(server.call, COMPLETIONS, body)]
         assert until(lambda: engine.running)
@@ -486,7 +485,7 @@ def test_unfinished_bodies_give_way(parts: Any) -> None:
 
 
 def test_limits_that_leave_no_room(parts: Any) -> None:
-    engine = serving.Engine(*parts, waiting=64)
+    engine = serving.Engine(*parts, waiting=32, capacity=serving.Capacity(max_requests=32))
     try:
         with pytest.raises(OptionError, match="expected at least 80"):
             serving.make_server(engine, "tiny", limits=serving.Limits(connections=70))
@@ -503,10 +502,10 @@ class Panic(BaseException):
 def test_whatever_is_raised_the_client_is_answered(
     parts: Any, server: Server, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def generate(*args: Any, **kwargs: Any) -> None:
+    def advance(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(parts[0], "generate", generate)
+    monkeypatch.setattr(server.engine.batch, "advance", advance)
     status, data = server.call(COMPLETIONS, {"prompt": "a"})
     assert (
         status == 500 and type(error).__name__ in data["error"]["message"] and data["error"]["type"] == "server_error"
@@ -522,20 +521,20 @@ def test_an_engine_that_ends_answers_and_ends_the_server(parts: Any, monkeypatch
     engine = serving.Engine(*parts)
     go = threading.Event()
 
-    def run(job: Any) -> None:
+    def tick() -> None:
         assert go.wait(20)
-        job.emit = None  # so that telling of the error fails
         raise ValueError
 
-    monkeypatch.setattr(engine, "_run", run)
+    monkeypatch.setattr(engine.scheduler, "tick", tick)
     ended: list[serving.Event] = []
     request = serving.read_request({"prompt": "a"}, chat=False)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    engine.submit(serving.Job(request, ended.append))
-    engine.submit(serving.Job(request, ended.append))
+    for _ in range(2):
+        engine.submit(serving.Job(request, ended.append))
     go.set()
     assert until(lambda: not engine.alive)
-    assert len(ended) == 1 and isinstance(ended[0].error, serving.RequestError) and ended[0].error.status == 503
+    errors = [e.error for e in ended]
+    assert len(ended) == 2 and all(isinstance(e, serving.RequestError) and e.status == 503 for e in errors)
     with pytest.raises(serving.RequestError, match="shutting down"):
         engine.submit(serving.Job(request, ended.append))
     raised: list[BaseException] = []

@@ -46,13 +46,13 @@ OPS = sorted(
 )
 
 
-def make_models(folder: Path) -> list[Path]:
-    """The small model with different policies."""
+def make_models(folder: Path, base: Path) -> list[Path]:
+    """A model with different policies."""
     made = []
     for i, (policy, options) in enumerate(POLICIES):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kvrewrite.convert(small_model(), folder / str(i), policy, **options)
+            kvrewrite.convert(base, folder / str(i), policy, **options)
         made.append(folder / str(i))
     return made
 
@@ -182,10 +182,11 @@ def expected(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(part, past_key_values=cache).logits for part in (ids, ids[:, :1])], 1)
 
 
-def run(seeds: range, folder: Path) -> tuple[collections.Counter[str], list[str]]:
-    """Counts of outcomes, and what went wrong, with its seed."""
-    models = make_models(folder)
-    ids = torch.randint(0, 2048, (1, 70), generator=torch.Generator().manual_seed(0))
+def run(seeds: range, folder: Path, base: Path | None = None) -> tuple[collections.Counter[str], list[str]]:
+    """Counts of outcomes, and what went wrong, with its seed. base: what is converted, if not the small model."""
+    models = make_models(folder, base or small_model())
+    vocabulary = json.loads((models[0] / "config.json").read_text())["vocab_size"]
+    ids = torch.randint(0, vocabulary, (1, 70), generator=torch.Generator().manual_seed(0))
     wanted = [expected(model, ids) for model in models]
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []

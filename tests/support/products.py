@@ -30,6 +30,14 @@ covering = pytest.mark.covering
 # Every value of every parameter in one case.
 each = pytest.mark.covering({})
 
+
+def few(names: Iterable[str], *, rest: Iterable[str]) -> list[Any]:
+    """For `parametrize`: names, of which `rest`, whose kind others stand for, are thorough."""
+    every, left_out = list(names), set(rest)
+    assert left_out < set(every), left_out - set(every)
+    return [pytest.param(name, marks=pytest.mark.thorough) if name in left_out else name for name in every]
+
+
 Case = Mapping[str, Any]
 Needs = Callable[[Case], dict[Hashable, int]]
 

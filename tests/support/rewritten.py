@@ -15,6 +15,7 @@ from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.frontend import capture
 from kvrewrite.compiler import model_facts
+from kvrewrite.ir.fx import set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, insert
 from kvrewrite.runtime.foreign_config import foreign_config
@@ -79,6 +80,17 @@ def fork(source: Captured) -> tuple[Captured, list[AttentionSite]]:
             node.meta["kvrewrite_site"] = copy.deepcopy(node.meta["kvrewrite_site"])
             sites.append(node.meta["kvrewrite_site"])
     return dataclasses.replace(source, graph=gm), sites
+
+
+def own(name: str) -> tuple[nn.Module, Captured]:
+    """A family whose parameters a test may change: a model, and the canonical graph with that model's parameters."""
+    model = build(name)
+    found, _ = fork(captured(name))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for node in found.graph.graph.find_nodes(op="get_attr"):
+        if node.target in parameters:
+            set_attr(found.graph, node.target, parameters[node.target])
+    return model, found
 
 
 def rewrite(model: nn.Module, source: Captured, policy: str, weights: dict[str, Tensor] | None, **options: Any) -> Any:

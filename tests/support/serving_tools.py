@@ -34,6 +34,13 @@ def idle(engine: serving.Engine) -> bool:
     return until(lambda: not engine.running and not engine.waiting)
 
 
+def empty(engine: serving.Engine) -> bool:
+    """Whether an idle engine has all its pages back, those of kept prefixes aside."""
+    assert idle(engine)
+    engine.scheduler.prefixes.clear()
+    return engine.batch.used == 0
+
+
 def head(length: int, path: str = "/v1/completions") -> bytes:
     """A request's head, for a body of so many bytes."""
     lines = (f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}")

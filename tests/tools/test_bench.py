@@ -13,7 +13,7 @@ from rich.console import Console
 from kvrewrite import policies
 from kvrewrite.analysis import flops
 from kvrewrite.cli import app as cli
-from kvrewrite.cli.bench import parse_bytes
+from kvrewrite.cli.options import parse_bytes
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.tools.benchmark import report, roofline, run, shapes
@@ -344,4 +344,4 @@ def test_the_command(tmp_path):
 
 
 def test_sizes():
-    assert parse_bytes("24GiB") == 24 << 30 and parse_bytes("1.5 gb") == 1_500_000_000
+    assert parse_bytes("24GiB", "--memory") == 24 << 30 and parse_bytes("1.5 gb", "--memory") == 1_500_000_000

@@ -107,7 +107,7 @@ def test_context_and_question_apart_are_the_prompt(tokenizer, task):
     assert 0.98 * 512 - 12 <= len(whole) <= 512
 
 
-@pytest.mark.parametrize("task", ["needle_single", "needle_multikey"])
+@pytest.mark.parametrize("task", [pytest.param("needle_single", marks=pytest.mark.thorough), "needle_multikey"])
 def test_needles(model, tokenizer, task):
     for seed in range(4):
         sample = tasks.make(task, tokens=1024, seed=seed, tokenizer=tokenizer)
