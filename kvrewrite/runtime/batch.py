@@ -162,13 +162,14 @@ class Batch:
         for (_, c, window), held in zip(order, slots):
             before, after = held[:-1], held[1:]
             end = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
-            if policy.ragged:  # of a whole layer, and the last page of each head may be nearly empty
+            if policy.ragged:  # by layers, where the last page of each head may be nearly empty
                 joined = before + lengths if policy.shares_layers or window else np.minimum(before + lengths, after + 1)
-                during, decoding = (
-                    int(pages_of(x.sum(-1)).max(initial=0)) + held.shape[1] for x in (joined, np.asarray(end)[None])
+                held_pages, dealt, decoding = (
+                    pages_of(np.atleast_2d(x).sum(-1)) + held.shape[1] for x in (before, joined, end)
                 )
+                during, decoding = int((held_pages + dealt).max(initial=0)), int(decoding.max())
             else:  # what goes is never in the pool: a step writes what stays
-                during, decoding = (int(pages_of(x).sum(-1).max(initial=0)) for x in (held, np.asarray(end)[None]))
+                during, decoding = (int(pages_of(np.atleast_2d(x)).sum(-1).max(initial=0)) for x in (held, end))
             most[c] += max(during, decoding)
             later[c] += decoding
         return most, later
