@@ -55,11 +55,15 @@ def _refused(config: Any) -> list[str]:
     """Why this engine can't run the model, each with what to do."""
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
     reasons = []
-    for option in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
+    for option in (
+        "pipeline_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+    ):
         if (size := getattr(parallel, option, 1)) > 1:
-            reasons.append(f"{option}={size}: kvrewrite cuts a model by heads only; use tensor_parallel_size")
-    if (size := parallel.tensor_parallel_size) > 1 and parallel.data_parallel_size > 1:
-        reasons.append(f"tensor_parallel_size={size} with data parallelism; start one engine for each replica instead")
+            reasons.append(
+                f"{option}={size}: kvrewrite's program can't be cut so; use tensor_parallel_size, or an engine on each device"
+            )
     if config.lora_config is not None:
         reasons.append(
             "LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`"

@@ -1,8 +1,7 @@
-"""vLLM's engine in processes of its own: its server over HTTP, and tensor parallelism."""
+"""vLLM's server over HTTP, its engine in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -92,24 +91,3 @@ def test_the_server(directory: Any, expected: list[list[int]], environment: dict
         assert ask(prompts()[0] * 2).status_code == 400  # longer than --max-model-len
         metrics = httpx.get(f"{address}/metrics").text
         assert 'vllm:num_requests_running{engine="0",model_name="small"} 0.0' in metrics
-
-
-def test_tensor_parallel(
-    directory: Any, expected: list[list[int]], environment: dict[str, str], tmp_path: Path
-) -> None:
-    """Two processes, each with its heads and its part of the cache."""
-    (tmp_path / "given.json").write_text(json.dumps([{"prompt_token_ids": p} for p in prompts()]))
-    (tmp_path / "run.py").write_text(f"""
-import json
-from vllm import LLM, SamplingParams
-
-if __name__ == "__main__":
-    llm = LLM({str(directory("h2o"))!r}, tensor_parallel_size=2, **{OPTIONS!r})
-    given = json.load(open({str(tmp_path / "given.json")!r}))
-    out = llm.generate(given, SamplingParams(temperature=0, max_tokens={NEW}, ignore_eos=True), use_tqdm=False)
-    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in out]))
-""")
-    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads(found[0].removeprefix("TOKENS ")) == expected
