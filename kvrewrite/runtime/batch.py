@@ -46,6 +46,11 @@ class Running:
         return 0 if self.call is None else self.call.passes - self.call.step
 
     @property
+    def next_segment(self) -> int:
+        """Tokens of the segment that comes next, 0 once its prompt is through."""
+        return 0 if self.call is None else self.call.plans[0][self.call.step].length
+
+    @property
     def ended(self) -> bool:
         """Whether it has left its batch."""
         return self.cache is None and self.group is None
@@ -113,6 +118,12 @@ class Batch:
     needed, without a limit."""
 
     def __init__(self, model: RewrittenModel, *, memory: int | None = None):
+        heads_differ = model.program.layout.ragged or model.policy.head_pattern
+        if memory is not None and model.program.parallel is not None and heads_differ:
+            raise OptionError(
+                f"with {model.policy.name}, heads of different processes keep different numbers of slots, so one process's "
+                "memory would be full before the others'; a batch of it takes no memory limit with tensor parallelism"
+            )
         if not model.on_one_device:
             raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
         self.model, self.owner = model, model.owner
@@ -339,9 +350,6 @@ class Batch:
         size = cache.batch_size
         taking, everyone = set(rows), rows == list(range(size))
         cache.rest([row not in taking for row in range(size)])
-        for row in rows:
-            if problem := cache.no_room(row, 1, True):
-                raise problem
         if isinstance(tokens, Tensor):
             ids = tokens[:, None]
             if not everyone:
@@ -350,12 +358,16 @@ class Batch:
             host = torch.zeros(size, 1, dtype=torch.int64)
             host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
             ids = host.to(self.model.device)
+        planned = decoder is not None and decoder.has_planned(ids, cache)
+        for row in rows if not planned else ():  # what was planned has room
+            if problem := cache.no_room(row, 1, True):
+                raise problem
         cache.begin_step()
         try:
             if decoder is None:
                 where = [np.arange(int(row in taking)) for row in range(size)]
                 logits = Call(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
-            elif decoder.has_planned(ids, cache):
+            elif planned:
                 logits = decoder.planned_step(ids, cache)
             else:
                 logits = decoder.step(ids, cache)

@@ -85,6 +85,8 @@ def _agree(peers: Peers, action: Any) -> None:
             action()
         except KVRewriteError as error:
             told = [str(error)]
+        except Exception as error:  # the others would wait for ever
+            told = [f"tensor parallelism: the proof failed: {type(error).__name__}: {error}"]
     dist.broadcast_object_list(told, group=_group(peers), group_src=0)
     if told[0] is not None:
         raise UnsupportedModelError(told[0])

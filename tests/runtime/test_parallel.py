@@ -13,8 +13,12 @@ import torch
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.ir.parallel import Peers
+from kvrewrite.passes.shard.shard import shard
 from kvrewrite.runtime.batch import Batch
+from kvrewrite.runtime.model import RewrittenModel
 from tests.support.ranks import run_ranks
+from tests.support.rewritten import rewritten
 from tests.support.tiny import TEXT, make_checkpoint
 
 IDS = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -150,3 +154,10 @@ def test_alone(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match='expected "auto"'):
         kvrewrite.load(directory, tp_plan="colwise")
     assert kvrewrite.load(directory, tp_size=1).program.parallel is None
+
+
+def test_memory_that_processes_fill_at_different_times() -> None:
+    whole = rewritten("llama", "duo_attention", budget=12, start=2, chunk=8)
+    part = RewrittenModel(shard(whole.program, Peers(0, 2, "nobody")), whole.config)
+    with pytest.raises(OptionError, match="no memory limit"):
+        Batch(part, memory=1 << 20)
