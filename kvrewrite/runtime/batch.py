@@ -168,13 +168,21 @@ class Batch:
         heads = [classes[c].kv_heads for _, c, _ in order]
         slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
         keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
+        lengths = np.array([s.length for s in segments])[:, None]
         most, later = [0] * len(classes), [0] * len(classes)
         for (_, c, window), held in zip(order, slots):
-            during = held[:-1] + np.array([s.length for s in segments])[:, None]
-            after = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
-            decoding = pages_of(np.asarray(after))
-            most[c] += int(np.maximum(pages_of(during).max(0, initial=0), decoding).sum())
-            later[c] += int(decoding.sum())
+            before, after = held[:-1], held[1:]
+            end = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
+            if policy.ragged:  # by layers, where the last page of each head may be nearly empty
+                joined = before + lengths if policy.shares_layers or window else np.minimum(before + lengths, after + 1)
+                held_pages, dealt, decoding = (
+                    pages_of(np.atleast_2d(x).sum(-1)) + held.shape[1] for x in (before, joined, end)
+                )
+                during, decoding = int((held_pages + dealt).max(initial=0)), int(decoding.max())
+            else:  # what goes is never in the pool: a step writes what stays
+                during, decoding = (int(pages_of(np.atleast_2d(x)).sum(-1).max(initial=0)) for x in (held, end))
+            most[c] += max(during, decoding)
+            later[c] += decoding
         return most, later
 
     def check_fits(self, prompt: int, total: int, policy: Policy | None = None) -> None:

@@ -146,7 +146,7 @@ def test_what_never_fits_is_refused_at_once(growing: Any) -> None:
     engine = serving.Engine(*growing, capacity=serving.Capacity(memory=3 * 4 * engine_page(growing)))
     server = Server(engine)
     try:
-        status, data = server.call(COMPLETIONS, {"prompt": [5] * 200, "max_tokens": 4})
+        status, data = server.call(COMPLETIONS, {"prompt": [5] * 20, "max_tokens": 200})
         assert (status, data["error"]["param"]) == (400, "prompt") and "pages" in data["error"]["message"]
         assert server.call(COMPLETIONS, {"prompt": [5] * 20, "max_tokens": 4})[0] == 200
     finally:
