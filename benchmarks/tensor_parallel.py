@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--policy", default="streaming_llm")
     parser.add_argument("--budget", type=int, default=4096)
+    parser.add_argument("--symmetric", action="store_true", help="small sums by torch's one-shot kernel, not NCCL")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = own_device("cuda")
@@ -110,6 +111,11 @@ def main() -> None:
     model = build(args.layers, args.policy, options, device)
     parallel = model.program.parallel
     ranks, first = (1, True) if parallel is None else (parallel.peers.ranks, parallel.peers.rank == 0)
+    if args.symmetric and parallel is not None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        torch._inductor.config._collective.auto_select = True
+        symmetric.enable_symm_mem_for_group(parallel.peers.group)
     model.compile()
     found = []
     for rows in args.rows:

@@ -42,7 +42,7 @@ def transform(
     max_length: int | None = None,
     check: str = "full",
     observe: Observer | None = None,
-    tp_plan: str | None = None,
+    tp_plan: str | Peers | None = None,
     **options: Any,
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
@@ -56,7 +56,7 @@ def transform(
     check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with stand-ins
     for large weights): "full", "sites" (each attention alone) or "off".
     tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
-    docs/tensor_parallel.md).
+    docs/tensor_parallel.md); a `Peers` over those of another group.
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
@@ -83,7 +83,7 @@ def transform(
     return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
 
 
-def _peers(tp_plan: str | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
+def _peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
     """The processes that share a model, None for one alone."""
     if tp_plan is None and tp_size is None:
         return None
@@ -196,7 +196,7 @@ def load(
     device: str | torch.device = "cpu",
     verify_hashes: bool = False,
     trust_compiled: bool = False,
-    tp_plan: str | None = None,
+    tp_plan: str | Peers | None = None,
     tp_size: int | None = None,
     check: str = "full",
 ) -> RewrittenModel:

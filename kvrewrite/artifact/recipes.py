@@ -159,6 +159,8 @@ def _narrowed(recipe: Recipe) -> Recipe | Block | None:
 
     if "key" in inner:
         return block
+    if "narrow" in inner and inner["dim"] == block.dim:
+        return {"narrow": inner["narrow"], **block._replace(start=inner["start"] + block.start)._asdict()}
     if "transpose" in inner:
         a, b = inner["dims"]
         return {"transpose": part(inner["transpose"], {a: b, b: a}.get(block.dim, block.dim)), "dims": [a, b]}

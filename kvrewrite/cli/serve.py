@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -118,6 +119,10 @@ def serve(
     from kvrewrite.artifact import directory as artifact
     from kvrewrite.errors import OptionError
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            "serve runs in one process; over several GPUs: vllm serve DIRECTORY --tensor-parallel-size N (docs/vllm.md)"
+        )
     missing = [
         m
         for m in ("starlette", "uvicorn", "pydantic", "jinja2", "prometheus_client")

@@ -118,7 +118,7 @@ class Generation(GenerationMixin):
 
             if isinstance(ids, Tensor):
                 check_same(ids.to(self.device), parallel.peers)
-            share_chance(self.device)
+            share_chance(parallel.peers, self.device)
 
     @staticmethod
     def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:

@@ -19,14 +19,17 @@ from kvrewrite.passes.shard.shard import Sharder
 from kvrewrite.runtime.sharding_proof import prove_shards
 
 
-def find_peers(tp_plan: str | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
+def find_peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
     """The group that runs a model, None for one process alone; starts torch.distributed under torchrun where nobody has.
 
-    tp_plan: None or "auto"; tp_size: how many processes there must be, None: as many as there are. device: where the
-    model will be, which chooses NCCL or gloo. Raises OptionError.
+    tp_plan: None, "auto", or the group where it is not that of all processes (an engine's); tp_size: how many processes
+    there must be, None: as many as there are. device: where the model will be, which chooses NCCL or gloo. Raises
+    OptionError.
     """
     if tp_plan is None and tp_size is None:
         return None
+    if isinstance(tp_plan, Peers):
+        return tp_plan if tp_plan.ranks > 1 else None
     if tp_plan not in (None, "auto"):
         raise OptionError(f'tp_plan is {tp_plan!r}, expected "auto" (products are found in the graph) or None')
     if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
@@ -42,9 +45,9 @@ def find_peers(tp_plan: str | None, tp_size: int | None, device: torch.device | 
                 "tensor parallelism needs several processes, and this one is alone: start them with torchrun --nproc-per-node N, "
                 "or call torch.distributed.init_process_group first"
             )
-        if kind == "cuda":
-            torch.cuda.set_device(own_device(device))
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if kind == "cuda":
+        torch.cuda.set_device(own_device(device))  # where what is sent comes from
     ranks = dist.get_world_size()
     if tp_size is not None and tp_size != ranks:
         raise OptionError(f"tp_size is {tp_size}, but there are {ranks} processes; expected as many")
@@ -82,19 +85,27 @@ def _agree(peers: Peers, action: Any) -> None:
             action()
         except KVRewriteError as error:
             told = [str(error)]
-    dist.broadcast_object_list(told, src=0)
+        except Exception as error:  # the others would wait for ever
+            told = [f"tensor parallelism: the proof failed: {type(error).__name__}: {error}"]
+    dist.broadcast_object_list(told, group=_group(peers), group_src=0)
     if told[0] is not None:
         raise UnsupportedModelError(told[0])
 
 
-def share_chance(device: torch.device) -> None:
+def _group(peers: Peers) -> Any:
+    """The process group of this name; torch's functional collectives find it in the same way."""
+    name: Any = peers.group
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def share_chance(peers: Peers, device: torch.device) -> None:
     """All ranks go on with rank 0's random numbers, so that they draw the same tokens."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     for i, state in enumerate(states):
         sent = state.to(device)
-        dist.broadcast(sent, src=0)
+        dist.broadcast(sent, group=_group(peers), group_src=0)
         states[i] = sent.cpu()
     torch.set_rng_state(states[0])
     if device.type == "cuda":
@@ -105,8 +116,8 @@ def check_same(ids: Tensor, peers: Peers) -> None:
     """Raises OptionError where ranks were given different ids: their collectives would not fit together."""
     facts = torch.tensor([ids.shape[0], ids.shape[1], int(_digest(ids))], dtype=torch.int64, device=ids.device)
     low, high = facts.clone(), facts.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=_group(peers))
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=_group(peers))
     if not torch.equal(low, high):
         raise OptionError(
             f"process {peers.rank} was given ids {tuple(ids.shape)}, others have other ones; every process of a tensor-parallel "

@@ -89,7 +89,7 @@ def run(program: Program, stand_ins: Any, tokens: int, rank: int = 0, meeting: M
     generator = torch.Generator().manual_seed(11)
     ids = torch.randint(program.vocab_size, (ROWS, tokens + STEPS), generator=generator)
     cache, logits, at = model.new_cache(ROWS, max_length=ids.shape[1]), [], 0
-    pieces = [tokens] if model.policy.whole_prompt else [tokens - 8, 8]
+    pieces = [tokens] if model.policy.whole_prompt or tokens < 10 else [tokens - 8, 8]
     for length in [*pieces, *[1] * STEPS]:
         logits.append(model(ids[:, at : at + length], past_key_values=cache).logits)
         at += length
@@ -103,6 +103,8 @@ def prove_shards(program: Program, ranks: int, sharder: Sharder | None = None, t
     """Raises UnsupportedModelError where all ranks together do not give what the program gives. Its parameters may be on
     meta. sharder: the program's, where there is one; tokens: of the text's prompt."""
     stand_ins, group = StandIns(), "proof"
+    if program.max_positions is not None:
+        tokens = min(tokens, program.max_positions - STEPS)
     try:
         want = run(program, stand_ins, tokens)
         meeting = Meeting(ranks)

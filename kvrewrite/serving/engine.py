@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import traceback
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kvrewrite.errors import KVRewriteError, OptionError
-from kvrewrite.runtime.batch import Batch
+from kvrewrite.errors import InputError, KVRewriteError, OptionError, PoolFull
+from kvrewrite.runtime.batch import Batch, Running
 from kvrewrite.runtime.call import check_ids
 from kvrewrite.serving.grammar import Grammars
 from kvrewrite.serving.jobs import Answer, Job
@@ -99,19 +100,25 @@ class Engine:
         longest = self.max_prompt_tokens + self.max_new_tokens
         limit = self.model.program.max_positions
         longest = longest if limit is None else min(longest, limit)
-        prompt = min(longest - 2, max(1, (self.model.policy.chunk or 512)) + 1)
-        batch = self.batch
-        first = batch.start([0] * prompt, max_length=longest)
-        while batch.advance(first) is None:
-            pass
-        size, rows = 1, [first]
-        spare = batch.fork(first)
-        while True:
-            batch.decode(rows, [0] * len(rows))
-            if size >= self.max_requests:
-                break
-            size = min(2 * size, self.max_requests)
-            rows += [batch.fork(spare) for _ in range(size - len(rows))]
+        batch, chunk = self.batch, self.model.policy.chunk or 512
+
+        def begin(tokens: int) -> Running:
+            running = batch.start([0] * max(1, min(tokens, longest - 2)), max_length=longest)
+            while batch.advance(running) is None:
+                pass
+            return running
+
+        with contextlib.suppress(InputError, PoolFull):  # there is memory for shorter prompts only
+            batch.end(begin(2 * chunk + 1))
+        rows = [begin(2)]
+        spare, size = batch.fork(rows[0]), 1
+        with contextlib.suppress(PoolFull):  # there is memory for fewer answers
+            while True:
+                batch.decode(rows, [0] * len(rows))
+                if size >= self.max_requests:
+                    break
+                size = min(2 * size, self.max_requests)
+                rows += [batch.fork(spare) for _ in range(size - len(rows))]
         for request in [*rows, spare]:
             batch.end(request)
 

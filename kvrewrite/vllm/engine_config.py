@@ -56,13 +56,14 @@ def _refused(config: Any) -> list[str]:
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
     reasons = []
     for option in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
     ):
         if (size := getattr(parallel, option, 1)) > 1:
-            reasons.append(f"{option}={size}: kvrewrite's program runs on one device; start one engine on each")
+            reasons.append(
+                f"{option}={size}: kvrewrite's program can't be cut so; use tensor_parallel_size, or an engine on each device"
+            )
     if config.lora_config is not None:
         reasons.append(
             "LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`"
@@ -84,6 +85,8 @@ def _refused(config: Any) -> list[str]:
         )
     if model.runner_type != "generate":
         reasons.append(f"runner={model.runner_type}: the program makes text; expected runner=generate")
+    if model.enable_sleep_mode:
+        reasons.append("sleep mode moves vLLM's memory, which is kvrewrite's here; leave enable_sleep_mode out")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings: the program takes token ids; leave enable_prompt_embeds out")
     return reasons

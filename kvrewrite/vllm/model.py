@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -25,6 +26,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from kvrewrite.analysis.memory import carried_bytes, human
 from kvrewrite.api import load
 from kvrewrite.errors import KVRewriteError, OptionError
+from kvrewrite.ir.parallel import Peers
 from kvrewrite.runtime.batch import Batch
 from kvrewrite.vllm.labels import answer_delta, prompt_positions, read
 from kvrewrite.vllm.requests import Piece, Requests, bytes_at_most
@@ -108,6 +110,14 @@ class Handle(nn.Module, MambaBase):
         return blocks
 
 
+def _peers() -> Peers | None:
+    """The workers that share a model (--tensor-parallel-size)."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    return Peers(group.rank_in_group, group.world_size, str(group.device_group.group_name))
+
+
 class KVRewriteForCausalLM(nn.Module):
     """Runs a directory of kvrewrite. `forward` computes the logits of each request's last token; what it returns for each token
     is where these are, which `compute_logits` looks up."""
@@ -121,7 +131,7 @@ class KVRewriteForCausalLM(nn.Module):
         config = vllm_config.model_config
         self.length: int = config.max_model_len
         with torch.device("cpu"), set_default_torch_dtype(torch.float32):
-            self.program = load(config.model, device=vllm_config.device_config.device)
+            self.program = load(config.model, device=vllm_config.device_config.device, tp_plan=_peers())
             if self.program.device.type == "cuda" and not config.enforce_eager:
                 self.program.compile()
         policy = self.program.policy

@@ -51,7 +51,7 @@ def tiers(values: Any, often: tuple[str, ...]) -> list[Any]:
     return [v if v in often else pytest.param(v, marks=pytest.mark.thorough) for v in values]
 
 
-@pytest.mark.parametrize("family", tiers([*FAMILIES, *WALKED, *FOREIGN], ("gpt2", "phi3", "mixtral")))
+@pytest.mark.parametrize("family", tiers([*FAMILIES, *WALKED, *FOREIGN], ("phi3",)))
 def test_families(family: str) -> None:
     program = rewritten(family, "h2o", budget=12).program
     if family in REFUSED:
@@ -63,14 +63,14 @@ def test_families(family: str) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    tiers(sorted(POLICIES), ("tova", "nacl", "locret", "attention_gate")),
+    tiers(sorted(POLICIES), ("tova", "nacl")),
 )
 def test_policies(policy: str) -> None:
     program = rewritten("llama", policy, **options(policy)).program
     prove_shards(program, 2)
 
 
-@pytest.mark.parametrize("name", tiers(ODD, ("OutputMixing", "SharedLinear")))
+@pytest.mark.parametrize("name", tiers(ODD, ("SharedLinear",)))
 def test_what_a_careless_cut_gets_wrong(name: str) -> None:
     program = kvrewrite.transform(make_odd(name), "h2o", budget=12, check="off").program
     prove_shards(program, 2)

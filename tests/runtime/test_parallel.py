@@ -13,7 +13,12 @@ import torch
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.ir.parallel import Peers
+from kvrewrite.passes.shard.shard import shard
+from kvrewrite.runtime.batch import Batch
+from kvrewrite.runtime.model import RewrittenModel
 from tests.support.ranks import run_ranks
+from tests.support.rewritten import rewritten
 from tests.support.tiny import TEXT, make_checkpoint
 
 IDS = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -23,6 +28,23 @@ POLICIES = {
     "streaming_llm": {"budget": 16, "chunk": 16},
     "adakv": {"budget": 16, "window": 4},
 }
+
+
+def batched(model: Any) -> list[list[int]]:
+    """Three requests side by side, of different lengths."""
+    batch = Batch(model)
+    prompts = [IDS[0].tolist(), IDS[1, :23].tolist(), IDS[0, 5:17].tolist()]
+    requests = [batch.start(ids, max_length=len(ids) + 8) for ids in prompts]
+    waiting, tokens = list(requests), {}
+    while waiting:
+        for request, logits in zip(list(waiting), batch.advance_together(waiting)):
+            if logits is not None:
+                tokens[request] = [int(logits.argmax())]
+                waiting.remove(request)
+    for _ in range(6):
+        for request, row in zip(requests, batch.decode(requests, [tokens[r][-1] for r in requests])):
+            tokens[request].append(int(row.argmax()))
+    return [tokens[request] for request in requests]
 
 
 def answers(model: Any) -> dict[str, Any]:
@@ -35,7 +57,7 @@ def answers(model: Any) -> dict[str, Any]:
     kept = {layer: [list(map(list, row)) for row in rows] for layer, rows in cache.positions().items()}
     weights = sum(p.nbytes for p in model.parameters())
     found = {"greedy": greedy.tolist(), "sampled": sampled.tolist(), "kept": kept, "weights": weights}
-    return {**found, "logits": logits.tolist(), "leased": cache.memory().leased}
+    return {**found, "logits": logits.tolist(), "leased": cache.memory().leased, "batched": batched(model)}
 
 
 def in_ranks(rank: int, directories: dict[str, str], ranks: int) -> dict[str, Any]:
@@ -71,7 +93,7 @@ def test_processes(ranks: int, policies: tuple[str, ...], tmp_path: Path) -> Non
         whole = answers(kvrewrite.load(directory))
         for part in parts:
             own = part[policy]
-            assert own["greedy"] == whole["greedy"] and own["sampled"] == whole["sampled"]
+            assert all(own[way] == whole[way] for way in ("greedy", "sampled", "batched"))
             torch.testing.assert_close(torch.tensor(own["logits"]), torch.tensor(whole["logits"]), atol=2e-6, rtol=1e-5)
             assert own["leased"] * ranks == whole["leased"]
             assert own["weights"] < 1.1 / ranks * whole["weights"]  # norms are on all
@@ -132,3 +154,10 @@ def test_alone(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match='expected "auto"'):
         kvrewrite.load(directory, tp_plan="colwise")
     assert kvrewrite.load(directory, tp_size=1).program.parallel is None
+
+
+def test_memory_that_processes_fill_at_different_times() -> None:
+    whole = rewritten("llama", "duo_attention", budget=12, start=2, chunk=8)
+    part = RewrittenModel(shard(whole.program, Peers(0, 2, "nobody")), whole.config)
+    with pytest.raises(OptionError, match="no memory limit"):
+        Batch(part, memory=1 << 20)
