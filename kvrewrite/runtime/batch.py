@@ -46,6 +46,11 @@ class Running:
         return 0 if self.call is None else self.call.passes - self.call.step
 
     @property
+    def next_segment(self) -> int:
+        """Tokens of the segment that comes next, 0 once its prompt is through."""
+        return 0 if self.call is None else self.call.plans[0][self.call.step].length
+
+    @property
     def ended(self) -> bool:
         """Whether it has left its batch."""
         return self.cache is None and self.group is None
@@ -163,13 +168,21 @@ class Batch:
         heads = [classes[c].kv_heads for _, c, _ in order]
         slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
         keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
+        lengths = np.array([s.length for s in segments])[:, None]
         most, later = [0] * len(classes), [0] * len(classes)
         for (_, c, window), held in zip(order, slots):
-            during = held[:-1] + np.array([s.length for s in segments])[:, None]
-            after = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
-            decoding = pages_of(np.asarray(after))
-            most[c] += int(np.maximum(pages_of(during).max(0, initial=0), decoding).sum())
-            later[c] += int(decoding.sum())
+            before, after = held[:-1], held[1:]
+            end = slots_decoded(held[-1] + 1, max(0, total - prompt), min(keep, UNLIMITED), window or UNLIMITED)
+            if policy.ragged:  # by layers, where the last page of each head may be nearly empty
+                joined = before + lengths if policy.shares_layers or window else np.minimum(before + lengths, after + 1)
+                held_pages, dealt, decoding = (
+                    pages_of(np.atleast_2d(x).sum(-1)) + held.shape[1] for x in (before, joined, end)
+                )
+                during, decoding = int((held_pages + dealt).max(initial=0)), int(decoding.max())
+            else:  # what goes is never in the pool: a step writes what stays
+                during, decoding = (int(pages_of(np.atleast_2d(x)).sum(-1).max(initial=0)) for x in (held, end))
+            most[c] += max(during, decoding)
+            later[c] += decoding
         return most, later
 
     def check_fits(self, prompt: int, total: int, policy: Policy | None = None) -> None:
@@ -337,9 +350,6 @@ class Batch:
         size = cache.batch_size
         taking, everyone = set(rows), rows == list(range(size))
         cache.rest([row not in taking for row in range(size)])
-        for row in rows:
-            if problem := cache.no_room(row, 1, True):
-                raise problem
         if isinstance(tokens, Tensor):
             ids = tokens[:, None]
             if not everyone:
@@ -348,12 +358,16 @@ class Batch:
             host = torch.zeros(size, 1, dtype=torch.int64)
             host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
             ids = host.to(self.model.device)
+        planned = decoder is not None and decoder.has_planned(ids, cache)
+        for row in rows if not planned else ():  # what was planned has room
+            if problem := cache.no_room(row, 1, True):
+                raise problem
         cache.begin_step()
         try:
             if decoder is None:
                 where = [np.arange(int(row in taking)) for row in range(size)]
                 logits = Call(self.model, Tokens(ids, 0, where, None, [True] * size), cache, 1).run()
-            elif decoder.has_planned(ids, cache):
+            elif planned:
                 logits = decoder.planned_step(ids, cache)
             else:
                 logits = decoder.step(ids, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import traceback
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kvrewrite.errors import KVRewriteError, OptionError
-from kvrewrite.runtime.batch import Batch
+from kvrewrite.errors import InputError, KVRewriteError, OptionError, PoolFull
+from kvrewrite.runtime.batch import Batch, Running
 from kvrewrite.runtime.call import check_ids
 from kvrewrite.serving.grammar import Grammars
 from kvrewrite.serving.jobs import Answer, Job
@@ -19,7 +20,7 @@ from kvrewrite.serving.limits import Capacity
 from kvrewrite.serving.metrics import Metrics
 from kvrewrite.serving.prompts import check_length, encode
 from kvrewrite.serving.requests import RequestError
-from kvrewrite.serving.sampling import Sampler, check_generation_config
+from kvrewrite.serving.sampling import check_generation_config
 from kvrewrite.serving.scheduler import Scheduler, fatal
 from kvrewrite.serving.text import TextStream
 
@@ -47,6 +48,11 @@ class Engine:
         capacity: Capacity | None = None,
     ):
         check_generation_config(model.generation_config)
+        if model.program.parallel is not None:
+            raise OptionError(
+                "this is one rank's part of a model, whose processes have to make the same steps; kvrewrite serve has one "
+                "process. Serve it with vllm serve --tensor-parallel-size (docs/vllm.md)"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
         capacity = capacity or Capacity()
@@ -99,19 +105,25 @@ class Engine:
         longest = self.max_prompt_tokens + self.max_new_tokens
         limit = self.model.program.max_positions
         longest = longest if limit is None else min(longest, limit)
-        prompt = min(longest - 2, max(1, (self.model.policy.chunk or 512)) + 1)
-        batch = self.batch
-        first = batch.start([0] * prompt, max_length=longest)
-        while batch.advance(first) is None:
-            pass
-        size, rows = 1, [first]
-        spare = batch.fork(first)
-        while True:
-            batch.decode(rows, [0] * len(rows))
-            if size >= self.max_requests:
-                break
-            size = min(2 * size, self.max_requests)
-            rows += [batch.fork(spare) for _ in range(size - len(rows))]
+        batch, chunk = self.batch, self.model.policy.chunk or 512
+
+        def begin(tokens: int) -> Running:
+            running = batch.start([0] * max(1, min(tokens, longest - 2)), max_length=longest)
+            while batch.advance(running) is None:
+                pass
+            return running
+
+        with contextlib.suppress(InputError, PoolFull):  # there is memory for shorter prompts only
+            batch.end(begin(2 * chunk + 1))
+        rows = [begin(2)]
+        spare, size = batch.fork(rows[0]), 1
+        with contextlib.suppress(PoolFull):  # there is memory for fewer answers
+            while True:
+                batch.decode(rows, [0] * len(rows))
+                if size >= self.max_requests:
+                    break
+                size = min(2 * size, self.max_requests)
+                rows += [batch.fork(spare) for _ in range(size - len(rows))]
         for request in [*rows, spare]:
             batch.end(request)
 
@@ -213,13 +225,9 @@ class Engine:
         job.most = request.max_tokens or default
         self.batch.check_fits(len(ids), len(ids) + job.most, job.policy)
         job.tables = tuple(map(id, model.length_tables(len(ids) + job.most).values()))
-        samplers = [Sampler(model, request, ids, job.most, i) for i in range(request.n)]
-        if request.schema is not None:
-            for sampler in samplers:
-                sampler.grammar = self._grammars.make(request.schema)
-        job.answers = [
-            Answer(job, i, sampler, TextStream(self.tokenizer, request.stops)) for i, sampler in enumerate(samplers)
-        ]
+        for index in range(request.n):
+            grammar = None if request.schema is None else self._grammars.make(request.schema)
+            job.answers.append(Answer(job, index, TextStream(self.tokenizer, request.stops), grammar))
 
     # -- the thread that runs the model ------------------------------------------------------------------------------
     def _work(self) -> None:

@@ -28,6 +28,8 @@ from kvrewrite.serving.prefixes import Plan, Prefixes
 from kvrewrite.serving.requests import RequestError
 from kvrewrite.serving.sampling import Chosen, choose
 
+# Segments of at most so many tokens go through the model with others that are about as long: they cost less together.
+SHORT, SIMILAR, TOGETHER = 512, 0.75, 8
 AHEAD = 256  # tokens of an answer that there should be pages for when it begins; some end early
 
 
@@ -40,6 +42,8 @@ class Prompt:
         self.plan: Plan | None = None
         self.keep_at: int | None = None
         self.order = 0
+        self.alone = False  # a pass with it and others failed
+        self.first = 0  # tokens of its first segment
         self.need = self.steady = np.zeros(0)
 
 
@@ -126,6 +130,7 @@ class Scheduler:
         total = len(job.ids) + min(prompt.answers[0].most, AHEAD)
         begin, steady = self.batch.pages_needed(len(job.ids), total, job.policy)
         prompt.steady = np.asarray(steady) * len(prompt.answers)
+        prompt.first = job.policy.plan(len(job.ids))[0].length
         prompt.need = np.asarray(begin) + prompt.steady - np.asarray(steady)
         for answer in prompt.answers:
             answer.need = np.asarray(steady)
@@ -202,15 +207,31 @@ class Scheduler:
 
     def _advance_prompts(self) -> None:
         left = self.capacity.prompt_tokens
-        while left > 0:
-            if new := self.waiting.take({p.job.client for p in self._open}, self._fits):
-                self._begin(new)
-                continue
-            if not self._open:
-                return
-            prompt = self._open.popleft()
-            self._open.append(prompt)  # the next one is another client's
-            left -= self._advance(prompt)
+        while left > 0 and (some := self._next_prompts(left)):
+            left -= self._advance(some)
+
+    def _next_prompts(self, left: int) -> list[Prompt]:
+        """Whose segments come next: those of the client whose turn it is, with others of about that length."""
+        while new := self.waiting.take({p.job.client for p in self._open}, self._fits):
+            self._begin(new)
+        if not self._open:
+            return []
+        first = self._open.popleft()
+        self._open.append(first)  # the next one is another client's
+        assert first.running is not None
+        length = first.running.next_segment
+        if length > SHORT or first.alone:
+            return [first]
+
+        def goes_with(prompt: Prompt) -> bool:
+            other = prompt.running.next_segment if prompt.running is not None else prompt.first
+            similar = SIMILAR * length <= other <= length / SIMILAR
+            return similar and not prompt.alone and prompt.job.tables == first.job.tables
+
+        most = min(TOGETHER, max(1, left // length))
+        while len(self._open) < most and (new := self.waiting.take(set(), lambda p: goes_with(p) and self._fits(p))):
+            self._begin(new)
+        return [first, *(p for p in self._open if p is not first and goes_with(p))][:most]
 
     def _begin(self, prompt: Prompt) -> None:
         job = prompt.job
@@ -224,6 +245,8 @@ class Scheduler:
         prompt.order = self._orders
         length = len(job.ids) + job.most
         try:
+            for answer in prompt.answers:
+                answer.begin(self.batch.model)
             prompt.plan = Plan(self.batch, job.ids, job.policy, length)
             prefix = self.prefixes.find(prompt.plan)
             if prefix is not None:
@@ -236,33 +259,45 @@ class Scheduler:
             return
         self._open.append(prompt)
 
-    def _advance(self, prompt: Prompt) -> int:
-        """The next segment of a prompt; how many tokens it had."""
-        running, plan = prompt.running, prompt.plan
-        assert running is not None and plan is not None
-        if prompt.job.cancelled.is_set():
-            self._end_job(prompt.job, None)
-            return 0
-        before = running.seen
-        while True:
+    def _advance(self, prompts: list[Prompt]) -> int:
+        """The next segment of each of these; how many tokens they had."""
+        for prompt in prompts:
+            if prompt.job.cancelled.is_set():
+                self._end_job(prompt.job, None)
+        while prompts := [p for p in prompts if p.running is not None]:
+            runnings = [p.running for p in prompts if p.running is not None]
+            tokens = sum(r.next_segment for r in runnings)
             try:
-                logits = self.batch.advance(running)
-                break
+                found = self.batch.advance_together(runnings)
             except PoolFull as error:
                 if not self._make_room():
-                    self._end_job(prompt.job, error)
-                if prompt.running is None:  # it was the youngest itself
-                    return self.capacity.prompt_tokens
+                    self._end_job(prompts[0].job, error)
             except BaseException as error:  # also SystemExit and panics of extensions: others wait for this thread
-                self._end_job(prompt.job, error)
-                return 1
-        done = running.seen - before
+                self._prompts_failed(prompts, error)
+            else:
+                for prompt, logits in zip(prompts, found):
+                    self._advanced(prompt, logits)
+                return tokens
+        return 1
+
+    def _advanced(self, prompt: Prompt, logits: Tensor | None) -> None:
+        running, plan = prompt.running, prompt.plan
+        assert running is not None and plan is not None
         if prompt.keep_at is not None and running.seen == plan.ends[prompt.keep_at] and running.cache is not None:
             self.prefixes.keep(plan.keys[prompt.keep_at], running)
         if logits is not None:
             self._open.remove(prompt)
             self._first(prompt, running, logits)
-        return done
+
+    def _prompts_failed(self, prompts: list[Prompt], error: BaseException) -> None:
+        """A pass failed. Whoever was alone in it is to blame; of several each begins again, alone."""
+        if len(prompts) == 1:
+            self._end_job(prompts[0].job, error)
+            return
+        for prompt in prompts:
+            self._leave(prompt)
+            prompt.alone = True
+            self.waiting.put(prompt, first=True)
 
     def _first(self, prompt: Prompt, running: Running, logits: Tensor) -> None:
         """The first tokens of the answers to a prompt."""
@@ -300,8 +335,6 @@ class Scheduler:
         self.waiting.put(again, first=True)
 
     def _again(self, answer: Answer) -> Prompt:
-        answer.at = answer.got = 0
-        answer.sampler.restart()
         prompt = Prompt(answer.job, [answer])
         self._measure(prompt)
         return prompt
@@ -332,7 +365,10 @@ class Scheduler:
 
     def _decode(self, group: list[Answer]) -> Tensor | None:
         """Logits of one token of these; takes those out of the list that have left. None: nobody is left."""
-        while self._present(group):
+        while True:
+            group[:] = [a for a in group if a.running is not None]
+            if not group:
+                return None
             assert self._ids is not None
             slots = [a.slot for a in group]
             ids = self._ids if slots == list(range(len(self._ids))) else self._ids[slots]
@@ -342,19 +378,17 @@ class Scheduler:
                 if not self._make_room():
                     self._end_job(group[0].job, error)
             except BaseException as error:  # also SystemExit and panics of extensions: others wait for this thread
-                self._failed(group, error)
-        return None
+                if not self._blocked(group):
+                    self._failed(group, error)
 
-    def _present(self, group: list[Answer]) -> bool:
-        """Takes those out that have left, or can't have another token. Returns whether anyone stays."""
+    def _blocked(self, group: list[Answer]) -> bool:
+        """Ends those that can't have another token: positions, or a full cache. Returns whether there was one."""
         blocked = [a for a in group if a.running is not None and a.running.no_room() is not None]
-        if blocked:
-            self._receive()
+        self._receive()
         for answer in blocked:
             if not answer.ended:
                 self._finish(answer, "length")
-        group[:] = [a for a in group if a.running is not None]
-        return bool(group)
+        return bool(blocked)
 
     def _failed(self, group: list[Answer], error: BaseException) -> None:
         """A step failed, and all that were in its cache have to begin again. Whoever was alone in it is to blame; of

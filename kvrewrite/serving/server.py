@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import socket
+import sys
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvrewrite.serving.limits import Limits
 
 ANSWER_SECONDS = 2.0  # after the engine has stopped, for its last answers to be sent
 BACKLOG = 128  # connections accepted at once, before any of them is counted
+SWITCH_SECONDS = 5e-4  # Python's 5 ms would keep the thread that runs the model waiting for a step's time at every op
 logger = logging.getLogger("uvicorn.error")
 
 
@@ -156,6 +158,7 @@ def make_server(
 def serve(engine: Engine, name: str, **settings: Any) -> None:
     """Serves until it is interrupted; settings: those of `make_server`. Raises KVRewriteError if the engine failed."""
     server = make_server(engine, name, **settings)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
             server.run()

@@ -85,6 +85,8 @@ def _refused(config: Any) -> list[str]:
         )
     if model.runner_type != "generate":
         reasons.append(f"runner={model.runner_type}: the program makes text; expected runner=generate")
+    if model.enable_sleep_mode:
+        reasons.append("sleep mode moves vLLM's memory, which is kvrewrite's here; leave enable_sleep_mode out")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings: the program takes token ids; leave enable_prompt_embeds out")
     return reasons

@@ -18,6 +18,8 @@ from kvrewrite.errors import CacheError
 from kvrewrite.runtime.batch import Batch, Running
 from kvrewrite.runtime.model import RewrittenModel
 
+SIDE_BY_SIDE = 8192  # most tokens of several prompts in one pass
+
 
 @dataclass
 class Piece:
@@ -46,6 +48,18 @@ class _Held:
     def prompt(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def segment_is_there(self) -> bool:
+        """Whether the prompt has a segment left, and its tokens came."""
+        left = self.running.prompt_left
+        return left > 0 and self.ends[-left] <= self.given
+
+    @property
+    def next_length(self) -> int:
+        """Tokens of the next segment."""
+        at = len(self.ends) - self.running.prompt_left
+        return self.ends[at] - (self.ends[at - 1] if at else 0)
+
 
 class Requests:
     """The requests of one engine. length: most tokens that a request has, prompt and answer; memory: bytes for their pages,
@@ -72,8 +86,7 @@ class Requests:
         """Takes one piece of each of some requests: logits (pieces, vocabulary) of the next token of each; zeros where a prompt
         is not complete."""
         took = [self._take(piece) for piece in pieces]
-        for held in took:
-            self._prefill(held)
+        self._prefill(took)
         self._decode(took)
         rows = [self._zeros if held.logits is None else held.logits for held in took]
         return torch.stack(rows)
@@ -108,10 +121,13 @@ class Requests:
         ends = list(accumulate(segment.length for segment in self.model.policy.plan(prompt)))
         return _Held(running, ids, ends)
 
-    def _prefill(self, held: _Held) -> None:
-        """Computes the segments whose tokens are all there."""
-        while (left := held.running.prompt_left) and held.ends[-left] <= held.given:
-            held.logits = self.batch.advance(held.running)
+    def _prefill(self, took: Sequence[_Held]) -> None:
+        """Computes the segments whose tokens are all there: those of equal length side by side."""
+        while ready := [held for held in took if held.segment_is_there]:
+            length = ready[0].next_length
+            some = [held for held in ready if held.next_length == length][: max(1, SIDE_BY_SIDE // length)]
+            for held, logits in zip(some, self.batch.advance_together([held.running for held in some])):
+                held.logits = logits
 
     def _decode(self, took: Sequence[_Held]) -> None:
         """Computes the tokens of answers: one of each request at a time."""

@@ -217,7 +217,7 @@ def test_a_prompt_that_never_fits_is_refused_before_any_work() -> None:
     page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)
     batch = Batch(model, memory=2 * page)
     with pytest.raises(InputError, match="pages, but the pool has"):
-        batch.start(distinct(200, random.Random(0)), max_length=210)  # the whole prompt is held before its eviction
+        batch.start(distinct(20, random.Random(0)), max_length=210)  # every token of the answer is held
     assert batch.used == 0
     with pytest.raises(OptionError, match="less than one page"):
         Batch(model, memory=100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import random
 import time
@@ -18,25 +20,26 @@ for needed in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
 
 import kvrewrite  # noqa: E402
 from kvrewrite import serving  # noqa: E402
-from kvrewrite.errors import OptionError  # noqa: E402
+from kvrewrite.cache.joined import JoinedRows  # noqa: E402
+from kvrewrite.errors import InputError, OptionError  # noqa: E402
 from kvrewrite.serving import scheduler as scheduling  # noqa: E402
 from tests.support.load import Asked, alone, bodies, serve  # noqa: E402
-from tests.support.serving_tools import Server, empty, make_parts, until  # noqa: E402
+from tests.support.serving_tools import Server, empty, shared_folder, shared_parts, until  # noqa: E402
 from tests.support.tiny import TEXT  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("scheduler")  # whose fixtures are made once
+pytestmark = pytest.mark.xdist_group("serve")  # whose fixtures are made once
 
 COMPLETIONS = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tmp_path_factory.mktemp("scheduler")
+def parts() -> Any:
+    return shared_parts()
 
 
 @pytest.fixture(scope="module")
-def parts(folder: Any) -> Any:
-    return make_parts(folder)
+def folder(parts: Any) -> Any:
+    return shared_folder()
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +103,17 @@ def test_ten_thousand_requests(parts: Any) -> None:
             assert [a.body for a in found if not a.right] == []
             assert empty(engine) and engine.failed == 0
             gaps.append(between_tokens(found))
+            del found
+            gc.collect()
+            assert not [o for o in gc.get_objects() if isinstance(o, serving.Job)]
             sizes.append(process.memory_info().rss)
         p50, p99 = np.quantile(np.concatenate(gaps), [0.5, 0.99])
-        print(f"10,000 requests: {engine.served} answered, {engine.cancelled} left; between tokens {1e3 * p50:.1f} ms")
-        print(f"p99 {1e3 * p99:.1f} ms; resident memory {[s >> 20 for s in sizes]} MiB")
-        assert sizes[-1] - sizes[0] < 16 << 20
+        print(
+            f"10,000 requests: {engine.served} answered, {engine.cancelled} left; between tokens {1e3 * p50:.1f} ms, "
+            f"p99 {1e3 * p99:.1f} ms; resident memory {[s >> 20 for s in sizes]} MiB"
+        )
+        # What the caches of the requests would come to is a hundred times that; malloc's fragments are allowed.
+        assert sizes[-1] - sizes[0] < 48 << 20
     finally:
         engine.close()
 
@@ -137,7 +146,7 @@ def test_what_never_fits_is_refused_at_once(growing: Any) -> None:
     engine = serving.Engine(*growing, capacity=serving.Capacity(memory=3 * 4 * engine_page(growing)))
     server = Server(engine)
     try:
-        status, data = server.call(COMPLETIONS, {"prompt": [5] * 200, "max_tokens": 4})
+        status, data = server.call(COMPLETIONS, {"prompt": [5] * 20, "max_tokens": 200})
         assert (status, data["error"]["param"]) == (400, "prompt") and "pages" in data["error"]["message"]
         assert server.call(COMPLETIONS, {"prompt": [5] * 20, "max_tokens": 4})[0] == 200
     finally:
@@ -163,9 +172,9 @@ def test_long_prompts_do_not_stall_streams(parts: Any) -> None:
     """While a prompt of 12 segments is computed, an answer goes on after each."""
     engine = serving.Engine(*parts, max_prompt_tokens=400, capacity=serving.Capacity(prompt_tokens=32))
     steps: list[str] = []
-    advance, decode = engine.batch.advance, engine.batch.decode
+    advance, decode = engine.batch.advance_together, engine.batch.decode
     try:
-        engine.batch.advance = lambda r: (steps.append("prompt"), advance(r))[1]  # type: ignore[method-assign]
+        engine.batch.advance_together = lambda r: (steps.append("prompt"), advance(r))[1]  # type: ignore[method-assign]
         engine.batch.decode = lambda *a: (steps.append("token"), decode(*a))[1]  # type: ignore[method-assign]
         body = {"prompt": [7, 8, 9], "max_tokens": 40, "logit_bias": {"1": -100}}
         first, second = Asked(body, ""), Asked({"prompt": [5] * 384, "max_tokens": 2}, "")
@@ -175,6 +184,43 @@ def test_long_prompts_do_not_stall_streams(parts: Any) -> None:
         assert all(b - a <= 2 for a, b in itertools.pairwise(prompts))  # at most one token between two segments,
         between = steps[prompts[0] : prompts[-1]]
         assert between.count("token") >= min(10, 40 - prompts[0])  # and no two segments without one
+    finally:
+        engine.close()
+
+
+@pytest.mark.thorough
+def test_a_compiled_model_is_warmed_up(parts: Any) -> None:
+    """Nothing is left to be made when the first requests come; static buffers of 1, 2, 4, 8 rows give the lone answers."""
+    found = asked(parts, bodies(random.Random(9), 12, 60, len(parts[1])))
+    model = copy.deepcopy(parts[0])
+    model.compile(static_decode=True, backend="eager")
+    engine = serving.Engine(model, parts[1], capacity=serving.Capacity(max_requests=8, memory=1 << 22))
+    try:
+        engine.warm_up()
+        assert engine.batch.used == 0
+        made = dict(model.decoder._steps)
+        assert set(made) == {1, 2, 4, 8}
+        serve(engine, found, at_once=12)
+        assert [a.body for a in found if not a.right] == []
+        assert model.decoder._steps == made and empty(engine)
+    finally:
+        engine.close()
+
+
+def test_short_prompts_go_together(parts: Any) -> None:
+    """Those of about one length, which wait at the same time; each has its lone answer."""
+    generator, passes = random.Random(8), []
+    given = [{"prompt": [generator.randrange(2, 290) for _ in range(20 + i % 3)], "max_tokens": 4} for i in range(12)]
+    found = asked(parts, [*given, {"prompt": [7] * 90, "max_tokens": 4}])
+    engine = serving.Engine(*parts)
+    advance = engine.batch.advance_together
+    engine.batch.advance_together = lambda r: (passes.append(len(r)), advance(r))[1]  # type: ignore[method-assign]
+    try:
+        hook = parts[0].graph_module.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+        serve(engine, found, at_once=20, clients=2)
+        hook.remove()
+        assert [a.body for a in found if not a.right] == []
+        assert max(passes) > 2 and empty(engine)
     finally:
         engine.close()
 
@@ -266,7 +312,9 @@ def test_beginnings_that_prompts_share_are_computed_once(parts: Any, engine: ser
     [
         pytest.param("h2o", {"budget": 16, "chunk": 32}, True, marks=pytest.mark.thorough),
         ("streaming_llm", {"budget": 0.25, "chunk": 32}, False),  # a part of the whole prompt's length
-        ("streaming_llm", {"budget": 16, "chunk": 32, "layer_budgets": "pyramid"}, True),
+        pytest.param(
+            "streaming_llm", {"budget": 16, "chunk": 32, "layer_budgets": "pyramid"}, True, marks=pytest.mark.thorough
+        ),
         pytest.param("snapkv", {"budget": 16, "window": 8}, False, marks=pytest.mark.thorough),  # the prompt as a whole
     ],
 )
@@ -431,6 +479,24 @@ def test_answers_follow_a_schema(server: Server) -> None:
             assert data["choices"][0]["message"]["content"].lstrip().startswith("{")
 
 
+def test_answers_end_where_there_is_no_position_left(
+    parts: Any, engine: serving.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what they have, as where they are as long as they may be; the others go on."""
+    own = JoinedRows.no_room
+
+    def no_room(self: JoinedRows, row: int, count: int, decoding: bool) -> Any:
+        return InputError("no position") if self.seen[row] == 24 else own(self, row, count, decoding)
+
+    others = asked(parts, [{"prompt": [5] * 30, "max_tokens": 12}, {"prompt": [9] * 3, "max_tokens": 12}])
+    full = asked(parts, [{"prompt": [4] * 20, "max_tokens": 12, "repetition_penalty": 1.3}])
+    (short,) = asked(parts, [{"prompt": [4] * 20, "max_tokens": 5, "repetition_penalty": 1.3}])
+    monkeypatch.setattr(JoinedRows, "no_room", no_room)
+    serve(engine, [*others, *full], at_once=3)
+    assert [a.body for a in others if not a.right] == [] and empty(engine)
+    assert (full[0].text, full[0].finish) == (short.alone, "length")
+
+
 def test_metrics(server: Server) -> None:
     assert server.call(COMPLETIONS, {"prompt": "fox", "max_tokens": 3})[0] == 200
     import urllib.request
@@ -449,6 +515,10 @@ def test_metrics(server: Server) -> None:
 def test_models_that_cannot_be_served_are_refused_at_the_start(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(parts[0]), "on_one_device", False)
     with pytest.raises(OptionError, match="one device"):
+        serving.Engine(*parts)
+    monkeypatch.undo()
+    monkeypatch.setattr(parts[0].program, "parallel", object())
+    with pytest.raises(OptionError, match="one rank's part"):
         serving.Engine(*parts)
     monkeypatch.undo()
     monkeypatch.setattr(parts[0].generation_config, "num_beams", 4)

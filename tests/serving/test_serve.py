@@ -22,7 +22,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("pydantic")
 
 from kvrewrite import serving
-from tests.support.serving_tools import Server, empty, head, idle, make_parts, until
+from tests.support.serving_tools import Server, empty, head, idle, shared_parts, until
 
 pytestmark = pytest.mark.xdist_group("serve")  # whose fixtures are made once
 
@@ -31,8 +31,8 @@ CHAT = [{"role": "user", "content": "The quick brown fox"}]
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_parts(tmp_path_factory.mktemp("serve"))
+def parts() -> Any:
+    return shared_parts()
 
 
 @pytest.fixture(scope="module")

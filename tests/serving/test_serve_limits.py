@@ -316,7 +316,7 @@ def test_clients_that_have_gone_leave_the_queue(parts: Any) -> None:
     with gate(parts[0]) as go, serving_with(engine) as server, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a", "max_tokens": 1}
         first = pool.submit(server.call, COMPLETIONS, body)
-        assert until(lambda: engine.running)
+        assert until(lambda: go.passes == 1)
         gone = [connect(server, post({**body, "stream": stream})) for stream in (False, True)]
         assert until(lambda: engine.waiting == 2)
         assert server.call(COMPLETIONS, body)[0] == 429
@@ -336,7 +336,9 @@ def test_a_signal_leaves_a_grace(parts: Any) -> None:
     engine = serving.Engine(*parts)
     with gate(parts[0]) as go, serving_with(engine, grace_seconds=30) as server, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a", "max_tokens": 2}
-        answers = [pool.submit(server.call, COMPLETIONS, body) for _ in range(2)]
+        answers = [pool.submit(server.call, COMPLETIONS, body)]
+        assert until(lambda: go.passes == 1)
+        answers.append(pool.submit(server.call, COMPLETIONS, body))
         assert until(lambda: engine.waiting == 1)
         half_head, half_body = connect(server, head(100)[:-4]), connect(server, head(100) + b'{"prompt"')
         assert until(lambda: len(server.server.bodies._sizes) == 1)
@@ -429,7 +431,7 @@ def test_requests_that_are_served_do_not_give_way(parts: Any) -> None:
     with gate(parts[0]) as go, serving_with(engine, connections=24) as server, ThreadPoolExecutor(5) as pool:
         body = {"prompt": "a", "max_tokens": 1}
         answers = [pool.submit(server.call, COMPLETIONS, body)]
-        assert until(lambda: engine.running)
+        assert until(lambda: go.passes == 1)
         answers += [pool.submit(server.call, COMPLETIONS, body) for _ in range(4)]
         assert until(lambda: engine.waiting == 4)
         clients = [connect(server) for _ in range(40)]
@@ -505,7 +507,7 @@ def test_whatever_is_raised_the_client_is_answered(
     def advance(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(server.engine.batch, "advance", advance)
+    monkeypatch.setattr(server.engine.batch, "advance_together", advance)
     status, data = server.call(COMPLETIONS, {"prompt": "a"})
     assert (
         status == 500 and type(error).__name__ in data["error"]["message"] and data["error"]["type"] == "server_error"

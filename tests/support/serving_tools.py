@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 import threading
 import time
 import urllib.error
@@ -55,6 +59,19 @@ def make_parts(folder: Path) -> tuple[Any, Any]:
     tokenizer.save_pretrained(path)
     kvrewrite.convert(path, path.parent / "out", "streaming_llm", budget=16, chunk=32)
     return kvrewrite.load(path.parent / "out"), tokenizer
+
+
+@functools.cache
+def shared_folder() -> Path:
+    """Where `make_parts` was called once for all tests of a process."""
+    return Path(tempfile.mkdtemp(prefix="kvrewrite-serving-"))
+
+
+@functools.cache
+def shared_parts() -> tuple[Any, Any]:
+    """The model and the tokenizer of `shared_folder`."""
+    atexit.register(shutil.rmtree, shared_folder(), ignore_errors=True)
+    return make_parts(shared_folder())
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""A vLLM that runs on a CPU. Its wheel is built for GPUs, so three small ops that it calls on a CPU are missing."""
+"""A vLLM that runs on a CPU, and directories for it."""
 
 from __future__ import annotations
 
@@ -28,29 +28,17 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """A random token of each row (rows, vocabulary), by the row's seed."""
-    noise = [torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(s)) for s in seeds.tolist()]
-    return (logits - torch.log(-torch.log(torch.stack(noise)))).argmax(dim=-1)
-
-
 @pytest.fixture(scope="session")
 def vllm() -> Any:
     """The package vllm, ready for a CPU."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     os.environ.update(SETTINGS)
-    library = torch.library.Library("_C", "FRAGMENT")
-    library.define("init_cpu_memory_env(int[] nodes) -> ()")
-    library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
-    library.define("greedy_argmax(Tensor logits) -> Tensor")
-    library.impl("greedy_argmax", lambda logits: logits.argmax(dim=-1), "CompositeExplicitAutograd")
-    library.define("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor")
-    library.impl("fused_gumbel_argmax", gumbel_argmax, "CompositeExplicitAutograd")
     import vllm as package
 
-    yield package
-    del library
+    import tests.vllm.cpu_ops  # noqa: F401
+
+    return package
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,16 @@ def test_the_cut_matters_without_the_grid() -> None:
     assert not torch.allclose(one, model(ids[:, 17:], past_key_values=cut).logits[0, -1], atol=1e-3)
 
 
-@pytest.mark.parametrize("family, policy, options", CASES)
+RAGGED = [
+    ("llama", "adakv", {}),
+    ("llama", "h2o", {"chunk": 6, "head_budgets": "adakv"}),
+    ("llama", "attention_gate", {"chunk": 6}),
+    ("llama", "fast_kvzip", {"chunk": 6}),
+    ("gemma3_text", "adakv", {}),
+]
+
+
+@pytest.mark.parametrize("family, policy, options", CASES + RAGGED)
 def test_memory_of_a_request(family: str, policy: str, options: dict[str, Any]) -> None:
     """As many requests as the memory is said to be for fit, however long their prompts are."""
     model = make(family, policy, options)

@@ -14,16 +14,6 @@ import pytest
 
 from tests.vllm.conftest import SETTINGS
 
-# Workers are processes of their own, which need the ops of conftest.py, too.
-STUBS = """
-import torch
-
-library = torch.library.Library("_C", "FRAGMENT")
-library.define("init_cpu_memory_env(int[] nodes) -> ()")
-library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
-library.define("greedy_argmax(Tensor logits) -> Tensor")
-library.impl("greedy_argmax", lambda logits: logits.argmax(dim=-1), "CompositeExplicitAutograd")
-"""
 RUN = """
 import json, random, sys
 
@@ -42,7 +32,7 @@ if __name__ == "__main__":
 @pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["h2o", "tova"])
 def test_two_workers(policy: str, vllm: Any, directory: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(STUBS)
+    (tmp_path / "sitecustomize.py").write_text("import tests.vllm.cpu_ops")  # workers are processes of their own
     (tmp_path / "run.py").write_text(RUN)
     root = Path(__file__).resolve().parents[2]
     environment = {
