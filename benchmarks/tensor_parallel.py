@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvrewrite import policies
+from kvrewrite.artifact.meta_model import parameters_on_meta
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.ir.fx import get_attr, set_attr
@@ -33,7 +34,7 @@ def build(layers: int, policy: str, options: dict[str, Any], device: torch.devic
     """The model, or this process's part of it, with random weights."""
     config = SHAPES["llama-3.1-8b"]()
     config.num_hidden_layers = layers
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     captured = capture_on_meta(model)
     program = compile_captured(captured, policies.make(policy, **options), None, config, None, quiet, "off")

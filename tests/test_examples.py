@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
+import kvrewrite
+from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.policies import POLICIES
+from tests.support.tiny import TEXT, make_checkpoint
 from tests.support.zoo import make
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Those on Ray have tests of their own, below.
+EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if not p.stem.startswith("ray_"))
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 # A tenth of the tokens leaves the window, the model's longest text and many pages behind as well.
@@ -41,9 +52,8 @@ ALONE = {"transform_and_generate"}
     ids=[p.stem for p in EXAMPLES],
 )
 def test_example(path, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(path), *ARGUMENTS.get(path.stem, [])]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     check(done.stdout, done.stderr, tmp_path)
 
@@ -85,3 +95,138 @@ def test_policy_in_the_readme(tmp_path):
         assert type(names["kvrewrite"].load(tmp_path / "out").policy).__name__ == "LargestKeys"
     finally:
         POLICIES.pop("largest_keys", None)
+
+
+# -- on Ray ------------------------------------------------------------------------------------------------------------
+TOKENS = 24  # of an answer
+# A small cluster in the process itself, which ends with it; then a program, as if it were run alone.
+CLUSTER = """
+import ray, runpy, sys
+ray.init(num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, _temp_dir=sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SERVE = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
+from ray import serve
+from examples.ray_serve import Settings, application
+
+directory, port, tokens, *prompts = sys.argv[1:]
+serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+serve.run(application(Settings(model=directory, name="tiny", replicas=2, max_new_tokens=int(tokens))))
+
+def ask(prompt):
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": int(tokens), "temperature": 0}
+    head = {"Content-Type": "application/json"}
+    request = Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), head)
+    answer = json.load(urlopen(request, timeout=100))
+    return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+
+with ThreadPoolExecutor(len(prompts)) as threads:
+    print(json.dumps(list(threads.map(ask, prompts))))
+serve.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory):
+    """A converted directory, prompts, and the answers of `generate`: text and number of tokens."""
+    folder = tmp_path_factory.mktemp("ray")
+    kvrewrite.convert(make_checkpoint(folder / "base"), folder / "small", policy="h2o", budget=48, chunk=32)
+    model, tokenizer = kvrewrite.load(folder / "small"), read_tokenizer(folder / "small")
+    words, chance = TEXT.split(), random.Random(0)
+    prompts = [" ".join(chance.choices(words, k=chance.randint(20, 120))) for _ in range(20)]
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        made = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
+        answers.append((tokenizer.decode(made, skip_special_tokens=True), len(made)))
+    assert len({count for _, count in answers}) > 3  # some end early
+    return folder / "small", prompts, answers
+
+
+def example(name):
+    """What an example defines."""
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name=name)
+
+
+def run_on_ray(program, *arguments):
+    """What a program prints that runs on a small cluster."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: sockets lie there
+        command = [sys.executable, "-c", CLUSTER, folder, str(program), *map(str, arguments)]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["ray_batch", "ray_serve"])
+def test_without_ray(name, monkeypatch):
+    for module in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match=r"needs Ray .*pip install 'ray\["):
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"id": "a", "prompt": "x"}', "{"], "jsonl:2: not JSON"),
+        (['{"id": 1, "prompt": "x"}'], 'jsonl:1: expected an object with "id" and "prompt"'),
+        (['{"id": "a"}'], 'jsonl:1: expected an object with "id" and "prompt"'),
+        (["[]"], 'jsonl:1: expected an object with "id" and "prompt"'),
+        (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "y"}'], "jsonl:2: the id 'a' was there before"),
+    ],
+)
+def test_input_of_a_batch_job(lines, message, tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match=message):
+        example("ray_batch")["check_input"](tmp_path / "in.jsonl")
+
+
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_replica_of_a_batch_job(memory, on_ray):
+    directory, prompts, expected = on_ray
+    replica = example("ray_batch")["Replica"](str(directory), False, memory, TOKENS)
+    begun, start = [], replica.batch.start
+    replica.batch.start = lambda *args, **options: begun.append(start(*args, **options)) or begun[-1]
+    rows = pa.table({"id": [*map(str, range(len(prompts))), "empty"], "prompt": [*prompts, ""]})
+    *answers, empty = replica(rows).to_pylist()
+    assert [(a["answer"], a["tokens"]) for a in answers] == expected
+    assert [a["finish"] for a in answers] == ["length" if n == TOKENS else "stop" for _, n in expected]
+    assert empty["finish"] == "error" and "no tokens" in empty["error"] and empty["answer"] is None
+    assert (len(begun) > len(prompts)) == (memory is not None)  # some began again
+    assert memory is None or replica.batch.used == 0
+
+
+def test_batch_job_on_ray(on_ray, tmp_path):
+    pytest.importorskip("ray", reason="needs ray[data]")
+    directory, prompts, expected = on_ray
+    rows = [json.dumps({"id": f"2020-01-{i:02}", "prompt": p, "other": i}) for i, p in enumerate(prompts)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows[:8]))
+    options = ["--model", directory, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out"]
+    options += ["--replicas", 2, "--rows", 4, "--max-new-tokens", TOKENS]
+    run_on_ray(ROOT / "examples" / "ray_batch.py", *options)
+    first = {p.name for p in (tmp_path / "out" / "answers").iterdir()}
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    run_on_ray(ROOT / "examples" / "ray_batch.py", *options)  # computes those that are new
+    files = list((tmp_path / "out" / "answers").iterdir())
+    assert first and first < {p.name for p in files}
+    answers = [json.loads(line) for p in files for line in p.read_text().splitlines()]
+    answers.sort(key=lambda a: a["id"])
+    assert [a["id"] for a in answers] == [f"2020-01-{i:02}" for i in range(len(prompts))]  # each once
+    assert [(a["answer"], a["tokens"]) for a in answers] == expected
+
+
+def test_serve_on_ray(on_ray, tmp_path):
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    directory, prompts, expected = on_ray
+    (tmp_path / "program.py").write_text(SERVE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    printed = run_on_ray(tmp_path / "program.py", directory, port, TOKENS, *prompts)
+    found = next(line for line in printed.splitlines() if line.startswith("[["))
+    assert [tuple(answer) for answer in json.loads(found)] == expected

@@ -31,7 +31,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """While open, new modules have their parameters on meta and their buffers with real values."""
     register = nn.Module.register_parameter
 
@@ -66,7 +66,7 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
         stored = [t.dtype for t in checkpoint.tensors.values() if t.dtype.is_floating_point and t.dtype.itemsize > 1]
         dtype = stored[0] if stored else torch.float32
     try:
-        with _parameters_on_meta(), initialization.no_init_weights():
+        with parameters_on_meta(), initialization.no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise ArtifactError(

@@ -20,7 +20,7 @@ from kvrewrite.serving.limits import Capacity
 from kvrewrite.serving.metrics import Metrics
 from kvrewrite.serving.prompts import check_length, encode
 from kvrewrite.serving.requests import RequestError
-from kvrewrite.serving.sampling import Sampler, check_generation_config
+from kvrewrite.serving.sampling import check_generation_config
 from kvrewrite.serving.scheduler import Scheduler, fatal
 from kvrewrite.serving.text import TextStream
 
@@ -48,6 +48,11 @@ class Engine:
         capacity: Capacity | None = None,
     ):
         check_generation_config(model.generation_config)
+        if model.program.parallel is not None:
+            raise OptionError(
+                "this is one rank's part of a model, whose processes have to make the same steps; kvrewrite serve has one "
+                "process. Serve it with vllm serve --tensor-parallel-size (docs/vllm.md)"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
         capacity = capacity or Capacity()
@@ -220,13 +225,9 @@ class Engine:
         job.most = request.max_tokens or default
         self.batch.check_fits(len(ids), len(ids) + job.most, job.policy)
         job.tables = tuple(map(id, model.length_tables(len(ids) + job.most).values()))
-        samplers = [Sampler(model, request, ids, job.most, i) for i in range(request.n)]
-        if request.schema is not None:
-            for sampler in samplers:
-                sampler.grammar = self._grammars.make(request.schema)
-        job.answers = [
-            Answer(job, i, sampler, TextStream(self.tokenizer, request.stops)) for i, sampler in enumerate(samplers)
-        ]
+        for index in range(request.n):
+            grammar = None if request.schema is None else self._grammars.make(request.schema)
+            job.answers.append(Answer(job, index, TextStream(self.tokenizer, request.stops), grammar))
 
     # -- the thread that runs the model ------------------------------------------------------------------------------
     def _work(self) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -55,14 +56,17 @@ class Job:
 
 
 class Answer:
-    """One answer of a job (`n` of them).
+    """One answer of a job (`n` of them). grammar: what it has to follow, if anything. sampler: made when it begins, by the
+    thread that runs the model: while that captures a step, no other thread may touch the device.
 
     tokens: those that the host knows; at: how many were chosen since it (again) began, those on their way included; got:
     how many of them the host has received. slot: where its newest token is.
     """
 
-    def __init__(self, job: Job, index: int, sampler: Sampler, text: TextStream):
-        self.job, self.index, self.sampler, self.text, self.most = job, index, sampler, text, job.most
+    sampler: Sampler
+
+    def __init__(self, job: Job, index: int, text: TextStream, grammar: Any = None):
+        self.job, self.index, self.text, self.most, self.grammar = job, index, text, job.most, grammar
         self.tokens: list[int] = []
         self.at = self.got = self.slot = self.order = 0
         self.running: Running | None = None
@@ -73,6 +77,15 @@ class Answer:
         self._pieces: list[str] = []
         self._logprobs: list[Logprobs] = []
         self._unsaid = 0
+
+    def begin(self, model: Any) -> None:
+        """It begins, or begins again."""
+        self.at = self.got = 0
+        if "sampler" in self.__dict__:
+            self.sampler.restart()
+        else:
+            self.sampler = Sampler(model, self.job.request, self.job.ids, self.most, self.index)
+            self.sampler.grammar = self.grammar
 
     @property
     def suspected(self) -> bool:

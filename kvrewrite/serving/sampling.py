@@ -87,7 +87,7 @@ class Sampler:
             self._ids = torch.zeros(1, len(prompt) + most, dtype=torch.int64, device=device)
             self._ids[0, : len(prompt)] = torch.as_tensor(prompt, device=device)
         if self.frequency or self.presence:
-            self._counts = torch.zeros(vocabulary, device=device)
+            self._counts, self._one = torch.zeros(vocabulary, device=device), torch.ones(1, device=device)
         if self.bias:
             self._bias = torch.zeros(vocabulary, device=device)
             self._bias[torch.tensor(list(self.bias), device=device)] = torch.tensor(
@@ -106,7 +106,7 @@ class Sampler:
         if self._ids is not None:
             self._ids[0, self._length] = token
         if self._counts is not None:
-            self._counts[token] += 1
+            self._counts.index_add_(0, token[None], self._one)
         self._length += 1
 
     def adjusted(self, logits: Tensor) -> Tensor:

@@ -245,6 +245,8 @@ class Scheduler:
         prompt.order = self._orders
         length = len(job.ids) + job.most
         try:
+            for answer in prompt.answers:
+                answer.begin(self.batch.model)
             prompt.plan = Plan(self.batch, job.ids, job.policy, length)
             prefix = self.prefixes.find(prompt.plan)
             if prefix is not None:
@@ -333,8 +335,6 @@ class Scheduler:
         self.waiting.put(again, first=True)
 
     def _again(self, answer: Answer) -> Prompt:
-        answer.at = answer.got = 0
-        answer.sampler.restart()
         prompt = Prompt(answer.job, [answer])
         self._measure(prompt)
         return prompt

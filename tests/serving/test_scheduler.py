@@ -517,6 +517,10 @@ def test_models_that_cannot_be_served_are_refused_at_the_start(parts: Any, monke
     with pytest.raises(OptionError, match="one device"):
         serving.Engine(*parts)
     monkeypatch.undo()
+    monkeypatch.setattr(parts[0].program, "parallel", object())
+    with pytest.raises(OptionError, match="one rank's part"):
+        serving.Engine(*parts)
+    monkeypatch.undo()
     monkeypatch.setattr(parts[0].generation_config, "num_beams", 4)
     with pytest.raises(OptionError, match="num_beams=4"):
         serving.Engine(*parts)
