@@ -64,6 +64,13 @@ def _refused(config: Any) -> list[str]:
             reasons.append(
                 f"{option}={size}: kvrewrite's program can't be cut so; use tensor_parallel_size, or an engine on each device"
             )
+    workers = getattr(parallel, "tensor_parallel_size", 1)
+    sites = read_manifest(model.model)["sites"]
+    heads = {site["kv_heads"] for site in sites if not site["latent_cached"]}
+    if uneven := [n for n in sorted(heads) if n % workers]:
+        reasons.append(
+            f"tensor_parallel_size={workers}: a layer has {uneven[0]} kv heads, which can't be dealt out over so many workers"
+        )
     if config.lora_config is not None:
         reasons.append(
             "LoRA adapters change layers that the program has compiled in; merge them before `kvrewrite convert`"

@@ -172,6 +172,7 @@ def test_sampling(vllm: Any, directory: Any) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"tensor_parallel_size": 3}, "a layer has 4 kv heads"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
         ({"enable_lora": True}, "merge them before"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
