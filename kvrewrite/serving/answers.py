@@ -12,6 +12,8 @@ from kvrewrite.serving.mail import Mailbox
 from kvrewrite.serving.requests import Request, RequestError
 from kvrewrite.serving.sampling import Logprobs
 
+MARK = "<text of the chunk>"  # stands for a text; nothing else in a chunk has it
+
 
 def as_request_error(error: BaseException) -> RequestError:
     """An error of a request as its client is told."""
@@ -35,8 +37,10 @@ async def stream(request: Request, mail: Mailbox, events: list[Event], shape: Sh
             if event.error is not None:
                 yield _sse(as_request_error(event.error).body())
                 return
-            if event.text or event.logprobs:
+            if event.logprobs:
                 yield _sse(shape.chunk(event.index, event.text, logprobs=event.logprobs))
+            elif event.text:
+                yield shape.text_event(event.index, event.text)
             if event.finish is not None:
                 tokens, prompt_tokens = tokens + event.tokens, event.prompt_tokens
                 yield _sse(shape.chunk(event.index, finish=event.finish))
@@ -77,6 +81,7 @@ class Shape:
         prefix = "chatcmpl" if request.chat else "cmpl"
         self.head = {"id": f"{prefix}-{request.id}", "object": kind, "created": request.created, "model": model}
         self._chunk_head = {**self.head, "object": "chat.completion.chunk"} if request.chat else self.head
+        self._around: dict[int, tuple[str, str]] = {}
         self._offsets = [0] * request.n  # of the next token in each answer's text
 
     @staticmethod
@@ -120,6 +125,14 @@ class Shape:
         else:
             choice["text"] = text
         return {**self._chunk_head, "choices": [choice]}
+
+    def text_event(self, index: int, text: str) -> str:
+        """`chunk` with nothing but text as a server-sent event: what there are most of, so it is put together of pieces."""
+        if index not in self._around:
+            begin, end = _sse(self.chunk(index, MARK)).split(json.dumps(MARK))
+            self._around[index] = begin, end
+        begin, end = self._around[index]
+        return f"{begin}{json.dumps(text, ensure_ascii=False)}{end}"
 
     def usage_chunk(self, prompt_tokens: int, tokens: int) -> dict[str, Any]:
         """What a stream may end with."""

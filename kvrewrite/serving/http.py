@@ -23,7 +23,6 @@ from kvrewrite.serving.limits import Limits
 from kvrewrite.serving.mail import Mailbox, Post
 from kvrewrite.serving.requests import BYTES_BESIDE, BYTES_PER_TOKEN, RequestError, read_json, read_request
 
-POLL = 0.1  # seconds between checks that the client is still there
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -136,16 +135,17 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
         mail.overflows = lambda: engine.cancel(job)
         shape = Shape(request, name, engine.token_text)
         engine.submit(job)
-        streams = False
+        streams, gone = False, asyncio.create_task(_until_gone(http))
         try:
-            events = await _first(mail, http)
+            events = await _next(mail, gone)
             if request.stream:
                 streams = True
                 return _Streaming(stream(request, mail, events, shape), lambda: engine.cancel(job))
             while not events[-1].last:
-                events += await _first(mail, http)
+                events += await _next(mail, gone)
             return JSONResponse(shape.whole(events))
         finally:
+            gone.cancel()
             if not streams:
                 engine.cancel(job)
 
@@ -251,16 +251,20 @@ def _failed(_: HTTPRequest, error: Exception) -> Response:
     return JSONResponse(RequestError(f"{type(error).__name__}: {error}", status=500).body(), 500)
 
 
-async def _first(mail: Mailbox, http: HTTPRequest) -> list[Event]:
+async def _until_gone(http: HTTPRequest) -> None:
+    """Returns when the client has gone; nothing else comes after a body."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(mail: Mailbox, gone: asyncio.Task[None]) -> list[Event]:
     """Returns the next events; raises an error among them, or ClientDisconnect if the client has gone."""
-    while True:
-        try:
-            events = await asyncio.wait_for(mail.get(), POLL)
-        except TimeoutError:
-            if await http.is_disconnected():
-                raise ClientDisconnect from None
-            continue
-        for event in events:
-            if event.error is not None:
-                raise as_request_error(event.error) from event.error
-        return events
+    coming = asyncio.ensure_future(mail.get())
+    await asyncio.wait((coming, gone), return_when=asyncio.FIRST_COMPLETED)
+    if not coming.done():
+        coming.cancel()
+        raise ClientDisconnect
+    for event in coming.result():
+        if event.error is not None:
+            raise as_request_error(event.error) from event.error
+    return coming.result()

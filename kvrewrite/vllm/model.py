@@ -144,6 +144,7 @@ class KVRewriteForCausalLM(nn.Module):
         self.handle = Handle(self.pages + carried_bytes(self.program.program.layout), vllm_config)
         self._say_size()
         self.requests: Requests | None = None
+        self.warm, self.rows = False, vllm_config.scheduler_config.max_num_seqs
         self._numbers = count()
         self._gone: list[int] = []  # requests that vLLM has dropped
         self._logits = self._zeros()
@@ -195,10 +196,11 @@ class KVRewriteForCausalLM(nn.Module):
         """One step: (tokens, 1) float32, where the logits are that follow each token."""
         where = torch.full((input_ids.shape[0], 1), NO_LOGITS, device=input_ids.device)
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures memory or warms up
+        pieces = [] if metadata is None else self._pieces(metadata[LAYER].starts, input_ids, positions)
+        if not pieces:  # vLLM measures memory or warms up
+            self._warm_up()
             self._logits = self._zeros()
             return where.zero_()
-        pieces = self._pieces(metadata[LAYER].starts, input_ids, positions)
         # vLLM calls models in inference mode, whose tensors could not be written to outside it; the cache's are.
         with torch.inference_mode(False), torch.no_grad():
             self._logits = self._running().step([piece for piece, _ in pieces])
@@ -213,6 +215,13 @@ class KVRewriteForCausalLM(nn.Module):
         logits = self._logits[where.clamp(min=0)]
         return logits.masked_fill_((where < 0)[:, None], torch.nan)
 
+    def _warm_up(self) -> None:
+        """Once, before vLLM reserves memory for caches: it measures what a step takes besides, and the program is compiled."""
+        if self.warm:
+            return
+        self.warm = True
+        Requests(self.program, length=self.length).try_out(self.rows)
+
     # -- requests --------------------------------------------------------------------------------------------------
     def _pieces(self, starts: list[int], input_ids: Tensor, positions: Tensor) -> list[tuple[Piece, int]]:
         """What each request got, and where that ends in the step."""
@@ -220,14 +229,15 @@ class KVRewriteForCausalLM(nn.Module):
         labels = positions[:2, first.to(positions.device)].T.tolist()
         found = []
         for (begin, end), (label, position) in zip(pairwise(starts), labels, strict=True):
-            if end > begin:
-                request, prompt, start = read(label, position)
+            request, prompt, start = read(label, position)
+            if end > begin and prompt != 0:  # vLLM's own trials have labels of zero
                 found.append((Piece(request, prompt, start, input_ids[begin:end]), end))
         return found
 
     def _running(self) -> Requests:
         """The requests, without those that have left."""
         if self.requests is None:
+            self.warm = True
             memory = self.handle.take_blocks() * self.pages
             self.requests = Requests(self.program, length=self.length, memory=memory)
         while self._gone:

@@ -91,6 +91,17 @@ class Requests:
         rows = [self._zeros if held.logits is None else held.logits for held in took]
         return torch.stack(rows)
 
+    def try_out(self, most: int) -> None:
+        """Runs the largest step that there can be, of at most so many requests: prompts side by side, and a token of each."""
+        first = self.model.policy.plan(self.length)[0].length
+        prompt = min(2 * first, self.length - 1)
+        numbers = range(max(1, min(most, SIDE_BY_SIDE // first)))
+        ids = torch.zeros(prompt, dtype=torch.int64, device=self.model.device)
+        self.step([Piece(number, prompt, 0, ids) for number in numbers])
+        self.step([Piece(number, None, prompt, ids[:1]) for number in numbers])
+        for number in numbers:
+            self.end(number)
+
     @property
     def _zeros(self) -> Tensor:
         return torch.zeros(self.model.program.vocab_size, device=self.model.device, dtype=self.model.dtype)

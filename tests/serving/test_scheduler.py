@@ -94,7 +94,7 @@ def test_ten_thousand_requests(parts: Any) -> None:
     generator, process, sizes = random.Random(1), psutil.Process(), []
     known = asked(parts, bodies(generator, 150, 200, len(parts[1])))
     memory = 200 * 4 * engine_page(parts)
-    engine = serving.Engine(*parts, capacity=serving.Capacity(max_requests=32, memory=memory))
+    engine = serving.Engine(*parts, capacity=serving.Capacity(max_requests=32, memory=memory, prompt_tokens=128))
     try:
         gaps = []
         for count in (1000, 3000, 3000, 3000):

@@ -143,6 +143,19 @@ def test_memory_is_what_vllm_gave(vllm: Any, directory: Any) -> None:
         assert 0.9 * blocks < pools < 1.1 * blocks
 
 
+def test_a_trial_before_the_first_request(vllm: Any, directory: Any, expected: Any) -> None:
+    """vLLM measures memory by a trial (on a GPU; here the test asks for it), and may make others later."""
+    with engine(vllm, directory("h2o")) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        assert not runner.model.warm
+        hidden, _ = runner._dummy_run(8)
+        assert runner.model.warm and runner.model.requests is None
+        assert runner.model.compute_logits(hidden).shape == (8, 2048)
+        assert run(vllm, llm, prompts()) == expected("h2o")
+        runner._dummy_run(8)
+        assert run(vllm, llm, prompts()[:2]) == expected("h2o")[:2]
+
+
 def test_sampling(vllm: Any, directory: Any) -> None:
     """Several answers of one prompt, seeds, logprobs, and stop conditions are vLLM's."""
     with engine(vllm, directory("h2o"), max_num_batched_tokens=512) as llm:

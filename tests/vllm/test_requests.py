@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from dataclasses import dataclass, field
@@ -178,6 +179,28 @@ def test_a_prompt_that_is_not_complete_has_no_logits() -> None:
     requests = Requests(model, length=LENGTH)
     assert not requests.step([Piece(0, 20, 0, torch.arange(19))]).any()
     assert requests.step([Piece(0, 20, 19, torch.arange(1))]).any()
+
+
+def test_a_compiled_model() -> None:
+    """Steps run from static buffers on the pools of the model: first a trial, then as many bytes as vLLM gives."""
+    options = {"chunk": 6, "positions": "original"}
+    asked, answers = expected("llama", "h2o", tuple(options.items()))
+    model = copy.deepcopy(make("llama", "h2o", options))
+    model.compile(static_decode=True, backend="eager")
+    Requests(model, length=LENGTH).try_out(3)
+    requests = Requests(model, length=LENGTH, memory=5 * bytes_at_most(Batch(model), LENGTH))
+    again = [Asked(a.number, a.prompt, a.count) for a in asked]
+    schedule(requests, again, random.Random(1), 5, 20)
+    assert [a.tokens for a in again] == answers
+    assert model.decoder is not None and requests.batch.used == 0
+
+
+@pytest.mark.parametrize("policy, options", [("h2o", {"chunk": 6, "positions": "original"}), ("snapkv", {})])
+def test_a_trial_leaves_nothing(policy: str, options: dict[str, Any]) -> None:
+    requests = Requests(make("llama", policy, options), length=LENGTH)
+    requests.try_out(3)
+    assert len(requests) == 0 and requests.batch.used == 0
+    Requests(make("llama", policy, options), length=2).try_out(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels
