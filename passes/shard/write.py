@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvrewrite.ir.fx import fake_value, named_args, op_args, parameters, set_args
+from kvrewrite.ir.fx import fake_value, is_op, named_args, op_args, parameters, set_args
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.passes.shard.cache_rules import FirstHead
 from kvrewrite.passes.shard.placement import Split, Want, mapped
@@ -75,10 +75,9 @@ class Writer:
     def _share(self, node: fx.Node) -> None:
         """What the heads of this rank keep is decided among all ranks."""
         who = {"rank": self.rank, "ranks": self.ranks, "group": self.group}
-        if node.target is ops.share_layers.default:
-            args = {**named_args(node), **who}
-            node.target = ops.share_layers_together.default
-            node.args, node.kwargs = op_args(node.target, **args), {}
+        if is_op(node, ops.share_layers.default):
+            node.target = ops.share_layers_together.default  # it takes the same, and then who asks
+            set_args(node, **who)
             return
         target = ops.shared_budgets.default
         args = {n: v for n, v in named_args(node).items() if n in parameters(target)}
