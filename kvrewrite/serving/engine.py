@@ -14,6 +14,7 @@ import torch
 from kvrewrite.errors import InputError, KVRewriteError, OptionError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running
 from kvrewrite.runtime.call import check_ids
+from kvrewrite.runtime.exported import Steps
 from kvrewrite.serving.grammar import Grammars
 from kvrewrite.serving.jobs import Answer, Job
 from kvrewrite.serving.limits import Capacity
@@ -53,9 +54,10 @@ class Engine:
                 "this is one rank's part of a model, whose processes have to make the same steps; kvrewrite serve has one "
                 "process. Serve it with vllm serve --tensor-parallel-size (docs/vllm.md)"
             )
+        capacity = capacity or Capacity()
+        _check_steps(model, capacity.max_requests)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
-        capacity = capacity or Capacity()
         self.max_waiting, self.max_requests = waiting, capacity.max_requests
         self.metrics = Metrics()
         self.batch = Batch(model, memory=capacity.memory)
@@ -266,6 +268,17 @@ class Engine:
         else:
             self.served += 1
             self.metrics.finished.inc()
+
+
+def _check_steps(model: Any, max_requests: int) -> None:
+    """Raises OptionError where a model runs steps that were compiled for another number of rows."""
+    steps = None if model.executor is None else model.executor.prompt
+    if isinstance(steps, Steps) and (steps.batch_size > 1 or max_requests > 1):
+        raise OptionError(
+            f"the model runs steps that were compiled ahead for {'one row' if steps.batch_size == 1 else 'several rows'}, and a "
+            "server of many requests has prompts of one row and tokens of several: give --max-requests 1 with steps for one "
+            "row, or --compile instead of --trust-compiled"
+        )
 
 
 def _shutting_down() -> RequestError:

@@ -22,12 +22,13 @@ from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.ir.parallel import Parallel, Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.passes.shard import shape_rules
 from kvrewrite.passes.shard.cache_rules import HEADS
 from kvrewrite.passes.shard.placement import Split
 from kvrewrite.passes.shard.plan import Plan, make_plan
 from kvrewrite.passes.shard.write import Writer
 
-assert HEADS  # whose import registers the rules of our own ops
+assert HEADS and shape_rules  # whose import registers their rules
 WORTH = 1 << 12  # a weight with fewer numbers is not worth a line in the report
 
 

@@ -207,6 +207,24 @@ def test_a_compiled_model_is_warmed_up(parts: Any) -> None:
         engine.close()
 
 
+@pytest.mark.thorough
+def test_steps_that_were_exported_serve_one_request_at_a_time(parts: Any) -> None:
+    from kvrewrite.runtime.exported import export_steps
+
+    model = copy.deepcopy(parts[0])
+    given = bodies(random.Random(10), 8, 60, len(parts[1]))
+    found = asked(parts, [b for b in given if len(b["prompt"]) > 1])  # one token is refused by `generate`, too
+    with export_steps(model).attach(model):
+        with pytest.raises(OptionError, match="--max-requests 1"):
+            serving.Engine(model, parts[1])
+        engine = serving.Engine(model, parts[1], capacity=serving.Capacity(max_requests=1))
+        try:
+            serve(engine, found, at_once=6)
+            assert [a.body for a in found if not a.right] == [] and empty(engine)
+        finally:
+            engine.close()
+
+
 def test_short_prompts_go_together(parts: Any) -> None:
     """Those of about one length, which wait at the same time; each has its lone answer."""
     generator, passes = random.Random(8), []

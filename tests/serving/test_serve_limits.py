@@ -392,7 +392,7 @@ def test_a_second_signal_ends_at_once(parts: Any) -> None:
 def test_the_process_ends(parts: Any, folder: Path) -> None:
     """A process of its own, with signals: a half-sent request does not keep it alive."""
     code = "from kvrewrite.cli.app import main; main()"
-    args = ["serve", str(folder / "out"), "--port", "0", "--grace-seconds", "1", "--name", "tiny"]
+    args = ["serve", str(folder / "out"), "--port", "0", "--grace-seconds", "1", "--name", "tiny", "--memory", "4MiB"]
     with subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
