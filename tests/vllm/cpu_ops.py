@@ -16,6 +16,10 @@ OPS = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(dim=-1),
     "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": gumbel_argmax,
+    # Places of tokens in blocks, which the program does not use (0.24 and 0.25).
+    "compute_slot_mapping_kernel_impl(Tensor starts, Tensor positions, Tensor table, Tensor(a!) out, int size) -> ()": (
+        lambda *_: None
+    ),
 }
 LIBRARY = torch.library.Library("_C", "FRAGMENT")
 for signature, function in OPS.items():
