@@ -162,11 +162,13 @@ def rehearsed(program: Program, stand_ins: Any, evaluator: Evaluator | None = No
             made = torch.empty(0, dtype=torch.float64) if isinstance(made, ThinProduct) else made
             set_attr(root, name, nn.Parameter(made, requires_grad=False) if made.is_floating_point() else made)
     root.register_parameter("kvrewrite_device", nn.Parameter(torch.empty(0, dtype=torch.float64), requires_grad=False))
+    # All of it is on the CPU, wherever the model's layers lie.
     states = [
-        dataclasses.replace(state, dtype=str(widen(getattr(torch, state.dtype))).removeprefix("torch."))
+        dataclasses.replace(state, dtype=str(widen(getattr(torch, state.dtype))).removeprefix("torch."), device=None)
         for state in program.layout.states
     ]
-    layout = dataclasses.replace(program.layout, states=states, devices=None)
+    classes = [dataclasses.replace(spec, device=None) for spec in program.layout.classes]
+    layout = dataclasses.replace(program.layout, states=states, classes=classes, devices=None)
     copied = dataclasses.replace(program, graph=root, layout=layout, dtype="float64", proof=None)
     model = RewrittenModel(copied, foreign_config(program, "rehearsal"))
     model.executor = Executor(_Run(evaluator or Evaluator(program.graph.graph, program.graph, stand_ins)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvrewrite.kernels import pages
+from kvrewrite.kernels.limits import FEWEST_CHANNELS
 from kvrewrite.kernels.scores.reference import pool_window
 from kvrewrite.ops.dispatch import kernels
 from tests.support import head_dims
@@ -28,8 +29,11 @@ def wrong(found: list[Found]) -> list[Found]:
 def test_on_a_gpu(d: int, dv: int, dtype: torch.dtype) -> None:
     found = list(sweep(d, dv, dtype, "cuda", seed=d))
     assert not wrong(found)
-    missing = {x.op for x in found if x.missing}
-    assert all(op.startswith(("token, ", "update, ")) for op in missing), missing  # some ways to quantize
+    missing = [x for x in found if x.missing and not x.op.startswith(("token, ", "update, "))]  # some ways to quantize
+    if dtype != torch.float32 and min(d, dv) < FEWEST_CHANNELS:  # chunks go to the reference, which says why
+        assert missing and all(f"head dims from {FEWEST_CHANNELS} on" in x.missing for x in missing), missing
+    else:
+        assert not missing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU above")

@@ -14,12 +14,13 @@ import kvrewrite
 import kvrewrite.runtime.exported
 from kvrewrite import policies
 from kvrewrite.capture.fake_parameters import capture_on_devices
+from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.errors import ArtifactError, InputError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr, is_op
 from kvrewrite.passes.insert.devices import DEVICE, site_devices
 from kvrewrite.passes.pipeline import expected_weights, insert
 from kvrewrite.runtime.model import RewrittenModel
-from tests.support.rewritten import captured, fork, original, rewritten
+from tests.support.rewritten import captured, fork, original, rewritten, traced
 
 pytestmark = pytest.mark.xdist_group("llama")
 POLICIES: dict[str, dict[str, Any]] = {
@@ -151,6 +152,20 @@ def test_the_same_logits_over_two_places(policy: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert fork_of.positions() == expected.positions() != found.positions()
     assert fork_of.memory().live == expected.memory().live
+
+
+@pytest.mark.parametrize(("family", "policy"), [("llama", "sirllm"), ("llama", "adakv"), ("lfm2", "streaming_llm")])
+@pytest.mark.filterwarnings("ignore:.*keeps what the end of the prompt asks for")
+def test_a_model_over_two_devices_is_proved_without_them(family: str, policy: str) -> None:
+    """Validation runs on the CPU: neither caches nor carried states are made where the layers lie."""
+    source, model = traced(family), original(family)
+    late = ("layers.1.", "model.norm", "lm_head")
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    source.devices = {n: "cuda:1" if any(part in n for part in late) else "cuda:0" for n in names}
+    chosen = policies.make(policy, **{**POLICIES[policy], "positions": "original"})
+    program = compile_captured(source, chosen, None, model.config, None, quiet, "full")
+    assert program.layout.devices is not None and {c.device for c in program.layout.classes} <= {"cuda:0", "cuda:1"}
+    assert program.proof["whole"]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
