@@ -18,7 +18,7 @@ from torch import Tensor
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.joined import JoinedRows
 from kvrewrite.cache.pages import PageStore
-from kvrewrite.cache.request import exclusive
+from kvrewrite.cache.request import check_pools, exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, PoolFull
 from kvrewrite.policies import UNLIMITED, Policy, RowState
@@ -256,6 +256,8 @@ class Batch:
             if request.cache is None or request.call is None:
                 raise CacheError("the request's prompt is through already, or the request has ended")
             calls.setdefault(_tables(request.cache), []).append(request.call)
+        if len(calls) > 1:  # so that nobody has gone on if pages are short for some
+            check_pools([(call.cache, call.next_pass().plan) for group in calls.values() for call in group])
         for group in calls.values():
             for call in group:
                 call.cache.begin_step()
@@ -309,21 +311,38 @@ class Batch:
         for request in requests:
             if request.group is None:
                 self._join(request)
+        if not requests:
+            raise CacheError("decode was given no request")
+        places: dict[_Group, list[int]] = {}
+        for i, request in enumerate(requests):
+            assert request.group is not None
+            places.setdefault(request.group, []).append(i)
+        rows = {group: [requests[i].row for i in at] for group, at in places.items()}
+        if len(places) == 1:
+            ((group, of_all),) = rows.items()
+            return self._step(group, of_all, tokens)
+        for group, taking in rows.items():
+            self._choose_rows(group, taking)
+        check_pools([(group.rows, group.rows.plan_token()) for group in places])  # so that none has gone on alone
         found: Tensor | None = None
-        for group in self._groups.values():
-            at = [i for i, request in enumerate(requests) if request.group is group]
-            if not at:
-                continue
-            rows = [requests[i].row for i in at]
-            if len(at) == len(requests):
-                return self._step(group, rows, tokens)
-            logits = self._step(group, rows, tokens[at] if isinstance(tokens, Tensor) else [tokens[i] for i in at])
+        for group, at in places.items():
+            logits = self._step(
+                group, rows[group], tokens[at] if isinstance(tokens, Tensor) else [tokens[i] for i in at]
+            )
             if found is None:
                 found = logits.new_empty(len(requests), logits.shape[-1])
             found[at] = logits
-        if found is None:
-            raise CacheError("decode was given no request")
+        assert found is not None
         return found
+
+    @staticmethod
+    def _choose_rows(group: _Group, taking: list[int]) -> None:
+        """The others rest. Raises what the cache says where one of these can't take a token."""
+        chosen = set(taking)
+        group.rows.rest([row not in chosen for row in range(group.rows.batch_size)])
+        for row in taking:
+            if problem := group.rows.no_room(row, 1, True):
+                raise problem
 
     def _join(self, request: Running) -> None:
         cache, decoder = request.cache, self.model.decoder
@@ -349,7 +368,7 @@ class Batch:
         cache, decoder = group.rows, self.model.decoder
         size = cache.batch_size
         taking, everyone = set(rows), rows == list(range(size))
-        cache.rest([row not in taking for row in range(size)])
+        cache.rest([row not in taking for row in range(size)])  # before it is asked what was planned
         if isinstance(tokens, Tensor):
             ids = tokens[:, None]
             if not everyone:
@@ -359,9 +378,8 @@ class Batch:
             host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
             ids = host.to(self.model.device)
         planned = decoder is not None and decoder.has_planned(ids, cache)
-        for row in rows if not planned else ():  # what was planned has room
-            if problem := cache.no_room(row, 1, True):
-                raise problem
+        if not planned:  # what was planned has room
+            self._choose_rows(group, rows)
         cache.begin_step()
         try:
             if decoder is None:

@@ -212,6 +212,32 @@ def test_a_pool_that_is_full(policy: str, positions: str) -> None:
     assert batch.used == 0
 
 
+def test_nobody_goes_on_alone_where_pages_are_short() -> None:
+    """Requests with short and with long rotary frequencies go through the graph in two passes: both happen, or none."""
+    model = make("phi3", "full", "original")
+    (threshold,) = {table.threshold for table in model.program.layout.length_tables}
+    page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)
+    prompts, lengths = [distinct(7, random.Random(i)) for i in range(2)], (12, threshold + 12)
+    tight, wide = Batch(model, memory=page), Batch(model)
+    for batch in (tight, wide):
+        pair = [batch.start(prompt, max_length=n) for prompt, n in zip(prompts, lengths)]
+        if batch is tight:
+            with pytest.raises(PoolFull):
+                batch.advance_together(pair)
+            assert [r.seen for r in pair] == [0, 0] and batch.used == 0
+            continue
+        tokens = [int(row.argmax()) for row in batch.advance_together(pair)]
+        batch.decode(pair, tokens)
+        assert len(batch._groups) == 2
+        for store in batch.stores:
+            store.limit = store.total - len(store.free) + 1
+        for _ in range(8, 64):
+            batch.decode(pair, tokens)
+        with pytest.raises(PoolFull):  # each needs another page in each head
+            batch.decode(pair, tokens)
+        assert [r.seen for r in pair] == [64, 64]
+
+
 def test_a_prompt_that_never_fits_is_refused_before_any_work() -> None:
     model = make("llama", "snapkv", "original")
     page = sum(2 * 2 * s.page_bytes for s in Batch(model).stores)
