@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +22,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = context.SimpleQueue()
+    results = context.Queue()
     workers = [
         context.Process(target=_work, args=(rank, ranks, port, function, args, results), daemon=True)
         for rank in range(ranks)
@@ -30,7 +32,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
     found: dict[int, Any] = {}
     try:
         for _ in workers:
-            rank, value, error = results.get()
+            rank, value, error = _next(results, workers)
             if error is not None:
                 raise AssertionError(f"rank {rank}:\n{error}")
             found[rank] = value
@@ -40,6 +42,19 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
             if worker.is_alive():
                 worker.kill()
     return [found[rank] for rank in range(ranks)]
+
+
+def _next(results: Any, workers: list[Any]) -> Any:
+    """The next result. Raises AssertionError where it can't come: a process has died, or time is up."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            ended = [worker.exitcode for worker in workers]
+            late = time.monotonic() > end
+            if late or any(code for code in ended):
+                raise AssertionError(f"no result after {SECONDS} s" if late else f"exit statuses {ended}") from None
 
 
 def _work(rank: int, ranks: int, port: int, function: Any, args: Any, results: Any) -> None:
