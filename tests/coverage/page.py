@@ -33,8 +33,9 @@ compressed latent (MLA), the chunks and single tokens with nothing evicted run w
 gain, so that attention is not uniform and no bias, sink or gate is zero. Where scores are capped, the unmodified model runs
 with `attn_implementation="eager"`: sdpa has no cap, and transformers 5.17 leaves it out without a word. Nothing here was
 measured on full-size checkpoints. dory's difference is its own rounding: the unmodified model in fp32 is 3.7e-4 from itself in
-float64, where the difference is 0. With torch 2.11 on another processor both versions gave the same outcomes, but for dory (6.0e-4, where 5.2e-4 is
-the limit: the same rounding) and minimax, whose rounded tables of powers were taken for a scale (mended since, and exact there).
+float64, where the difference is 0. With torch 2.11 on another processor both versions gave the same outcomes, but for dory
+(6.0e-4, where 5.2e-4 is the limit: the same rounding) and minimax, whose rounded tables of powers were taken for a scale
+(mended since, and exact there).
 
 **Hybrids.** Layers that are no attention are carried exactly where what they do is one of three things, found in the traced
 graph by evaluating it (`passes/canonical/carry_state.py`): a window of the last inputs (short convolutions, token shifts), a
