@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from kvrewrite.artifact.checkpoint import Block, Checkpoint
 from kvrewrite.artifact.copier import Copier
-from kvrewrite.artifact.recipes import Recipe, check_recipe, cut_recipe, load_parameters, recipe_keys
-from kvrewrite.errors import ArtifactError
+from kvrewrite.artifact.recipes import Recipe, check_recipe, cut_recipe, described, load_parameters
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.program import Program
 
@@ -21,13 +20,7 @@ def empty_parameters(checkpoint: Checkpoint, recipes: Mapping[str, Recipe], name
     made: dict[str, Tensor] = {}
     found = {}
     for name in names:
-        if name not in recipes:
-            raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
-        recipe = recipes[name]
-        shape = check_recipe(name, recipe, checkpoint.tensors)
-        own = getattr(torch, str(recipe.get("dtype")), None) or checkpoint.tensors[recipe_keys(recipe)[0]].dtype
-        if not isinstance(own, torch.dtype):
-            raise ArtifactError(f"the recipe of the parameter {name} has no dtype but {recipe.get('dtype')!r:.40}")
+        recipe, shape, own = described(name, recipes, checkpoint)
         signature = json.dumps(recipe, sort_keys=True)
         if signature not in made:
             made[signature] = torch.empty(shape, dtype=own, device="meta")

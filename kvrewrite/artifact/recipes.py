@@ -184,6 +184,20 @@ def cut_recipe(recipe: Recipe, blocks: list[Block], shape: tuple[int, ...]) -> R
     return {**found, "shape": own, **told}
 
 
+def described(
+    name: str, recipes: Mapping[str, Recipe], checkpoint: Checkpoint
+) -> tuple[Recipe, tuple[int, ...], torch.dtype]:
+    """A parameter's recipe, and the shape and dtype of what it makes; raises ArtifactError if it can't be followed."""
+    if name not in recipes:
+        raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
+    recipe = recipes[name]
+    shape = check_recipe(name, recipe, checkpoint.tensors)
+    own = getattr(torch, str(recipe.get("dtype")), None) or checkpoint.tensors[recipe_keys(recipe)[0]].dtype
+    if not isinstance(own, torch.dtype):
+        raise ArtifactError(f"the recipe of the parameter {name} has no dtype but {recipe.get('dtype')!r:.40}")
+    return recipe, shape, own
+
+
 def load_parameters(
     checkpoint: Checkpoint,
     recipes: Mapping[str, Recipe],
@@ -206,13 +220,7 @@ def load_parameters(
     with checkpoint.reader() as reader, contextlib.ExitStack() as stack:
         copy = copier or stack.enter_context(Copier(device))
         for name in names:
-            if name not in recipes:
-                raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
-            recipe = recipes[name]
-            shape = check_recipe(name, recipe, checkpoint.tensors)
-            own = getattr(torch, str(recipe.get("dtype")), None) or checkpoint.tensors[recipe_keys(recipe)[0]].dtype
-            if not isinstance(own, torch.dtype):
-                raise ArtifactError(f"the recipe of the parameter {name} has no dtype but {recipe.get('dtype')!r:.40}")
+            recipe, shape, own = described(name, recipes, checkpoint)
             wanted = dtype if dtype is not None and own.is_floating_point else own
             signature = (json.dumps(recipe, sort_keys=True), wanted)
             if signature not in made:

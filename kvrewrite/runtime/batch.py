@@ -96,6 +96,17 @@ class _Group:
             self.rows.widen(len(self.members))
         return self.members.index(None)
 
+    def choose(self, taking: list[int]) -> None:
+        """The rows of the next step; the others rest."""
+        chosen = set(taking)
+        self.rows.rest([row not in chosen for row in range(self.rows.batch_size)])
+
+    def check_room(self, taking: list[int]) -> None:
+        """Raises what the cache says where one of these rows can't take a token."""
+        for row in taking:
+            if problem := self.rows.no_room(row, 1, True):
+                raise problem
+
     def shrink(self) -> None:
         """Half as many rows, as long as a quarter of them would do: a step costs what its rows cost."""
         size = len(self.members)
@@ -322,7 +333,8 @@ class Batch:
             ((group, of_all),) = rows.items()
             return self._step(group, of_all, tokens)
         for group, taking in rows.items():
-            self._choose_rows(group, taking)
+            group.choose(taking)
+            group.check_room(taking)
         check_pools([(group.rows, group.rows.plan_token()) for group in places])  # so that none has gone on alone
         found: Tensor | None = None
         for group, at in places.items():
@@ -334,15 +346,6 @@ class Batch:
             found[at] = logits
         assert found is not None
         return found
-
-    @staticmethod
-    def _choose_rows(group: _Group, taking: list[int]) -> None:
-        """The others rest. Raises what the cache says where one of these can't take a token."""
-        chosen = set(taking)
-        group.rows.rest([row not in chosen for row in range(group.rows.batch_size)])
-        for row in taking:
-            if problem := group.rows.no_room(row, 1, True):
-                raise problem
 
     def _join(self, request: Running) -> None:
         cache, decoder = request.cache, self.model.decoder
@@ -368,7 +371,7 @@ class Batch:
         cache, decoder = group.rows, self.model.decoder
         size = cache.batch_size
         taking, everyone = set(rows), rows == list(range(size))
-        cache.rest([row not in taking for row in range(size)])  # before it is asked what was planned
+        group.choose(rows)  # before it is asked what was planned
         if isinstance(tokens, Tensor):
             ids = tokens[:, None]
             if not everyone:
@@ -379,7 +382,7 @@ class Batch:
             ids = host.to(self.model.device)
         planned = decoder is not None and decoder.has_planned(ids, cache)
         if not planned:  # what was planned has room
-            self._choose_rows(group, rows)
+            group.check_room(rows)
         cache.begin_step()
         try:
             if decoder is None:

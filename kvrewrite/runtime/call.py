@@ -282,7 +282,8 @@ def advance(calls: Sequence[Call]) -> None:
     rotary frequencies. Raises PoolFull, with nothing changed, where pages are short."""
     model, specs = calls[0].model, calls[0].model.program.layout.inputs
     now = [call.next_pass() for call in calls]
-    check_pools([(call.cache, p.plan) for call, p in zip(calls, now)])
+    if len(calls) > 1:  # of one, its cache asks
+        check_pools([(call.cache, p.plan) for call, p in zip(calls, now)])
     given = [call.begin(p) for call, p in zip(calls, now)]
     inputs = given[0] if len(calls) == 1 else join(specs, given)
     inputs.update(_token_inputs(model, calls, now))
