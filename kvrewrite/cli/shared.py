@@ -50,12 +50,12 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """Returns a console for stdout; wide if it is not a terminal, so that tables in files and pipes are not cut."""
+    """Returns a console for stdout: as wide as the terminal, 100 columns in files and pipes."""
     import sys
 
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_json(data: Any) -> None:
