@@ -49,20 +49,25 @@ def read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, s
 
 def compile_captured(
     captured: Captured,
-    policy: Policy,
+    policy: Policy | Callable[[list[AttentionSite]], Policy],
     weights: Weights,
     config: Any,
     observe: Observer | None,
     progress: Progress,
     check: str = "full",
 ) -> Program:
-    """Runs the passes over a captured graph and proves the result; `transform` documents the arguments."""
+    """Runs the passes over a captured graph and proves the result; `transform` documents the arguments.
+
+    policy: a policy, or what chooses one once the sites are known.
+    """
     from kvrewrite.runtime.translation import prove_whole, reference_logits
 
     progress("finding attention and proving it" if check != "off" else "finding attention")
     with _float32():
         sites = canonical(captured, observe, check)
         reference = reference_logits(captured) if check == "full" else None
+        if not isinstance(policy, Policy):
+            policy = policy(sites)
         progress(f"inserting {policy.name}")
         program = insert(captured, sites, policy, read_weights(weights), model_facts(config), observe)
         if reference is not None:

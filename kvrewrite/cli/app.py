@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "bench",
     "convert": "convert",
     "demo": "demo",
+    "doctor": "doctor",
     "eval": "evaluate",
     "generate": "generate",
     "import-weights": "import_weights",

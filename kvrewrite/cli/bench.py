@@ -126,7 +126,10 @@ def bench(
     MODEL is a checkpoint or a converted directory, or a named shape with random weights: llama-3.1-8b, phi-3-mini,
     qwen3-8b, or tiny (to try it on a CPU). With a named shape, policies that need trained weights get random ones.
 
-    kvrewrite bench llama-3.1-8b -p locret:budget=16384,chunk=3072 -c 131072
+    \b
+    Examples:
+      kvrewrite bench llama-3.1-8b -p locret:budget=16384,chunk=3072 -c 131072
+      kvrewrite bench small -c 8192 -c 32768 --device cuda --plot bench.png
     """
     specs = parse_policies(policy_texts, policy_weights)
     budgets = tuple(parse_budget(t) for t in budget_texts)

@@ -105,6 +105,11 @@ def evaluate(
     gets the same samples, and the full cache always runs as the baseline. --policy converted is a converted directory's
     own policy, which is also what runs when no policy is named there. Trained weights for the small model are part of
     kvrewrite, too.
+
+    \b
+    Examples:
+      kvrewrite eval MODEL -p snapkv -p keydiff -b 50% -b 25% --out results.json
+      kvrewrite eval small --mode blind --task needle_single --samples 20
     """
     _check_usage(harness, harness_tasks, include_path, limit, tasks)
     specs = parse_policies(policy_texts, policy_weights)

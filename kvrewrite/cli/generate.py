@@ -41,6 +41,11 @@ def generate(
     """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr.
 
     Under torchrun the processes share the model (tensor parallelism), and the first one prints.
+
+    \b
+    Examples:
+      kvrewrite generate small --prompt "The capital of France is" --max-new-tokens 20
+      kvrewrite generate small --chat --prompt-file report.txt --device cuda
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give one of --prompt and --prompt-file")

@@ -68,6 +68,11 @@ def inspect(
 
     Then the graph around each site as Python, before and after the policy and its cache went in; sites that do the same
     are shown once.
+
+    \b
+    Examples:
+      kvrewrite inspect MODEL --no-code
+      kvrewrite inspect MODEL --policy h2o --budget 1024 --html report.html
     """
     from kvrewrite import policies
     from kvrewrite.artifact import directory as artifact

@@ -63,6 +63,11 @@ def plot(
 
     SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory
     (measured, or estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
+
+    \b
+    Examples:
+      kvrewrite plot results.json --out accuracy.png
+      kvrewrite plot MODEL --kind memory -p h2o -b 2048 --context 4096 --context 131072 --out plan.png
     """
     from kvrewrite.tools.evaluation import plots
     from kvrewrite.tools.plotting import require_matplotlib

@@ -109,6 +109,11 @@ def serve(
     """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
 
     Many requests run at once, and each has the answer that it has alone; /metrics says how many, for Prometheus.
+
+    \b
+    Examples:
+      kvrewrite serve small --port 8000
+      kvrewrite serve small --device cuda --compile --max-requests 64 --memory 40GiB
     """
     import importlib.util
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import warnings
@@ -99,7 +100,14 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def settings_text(policy: dict[str, Any]) -> str:
-    return f"{policy['name']} (" + ", ".join(f"{k}={v}" for k, v in policy["options"].items()) + ")"
+    """Formats a policy's name, budget and chunk, and those of its options that are not the default."""
+    from kvrewrite.policies import POLICIES
+
+    kind = POLICIES.get(policy["name"])
+    defaults = {} if kind is None else {f.name: f.default for f in dataclasses.fields(kind)}
+    always = {"budget", "chunk", "positions"}
+    shown = {k: v for k, v in policy["options"].items() if k in always or k not in defaults or v != defaults[k]}
+    return f"{policy['name']} (" + ", ".join(f"{k}={v}" for k, v in shown.items()) + ")"
 
 
 def find_device(name: str, option: str = "--device") -> Any:

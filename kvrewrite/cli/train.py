@@ -126,7 +126,10 @@ def train(
     MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs:
     accelerate launch -m kvrewrite.cli train ...
 
-    kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
+    \b
+    Examples:
+      kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
+      kvrewrite train MODEL -p attention_gate -d texts.jsonl --out gates.safetensors --plot loss.png
     """
     if resume and checkpoints is None:
         raise click.UsageError("--resume needs --checkpoints, the folder to go on from")

@@ -18,7 +18,13 @@ from kvrewrite.tools.tables import escaped
 @click.option("--device", default="cpu", show_default=True)
 @AS_JSON
 def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: bool) -> None:
-    """Checks a converted model: file hashes, and logits against the unmodified model in the same directory."""
+    """Checks a converted model: file hashes, and logits against the unmodified model in the same directory.
+
+    \b
+    Examples:
+      kvrewrite verify small
+      kvrewrite verify small --tokens 256 --device cuda
+    """
     from kvrewrite.artifact import directory as artifact
 
     artifact.read_manifest(directory)
