@@ -18,6 +18,7 @@ from kvrewrite import policies
 from kvrewrite.analysis.choose import Choice, MemoryGoal, choose
 from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, human, plan_memory
 from kvrewrite.analysis.model_card import model_card
+from kvrewrite.artifact.head_patterns import Prefill, patterns_of
 from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
 from kvrewrite.capture.frontend import capture
@@ -28,6 +29,7 @@ from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.proof import require_check
+from kvrewrite.passes.insert.sparse_prefill import insert_sparse_prefill
 from kvrewrite.passes.pipeline import Observer
 from kvrewrite.policies import Policy
 from kvrewrite.policies.default import default_policy
@@ -62,6 +64,8 @@ def transform(
         observe: called with (pass name, graph) after each pass.
         tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
             docs/tensor_parallel.md); a `Peers` over those of another group.
+        prefill: among the options: sparse attention of prompts (MInference; docs/sparse_prefill.md), "minference", a
+            file of patterns, or patterns by layer. By default attention is dense.
         **options: the policy's options, such as budget=1024.
 
     Raises:
@@ -72,6 +76,7 @@ def transform(
     """
     from kvrewrite.runtime.model import RewrittenModel
 
+    prefill: Prefill = options.pop("prefill", None)
     chosen = _named(policy, options)
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
@@ -79,6 +84,7 @@ def transform(
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config: Any = getattr(model, "config", None)
     program = compile_captured(captured, chosen, policy_weights, config, observe, quiet, check)
+    _make_sparse(program, prefill)
     if is_transformers_model(model):
         generation_config = getattr(model, "generation_config", None)
     else:
@@ -91,6 +97,12 @@ def transform(
         # No source: the whole model's memory is its owner's to give back.
         return RewrittenModel(part_of(program, peers, check == "full"), config, generation_config, adapters=adapters)
     return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+
+
+def _make_sparse(program: Program, prefill: Prefill) -> None:
+    """Gives a proved program the patterns that were asked for, in place."""
+    if prefill is not None:
+        insert_sparse_prefill(program.graph, program.sites, patterns_of(prefill))
 
 
 def _peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
@@ -155,6 +167,7 @@ def convert(
     compile_device: str | torch.device = "cpu",
     compile_batch: int = 1,
     check: str = "full",
+    prefill: Prefill = None,
     **options: Any,
 ) -> Conversion:
     """Converts a transformers checkpoint directory to a kvrewrite model directory without loading its weights.
@@ -172,6 +185,7 @@ def convert(
         link: hard-links the base weights instead of copying them.
         force: replaces an existing model directory.
         observe: as for `transform`.
+        prefill: as for `transform`.
         progress: called with the name of each step.
         compile: "aot" adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and
             takes minutes.
@@ -223,6 +237,7 @@ def convert(
         return choices[0].policy
 
     program = compile_captured(captured, chosen, policy_weights, config, observe, progress, check)
+    _make_sparse(program, prefill)
     final = policies.make(program.policy["name"], **program.policy["options"])
     carried = carried_bytes(program.layout)
     plans = [plan_memory(program.sites, final, itemsize, n, batch, carried) for n in contexts or [longest]]
