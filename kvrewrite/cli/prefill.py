@@ -20,12 +20,13 @@ from kvrewrite.errors import OptionError
 @click.option("--force", is_flag=True, help="Replace --out if it is there.")
 @TRUST
 def prefill(directory: str, document: str, out: Path, device: str, force: bool, trust_compiled: bool) -> None:
-    """Compresses a document once with the converted model in DIRECTORY, into a file that is asked many times.
+    """Compresses a document once with the converted model in DIRECTORY, into a file that is asked many times:
+    kvrewrite generate DIRECTORY --cache OUT --prompt ...
 
     \b
     Examples:
       kvrewrite prefill small --document book.txt --out book.kvcache
-      kvrewrite generate small --cache book.kvcache --prompt "Who is the narrator?"
+      kvrewrite prefill small --document - --out book.kvcache --device cuda < book.txt
     """
     with click.open_file(document, encoding="utf-8") as file:
         text = file.read()
