@@ -19,7 +19,7 @@ def test_two_examples(command: str) -> None:
     said = app.main.get_command(click.Context(app.main), command)
     assert said is not None
     for line in examples:  # which name options that are there
-        words = [word.strip("'\"") for word in line.split() if word.startswith("-")]
+        words = [word.strip("'\"") for word in line.split() if word.startswith("-") and word != "-"]
         options = {name for option in said.params for name in option.opts}
         assert set(words) <= options, line
 
