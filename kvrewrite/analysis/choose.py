@@ -61,8 +61,8 @@ def choose(
         full = policies.make("full")
         whole = plan(full)
         if whole.peak <= goal.memory:
-            why = f"{asked}: the full cache fits, with {human(whole.peak)} at its peak, so nothing is evicted"
-            return Choice(full, whole, (why,))
+            fits = f"{asked}: the full cache fits, with {human(whole.peak)} at its peak, so nothing is evicted"
+            return Choice(full, whole, (fits,))
     given = make or (lambda budget: policies.make(DEFAULT, budget=budget))
     pages = _most(lambda n: plan(given(n * PAGE)).peak <= goal.memory, -(-context // PAGE))
     if pages == 0:
