@@ -23,6 +23,7 @@ from kvrewrite.artifact.meta_model import parameters_on_meta
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.runtime import executor
 from kvrewrite.runtime.model import RewrittenModel
 from kvrewrite.runtime.parallel import find_peers, own_device, part_of
 from kvrewrite.tools.benchmark.shapes import SHAPES
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--policy", default="streaming_llm")
     parser.add_argument("--budget", type=int, default=4096)
-    parser.add_argument("--symmetric", action="store_true", help="small sums by torch's one-shot kernel, not NCCL")
+    parser.add_argument("--nccl", action="store_true", help="sums of decode steps by NCCL, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = own_device("cuda")
@@ -112,11 +113,8 @@ def main() -> None:
     model = build(args.layers, args.policy, options, device)
     parallel = model.program.parallel
     ranks, first = (1, True) if parallel is None else (parallel.peers.ranks, parallel.peers.rank == 0)
-    if args.symmetric and parallel is not None:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        torch._inductor.config._collective.auto_select = True
-        symmetric.enable_symm_mem_for_group(parallel.peers.group)
+    if args.nccl:
+        executor.sums_directly = lambda peers, device: False
     model.compile()
     found = []
     for rows in args.rows:
