@@ -6,6 +6,8 @@ puts its part into a buffer that the other one sees, and reads both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ ALIGNED = 16  # bytes that the kernel reads at once
 _BUFFERS: dict[str, Tensor] = {}  # group -> what its ranks see of this one
 
 
-def reserve(group: str, device: torch.device) -> None:
-    """Makes a group's buffer; every rank calls this. Until then, `sum_ranks` takes the process group's own sum."""
+def reserve(group: Any, device: torch.device) -> None:
+    """Makes the buffer of a group, by its name; every rank calls this. Until then, `sum_ranks` takes the process group's
+    own sum."""
     import torch.distributed._symmetric_memory as symmetric
 
     if group in _BUFFERS:
