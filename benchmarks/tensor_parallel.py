@@ -1,6 +1,6 @@
 """A model over several GPUs beside one: seconds of a prompt, milliseconds of a decode step.
 
-    python -m benchmarks.tensor_parallel [--layers N] [--prompt TOKENS] [--rows N ...] [--out FILE]
+    python -m benchmarks.tensor_parallel [--layers N] [--prompt TOKENS ...] [--rows N ...] [--out FILE]
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.tensor_parallel ...   (or torchrun)
 
 Llama-3.1-8B shape (32 layers unless fewer are asked for), random bf16 weights, of which each process makes its own. The first
@@ -98,7 +98,7 @@ def measure(model: RewrittenModel, prompt: int, rows: int, steps: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=32768)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32768], help="one, or one for each of --rows")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--policy", default="streaming_llm")
@@ -117,13 +117,14 @@ def main() -> None:
         executor.sums_directly = lambda peers, device: False
     model.compile()
     found = []
-    for rows in args.rows:
+    prompts = args.prompt if len(args.prompt) > 1 else args.prompt * len(args.rows)
+    for rows, prompt in zip(args.rows, prompts, strict=True):
         found.append(
             {
                 "processes": ranks,
                 "layers": args.layers,
                 "budget": args.budget,
-                **measure(model, args.prompt, rows, args.steps),
+                **measure(model, prompt, rows, args.steps),
             }
         )
         if first:
