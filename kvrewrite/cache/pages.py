@@ -341,6 +341,13 @@ class Lease:
         self._write_table()
 
     # -- copies --------------------------------------------------------------------------------------------------
+    def fill(self, pages: np.ndarray, bound: np.ndarray, lens: Tensor) -> None:
+        """Takes pages that were leased for it and hold its slots. pages (layers, rows, kv heads, W); bound, lens
+        (layers, rows, kv heads)."""
+        self.pages, self.bound, self.counts = pages, bound, pages_of(bound)
+        self._lens.copy_(lens)
+        self._write_table()
+
     def fork(self) -> Lease:
         """Another lease on the same pages."""
         self.lens  # noqa: B018 (fetched before anything is copied)
