@@ -64,9 +64,8 @@ def transform(
         observe: called with (pass name, graph) after each pass.
         tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
             docs/tensor_parallel.md); a `Peers` over those of another group.
-        prefill: among the options: sparse attention of prompts (MInference; docs/sparse_prefill.md), "minference", a
-            file of patterns, or patterns by layer. By default attention is dense.
-        **options: the policy's options, such as budget=1024.
+        **options: the policy's options, such as budget=1024. Also prefill: sparse attention of prompts (MInference;
+            docs/sparse_prefill.md), "minference", a file of patterns, or patterns by layer; by default it is dense.
 
     Raises:
         UnsupportedModelError: something in the model can't be rewritten exactly; names the layer and the reason.
