@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "inspect",
     "plot": "plot",
     "policies": "policies",
+    "report": "report",
     "serve": "serve",
     "train": "train",
     "verify": "verify",
