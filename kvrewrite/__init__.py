@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from kvrewrite.api import convert, inspect, load, transform
     from kvrewrite.cache.eviction_cache import EvictionCache
     from kvrewrite.dynamo.backend import new_cache
+    from kvrewrite.runtime.chat import chat
     from kvrewrite.runtime.model import RewrittenModel
+    from kvrewrite.runtime.saved_cache import load_cache
     from kvrewrite.verification import verify
 
 _WHERE = {
@@ -25,6 +27,8 @@ _WHERE = {
     "load": "kvrewrite.api",
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
+    "chat": "kvrewrite.runtime.chat",
+    "load_cache": "kvrewrite.runtime.saved_cache",
     "verify": "kvrewrite.verification",
     "new_cache": "kvrewrite.dynamo.backend",
     "EvictionCache": "kvrewrite.cache.eviction_cache",
@@ -35,9 +39,11 @@ __all__ = [
     "EvictionCache",
     "RewrittenModel",
     "__version__",
+    "chat",
     "convert",
     "inspect",
     "load",
+    "load_cache",
     "new_cache",
     "transform",
     "verify",

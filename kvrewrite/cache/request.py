@@ -122,7 +122,7 @@ class Request:
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
         self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
-        self._make_rotary = model.make_rotary
+        self._make_rotary, self._save = model.make_rotary, model.save_cache
         self._max_positions: int = model.program.max_positions or UNLIMITED
         self._stores: list[PageStore] | None = stores or model.shared_stores()
         self._changes = 0
@@ -150,6 +150,8 @@ class Request:
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
+        self.checkpoints: list[Any] = []  # forks of it at the ends of turns, oldest first
+        self.marking = False  # whether the next prompt's end becomes one of them
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
         quantize, scheme = self.layout.quantize, self.layout.scheme

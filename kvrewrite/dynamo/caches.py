@@ -72,6 +72,7 @@ class IdentityLease(Lease):
         self.store.leases.discard(twin)
         twin.store, twin._dense = store, {}
         store.references[:] = self.store.references[:] = 1  # nothing is shared
+        store.several = self.store.several = 0
         return twin
 
     def close(self) -> None:
@@ -260,6 +261,13 @@ class BackendCache(EvictionCache):
         return twin
 
     __copy__ = fork
+
+    def roll_back(self, columns: int) -> None:
+        """Becomes what it was at a checkpoint; graphs go on knowing it by its handle."""
+        self._check_bound()
+        handle = self.handle
+        super().roll_back(columns)
+        self.handle = handle
 
     def _check_bound(self) -> None:
         if not self.bound:
