@@ -307,7 +307,7 @@ def plan(settings: Settings) -> list[tuple[Arm, str]]:
     """Returns which arms run in which modes, in order; of a shard, its part. The full cache is in the first shard."""
     found = beside_baseline(settings.policies, settings.budgets)
     if settings.breadth_first:
-        order = {budget: i for i, budget in enumerate(settings.budgets)}
+        order: dict[int | float | None, int] = {budget: i for i, budget in enumerate(settings.budgets)}
         found.sort(key=lambda arm: order.get(arm.budget, -1))
     number, shards = settings.shard
     mine = found[number::shards]
