@@ -285,6 +285,20 @@ class Forecast(NamedTuple):
     epsilon: float
 
 
+class Repetition(NamedTuple):
+    """Tokens that repeat a part of their row's text, all of which is cached and nothing was evicted from: q (B, H, T,
+    D), k (B, Hkv, T, D) of them; stored (B, Hkv, C) fp32, the scores that slots have; begins, ends (B,) int32: the slots
+    of the part (ends 0: the row repeats nothing), at most `most`; first: the slots before all parts."""
+
+    q: Tensor
+    k: Tensor
+    stored: Tensor
+    begins: Tensor
+    ends: Tensor
+    first: int
+    most: int
+
+
 # Reserved for what is planned. Such a group is the last piece of an op's `define`, `Fields(Packing, optional=True)`:
 # calls and artifacts without it stay as they are, ops that do not take it stay as they are, and functions get one more
 # parameter.

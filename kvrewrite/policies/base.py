@@ -119,6 +119,10 @@ class Policy(Options):
         step = self.chunk or max(1, length)
         return [self.segment(min(step, length - at), keep) for at in range(0, length, step)]
 
+    def passes(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
+        """What runs for such a prompt: the segments of `plan`, and with `repeats_prompt` those of the repetition."""
+        return self.plan(length, row)
+
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
