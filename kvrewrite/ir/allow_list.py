@@ -61,8 +61,9 @@ ATEN = frozenset(
 KVREWRITE = frozenset(
     """
     attention cache_update cache_update_quantized cached_attention cached_past cached_scan cached_sum decayed_sum
-    entering expected_attention gate kept_above key_difference latent_attention linear_scan newest_ranks newest_rows observe pool_window
-    ranks read_pages read_quantized reconstruction rotate share_layers sink_gate slot_positions slot_rotary surprisal uniform with_past
+    entering expected_attention gate kept_above key_difference latent_attention linear_scan newest_ranks newest_rows
+    observe pool_window ranks read_pages read_quantized reconstruction rotate share_layers sink_gate slot_positions
+    slot_rotary surprisal uniform with_past
     """.split()  # noqa: SIM905
 )
 PRIMS = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "view_of"})

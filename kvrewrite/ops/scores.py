@@ -221,9 +221,7 @@ def reconstruction(
 
 
 @reconstruction_op.fake
-def _(
-    repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits
-) -> Tensor:
+def _(repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits) -> Tensor:
     return torch.empty_like(repetition.stored)
 
 

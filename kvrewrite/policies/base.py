@@ -9,7 +9,7 @@ the compiler's and the runtime's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,10 @@ class Policy(Options):
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
+        return self
+
+    def tokenized(self, encode: Callable[[str], list[int]]) -> Policy:
+        """The policy with token ids where options may be text; `encode` gives those of a text, without special tokens."""
         return self
 
     def of_rank(self, rank: int, ranks: int) -> Policy:
@@ -136,7 +140,7 @@ class Policy(Options):
             tokens += segment.length
             if min(self.layer_keeps(segment, tokens, layers)) < tokens:
                 return True
-        return self.gates or (self.data_dependent and bool(segments))
+        return self.gates or (self.data_dependent and not self.shares_layers and bool(segments))
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""

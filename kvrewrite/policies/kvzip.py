@@ -145,7 +145,7 @@ class KVzip(Scoped):
 
     def _repetition(self, length: int, keep: int) -> list[Segment]:
         prompt, following, answer = (numbers(getattr(self, name)) or () for name in PROMPTS)
-        found = []
+        found: list[Segment] = []
         for begin in range(self.n_sink, length, self.repeat_chunk):
             end = min(length, begin + self.repeat_chunk)
             lead = range(max(self.n_sink, begin - self.lead), begin)

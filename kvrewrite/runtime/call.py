@@ -249,7 +249,9 @@ class Call:
 
     def _repeated(self, found: np.ndarray, segment: Segment) -> np.ndarray:
         """The columns of what a repetition reads. found: those of the row's tokens."""
-        read = [found[p.start : p.stop] if isinstance(p, range) else [self._places[i] for i in p] for p in segment.again]
+        read = [
+            found[p.start : p.stop] if isinstance(p, range) else [self._places[i] for i in p] for p in segment.again
+        ]
         return np.concatenate([np.asarray(columns, dtype=np.int64) for columns in read])
 
     def begin(self, now: Pass) -> dict[str, Tensor]:

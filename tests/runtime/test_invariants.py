@@ -44,6 +44,7 @@ REFUSED = {
     "locret_q": {"deepseek_v3": "latent attention"},
     "expected_attention": {"deepseek_v3": "MLA"},
     "attention_gate": {"deepseek_v3": "latent attention"},
+    "kvzip": {"mistral": "every layer of this model has a sliding window"},
 }
 
 # (policy, positions): options that differ from full_budget() / evicting() below
@@ -78,6 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fast_kvzip": {"n_sink": 1, "interval": 4, "decode_window": 2, "window": 5, "chunk": 9},
     "keydiff": {"chunk": 6},
     "knorm": {},
+    "kvzip": {"n_sink": 1, "repeat_chunk": 10, "lead": 3, "chunk": 9},
     "kvzap": {"threshold": -9.0, "window": 3, "chunk": 9},
     "locret_q": {"chunk": 8, "stabilizers": 3, "local_tail": 4, "start": 5},
     "nacl": {"interval": 4},
