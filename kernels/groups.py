@@ -299,6 +299,26 @@ class Repetition(NamedTuple):
     most: int
 
 
+class VisibleBlocks(NamedTuple):
+    """What the queries of a chunk see (sparse prefill). blocks (B, H, Q, K) bool: whether a block of 128 queries sees a
+    block of 64 keys, those of the cache first, then those of the new tokens. columns (B, H, N) int32: keys that every
+    later query sees besides, counted from the first slot, new tokens from C on; ascending, -1 after the last. A query
+    sees of them what is alive and not after it."""
+
+    blocks: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class Sparse(NamedTuple):
+    """Sparse prefill. patterns: which part of a chunk's attention each head computes (kernels/attention/patterns.py);
+    "": all of it."""
+
+    patterns: str = ""
+
+
+WHOLE = Sparse()  # every query sees every key before it
+
+
 # Reserved for what is planned. Such a group is the last piece of an op's `define`, `Fields(Packing, optional=True)`:
 # calls and artifacts without it stay as they are, ops that do not take it stay as they are, and functions get one more
 # parameter.
@@ -307,10 +327,3 @@ class Packing(NamedTuple):
     to."""
 
     request: Tensor | None = None
-
-
-class VisibleBlocks(NamedTuple):
-    """Which pages a query block sees (sparse prefill, retrieval): blocks (B, Hkv, query blocks, N) int32, -1 after the
-    last."""
-
-    blocks: Tensor | None = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvrewrite.cache.eviction_cache import EvictionCache
     from kvrewrite.dynamo.backend import new_cache
     from kvrewrite.runtime.model import RewrittenModel
+    from kvrewrite.runtime.saved_cache import load_cache
     from kvrewrite.verification import verify
 
 _WHERE = {
@@ -25,6 +26,7 @@ _WHERE = {
     "load": "kvrewrite.api",
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
+    "load_cache": "kvrewrite.runtime.saved_cache",
     "verify": "kvrewrite.verification",
     "new_cache": "kvrewrite.dynamo.backend",
     "EvictionCache": "kvrewrite.cache.eviction_cache",
@@ -38,6 +40,7 @@ __all__ = [
     "convert",
     "inspect",
     "load",
+    "load_cache",
     "new_cache",
     "transform",
     "verify",

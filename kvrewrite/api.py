@@ -16,6 +16,7 @@ from torch import nn
 from kvrewrite import policies
 from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.analysis.model_card import model_card
+from kvrewrite.artifact.head_patterns import Prefill, patterns_of
 from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
 from kvrewrite.capture.frontend import capture
@@ -26,6 +27,7 @@ from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.proof import require_check
+from kvrewrite.passes.insert.sparse_prefill import insert_sparse_prefill
 from kvrewrite.passes.pipeline import Observer
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.foreign_config import foreign_config
@@ -57,12 +59,16 @@ def transform(
     for large weights): "full", "sites" (each attention alone) or "off".
     tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
     docs/tensor_parallel.md); a `Peers` over those of another group.
+    prefill, among the options: sparse attention of prompts (MInference; docs/sparse_prefill.md), "minference", a file of
+    patterns, or patterns by layer; by default attention is dense.
 
     Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
     """
     from kvrewrite.runtime.model import RewrittenModel
 
     config: Any = getattr(model, "config", None)
+    prefill: Prefill = options.pop("prefill", None)
+    prefill: Prefill = options.pop("prefill", None)
     chosen = policies.make(policy, **options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
@@ -70,6 +76,7 @@ def transform(
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
     config = getattr(model, "config", None)
     program = compile_captured(captured, chosen, policy_weights, config, observe, quiet, check)
+    _make_sparse(program, prefill)
     if is_transformers_model(model):
         generation_config = getattr(model, "generation_config", None)
     else:
@@ -100,6 +107,12 @@ def _encoder(directory: str | Path) -> Callable[[str], list[int]]:
         return ids
 
     return encode
+
+
+def _make_sparse(program: Program, prefill: Prefill) -> None:
+    """Gives a proved program the patterns that were asked for, in place."""
+    if prefill is not None:
+        insert_sparse_prefill(program.graph, program.sites, patterns_of(prefill))
 
 
 def _peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.device | str) -> Peers | None:
@@ -148,6 +161,7 @@ def convert(
     compile_device: str | torch.device = "cpu",
     compile_batch: int = 1,
     check: str = "full",
+    prefill: Prefill = None,
     **options: Any,
 ) -> Conversion:
     """Converts a transformers checkpoint directory to a kvrewrite model directory without loading its weights.
@@ -158,6 +172,7 @@ def convert(
     compile: "aot" adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and takes
     minutes. compile_batch: 1, or 2 for any number of rows from 2 on.
     check: as for `transform`, but with random stand-ins for all weights, which have no data here.
+    prefill: as for `transform`.
     The other arguments are those of `transform`.
     """
     from kvrewrite.artifact.checkpoint import Checkpoint, read_json
@@ -181,6 +196,7 @@ def convert(
     progress("capturing")
     captured = capture_on_meta(model, max_length=max_length)
     program = compile_captured(captured, chosen, policy_weights, config, observe, progress, check)
+    _make_sparse(program, prefill)
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
     final = policies.make(program.policy["name"], **program.policy["options"])

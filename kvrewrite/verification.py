@@ -17,6 +17,8 @@ from kvrewrite.cache.slot_plan import prompt_slots
 from kvrewrite.capture.attention_interface import attention_implementation
 from kvrewrite.errors import ArtifactError, InputError
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.kernels.attention.patterns import DENSE_TOKENS
+from kvrewrite.passes.insert.sparse_prefill import NAME
 from kvrewrite.policies import Policy
 from kvrewrite.policies.full import Full
 
@@ -119,7 +121,7 @@ def _directory(
             return
         report.checks.append(Check("hashes", True, f"{len(manifest['files'])} files are as they were written"))
     windows = [max(s.get("window") or 0, s.get("chunk") or 0) for s in manifest["sites"]]
-    length = _length(tokens, windows, manifest["max_positions"])
+    length = _length(tokens, windows, _limit([s["inserted"] for s in manifest["sites"]], manifest["max_positions"]))
     ids = _random_ids(manifest["vocab_size"], 2, length, seed).to(device)
     reference, layers = None, None
     if original is None:
@@ -142,12 +144,20 @@ def _in_memory(
     if original is None and isinstance(model.source, Path):
         original = _open_original(model.source, model.program.dtype, model.device)
     report.dtype, report.sites = model.program.dtype, len(model.program.sites)
-    length = _length(tokens, [max(s.window, s.chunk) for s in model.program.sites], model.program.max_positions)
+    limit = _limit([s.inserted for s in model.program.sites], model.program.max_positions)
+    length = _length(tokens, [max(s.window, s.chunk) for s in model.program.sites], limit)
     ids = _random_ids(model.program.vocab_size, 2, length, seed).to(model.device)
     reference, layers = None, None
     if original is not None:
         reference, layers = _original_logits(original, ids, model.program.sites), _layers(original)
     _logits(report, model, reference, layers, ids, say)
+
+
+def _limit(inserted: list[list[str]], limit: int | None) -> int | None:
+    """The longest text whose logits are the original's: with sparse prefill, a chunk that is attended to densely."""
+    if not any(NAME in names for names in inserted):
+        return limit
+    return DENSE_TOKENS if limit is None else min(limit, DENSE_TOKENS)
 
 
 def _length(tokens: int, windows: list[int], limit: int | None) -> int:

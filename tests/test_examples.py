@@ -1,4 +1,4 @@
-"""Every example runs as it is; the README's policy works as it is printed."""
+"""Every example runs as it is; the policy of docs/guide/own_policy.md works as it is printed."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def test_example_in_this_process(name, tmp_path, monkeypatch, capfd):
     check(*capfd.readouterr(), tmp_path)
 
 
-def test_policy_in_the_readme(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_policy_in_the_guide(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide/own_policy.md").read_text(), re.DOTALL)
     block = next(b for b in blocks if "class LargestKeys" in b)
     names = {"model": make("llama"), "__name__": "builtins"}
     try:
         # Without this file's own `from __future__ import annotations`.
-        exec(compile("import kvrewrite\n" + block, "README.md", "exec", dont_inherit=True), names)
+        exec(compile("import kvrewrite\n" + block, "own_policy.md", "exec", dont_inherit=True), names)
         small = names["small"]
         cache = small.new_cache()
         small(torch.randint(0, 97, (1, 100)), past_key_values=cache)

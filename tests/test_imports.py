@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 import kvrewrite
 
+pytestmark = pytest.mark.xdist_group("imports")  # whose sources are parsed once
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     p
@@ -23,13 +25,15 @@ SOURCES = [
 
 
 @cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def nodes(path: Path) -> list[ast.AST]:
+    """What the tests here look at, of the whole tree of a file: imports, attributes and constants."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Attribute, ast.Constant)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
 
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports anywhere, names imported from packages included."""
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -43,12 +47,49 @@ def within(name: str, *packages: str) -> bool:
     return any(name == p or name.startswith(f"{p}.") for p in packages)
 
 
-def run(code: str) -> str:
-    """What a fresh interpreter prints, the checkout first on its path."""
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
+# One interpreter for four questions, asked in this order: each one imports more than the one before.
+IN_ANOTHER_INTERPRETER = """
+import json, sys
+sys.path.insert(0, {root!r})
+found = {{}}
+
+import kvrewrite
+found["heavy"] = [m for m in ("torch", "transformers", "triton", "rich") if m in sys.modules]
+
+import torch
+before = set(sys.modules)
+import kvrewrite.ops
+found["with ops"] = sorted(set(sys.modules) - before)
+
+first = {{name: getattr(kvrewrite, name) for name in kvrewrite.__all__}}
+import kvrewrite.passes.pipeline, kvrewrite.api, kvrewrite.kernels.attention.reference
+found["top level"] = [m for m in sys.modules if m.split(".")[0] in ("kernels", "passes") and str(getattr(
+    sys.modules[m], "__file__", None) or "").startswith(sys.path[0])]
+from transformers import LlamaForCausalLM
+
+import importlib, pkgutil, types
+again = {{name: getattr(kvrewrite, name) for name in kvrewrite.__all__}}
+found["hidden"], found["missing"], found["changed"] = [], [], []
+for module in pkgutil.iter_modules(kvrewrite.__path__):
+    found["hidden"] += [module.name] * (module.name in first)
+    try:
+        importlib.import_module(f"kvrewrite.{{module.name}}")
+    except ModuleNotFoundError as error:
+        found["missing"].append(error.name)
+for name, value in first.items():
+    same = value is again[name] and value is getattr(kvrewrite, name)
+    found["changed"] += [name] * (isinstance(value, types.ModuleType) or not same)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, list[str]]:
+    """What another interpreter finds, the checkout first on its path."""
+    code = IN_ANOTHER_INTERPRETER.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_sources_are_found() -> None:
@@ -56,30 +97,19 @@ def test_sources_are_found() -> None:
     assert {"kvrewrite", "passes", "kernels", "tests"} <= folders and len(SOURCES) > 40
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(fresh: dict[str, list[str]]) -> None:
     """`import kvrewrite` takes neither transformers nor triton, nor torch."""
-    code = (
-        "import kvrewrite; print(*sorted(m for m in ('torch', 'transformers', 'triton', 'rich') if m in sys.modules))"
-    )
-    assert run(code) == ""
+    assert fresh["heavy"] == []
 
 
-def test_ops_take_neither_transformers_nor_triton() -> None:
-    code = "import torch; before = set(sys.modules); import kvrewrite.ops; print(*set(sys.modules) - before)"
-    assert not {"transformers", "triton"} & {name.split(".")[0] for name in run(code).split()}
+def test_ops_take_neither_transformers_nor_triton(fresh: dict[str, list[str]]) -> None:
+    assert "kvrewrite.ops" in fresh["with ops"]
+    assert not {"transformers", "triton"} & {name.split(".")[0] for name in fresh["with ops"]}
 
 
-def test_links_are_not_packages_of_their_own() -> None:
+def test_links_are_not_packages_of_their_own(fresh: dict[str, list[str]]) -> None:
     """Hugging Face has a package `kernels`; a top-level one would shadow it and break transformers."""
-    code = """
-import kvrewrite.ops, kvrewrite.passes.pipeline, kvrewrite.api, kvrewrite.kernels.attention.reference
-bad = [m for m in sys.modules if m.split(".")[0] in ("kernels", "passes") and str(getattr(
-    sys.modules[m], "__file__", None) or "").startswith(sys.path[0])]
-assert not bad, bad
-from transformers import LlamaForCausalLM
-print("fine")
-"""
-    assert run(code).endswith("fine")
+    assert fresh["top level"] == []
 
 
 @pytest.mark.parametrize("folder", ["passes", "kernels"])
@@ -161,12 +191,12 @@ def arrows() -> dict[str, set[str]]:
     """Which of our modules each module imports. Names in strings, for importlib, count; "" is the package as a whole."""
     known, found = modules(), {}
     for module, path in known.items():
-        nodes = list(ast.walk(parse(path)))
-        names = {*imports(path), *(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))}
+        names = {*imports(path)}
+        names |= {n.value for n in nodes(path) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         ours = {n.removeprefix("kvrewrite.") for n in names if n.startswith("kvrewrite.")}
         # `from kvrewrite import convert` takes it from where it is; `__version__` is the package's own.
         ours = {kvrewrite._WHERE.get(n, n).removeprefix("kvrewrite.") for n in ours}
-        if any(isinstance(n, ast.Import) and any(a.name == "kvrewrite" for a in n.names) for n in nodes):
+        if any(isinstance(n, ast.Import) and any(a.name == "kvrewrite" for a in n.names) for n in nodes(path)):
             ours.add("")
         found[module] = (ours & known.keys()) - {module}
     return found
@@ -206,7 +236,7 @@ def test_private_names_stay_in_their_folder() -> None:
     for path in known.values():
         aliases: dict[str, Path] = {}
         used: list[tuple[Path, str]] = []
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and within(str(node.module), "kvrewrite"):
                 source = str(node.module).removeprefix("kvrewrite").removeprefix(".")
                 for alias in node.names:
@@ -215,7 +245,7 @@ def test_private_names_stay_in_their_folder() -> None:
                         aliases[alias.asname or alias.name] = known[whole]
                     else:
                         used.append((known[source], alias.name))
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
                 used.append((aliases[node.value.id], node.attr))
         for source_path, name in used:
@@ -233,21 +263,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def test_public_names_are_the_same_at_every_access() -> None:
+def test_public_names_are_the_same_at_every_access(fresh: dict[str, list[str]]) -> None:
     """A submodule of the same name would take a function's place once it is imported."""
-    code = """
-import importlib, pkgutil, types, kvrewrite
-first = {name: getattr(kvrewrite, name) for name in kvrewrite.__all__}
-again = {name: getattr(kvrewrite, name) for name in kvrewrite.__all__}
-for module in pkgutil.iter_modules(kvrewrite.__path__):
-    assert module.name not in first, module.name
-    try:
-        importlib.import_module(f"kvrewrite.{module.name}")
-    except ModuleNotFoundError as error:  # what an extra would install
-        assert not error.name.startswith("kvrewrite"), error
-for name, value in first.items():
-    assert not isinstance(value, types.ModuleType), name
-    assert value is again[name] and value is getattr(kvrewrite, name), name
-print("fine")
-"""
-    assert run(code).endswith("fine")
+    assert fresh["hidden"] == [] and fresh["changed"] == []
+    assert not [name for name in fresh["missing"] if name.startswith("kvrewrite")]  # only what an extra would install

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvrewrite.kernels.groups import Logits, Placed, Tokens, Watch
+from kvrewrite.kernels.attention.sparse_index import visible_keys
+from kvrewrite.kernels.groups import Logits, Placed, Tokens, VisibleBlocks, Watch
 
 BLOCK_BYTES = 128 << 20
 BLOCK_BYTES_CPU = 16 << 20  # what malloc maps again each time costs more than the arithmetic
@@ -52,11 +53,14 @@ def _math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def attend(tokens: Tokens, placed: Placed, how: Logits, own: bool = False) -> tuple[Tensor, Tensor]:
+def attend(
+    tokens: Tokens, placed: Placed, how: Logits, own: bool = False, visible: VisibleBlocks | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of queries on keys that carry their own positions.
 
     q: (B, H, T, D); k: (B, Hkv, N, D); v: (B, Hkv, N, Dv); hidden: (B, Hkv, N). own: the last T keys are the queries'
-    own tokens in order, so that a block of queries need not look at the keys after it. Returns out (B, H, T, Dv) in q's
+    own tokens in order, so that a block of queries need not look at the keys after it. visible: with own, what they see
+    of the keys (None: all). Returns out (B, H, T, Dv) in q's
     dtype and the natural log-sum-exp of each row (B, H, T) in fp32; a row that sees nothing gives 0 and -inf.
     """
     (q, k, v), (q_pos, k_pos, live) = tokens, placed
@@ -75,6 +79,9 @@ def attend(tokens: Tokens, placed: Placed, how: Logits, own: bool = False) -> tu
         part = Placed(q_pos[:, lo:hi], k_pos[:, :, :end], live[:, :, :end])
         seen = how if how.hidden is None else how._replace(hidden=how.hidden[:, :, :end])
         logits = _logits(grouped[:, :, :, lo:hi], kf[:, :, :end], part, seen)
+        if visible is not None:
+            keys = visible_keys(visible, lo, hi, k.shape[2] - t, t)[..., :end]
+            logits = logits.masked_fill(~keys.view(logits.shape), float("-inf"))
         if how.sinks is not None:
             extra = how.sinks.to(dtype).view(1, hkv, h // hkv, 1, 1).expand(b, -1, -1, hi - lo, 1)
             lse = torch.logsumexp(torch.cat([logits, extra], dim=-1), dim=-1)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -136,6 +137,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     path.chmod(mode)
     with path.open("rb") as file:
         sync(file.fileno())
+
+
+def replace_tensors(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file to a place beside `out`, and renames it to that: it appears whole or not at all. Raises
+    OSError."""
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(staging, tensors, metadata)
+        os.replace(staging, out)
+        sync_folder(out.parent)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:

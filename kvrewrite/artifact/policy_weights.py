@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import pickle
-import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from kvrewrite import __version__
 from kvrewrite.artifact.checkpoint import lfs_message, read_header, text_is_lfs
-from kvrewrite.artifact.files import save_tensors
+from kvrewrite.artifact.files import replace_tensors
 from kvrewrite.errors import ArtifactError, PolicyWeightsError
 from kvrewrite.policies.weights import LISTED
 
@@ -126,16 +124,11 @@ def flatten(path: Path, content: Any) -> dict[str, Tensor]:
 
 def save_policy_weights(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes policy weights as safetensors: to a file beside `out`, which is then renamed."""
-    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(staging, tensors, {**(metadata or {}), "kvrewrite": __version__})
-        os.replace(staging, out)
+        replace_tensors(out, tensors, {**(metadata or {}), "kvrewrite": __version__})
     except OSError as error:
         reason = "no space is left" if error.errno == errno.ENOSPC else str(error)
         raise PolicyWeightsError(f"{out} could not be written, and nothing was changed: {reason}") from error
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def read_policy_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -78,7 +79,15 @@ class EvictionCache(Request, Cache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
-        raise CacheError("an EvictionCache can't be pickled; keep the text and prefill it again")
+        raise CacheError("an EvictionCache can't be pickled; cache.save(path) writes it to a file")
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Writes what this cache holds to a file, which `kvrewrite.load_cache(model, path)` reads, also on another
+        machine: pages as they are, the text's ids, counters, and what model and policy they belong to (docs/caches.md).
+
+        The file appears whole or not at all. force: replaces a file that is there. Raises CacheError, ArtifactError.
+        """
+        self._save(self, path, force=force)
 
     @exclusive
     def select(self, source: list[int]) -> None:
@@ -135,6 +144,12 @@ class EvictionCache(Request, Cache):
             in_pages = np.stack(quantized)
         slots = lease.slots_in_pages(in_pages)
         return slots * lease.store.page_bytes // PAGE + tail * (lease.store.dense_bytes + SLOT_EXTRA)
+
+    @exclusive
+    def ids(self) -> Tensor:
+        """The ids that went in, column by column, padding included: (B, columns) int64, on the CPU. A text that is
+        handed to `generate` begins with them."""
+        return self.history.ids(self.columns).cpu()
 
     @exclusive
     def live_slots(self) -> dict[int, Tensor]:

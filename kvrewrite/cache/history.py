@@ -28,6 +28,13 @@ class History:
         )
         self._begins = 0  # the column at which it begins
 
+    @classmethod
+    def of(cls, ids: Tensor, real: np.ndarray) -> History:
+        """That of columns which went in before: ids (rows, columns) int32, real (rows, columns) bool."""
+        made = cls(len(ids))
+        made._pieces, made._kept, made._real = [ids], ids.shape[1], real
+        return made
+
     def real(self, columns: int) -> np.ndarray:
         """Which of the first `columns` columns are real tokens: (rows, columns) bool."""
         rest = np.ones((self.rows, max(0, columns - self._real.shape[1])), dtype=bool)

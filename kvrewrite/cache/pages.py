@@ -59,6 +59,7 @@ class PageStore:
         self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
         self.dense_bytes = (k_dim + v_dim) * dtype.itemsize  # a slot's key and value in full precision
         self.references = np.zeros(0, dtype=np.int32)
+        self.several = 0  # pages that have more than one reference
         self.free: list[int] = []
         self.limit: int | None = None  # most pages that it may have, page 0 included; None: as many as memory has
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
@@ -97,7 +98,7 @@ class PageStore:
         for lease in list(self.leases):
             lease._offered = {}
             np.add.at(references, lease.pages[lease.pages > 0], 1)
-        self.references = references
+        self.references, self.several = references, int((references > 1).sum())
         self.free = [int(p) for p in np.flatnonzero(references == 0) if p]
 
     def _replace(self, pools: dict[str, Tensor], references: np.ndarray, moved: list[tuple[Lease, np.ndarray]]) -> None:
@@ -125,7 +126,7 @@ class PageStore:
     @property
     def is_shared(self) -> bool:
         """Whether some page has several references."""
-        return bool((self.references > 1).any())
+        return self.several > 0
 
     @property
     def room(self) -> float:
@@ -154,14 +155,22 @@ class PageStore:
     def share(self, pages: np.ndarray) -> None:
         """One more reference to each of `pages` (zeros are no pages)."""
         self.changes += 1
-        np.add.at(self.references, pages[pages > 0], 1)
+        pages = pages[pages > 0]
+        self._count(np.add, pages, np.unique(pages))
 
     def release(self, pages: np.ndarray) -> None:
         """One reference less to each of `pages`; those without any are free."""
         self.changes += 1
         pages = pages[pages > 0]
-        np.subtract.at(self.references, pages, 1)
-        self.free.extend(int(p) for p in np.unique(pages) if self.references[p] == 0)
+        which = np.unique(pages)
+        self._count(np.subtract, pages, which)
+        self.free.extend(which[self.references[which] == 0].tolist())
+
+    def _count(self, change: np.ufunc, pages: np.ndarray, which: np.ndarray) -> None:
+        """Adds or takes one reference for each of `pages`. which: each of them once."""
+        before = int((self.references[which] > 1).sum())
+        change.at(self.references, pages, 1)
+        self.several += int((self.references[which] > 1).sum()) - before
 
     def compact(self, spare: int) -> None:
         """Gives back free pages beyond `spare`, if they are a quarter of all or more: a ragged eviction needs more
@@ -332,6 +341,13 @@ class Lease:
         self._write_table()
 
     # -- copies --------------------------------------------------------------------------------------------------
+    def fill(self, pages: np.ndarray, bound: np.ndarray, lens: Tensor) -> None:
+        """Takes pages that were leased for it and hold its slots. pages (layers, rows, kv heads, W); bound, lens
+        (layers, rows, kv heads)."""
+        self.pages, self.bound, self.counts = pages, bound, pages_of(bound)
+        self._lens.copy_(lens)
+        self._write_table()
+
     def fork(self) -> Lease:
         """Another lease on the same pages."""
         self.lens  # noqa: B018 (fetched before anything is copied)

@@ -122,7 +122,7 @@ class Request:
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
         self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
-        self._make_rotary = model.make_rotary
+        self._make_rotary, self._save = model.make_rotary, model.save_cache
         self._max_positions: int = model.program.max_positions or UNLIMITED
         self._stores: list[PageStore] | None = stores or model.shared_stores()
         self._changes = 0

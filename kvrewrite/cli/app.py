@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "inspect",
     "plot": "plot",
     "policies": "policies",
+    "prefill": "prefill",
     "serve": "serve",
     "train": "train",
     "verify": "verify",

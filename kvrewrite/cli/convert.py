@@ -26,6 +26,14 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
 )
 @click.option("--chunk", type=int, help="Tokens of a prompt that are processed together.")
 @click.option("--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="Any other option of the policy.")
+@click.option(
+    "--prefill", type=click.Choice(["minference"]), help="Sparse attention of prompts (docs/sparse_prefill.md)."
+)
+@click.option(
+    "--patterns",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --prefill: which part of attention each head computes (kvrewrite search-patterns). Default: one pattern for all.",
+)
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="Context length(s) to estimate.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size to estimate.")
 @click.option("--max-length", type=int, help="Where RoPE depends on the length (dynamic NTK): the length to fix it at.")
@@ -62,6 +70,8 @@ def convert(
     budget: str | None,
     chunk: int | None,
     options: tuple[str, ...],
+    prefill: str | None,
+    patterns: Path | None,
     contexts: tuple[int, ...],
     batch: int,
     max_length: int | None,
@@ -87,6 +97,8 @@ def convert(
         raise click.UsageError("--compile writes to --out, so it does not go with --dry-run")
     if not compiled and (compile_device != "cpu" or compile_batch != 1):
         raise click.UsageError("--compile-device and --compile-batch need --compile aot")
+    if patterns is not None and prefill is None:
+        raise click.UsageError("--patterns needs --prefill minference")
     directory = checkpoint_directory(model)
     given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
     policies.make(policy, **given)  # wrong options fail before torch is loaded
@@ -111,6 +123,7 @@ def convert(
             compile=compiled,
             compile_device=where,
             compile_batch=compile_batch,
+            prefill=prefill if patterns is None else patterns,
             **given,
         )
     seconds = time.perf_counter() - started

@@ -24,6 +24,7 @@ from kvrewrite.errors import OptionError
 @click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--cache", "document", help="A file of kvrewrite prefill; the prompt follows its document.")
 @TRUST
 def generate(
     directory: str,
@@ -36,6 +37,7 @@ def generate(
     seed: int,
     device: str,
     chat: bool,
+    document: str | None,
     trust_compiled: bool,
 ) -> None:
     """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr.
@@ -46,6 +48,8 @@ def generate(
         raise click.UsageError("give one of --prompt and --prompt-file")
     if not sample and (temperature is not None or top_p is not None):
         raise click.UsageError("--temperature and --top-p need --sample")
+    if chat and document is not None:
+        raise click.UsageError("--chat begins a text, and the prompt follows that of --cache; leave one of them out")
     if prompt_file is not None:
         with click.open_file(prompt_file, encoding="utf-8") as file:
             prompt = file.read()
@@ -57,6 +61,7 @@ def generate(
 
     from kvrewrite import api
     from kvrewrite.artifact.companions import read_tokenizer
+    from kvrewrite.runtime.saved_cache import load_cache
 
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     where = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if shared and device == "cuda" else device)
@@ -69,13 +74,17 @@ def generate(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        tokens = tokenizer(prompt, return_tensors="pt")
+        tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=document is None)
     ids = tokens["input_ids"]
     if ids.shape[1] == 0:
         raise OptionError("the prompt has no tokens")
     model: Any = api.load(directory, device=where, trust_compiled=trust_compiled, tp_plan="auto" if shared else None)
     speaks, where = not shared or model.program.parallel.peers.rank == 0, model.device
-    cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
+    if document is None:
+        cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
+    else:
+        cache = load_cache(model, document)
+        ids = torch.cat([cache.ids(), ids], dim=1)
     chosen = {"temperature": temperature, "top_p": top_p}
     settings = {k: v for k, v in chosen.items() if v is not None}
     torch.manual_seed(seed)

@@ -72,6 +72,7 @@ class IdentityLease(Lease):
         self.store.leases.discard(twin)
         twin.store, twin._dense = store, {}
         store.references[:] = self.store.references[:] = 1  # nothing is shared
+        store.several = self.store.several = 0
         return twin
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fake_values import shown
 from kvrewrite.ir.fx import get_attr, symbol
 from kvrewrite.ir.layout import CacheClass, spec_of
+from kvrewrite.kernels.attention.patterns import parse
 
 aten = torch.ops.aten
 
@@ -144,6 +145,8 @@ class CacheOps:
                     raise ArtifactError(
                         f"{argument.name}, which it writes to, is {source}; expected pages, lengths or a state of the cache"
                     )
+        if values.get("patterns"):
+            _check_patterns(values)
         if base in _CACHE_OPS:
             self._check_roles(base, nodes, values)
 
@@ -278,6 +281,17 @@ def _before_entering(source: Any, name: str, drop: Any) -> Any:
         return source
     flags = isinstance(drop, fx.Node) and drop.target is operator.getitem and drop.args == (made, 2)
     return made.args[_ENTERING[name]] if flags and source.args[1] == _ENTERING[name] else source
+
+
+def _check_patterns(values: dict[str, Any]) -> None:
+    try:
+        found = len(parse(values["patterns"]))
+    except ValueError as error:
+        raise ArtifactError(f"patterns: {error}") from None
+    if found != values["q"].shape[1]:
+        raise ArtifactError(f"patterns are of {found} heads; q has {values['q'].shape[1]}")
+    if values["window"] or values["chunk"] or values["alibi"] is not None:
+        raise ArtifactError("patterns are of causal attention; it has a window, a chunk or ALiBi")
 
 
 def _is_input(node: Any) -> bool:

@@ -15,9 +15,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kvrewrite.errors import OptionError
 from kvrewrite.kernels import limits, pages
 from kvrewrite.kernels.attention import reference
-from kvrewrite.kernels.groups import At, Dense, KeyPages, Logits, Pages, Placed, Tokens, Watch
+from kvrewrite.kernels.attention.patterns import DENSE_TOKENS
+from kvrewrite.kernels.attention.sparse_index import find_visible
+from kvrewrite.kernels.groups import (
+    WHOLE,
+    At,
+    Dense,
+    KeyPages,
+    Logits,
+    Pages,
+    Placed,
+    Slots,
+    Sparse,
+    Tokens,
+    Watch,
+)
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.ops.groups import Fields, define
 
@@ -115,19 +130,27 @@ cached_attention_op = define(
     At,
     Logits,
     Fields(Dense, "v_dense", optional=True),
+    Fields(Sparse, optional=True),
     returns="(Tensor, Tensor)",
 )
 
 
 @cached_attention_op
-def cached_attention(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits) -> tuple[Tensor, Tensor]:
+def cached_attention(
+    tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits, sparse: Sparse = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens on [live cache slots] + [the new tokens, causal].
 
-    Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32. In memory `out` is (B, T, H, Dv), as the
-    projection after it reads it.
+    Returns out (B, H, T, Dv) and the natural log-sum-exp (B, H, T) fp32, of what the queries see. In memory `out` is
+    (B, T, H, Dv), as the projection after it reads it. sparse: which keys the heads see of a chunk of more than
+    `DENSE_TOKENS` tokens; causal attention without window, chunk and ALiBi only.
     """
     q, k, v = tokens
-    if fused("cached_attention", q, why_not_cached(tokens, dense, cache, logits)):
+    patterns = sparse.patterns if q.shape[2] > DENSE_TOKENS else ""
+    if patterns and logits.placed:
+        raise OptionError("cached_attention: patterns are of causal attention; got a window, a chunk or ALiBi")
+    why = "sparse prefill has no kernel yet" if patterns else why_not_cached(tokens, dense, cache, logits)
+    if fused("cached_attention", q, why):
         from kvrewrite.kernels import composed
 
         return composed.cached_attention(tokens, dense, cache, at, logits)
@@ -138,7 +161,11 @@ def cached_attention(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits:
         latent = not cache.v_pages.shape[2]
         cached_v = cached_k[..., : v.shape[3]] if latent else pages.read(cache.v_pages, cache.table)
     values = torch.cat([cached_v.to(v.dtype), v], dim=2)
-    out, lse = reference.attend(Tokens(q, keys, values), placed, _beside_cache(logits, cached_k.shape[2]), own=True)
+    visible = None
+    if patterns:
+        visible = find_visible(patterns, tokens, Slots(cached_k.to(k.dtype), cached_v, cache.lens), at, logits)
+    beside = _beside_cache(logits, cached_k.shape[2])
+    out, lse = reference.attend(Tokens(q, keys, values), placed, beside, own=True, visible=visible)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
@@ -152,7 +179,9 @@ def why_not_cached(tokens: Tokens, dense: Dense, cache: Pages, logits: Logits) -
 
 
 @cached_attention_op.fake
-def _(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits) -> tuple[Tensor, Tensor]:
+def _(
+    tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits, sparse: Sparse = WHOLE
+) -> tuple[Tensor, Tensor]:
     return fake_attended(tokens.q, tokens.v.shape[3])
 
 

@@ -54,7 +54,7 @@ def define(name: str, *pieces: Piece, returns: str, writes: Iterable[str] = (), 
             calls.append(fields.group)
             groups[fields.group] = {}
         for argument, field in fields.pairs():
-            default = f"={_defaults(fields.group)[field]}" if fields.optional else ""
+            default = f"={_in_schema(_defaults(fields.group)[field])}" if fields.optional else ""
             texts.append(f"{_KINDS[hints[field]]} {argument}{default}")
             groups[fields.group][field] = argument
     written = set(writes)
@@ -72,6 +72,11 @@ def _marked(text: str, place: int, written: set[str]) -> str:
         return text
     written.remove(argument)
     return text.replace("Tensor", f"Tensor(a{place}!)", 1)
+
+
+def _in_schema(value: Any) -> str:
+    """A default as a schema writes it."""
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _defaults(group: type) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.joined import JoinedRows
-from kvrewrite.cache.pages import PageStore
+from kvrewrite.cache.pages import PageStore, to_device
 from kvrewrite.cache.request import check_pools, exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, PoolFull
@@ -86,7 +86,7 @@ class _Group:
     def index(self, rows: list[int]) -> Tensor:
         """Numbers of rows on the device; they are sent once as long as they stay."""
         if self._index[0] != rows:
-            self._index = (rows, torch.tensor(rows, device=self.rows.device))
+            self._index = (rows, to_device(rows, self.rows.device))
         return self._index[1]
 
     def free_row(self) -> int:
@@ -222,10 +222,13 @@ class Batch:
         Raises InputError for ids that the model can't take, OptionError for a budget that the policy can't have.
         """
         policy = self.policy(budget)
-        tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device).reshape(1, -1)
+        tokens = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
         if not tokens.shape[1]:
             raise InputError("the prompt has no tokens, expected at least one")
+        # On the host, where it has them: looking at them on a GPU waits for the prompt before this one.
         check_ids(tokens, self.model.program.vocab_size, decoding=False)
+        if tokens.device != self.model.device:
+            tokens = to_device(tokens, self.model.device)
         self.check_fits(tokens.shape[1], max(max_length or 0, tokens.shape[1]), policy)
         if prefix is None:
             cache = EvictionCache(self.model, 1, max_length=max_length, stores=self.stores, policy=policy)
@@ -379,7 +382,7 @@ class Batch:
         else:
             host = torch.zeros(size, 1, dtype=torch.int64)
             host[rows, 0] = torch.as_tensor(tokens, dtype=torch.int64)
-            ids = host.to(self.model.device)
+            ids = to_device(host, self.model.device)
         planned = decoder is not None and decoder.has_planned(ids, cache)
         if not planned:  # what was planned has room
             group.check_room(rows)

@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from kvrewrite.runtime.loss import check_labels, with_loss
 from kvrewrite.runtime.parts import Staged
 from kvrewrite.runtime.pickling import model_of, program_state
 from kvrewrite.runtime.pretrained import Pretrained
+from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
 # Pipelines know the models that they support by class name and complain about any other.
@@ -242,6 +244,10 @@ class RewrittenModel(Pretrained, Generation):
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
         cache.end_prompt()
         return cache
+
+    def save_cache(self, cache: EvictionCache, path: str | Path, *, force: bool = False) -> None:
+        """See `EvictionCache.save`, which calls this."""
+        save_cache(self, cache, path, force=force)
 
     def prompt_ids(self, context_ids: Tensor, question_ids: Tensor, *, bos_token_id: int | None = None) -> Tensor:
         """A prompt (B, T) from a context and a question about it (without special tokens), in the order that the policy

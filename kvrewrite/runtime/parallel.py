@@ -15,6 +15,7 @@ from torch import distributed as dist
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
+from kvrewrite.passes.insert.sparse_prefill import is_sparse
 from kvrewrite.passes.shard.shard import Sharder
 from kvrewrite.runtime.sharding_proof import prove_shards
 
@@ -70,6 +71,11 @@ def own_device(device: torch.device | str) -> torch.device:
 
 def part_of(program: Program, peers: Peers, prove: bool = True) -> Program:
     """This rank's part of a program, proved by rank 0. Raises on every rank alike."""
+    if is_sparse(program.graph):
+        raise OptionError(
+            "prefill: patterns are of all heads of a layer, and with tensor parallelism no process has them all; leave "
+            "prefill out, or use one process"
+        )
     sharder = Sharder(program, peers.ranks)
     own = sharder.part(peers)
     if prove:

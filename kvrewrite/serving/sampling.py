@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as processors
 
+from kvrewrite.cache.pages import to_device
 from kvrewrite.errors import OptionError
 
 ROWS = 8  # warpers run on so many rows at a time on a GPU, where a scan's rounding may depend on how many there are
@@ -47,6 +48,12 @@ class Logprobs:
     top: list[tuple[int, float]]
 
 
+def _processors(model: Any, config: Any, prompt: int, device: torch.device) -> list[Any]:
+    """transformers' processors of a generation config for a prompt of so many tokens."""
+    model._prepare_special_tokens(config, True, device=device, batch_size=1)
+    return list(model._get_logits_processor(config, prompt, logits_processor=[], device=device))
+
+
 class Sampler:
     """How the tokens of one answer are chosen. prompt: its ids; most: tokens that the answer may have.
 
@@ -58,12 +65,14 @@ class Sampler:
         if config.pad_token_id is None:
             config.pad_token_id = 0  # nothing is padded here
         config.max_length = len(prompt) + most
-        model._prepare_special_tokens(config, True, device=model.device, batch_size=1)
+        # On the host, as long as no processor needs a tensor: a copy to a GPU waits for what that has still to do.
+        self.processors = _processors(model, config, len(prompt), torch.device("cpu"))
         ends = getattr(config, "_eos_token_tensor", None)
         self.ends = set() if ends is None or request.ignore_eos else set(ends.reshape(-1).tolist())
         self.ends |= set(request.stop_ids)
-        found = model._get_logits_processor(config, len(prompt), logits_processor=[], device=model.device)
-        self.samples, self.processors = bool(config.do_sample), list(found)
+        if model.device.type != "cpu" and any(isinstance(x, Tensor) for p in self.processors for x in vars(p).values()):
+            self.processors = _processors(model, config, len(prompt), model.device)
+        self.samples = bool(config.do_sample)
         alone = any(type(p) not in TOGETHER for p in self.processors)
         # Rows with equal keys go through their processors together; None: this one is alone.
         self.key = None if alone else str([(type(p).__name__, sorted(vars(p).items())) for p in self.processors])
@@ -85,14 +94,13 @@ class Sampler:
         self._ids = self._counts = self._bias = None
         if alone:
             self._ids = torch.zeros(1, len(prompt) + most, dtype=torch.int64, device=device)
-            self._ids[0, : len(prompt)] = torch.as_tensor(prompt, device=device)
+            self._ids[0, : len(prompt)] = to_device(prompt, device)
         if self.frequency or self.presence:
             self._counts, self._one = torch.zeros(vocabulary, device=device), torch.ones(1, device=device)
         if self.bias:
             self._bias = torch.zeros(vocabulary, device=device)
-            self._bias[torch.tensor(list(self.bias), device=device)] = torch.tensor(
-                list(self.bias.values()), dtype=torch.float32, device=device
-            )
+            values = torch.tensor(list(self.bias.values()), dtype=torch.float32)
+            self._bias[to_device(list(self.bias), device)] = to_device(values, device)
         self._prompt, self._length = len(prompt), len(prompt)
 
     def restart(self) -> None:
@@ -155,9 +163,9 @@ def choose(logits: Tensor, rows: Sequence[Sampler], forced: dict[int, int]) -> C
     finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
     drawn = [i for i, row in enumerate(rows) if not (row.plain and row.grammar is None) and i not in forced]
     if drawn:
-        ids[torch.tensor(drawn, device=ids.device)] = _draw(logits, drawn, rows)
+        ids[to_device(drawn, ids.device)] = _draw(logits, drawn, rows)
     if forced:
-        at = torch.tensor([[*forced], [*forced.values()]], device=ids.device)
+        at = to_device([[*forced], [*forced.values()]], ids.device)
         ids[at[0]] = at[1]
     for i, row in enumerate(rows):
         if not row.plain:
@@ -183,7 +191,7 @@ def _to_host(ids: Tensor, logprobs: Tensor | None) -> tuple[tuple[Tensor, Tensor
 
 def _logprobs(logits: Tensor, asked: list[int], rows: Sequence[Sampler], ids: Tensor) -> Tensor:
     """(asked, 1 + 2 k) float64: of the token, of the k likeliest, and which these are."""
-    at = torch.tensor(asked, device=logits.device)
+    at = to_device(asked, logits.device)
     most = max(rows[i].logprobs or 0 for i in asked)
     known = logits[at].float().log_softmax(-1)
     top = known.topk(most, dim=-1)
@@ -208,7 +216,7 @@ def _draw(logits: Tensor, drawn: list[int], rows: Sequence[Sampler]) -> Tensor:
                     joined = processor(joined, joined)  # the ids, its first argument, do not matter to it
             if samples:
                 joined = _race(joined, [rows[drawn[at]].generator for at in part])
-            found[torch.tensor(part, device=found.device)] = joined.argmax(-1)[: len(part)]
+            found[to_device(part, found.device)] = joined.argmax(-1)[: len(part)]
     return found
 
 

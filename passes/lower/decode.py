@@ -144,6 +144,7 @@ def fuse_mass(gm: fx.GraphModule) -> None:
     """One token's attention, and from the same pass the mass that `observe` would compute once more."""
     for node in calls(gm, ops.cached_attention.default):
         args = named_args(node)
+        del args["patterns"]  # which are of chunks
         if args.pop("hidden") is not None:
             continue
         logs = [n for n in node.users if is_op(n, operator.getitem) and n.args[1] == 1]

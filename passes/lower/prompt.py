@@ -158,6 +158,8 @@ def _overlap(gm: fx.GraphModule) -> None:
         if not is_op(attend, ops.cached_attention.default) or not is_op(update, ops.cache_update.default):
             continue
         attention, own = named_args(attend), named_args(update)
+        if attention.pop("patterns"):  # attention is short then, and has no op with an update
+            continue
         shared = ("positions", "valid", "k_pages", "v_pages", "pos_pages", "table", "lens")
         if any(attention[name] != own[name] for name in shared) or shares_or_merges(update):
             continue

@@ -144,6 +144,8 @@ def test_memory_that_nobody_wrote_to_is_zero(model: Path) -> None:
         (lambda n: n.insert(-1, {**named(n, "kvrewrite.cache_update.default"), "name": "again"}), "updated twice"),
         (lambda n: n.remove(named(n, "kvrewrite.cache_update.default")), "nothing updates the cache of layer 0"),
         (lambda n: named(n, "kvrewrite.cache_update.default")["args"].__setitem__(16, 9), "window and chunk are 9"),
+        (lambda n: named(n, "kvrewrite.cached_attention.default")["kwargs"].update(patterns="a_shape:1"), "got 1 numbers"),
+        (lambda n: named(n, "kvrewrite.cached_attention.default")["kwargs"].update(patterns="dense"), "patterns are of 1 heads"),
     ],
 )  # fmt: skip
 def test_ops_of_the_cache_get_the_programs_own_inputs(model: Path, change: Any, says: str) -> None:

@@ -43,6 +43,7 @@ def check_pages(*caches: EvictionCache) -> None:
         counted = Counter(p - 1000 * i for cache in caches for p in pages_of(cache) if p // 1000 == i)
         assert store.references.tolist() == [counted[p] for p in range(store.total)]
         assert sorted([*counted, *store.free]) == list(range(1, store.total))
+        assert store.several == sum(n > 1 for n in counted.values())
     for cache in caches:
         for lease in cache.leases:
             lens = lease.lens.numpy()

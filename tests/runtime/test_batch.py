@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running
+from tests.runtime.test_decoding import static
 from tests.runtime.test_invariants import BUDGET, OPTIONS, POLICIES, TIES
 from tests.support.products import covering
 from tests.support.rewritten import captured, original, ours, rewrite, rewritten
@@ -36,11 +38,11 @@ def distinct(count: int, generator: random.Random) -> list[int]:
     return (ids * (1 + count // len(ids)))[:count]
 
 
-def make(family: str, policy: str, positions: str, **options: Any) -> Any:
+def make(family: str, policy: str, positions: str, build: Callable[..., Any] = rewritten, **options: Any) -> Any:
     given = dict(OPTIONS.get(policy, {}), positions=positions, **options)
     if policy not in ("full", "kvzap", "duo_attention", "attention_gate"):
         given.setdefault("budget", BUDGET)
-    return rewritten(family, policy, **given)
+    return build(family, policy, **given)
 
 
 @dataclass(eq=False)
@@ -169,11 +171,9 @@ def test_a_request_is_the_one_that_it_is_alone(family: str, policy: str, positio
 )
 def test_static_buffers_of_a_batch(policy: str, positions: str, more: dict[str, Any]) -> None:
     """The same where the decode step runs from static buffers, in which rows without a request rest."""
-    plain = make("llama", policy, positions, **more)
+    plain, model = (make("llama", policy, positions, build, **more) for build in (rewritten, static))
     requests = [Wanted(distinct(n, random.Random(n)), c) for n, c in ((21, 6), (9, 12), (13, 1), (30, 8), (17, 5))]
     expected = [alone(plain, w) for w in requests]
-    model = copy.deepcopy(plain)
-    model.compile(static_decode=True, backend="eager")
     assert model.decoder is not None
     found = [Wanted(w.prompt, w.count) for w in requests]
     run(Batch(model), found, random.Random(3), most=5, preempt=0.03)

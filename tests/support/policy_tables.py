@@ -1,4 +1,4 @@
-"""The README's tables of policies, from the registry: `python -m tests.support.policy_tables` writes them into it."""
+"""The tables of policies in docs/, from the registry: `python -m tests.support.policy_tables` writes them into the pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from kvrewrite import policies
 from tests.support.rewritten import ours
 
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- {}: written by python -m tests.support.policy_tables -->", "<!-- end -->"
 
 
@@ -44,18 +44,21 @@ def latent_table() -> str:
     return table(("with `mla=latent`", "policies and options"), [list(row) for row in rows.items()])
 
 
-BLOCKS = {"policies": policy_table, "policies on latents": latent_table}
+BLOCKS = {
+    DOCS / "reference/policies.md": ("policies", policy_table),
+    DOCS / "guide/latent_caches.md": ("policies on latents", latent_table),
+}
 
 
-def written(text: str) -> str:
-    """The README's text with its tables as the registry has them."""
-    for name, make in BLOCKS.items():
-        before, begin, rest = text.partition(BEGIN.format(name))
-        _, end, after = rest.partition(END)
-        assert begin and end, f"README.md has no block {BEGIN.format(name)} ... {END}"
-        text = f"{before}{begin}\n{make()}\n{end}{after}"
-    return text
+def written(page: Path) -> str:
+    """A page's text with its table as the registry has it."""
+    name, make = BLOCKS[page]
+    before, begin, rest = page.read_text().partition(BEGIN.format(name))
+    _, end, after = rest.partition(END)
+    assert begin and end, f"{page.name} has no block {BEGIN.format(name)} ... {END}"
+    return f"{before}{begin}\n{make()}\n{end}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in BLOCKS:
+        page.write_text(written(page))

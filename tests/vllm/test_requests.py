@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvrewrite.runtime.batch import Batch
 from kvrewrite.vllm.labels import AXES, Label, answer_delta, prompt_positions, read
 from kvrewrite.vllm.requests import Piece, Requests, bytes_at_most
 from kvrewrite.vllm.versions import SUPPORTED, why_not
+from tests.runtime.test_decoding import static
 from tests.runtime.test_invariants import OPTIONS
 from tests.support.rewritten import rewritten
 from tests.support.zoo import VOCAB
@@ -34,8 +35,8 @@ CASES = [
 ]
 
 
-def make(family: str, policy: str, options: dict[str, Any]) -> Any:
-    return rewritten(family, policy, **{"budget": BUDGET, **OPTIONS.get(policy, {}), **options})
+def make(family: str, policy: str, options: dict[str, Any], build: Callable[..., Any] = rewritten) -> Any:
+    return build(family, policy, **{"budget": BUDGET, **OPTIONS.get(policy, {}), **options})
 
 
 @dataclass(eq=False)
@@ -181,12 +182,11 @@ def test_a_prompt_that_is_not_complete_has_no_logits() -> None:
     assert requests.step([Piece(0, 20, 19, torch.arange(1))]).any()
 
 
-def test_a_compiled_model() -> None:
+def test_static_buffers() -> None:
     """Steps run from static buffers on the pools of the model: first a trial, then as many bytes as vLLM gives."""
     options = {"chunk": 6, "positions": "original"}
     asked, answers = expected("llama", "h2o", tuple(options.items()))
-    model = copy.deepcopy(make("llama", "h2o", options))
-    model.compile(static_decode=True, backend="eager")
+    model = make("llama", "h2o", options, static)
     Requests(model, length=LENGTH).try_out(3)
     requests = Requests(model, length=LENGTH, memory=5 * bytes_at_most(Batch(model), LENGTH))
     again = [Asked(a.number, a.prompt, a.count) for a in asked]
