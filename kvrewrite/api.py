@@ -68,7 +68,6 @@ def transform(
 
     config: Any = getattr(model, "config", None)
     prefill: Prefill = options.pop("prefill", None)
-    prefill: Prefill = options.pop("prefill", None)
     chosen = policies.make(policy, **options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
