@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvrewrite.api import convert, inspect, load, transform
     from kvrewrite.cache.eviction_cache import EvictionCache
     from kvrewrite.dynamo.backend import new_cache
+    from kvrewrite.runtime.chat import chat
     from kvrewrite.runtime.model import RewrittenModel
     from kvrewrite.runtime.saved_cache import load_cache
     from kvrewrite.verification import verify
@@ -26,6 +27,7 @@ _WHERE = {
     "load": "kvrewrite.api",
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
+    "chat": "kvrewrite.runtime.chat",
     "load_cache": "kvrewrite.runtime.saved_cache",
     "verify": "kvrewrite.verification",
     "new_cache": "kvrewrite.dynamo.backend",
@@ -37,6 +39,7 @@ __all__ = [
     "EvictionCache",
     "RewrittenModel",
     "__version__",
+    "chat",
     "convert",
     "inspect",
     "load",

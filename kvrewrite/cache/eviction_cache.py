@@ -18,6 +18,7 @@ from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
+CHECKPOINTS = 4
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
@@ -25,14 +26,15 @@ CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPas
 class MemoryReport:
     """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages
     in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
-    too. text: besides these, the ids of what went in, 4 bytes per token, which later calls are compared with; reports
-    are equal without it."""
+    too. Besides these, text: the ids of what went in, 4 bytes per token, which later calls are compared with;
+    checkpoints: pages that its checkpoints have and it has no more. Reports are equal without the two."""
 
     live: int
     leased: int
     reserved: int
     shared: int = 0
     text: int = field(default=0, compare=False)
+    checkpoints: int = field(default=0, compare=False)
 
 
 class EvictionCache(Request, Cache):
@@ -66,6 +68,7 @@ class EvictionCache(Request, Cache):
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
         twin.history, twin.ended = self.history.fork(), None
+        twin.checkpoints, twin.marking = list(self.checkpoints), False
         twin.states = [state.fork() for state in self.states]
         for lease in self.leases:
             lease.store.end()
@@ -76,6 +79,35 @@ class EvictionCache(Request, Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The same as `fork`: what people do with a cache of transformers to use a prefix again."""
         return self.fork()
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+    @exclusive
+    def checkpoint(self) -> None:
+        """Remembers what is held now, to come back to it (`roll_back`). The newest `CHECKPOINTS` are kept; they share
+        pages with this cache until it writes to them."""
+        twin = self.fork()
+        twin.checkpoints = []
+        kept = [c for c in self.checkpoints if c.columns < self.columns]
+        self.checkpoints = [*kept, twin][-CHECKPOINTS:]
+
+    @exclusive
+    def roll_back(self, columns: int) -> None:
+        """Becomes what it was at its newest checkpoint with at most `columns` columns, or empty where there is none.
+        Also after a step that was interrupted."""
+        kept = [c for c in self.checkpoints if c.columns <= columns]
+        if not kept:
+            self.reset()
+            return
+        self._unfinished = True
+        twin = kept[-1].fork()
+        self._touch()
+        for lease in self.leases:
+            lease.close()
+            lease.store.end()
+        changes = self._changes
+        self.__dict__.update(twin.__dict__, checkpoints=kept, _changes=changes + 1)
+        twin.leases = []  # they are this cache's now
+        self._unfinished = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not picklable: pages belong to a store that forks share."""
@@ -105,6 +137,7 @@ class EvictionCache(Request, Cache):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
         self.history.select(source, self.columns)
+        self.checkpoints = []
         self._rows, self.ended = len(source), None
         self.end_step()
 
@@ -122,7 +155,15 @@ class EvictionCache(Request, Cache):
         for state in self.states:
             size = state.value.numel() * state.value.element_size()
             live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
-        return MemoryReport(live, leased, reserved, shared, self.history.nbytes)
+        return MemoryReport(live, leased, reserved, shared, self.history.nbytes, self._checkpoint_bytes())
+
+    def _checkpoint_bytes(self) -> int:
+        total = 0
+        for i, lease in enumerate(self.leases):
+            others = [checkpoint.leases[i].held for checkpoint in self.checkpoints]
+            if others:
+                total += len(np.setdiff1d(np.concatenate(others), lease.held)) * lease.store.page_bytes
+        return total
 
     def _return_gone(self) -> None:
         """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""

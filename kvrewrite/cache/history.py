@@ -6,6 +6,8 @@ device where they came from, and are only looked at when a text is handed in tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -117,23 +119,37 @@ class History:
         late = np.flatnonzero((mask & ~real).any(0))
         return int(late[0]) if len(late) else columns
 
-    def check_text(self, ids: Tensor, columns: int) -> None:
-        """Raises InputError unless the text `ids` (rows or a multiple of them, T), handed in as a whole, begins with what the
-        first `columns` columns hold and has more."""
+    def first_difference(self, ids: Tensor, columns: int) -> tuple[int, int] | None:
+        """Where the text `ids` (rows or a multiple of them, T) first differs from what the first `columns` columns hold:
+        a row of it and a column; None where it does not, as far as both go."""
         both = min(columns, ids.shape[1])
-        held = self.ids(both).to(ids.device)
         copies = ids.shape[0] // self.rows
+        held = self.ids(both).to(ids.device)
         differs = ids[:, :both] != held.repeat_interleave(copies, 0)
         differs &= torch.from_numpy(self.real(both)).to(ids.device).repeat_interleave(copies, 0)
-        if bool(differs.any()):
-            column = int(differs.any(0).int().argmax())
-            row = int(differs[:, column].int().argmax())
+        if not bool(differs.any()):
+            return None
+        column = int(differs.any(0).int().argmax())
+        return int(differs[:, column].int().argmax()), column
+
+    def check_text(self, ids: Tensor, columns: int, tokenizer: Any = None) -> None:
+        """Raises InputError unless the text `ids` (rows or a multiple of them, T), handed in as a whole, begins with what the
+        first `columns` columns hold and has more. tokenizer: says what tokens mean, for the error."""
+        found = self.first_difference(ids, columns)
+        if found is not None:
+            row, column = found
+            held = int(self.ids(column + 1)[row // (ids.shape[0] // self.rows), column])
+            got = int(ids[row, column])
+            names = [str(got), str(held)]
+            if tokenizer is not None:
+                names = [f"{n} ({tokenizer.decode([n])!r})" for n in (got, held)]
             raise InputError(
-                f"input_ids differ from the text that the cache holds: at column {column} row {row} has token "
-                f"{int(ids[row, column])}, and the cache was given {int(held[row // copies, column])}. A cache goes on from the "
-                "ids that went in: pass those that generate returned with the new ones after them (text that is tokenized "
-                "again, or whose beginning changed, may differ), or reset() the cache, or fork() it before the texts part. "
-                f"New ids alone need an attention_mask of {columns} + {ids.shape[1]} columns"
+                f"input_ids differ from the text that the cache holds: at column {column} row {row} has token {names[0]}, and "
+                f"the cache was given {names[1]}. A cache goes on from the ids that went in: pass those that generate "
+                "returned with the new ones after them (text that is tokenized again, or whose beginning changed, may "
+                'differ); or pass on_mismatch="recompute" at every turn, which goes back to the last turn that agrees; or '
+                f"reset() the cache, or fork() it before the texts part. New ids alone need an attention_mask of {columns} + "
+                f"{ids.shape[1]} columns"
             )
         if ids.shape[1] <= columns:
             raise InputError(

@@ -150,6 +150,8 @@ class Request:
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
+        self.checkpoints: list[Any] = []  # forks of it at the ends of turns, oldest first
+        self.marking = False  # whether the next prompt's end becomes one of them
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
         quantize, scheme = self.layout.quantize, self.layout.scheme

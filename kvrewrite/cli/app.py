@@ -15,6 +15,7 @@ from kvrewrite import __version__
 # Each command's module, which has a function of the same name.
 COMMANDS = {
     "bench": "bench",
+    "chat": "chat",
     "convert": "convert",
     "demo": "demo",
     "eval": "evaluate",

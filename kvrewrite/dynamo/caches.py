@@ -262,6 +262,13 @@ class BackendCache(EvictionCache):
 
     __copy__ = fork
 
+    def roll_back(self, columns: int) -> None:
+        """Becomes what it was at a checkpoint; graphs go on knowing it by its handle."""
+        self._check_bound()
+        handle = self.handle
+        super().roll_back(columns)
+        self.handle = handle
+
     def _check_bound(self) -> None:
         if not self.bound:
             raise CacheError("the cache has not been through a compiled model yet")

@@ -87,7 +87,14 @@ class Generation(GenerationMixin):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: parameters that are tied are one in the graph. (lm-eval and accelerate ask every model.)"""
 
-    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
+        on_mismatch: str = "error",
+        **kwargs: Any,
+    ) -> Any:
         """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with
         every version of transformers, which renamed it.
 
@@ -95,7 +102,13 @@ class Generation(GenerationMixin):
         attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams,
         several sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have
         ended pause: what fills them up does not go into the cache.
+
+        on_mismatch: what is done with a text that does not begin with what the cache has seen. "error" raises InputError
+        with the first token that differs (and its text, where generate is given a tokenizer); "recompute" goes back to
+        the last prompt of a call with "recompute" that agrees, or to the beginning, and computes the text from there.
         """
+        if on_mismatch not in ("error", "recompute"):
+            raise InputError(f'on_mismatch is {on_mismatch!r}, expected "error" or "recompute"')
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         given = past_key_values if cache is None else cache
@@ -106,7 +119,9 @@ class Generation(GenerationMixin):
             check_ids_form(ids)
         if given is not None:
             check_cache(self, given, None)
-            self._check_text(ids, kwargs.get("attention_mask"), given)
+            if on_mismatch == "recompute":
+                self._go_back(ids, kwargs.get("attention_mask"), given)
+            self._check_text(ids, kwargs.get("attention_mask"), given, kwargs.get("tokenizer"))
         self._agree(ids)
         return super().generate(*args, **kwargs)
 
@@ -121,15 +136,31 @@ class Generation(GenerationMixin):
             share_chance(parallel.peers, self.device)
 
     @staticmethod
-    def _check_text(ids: Any, mask: Any, cache: EvictionCache) -> None:
-        """Refuses a text that does not go on from what the cache holds. (Other faults are found where there is no
-        cache, too.)"""
+    def _is_text(ids: Any, mask: Any, cache: EvictionCache) -> bool:
+        """Whether ids are a text that has to begin with what the cache holds, not the new ids alone. (Other faults are
+        found where there is no cache, too.)"""
         if not cache.columns or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] % cache.batch_size:
-            return
-        width = ids.shape[1]
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == cache.columns + width:
-            return  # new ids alone
-        cache.history.check_text(ids, cache.columns)
+            return False
+        return not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == cache.columns + ids.shape[1])
+
+    def _check_text(self, ids: Any, mask: Any, cache: EvictionCache, tokenizer: Any = None) -> None:
+        """Refuses a text that does not go on from what the cache holds."""
+        if self._is_text(ids, mask, cache):
+            cache.history.check_text(ids, cache.columns, tokenizer)
+
+    def _go_back(self, ids: Any, mask: Any, cache: EvictionCache) -> None:
+        """Takes a cache back to where a text agrees with it and has more, and has the end of this prompt marked, too."""
+        if isinstance(ids, Tensor) and len(ids) != cache.batch_size:
+            raise InputError(
+                f'on_mismatch="recompute" changes the cache, which has {cache.batch_size} rows, and the text has {len(ids)}; '
+                "fork() the cache and give the fork as many rows (batch_repeat_interleave)"
+            )
+        if self._is_text(ids, mask, cache):
+            found = cache.history.first_difference(ids, cache.columns)
+            agree = ids.shape[1] - 1 if found is None else min(found[1], ids.shape[1] - 1)
+            if agree < cache.columns:
+                cache.roll_back(agree)
+        cache.marking = True
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
@@ -157,7 +188,7 @@ class Generation(GenerationMixin):
         else:
             cache = given
             if cache.batch_size in (1, batch_size) and rows > cache.batch_size:
-                cache = given.fork()
+                cache, given.marking = given.fork(), False
                 cache.batch_repeat_interleave(rows // cache.batch_size)
             check_cache(self, cache, rows)
         cache.ended = None
@@ -207,6 +238,9 @@ class Generation(GenerationMixin):
         cache = model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
         if not model_kwargs.get("generated"):
             cache.end_prompt()
+            if cache.marking:
+                cache.checkpoint()
+                cache.marking = False
         for name in ("attention_mask", "position_ids"):
             model_kwargs.pop(name, None)
         model_kwargs["generated"] = True
