@@ -66,13 +66,14 @@ def transform(
     """
     from kvrewrite.runtime.model import RewrittenModel
 
+    config: Any = getattr(model, "config", None)
     prefill: Prefill = options.pop("prefill", None)
-    chosen = policies.make(policy, **options)
+    chosen = policies.make(policy, **options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     program = compile_captured(captured, chosen, policy_weights, config, observe, quiet, check)
     _make_sparse(program, prefill)
     if peers is None:
@@ -120,6 +121,24 @@ def _rewritten(program: Program, model: nn.Module) -> RewrittenModel:
     _own_parameters(program.graph)
     adapters = AdapterWatch(model) if has_adapters(model) else None
     return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+
+
+def _encoder(directory: str | Path) -> Callable[[str], list[int]]:
+    """What makes token ids of a text, without special tokens, with the tokenizer of a model directory; it is only opened
+    then."""
+
+    def encode(text: str) -> list[int]:
+        from kvrewrite.artifact.companions import read_tokenizer
+
+        if not directory or not Path(directory).is_dir():
+            raise OptionError(
+                f"an option is the text {text!r}, and this model comes from no directory with a tokenizer; expected token "
+                'ids such as "12,7,301" (tokenizer.encode(text, add_special_tokens=False))'
+            )
+        ids: list[int] = read_tokenizer(directory).encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
 
 
 def _make_sparse(program: Program, prefill: Prefill) -> None:
@@ -197,7 +216,7 @@ def convert(
 
     check_kind(compile, compile_device)
     require_check(check)
-    chosen = policies.make(policy, **options)
+    chosen = policies.make(policy, **options).tokenized(_encoder(model_dir))
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
     if out is not None:
