@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
-from kvrewrite.kernels.groups import Forecast, Rotation, Tokens
-from kvrewrite.kernels.scores import reference
+from kvrewrite.kernels.groups import At, Dense, Forecast, Logits, Repetition, Rotation, Tokens
+from kvrewrite.kernels.scores import compactor, lag, reference
+from kvrewrite.kernels.scores import reconstruction as repeating
 from kvrewrite.kernels.update import reference as reference_evict
 from kvrewrite.ops.dispatch import unversioned
-from kvrewrite.ops.groups import define
+from kvrewrite.ops.groups import Fields, define
 
 
 @torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
@@ -111,6 +112,40 @@ def _(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> 
     return tokens.k.new_empty(tokens.k.shape[:3], dtype=torch.float32)
 
 
+@torch.library.custom_op("kvrewrite::lag_scores", mutates_args=())
+def lag_scores(k: Tensor, v: Tensor, valid: Tensor, sinks: int, lag_size: int, across: bool) -> Tensor:
+    """LagKV's scores of the new tokens: (B, Hkv, T) fp32. See kernels/scores/lag.py."""
+    return lag.lag_scores(k, v, valid, sinks, lag_size, across)
+
+
+@lag_scores.register_fake
+def _(k, v, valid, sinks, lag_size, across):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::leverage", mutates_args=())
+def leverage(keys: Tensor, sketch: Tensor, valid: Tensor, first: int, last: int) -> Tensor:
+    """Leverage scores of the new tokens' sketched keys: (B, Hkv, T) fp32. See kernels/scores/compactor.py."""
+    return compactor.leverage(keys, sketch, valid, first, last)
+
+
+@leverage.register_fake
+def _(keys, sketch, valid, first, last):  # type: ignore[no-untyped-def]
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::block_column_mass", mutates_args=())
+def block_column_mass(q: Tensor, k: Tensor, valid: Tensor, block: int, first: int, last: int) -> Tensor:
+    """Attention that the new tokens receive within their block, from both sides: (B, Hkv, T) fp32. See
+    kernels/scores/compactor.py."""
+    return compactor.block_column_mass(q, k, valid, block, first, last)
+
+
+@block_column_mass.register_fake
+def _(q, k, valid, block, first, last):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))
 def surprisal(logits: Tensor, ids: Tensor, valid: Tensor, last: Tensor, positions: Tensor) -> Tensor:
     """Minus the log probability of each new token (B, T) fp32; last (B, V) fp32: the logits before the first,
@@ -191,6 +226,37 @@ def share_layers(
 @share_layers.register_fake
 def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
     return [torch.empty_like(k) for k in keep]
+
+
+reconstruction_op = define(
+    "reconstruction",
+    Fields(Repetition, "q k stored begins ends"),
+    Fields(Dense, "k_dense"),
+    "Tensor k_pages",
+    "Tensor table",
+    At,
+    Fields(Logits, "sinks alibi scale softcap"),
+    Fields(Repetition, "first most"),
+    returns="Tensor",
+)
+
+
+@reconstruction_op
+def reconstruction(
+    repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits
+) -> Tensor:
+    """Scores of cached slots (B, Hkv, C) fp32: those of the part that a row repeats are the largest softmax weight that
+    any token of the repetition, in any head of the group, gives to the slot; others keep `stored`.
+
+    The softmax is that of the repetition's tokens, causal, over the `first` slots, the part and the tokens themselves
+    (KVzip, arXiv 2505.23416, section 3.4).
+    """
+    return repeating.reconstruction(repetition, dense, k_pages, table, at, logits)
+
+
+@reconstruction_op.fake
+def _(repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits) -> Tensor:
+    return torch.empty_like(repetition.stored)
 
 
 unversioned("kvrewrite::surprisal", "kvrewrite::gate")

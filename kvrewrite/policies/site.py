@@ -44,11 +44,15 @@ class Source(Protocol):
     def hidden_states(self) -> Tensor:
         """What those projections read, (..., hidden)."""
 
-    def unrotated_query(self) -> tuple[Tensor, list[int]]:
-        """The queries without their rotation, and the order of their dimensions that makes them (B, H, T, D)."""
+    def unrotated(self, name: str) -> tuple[Tensor, list[int]]:
+        """The queries or keys ("q", "k") without their rotation, and the order of their dimensions that makes them
+        (B, heads, T, D)."""
 
     def observe(self, **given: Any) -> Tensor:
         """`kvrewrite::observe` of the site's own attention."""
+
+    def reconstruction(self, **given: Any) -> Tensor:
+        """`kvrewrite::reconstruction` of the same."""
 
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
         """A state of the cache."""
@@ -143,8 +147,16 @@ class Site:
     @property
     def query_before_rope(self) -> Tensor:
         """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
-        query, order = self._source.unrotated_query()
-        return query if order == [0, 1, 2, 3] else query.permute(order)
+        return self._before_rope("q")
+
+    @property
+    def key_before_rope(self) -> Tensor:
+        """The new tokens' keys without their rotation, (B, Hkv, T, D); as they are where the model has none."""
+        return self._before_rope("k")
+
+    def _before_rope(self, name: str) -> Tensor:
+        found, order = self._source.unrotated(name)
+        return found if order == [0, 1, 2, 3] else found.permute(order)
 
     @property
     def hidden_states(self) -> Tensor:
@@ -192,6 +204,14 @@ class Site:
         them instead of summing. newest: at most how many rows count, if they are each row's last: saves the rest's work.
         """
         return self._source.observe(rows=rows, above=above, newest=newest)
+
+    def reconstruct(self, first: int, most: int) -> Tensor:
+        """With `repeats_prompt`: the stored scores, but for the part of the text that a row repeats: the largest
+        attention that the repetition gives to each of its slots, (B, Hkv, C) fp32. first: slots before all parts; most:
+        slots of a part."""
+        begins, ends = self.input("repeat_begins"), self.input("repeat_ends")
+        given = {"stored": self.stored_scores(), "begins": begins, "ends": ends, "first": first, "most": most}
+        return self._source.reconstruction(**given)
 
     def every_row(self) -> Tensor:
         """Every query counts once: (B, T)."""
