@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "plot",
     "policies": "policies",
     "prefill": "prefill",
+    "search-patterns": "search_patterns",
     "serve": "serve",
     "train": "train",
     "verify": "verify",
