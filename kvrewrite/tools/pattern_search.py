@@ -143,7 +143,7 @@ class _Site:
         """Each head's largest pattern of a kind within the share, the smallest where none is, and their shares."""
 
         def patterns(numbers: Iterable[int]) -> list[HeadPattern]:
-            return [HeadPattern(kind, *([first] if first else []), int(n)) for n in numbers]
+            return [HeadPattern(kind, first, n) if first else HeadPattern(kind, n) for n in map(int, numbers)]
 
         low = torch.ones(self.heads, dtype=torch.int64)
         high = torch.full_like(low, self.tokens.q.shape[2] + 1)
