@@ -3,13 +3,13 @@
     python -m benchmarks.sparse_prefill layer [--tokens 131072] [--chunk 8192] [--patterns vertical_slash:1000:58]
     python -m benchmarks.sparse_prefill model [--tokens 131072] [--budget 0] [--chunk 8192] [--patterns ...] [--repeat 3]
 
-layer: attention of one layer's chunk at a quarter, half and all of the tokens: dense, sparse as a whole, and its parts (sums of
-the last queries, choice of blocks, attention on them), medians in ms, with the relative error of the attention kernel.
+layer: attention of one layer's chunk at a quarter, half and all of the tokens: dense and sparse from pages ("read" is part of
+both), and sparse's parts (reading, sums of the last queries, choice of blocks, attention on them), medians in ms, with the
+relative error of the attention kernel.
 model: seconds of a prefill of the whole model, dense and sparse at the same budget (0: nothing is evicted), medians, the share
-of dense attention's work that was computed, and where a sparse prefill's time goes. Weights are random, so diagonals lie apart
-where trained models have them side by side: fewer of them make the same share. --patterns: one text for all heads, or several
-that heads take in turn. --out adds
-JSON lines to a file. On a CPU: --device cpu --shape tiny.
+of dense attention's work that was computed, and where the time goes. Weights are random, so diagonals lie apart where trained
+models have them side by side: fewer of them make the same share. --patterns: one text for all heads, or several that heads take
+in turn. --out adds JSON lines to a file. On a CPU: model --device cpu --shape tiny.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvrewrite.kernels import composed
 from kvrewrite.kernels.attention import chunk as dense_kernel
 from kvrewrite.kernels.attention import reference, sparse_chunk, sparse_index
 from kvrewrite.kernels.attention.patterns import parse_head
 from kvrewrite.kernels.attention.sparse_sums import last_sums
-from kvrewrite.kernels.groups import At, Logits, Placed, Slots, Tokens, VisibleBlocks
+from kvrewrite.kernels.groups import At, Dense, Logits, Pages, Placed, Slots, Tokens, VisibleBlocks
 from kvrewrite.passes.insert.sparse_prefill import insert_sparse_prefill
 from kvrewrite.tools.benchmark.shapes import ShapeSource
 from kvrewrite.tools.subjects import Arm, PolicySpec
@@ -73,7 +74,11 @@ def one_length(given: argparse.Namespace, c: int) -> Row:
     slots = Slots(k_cache, v_cache, torch.full((1, KV_HEADS), c, dtype=torch.int32, device="cuda"))
     at = At(torch.arange(c, c + t, device="cuda")[None], torch.full((1,), t, dtype=torch.int32, device="cuda"))
     fresh, logits = Tokens(q, k, v), Logits(scale=D**-0.5)
-    keys, values = sparse_chunk.together(k_cache, k), sparse_chunk.together(v_cache, v)
+    table = torch.randperm(KV_HEADS * c // 64, device="cuda").int().view(1, KV_HEADS, -1)
+    where = torch.argsort(table.flatten())  # of each page, its place in the tensors
+    pools = [x.view(-1, 64, D)[where].contiguous() for x in (k_cache, v_cache)]
+    cache = Pages(*pools, torch.zeros(len(pools[0]), 64, 2, dtype=torch.int32, device="cuda"), table, slots.lens)
+    keys, values = sparse_chunk.gathered_together(cache, k, v)
     sums = last_sums(q, keys, slots.lens, at, logits)
 
     def choose() -> VisibleBlocks:
@@ -83,8 +88,9 @@ def one_length(given: argparse.Namespace, c: int) -> Row:
     share = float(sparse_index.computed_share(visible, fresh, slots, at).mean())
     took = {
         "dense": milliseconds(lambda: dense_kernel.chunk_attention(fresh, slots, at, logits)),
-        "sparse": milliseconds(lambda: sparse_chunk.sparse_attention(words, fresh, slots, at, logits)),
-        "one tensor": milliseconds(lambda: sparse_chunk.together(k_cache, k)),
+        "sparse, read": milliseconds(lambda: sparse_chunk.sparse_attention(words, fresh, Dense(), cache, at, logits)),
+        "dense, read": milliseconds(lambda: composed.cached_attention(fresh, Dense(), cache, at, logits)),
+        "read": milliseconds(lambda: sparse_chunk.gathered_together(cache, k, v)),
         "sums": milliseconds(lambda: last_sums(q, keys, slots.lens, at, logits)),
         "choice": milliseconds(choose),
         "attention": milliseconds(
