@@ -9,7 +9,7 @@ the compiler's and the runtime's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,10 @@ class Policy(Options):
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
+        return self
+
+    def tokenized(self, encode: Callable[[str], list[int]]) -> Policy:
+        """The policy with token ids where options may be text; `encode` gives those of a text, without special tokens."""
         return self
 
     def of_rank(self, rank: int, ranks: int) -> Policy:
@@ -119,6 +123,10 @@ class Policy(Options):
         step = self.chunk or max(1, length)
         return [self.segment(min(step, length - at), keep) for at in range(0, length, step)]
 
+    def passes(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
+        """What runs for such a prompt: the segments of `plan`, and with `repeats_prompt` those of the repetition."""
+        return self.plan(length, row)
+
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
@@ -132,7 +140,7 @@ class Policy(Options):
             tokens += segment.length
             if min(self.layer_keeps(segment, tokens, layers)) < tokens:
                 return True
-        return self.gates or (self.data_dependent and bool(segments))
+        return self.gates or (self.data_dependent and not self.shares_layers and bool(segments))
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""
