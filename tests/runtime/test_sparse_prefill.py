@@ -16,6 +16,7 @@ from kvrewrite.artifact.head_patterns import FORMAT, read_patterns
 from kvrewrite.errors import OptionError
 from kvrewrite.kernels.attention.patterns import HeadPattern
 from kvrewrite.passes.insert.sparse_prefill import NAME, insert_sparse_prefill
+from tests.runtime.test_invariants import OPTIONS
 from tests.support import rewritten
 from tests.support.sparse_oracle import visible
 from tests.support.zoo import VOCAB, make
@@ -111,12 +112,17 @@ EVERY_DAY = ("attention_gate", "locret", "snapkv")
 
 @pytest.mark.filterwarnings("ignore:prefill")
 @pytest.mark.parametrize(
-    "policy", [pytest.param(p.name, marks=() if p.name in EVERY_DAY else pytest.mark.thorough) for p in rewritten.ours()]
+    "policy",
+    [pytest.param(p.name, marks=() if p.name in EVERY_DAY else pytest.mark.thorough) for p in rewritten.ours()],
 )
 def test_every_policy(policy: str) -> None:
     """Patterns that cover everything keep the same tokens and give the same logits; others keep as many."""
-    options: dict[str, Any] = {} if policy in ("full", "attention_gate") else {"budget": 90}
-    covering = {0: ["vertical_slash:999:999"] * HEADS, 1: ["a_shape:999:1", "block_sparse:99", "dense", "a_shape:1:999"]}
+    options = dict(OPTIONS.get(policy, {})) | ({} if policy in ("full", "attention_gate") else {"budget": 90})
+    options |= {"chunk": 100} if "chunk" in options else {}
+    covering = {
+        0: ["vertical_slash:999:999"] * HEADS,
+        1: ["a_shape:999:1", "block_sparse:99", "dense", "a_shape:1:999"],
+    }
     dense = rewritten.rewritten("llama", policy, **options)
     models = [dense, model(covering, policy, **options), model(FEW, policy, **options)]
     caches = [m.new_cache(1, max_length=T) for m in models]
