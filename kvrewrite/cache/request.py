@@ -237,7 +237,7 @@ class Request:
         if not count:
             return []
         state, policy = self.row(row), self._policy_of(row)
-        return [policy.decode_segment(state)] if decoding else policy.plan(count, state)
+        return [policy.decode_segment(state)] if decoding else policy.passes(count, state)
 
     def next_token(self, row: int) -> Segment | None:
         """What one more token of a row does; None: the row rests."""
@@ -267,7 +267,10 @@ class Request:
     def _reach(self, row: int, count: int, decoding: bool) -> int:
         """One more than the largest position that `count` new tokens of a row will have."""
         if not self.layout.contiguous:
-            return self.seen[row] + count
+            again = 0
+            if self._policy.repeats_prompt and not decoding:  # a repetition stands after the prompt
+                again = max((s.length for s in self.segments(row, count, decoding) if s.again), default=0)
+            return self.seen[row] + count + again
         if decoding and self.ranks_frozen[row] and not self._policy.renews_ranks_in_decoding:
             return self.next_rotary[row] + count
         steps = walk(self.segments(row, count, decoding), self.length[row])
@@ -389,12 +392,12 @@ class Request:
                 continue
             if not segment.prompt:
                 self.first_prompt[row] = self.first_prompt[row] or self.seen[row]
-            self.seen[row] += segment.length
-            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.length
+            self.seen[row] += segment.joins
+            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.joins
             if longest[row] < 0:  # every layer has a window
-                longest[row] = min(self.length[row] + segment.length, plan.most_kept(row))
+                longest[row] = min(self.length[row] + segment.joins, plan.most_kept(row))
             self.length[row] = longest[row]
-            self.next_rotary[row] += segment.length
+            self.next_rotary[row] += segment.joins
 
     def _measure(self, plan: StepPlan) -> list[np.ndarray] | None:
         """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a

@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "plot",
     "policies": "policies",
     "prefill": "prefill",
+    "report": "report",
     "serve": "serve",
     "train": "train",
     "verify": "verify",

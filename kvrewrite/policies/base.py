@@ -9,7 +9,7 @@ the compiler's and the runtime's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,10 @@ class Policy(Options):
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
         return self
 
+    def tokenized(self, encode: Callable[[str], list[int]]) -> Policy:
+        """The policy with token ids where options may be text; `encode` gives those of a text, without special tokens."""
+        return self
+
     def of_rank(self, rank: int, ranks: int) -> Policy:
         """The policy as one of several processes has it, each of which holds a block of every layer's heads (tensor
         parallelism). Raises OptionError where that is not possible."""
@@ -127,6 +131,10 @@ class Policy(Options):
         step = self.chunk or max(1, length)
         return self.protecting([self.segment(min(step, length - at), keep) for at in range(0, length, step)], row)
 
+    def passes(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
+        """What runs for such a prompt: the segments of `plan`, and with `repeats_prompt` those of the repetition."""
+        return self.plan(length, row)
+
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
@@ -163,7 +171,7 @@ class Policy(Options):
             tokens += segment.length
             if min(self.layer_keeps(segment, tokens, layers)) < tokens:
                 return True
-        return self.gates or (self.data_dependent and bool(segments))
+        return self.gates or (self.data_dependent and not self.shares_layers and bool(segments))
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""

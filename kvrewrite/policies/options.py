@@ -140,7 +140,7 @@ class Options(Traits):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{self.name}: {name} is {value}, expected at least 1")
-        if self.whole_prompt and self.chunk is not None:
+        if self.whole_prompt and self.chunk is not None and not self.repeats_prompt:
             raise OptionError(
                 f"{self.name}: chunk is {self.chunk}, but it evicts once, by what the end of the prompt attends to, so the "
                 "prompt can't be cut; expected no chunk (a policy with chunked prefill: tova, h2o, keydiff, locret)"

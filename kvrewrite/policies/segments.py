@@ -28,7 +28,8 @@ class Segment:
 
     keep: live slots per head after the segment (UNLIMITED: no eviction), before `layer_budgets`; recent: how many of
     the newest slots of each head are protected in that eviction; values: the row's values of the policy's graph
-    inputs (`Policy.inputs`); prompt: whether it belongs to a prompt.
+    inputs (`Policy.inputs`); prompt: whether it belongs to a prompt. again: what a repetition reads in the place of new
+    tokens: ids, and ranges of places in the prompt. Its tokens see the cache and themselves, and none of them enters it.
     """
 
     length: int
@@ -36,3 +37,9 @@ class Segment:
     recent: int = 0
     values: Mapping[str, int] = field(default_factory=dict)
     prompt: bool = True
+    again: tuple[tuple[int, ...] | range, ...] = ()
+
+    @property
+    def joins(self) -> int:
+        """How many of its tokens enter the cache."""
+        return 0 if self.again else self.length

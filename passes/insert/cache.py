@@ -319,6 +319,14 @@ def _read_cache(
     gm.graph.erase_node(node)
 
 
+def _entering(gm: fx.GraphModule, before: fx.Node, at: tuple[fx.Node, ...], kv_heads: int) -> list[fx.Node]:
+    """Positions, number and flags of the tokens that an update takes, with those of repetitions left out. at: the inputs
+    of `entering`."""
+    with gm.graph.inserting_before(before):
+        found = gm.graph.call_function(ops.entering.default, (*at, kv_heads))
+        return [gm.graph.call_function(operator.getitem, (found, i)) for i in range(3)]
+
+
 def _rate(policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared) -> fx.Node:
     """What layers that share one budget are worth, each after its attention; returns a node after all of them."""
     place = {node: i for i, node in enumerate(shared.writer.memory.gm.graph.nodes)}
@@ -349,6 +357,10 @@ def _close_cache(
     args: dict[str, Any] = {name: cache[name] for name in ("k", "v", *shared.pools, "table", "lens", "floor")}
     args |= {name: inputs[name] for name in ("positions", "valid", "recent")}
     args |= {name: cache.get(name) for name in ("spare", "next_table")}
+    dropped = cache["hidden"]
+    if policy.repeats_prompt:
+        at = (inputs["positions"], inputs["valid"], inputs["repeat_ends"])
+        args["positions"], args["valid"], dropped = _entering(shared.writer.memory.gm, following, at, site.kv_heads)
     args |= {
         "new_scores": scores.new,
         "slot_scores": scores.slots,
@@ -358,7 +370,7 @@ def _close_cache(
         "window": window,
         "chunk": chunk,
         "select": scores.select,
-        "drop": cache["hidden"],
+        "drop": dropped,
         "threshold": shared.add_state(State(f"merge_{site.layer}", [], "float32", fill="nan"))
         if policy.merge
         else None,

@@ -44,6 +44,7 @@ from tests.support.oracle_rules import (
     uniform,
 )
 from tests.support.products import covering
+from tests.support.repetition import KVzipRule
 from tests.support.rewritten import ours, rewrite
 from tests.support.zoo import VOCAB, make
 
@@ -436,6 +437,26 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "kvzap",
         {"threshold": -1.5, "window": 2, "budget": 8, "chunk": 9},
         kvzap(threshold=-1.5, window=2, budget=8, chunk=9),
+    ),
+    "kvzip": (
+        "kvzip",
+        {"budget": 0.4, "n_sink": 2, "repeat_prompt": "90,91", "repeat_answer": "92"},
+        KVzipRule(budget=0.4, sinks=2, prompt=(90, 91), answer=(92,)),
+    ),
+    "kvzip, parts": (
+        "kvzip",
+        {"budget": 9, "n_sink": 1, "repeat_chunk": 7, "lead": 3, "repeat_next": "93", "chunk": 8},
+        KVzipRule(budget=9, sinks=1, part=7, lead=3, following=(93,), chunk=8),
+    ),
+    "kvzip, by head, contiguous": (
+        "kvzip",
+        {"budget": 10, "scope": "head", "repeat_chunk": 9, "lead": 2, "positions": "contiguous"},
+        KVzipRule(budget=10, scope="head", part=9, lead=2, contiguous=True),
+    ),
+    "kvzip, by layer": (
+        "kvzip",
+        {"budget": 8, "scope": "layer", "n_sink": 0, "repeat_chunk": 12, "layer_budgets": "12,8,9"},
+        KVzipRule(budget=8, scope="layer", sinks=0, part=12, layer_budgets=(12, 8, 9)),
     ),
     "fast_kvzip": (
         "fast_kvzip",
@@ -1012,6 +1033,12 @@ def test_oracle_gate_flags_half() -> None:
         ("kvzap", {"window": -1}, "window is -1"),
         ("kvzap", {"budget": 128}, "128 recent tokens"),
         ("kvzap", {"head_budgets": "adakv"}, "head_budgets"),
+        ("kvzip", {"budget": None}, "budget is None"),
+        ("kvzip", {"scope": "heads"}, "scope"),
+        ("kvzip", {"n_sink": -1}, "n_sink is -1"),
+        ("kvzip", {"lead": 0}, "lead is 0"),
+        ("kvzip", {"repeat_chunk": 0}, "repeat_chunk is 0"),
+        ("kvzip", {"budget": 4}, "budget is 4"),
         ("fast_kvzip", {"budget": None}, "budget is None"),
         ("fast_kvzip", {"budget": 12}, "budget is 12"),
         ("fast_kvzip", {"scope": "models"}, "scope"),
