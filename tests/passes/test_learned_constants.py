@@ -134,7 +134,8 @@ LIVE: dict[str, Decoder] = {
 
 # The same places with other formulas: in the thorough tier.
 MORE = {
-    "its exponential", "a divisor", "two of them", "temperature in a buffer", "zero slopes", "zero slopes for flex_attention"
+    "temperature", "its exponential", "a divisor", "two of them", "temperature in a buffer", "zero slopes",
+    "zero slopes for flex_attention",
 }  # fmt: skip
 
 
