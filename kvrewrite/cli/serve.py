@@ -160,5 +160,6 @@ def serve(
         ),
     )
     if compiled:
+        click.echo("compiling, and capturing steps of 1, 2, 4, ... answers: half a minute or more", err=True)
         engine.warm_up()
     serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port, limits=limits)

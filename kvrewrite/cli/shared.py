@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from kvrewrite.errors import KVRewriteError, OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
+
+
+# What they warn of at import is between these packages, and would stand before our own output.
+THEIRS = ("torchao", "torch.utils._pytree")
 
 
 class Command(click.Command):
@@ -24,6 +30,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"copyreg|torch\..*")
+        for name in THEIRS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except KVRewriteError as error:
@@ -79,24 +87,10 @@ def named_steps(total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a progress bar on stderr; call it with (what, done, of)."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("starting", total=1)
-
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=max(1, total))
-
-        yield report
+def waiting(what: str) -> Iterator[Status]:
+    """Shows on stderr, if it is a terminal, what is being waited for; update() says what comes next, stop() ends it."""
+    with stderr_console().status(what) as status:
+        yield status
 
 
 def settings_text(policy: dict[str, Any]) -> str:

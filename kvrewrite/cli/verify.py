@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kvrewrite.cli.options import AS_JSON
-from kvrewrite.cli.shared import Command, find_device, print_json, progress_bar, stdout_console
+from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, stdout_console
 from kvrewrite.tools.tables import escaped
 
 
@@ -32,9 +32,9 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
 
     from kvrewrite.verification import verify as run
 
-    logging.disable_progress_bar()  # this command has its own bar
+    logging.disable_long_bar()  # this command has its own bar
     where = find_device(device)
-    with progress_bar() as progress:
+    with long_bar() as progress:
         report = run(directory, tokens=tokens, hashes=not no_hashes, device=where, progress=progress)
     if as_json:
         print_json(report.as_dict())
