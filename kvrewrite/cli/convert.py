@@ -48,7 +48,7 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
     type=click.Choice(["full", "sites", "off"]),
     default="full",
     show_default=True,
-    help="What is proved by running the rewritten graph beside the captured one: all of it, each attention alone, nothing.",
+    help="What is proved by running the rewritten model beside the original: all of it, each attention alone, or nothing.",
 )
 @click.option("--link", is_flag=True, help="Hard-link the base weights instead of copying them.")
 @click.option("--force", is_flag=True, help="Replace an existing model directory.")

@@ -41,7 +41,7 @@ from kvrewrite.errors import ArtifactError, OptionError
     "--prompt-file", type=click.Path(allow_dash=True), help="retention: a file with the prompt; - reads stdin."
 )
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="memory: context lengths.")
-@click.option("--policy-weights", multiple=True, metavar="NAME=FILE", help="As in eval.")
+@click.option("--policy-weights", multiple=True, metavar="NAME=FILE", help="As in `kvrewrite eval`.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
 @click.option("--force", is_flag=True, help="Replace --out.")

@@ -42,6 +42,11 @@ def search_patterns(
     """Chooses for each head of MODEL which part of a prompt's attention it computes (docs/sparse_prefill.md).
 
     The file goes to `kvrewrite convert --prefill minference --patterns FILE`.
+
+    \b
+    Examples:
+      kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json
+      kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json --device cuda
     """
     if out.exists() and not force:
         raise OptionError(f"{out} exists; choose another name, or overwrite it with --force")

@@ -32,7 +32,7 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
 
     from kvrewrite.verification import verify as run
 
-    logging.disable_long_bar()  # this command has its own bar
+    logging.disable_progress_bar()  # this command has its own bar
     where = find_device(device)
     with long_bar() as progress:
         report = run(directory, tokens=tokens, hashes=not no_hashes, device=where, progress=progress)

@@ -28,3 +28,9 @@ def test_completion_knows_commands_and_options() -> None:
     environment = {"_KVREWRITE_COMPLETE": "bash_complete", "COMP_WORDS": "kvrewrite conv", "COMP_CWORD": "1"}
     done = CliRunner().invoke(app.main, prog_name="kvrewrite", env=environment)
     assert "plain,convert" in done.output
+
+
+def test_the_list_of_commands_is_not_cut() -> None:
+    done = CliRunner().invoke(app.main, ["--help"])
+    assert "..." not in done.output
+    assert all(f"  {command} " in done.output for command in app.COMMANDS)
