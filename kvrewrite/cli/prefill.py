@@ -20,8 +20,9 @@ from kvrewrite.errors import OptionError
 @click.option("--force", is_flag=True, help="Replace --out if it is there.")
 @TRUST
 def prefill(directory: str, document: str, out: Path, device: str, force: bool, trust_compiled: bool) -> None:
-    """Compresses a document once with the converted model in DIRECTORY, into a file that is asked many times:
-    kvrewrite generate DIRECTORY --cache OUT --prompt ...
+    """Compresses a document once with the converted model in DIRECTORY, into a file that is asked many times.
+
+    kvrewrite generate DIRECTORY --cache OUT asks it.
 
     \b
     Examples:
