@@ -205,7 +205,7 @@ def _forced(score: Tensor, place: Tensor) -> Tensor:
 def _of_diagonals(near: Tensor, frame: _Frame) -> Tensor:
     """Blocks that a chosen distance, (B, H, C + T) bool, runs through: (B, H, Q, K) bool."""
     b, h, size = near.shape
-    up_to = pad(near.to(torch.int32).cumsum(2), (1, 0))
+    up_to = pad(near.cumsum(2, dtype=torch.int32), (1, 0))
     lens, valid = frame.lens[..., None, None], frame.valid[..., None, None]
     before = torch.where(frame.cached, lens, 0)  # slots before the first new token, where distances to slots are meant
     last_key = torch.minimum(frame.starts + KEY_BLOCK, torch.where(frame.cached, lens, valid)) - 1
