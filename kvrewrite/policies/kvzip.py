@@ -75,6 +75,7 @@ class KVzip(Scoped):
 
     def validate(self) -> None:
         """Sizes that make sense."""
+        self.require_budget()
         for option in ("repeat_chunk", "lead"):
             if getattr(self, option) < 1:
                 raise OptionError(f"{self.name}: {option} is {getattr(self, option)}, expected at least 1")
