@@ -92,6 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "non_causal_attn": {"block": 7},
     "pyramidkv": {"window": 4, "kernel": 3, "beta": 4},
     "random": {},
+    "random_attention": {"buffer": 3, "protect_prompt": False},
     "scissorhands": {"recent_tokens": 3},
     "sirllm": {"chunk": 7},
     "snapkv": {"window": 4, "kernel": 3},
