@@ -34,6 +34,8 @@ from kvrewrite.kernels.attention.patterns import (
 )
 from kvrewrite.kernels.groups import At, Logits, Slots, Tokens, VisibleBlocks
 
+AT_ONCE = 1 << 23  # indices in memory
+
 
 class Sums(NamedTuple):
     """Softmax weights of the last n queries, summed. columns (B, H, C + T): per key. cached (B, H, C + n - 1) and new
@@ -142,6 +144,20 @@ def find_visible(
     return VisibleBlocks((blocks | own | everything[..., None, None]) & possible(frame), columns)
 
 
+def computed_share(visible: VisibleBlocks, tokens: Tokens, slots: Slots, at: At) -> Tensor:
+    """How many keys the queries of each head are multiplied with, as a part of what dense attention takes: (B, H). A
+    block counts as a whole, a single key once for each block of queries that comes after it."""
+    (blocks, columns), frame = visible, _frame(tokens, slots, at)
+    assert blocks is not None and columns is not None
+    new = -(-frame.capacity // KEY_BLOCK) * KEY_BLOCK
+    ends = (frame.queries + new + QUERY_BLOCK).expand(*columns.shape[:2], -1).contiguous()
+    ordered = columns.long().masked_fill(columns < 0, 1 << 40).contiguous()
+    single = torch.searchsorted(ordered, ends)
+    real = frame.queries < frame.valid[..., None]
+    counted = (blocks.sum(3) * KEY_BLOCK + single) * real
+    return counted.sum(2) / (possible(frame).sum((2, 3)) * KEY_BLOCK).clamp(min=1)
+
+
 def possible(frame: _Frame) -> Tensor:
     """Blocks that hold a live key which some query of the block sees: (B, H, Q, K) bool."""
     lens, valid = frame.lens[:, :, None, None], frame.valid[:, :, None, None]
@@ -189,15 +205,19 @@ def _forced(score: Tensor, place: Tensor) -> Tensor:
 def _of_diagonals(near: Tensor, frame: _Frame) -> Tensor:
     """Blocks that a chosen distance, (B, H, C + T) bool, runs through: (B, H, Q, K) bool."""
     b, h, size = near.shape
-    up_to = pad(near.to(torch.int32).cumsum(2), (1, 0))
+    up_to = pad(near.cumsum(2, dtype=torch.int32), (1, 0))
     lens, valid = frame.lens[..., None, None], frame.valid[..., None, None]
     before = torch.where(frame.cached, lens, 0)  # slots before the first new token, where distances to slots are meant
     last_key = torch.minimum(frame.starts + KEY_BLOCK, torch.where(frame.cached, lens, valid)) - 1
     last_query = torch.minimum(frame.queries + QUERY_BLOCK, frame.valid[..., None]) - 1
-    begin = (before + frame.queries[:, None] - last_key).clamp(0, size)
-    end = (before + last_query[..., None] - frame.starts + 1).clamp(0, size)
-    counts = [torch.gather(up_to, 2, x.expand(b, h, -1, -1).reshape(b, h, -1)) for x in (begin, end)]
-    return (counts[1] > counts[0]).view(b, h, len(frame.queries), len(frame.starts))
+    found = []
+    step = max(1, AT_ONCE // (b * h * len(frame.starts)))
+    for i in range(0, len(frame.queries), step):  # so that the indices of a long whole prompt are never there at once
+        begin = (before + frame.queries[i : i + step, None] - last_key).clamp(0, size)
+        end = (before + last_query[..., i : i + step, None] - frame.starts + 1).clamp(0, size)
+        counts = [torch.gather(up_to, 2, x.expand(b, h, -1, -1).reshape(b, h, -1)) for x in (begin, end)]
+        found.append((counts[1] > counts[0]).view(b, h, -1, len(frame.starts)))
+    return torch.cat(found, 2) if len(found) != 1 else found[0]
 
 
 def _of_first_keys(frame: _Frame, table: HeadTable) -> Tensor:

@@ -33,7 +33,7 @@ from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
-PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted")
+PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted", "first_prompt")
 
 
 def row_inputs(
@@ -148,6 +148,7 @@ class Request:
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
+        self.first_prompt = [0] * batch  # its tokens, 0 until it is complete
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
         self.checkpoints: list[Any] = []  # forks of it at the ends of turns, oldest first
@@ -224,11 +225,12 @@ class Request:
         """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
         self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
+        self.first_prompt = [known or seen for known, seen in zip(self.first_prompt, self.seen)]
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""
-        return RowState(self.seen[row], self.generated[row], self.length[row])
+        return RowState(self.seen[row], self.generated[row], self.length[row], self.first_prompt[row] or None)
 
     def segments(self, row: int, count: int, decoding: bool) -> list[Segment]:
         """What `count` new tokens of a row do. decoding: whether the row goes on by one token."""
@@ -252,6 +254,9 @@ class Request:
                 f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most {limit} "
                 "tokens at a time (a table of positions can't be extended)"
             )
+        first = not decoding and not self.first_prompt[row]
+        if first and (problem := policy.why_no_prompt(total)) is not None:
+            return CacheError(f"row {row}: {problem}")
         if policy.capacity is not None and total > policy.capacity:
             return CacheError(
                 f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {policy.budget}; use a "
@@ -385,6 +390,8 @@ class Request:
         for row, segment in enumerate(plan.segments):
             if segment is None:
                 continue
+            if not segment.prompt:
+                self.first_prompt[row] = self.first_prompt[row] or self.seen[row]
             self.seen[row] += segment.joins
             self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.joins
             if longest[row] < 0:  # every layer has a window

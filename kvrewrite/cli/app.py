@@ -26,6 +26,7 @@ COMMANDS = {
     "policies": "policies",
     "prefill": "prefill",
     "report": "report",
+    "search-patterns": "search_patterns",
     "serve": "serve",
     "train": "train",
     "verify": "verify",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
+
+
+PROMPT = "prompt_tokens"  # the row input that says how many of a row's first tokens protect_prompt keeps
 
 
 @dataclass
@@ -53,6 +56,11 @@ class Policy(Options):
     def ragged(self) -> bool:
         """Whether the device decides which of a layer's heads keeps how many slots."""
         return self.gates or self.data_dependent or self.head_budgets != "equal"
+
+    @property
+    def row_inputs(self) -> list[str]:
+        """Inputs of the graph (B,) int32 whose numbers `Segment.values` has."""
+        return [*self.inputs, *[PROMPT] * self.protect_prompt]
 
     @property
     def rates_prompts_only(self) -> bool:
@@ -121,7 +129,7 @@ class Policy(Options):
         if self.whole_prompt and row.seen:
             keep = UNLIMITED
         step = self.chunk or max(1, length)
-        return [self.segment(min(step, length - at), keep) for at in range(0, length, step)]
+        return self.protecting([self.segment(min(step, length - at), keep) for at in range(0, length, step)], row)
 
     def passes(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """What runs for such a prompt: the segments of `plan`, and with `repeats_prompt` those of the repetition."""
@@ -130,7 +138,30 @@ class Policy(Options):
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
-        return self.segment(1, self.slots(row.seen + 1) if evicts else UNLIMITED, prompt=False)
+        segment = self.segment(1, self.slots(row.seen + 1) if evicts else UNLIMITED, prompt=False)
+        return self.protecting([segment], row)[0]
+
+    def protecting(self, segments: list[Segment], row: RowState) -> list[Segment]:
+        """With protect_prompt: the segments without an eviction in the first prompt, and with what the later ones protect."""
+        if not self.protect_prompt:
+            return segments
+        if row.prompt is None and all(segment.prompt for segment in segments):
+            return [replace(segment, keep=UNLIMITED) for segment in segments]
+        kept = {PROMPT: row.seen if row.prompt is None else row.prompt}
+        return [replace(segment, values={**segment.values, **kept}) for segment in segments]
+
+    def why_no_prompt(self, length: int) -> str | None:
+        """With protect_prompt: why a first prompt of so many tokens can't be kept; None: it can."""
+        if not self.protect_prompt:
+            return None
+        budget = self.slots(length)
+        others = self.recent_of(budget) + 1
+        if length + others <= budget:
+            return None
+        return (
+            f"{self.name} keeps the prompt of {length} tokens (protect_prompt), and beside it at least {others} tokens, but its "
+            f"budget is {budget}; expected a budget of at least {length + others}"
+        )
 
     def evicts(self, segments: Sequence[Segment], layers: int = 1) -> bool:
         """Whether these segments of a row's first prompt lose any token; with gates that is so before any has ended. layers:

@@ -45,6 +45,7 @@ class FastKVzip(Scoped):
     source = "arXiv 2601.17668"
     evicts_when = "chunks, every 128 tokens"
     needs_weights = True
+    protects_prompts = False
     published = "a .pt file of Fast KVzip's gates, such as qwen3-8b/q4_dim16_sink16.pt"
 
     budget: int | float | None = 0.3
@@ -58,6 +59,7 @@ class FastKVzip(Scoped):
 
     def validate(self) -> None:
         """Sizes that make sense."""
+        self.require_budget()
         for option, least in (
             ("window", 0),
             ("interval", 0),

@@ -11,11 +11,12 @@ UNLIMITED = 2**31 - 1  # keep everything
 @dataclass(frozen=True)
 class RowState:
     """What a plan may depend on, for one row. seen: tokens so far; generated: those since the last prompt; held: most
-    live slots of a head."""
+    live slots of a head; prompt: tokens of the row's first prompt, None until it is complete."""
 
     seen: int = 0
     generated: int = 0
     held: int = 0
+    prompt: int | None = None
 
 
 NEW_ROW = RowState()

@@ -110,7 +110,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         rotary=rotary,
         length_tables=lengths,
         states=list(shared.writer.memory.states.values()),
-        row_inputs=list(policy.inputs),
+        row_inputs=policy.row_inputs,
         rewrites_slots=shared.rewrites_slots,
         ragged=policy.ragged,
         quantize=None if scheme is None else Quantize(scheme.kind, scheme.group, policy.quantize_residual),
@@ -136,7 +136,8 @@ class _Shared:
         self.add, self.scheme, self.pools = add, scheme, pools
         self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
         self.dtype = str(captured.dtype).removeprefix("torch.")
-        self.nodes: dict[str, fx.Node | None] = {n: inputs[n] for n in ("positions", "valid", "recent", *policy.inputs)}
+        rows = ("positions", "valid", "recent", *policy.row_inputs)
+        self.nodes: dict[str, fx.Node | None] = {n: inputs[n] for n in rows}
         self.nodes["input_ids"] = placeholder(gm, "input_ids")
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
@@ -216,7 +217,7 @@ def _control_inputs(
     add: InputMaker, classes: list[CacheClass], pools: list[PoolShapes], contiguous: bool, policy: Policy
 ) -> dict[str, fx.Node]:
     """Adds the inputs that every rewritten graph has; by name."""
-    specs = call_inputs(contiguous, policy.inputs)
+    specs = call_inputs(contiguous, policy.row_inputs)
     for c, (spec, shapes) in enumerate(zip(classes, pools)):
         specs += class_inputs(c, spec, shapes, policy.ragged)
     return {spec.name: add(spec) for spec in specs}

@@ -16,6 +16,7 @@ from kvrewrite.artifact.head_patterns import FORMAT, read_patterns
 from kvrewrite.errors import OptionError
 from kvrewrite.kernels.attention.patterns import HeadPattern
 from kvrewrite.passes.insert.sparse_prefill import NAME, insert_sparse_prefill
+from tests.runtime.test_invariants import OPTIONS
 from tests.support import rewritten
 from tests.support.sparse_oracle import visible
 from tests.support.zoo import VOCAB, make
@@ -106,6 +107,34 @@ def test_patterns_that_cover_everything_change_nothing(policy: str, options: dic
     assert torch.equal(run(sparse, ids(2)), run(dense, ids(2)))
 
 
+EVERY_DAY = ("attention_gate", "locret", "snapkv")
+
+
+@pytest.mark.filterwarnings("ignore:prefill")
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p.name, marks=() if p.name in EVERY_DAY else pytest.mark.thorough) for p in rewritten.ours()],
+)
+def test_every_policy(policy: str) -> None:
+    """Patterns that cover everything keep the same tokens and give the same logits; others keep as many."""
+    options = dict(OPTIONS.get(policy, {})) | ({} if policy in ("full", "attention_gate") else {"budget": 90})
+    options |= {"chunk": 100} if "chunk" in options else {}
+    covering = {
+        0: ["vertical_slash:999:999"] * HEADS,
+        1: ["a_shape:999:1", "block_sparse:99", "dense", "a_shape:1:999"],
+    }
+    dense = rewritten.rewritten("llama", policy, **options)
+    models = [dense, model(covering, policy, **options), model(FEW, policy, **options)]
+    caches = [m.new_cache(1, max_length=T) for m in models]
+    with torch.no_grad():
+        want, same, other = (m(ids(), past_key_values=cache).logits for m, cache in zip(models, caches, strict=True))
+    assert torch.equal(same, want) and torch.isfinite(other).all() and not torch.equal(other, want)
+    live = [cache.live_slots() for cache in caches]
+    assert all(torch.equal(live[0][layer], live[1][layer]) for layer in live[0])
+    if not dense.policy.gates and not dense.policy.data_dependent:
+        assert all(int(live[0][layer].sum()) == int(live[2][layer].sum()) for layer in live[0])
+
+
 def test_single_tokens_and_short_chunks_see_everything() -> None:
     sparse, dense = model(FEW), rewritten.rewritten("llama", "full")
     pieces = [64, 40, 1, 1, 30, 64]
@@ -128,6 +157,22 @@ def test_compiled_is_eager() -> None:
     want = run(sparse, ids(), [248, 1, 1])
     sparse.compile(static_decode=True, backend="eager")
     torch.testing.assert_close(run(sparse, ids(), [248, 1, 1]), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """The kernels give what the reference gives; graphs of whole chunks give what the kernels give."""
+    options: dict[str, Any] = {"budget": 90, "chunk": 80, "prefill": FEW, "check": "off"}
+    sparse = kvrewrite.transform(make("llama"), "streaming_llm", **options)
+    want = run(sparse, ids())
+    sparse.to("cuda")
+    eager = run(sparse, ids().cuda())
+    torch.testing.assert_close(eager.cpu(), want, rtol=1e-3, atol=1e-3)
+    sparse.compile()
+    for _ in range(3):  # a shape is captured when it comes for the second time
+        torch.testing.assert_close(
+            run(sparse, ids().cuda(), logits_to_keep=1)[0, -1], eager[0, -1], rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_directory_has_its_patterns(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Moment:
     first: bool  # that was the row's first prompt
     generated: int  # tokens since that prompt
     layers: int
+    first_prompt: int = 0  # tokens of the row's first prompt
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Oracle:
             for i in range(self.config.num_hidden_layers)
         ]
         self.seen = self.total = self.last_prompt = self.generated = 0
-        self.first = True
+        self.first, self.first_prompt = True, 0
         self.part = self.after = ""
         self.raw: dict[tuple[int, str], Tensor] = {}
         self.places: dict[tuple[int, int], int] = {}  # of the next token, by layer and head
@@ -153,6 +154,8 @@ class Oracle:
         if not self.first:
             for layer in self.layers:
                 self.rule.turn(layer)
+        else:
+            self.first_prompt = len(ids)
         self.total, self.last_prompt, self.generated = self.seen + len(ids), len(ids), 0
         out, at = [], 0
         for length, part in self.rule.cut(len(ids)):
@@ -201,6 +204,7 @@ class Oracle:
             first=self.first,
             generated=self.generated,
             layers=len(self.layers),
+            first_prompt=self.first_prompt,
         )
 
     def _part(self, ids: list[int], part: str) -> Tensor:
