@@ -1,6 +1,6 @@
 """A model over several GPUs beside one: seconds of a prompt, milliseconds of a decode step.
 
-    python -m benchmarks.tensor_parallel [--layers N] [--prompt TOKENS] [--rows N ...] [--out FILE]
+    python -m benchmarks.tensor_parallel [--layers N] [--prompt TOKENS ...] [--rows N ...] [--out FILE]
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.tensor_parallel ...   (or torchrun)
 
 Llama-3.1-8B shape (32 layers unless fewer are asked for), random bf16 weights, of which each process makes its own. The first
@@ -23,6 +23,7 @@ from kvrewrite.artifact.meta_model import parameters_on_meta
 from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.ir.fx import get_attr, set_attr
+from kvrewrite.runtime import executor
 from kvrewrite.runtime.model import RewrittenModel
 from kvrewrite.runtime.parallel import find_peers, own_device, part_of
 from kvrewrite.tools.benchmark.shapes import SHAPES
@@ -97,12 +98,12 @@ def measure(model: RewrittenModel, prompt: int, rows: int, steps: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=32768)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32768], help="one, or one for each of --rows")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--policy", default="streaming_llm")
     parser.add_argument("--budget", type=int, default=4096)
-    parser.add_argument("--symmetric", action="store_true", help="small sums by torch's one-shot kernel, not NCCL")
+    parser.add_argument("--nccl", action="store_true", help="sums of decode steps by NCCL, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = own_device("cuda")
@@ -112,20 +113,18 @@ def main() -> None:
     model = build(args.layers, args.policy, options, device)
     parallel = model.program.parallel
     ranks, first = (1, True) if parallel is None else (parallel.peers.ranks, parallel.peers.rank == 0)
-    if args.symmetric and parallel is not None:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        torch._inductor.config._collective.auto_select = True
-        symmetric.enable_symm_mem_for_group(parallel.peers.group)
+    if args.nccl:
+        executor.sums_directly = lambda peers, device: False
     model.compile()
     found = []
-    for rows in args.rows:
+    prompts = args.prompt if len(args.prompt) > 1 else args.prompt * len(args.rows)
+    for rows, prompt in zip(args.rows, prompts, strict=True):
         found.append(
             {
                 "processes": ranks,
                 "layers": args.layers,
                 "budget": args.budget,
-                **measure(model, args.prompt, rows, args.steps),
+                **measure(model, prompt, rows, args.steps),
             }
         )
         if first:

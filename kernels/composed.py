@@ -12,6 +12,7 @@ from kvrewrite.kernels.attention.chunk import chunk_attention
 from kvrewrite.kernels.attention.column_mass import column_mass
 from kvrewrite.kernels.attention.decode import decode_attention
 from kvrewrite.kernels.attention.gated import gated_attention
+from kvrewrite.kernels.attention.sparse_chunk import sparse_attention
 from kvrewrite.kernels.groups import (
     EQUAL,
     At,
@@ -49,8 +50,13 @@ def _gathered(dense: Dense, cache: Pages, placed: bool) -> Slots:
     return Slots(k_cache, v_cache, cache.lens, _slot_positions(cache.pos_pages, cache.table, placed))
 
 
-def cached_attention(tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits) -> tuple[Tensor, Tensor]:
-    """One token: from the pages. More: the cache is gathered first, which costs little beside the attention."""
+def cached_attention(
+    tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits, patterns: str = ""
+) -> tuple[Tensor, Tensor]:
+    """One token: from the pages. More: the cache is gathered first, which costs little beside the attention. patterns:
+    of a chunk that is long enough for them."""
+    if patterns:
+        return sparse_attention(patterns, tokens, _gathered(dense, cache, placed=False), at, logits)
     if tokens.q.shape[2] == 1 and logits.hidden is None:
         out, lse, _ = decode_attention(tokens, dense, cache, at, logits)
         return out, lse

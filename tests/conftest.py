@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import logging
 import os
 from typing import Any
 
@@ -24,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 torch.set_num_threads(1)
 # Tracing makes many objects that live; with Python's thresholds looking for cycles among them takes 4 to 7% of the time.
 gc.set_threshold(200_000, 20, 100)
+# torch writes down graphs and stacks of each trace if somebody listens, and pytest listens to loggers that don't propagate: a
+# quarter of the time of tests that compile.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def quick_interpreter() -> None:

@@ -8,5 +8,6 @@ import kvrewrite.ops.quantized
 import kvrewrite.ops.rotary
 import kvrewrite.ops.scores
 import kvrewrite.ops.state
+import kvrewrite.ops.sums
 import kvrewrite.ops.together
 import kvrewrite.ops.update  # noqa: F401

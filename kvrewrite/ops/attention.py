@@ -149,11 +149,10 @@ def cached_attention(
     patterns = sparse.patterns if q.shape[2] > DENSE_TOKENS else ""
     if patterns and logits.placed:
         raise OptionError("cached_attention: patterns are of causal attention; got a window, a chunk or ALiBi")
-    why = "sparse prefill has no kernel yet" if patterns else why_not_cached(tokens, dense, cache, logits)
-    if fused("cached_attention", q, why):
+    if fused("cached_attention", q, why_not_cached(tokens, dense, cache, logits)):
         from kvrewrite.kernels import composed
 
-        return composed.cached_attention(tokens, dense, cache, at, logits)
+        return composed.cached_attention(tokens, dense, cache, at, logits, patterns)
     cached_k = pages.read(cache.k_pages, cache.table) if dense.k_dense is None else dense.k_dense
     keys, placed = _cached_keys(k, cached_k, cache.pos_pages, cache.table, cache.lens, at)
     cached_v = dense.v_dense

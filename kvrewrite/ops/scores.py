@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.groups import Forecast, Rotation, Tokens
-from kvrewrite.kernels.scores import reference
+from kvrewrite.kernels.scores import compactor, lag, reference
 from kvrewrite.kernels.update import reference as reference_evict
 from kvrewrite.ops.dispatch import unversioned
 from kvrewrite.ops.groups import define
@@ -109,6 +109,40 @@ def expected_attention(tokens: Tokens, rotation: Rotation, valid: Tensor, foreca
 @expected_attention_op.fake
 def _(tokens: Tokens, rotation: Rotation, valid: Tensor, forecast: Forecast) -> Tensor:
     return tokens.k.new_empty(tokens.k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::lag_scores", mutates_args=())
+def lag_scores(k: Tensor, v: Tensor, valid: Tensor, sinks: int, lag_size: int, across: bool) -> Tensor:
+    """LagKV's scores of the new tokens: (B, Hkv, T) fp32. See kernels/scores/lag.py."""
+    return lag.lag_scores(k, v, valid, sinks, lag_size, across)
+
+
+@lag_scores.register_fake
+def _(k, v, valid, sinks, lag_size, across):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::leverage", mutates_args=())
+def leverage(keys: Tensor, sketch: Tensor, valid: Tensor, first: int, last: int) -> Tensor:
+    """Leverage scores of the new tokens' sketched keys: (B, Hkv, T) fp32. See kernels/scores/compactor.py."""
+    return compactor.leverage(keys, sketch, valid, first, last)
+
+
+@leverage.register_fake
+def _(keys, sketch, valid, first, last):  # type: ignore[no-untyped-def]
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::block_column_mass", mutates_args=())
+def block_column_mass(q: Tensor, k: Tensor, valid: Tensor, block: int, first: int, last: int) -> Tensor:
+    """Attention that the new tokens receive within their block, from both sides: (B, Hkv, T) fp32. See
+    kernels/scores/compactor.py."""
+    return compactor.block_column_mass(q, k, valid, block, first, last)
+
+
+@block_column_mass.register_fake
+def _(q, k, valid, block, first, last):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))

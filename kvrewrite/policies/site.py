@@ -44,8 +44,9 @@ class Source(Protocol):
     def hidden_states(self) -> Tensor:
         """What those projections read, (..., hidden)."""
 
-    def unrotated_query(self) -> tuple[Tensor, list[int]]:
-        """The queries without their rotation, and the order of their dimensions that makes them (B, H, T, D)."""
+    def unrotated(self, name: str) -> tuple[Tensor, list[int]]:
+        """The queries or keys ("q", "k") without their rotation, and the order of their dimensions that makes them
+        (B, heads, T, D)."""
 
     def observe(self, **given: Any) -> Tensor:
         """`kvrewrite::observe` of the site's own attention."""
@@ -143,8 +144,16 @@ class Site:
     @property
     def query_before_rope(self) -> Tensor:
         """The queries without their rotation, (B, H, T, D); as they are where the model has none."""
-        query, order = self._source.unrotated_query()
-        return query if order == [0, 1, 2, 3] else query.permute(order)
+        return self._before_rope("q")
+
+    @property
+    def key_before_rope(self) -> Tensor:
+        """The new tokens' keys without their rotation, (B, Hkv, T, D); as they are where the model has none."""
+        return self._before_rope("k")
+
+    def _before_rope(self, name: str) -> Tensor:
+        found, order = self._source.unrotated(name)
+        return found if order == [0, 1, 2, 3] else found.permute(order)
 
     @property
     def hidden_states(self) -> Tensor:

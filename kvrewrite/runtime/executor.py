@@ -16,8 +16,10 @@ from torch import Tensor, fx
 
 from kvrewrite.errors import InputError
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
+from kvrewrite.passes.lower.sum_ranks import sum_directly
 from kvrewrite.runtime import decode_graph, prompt_graph
 from kvrewrite.runtime.decode_graph import DecodeRunner
+from kvrewrite.runtime.parallel import sums_directly
 from kvrewrite.runtime.parts import Execution
 from kvrewrite.runtime.prompt_graph import PrefillRunner
 
@@ -65,7 +67,10 @@ def compiled(model: RewrittenModel, static_decode: bool | None, options: dict[st
         # To whom called `compile`, which has a decorator.
         warnings.warn(f"decoding is compiled, but not captured as a whole: {reason}", stacklevel=4)
         return found
-    found.token = DecodeRunner(model, folded, compiler, capture=on_cuda)
+    parallel, of_tokens = model.program.parallel, folded
+    if parallel is not None and sums_directly(parallel.peers, model.device):
+        of_tokens = sum_directly(folded)
+    found.token = DecodeRunner(model, of_tokens, compiler, capture=on_cuda)
     if prompt_graph.why_not(*subject) is None:
         found.prompt = PrefillRunner(execution, capture=on_cuda)
     return found

@@ -6,6 +6,7 @@ Every rank runs the same calls with the same ids. What one process would draw or
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import distributed as dist
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
+from kvrewrite.ops import sums
 from kvrewrite.passes.insert.sparse_prefill import is_sparse
 from kvrewrite.passes.shard.shard import Sharder
 from kvrewrite.runtime.sharding_proof import prove_shards
@@ -102,6 +104,24 @@ def _group(peers: Peers) -> Any:
     """The process group of this name; torch's functional collectives find it in the same way."""
     name: Any = peers.group
     return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def sums_directly(peers: Peers, device: torch.device) -> bool:
+    """Whether decode steps may sum by `ops.sums`, whose buffers are made then: two GPUs of one host that read each other's
+    memory. (Of more ranks it was not shown that each sums in the same order.) Every rank calls this."""
+    if peers.ranks != 2 or device.type != "cuda":
+        return False
+    places: list[Any] = [None, None]
+    group = _group(peers)
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group=group)
+    (host, _), (other_host, other) = places[peers.rank], places[1 - peers.rank]
+    seen = host == other_host and device.index != other and torch.cuda.can_device_access_peer(device.index, other)
+    answers: list[Any] = [None, None]
+    dist.all_gather_object(answers, seen, group=group)
+    if not all(answers):
+        return False
+    sums.reserve(peers.group, device)
+    return True
 
 
 def share_chance(peers: Peers, device: torch.device) -> None:

@@ -34,7 +34,7 @@ class SiteNodes:
     known: Mapping[str, Any]
     observed: Mapping[str, Any] = field(default_factory=dict)
     span: tuple[int, int] = (0, 0)
-    _query: tuple[fx.Node, list[int]] | None = None
+    _unrotated: dict[str, tuple[fx.Node, list[int]]] = field(default_factory=dict)
 
     def projections(self, adapted: bool) -> list[fx.Node]:
         """The projections of q, k and v, each once; one node when they are fused. adapted: without the low-rank adapters
@@ -68,19 +68,21 @@ class SiteNodes:
         assert isinstance(node, fx.Node)
         return node
 
-    def unrotated_query(self, gm: fx.GraphModule, max_positions: int | None) -> tuple[fx.Node, list[int]]:
-        """The queries without their rotation, as they are where there is none; and what order of dimensions (B, H, T, D) is."""
-        facts, query = self.facts, self.known["q"]
-        assert query is not None
-        if self._query is None:
-            found = find_rope(gm, query, facts.heads, placeholder(gm, "position_ids"), max_positions)
+    def unrotated(self, name: str, gm: fx.GraphModule, max_positions: int | None) -> tuple[fx.Node, list[int]]:
+        """The queries or keys ("q", "k") without their rotation, as they are where there is none; and what order of dimensions
+        (B, heads, T, D) is."""
+        facts, node = self.facts, self.known[name]
+        assert node is not None
+        if name not in self._unrotated:
+            what, heads = ("queries", facts.heads) if name == "q" else ("keys", facts.kv_heads)
+            found = find_rope(gm, node, heads, placeholder(gm, "position_ids"), max_positions)
             if not isinstance(found, Rope) and found.rotated:
                 raise UnsupportedModelError(
-                    f"layer {facts.layer} ({facts.module}): the queries' rotation was not understood ({found.reason}), and "
-                    "this policy needs queries without it"
+                    f"layer {facts.layer} ({facts.module}): the {what}' rotation was not understood ({found.reason}), and "
+                    f"this policy needs {what} without it"
                 )
-            self._query = (found.pre, list(found.layout)) if isinstance(found, Rope) else (query, [0, 1, 2, 3])
-        return self._query
+            self._unrotated[name] = (found.pre, list(found.layout)) if isinstance(found, Rope) else (node, [0, 1, 2, 3])
+        return self._unrotated[name]
 
 
 def _adapts(node: fx.Node, projection: fx.Node) -> bool:
@@ -135,9 +137,9 @@ class Reader:
     def hidden_states(self) -> Tensor:
         return self._look(self._nodes.hidden_states())
 
-    def unrotated_query(self) -> tuple[Tensor, list[int]]:
-        query, order = self._nodes.unrotated_query(self._memory.gm, self._memory.max_positions)
-        return self._look(query), order
+    def unrotated(self, name: str) -> tuple[Tensor, list[int]]:
+        found, order = self._nodes.unrotated(name, self._memory.gm, self._memory.max_positions)
+        return self._look(found), order
 
     def observe(self, **given: Any) -> Tensor:
         known = {n: v for n, v in self._nodes.observed.items() if n in parameters(observe) and n not in given}

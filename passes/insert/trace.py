@@ -53,6 +53,9 @@ class Values:
                 allow_dynamic_output_shape_ops=False,
             )
         self._mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self._mode.cache_enabled = (
+            not symbolic
+        )  # keeping results costs more than computing them where sizes are symbols
         self._names = NamedSizes(self._mode)
         self._numbers: dict[Any, int] = {}
         self._gm, self._values = gm, dict[fx.Node, Any]()

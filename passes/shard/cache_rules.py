@@ -54,6 +54,9 @@ HEADS: dict[Any, dict[str, int]] = {
     ops.pool_window.default: {"mass": 1},
     ops.key_difference.default: {"keys": 1, "positions": 1},
     ops.expected_attention.default: {"q": 1, "k": 1, "v": 1},
+    ops.lag_scores.default: {"k": 1, "v": 1},
+    ops.leverage.default: {"keys": 1, "sketch": 0},
+    ops.block_column_mass.default: {"q": 1, "k": 1},
     ops.kept_above.default: {"scores": 1, "places": 1, "keep": 1},
     ops.sink_gate.default: {"q": 2, "k": 2, "k_base": 0, "bias": 0},
 }

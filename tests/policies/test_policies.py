@@ -19,6 +19,7 @@ from kvrewrite.passes.pipeline import canonical
 from tests.support import learned
 from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
+from tests.support.oracle_newer import CompactorRule, FinchRule, LagKVRule, ObservedAttentionRule
 from tests.support.oracle_rules import (
     AttentionGateRule,
     ExpectedAttentionRule,
@@ -460,6 +461,49 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 9, "start": 3, "chunk": 7},
         DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
     ),
+    "observed attention, chunks, heads": (
+        "observed_attention",
+        {"budget": 0.4, "chunk": 8, "head_budgets": "adakv"},
+        ObservedAttentionRule(budget=0.4, chunk=8, head_budgets="adakv"),
+    ),
+    "finch": ("finch", {"budget": 11, "window": 4}, FinchRule(budget=11, recent=4)),
+    "finch, original positions": (
+        "finch",
+        {"budget": 0.5, "window": 3, "normalize": False, "positions": "original"},
+        FinchRule(budget=0.5, recent=3, normalize=False, contiguous=False),
+    ),
+    "lagkv": ("lagkv", {"budget": 12, "n_sink": 2, "lag_size": 4}, LagKVRule(budget=12, sinks=2, lag=4)),
+    "lagkv across, heads": (
+        "lagkv",
+        {"budget": 0.6, "n_sink": 1, "lag_size": 5, "across": True, "head_budgets": "adakv"},
+        LagKVRule(budget=0.6, sinks=1, lag=5, across=True, head_budgets="adakv"),
+    ),
+    "leverage": ("leverage", {"budget": 10, "sketch": 6}, CompactorRule(budget=10, sketch=6, part="leverage")),
+    "leverage, contiguous": (
+        "leverage",
+        {"budget": 9, "sketch": 9, "seed": 4, "positions": "contiguous"},
+        CompactorRule(budget=9, sketch=9, seed=4, part="leverage", contiguous=True),
+    ),
+    "non-causal attention": (
+        "non_causal_attn",
+        {"budget": 10, "block": 7},
+        CompactorRule(budget=10, block=7, part="attention"),
+    ),
+    "non-causal attention, heads": (
+        "non_causal_attn",
+        {"budget": 0.4, "head_budgets": "adakv"},
+        CompactorRule(budget=0.4, part="attention", head_budgets="adakv"),
+    ),
+    "compactor": (
+        "compactor",
+        {"budget": 12, "start": 2, "recent_tokens": 3, "sketch": 6, "block": 8},
+        CompactorRule(budget=12, sinks=2, recent=3, sketch=6, block=8),
+    ),
+    "compactor, heads": (
+        "compactor",
+        {"budget": 0.5, "start": 1, "recent_tokens": 0, "blending": 0.7, "head_budgets": "adakv"},
+        CompactorRule(budget=0.5, sinks=1, blending=0.7, head_budgets="adakv"),
+    ),
     "attention gate": ("attention_gate", {"gate_heads": 2, "gate_dim": 8}, attention_gate()),
     "attention gate, no start": ("attention_gate", {"start": 0, "gate_heads": 2}, attention_gate(sinks=0)),
     "attention gate, budget": (
@@ -718,6 +762,9 @@ def test_oracle_without_eviction_is_the_model() -> None:
         SirLLMRule(budget=99, chunk=6),
         NACLRule(budget=99, interval=2),
         attention_gate(threshold=0.0, chunk=5),
+        FinchRule(budget=99, recent=4),
+        LagKVRule(budget=99, lag=5),
+        CompactorRule(budget=99, recent=2),
     ):
         oracle = Oracle(llama(), rule)
         got = [oracle.prompt(ids[0, :20].tolist()), *(oracle.decode(t) for t in ids[0, 20:].tolist())]
@@ -853,7 +900,7 @@ def test_oracle_gate_flags_half() -> None:
         ("full", {"merge": True}, "merge"),
         ("knorm", {"quantize": "int3"}, "quantize"),
         # The policies' own.
-        *[(p, {"chunk": 7}, "chunk") for p in ("snapkv", "pyramidkv", "adakv", "expected_attention", "nacl")],
+        *[(p, {"chunk": 7}, "chunk") for p in ("snapkv", "pyramidkv", "adakv", "expected_attention", "nacl", "lagkv")],
         ("snapkv", {"kernel": 4}, "kernel is 4"),
         ("snapkv", {"kernel": 0}, "kernel is 0"),
         ("snapkv", {"pooling": "sum"}, "pooling"),
@@ -872,6 +919,16 @@ def test_oracle_gate_flags_half() -> None:
         ("sirllm", {"budget": 6, "start": 4, "recent_tokens": 2}, "budget is 6"),
         ("nacl", {"preset": "papers"}, "preset"),
         ("nacl", {"interval": -1}, "interval is -1"),
+        *[(p, {"budget": None}, "budget is None") for p in ("observed_attention", "leverage", "lagkv", "compactor")],
+        ("finch", {"window": 0}, "window is 0"),
+        ("finch", {"budget": 32}, "budget is 32"),
+        ("lagkv", {"n_sink": -1}, "n_sink is -1"),
+        ("lagkv", {"lag_size": 1}, "lag_size is 1"),
+        ("leverage", {"sketch": 0}, "sketch is 0"),
+        ("non_causal_attn", {"block": 0}, "block is 0"),
+        ("compactor", {"sketch": 0}, "sketch is 0"),
+        ("compactor", {"blending": -0.5}, "blending is -0.5"),
+        ("compactor", {"budget": 12}, "budget is 12"),
         ("kvzap", {"threshold": None}, "budget is None"),
         ("kvzap", {"threshold": float("inf")}, "threshold is inf"),
         ("kvzap", {"window": -1}, "window is -1"),

@@ -14,9 +14,12 @@ import torch
 import kvrewrite
 from kvrewrite.errors import ArtifactError, OptionError
 from kvrewrite.ir.parallel import Peers
+from kvrewrite.ops import sums
+from kvrewrite.passes.lower.sum_ranks import sum_directly
 from kvrewrite.passes.shard.shard import shard
 from kvrewrite.runtime.batch import Batch
 from kvrewrite.runtime.model import RewrittenModel
+from kvrewrite.runtime.parallel import find_peers, sums_directly
 from tests.support.ranks import run_ranks
 from tests.support.rewritten import rewritten
 from tests.support.tiny import TEXT, make_checkpoint
@@ -60,12 +63,22 @@ def answers(model: Any) -> dict[str, Any]:
     return {**found, "logits": logits.tolist(), "leased": cache.memory().leased, "batched": batched(model)}
 
 
+def summed_directly(model: Any) -> bool:
+    """Whether a graph whose sums are one op each gives the same logits; here that op asks the process group."""
+    expected = model(IDS).logits
+    model.graph_module = sum_directly(model.graph_module)
+    names = [str(node.target) for node in model.graph_module.graph.nodes]
+    assert "kvrewrite.sum_ranks.default" in names and not any("all_reduce" in name for name in names)
+    return torch.equal(model(IDS).logits, expected)
+
+
 def in_ranks(rank: int, directories: dict[str, str], ranks: int) -> dict[str, Any]:
     found = {}
     for policy, directory in directories.items():
         model = kvrewrite.load(directory, tp_plan="auto", tp_size=ranks)
         torch.manual_seed(rank)  # rank 0's counts
         found[policy] = answers(model)
+    found["directly"] = summed_directly(model)
     with pytest.raises(OptionError, match=f"tp_size is 5, but there are {ranks}"):
         kvrewrite.load(directory, tp_size=5)
     with pytest.raises(ArtifactError, match="can't be saved"):
@@ -88,6 +101,7 @@ def test_processes(ranks: int, policies: tuple[str, ...], tmp_path: Path) -> Non
     for policy, directory in directories.items():
         kvrewrite.convert(base, directory, policy, check="off", **POLICIES[policy])
     parts = run_ranks(ranks, in_ranks, directories, ranks)
+    assert all(part["directly"] for part in parts)
     for policy, directory in directories.items():
         torch.manual_seed(0)
         whole = answers(kvrewrite.load(directory))
@@ -114,6 +128,42 @@ def decoded(model: Any) -> list[Any]:
     """Tokens of two texts, so that the second replays what the first captured."""
     fixed = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     return [model.generate(ids.to(model.device), **fixed).tolist() for ids in (IDS, IDS.flip(0))]
+
+
+def replayed_sums(rank: int) -> list[bool]:
+    """Sums of several shapes and types, whose inputs change, in a graph that is replayed: each right on the device."""
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    peers = find_peers("auto", None, device)
+    assert peers is not None and sums_directly(peers, device)
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for shape in ((1, 1, 4096), (7, 8), (32, 1, 4096), (3, 1, 5), (1, 513, 1024)):  # the last two go by NCCL
+            x, spare = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(1 << 20, device=device)
+            torch.ops.kvrewrite.sum_ranks(x, peers.group)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                once = torch.ops.kvrewrite.sum_ranks(x, peers.group)
+                twice = torch.ops.kvrewrite.sum_ranks(once + 1, peers.group)
+            for turn in range(20):
+                both = [
+                    torch.rand(shape, generator=torch.Generator().manual_seed(100 * turn + r)).to(dtype) for r in (0, 1)
+                ]
+                x.copy_(both[rank])
+                if rank == turn % 2:  # one of them is late
+                    for _ in range(50):
+                        spare.add_(1)
+                graph.replay()
+                expected = both[0] + both[1]
+                found += [torch.equal(once.cpu(), expected), torch.equal(twice.cpu(), (expected + 1) * 2)]
+    assert peers.group in sums._BUFFERS
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sums_of_two_gpus() -> None:
+    assert all(all(found) and len(found) == 600 for found in run_ranks(2, replayed_sums))
 
 
 @pytest.mark.gpu

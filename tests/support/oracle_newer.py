@@ -1,0 +1,160 @@
+"""What newer policies keep, as tests/support/oracle_rules.py has it of the others: loops over
+lists, from the definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.support.oracle import Entry, Layer, Moment, rotate
+from tests.support.oracle_rules import Scored, Scores, length, uniform
+
+
+@dataclass(kw_only=True)
+class ObservedAttentionRule(Scored):
+    """What a token received, per query that has seen it."""
+
+    policy = "observed_attention"
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        n = moment.seen
+        return [
+            [layer.received(h, e.position, range(e.position, n)) / (n - e.position) for e in entries]
+            for h, entries in enumerate(layer.heads)
+        ]
+
+
+@dataclass(kw_only=True)
+class FinchRule(Scored):
+    """Attention from the question's queries, each times the number of tokens that it sees; once,
+    re-rotated."""
+
+    first_prompt_only: bool = True
+    contiguous: bool = True
+    normalize: bool = True
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        assert self.recent is not None
+        n = moment.seen
+        out = []
+        for h, entries in enumerate(layer.heads):
+            total = [0.0] * len(entries)
+            for i in range(max(0, n - self.recent), n):
+                seen = i + 1 if self.normalize else 1
+                total = [t + seen * layer.received(h, e.position, range(i, i + 1)) for t, e in zip(total, entries)]
+            out.append(total)
+        return out
+
+
+@dataclass(kw_only=True)
+class LagKVRule(Scored):
+    """Per block: how much a key's and a value's channels, measured by the next block's least and
+    largest, deviate."""
+
+    first_prompt_only: bool = True
+    sinks: int = 4
+    lag: int = 128
+    across: bool = False
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        out = []
+        for entries in layer.heads:
+            cut = [entries[at : at + self.lag] for at in range(self.sinks, len(entries), self.lag)]
+            cut = [block for block in cut if len(block) == self.lag]
+            worth = [1.0 + e.position for e in entries]  # what has no block after it
+            for block, following in itertools.pairwise(cut):
+                rotated = self.softmax([layer.rotated(e) for e in block], [layer.rotated(e) for e in following])
+                values = self.softmax([e.value for e in block], [e.value for e in following])
+                mean = [(a + b) / 2 for a, b in zip(rotated, values)]
+                for e, score in zip(block, mean):
+                    worth[e.position] = score if self.across else sum(score > other for other in mean) / self.lag
+            out.append(worth)
+        return out
+
+    def softmax(self, block: list[Tensor], following: list[Tensor]) -> list[float]:
+        low = [min(column) for column in zip(*(x.tolist() for x in following))]
+        high = [max(column) for column in zip(*(x.tolist() for x in following))]
+        spread = []
+        for x in block:
+            u = [(c - a) / (b - a) for c, a, b in zip(x.tolist(), low, high)]
+            mean = sum(u) / len(u)
+            spread.append((sum((c - mean) ** 2 for c in u) / (len(u) - 1)) ** 0.5)
+        total = sum(math.exp(s) for s in spread)
+        return [math.exp(s) / total for s in spread]
+
+
+@dataclass(kw_only=True)
+class CompactorRule(Scored):
+    """z-scores of leverage and of attention from both sides, added. part: "both", or one of them as
+    it is."""
+
+    first_prompt_only: bool = True
+    part: str = "both"
+    block: int = 256
+    sketch: int = 48
+    seed: int = 0
+    blending: float | None = None
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        assert self.recent is not None
+        n = moment.seen
+        inside = range(self.sinks, n - self.recent)
+        if not inside:
+            return [[0.0] * n for _ in layer.heads]
+        leverage, attention = [], []
+        for h, entries in enumerate(layer.heads):
+            taken = [entries[i] for i in inside]
+            leverage.append(self.leverage(layer, h, taken))
+            attention.append(self.attention(layer, h, taken))
+        if self.part != "both":
+            return leverage if self.part == "leverage" else attention
+        slots, _ = self.slots(layer, moment)
+        blending = max(0.0, 1 - slots / n) if self.blending is None else self.blending
+        pairs = zip(standard(leverage), standard(attention))
+        ends = [0.0] * self.sinks, [0.0] * self.recent
+        return [[*ends[0], *(blending * x + y for x, y in zip(a, b)), *ends[1]] for a, b in pairs]
+
+    def leverage(self, layer: Layer, head: int, entries: list[Entry]) -> list[float]:
+        """The j-th diagonal number of X (X^T X + 0.01)^-1 X^T, of sketched keys without
+        rotation."""
+        size = entries[0].key.shape[0]
+        matrix = [
+            [self.normal(layer.index, head, c * self.sketch + s, size) for s in range(self.sketch)] for c in range(size)
+        ]
+        keys = torch.stack([e.key for e in entries])
+        x = (keys - keys.mean(0)) @ torch.tensor(matrix, dtype=torch.float64) / self.sketch**0.5
+        inverse = torch.linalg.inv(x.T @ x + 0.01 * torch.eye(self.sketch, dtype=torch.float64))
+        return [float(row @ inverse @ row) for row in x]
+
+    def normal(self, layer: int, head: int, place: int, size: int) -> float:
+        """Box and Muller's, of two hashed numbers."""
+        u, v = (uniform(self.seed, layer, head, place + more) for more in (0, size * self.sketch))
+        return (-2 * math.log(u)) ** 0.5 * math.cos(2 * math.pi * v)
+
+    def attention(self, layer: Layer, head: int, entries: list[Entry]) -> list[float]:
+        """Column sums of attention without a mask or a scale in every block, times ||v||; the mean
+        of three neighbours."""
+        weighed = []
+        for at in range(0, len(entries), self.block):
+            block = entries[at : at + self.block]
+            keys, places = torch.stack([layer.rotated(e) for e in block]), [e.position for e in block]
+            total = torch.zeros(len(block), dtype=torch.float64)
+            for g in layer.group(head):
+                queries = rotate(layer.queries[g][places], places, layer.theta)
+                for q in queries:
+                    total += torch.softmax(keys @ q, dim=0)
+            weighed += [float(t) / len(layer.group(head)) * length(e.value) for t, e in zip(total, block)]
+        padded = [0.0, *weighed, 0.0]
+        return [sum(padded[j : j + 3]) / 3 for j in range(len(weighed))]
+
+
+def standard(scores: Scores) -> Scores:
+    """All together with mean 0 and deviation 1."""
+    flat = [x for head in scores for x in head]
+    mean = sum(flat) / len(flat)
+    deviation = max((sum((x - mean) ** 2 for x in flat) / max(1, len(flat) - 1)) ** 0.5, 1e-6)
+    return [[(x - mean) / deviation for x in head] for head in scores]
