@@ -22,7 +22,7 @@ from tests.policies import test_options as quantized
 from tests.policies import test_policies as table
 from tests.support.learned import DuoRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule, rotate
-from tests.support.oracle_rules import H2ORule, KeyDiffRule, SnapKVRule
+from tests.support.oracle_rules import H2ORule, KeyDiffRule
 from tests.support.products import covering, few
 from tests.support.rewritten import build, captured, rewrite, rewritten
 
@@ -96,6 +96,7 @@ FULL = {
     "keydiff heads",
     "knorm pyramid",
     "fast_kvzip, by layer",
+    "nacl pyramid",
 }
 CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
     **{name: case for name, case in table.CASES.items() if not isinstance(case[2], DuoRule)},
@@ -103,11 +104,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "h2o",
         {"budget": 13, "recent_tokens": 3, "head_budgets": "adakv"},
         H2ORule(budget=13, recent=3, head_budgets="adakv"),
-    ),
-    "adakv, with room": (
-        "adakv",
-        {"budget": 13, "window": 3, "kernel": 3},
-        SnapKVRule(budget=13, recent=3, kernel=3, head_budgets="adakv"),
     ),
     "keydiff heads, no floor": (
         "keydiff",
@@ -125,7 +121,9 @@ def test_pinned_against_oracle(name: str) -> None:
     follow(CASES[name], WIDTHS, PINS)
 
 
-@pytest.mark.parametrize("name", sorted(FULL - {"h2o pyramid", "adakv pyramid", "locret heads and layers"}))
+@pytest.mark.parametrize(
+    "name", sorted(FULL - {"h2o pyramid", "nacl pyramid", "adakv pyramid", "locret heads and layers"})
+)
 def test_no_room_is_said_before_anything_happens(name: str) -> None:
     policy, options, _ = CASES[name]
     model = table.rewritten(policy, **options)
