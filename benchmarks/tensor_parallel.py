@@ -25,7 +25,7 @@ from kvrewrite.compiler import compile_captured, quiet
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.runtime import executor
 from kvrewrite.runtime.model import RewrittenModel
-from kvrewrite.runtime.parallel import find_peers, own_device, part_of
+from kvrewrite.runtime.parallel import find_peers, leave, own_device, part_of
 from kvrewrite.tools.benchmark.shapes import SHAPES
 
 REPEATS = 3
@@ -131,8 +131,9 @@ def main() -> None:
             print(json.dumps(found[-1]), flush=True)
             if args.out:
                 args.out.write_text(json.dumps(found, indent=1))
+    del model
     if parallel is not None:
-        torch.distributed.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def cached_attention(
     """One token: from the pages. More: the cache is gathered first, which costs little beside the attention. patterns:
     of a chunk that is long enough for them."""
     if patterns:
-        return sparse_attention(patterns, tokens, _gathered(dense, cache, placed=False), at, logits)
+        return sparse_attention(patterns, tokens, dense, cache, at, logits)
     if tokens.q.shape[2] == 1 and logits.hidden is None:
         out, lse, _ = decode_attention(tokens, dense, cache, at, logits)
         return out, lse

@@ -285,6 +285,20 @@ class Forecast(NamedTuple):
     epsilon: float
 
 
+class Repetition(NamedTuple):
+    """Tokens that repeat a part of their row's text, all of which is cached and nothing was evicted from: q (B, H, T,
+    D), k (B, Hkv, T, D) of them; stored (B, Hkv, C) fp32, the scores that slots have; begins, ends (B,) int32: the slots
+    of the part (ends 0: the row repeats nothing), at most `most`; first: the slots before all parts."""
+
+    q: Tensor
+    k: Tensor
+    stored: Tensor
+    begins: Tensor
+    ends: Tensor
+    first: int
+    most: int
+
+
 class VisibleBlocks(NamedTuple):
     """What the queries of a chunk see (sparse prefill). blocks (B, H, Q, K) bool: whether a block of 128 queries sees a
     block of 64 keys, those of the cache first, then those of the new tokens. columns (B, H, N) int32: keys that every

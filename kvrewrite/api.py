@@ -21,7 +21,7 @@ from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
 from kvrewrite.capture.frontend import capture
 from kvrewrite.capture.third_party import AdapterWatch, has_adapters, unwrap
-from kvrewrite.compiler import Progress, Weights, compile_captured, find_sites, quiet
+from kvrewrite.compiler import Canonical, Progress, Weights, compile_captured, find_sites, quiet
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
@@ -66,27 +66,79 @@ def transform(
     """
     from kvrewrite.runtime.model import RewrittenModel
 
+    config: Any = getattr(model, "config", None)
     prefill: Prefill = options.pop("prefill", None)
-    chosen = policies.make(policy, **options)
+    chosen = policies.make(policy, **options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
     several = len(devices_of(model)) > 1
     captured = (capture_on_devices if several else capture)(model, max_length=max_length)
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     program = compile_captured(captured, chosen, policy_weights, config, observe, quiet, check)
     _make_sparse(program, prefill)
-    if is_transformers_model(model):
-        generation_config = getattr(model, "generation_config", None)
-    else:
-        config, generation_config = foreign_config(program, type(model).__name__), None
+    if peers is None:
+        return _rewritten(program, model)
+    from kvrewrite.runtime.parallel import part_of
+
+    config, generation_config = _configs(program, model)
     _own_parameters(program.graph)
     adapters = AdapterWatch(model) if has_adapters(model) else None
-    if peers is not None:
-        from kvrewrite.runtime.parallel import part_of
+    # No source: the whole model's memory is its owner's to give back.
+    return RewrittenModel(part_of(program, peers, check == "full"), config, generation_config, adapters=adapters)
 
-        # No source: the whole model's memory is its owner's to give back.
-        return RewrittenModel(part_of(program, peers, check == "full"), config, generation_config, adapters=adapters)
+
+class Rewriter:
+    """What `transform` does, for many policies on one model: the model is captured and its graph proved once.
+
+    model, check: as for `transform`. The model must stay as it is meanwhile. Raises what `transform` raises.
+    """
+
+    def __init__(self, model: nn.Module, *, check: str = "full"):
+        self.model = unwrap(model)
+        several = len(devices_of(self.model)) > 1
+        captured = (capture_on_devices if several else capture)(self.model)
+        self._canonical = Canonical(captured, None, check=check)
+
+    def rewrite(self, policy: str | Policy, *, policy_weights: Weights = None, **options: Any) -> RewrittenModel:
+        """Returns the model with this policy; it shares the parameters' storage."""
+        chosen = policies.make(policy, **options)
+        config = getattr(self.model, "config", None)
+        return _rewritten(self._canonical.copy().program(chosen, policy_weights, config), self.model)
+
+
+def _configs(program: Program, model: nn.Module) -> tuple[Any, Any]:
+    """The configuration and generation configuration of a rewritten model."""
+    if is_transformers_model(model):
+        return model.config, getattr(model, "generation_config", None)
+    return foreign_config(program, type(model).__name__), None
+
+
+def _rewritten(program: Program, model: nn.Module) -> RewrittenModel:
+    """Wraps a program that was made of `model`."""
+    from kvrewrite.runtime.model import RewrittenModel
+
+    config, generation_config = _configs(program, model)
+    _own_parameters(program.graph)
+    adapters = AdapterWatch(model) if has_adapters(model) else None
     return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+
+
+def _encoder(directory: str | Path) -> Callable[[str], list[int]]:
+    """What makes token ids of a text, without special tokens, with the tokenizer of a model directory; it is only opened
+    then."""
+
+    def encode(text: str) -> list[int]:
+        from kvrewrite.artifact.companions import read_tokenizer
+
+        if not directory or not Path(directory).is_dir():
+            raise OptionError(
+                f"an option is the text {text!r}, and this model comes from no directory with a tokenizer; expected token "
+                'ids such as "12,7,301" (tokenizer.encode(text, add_special_tokens=False))'
+            )
+        ids: list[int] = read_tokenizer(directory).encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
 
 
 def _make_sparse(program: Program, prefill: Prefill) -> None:
@@ -164,7 +216,7 @@ def convert(
 
     check_kind(compile, compile_device)
     require_check(check)
-    chosen = policies.make(policy, **options)
+    chosen = policies.make(policy, **options).tokenized(_encoder(model_dir))
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
     if out is not None:

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.program import Program
@@ -47,6 +49,58 @@ def read_weights(weights: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, s
     return weights, {}
 
 
+class Canonical:
+    """A captured model whose attention is found and proved, into which any number of policies can go, each in a copy.
+
+    The capture and its proof take most of a rewrite's time and are the same for every policy. check: as for
+    `transform`; "full" proves the whole again for each policy.
+    """
+
+    def __init__(self, captured: Captured, observe: Observer | None, progress: Progress = quiet, check: str = "full"):
+        from kvrewrite.runtime.translation import reference_logits
+
+        progress("finding attention and proving it" if check != "off" else "finding attention")
+        self.captured = captured
+        with _float32():
+            self.sites = canonical(captured, observe, check)
+            self.reference = reference_logits(captured) if check == "full" else None
+
+    def copy(self) -> Canonical:
+        """Returns one for a further policy: the graph is its own, parameters and stand-ins for them are shared."""
+        graph, twin = self.captured.graph, copy.copy(self)
+        tensors = [*graph.parameters(), *graph.buffers()]
+        copied: fx.GraphModule = copy.deepcopy(graph, {id(tensor): tensor for tensor in tensors})
+        own = {id(site): copy.deepcopy(site) for site in self.sites}
+        for node in copied.graph.nodes:  # a copied node has the meta of the one that it was copied from
+            if "kvrewrite_site" in node.meta:
+                node.meta["kvrewrite_site"] = own[id(node.meta["kvrewrite_site"])]
+        twin.sites = [own[id(site)] for site in self.sites]
+        twin.captured = dataclasses.replace(self.captured, graph=copied, proof=copy.copy(self.captured.proof))
+        return twin
+
+    def program(
+        self,
+        policy: Policy,
+        weights: Weights,
+        config: Any,
+        observe: Observer | None = None,
+        progress: Progress = quiet,
+    ) -> Program:
+        """Inserts a policy, in place: this can be done once, so take a `copy` where there are more."""
+        from kvrewrite.runtime.translation import prove_whole
+
+        captured = self.captured
+        with _float32():
+            progress(f"inserting {policy.name}")
+            program = insert(captured, self.sites, policy, read_weights(weights), model_facts(config), observe)
+            if self.reference is not None:
+                progress("proving the whole")
+                captured.proof.whole = prove_whole(program, captured, self.reference)
+        program.proof = captured.proof.as_dict() if captured.proof is not None else None
+        captured.before = captured.stand_ins = None
+        return program
+
+
 def compile_captured(
     captured: Captured,
     policy: Policy,
@@ -57,20 +111,7 @@ def compile_captured(
     check: str = "full",
 ) -> Program:
     """Runs the passes over a captured graph and proves the result; `transform` documents the arguments."""
-    from kvrewrite.runtime.translation import prove_whole, reference_logits
-
-    progress("finding attention and proving it" if check != "off" else "finding attention")
-    with _float32():
-        sites = canonical(captured, observe, check)
-        reference = reference_logits(captured) if check == "full" else None
-        progress(f"inserting {policy.name}")
-        program = insert(captured, sites, policy, read_weights(weights), model_facts(config), observe)
-        if reference is not None:
-            progress("proving the whole")
-            captured.proof.whole = prove_whole(program, captured, reference)
-    program.proof = captured.proof.as_dict() if captured.proof is not None else None
-    captured.before = captured.stand_ins = None
-    return program
+    return Canonical(captured, observe, progress, check).program(policy, weights, config, observe, progress)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def insert(
     Raises OptionError where the policy does not fit the model, PolicyWeightsError where the weights do not.
     """
     passes = PassLog()
-    facts = dict(facts or {})
+    facts = {**(facts or {}), "vocab_size": captured.vocab_size}
     ropes = find_ropes(captured)
     # A layer without any rotation needs none; one whose rotation can't be replayed rules contiguous positions out.
     problems = {i: r for i, r in ropes.items() if isinstance(r, NoRope) and r.rotated}
@@ -165,6 +165,11 @@ def insert(
         policy_names = attach_weights(captured.graph, fitting)
     usable = {i: r for i, r in ropes.items() if isinstance(r, Rope)}
     layout = insert_cache(captured, policy, usable)
+    if policy.repeats_prompt and (carried := [s.name for s in layout.states if s.carried]):
+        raise UnsupportedModelError(
+            f"{policy.name} reads the prompt a second time, and the model has layers whose state ({carried[0]}) would read "
+            "the repetition, too; use a policy that reads it once (snapkv, expected_attention, keydiff)"
+        )
     passes.done("insert_cache", captured.graph)
     if observe is not None:
         observe("insert_cache", captured.graph)

@@ -35,7 +35,8 @@ def quick_interpreter() -> None:
 
     It computes every sum, difference and product of integers again in 64 bits for an assertion that they did not overflow, and
     its assertions are made only with the option `debug`, which it does not have. And for every call of a function in a kernel
-    it looks through all of triton.language for what to replace, which the kernel's launch has replaced before.
+    it looks through all of triton.language for what to replace, which the kernel's launch has replaced before. For every op it
+    makes a table of all dtypes anew.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -55,6 +56,15 @@ def quick_interpreter() -> None:
 
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = replace_once
+
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)
+
+    def np_dtype(dtype: Any) -> Any:
+        dtype = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        return look_up(dtype) if isinstance(dtype, language.pointer_type) else known(dtype)  # pointers have no hash
+
+    interpreter._get_np_dtype = np_dtype
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

@@ -123,3 +123,27 @@ def column_mass(watch: Watch, placed: Placed, how: Logits) -> Tensor:
         # A row beyond its valid length may be NaN; its weight is 0 and it must not count.
         mass += torch.where(rows[:, None, None, lo:hi, None] != 0, weights, 0.0).sum(dim=(2, 3))
     return mass.float()
+
+
+def largest_weights(tokens: Tokens, placed: Placed, how: Logits, counts: Tensor) -> Tensor:
+    """The largest softmax weight that each key got from any of the queries, and of any head of its group.
+
+    tokens: q (B, H, T, D) and k (B, Hkv, N, D), no values; counts (B, T) bool: which queries count. Returns (B, Hkv, N)
+    fp32, 0 where no query counts.
+    """
+    q, k, _ = tokens
+    b, h, t, d = q.shape
+    hkv = k.shape[1]
+    dtype = _math_dtype(q)
+    grouped = q.reshape(b, hkv, h // hkv, t, d).to(dtype)
+    keys = torch.where(placed.live[..., None], k.to(dtype), 0.0)
+    most = torch.zeros(b, hkv, k.shape[2], dtype=dtype, device=q.device)
+    for lo, hi in _blocks(q, k.shape[2]):
+        logits = _logits(grouped[:, :, :, lo:hi], keys, placed._replace(q_pos=placed.q_pos[:, lo:hi]), how)
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        if how.sinks is not None:
+            lse = torch.logaddexp(lse, how.sinks.to(dtype).view(1, hkv, h // hkv, 1, 1))
+        weights = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse))
+        weights = torch.where(counts[:, None, None, lo:hi, None], weights, 0.0)
+        most = torch.maximum(most, weights.amax((2, 3)))
+    return most.float()

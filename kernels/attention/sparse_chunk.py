@@ -9,7 +9,7 @@ which it leaves out those whose block it has seen.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 from kvrewrite.kernels.attention.chunk import heads_together
 from kvrewrite.kernels.attention.patterns import KEY_BLOCK, QUERY_BLOCK
 from kvrewrite.kernels.attention.sparse_index import Sums, find_visible
-from kvrewrite.kernels.attention.sparse_sums import last_sums
-from kvrewrite.kernels.groups import At, Logits, Slots, Tokens, VisibleBlocks
+from kvrewrite.kernels.attention.sparse_sums import last_sums, slots_before
+from kvrewrite.kernels.groups import At, Dense, Logits, Pages, Slots, Tokens, VisibleBlocks
+from kvrewrite.kernels.rotary.gather import gather
 
 
 class SparseConfig(NamedTuple):
@@ -159,13 +160,14 @@ def _sparse_keys(
 )
 def _sparse_chunk(
     Q, K, V, LIST, SEEN, COLUMNS, COUNTS, LENS, VALID, SINK, HIDDEN_PTR, OUT, LSE, scale, softcap,
-    q_b, q_h, q_t, lens_b, lens_h, hidden_b, hidden_h, n_heads, group, t, capacity, n_k, n_columns, batch_heads,
+    q_b, q_h, q_t, lens_b, lens_h, hidden_b, hidden_h, n_heads, group, t, capacity, key_rows, n_k, n_columns, batch_heads,
     heads_at_once, n_m, n_q,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M query rows of one head. Order of programs as in chunk_hopper.py."""
+    """One program: BLOCK_M query rows of one head. Order of programs as in chunk_hopper.py. key_rows: how many rows a
+    head has in K and V."""
     pid = tl.program_id(0)
     first_head = pid // (n_m * heads_at_once) * heads_at_once
     rest = pid % (n_m * heads_at_once)
@@ -195,7 +197,7 @@ def _sparse_chunk(
     whole = tl.load(COUNTS + block * 3) * active
     other = tl.load(COUNTS + block * 3 + 1) * active
     columns = tl.load(COUNTS + block * 3 + 2) * active
-    head = (b * n_kv + hk) * (capacity + t)
+    head = (b * n_kv + hk) * key_rows
     keys = K + head * D
     values = V + head * DV
     blocks = LIST + block * n_k
@@ -237,21 +239,38 @@ def together(cached: Tensor, new: Tensor) -> Tensor:
     return torch.cat([pad(cached, (0, 0, 0, -cached.shape[2] % KEY_BLOCK)), new], 2)
 
 
+def gathered_together(cache: Pages, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a cache on pages, keys and values, with rows to spare after the new tokens."""
+    width, page = cache.table.shape[2], cache.k_pages.shape[1]
+    table = pad(
+        cache.table, (0, triton.cdiv(k.shape[2], page))
+    )  # whatever these pages are: `gather` reads live slots only
+    keys, values = gather(cache.k_pages, cache.v_pages, table, cache.lens)
+    assert keys is not None and values is not None
+    for whole, new in ((keys, k), (values, v)):
+        whole[:, :, width * page : width * page + k.shape[2]] = new
+    return keys, values
+
+
 def attend_visible(
     q: Tensor, keys: Tensor, values: Tensor, visible: VisibleBlocks, lens: Tensor, at: At, logits: Logits
 ) -> tuple[Tensor, Tensor]:
-    """Attention of T new tokens on what they see of keys (B, Hkv, C + T, D) and values (B, Hkv, C + T, Dv), both
-    contiguous; lens (B, Hkv) int32 of the C slots are live, C a multiple of `KEY_BLOCK`.
+    """Attention of T new tokens on what they see of keys (B, Hkv, R, D) and values (B, Hkv, R, Dv), both contiguous: C
+    slots, of which lens (B, Hkv) int32 are live, then the new tokens, then what is never read. C is a multiple of
+    `KEY_BLOCK`.
 
     Returns what `chunk_attention` returns. What is dead or padding may be anything."""
     (blocks, columns), hidden = visible, logits.hidden
     assert blocks is not None and columns is not None
-    (b, h, t, d), (_, hkv, size, dv) = q.shape, values.shape
-    n_q, n_k, capacity = blocks.shape[2], blocks.shape[3], size - t
-    if capacity % KEY_BLOCK or q.stride(3) != 1 or not (keys.is_contiguous() and values.is_contiguous()):
+    (b, h, t, d), (_, hkv, key_rows, dv) = q.shape, values.shape
+    n_q, n_k = blocks.shape[2:]
+    capacity = slots_before(keys, t)
+    if n_k != (capacity + t + KEY_BLOCK - 1) // KEY_BLOCK or n_q != triton.cdiv(t, QUERY_BLOCK):
+        raise ValueError(f"got {n_q} x {n_k} blocks for {t} queries, {capacity} slots and {t} new tokens")
+    if q.stride(3) != 1 or not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(
-            f"got {capacity} slots, q of strides {q.stride()}, keys of {keys.stride()} and values of {values.stride()}; "
-            f"expected a multiple of {KEY_BLOCK}, channels side by side, and contiguous keys and values"
+            f"q has strides {q.stride()}, keys {keys.stride()} and values {values.stride()}; expected channels side by side, "
+            "and contiguous keys and values"
         )
     seen, columns = blocks.contiguous().view(torch.uint8), columns.contiguous()
     listed = torch.empty(b, h, n_q, n_k, dtype=torch.int32, device=q.device)
@@ -259,7 +278,7 @@ def attend_visible(
     out = torch.empty(b, t, h, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, t, dtype=torch.float32, device=q.device)
     config = sparse_config(q.dtype, d, dv)
-    at_once = heads_together(b * h, h // hkv, size, (d + dv) * q.element_size())
+    at_once = heads_together(b * h, h // hkv, capacity + t, (d + dv) * q.element_size())
     n_m = triton.cdiv(t, config.block_m)
     with torch.cuda.device_of(q):
         _list_blocks[(b * h * n_q,)](
@@ -271,7 +290,7 @@ def attend_visible(
             q, keys, values, listed, seen, columns, counts, lens, at.valid, lens if logits.sinks is None else logits.sinks,
             lens if hidden is None else hidden, out, lse, float(logits.scale), float(logits.softcap),
             *q.stride()[:3], *lens.stride(), *((0, 0) if hidden is None else hidden.stride()[:2]),
-            h, h // hkv, t, capacity, n_k, columns.shape[2], b * h, min(at_once, b * h), n_m, n_q,
+            h, h // hkv, t, capacity, key_rows, n_k, columns.shape[2], b * h, min(at_once, b * h), n_m, n_q,
             D=d, DV=dv, D_PAD=max(16, triton.next_power_of_2(d)), DV_PAD=max(16, triton.next_power_of_2(dv)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, QB=QUERY_BLOCK, KB=KEY_BLOCK,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", SINKS=logits.sinks is not None,
@@ -280,13 +299,25 @@ def attend_visible(
     return out.transpose(1, 2), lse
 
 
-def sparse_attention(patterns: str, tokens: Tokens, slots: Slots, at: At, logits: Logits) -> tuple[Tensor, Tensor]:
-    """`chunk_attention` of what the patterns leave of it, for chunks of more than `DENSE_TOKENS` tokens."""
+def sparse_attention(
+    patterns: str, tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits
+) -> tuple[Tensor, Tensor]:
+    """`cached_attention` of what the patterns leave of it, for chunks of more than `DENSE_TOKENS` tokens."""
     q, k, v = tokens
-    keys, values = together(slots.k_cache, k), together(slots.v_cache, v)
+    if dense.k_dense is None and dense.v_dense is None and cache.k_pages.shape[1] % KEY_BLOCK == 0:
+        keys, values = gathered_together(cache, k, v)
+    else:
+        slots = gather(
+            None if dense.k_dense is not None else cache.k_pages, None if dense.v_dense is not None else cache.v_pages,
+            cache.table, cache.lens,
+        )  # fmt: skip
+        parts = [given if given is not None else read for given, read in zip(dense, slots, strict=True)]
+        keys, values = (together(part, new) for part, new in zip(parts, (k, v), strict=True) if part is not None)
 
-    def sums(tokens: Tokens, slots: Slots, at: At, logits: Logits) -> Sums:
-        return last_sums(tokens.q, keys, slots.lens, at, logits)
+    def sums(*_: Any) -> Sums:
+        return last_sums(q, keys, cache.lens, at, logits)
 
-    visible = find_visible(patterns, tokens, slots, at, logits, sums)
-    return attend_visible(q, keys, values, visible, slots.lens, at, logits)
+    capacity = slots_before(keys, q.shape[2])
+    seen = Slots(keys[:, :, :capacity], values[:, :, :capacity], cache.lens)
+    visible = find_visible(patterns, tokens, seen, at, logits, sums)
+    return attend_visible(q, keys, values, visible, cache.lens, at, logits)

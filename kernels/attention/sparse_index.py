@@ -142,6 +142,20 @@ def find_visible(
     return VisibleBlocks((blocks | own | everything[..., None, None]) & possible(frame), columns)
 
 
+def computed_share(visible: VisibleBlocks, tokens: Tokens, slots: Slots, at: At) -> Tensor:
+    """How many keys the queries of each head are multiplied with, as a part of what dense attention takes: (B, H). A
+    block counts as a whole, a single key once for each block of queries that comes after it."""
+    (blocks, columns), frame = visible, _frame(tokens, slots, at)
+    assert blocks is not None and columns is not None
+    new = -(-frame.capacity // KEY_BLOCK) * KEY_BLOCK
+    ends = (frame.queries + new + QUERY_BLOCK).expand(*columns.shape[:2], -1).contiguous()
+    ordered = columns.long().masked_fill(columns < 0, 1 << 40).contiguous()
+    single = torch.searchsorted(ordered, ends)
+    real = frame.queries < frame.valid[..., None]
+    counted = (blocks.sum(3) * KEY_BLOCK + single) * real
+    return counted.sum(2) / (possible(frame).sum((2, 3)) * KEY_BLOCK).clamp(min=1)
+
+
 def possible(frame: _Frame) -> Tensor:
     """Blocks that hold a live key which some query of the block sees: (B, H, Q, K) bool."""
     lens, valid = frame.lens[:, :, None, None], frame.valid[:, :, None, None]

@@ -54,7 +54,7 @@ def _logits(
 @triton.jit(do_not_specialize=["lens_b", "lens_h", "t", "size", "per_split"])
 def _sum_parts(
     Q, K, LENS, VALID, HIDDEN_PTR, PARTS, scale, softcap, q_b, q_h, q_t, lens_b, lens_h, hidden_b, hidden_h,
-    n_heads, group, t, size, per_split,
+    n_heads, group, t, size, key_rows, per_split,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS_OF_HEAD: tl.constexpr, ROWS: tl.constexpr,
     SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _sum_parts(
     hk = h // group
     q, n_valid, places = _queries(Q, VALID, b, h, t, q_b, q_h, q_t, D, D_PAD, ROWS)
     n_live = tl.load(LENS + b * lens_b + hk * lens_h)
-    keys = K + (b * (n_heads // group) + hk) * size * D
+    keys = K + (b * (n_heads // group) + hk) * key_rows * D
     hidden = HIDDEN_PTR + b * hidden_b + hk * hidden_h
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
     l_i = tl.zeros([ROWS], tl.float32)
@@ -83,7 +83,7 @@ def _sum_parts(
 @triton.jit(do_not_specialize=["lens_b", "lens_h", "t", "size"])
 def _weigh(
     Q, K, LENS, VALID, HIDDEN_PTR, SINK, PARTS, COLUMNS, MOVED, scale, softcap,
-    q_b, q_h, q_t, lens_b, lens_h, hidden_b, hidden_h, n_heads, group, t, size,
+    q_b, q_h, q_t, lens_b, lens_h, hidden_b, hidden_h, n_heads, group, t, size, key_rows,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS_OF_HEAD: tl.constexpr, ROWS: tl.constexpr,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _weigh(
     norm = shift + tl.log2(tl.where(l_i > 0.0, l_i, 1.0))
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     hidden = HIDDEN_PTR + b * hidden_b + hk * hidden_h
-    s = _logits(q, K + (b * (n_heads // group) + hk) * size * D, keys, places, n_live, n_valid, capacity, size, hidden,
+    s = _logits(q, K + (b * (n_heads // group) + hk) * key_rows * D, keys, places, n_live, n_valid, capacity, size, hidden,
                 scale, softcap, D, D_PAD, SOFTCAP, HIDDEN, PRECISION)  # fmt: skip
     p = tl.exp2(s - norm[:, None])
     inside = keys < size
@@ -138,14 +138,22 @@ def _add_diagonals(MOVED, SUMS, capacity, t, BLOCK: tl.constexpr, ROWS: tl.const
     tl.store(SUMS + bh * width + at, total, mask=at < width)
 
 
+def slots_before(keys: Tensor, tokens: int) -> int:
+    """How many slots keys (B, Hkv, R, D) begin with, a multiple of `KEY_BLOCK`: fewer rows than that come after the new
+    tokens."""
+    return (keys.shape[2] - tokens) // KEY_BLOCK * KEY_BLOCK
+
+
 def last_sums(q: Tensor, keys: Tensor, lens: Tensor, at: At, logits: Logits) -> Sums:
-    """`sparse_index.last_sums` of at least `LAST_QUERIES` new tokens, in fp32. keys (B, Hkv, C + T, D), contiguous: slots
-    and new tokens; C a multiple of `KEY_BLOCK`. Weights are rounded to fp16 before they are added by diagonal, for
+    """`sparse_index.last_sums` of at least `LAST_QUERIES` new tokens, in fp32. keys (B, Hkv, R, D), contiguous: C
+    slots, then the new tokens (`slots_before`). Weights are rounded to fp16 before they are added by diagonal, for
     tensors in 16 bits."""
-    (b, h, t, d), (hkv, size), hidden = q.shape, keys.shape[1:3], logits.hidden
-    assert t >= LAST_QUERIES and (size - t) % KEY_BLOCK == 0 and keys.is_contiguous()
+    (b, h, t, d), (hkv, key_rows), hidden = q.shape, keys.shape[1:3], logits.hidden
+    capacity = slots_before(keys, t)
+    size = capacity + t
+    assert t >= LAST_QUERIES and keys.is_contiguous()
     exact = q.dtype == torch.float32
-    width, capacity = size + 2 * (LAST_QUERIES - 1), size - t
+    width = size + 2 * (LAST_QUERIES - 1)
     parts = torch.empty(b * h, SPLITS, 2, LAST_QUERIES, dtype=torch.float32, device=q.device)
     columns = torch.empty(b, h, size, dtype=torch.float32, device=q.device)
     moved = torch.empty(b * h, LAST_QUERIES, width, dtype=torch.float32 if exact else torch.float16, device=q.device)
@@ -162,10 +170,10 @@ def last_sums(q: Tensor, keys: Tensor, lens: Tensor, at: At, logits: Logits) -> 
     }  # fmt: skip
     how = (float(logits.scale), float(logits.softcap))
     with torch.cuda.device_of(q):
-        _sum_parts[(SPLITS, b * h)](*given, parts, *how, *strides, h, h // hkv, t, size, per_split, **options)
+        _sum_parts[(SPLITS, b * h)](*given, parts, *how, *strides, h, h // hkv, t, size, key_rows, per_split, **options)
         _weigh[(triton.cdiv(size, block), b * h)](
             *given, unused if logits.sinks is None else logits.sinks, parts, columns, moved, *how, *strides, h, h // hkv,
-            t, size, SINKS=logits.sinks is not None, **options,
+            t, size, key_rows, SINKS=logits.sinks is not None, **options,
         )  # fmt: skip
         _add_diagonals[(triton.cdiv(width, 512), b * h)](
             moved, sums, capacity, t, BLOCK=512, ROWS=LAST_QUERIES, num_warps=4

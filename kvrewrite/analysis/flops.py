@@ -99,13 +99,13 @@ class Attention:
 def attention_of(sites: Sequence[AttentionSite], context: int, policy: Policy | None = None) -> Attention:
     """Returns the attention cost of a prompt of `context` tokens; policy: None: a full cache, the prompt in one
     call."""
-    segments = [Segment(context, UNLIMITED)] if policy is None else policy.plan(context)
+    segments = [Segment(context, UNLIMITED)] if policy is None else policy.passes(context)
     owners = [s for s in sites if s.shares_kv_with is None]
     spans = [s.window or s.chunk for s in owners]
     slots = prompt_slots(policy or make("full"), segments, [s.kv_heads for s in owners], spans)
     of_layer = dict(zip((s.layer for s in owners), slots))
     out = Attention([], [], [], [])
-    begins = np.cumsum([0, *(s.length for s in segments)]).tolist()
+    begins = np.cumsum([0, *(s.joins for s in segments)]).tolist()
     for site in sites:
         held = of_layer[site.layer if site.shares_kv_with is None else site.shares_kv_with]
         costs = [
@@ -194,7 +194,7 @@ def cost_of(model: nn.Module, sites: list[AttentionSite], policy: Policy | None,
     activations are not counted.
     """
     work, attention = work_of(model), attention_of(sites, context, policy)
-    segments = 1 if policy is None else len(policy.plan(context))
+    segments = 1 if policy is None else len(policy.passes(context))
     owners = [s for s in sites if s.shares_kv_with is None]
     written = context * sum(s.kv_heads * s.cached_channels for s in owners) * itemsize
     slots = decode_slots(attention, sites, 0, context, policy)

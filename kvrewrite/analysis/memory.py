@@ -54,7 +54,7 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
     """
     owners = [site for site in sites if site.shares_kv_with is None]
     spans = [site.window or site.chunk for site in owners]
-    found = prompt_slots(policy, policy.plan(context), [site.kv_heads for site in owners], spans)
+    found = prompt_slots(policy, policy.passes(context), [site.kv_heads for site in owners], spans)
     plans = []
     for site, span, held in zip(owners, spans, found):
         slots, widest = held[-1], held.max(0)
@@ -92,7 +92,7 @@ def plan_memory(
     full is a full cache of latents, and the peak adds what is expanded of one layer's at a time.
     """
     layers = plan_layers(sites, policy, itemsize, context)
-    longest = max((segment.length for segment in policy.plan(context)), default=0)
+    longest = max((segment.length for segment in policy.passes(context)), default=0)
     each = [_token_bytes(p.site, itemsize) for p in layers]
     token = sum(each) if policy.shares_layers else max(each, default=0)
     widest = max((-(-p.most // PAGE) * PAGE * t for p, t in zip(layers, each)), default=0)

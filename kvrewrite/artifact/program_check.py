@@ -55,7 +55,7 @@ def _check_layout(program: Program, policy: Policy, what: str) -> None:
     agree = {
         "contiguous": (layout.contiguous, policy.positions == "contiguous"),
         "ragged": (layout.ragged, policy.ragged),
-        "row_inputs": (layout.row_inputs, list(policy.inputs)),
+        "row_inputs": (layout.row_inputs, policy.row_inputs),
         "quantize": (
             layout.quantize and (layout.quantize.kind, layout.quantize.group, layout.quantize.residual),
             None if policy.quantize == "none" else (policy.quantize, policy.quantize_group, policy.quantize_residual),

@@ -35,7 +35,7 @@ from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
-PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted")
+PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted", "first_prompt")
 
 
 def row_inputs(
@@ -150,6 +150,7 @@ class Request:
         self._loose = False  # whether heads can have fewer slots than their pages are leased for
         self._unmeasured = 0  # steps since the device was asked how many
         self.prompted = [False] * batch  # whether the row's first prompt is known to be complete (`end_prompt`)
+        self.first_prompt = [0] * batch  # its tokens, 0 until it is complete
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
         self.pins: list[tuple[tuple[int, int], ...]] = []  # of each row, its pinned spans; [] where no row has any
@@ -227,18 +228,19 @@ class Request:
         """Says that what went through so far is a whole prompt and no piece of one: a policy that evicts once takes
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
         self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
+        self.first_prompt = [known or seen for known, seen in zip(self.first_prompt, self.seen)]
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def row(self, row: int) -> RowState:
         """What a policy's plan may know of a row."""
-        return RowState(self.seen[row], self.generated[row], self.length[row])
+        return RowState(self.seen[row], self.generated[row], self.length[row], self.first_prompt[row] or None)
 
     def segments(self, row: int, count: int, decoding: bool) -> list[Segment]:
         """What `count` new tokens of a row do. decoding: whether the row goes on by one token."""
         if not count:
             return []
         state, policy = self.row(row), self._policy_of(row)
-        return [policy.decode_segment(state)] if decoding else policy.plan(count, state)
+        return [policy.decode_segment(state)] if decoding else policy.passes(count, state)
 
     def next_token(self, row: int) -> Segment | None:
         """What one more token of a row does; None: the row rests."""
@@ -255,6 +257,9 @@ class Request:
                 f"row {row} would reach position {reach - 1}, but the model has {limit} positions; expected at most {limit} "
                 "tokens at a time (a table of positions can't be extended)"
             )
+        first = not decoding and not self.first_prompt[row]
+        if first and (problem := policy.why_no_prompt(total)) is not None:
+            return CacheError(f"row {row}: {problem}")
         if policy.capacity is not None and total > policy.capacity:
             return CacheError(
                 f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {policy.budget}; use a "
@@ -286,7 +291,10 @@ class Request:
     def _reach(self, row: int, count: int, decoding: bool) -> int:
         """One more than the largest position that `count` new tokens of a row will have."""
         if not self.layout.contiguous:
-            return self.seen[row] + count
+            again = 0
+            if self._policy.repeats_prompt and not decoding:  # a repetition stands after the prompt
+                again = max((s.length for s in self.segments(row, count, decoding) if s.again), default=0)
+            return self.seen[row] + count + again
         if decoding and self.ranks_frozen[row] and not self._policy.renews_ranks_in_decoding:
             return self.next_rotary[row] + count
         steps = walk(self.segments(row, count, decoding), self.length[row])
@@ -410,12 +418,14 @@ class Request:
         for row, segment in enumerate(plan.segments):
             if segment is None:
                 continue
-            self.seen[row] += segment.length
-            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.length
+            if not segment.prompt:
+                self.first_prompt[row] = self.first_prompt[row] or self.seen[row]
+            self.seen[row] += segment.joins
+            self.generated[row] = 0 if segment.prompt else self.generated[row] + segment.joins
             if longest[row] < 0:  # every layer has a window
-                longest[row] = min(self.length[row] + segment.length, plan.most_kept(row))
+                longest[row] = min(self.length[row] + segment.joins, plan.most_kept(row))
             self.length[row] = longest[row]
-            self.next_rotary[row] += segment.length
+            self.next_rotary[row] += segment.joins
 
     def _measure(self, plan: StepPlan) -> list[np.ndarray] | None:
         """How many slots each head has, every PAGE steps where only the device knows (and when layers that share a

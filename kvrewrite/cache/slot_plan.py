@@ -54,7 +54,7 @@ def pages_of(slots: np.ndarray) -> np.ndarray:
 def walk(segments: Sequence[Segment], held: int) -> Iterator[tuple[int, int]]:
     """Most slots of a head while each segment runs, and after it."""
     for segment in segments:
-        during = held + segment.length
+        during = held + segment.joins
         held = min(during, segment.keep)
         yield during, held
 
@@ -74,10 +74,10 @@ def prompt_slots(
     last: of each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device
     deals out pages, heads have these on average."""
     spans = np.repeat([window or UNLIMITED for window in windows], heads)
-    found, total = [np.zeros(sum(heads), dtype=np.int64)], sum(s.length for s in segments)
+    found, total = [np.zeros(sum(heads), dtype=np.int64)], sum(s.joins for s in segments)
     for segment in segments:
         keeps = [keep for layer in head_budgets(policy, segment, total, heads) for keep in layer]
-        found.append(slots_after(found[-1], segment.length, keeps, spans))
+        found.append(slots_after(found[-1], segment.joins, keeps, spans))
     return np.split(np.stack(found), np.cumsum(heads)[:-1], axis=1)
 
 
@@ -95,7 +95,8 @@ class Budgets(NamedTuple):
 class ClassPlan:
     """What a step does to a class.
 
-    bound: most slots of each head before it; new: new tokens (1, rows, 1); budgets: of its eviction; after: slots after
+    bound: most slots of each head before it; new: tokens that join (1, rows, 1); runs: rows that have tokens at all (1,
+    rows, 1), of which those of a repetition do not join; budgets: of its eviction; after: slots after
     it, as far as the host can tell; prompts (rows,): whose eviction is ragged; deals (rows,): those for which the
     device deals out pages; anywhere: rows (and layers) where it may write to any slot; tail: slots from the end of a
     head that it may write to elsewhere. pressed (layers, rows): layers that lose tokens, which may be those of other
@@ -104,6 +105,7 @@ class ClassPlan:
 
     bound: np.ndarray
     new: np.ndarray
+    runs: np.ndarray
     budgets: Budgets
     after: np.ndarray
     prompts: np.ndarray
@@ -116,7 +118,7 @@ class ClassPlan:
     @property
     def evicts(self) -> np.ndarray:
         """Heads that lose tokens."""
-        return (self.bound + self.new > self.budgets.most) & (self.new > 0)
+        return (self.bound + self.new > self.budgets.most) & self.runs
 
     @property
     def first_written(self) -> np.ndarray:
@@ -125,7 +127,7 @@ class ClassPlan:
         deals = self.deals[None, :, None]
         appends = np.where(deals, UNLIMITED, np.maximum(self.bound - self.tail, 0))
         first = np.where(self.anywhere | (self.evicts & ~deals), 0, appends)
-        return np.where(self.new > 0, first, UNLIMITED)
+        return np.where(self.runs, first, UNLIMITED)
 
     @property
     def during(self) -> np.ndarray:
@@ -172,8 +174,8 @@ class StepPlan:
 
     @functools.cached_property
     def tokens(self) -> list[int]:
-        """New tokens of each row."""
-        return [s.length if s is not None else 0 for s in self.segments]
+        """Tokens that join each row."""
+        return [s.joins if s is not None else 0 for s in self.segments]
 
     def longest(self, seen: Sequence[int]) -> int:
         """Tokens of the longest row after the step, of rows that have `seen`."""
@@ -223,26 +225,36 @@ class SlotPlanner:
         """One step. shares: what each head keeps of its layer's budget after a ragged eviction, -1: an equal part
         (another list once that changes); totals: each row's tokens once its prompt is through; renew: rows whose ranks
         are made again (contiguous positions)."""
-        new = np.array([s.length if s is not None else 0 for s in segments], dtype=np.int64)
-        prompts = np.array([self._is_ragged(s) for s in segments]) & (new > 0)
+        new = np.array([s.joins if s is not None else 0 for s in segments], dtype=np.int64)
+        runs = np.array([s is not None and s.length > 0 for s in segments], dtype=bool)
+        prompts = np.array([self._is_ragged(s) for s in segments], dtype=bool) & runs
         anew = False if renew is None else np.array(renew)[None, :, None]
-        ragged, joined, parts = bool(prompts.any()), new[None, :, None], []
+        ragged, joined, running, parts = bool(prompts.any()), new[None, :, None], runs[None, :, None], []
         for of_class, budgets, windows in zip(held, self._budgets(shares, segments, totals), self._windows):
             bound = of_class.bound
             after = np.minimum(bound + joined, budgets.most)
-            if not new.all():
-                after = np.where(joined > 0, after, bound)
+            if not runs.all():
+                after = np.where(running, after, bound)
             anywhere = (windows < UNLIMITED) | self._rewrites
-            part = ClassPlan(bound, joined, budgets, after, prompts, prompts, anywhere | anew, self.rules.tail, prompts)
+            part = ClassPlan(
+                bound, joined, running, budgets, after, prompts, prompts, anywhere | anew, self.rules.tail, prompts
+            )
             if ragged:
                 pressed: Any = part.evicts.any(2)
                 part.ranks, part.pressed = self.rules.ranks, pressed
                 if self.rules.anyone is not None and self.policy.head_budgets != "equal":
                     part.pressed = self.rules.anyone(part.pressed)
-                deals = part.deals = prompts & (part.pressed.any(0) | self.policy.gates | self.policy.data_dependent)
+                deals = part.deals = prompts & (part.pressed.any(0) | self._always_deals(segments))
                 part.anywhere = anywhere & ~deals[None, :, None] | anew
             parts.append(part)
         return StepPlan(segments, parts, ragged, self.policy.data_dependent)
+
+    def _always_deals(self, segments: Sequence[Segment | None]) -> Any:
+        """Rows (or all) whose heads are dealt pages though no budget is pressed. Where layers share a budget, a segment
+        without one takes nothing, and what a repetition leaves lies in the pages that heads have."""
+        if self.policy.shares_layers:
+            return np.array([s is not None and s.joins > 0 and s.keep < UNLIMITED for s in segments], dtype=bool)
+        return self.policy.gates or self.policy.data_dependent
 
     def _is_ragged(self, segment: Segment | None) -> bool:
         return segment is not None and segment.prompt and self.policy.ragged

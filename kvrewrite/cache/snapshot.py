@@ -45,6 +45,7 @@ class Numbers(Struct, forbid_unknown_fields=True):
     next_rotary: Counts
     ranks_frozen: Flags
     prompted: Flags
+    first_prompt: Counts
     keys_rotated: bool
     ranks_held: bool
     loose: bool
@@ -176,7 +177,7 @@ class _Checks:
             self.that(fine, "pins are not spans in order")
         self.that(max(n.seen) <= n.columns, "a row has more tokens than there are columns")
         self.that(self.layout.contiguous or max(n.seen) <= limit, f"a row has more than {limit} tokens")
-        for name in ("generated", "length", "next_rotary"):
+        for name in ("generated", "length", "next_rotary", "first_prompt"):
             self.that((np.array(getattr(n, name)) <= self.seen).all(), f"{name} is more than the row's tokens")
         self.that(self.layout.contiguous or not (n.keys_rotated or n.ranks_held), "it has ranks of another model")
         self.that(n.max_length == table_length(self.layout, n.max_length), "max_length is not one that matters")

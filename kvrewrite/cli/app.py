@@ -25,6 +25,8 @@ COMMANDS = {
     "plot": "plot",
     "policies": "policies",
     "prefill": "prefill",
+    "report": "report",
+    "search-patterns": "search_patterns",
     "serve": "serve",
     "train": "train",
     "verify": "verify",

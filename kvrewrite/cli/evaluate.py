@@ -20,7 +20,7 @@ from kvrewrite.cli.options import (
     with_shipped_weights,
 )
 from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
-from kvrewrite.errors import ArtifactError
+from kvrewrite.errors import ArtifactError, OptionError
 
 
 @click.command("eval", cls=Command)
@@ -57,7 +57,20 @@ from kvrewrite.errors import ArtifactError
     show_default=True,
     help="Length of a prompt in tokens; repeatable.",
 )
-@click.option("--samples", type=click.IntRange(min=1), default=50, show_default=True, help="Samples a task.")
+@click.option(
+    "--data",
+    "data_texts",
+    multiple=True,
+    metavar="[TASK=]FILE",
+    help="Your documents for quote or lm: JSON, JSONL (rows with text) or plain text; repeatable.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Samples a task; documents of quote and lm.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
@@ -68,6 +81,15 @@ from kvrewrite.errors import ArtifactError
     show_default=True,
     help="auto: the checkpoint's own, but float32 on a CPU.",
 )
+@click.option(
+    "--check",
+    type=click.Choice(["full", "sites", "off"]),
+    default="full",
+    show_default=True,
+    help="What to prove of each rewrite by running it.",
+)
+@click.option("--shard", metavar="I/N", help="Run part I (from 0) of N; `kvrewrite report` puts the files together.")
+@click.option("--breadth-first", is_flag=True, help="All policies at the first budget and mode, then at the next.")
 @POLICY_WEIGHTS
 @CELLS_OUT
 @RESUME
@@ -84,11 +106,15 @@ def evaluate(
     mode: str,
     tasks: tuple[str, ...],
     tokens: tuple[int, ...],
+    data_texts: tuple[str, ...],
     samples: int,
     seed: int,
     batch_size: int,
     device: str,
     dtype: str,
+    check: str,
+    shard: str | None,
+    breadth_first: bool,
     policy_weights: tuple[str, ...],
     out: Path | None,
     resume: bool,
@@ -137,12 +163,44 @@ def evaluate(
         batch_size,
         where,
         dtype,
+        _parse_data(data_texts, tasks),
+        _parse_shard(shard),
+        check,
+        breadth_first,
     )
     quiet_transformers()
     if harness:
         _run_harness(settings, str(harness_tasks), include_path, limit, out, as_json)
         return
     _run_tasks(settings, out, resume, as_json)
+
+
+def _parse_data(texts: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
+    """Returns the files of --data by task; a bare FILE belongs to the one task that reads a file."""
+    from kvrewrite.tools.evaluation.cells import is_scored
+
+    reading, found = [task for task in tasks if is_scored(task)], {}
+    for text in texts:
+        name, sign, file = text.partition("=")
+        if not (sign and is_scored(name)):
+            if len(reading) != 1:
+                raise OptionError(f"--data {text}: which task is it for? Give --data TASK=FILE")
+            name, file = reading[0], text
+        if name in found:
+            raise OptionError(f"--data for {name} is given twice")
+        if not Path(file).is_file():
+            raise OptionError(f"--data {file}: there is no such file")
+        found[name] = Path(file)
+    return tuple(found.items())
+
+
+def _parse_shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    number, sign, shards = text.partition("/")
+    if not (sign and number.isdecimal() and shards.isdecimal() and int(number) < int(shards)):
+        raise OptionError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/4")
+    return int(number), int(shards)
 
 
 def _check_usage(

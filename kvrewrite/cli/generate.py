@@ -61,6 +61,7 @@ def generate(
 
     from kvrewrite import api
     from kvrewrite.artifact.companions import read_tokenizer
+    from kvrewrite.runtime.parallel import leave
     from kvrewrite.runtime.saved_cache import load_cache
 
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -104,7 +105,8 @@ def generate(
     if speaks:
         click.echo(memory_line(model, cache, int(ids.shape[1]), int(made), seconds), err=True)
     if shared:
-        torch.distributed.destroy_process_group()
+        model = cache = None
+        leave()
 
 
 def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:

@@ -78,7 +78,7 @@ def plot(
     if kind in ("accuracy", "eviction") or (kind == "memory" and is_results):
         if not is_results:
             raise click.UsageError(f"--kind {kind} needs the JSON file that `kvrewrite eval --out` wrote")
-        from kvrewrite.tools.evaluation.run import read_results
+        from kvrewrite.tools.evaluation.cells import read_results
 
         results = read_results(Path(str(source)))
         names = list(policy_texts)

@@ -60,10 +60,10 @@ ATEN = frozenset(
 # Our ops in saved graphs. Ops that lowering makes are not among them: a file that has those was not written by us.
 KVREWRITE = frozenset(
     """
-    attention block_column_mass cache_update cache_update_quantized cached_attention cached_past cached_scan cached_sum
-    decayed_sum expected_attention gate kept_above key_difference lag_scores latent_attention leverage linear_scan
-    newest_ranks newest_rows observe pool_window
-    ranks read_pages read_quantized rotate share_layers sink_gate slot_positions slot_rotary surprisal uniform with_past
+    attention block_column_mass cache_update cache_update_quantized cached_attention cached_past cached_scan
+    cached_sum decayed_sum entering expected_attention gate kept_above key_difference lag_scores latent_attention
+    leverage linear_scan newest_ranks newest_rows observe pool_window ranks read_pages read_quantized reconstruction
+    rotate share_layers sink_gate slot_positions slot_rotary surprisal uniform with_past
     """.split()  # noqa: SIM905
 )
 PRIMS = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "view_of"})

@@ -32,7 +32,10 @@ _INPUTS = {
     "following": "following",
     "renew": "renew",
     "span": "span",
+    "begins": "repeat_begins",
+    "ends": "repeat_ends",
 }
+_ENTERING = {"positions": 0, "valid": 1}  # results of `entering` that an update may have in their places
 _STATES = {
     "k_tail": "k_tail_",
     "v_tail": "v_tail_",
@@ -47,6 +50,8 @@ _CACHE_OPS = {
     "cached_attention",
     "latent_attention",
     "observe",
+    "reconstruction",
+    "entering",
     "cache_update",
     "cache_update_quantized",
     "read_quantized",
@@ -71,6 +76,10 @@ _SHAPES = {
     "observe": (
         "q BHTD k BKTD lse BHT rows BT k_dense BKCD table BKP lens BK positions BT valid B alibi H hidden BKT above BT"
     ),
+    "reconstruction": (
+        "q BHTD k BKTD stored BKC begins B ends B k_dense BKCD table BKP positions BT valid B sinks H alibi H"
+    ),
+    "entering": "positions BT valid B ends B",
     "cache_update": (
         "k BKTD v BKTE new_scores BKT slot_scores BKC positions BT rotary BT valid B keep BK recent B table BKP lens BK "
         "select BKN drop BKT floor B spare BW next_table BKX threshold B"
@@ -181,6 +190,8 @@ class CacheOps:
             elif name == "floor":
                 found.add((self._class_of(name, source, ("floor",)), None))
             elif name in _INPUTS and base != "rotate":
+                if base.startswith("cache_update") and name in _ENTERING:
+                    source = _before_entering(source, name, nodes["drop"])
                 if not _is_input(source) or source.target != _INPUTS[name]:
                     raise ArtifactError(f"{name} is {source}; expected the input {_INPUTS[name]!r}")
             elif name in ("cos", "sin"):
@@ -260,6 +271,16 @@ class CacheOps:
             raise ArtifactError(
                 f"window and chunk are {values['window']} and {values['chunk']}; the cache has pages for {spec.windows[index]}"
             )
+
+
+def _before_entering(source: Any, name: str, drop: Any) -> Any:
+    """The input that `entering` takes, where an update has its result; the node itself otherwise, or where `drop` is not of
+    the same `entering`."""
+    made = source.args[0] if isinstance(source, fx.Node) and source.target is operator.getitem else None
+    if not isinstance(made, fx.Node) or made.target is not torch.ops.kvrewrite.entering.default:
+        return source
+    flags = isinstance(drop, fx.Node) and drop.target is operator.getitem and drop.args == (made, 2)
+    return made.args[_ENTERING[name]] if flags and source.args[1] == _ENTERING[name] else source
 
 
 def _check_patterns(values: dict[str, Any]) -> None:

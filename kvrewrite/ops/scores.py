@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kvrewrite.kernels import pages
-from kvrewrite.kernels.groups import Forecast, Rotation, Tokens
+from kvrewrite.kernels.groups import At, Dense, Forecast, Logits, Repetition, Rotation, Tokens
 from kvrewrite.kernels.scores import compactor, lag, reference
+from kvrewrite.kernels.scores import reconstruction as repeating
 from kvrewrite.kernels.update import reference as reference_evict
 from kvrewrite.ops.dispatch import unversioned
-from kvrewrite.ops.groups import define
+from kvrewrite.ops.groups import Fields, define
 
 
 @torch.library.custom_op("kvrewrite::slot_positions", mutates_args=())
@@ -257,6 +258,37 @@ def unhide_pinned(hidden: Tensor, positions: Tensor, begins: list[Tensor], ends:
 @unhide_pinned.register_fake
 def _(hidden, positions, begins, ends):  # type: ignore[no-untyped-def]
     return torch.empty_like(hidden)
+
+
+reconstruction_op = define(
+    "reconstruction",
+    Fields(Repetition, "q k stored begins ends"),
+    Fields(Dense, "k_dense"),
+    "Tensor k_pages",
+    "Tensor table",
+    At,
+    Fields(Logits, "sinks alibi scale softcap"),
+    Fields(Repetition, "first most"),
+    returns="Tensor",
+)
+
+
+@reconstruction_op
+def reconstruction(
+    repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits
+) -> Tensor:
+    """Scores of cached slots (B, Hkv, C) fp32: those of the part that a row repeats are the largest softmax weight that
+    any token of the repetition, in any head of the group, gives to the slot; others keep `stored`.
+
+    The softmax is that of the repetition's tokens, causal, over the `first` slots, the part and the tokens themselves
+    (KVzip, arXiv 2505.23416, section 3.4).
+    """
+    return repeating.reconstruction(repetition, dense, k_pages, table, at, logits)
+
+
+@reconstruction_op.fake
+def _(repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: At, logits: Logits) -> Tensor:
+    return torch.empty_like(repetition.stored)
 
 
 unversioned("kvrewrite::surprisal", "kvrewrite::gate")

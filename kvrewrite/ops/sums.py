@@ -13,6 +13,7 @@ from torch import Tensor
 
 MOST_BYTES = 1 << 20  # more is bound by bytes, where NCCL is as fast
 ALIGNED = 16  # bytes that the kernel reads at once
+DTYPES = (torch.bfloat16, torch.float32)  # those that torch's kernel sums
 _BUFFERS: dict[str, Tensor] = {}  # group -> what its ranks see of this one
 
 
@@ -32,7 +33,7 @@ def reserve(group: Any, device: torch.device) -> None:
 def sum_ranks(x: Tensor, group: str) -> Tensor:
     """The sum of all ranks' x, of any shape; the same bits on each rank."""
     buffer, size = _BUFFERS.get(group), x.numel() * x.element_size()
-    if buffer is None or not 0 < size <= MOST_BYTES or size % ALIGNED:
+    if buffer is None or x.dtype not in DTYPES or not 0 < size <= MOST_BYTES or size % ALIGNED:
         comm = torch.ops._c10d_functional
         found: Tensor = comm.wait_tensor(comm.all_reduce(x.contiguous(), "sum", group))
         return found

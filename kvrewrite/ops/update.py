@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from kvrewrite.kernels.groups import EQUAL, Cache, Eviction, NewTokens, Preceding, Ragged, Rows
@@ -48,6 +49,26 @@ def cache_update(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, r
 @cache_update_op.fake
 def _(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, ragged: Ragged) -> None:
     return None
+
+
+@torch.library.custom_op("kvrewrite::entering", mutates_args=())
+def entering(positions: Tensor, valid: Tensor, ends: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of an update stand if those of some rows repeat the text (ends (B,) int32 is not 0) and must not
+    enter the cache: positions (B, T), valid (B,) and drop (B, kv_heads, T) for `cache_update`.
+
+    To the update such a row has one token, the last of its text once more, which is dropped: what later queries see is
+    counted from there.
+    """
+    again = ends > 0
+    tokens = torch.where(again, valid.clamp(max=1), valid)
+    drop = again[:, None, None].expand(-1, kv_heads, positions.shape[1]).contiguous()
+    return positions - again[:, None].long(), tokens, drop
+
+
+@entering.register_fake
+def _(positions, valid, ends, kv_heads):  # type: ignore[no-untyped-def]
+    drop = positions.new_empty(positions.shape[0], kv_heads, positions.shape[1], dtype=torch.bool)
+    return torch.empty_like(positions), torch.empty_like(valid), drop
 
 
 token_update_op = define(

@@ -14,6 +14,7 @@ from kvrewrite.policies.full import Full
 from kvrewrite.policies.h2o import H2O
 from kvrewrite.policies.keys import KeyDiff, Knorm
 from kvrewrite.policies.kvzap import KVzap
+from kvrewrite.policies.kvzip import KVzip
 from kvrewrite.policies.locret import Locret, LocretQ
 from kvrewrite.policies.nacl import NACL
 from kvrewrite.policies.random import Random
@@ -48,6 +49,7 @@ __all__ = [
     "FastKVzip",
     "Full",
     "KVzap",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "Locret",

@@ -9,8 +9,8 @@ the compiler's and the runtime's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
+
+
+PROMPT = "prompt_tokens"  # the row input that says how many of a row's first tokens protect_prompt keeps
 
 
 @dataclass
@@ -55,6 +58,11 @@ class Policy(Options):
         return self.gates or self.data_dependent or self.head_budgets != "equal"
 
     @property
+    def row_inputs(self) -> list[str]:
+        """Inputs of the graph (B,) int32 whose numbers `Segment.values` has."""
+        return [*self.inputs, *[PROMPT] * self.protect_prompt]
+
+    @property
     def rates_prompts_only(self) -> bool:
         """Whether nothing goes once a row's first prompt is through, so that single tokens are only added and need no score."""
         own = type(self)
@@ -62,6 +70,10 @@ class Policy(Options):
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """The policy as it fits a model; raises OptionError where it does not. facts: "activation" and other config."""
+        return self
+
+    def tokenized(self, encode: Callable[[str], list[int]]) -> Policy:
+        """The policy with token ids where options may be text; `encode` gives those of a text, without special tokens."""
         return self
 
     def of_rank(self, rank: int, ranks: int) -> Policy:
@@ -117,12 +129,39 @@ class Policy(Options):
         if self.whole_prompt and row.seen:
             keep = UNLIMITED
         step = self.chunk or max(1, length)
-        return [self.segment(min(step, length - at), keep) for at in range(0, length, step)]
+        return self.protecting([self.segment(min(step, length - at), keep) for at in range(0, length, step)], row)
+
+    def passes(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
+        """What runs for such a prompt: the segments of `plan`, and with `repeats_prompt` those of the repetition."""
+        return self.plan(length, row)
 
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """What one generated token does."""
         evicts = self.decode_eviction and not self.whole_prompt
-        return self.segment(1, self.slots(row.seen + 1) if evicts else UNLIMITED, prompt=False)
+        segment = self.segment(1, self.slots(row.seen + 1) if evicts else UNLIMITED, prompt=False)
+        return self.protecting([segment], row)[0]
+
+    def protecting(self, segments: list[Segment], row: RowState) -> list[Segment]:
+        """With protect_prompt: the segments without an eviction in the first prompt, and with what the later ones protect."""
+        if not self.protect_prompt:
+            return segments
+        if row.prompt is None and all(segment.prompt for segment in segments):
+            return [replace(segment, keep=UNLIMITED) for segment in segments]
+        kept = {PROMPT: row.seen if row.prompt is None else row.prompt}
+        return [replace(segment, values={**segment.values, **kept}) for segment in segments]
+
+    def why_no_prompt(self, length: int) -> str | None:
+        """With protect_prompt: why a first prompt of so many tokens can't be kept; None: it can."""
+        if not self.protect_prompt:
+            return None
+        budget = self.slots(length)
+        others = self.recent_of(budget) + 1
+        if length + others <= budget:
+            return None
+        return (
+            f"{self.name} keeps the prompt of {length} tokens (protect_prompt), and beside it at least {others} tokens, but its "
+            f"budget is {budget}; expected a budget of at least {length + others}"
+        )
 
     def evicts(self, segments: Sequence[Segment], layers: int = 1) -> bool:
         """Whether these segments of a row's first prompt lose any token; with gates that is so before any has ended. layers:
@@ -132,7 +171,7 @@ class Policy(Options):
             tokens += segment.length
             if min(self.layer_keeps(segment, tokens, layers)) < tokens:
                 return True
-        return self.gates or (self.data_dependent and bool(segments))
+        return self.gates or (self.data_dependent and not self.shares_layers and bool(segments))
 
     def layer_keeps(self, segment: Segment, tokens: int, layers: int) -> list[int]:
         """Slots that each of `layers` cache owners keeps after a segment, when the row has `tokens` tokens then."""

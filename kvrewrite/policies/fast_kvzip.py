@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.scope import Scoped
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FastKVzip(Policy):
+class FastKVzip(Scoped):
     """Fast KVzip (Kim et al., arXiv 2601.17668; code Janghyun1230/FastKVzip @ 7d78b34, and FastKVzipPress in NVIDIA/kvpress).
 
     A gate per layer reads the attention layer's input x. Per kv head, and per query head of its group: q = RMSNorm(Wq x + bq),
     k = RMSNorm(Wk x), of `rank` channels each; l = q . k / sqrt(rank) + b, l_s = q . s / sqrt(rank) for each of the learned
     sink keys s; score = mean over the group of 1 / (1 + sum_s exp(l_s - l)), between 0 and 1. The first n_sink tokens and a
-    window of the newest count as 1. scope="model": the best budget x heads x layers slots stay, wherever they lie; "layer": the
-    heads of a layer share budget x heads; "head": each has its own.
+    window of the newest count as 1. scope as in `Scoped`.
 
     The window of a prompt is `window` tokens, or window_ratio of a prompt that fits one chunk, and at most what the budget
     leaves beside the sinks. While decoding, the same every `interval` tokens of the text with the decode_window newest (the
@@ -45,47 +45,21 @@ class FastKVzip(Policy):
     source = "arXiv 2601.17668"
     evicts_when = "chunks, every 128 tokens"
     needs_weights = True
+    protects_prompts = False
     published = "a .pt file of Fast KVzip's gates, such as qwen3-8b/q4_dim16_sink16.pt"
 
     budget: int | float | None = 0.3
     chunk: int | None = 16000
-    scope: str = "model"
-    n_sink: int = 4
     window: int = 4096
     window_ratio: float = 0.02
     interval: int = 128
     decode_window: int = 8
     rank: int = 16
     gate_sinks: int = 16
-    head_floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.scope == "layer" and self.head_budgets == "equal":
-            object.__setattr__(self, "head_budgets", "adakv")
-        super().__post_init__()
-
-    @property
-    def sinks(self) -> int:
-        """The first tokens."""
-        return self.n_sink
-
-    @property
-    def data_dependent(self) -> bool:
-        """Where layers share."""
-        return self.shares_layers
-
-    @property
-    def shares_layers(self) -> bool:
-        """All layers, one budget."""
-        return self.scope == "model"
 
     def validate(self) -> None:
         """Sizes that make sense."""
-        self.require_budget()
-        if self.scope not in ("model", "layer", "head"):
-            raise OptionError(f'fast_kvzip: scope is {self.scope!r}, expected "model", "layer" or "head"')
         for option, least in (
-            ("n_sink", 0),
             ("window", 0),
             ("interval", 0),
             ("decode_window", 0),
@@ -96,18 +70,6 @@ class FastKVzip(Policy):
                 raise OptionError(f"fast_kvzip: {option} is {getattr(self, option)}, expected at least {least}")
         if not 0 <= self.window_ratio <= 1:
             raise OptionError(f"fast_kvzip: window_ratio is {self.window_ratio}, expected a share between 0 and 1")
-        if self.scope != "layer" and self.head_budgets != "equal":
-            raise OptionError(
-                f'fast_kvzip: head_budgets is {self.head_budgets!r}, but scope="{self.scope}" says who shares a budget; expected '
-                'equal (scope="layer": the heads of a layer share)'
-            )
-        if self.scope == "model" and self.layer_budgets != "equal":
-            raise OptionError(
-                f'fast_kvzip: layer_budgets is {self.layer_budgets!r}, but with scope="model" layers compete; expected equal, or '
-                'scope="layer" or "head"'
-            )
-        if self.scope == "model" and self.merge:
-            raise OptionError('fast_kvzip: merge=True needs scope="layer" or "head"')
         if isinstance(self.budget, int) and self.interval and self.budget <= self.n_sink + self.decode_window:
             raise OptionError(
                 f"fast_kvzip: budget is {self.budget}, but {self.n_sink} first tokens and the {self.decode_window} newest always "
@@ -119,7 +81,7 @@ class FastKVzip(Policy):
         """Takes the gates' sizes from the weights."""
         tensors = facts.get("policy_tensors") or {}
         base = next((t for n, t in tensors.items() if n.endswith(".k_base")), None)
-        if not any(self._gated(s) for s in sites):
+        if not any(self.judges(s) for s in sites):
             raise UnsupportedModelError(
                 "fast_kvzip: every layer of this model has a sliding window, and gates belong to the others"
             )
@@ -127,17 +89,13 @@ class FastKVzip(Policy):
             return self
         return dataclasses.replace(self, rank=int(base.shape[3]), gate_sinks=int(base.shape[2]))
 
-    @staticmethod
-    def _gated(site: AttentionSite) -> bool:
-        return site.shares_kv_with is None and not site.window and not site.chunk
-
     def _gate_name(self, site: Site) -> str:
         """gates.<number of the layer among those that have gates>"""
-        return f"gates.{[s.layer for s in site.every if self._gated(s)].index(site.layer)}"
+        return f"gates.{[s.layer for s in site.every if self.judges(s)].index(site.layer)}"
 
     def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
         """gates.<number>.<the authors' names>."""
-        if not self._gated(site.facts):
+        if not self.judges(site.facts):
             return {}
         hidden, heads = int(site.hidden_states.shape[-1]), site.kv_heads
         shapes = {
@@ -183,26 +141,9 @@ class FastKVzip(Policy):
         rest = (site.weight(f"{name}.{part}") for part in ("q_norm.weight", "k_norm.weight", "k_base", "b"))
         return site.ops.sink_gate(q, k, *rest)
 
-    def rate(self, site: Site) -> None:
-        """Scores and places of all slots of one layer."""
-        if self._gated(site.facts):
-            new = self._gate_score(site)
-            site.remember("rated", (new, site.join(site.stored_scores(), new), site.slot_positions(), site.keep))
-
-    def score(self, site: Site) -> Scores:
-        """The gate's score; where layers share, how many slots each head has won."""
-        if not self._gated(site.facts):  # keeps its window
-            return Scores(site.position_scores(), keep=site.keep.new_full(site.keep.shape, UNLIMITED))
-        if not self.shares_layers:
-            return Scores(self._gate_score(site))
-        layers = [s.layer for s in site.every if self._gated(s)]
-
-        def share() -> list[Tensor]:
-            _, scores, places, keep = zip(*(site.recall("rated", layer) for layer in layers))
-            return site.ops.share_layers(scores, places, keep, site.recent, self.n_sink)
-
-        won = site.once("won", share)
-        return Scores(site.recall("rated")[0], keep=won[layers.index(site.layer)])
+    def worth(self, site: Site) -> tuple[Scores, Tensor]:
+        """What the gate says of the new tokens."""
+        return Scores(self._gate_score(site)), site.slot_positions()
 
     # -- runtime
     def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:

@@ -39,6 +39,7 @@ class Locret(Policy):
     source = "arXiv 2410.01805"
     evicts_when = "chunks"
     needs_weights = True
+    protects_prompts = False
     published = "the .bin file of Locret's retaining heads"
 
     budget: int | float | None = 6000

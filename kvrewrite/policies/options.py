@@ -35,6 +35,9 @@ class Options(Traits):
     that owns a cache ("96,64,32"). head_budgets: "equal" or "adakv" (Ada-KV, arXiv 2407.11550): at each eviction of a
     prompt the heads of a layer share their budget by their scores, and head_floor of it is shared out equally.
 
+    protect_prompt: whether no token of a row's first prompt ever goes, so that what is generated, and further prompts, share
+    the rest of the budget. For policies that evict while decoding; prompts that do not fit are refused.
+
     quantize: "none", "int8", "int4" or "fp8": how cached keys and values are stored (KIVI, arXiv 2402.02750: keys per
     channel in groups of quantize_group slots, values per token in groups of channels), but for the quantize_residual
     newest slots. merge: evicted slots are merged into their nearest kept slot (D2O, arXiv 2406.13035).
@@ -52,6 +55,7 @@ class Options(Traits):
     layer_budgets: str = "equal"
     head_budgets: str = "equal"
     head_floor: float = 0.2
+    protect_prompt: bool = False
     quantize: str = "none"
     quantize_group: int = 32
     quantize_residual: int = 128
@@ -68,6 +72,8 @@ class Options(Traits):
         self._check_storage()
         if self.mla == "latent":
             self._check_latent()
+        if self.protect_prompt:
+            self._check_protect_prompt()
         self.validate()
 
     def validate(self) -> None:
@@ -134,7 +140,7 @@ class Options(Traits):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{self.name}: {name} is {value}, expected at least 1")
-        if self.whole_prompt and self.chunk is not None:
+        if self.whole_prompt and self.chunk is not None and not self.repeats_prompt:
             raise OptionError(
                 f"{self.name}: chunk is {self.chunk}, but it evicts once, by what the end of the prompt attends to, so the "
                 "prompt can't be cut; expected no chunk (a policy with chunked prefill: tova, h2o, keydiff, locret)"
@@ -179,6 +185,25 @@ class Options(Traits):
             )
         if self.mla not in MLA:
             raise OptionError(f"{self.name}: mla is {self.mla!r}, expected one of {', '.join(MLA)}")
+
+    def _check_protect_prompt(self) -> None:
+        """What can't keep a prompt and stay within a budget."""
+        reasons = {
+            "it evicts nothing while decoding": (not self.evicts_ever or self.whole_prompt or not self.decode_eviction),
+            "how many slots a head keeps does not follow from the budget alone": (
+                not self.protects_prompts or self.gates or self.data_dependent or self.head_pattern
+            ),
+            f"with layer_budgets={self.layer_budgets} a layer could have less than the prompt": (
+                self.layer_budgets != "equal"
+            ),
+            f"with head_budgets={self.head_budgets} a head could have less than the prompt": (
+                self.head_budgets != "equal"
+            ),
+            f"budget is {self.budget}, expected a number of slots": not isinstance(self.budget, int),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise OptionError(f"{self.name}: protect_prompt=True is not possible: {reason}")
 
     def _check_latent(self) -> None:
         """What a cache of latents can't have."""

@@ -35,6 +35,7 @@ class Scissorhands(Policy):
     evicts_when = "at once, when the budget is full"
     inputs = ("first_query", "compresses")
     latent_scores = True
+    protects_prompts = False
 
     budget: int | float | None = 1024
     drop: float = 0.5

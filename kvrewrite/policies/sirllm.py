@@ -82,7 +82,7 @@ class SirLLM(Policy):
         """The first segment of a further prompt is where old scores fade."""
         segments = super().plan(length, row)
         if row.seen and segments:
-            segments[0] = dataclasses.replace(segments[0], values={"turn": 1})
+            segments[0] = dataclasses.replace(segments[0], values={**segments[0].values, "turn": 1})
         return segments
 
     def score(self, site: Site) -> Scores:

@@ -51,6 +51,9 @@ class Source(Protocol):
     def observe(self, **given: Any) -> Tensor:
         """`kvrewrite::observe` of the site's own attention."""
 
+    def reconstruction(self, **given: Any) -> Tensor:
+        """`kvrewrite::reconstruction` of the same."""
+
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
         """A state of the cache."""
 
@@ -201,6 +204,14 @@ class Site:
         them instead of summing. newest: at most how many rows count, if they are each row's last: saves the rest's work.
         """
         return self._source.observe(rows=rows, above=above, newest=newest)
+
+    def reconstruct(self, first: int, most: int) -> Tensor:
+        """With `repeats_prompt`: the stored scores, but for the part of the text that a row repeats: the largest
+        attention that the repetition gives to each of its slots, (B, Hkv, C) fp32. first: slots before all parts; most:
+        slots of a part."""
+        begins, ends = self.input("repeat_begins"), self.input("repeat_ends")
+        given = {"stored": self.stored_scores(), "begins": begins, "ends": ends, "first": first, "most": most}
+        return self._source.reconstruction(**given)
 
     def every_row(self) -> Tensor:
         """Every query counts once: (B, T)."""

@@ -35,8 +35,10 @@ class Traits:
     # -- how it evicts
     evicts_ever: ClassVar[bool] = True  # False: nothing goes, and `budget` is a capacity
     whole_prompt: ClassVar[bool] = False  # evicts once, when a row's first prompt is there as a whole
+    repeats_prompt: ClassVar[bool] = False  # reads the first prompt twice (`Segment.again`) before it evicts from it
     has_scores: ClassVar[bool] = True  # whether slots compete by content, as merging needs
     scores_per_head: ClassVar[bool] = True  # heads differ in what they keep, as head_budgets needs
+    protects_prompts: ClassVar[bool] = True  # can have protect_prompt, if it evicts while decoding
     latent_scores: ClassVar[bool] = False  # scores mean the same where a layer's heads keep one latent
     gates: ClassVar[bool] = False  # flags tokens before attention
     head_pattern: ClassVar[bool] = False  # `head_keeps` gives the heads of a layer different budgets

@@ -188,10 +188,10 @@ class TrimKV(Policy):
             full = held >= budget + self.buffer_size
             segments.append(Segment(min(step, length - at), budget if full else UNLIMITED))
             held = min(held, budget) if full else held
-        return segments
+        return self.protecting(segments, row)
 
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
         """Cut down when the buffer is full."""
         budget = self.slots(row.seen + 1)
         full = self.decode_eviction and row.held + 1 >= budget + self.buffer_size
-        return Segment(1, budget if full else UNLIMITED, prompt=False)
+        return self.protecting([Segment(1, budget if full else UNLIMITED, prompt=False)], row)[0]

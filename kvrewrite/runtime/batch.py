@@ -174,12 +174,12 @@ class Batch:
         then on until it has `total` tokens."""
         policy = policy or self.model.policy
         classes = self.model.program.layout.classes
-        segments = policy.plan(prompt)
+        segments = policy.passes(prompt)
         order = sorted((layer, c, w) for c, k in enumerate(classes) for layer, w in zip(k.layers, k.windows))
         heads = [classes[c].kv_heads for _, c, _ in order]
         slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
         keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
-        lengths = np.array([s.length for s in segments])[:, None]
+        lengths = np.array([s.joins for s in segments])[:, None]
         most, later = [0] * len(classes), [0] * len(classes)
         for (_, c, window), held in zip(order, slots):
             before, after = held[:-1], held[1:]

@@ -16,7 +16,7 @@ from kvrewrite.cache.request import WIDE, Request, check_pools, row_inputs
 from kvrewrite.cache.side_by_side import give_back, join
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded, walk
 from kvrewrite.errors import CacheError, InputError
-from kvrewrite.policies import UNLIMITED, RowState
+from kvrewrite.policies import UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -195,6 +195,7 @@ class Call:
         self.reserve = self._reserve()
         self.passes = max(map(len, self.plans), default=0)
         self.step, self._done = 0, [0] * len(self.plans)
+        self.ids, self._places = _with_ids_of_repetitions(tokens.ids, self.plans)
         self._logits: Tensor | None = None
         begin = tokens.ids.shape[1] - columns
         # Each row's first token whose logits are asked for.
@@ -230,8 +231,14 @@ class Call:
         """The next segment of every row that has one; changes nothing."""
         segments = [plan[self.step] if self.step < len(plan) else None for plan in self.plans]
         valid = [s.length if s else 0 for s in segments]
-        parts = [found[d : d + n] for found, d, n in zip(self.tokens.where, self._done, valid)]
-        wanted = [list(range(max(0, low - d), n)) for low, d, n in zip(self._lowest, self._done, valid)]
+        parts = [
+            self._repeated(found, s) if s and s.again else found[d : d + n]
+            for found, d, n, s in zip(self.tokens.where, self._done, valid, segments)
+        ]
+        wanted = [
+            [] if s and s.again else list(range(max(0, low - d), n))
+            for low, d, n, s in zip(self._lowest, self._done, valid, segments)
+        ]
         renew = None
         if self.model.program.layout.contiguous:
             always = self.model.policy.renews_ranks_in_decoding
@@ -239,6 +246,13 @@ class Call:
             frozen = self.cache.ranks_frozen
             renew = [always or not (d and f) for d, f in zip(self.tokens.decoding, frozen)]
         return Pass(self.cache.plan(segments, self.totals, renew), parts, wanted, renew)
+
+    def _repeated(self, found: np.ndarray, segment: Segment) -> np.ndarray:
+        """The columns of what a repetition reads. found: those of the row's tokens."""
+        read = [
+            found[p.start : p.stop] if isinstance(p, range) else [self._places[i] for i in p] for p in segment.again
+        ]
+        return np.concatenate([np.asarray(columns, dtype=np.int64) for columns in read])
 
     def begin(self, now: Pass) -> dict[str, Tensor]:
         """Leases the pages of a pass; the cache's inputs."""
@@ -309,7 +323,7 @@ def _token_inputs(model: RewrittenModel, calls: Sequence[Call], now: Sequence[Pa
         values = [n for numbers in counted for n in numbers[name]]
         rows[name] = to_device(torch.tensor(values, dtype=torch.int64 if name in WIDE else torch.int32), device)
     inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
-    picked = [_picked(call.tokens.ids.to(device).long(), p.parts, longest) for call, p in zip(calls, now)]
+    picked = [_picked(call.ids.to(device).long(), p.parts, longest) for call, p in zip(calls, now)]
     inputs["input_ids"] = torch.cat(picked) if len(picked) > 1 else picked[0]
     wanted = [row for p in now for row in p.wanted]
     picks = max(1, max(map(len, wanted)))
@@ -325,6 +339,17 @@ def _token_inputs(model: RewrittenModel, calls: Sequence[Call], now: Sequence[Pa
     for i, (cos, sin) in enumerate(caches[0].rotary(reach)):
         inputs[f"rotary_cos_{i}"], inputs[f"rotary_sin_{i}"] = cos, sin
     return {**inputs, **caches[0].length_tables}
+
+
+def _with_ids_of_repetitions(ids: Tensor, plans: Sequence[Sequence[Segment]]) -> tuple[Tensor, dict[int, int]]:
+    """`ids` (rows, columns) with a further column for each id that repetitions read beside the prompt; and which column
+    that is."""
+    read = (part for plan in plans for segment in plan for part in segment.again if not isinstance(part, range))
+    others = sorted({i for part in read for i in part})
+    if not others:
+        return ids, {}
+    columns = torch.tensor(others, dtype=ids.dtype, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([ids, columns], 1), {i: ids.shape[1] + n for n, i in enumerate(others)}
 
 
 def _picked(ids: Tensor, parts: Sequence[np.ndarray], longest: int) -> Tensor:

@@ -55,7 +55,7 @@ def why_not(program: Program, policy: Policy, device: torch.device) -> str | Non
             if not fused("cache_update_quantized", sample, why):
                 why = why or f"not in {program.dtype}, or kernels are off"
                 return f"there is no kernel for the update of this quantized cache ({why})"
-    if policy.shares_layers:
+    if policy.shares_layers and not policy.rates_prompts_only:
         return f"the layers of {policy.name} share one budget"
     if device.type != "cuda":
         return None

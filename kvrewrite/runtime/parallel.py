@@ -5,6 +5,7 @@ Every rank runs the same calls with the same ids. What one process would draw or
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from typing import Any
@@ -61,6 +62,14 @@ def find_peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.d
         )
     world: Any = dist.group.WORLD
     return Peers(dist.get_rank(), ranks, str(world.group_name)) if ranks > 1 else None
+
+
+def leave() -> None:
+    """Leaves the group; every rank calls this, once its models are gone. Steps that were captured hold NCCL, which waits for
+    them to go: torch.distributed.destroy_process_group alone would wait for ever where garbage still has one."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def own_device(device: torch.device | str) -> torch.device:

@@ -32,6 +32,8 @@ def why_not(program: Program, policy: Policy, device: torch.device) -> str | Non
     too."""
     if reason := decode_graph.why_not(program, policy, device):
         return reason
+    if policy.repeats_prompt:
+        return f"{policy.name} asks the device in every chunk whether a row repeats its prompt"
     if program.layout.quantize is not None:
         return "what is coded anew in a quantized cache is looked up on the host"
     sample = torch.empty(0, dtype=getattr(torch, program.dtype), device=device)

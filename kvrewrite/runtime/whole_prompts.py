@@ -71,6 +71,8 @@ def warn_of_scores(model: RewrittenModel, tokens: Tokens, cache: Request) -> boo
 def _scoring(policy: Policy) -> str:
     """How a text is scored under eviction with this policy."""
     prefill = "score what follows a context on the cache that model.prefill(context) returns"
+    if policy.repeats_prompt:  # whose chunks evict nothing
+        return prefill
     try:
         dataclasses.replace(policy, chunk=1)
     except OptionError:

@@ -103,9 +103,13 @@ def beside_baseline(specs: Iterable[PolicySpec], budgets: Sequence[int | float])
 class Source:
     """A checkpoint or converted directory: its tokenizer, the original model (loaded once), and rewritten models."""
 
-    def __init__(self, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto"):
+    def __init__(
+        self, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto", check: str = "full"
+    ):
+        """check: what is proved of each rewrite, as for `kvrewrite.transform`."""
         from kvrewrite.artifact import directory as artifact
 
+        self.check = check
         self.directory, self.device = Path(directory), torch.device(device)
         self.manifest = artifact.read_manifest(self.directory) if artifact.is_artifact(self.directory) else None
         if dtype == "auto" and self.manifest is not None:
@@ -113,6 +117,7 @@ class Source:
         self.dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         self._tokenizer: Any = None
         self._base: Any = None
+        self._rewriter: Any = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -159,7 +164,11 @@ class Source:
         if policies.POLICIES[name].needs_weights and arm.spec.weights is None:
             raise OptionError(f"{name} needs trained weights: --policy-weights {name}=FILE")
         policy = policies.make(name, **arm.options)
-        return kvrewrite.transform(self.base, policy, policy_weights=arm.spec.weights)
+        from kvrewrite.api import Rewriter
+
+        if self._rewriter is None:
+            self._rewriter = Rewriter(self.base, check=self.check)
+        return self._rewriter.rewrite(policy, policy_weights=arm.spec.weights)
 
     def fingerprint(self) -> str:
         """Identifies a model: sha256 of the small files, and of both ends of the large ones."""

@@ -140,6 +140,11 @@ class KVRewriteForCausalLM(nn.Module):
                 f"max_model_len is {self.length}, but {policy.name} holds at most {policy.capacity} tokens; set --max-model-len "
                 f"{policy.capacity}, or convert with a larger budget"
             )
+        if policy.repeats_prompt:
+            raise OptionError(
+                f"{policy.name} reads a prompt a second time once it is through, and vLLM runs the passes of a prompt that it "
+                "has scheduled; use `kvrewrite serve`, or a policy that reads it once (fast_kvzip, kvzap, snapkv)"
+            )
         self.pages = bytes_at_most(Batch(self.program), self.length)
         self.handle = Handle(self.pages + carried_bytes(self.program.program.layout), vllm_config)
         self._say_size()

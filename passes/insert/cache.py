@@ -110,7 +110,7 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
         rotary=rotary,
         length_tables=lengths,
         states=list(shared.writer.memory.states.values()),
-        row_inputs=list(policy.inputs),
+        row_inputs=policy.row_inputs,
         rewrites_slots=shared.rewrites_slots,
         ragged=policy.ragged,
         quantize=None if scheme is None else Quantize(scheme.kind, scheme.group, policy.quantize_residual),
@@ -136,7 +136,8 @@ class _Shared:
         self.add, self.scheme, self.pools = add, scheme, pools
         self.tail = 0 if scheme is None else policy.quantize_residual + scheme.group
         self.dtype = str(captured.dtype).removeprefix("torch.")
-        self.nodes: dict[str, fx.Node | None] = {n: inputs[n] for n in ("positions", "valid", "recent", *policy.inputs)}
+        rows = ("positions", "valid", "recent", *policy.row_inputs)
+        self.nodes: dict[str, fx.Node | None] = {n: inputs[n] for n in rows}
         self.nodes["input_ids"] = placeholder(gm, "input_ids")
         self.rewrites_slots = False  # whether scores of cached slots change while nothing is evicted
 
@@ -216,7 +217,7 @@ def _control_inputs(
     add: InputMaker, classes: list[CacheClass], pools: list[PoolShapes], contiguous: bool, policy: Policy
 ) -> dict[str, fx.Node]:
     """Adds the inputs that every rewritten graph has; by name."""
-    specs = call_inputs(contiguous, policy.inputs)
+    specs = call_inputs(contiguous, policy.row_inputs)
     for c, (spec, shapes) in enumerate(zip(classes, pools)):
         specs += class_inputs(c, spec, shapes, policy.ragged)
     return {spec.name: add(spec) for spec in specs}
@@ -318,6 +319,14 @@ def _read_cache(
     gm.graph.erase_node(node)
 
 
+def _entering(gm: fx.GraphModule, before: fx.Node, at: tuple[fx.Node, ...], kv_heads: int) -> list[fx.Node]:
+    """Positions, number and flags of the tokens that an update takes, with those of repetitions left out. at: the inputs
+    of `entering`."""
+    with gm.graph.inserting_before(before):
+        found = gm.graph.call_function(ops.entering.default, (*at, kv_heads))
+        return [gm.graph.call_function(operator.getitem, (found, i)) for i in range(3)]
+
+
 def _rate(policy: Policy, owners: dict[int, dict[str, Any]], shared: _Shared) -> fx.Node:
     """What layers that share one budget are worth, each after its attention; returns a node after all of them."""
     place = {node: i for i, node in enumerate(shared.writer.memory.gm.graph.nodes)}
@@ -348,6 +357,10 @@ def _close_cache(
     args: dict[str, Any] = {name: cache[name] for name in ("k", "v", *shared.pools, "table", "lens", "floor")}
     args |= {name: inputs[name] for name in ("positions", "valid", "recent")}
     args |= {name: cache.get(name) for name in ("spare", "next_table")}
+    dropped = cache["hidden"]
+    if policy.repeats_prompt:
+        at = (inputs["positions"], inputs["valid"], inputs["repeat_ends"])
+        args["positions"], args["valid"], dropped = _entering(shared.writer.memory.gm, following, at, site.kv_heads)
     args |= {
         "new_scores": scores.new,
         "slot_scores": scores.slots,
@@ -357,7 +370,7 @@ def _close_cache(
         "window": window,
         "chunk": chunk,
         "select": scores.select,
-        "drop": cache["hidden"],
+        "drop": dropped,
         "threshold": shared.add_state(State(f"merge_{site.layer}", [], "float32", fill="nan"))
         if policy.merge
         else None,

@@ -19,7 +19,7 @@ from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.site_nodes import Memory, Reader, SiteNodes
 from kvrewrite.passes.insert.trace import Run, Values, inline, running, trace
-from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.base import PROMPT, Policy, Scores
 from kvrewrite.policies.site import PREFIX, Site
 
 
@@ -36,6 +36,7 @@ def attach_weights(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> list[st
 # sizes, whatever their options. Others may, which tracing finds out; so they are traced for every rewrite.
 _TRACED: dict[Any, fx.Graph] = {}
 _MOST = 256
+LARGE = 1e30  # above any score
 
 
 class PolicyWriter:
@@ -113,11 +114,20 @@ def insert_score(writer: PolicyWriter, nodes: SiteNodes, before: fx.Node) -> Sco
             scores = Scores(scores)
         for name in ("new", "slots", "select"):
             _check(policy, name, getattr(scores, name), site.kv_heads)
-        return scores.new, scores.slots, scores.select, scores.keep
+        select = _prompt_first(site, scores) if policy.protect_prompt else scores.select
+        return scores.new, scores.slots, select, scores.keep
 
     found = writer.write(score, nodes, before)
     nodes.facts.inserted.append(policy.name)
     return Scores(*found)
+
+
+def _prompt_first(site: Site, scores: Scores) -> Tensor:
+    """What an eviction goes by with protect_prompt, (B, Hkv, C + T): the prompt is worth more than any score."""
+    by = scores.select
+    if by is None:
+        by = site.join(site.stored_scores() if scores.slots is None else scores.slots, scores.new)
+    return by.masked_fill(site.slot_positions() < site.per_row(site.input(PROMPT)), LARGE)
 
 
 def _check(policy: Policy, name: str, found: Any, kv_heads: int) -> None:

@@ -20,6 +20,7 @@ from kvrewrite.policies.site import PREFIX
 
 aten = torch.ops.aten
 observe = torch.ops.kvrewrite.observe.default
+reconstruction = torch.ops.kvrewrite.reconstruction.default
 # Which argument of a projection is the activation.
 INPUT = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0, aten.matmul.default: 0}
 CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -142,9 +143,16 @@ class Reader:
         return self._look(found), order
 
     def observe(self, **given: Any) -> Tensor:
-        known = {n: v for n, v in self._nodes.observed.items() if n in parameters(observe) and n not in given}
+        return self._of_attention(observe, given)
+
+    def reconstruction(self, **given: Any) -> Tensor:
+        return self._of_attention(reconstruction, given)
+
+    def _of_attention(self, op: Any, given: dict[str, Any]) -> Tensor:
+        """An op that takes the rest of its arguments from the site's attention."""
+        known = {n: v for n, v in self._nodes.observed.items() if n in parameters(op) and n not in given}
         values = {n: self._look(v) if isinstance(v, fx.Node) else v for n, v in known.items()}
-        found: Tensor = observe(*op_args(observe, **values, **given))
+        found: Tensor = op(*op_args(op, **values, **given))
         return found
 
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:

@@ -39,6 +39,7 @@ def lower_decode(gm: fx.GraphModule, keys_rotated: bool) -> fx.GraphModule:
     """A copy for single tokens."""
     latents = [_absorb_latents] if calls(gm, ops.latent_attention.default) else []
     steps = [
+        _nothing_repeats,
         _use_rotated_keys if keys_rotated else fuse_reads,
         *latents,
         _ignore_flags,
@@ -52,6 +53,22 @@ def lower_decode(gm: fx.GraphModule, keys_rotated: bool) -> fx.GraphModule:
         erase_dead,
     ]
     return lowered(gm, "decode_rotated_" if keys_rotated else "decode_", steps)
+
+
+def _nothing_repeats(gm: fx.GraphModule) -> None:
+    """Where prompts are read twice, generated tokens are only added: they repeat nothing, and nothing goes."""
+    again = calls(gm, ops.reconstruction.default)
+    for node in again:
+        node.replace_all_uses_with(arg(node, "stored"))
+    for node in calls(gm, ops.entering.default):
+        results: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
+        for index, name in enumerate(("positions", "valid")):
+            results[index].replace_all_uses_with(arg(node, name))
+        for update in list(results[2].users):
+            set_args(update, drop=None, slot_scores=None)
+    for node in calls(gm, ops.share_layers.default) if again else []:
+        for result in node.users:
+            result.replace_all_uses_with(arg(node, "keep")[result.args[1]])
 
 
 def _fuse_linears(gm: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -441,6 +442,7 @@ def test_a_killed_replacement_leaves_a_whole_directory(tmp_path: Path, exchanges
     for name in "ab":
         (tmp_path / name).mkdir()
     can_exchange = exchanges and publishing.exchange(tmp_path / "a", tmp_path / "b")
+    killed: list[bool] = []
     for point in range(8):
         folder, out = tmp_path / f"{point}" / ".out.0.partial", tmp_path / f"{point}" / "out"
         for path, text in ((folder, "new"), (out, "old")):
@@ -449,7 +451,7 @@ def test_a_killed_replacement_leaves_a_whole_directory(tmp_path: Path, exchanges
         code = f"""
 import os, shutil, signal
 from pathlib import Path
-from kvrewrite import publishing
+from kvrewrite.artifact import publishing
 if not {exchanges}: publishing.exchange = lambda *_: False
 count = 0
 def killing(real):
@@ -465,13 +467,17 @@ os.replace, os.rename, shutil.rmtree = killing(os.replace), killing(os.rename), 
 if {exchanges}: publishing.exchange = killing(publishing.exchange)
 publishing.publish(Path({str(folder)!r}), Path({str(out)!r}), lambda: None)
 """
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        killed.append(done.returncode != 0)
         assert out.exists() or not can_exchange, point
         left = [p for p in os.listdir(out.parent) if p != "out"]
         if left:
             with pytest.warns(UserWarning, match=r"killed.*(\.partial|\.old|in its place again)"):
                 publishing.recover(out)
         assert (out / "config.json").read_text() in ("old", "new"), point
+    assert killed == sorted(killed, reverse=True) and killed[0] and not killed[-1]
 
 
 def test_a_missing_directory_that_was_moved_aside_is_named(model: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvrewrite.kernels.attention import reference, sparse_index
 from kvrewrite.kernels.attention.sparse_chunk import attend_visible, together
@@ -59,14 +60,15 @@ class Case:
         places = torch.cat([torch.zeros_like(live, dtype=torch.int64), self.at.positions[:, None].expand(b, hkv, t)], 2)
         logits = self.logits
         if logits.hidden is not None:
-            logits = logits._replace(hidden=torch.nn.functional.pad(logits.hidden, (k_cache.shape[2], 0)))
+            logits = logits._replace(hidden=pad(logits.hidden, (k_cache.shape[2], 0)))
         keys, values = torch.cat([k_cache, k], 2).double(), torch.cat([v_cache, v], 2).double()
         placed = Placed(self.at.positions, places, torch.cat([live, arrived], 2))
         return reference.attend(Tokens(q.double(), keys, values), placed, logits, own=True, visible=visible)
 
     def attend(self, visible: VisibleBlocks) -> tuple[Tensor, Tensor]:
         (q, k, v), slots = self.tokens, self.slots
-        keys, values = together(slots.k_cache, k), together(slots.v_cache, v)
+        spare = (0, 0, 0, -q.shape[2] % 64)  # rows that are never read
+        keys, values = (pad(together(*x), spare, value=math.nan) for x in ((slots.k_cache, k), (slots.v_cache, v)))
         return attend_visible(q, keys, values, visible, slots.lens, self.at, self.logits)
 
 
@@ -152,15 +154,15 @@ def test_sums_of_the_last_queries(shape: dict[str, Any], dtype: torch.dtype) -> 
     wide = Tokens(*(x.double() for x in case.tokens))
     slots = case.slots._replace(k_cache=case.slots.k_cache.double())
     want = sparse_index.last_sums(wide, slots, case.at, case.logits)
-    keys = together(case.slots.k_cache, case.tokens.k)
+    keys = pad(together(case.slots.k_cache, case.tokens.k), (0, 0, 0, 7), value=math.nan)
     got = last_sums(case.tokens.q, keys, case.slots.lens, case.at, case.logits)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3 if dtype == torch.float16 else 5e-2
     for name in ("columns", "cached", "new"):
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=tolerance, atol=tolerance)
 
 
-def through_op(case: Case, patterns: str, mode: str) -> tuple[Tensor, Tensor]:
-    """`cached_attention` with the cache on pages."""
+def through_op(case: Case, patterns: str, mode: str, dense: bool = False) -> tuple[Tensor, Tensor]:
+    """`cached_attention` with the cache on pages. dense: keys beside them, as where they are rotated first."""
     (q, k, v), (k_cache, v_cache, lens, _) = case.tokens, case.slots
     b, hkv, c, _ = k_cache.shape
     table = 1 + torch.arange(b * hkv * c // 64, dtype=torch.int32, device=DEVICE).view(b, hkv, c // 64)
@@ -169,7 +171,21 @@ def through_op(case: Case, patterns: str, mode: str) -> tuple[Tensor, Tensor]:
     sinks, alibi, hidden, *shape = case.logits
     with kernels(mode):
         out, lse = torch.ops.kvrewrite.cached_attention(
-            q, k, v, None, *pools, places, table, lens, *case.at, sinks, alibi, hidden, *shape, None, patterns
+            q,
+            k,
+            v,
+            k_cache if dense else None,
+            *pools,
+            places,
+            table,
+            lens,
+            *case.at,
+            sinks,
+            alibi,
+            hidden,
+            *shape,
+            None,
+            patterns,
         )
     return out, lse
 
@@ -178,10 +194,11 @@ def through_op(case: Case, patterns: str, mode: str) -> tuple[Tensor, Tensor]:
     "patterns",
     ["vertical_slash:34:40,a_shape:3:20", "block_sparse:1,block_sparse:2", "vertical_slash:60:33,dense"],
 )
-def test_the_op_chooses_and_attends_alike(patterns: str) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_op_chooses_and_attends_alike(patterns: str, dense: bool) -> None:
     case = Case([[70], [128]], [150, 60])
     real = case.real_rows()
-    (out, lse), (want, want_lse) = (through_op(case, patterns, mode) for mode in ("fused", "reference"))
+    (out, lse), (want, want_lse) = (through_op(case, patterns, mode, dense) for mode in ("fused", "reference"))
     torch.testing.assert_close(out[real], want[real], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse[real], want_lse[real], rtol=1e-5, atol=1e-5)
 

@@ -643,6 +643,14 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 torch.randn(HKV, 1, 4, 5), torch.randn(HKV, 1, GROUP),
             ),
         ),
+        "reconstruction": (
+            ops.reconstruction,
+            (
+                fresh.q, fresh.k, torch.randn(B, HKV, P * PAGE), *repeated_slots(), None, cache.k_pages, cache.table,
+                fresh.positions, fresh.valid, sinks, slopes, 0.3, 0.0, 1, 6,
+            ),
+        ),
+        "entering": (ops.entering, (fresh.positions, fresh.valid, repeated_slots()[1], HKV)),
         "kept_above": (ops.kept_above, (mass, places, recent, keep, recent, 0.5, 7, 0)),
         "share_layers": (ops.share_layers, ([mass, mass], [places, places], [keep - 5, keep - 4], recent, 1)),
         "gate": (
@@ -653,6 +661,51 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ),
         ),
     }  # fmt: skip
+
+
+def repeated_slots() -> tuple[Tensor, Tensor]:
+    """begins and ends of the part that each row repeats; the second row repeats nothing."""
+    return torch.tensor([3, 0, 1], dtype=torch.int32), torch.tensor([9, 0, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["pages", "dense"])
+@pytest.mark.parametrize("mask", [{}, {"sinks": True, "alibi": True, "softcap": 2.0}], ids=["plain", "all"])
+def test_reconstruction(mask: dict[str, Any], dense: bool) -> None:
+    """One query at a time, over the first slot, the part and what was read so far; slots are in order of position, as before
+    any eviction. Padding counts for nothing, whatever it holds."""
+    cache, fresh, (sinks, slopes) = state(dead=0.0), new([5, 4, 3], 5), extras(mask)
+    begins, ends = repeated_slots()
+    cached = torch.ops.kvrewrite.read_pages(cache.k_pages, cache.table)
+    fresh.q[2, :, 3:], fresh.k[2, :, 3:] = math.nan, math.nan
+    stored = torch.arange(B * HKV * cached.shape[2], dtype=torch.float32).reshape(B, HKV, -1)
+    given = cached if dense else None
+    got = ops.reconstruction(
+        fresh.q, fresh.k, stored, begins, ends, given, cache.k_pages, cache.table, fresh.positions, fresh.valid, sinks,
+        slopes, 0.3, float(mask.get("softcap", 0.0)), 1, 6,
+    )  # fmt: skip
+    for b in range(B):
+        for h in range(HKV):
+            part, most = range(int(begins[b]), int(ends[b])), {}
+            for g in range(h * GROUP, (h + 1) * GROUP) if part else ():
+                for t in range(int(fresh.valid[b])):
+                    keys = [(p, cached[b, h, p], torch.zeros(DV)) for p in [0, *part]]
+                    keys += keys_of(None, fresh, b, h, t)
+                    at, sink = int(fresh.positions[b, t]), None if sinks is None else float(sinks[g])
+                    slope = 0.0 if slopes is None else float(slopes[g])
+                    _, weights, _ = attend_one(fresh.q[b, g, t], at, keys, mask, sink, slope)
+                    for p, weight in zip(part, weights[1:]):
+                        most[p] = max(most.get(p, 0.0), weight)
+            expected = [most.get(p, float(stored[b, h, p])) for p in range(cached.shape[2])]
+            close(got[b, h], expected, 1e-6)
+            assert len(most) == len(part) and bool((got[b, h, list(part)] <= 1).all())
+
+
+def test_entering() -> None:
+    """To an update a row that repeats has one token, the last of its text, which is dropped; others are as they are."""
+    fresh, (_, ends) = new([3, 2, 0], 3), repeated_slots()
+    positions, valid, drop = ops.entering(fresh.positions, fresh.valid, ends, HKV)
+    assert (fresh.positions - positions).tolist() == [[1] * 3, [0] * 3, [1] * 3] and valid.tolist() == [1, 2, 0]
+    assert drop.shape == (B, HKV, 3) and drop[[0, 2]].all() and not drop[1].any()
 
 
 def test_kept_above() -> None:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from kvrewrite.capture.attention_interface import transformers_tracing
 from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.export import export_model
-from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import ancestors, tensor_of
 from kvrewrite.ir.site import AttentionSite
@@ -23,7 +22,7 @@ from kvrewrite.passes.canonical.canonicalize import SOURCE, canonicalize, check_
 from kvrewrite.passes.canonical.normalize import normalize
 from kvrewrite.passes.canonical.operands import NoAttention
 from tests.support.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
-from tests.support.rewritten import original, traced
+from tests.support.rewritten import original, traced, traced_once
 from tests.support.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
 
 LENGTHS = (1, 5, 23)
@@ -31,7 +30,7 @@ LENGTHS = (1, 5, 23)
 
 def canonical(model: nn.Module | str) -> tuple[Captured, list[AttentionSite]]:
     """The sites of a model, or of a family."""
-    captured = traced(model) if isinstance(model, str) else capture(model)
+    captured = traced(model) if isinstance(model, str) else traced_once(model)
     normalize(captured)
     sites = canonicalize(captured)
     check_no_scores(captured)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite.capture.captured import Captured
-from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import UnsupportedModelError
 from kvrewrite.ir.fx import placeholder, shape_of, symbol, tensor_of
 from kvrewrite.passes.canonical.canonicalize import canonicalize
 from kvrewrite.passes.canonical.lift_positions import lift_positions
 from kvrewrite.passes.canonical.normalize import normalize
 from tests.support.foreign import FOREIGN, HEAD_DIM, VOCAB, Decoder, make_foreign
-from tests.support.rewritten import original, traced
+from tests.support.rewritten import original, traced, traced_once
 from tests.support.zoo import make
 
 OFFSET = 3
@@ -24,7 +23,7 @@ OFFSET = 3
 
 def lifted(model: nn.Module | str) -> Captured:
     """The graph of a model, or of a family."""
-    captured = traced(model) if isinstance(model, str) else capture(model)
+    captured = traced(model) if isinstance(model, str) else traced_once(model)
     normalize(captured)
     canonicalize(captured)
     lift_positions(captured)
@@ -187,9 +186,10 @@ def test_aranges_over_tokens_stay() -> None:
     assert any("arange" in str(n.target) for n in captured.graph.graph.nodes)
 
 
+@pytest.mark.xdist_group("NanoGPT")
 def test_metadata_is_kept() -> None:
     for name in ("NanoGPT", "RopeTable", "RopeTableComplex"):
-        captured = lifted(make_foreign(name))
+        captured = lifted(name)
         positions = placeholder(captured.graph, "position_ids")
         assert positions is not None and tensor_of(positions).dtype == torch.int64  # type: ignore[union-attr]
         wanted = [captured.batch_symbol, captured.length_symbol]
@@ -199,8 +199,9 @@ def test_metadata_is_kept() -> None:
         assert not any("arange" in str(n.target) for n in captured.graph.graph.nodes)
 
 
+@pytest.mark.xdist_group("llama")
 def test_models_with_positions_are_left_alone() -> None:
-    captured = capture(make("llama"))
+    captured = traced("llama")
     normalize(captured)
     canonicalize(captured)
     before = [n.name for n in captured.graph.graph.nodes]

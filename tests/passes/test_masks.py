@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvrewrite.capture.frontend import capture
 from kvrewrite.ir.masks import BLOCK, classify_mask, expected_mask, spread, spread_length, with_ends
 from kvrewrite.ir.site import NoSite
 from kvrewrite.passes.canonical.find_attention import find_attention
 from kvrewrite.passes.canonical.normalize import normalize
 from kvrewrite.passes.canonical.operands import Attention
 from tests.support.products import covering, few
+from tests.support.rewritten import traced_once
 
 VOCAB, HEADS, DIM = 31, 4, 4
 WIDTH = HEADS * DIM
@@ -75,7 +75,7 @@ def biased(bias: Mask) -> Callable[..., Tensor]:
 
 
 def found(core: Callable[..., Tensor], at: Callable[[Tensor], Tensor] = arange) -> tuple[Attention | NoSite, Any]:
-    captured = capture(Model(core, at).eval())
+    captured = traced_once(Model(core, at).eval())
     normalize(captured)
     (one,) = find_attention(captured)
     return one, captured

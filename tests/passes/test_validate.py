@@ -255,7 +255,8 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     few(
         EXACT,
         rest=(
-            "grouped einsum, group before kv head", "window by a shift", "window by a logarithm", "a number for each head"
+            "multi-query einsum", "grouped einsum, group before kv head", "window by a shift", "window by a logarithm",
+            "a number for each head",
         ),
     ),
 )  # fmt: skip
@@ -279,7 +280,7 @@ def test_other_ways_to_write_attention_are_exact(name: str) -> None:
         rest=(
             "a scale by the length", "weights cut after the softmax", "Fourier transform", "a norm of all", "roll by two",
             "running maximum", "one row is another matter", "the batch size", "rows mixed", "the token before",
-            "whether a token is there",
+            "whether a token is there", "ALiBi that ends", "the length",
         ),
     ),
 )  # fmt: skip

@@ -56,7 +56,7 @@ def test_pieces_of_a_prompt_are_refused(policy: str) -> None:
     "policy", ["snapkv", *(pytest.param(p, marks=pytest.mark.thorough) for p in ONCE if p != "snapkv")]
 )
 def test_the_backend_refuses_them_too(policy: str) -> None:
-    if policy in ("pyramidkv", "adakv"):
+    if policy in ("pyramidkv", "adakv", "kvzip"):
         pytest.skip("a DynamicCache can't hold what they keep")
     options = {"policy": policy, "budget": 48, "inductor": False, **OPTIONS.get(policy, {})}
     model = torch.compile(build("llama"), backend="kvrewrite", options=options)  # type: ignore[call-overload]

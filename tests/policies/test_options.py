@@ -143,7 +143,7 @@ MERGING: dict[str, tuple[str, dict[str, Any], Rule]] = {
 }
 
 
-@pytest.mark.parametrize("name", few(MERGING, rest=("snapkv, once",)))
+@pytest.mark.parametrize("name", few(MERGING, rest=("snapkv, once", "scissorhands, many at once")))
 def test_merging_against_oracle(name: str) -> None:
     """Prompt, answer, prompt, answer, of two rows: what is kept, keys and values as they are stored, and logits."""
     policy, options, rule = MERGING[name]
@@ -382,7 +382,7 @@ def stored_bits(cache: Any) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", few(SHARED, rest=("evicts",)))
 def test_forks_of_quantized_caches(name: str) -> None:
     """What one writes the others never see, through many generated tokens; each answers as if it were alone."""
     policy, options = SHARED[name]
@@ -418,7 +418,7 @@ def test_forks_of_quantized_caches(name: str) -> None:
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", few(SHARED, rest=("evicts",)))
 def test_padded_rows_are_the_rows_alone(name: str) -> None:
     """Codes must not depend on the batch; in fp32 keys differ by roundings, which may move a code by one at a tie."""
     policy, options = SHARED[name]

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from kvrewrite import policies
 from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.frontend import capture
-from kvrewrite.errors import OptionError
+from kvrewrite.errors import CacheError, OptionError
 from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
 from tests.support import learned
 from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
-from tests.support.oracle_newer import CompactorRule, FinchRule, LagKVRule, ObservedAttentionRule
+from tests.support.oracle_newer import (
+    CompactorRule,
+    FinchRule,
+    LagKVRule,
+    ObservedAttentionRule,
+    RandomAttentionRule,
+)
 from tests.support.oracle_rules import (
     AttentionGateRule,
     ExpectedAttentionRule,
@@ -38,6 +44,7 @@ from tests.support.oracle_rules import (
     uniform,
 )
 from tests.support.products import covering
+from tests.support.repetition import KVzipRule
 from tests.support.rewritten import ours, rewrite
 from tests.support.zoo import VOCAB, make
 
@@ -431,6 +438,26 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"threshold": -1.5, "window": 2, "budget": 8, "chunk": 9},
         kvzap(threshold=-1.5, window=2, budget=8, chunk=9),
     ),
+    "kvzip": (
+        "kvzip",
+        {"budget": 0.4, "n_sink": 2, "repeat_prompt": "90,91", "repeat_answer": "92"},
+        KVzipRule(budget=0.4, sinks=2, prompt=(90, 91), answer=(92,)),
+    ),
+    "kvzip, parts": (
+        "kvzip",
+        {"budget": 9, "n_sink": 1, "repeat_chunk": 7, "lead": 3, "repeat_next": "93", "chunk": 8},
+        KVzipRule(budget=9, sinks=1, part=7, lead=3, following=(93,), chunk=8),
+    ),
+    "kvzip, by head, contiguous": (
+        "kvzip",
+        {"budget": 10, "scope": "head", "repeat_chunk": 9, "lead": 2, "positions": "contiguous"},
+        KVzipRule(budget=10, scope="head", part=9, lead=2, contiguous=True),
+    ),
+    "kvzip, by layer": (
+        "kvzip",
+        {"budget": 8, "scope": "layer", "n_sink": 0, "repeat_chunk": 12, "layer_budgets": "12,8,9"},
+        KVzipRule(budget=8, scope="layer", sinks=0, part=12, layer_budgets=(12, 8, 9)),
+    ),
     "fast_kvzip": (
         "fast_kvzip",
         {"budget": 0.4, "n_sink": 1, "window_ratio": 0.1, "interval": 8, "decode_window": 2},
@@ -460,6 +487,16 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "duo_attention",
         {"budget": 9, "start": 3, "chunk": 7},
         DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
+    ),
+    "random attention, prompts evict": (
+        "random_attention",
+        {"budget": 11, "buffer": 3, "seed": 5, "protect_prompt": False},
+        RandomAttentionRule(budget=11, buffer=3, recent=3, seed=5, protect=False),
+    ),
+    "random attention, chunks, contiguous": (
+        "random_attention",
+        {"budget": 0.4, "buffer": 2, "chunk": 8, "positions": "contiguous", "protect_prompt": False},
+        RandomAttentionRule(budget=0.4, buffer=2, recent=2, chunk=8, contiguous=True, protect=False),
     ),
     "observed attention, chunks, heads": (
         "observed_attention",
@@ -519,8 +556,40 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
     **{rule.policy: (rule.policy, {"budget": 9}, rule(budget=9)) for rule in Scored.__subclasses__() if rule.policy},
 }
 
+# With the whole first prompt protected; budgets hold prompts of 24 tokens.
+PROTECT: dict[str, Any] = {"budget": 28, "protect_prompt": True}
+PROTECTED: dict[str, tuple[str, dict[str, Any], Rule]] = {
+    "random attention": (
+        "random_attention",
+        {"budget": 28, "buffer": 3},
+        RandomAttentionRule(budget=28, buffer=3, recent=3),
+    ),
+    "h2o, prompt protected": (
+        "h2o",
+        {**PROTECT, "recent_tokens": 3, "chunk": 9},
+        H2ORule(budget=28, recent=3, chunk=9, protect=True),
+    ),
+    "streaming, prompt protected": (
+        "streaming_llm",
+        {**PROTECT, "start": 2, "chunk": 7},
+        StreamingRule(budget=28, sinks=2, chunk=7, protect=True),
+    ),
+    "sirllm, prompt protected": (
+        "sirllm",
+        {**PROTECT, "start": 1, "decay": 0.5},
+        SirLLMRule(budget=28, sinks=1, decay=0.5, chunk=512, protect=True),
+    ),
+    "keydiff, prompt protected": ("keydiff", {**PROTECT, "chunk": 6}, KeyDiffRule(budget=28, chunk=6, protect=True)),
+    "trim_kv, prompt protected": (
+        "trim_kv",
+        {**PROTECT, "buffer_size": 3, "retention_gate": "rg"},
+        trim_kv(budget=28, buffer=3, protect=True),
+    ),
+}
+
 # What needs longer prompts or answers to happen at all; with the widths of the calls.
 LONG: dict[str, tuple[tuple[str, dict[str, Any], Rule], tuple[int, ...]]] = {
+    **{name: (case, (21, *[1] * 12, 8, 1, 1, 6, *[1] * 4)) for name, case in PROTECTED.items()},
     "nacl code, sinks and newest tokens": (  # of which there are some from 40 slots on
         ("nacl", {"budget": 45, "preset": "code", "interval": 7}, NACLRule(budget=45, preset="code", interval=7)),
         (70, *[1] * 20),
@@ -628,7 +697,7 @@ def follow(case: tuple[str, dict[str, Any], Rule], ids: Tensor, calls: tuple[int
 
 
 def policy_of(case: Mapping[str, Any]) -> str:
-    return CASES[case["name"]][0]
+    return (CASES | PROTECTED)[case["name"]][0]
 
 
 def options_of(case: Mapping[str, Any]) -> list[str]:
@@ -684,10 +753,10 @@ def left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
 
 
 @covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*PROTECTED, *CASES])
 def test_padded_rows_are_the_rows_alone(name: str) -> None:
     """Three prompts of different lengths, answers, three further prompts, answers: what a row keeps is its own affair."""
-    policy, options, _ = CASES[name]
+    policy, options, _ = (CASES | PROTECTED)[name]
     model = rewritten(policy, **options)
     texts = tokens(3, 50, 21).tolist()
     widths = [(24, 9, 17), *[(1, 1, 1)] * 4, (5, 12, 8), *[(1, 1, 1)] * 2]
@@ -739,6 +808,20 @@ def test_hash(seed: int) -> None:
         for h in range(heads):
             expected = torch.tensor([uniform(seed, layer, h, j) for j in positions], dtype=torch.float64)
             torch.testing.assert_close(got[h].double(), expected, rtol=0, atol=2**-24)
+
+
+def test_a_prompt_that_can_not_be_protected() -> None:
+    """Refused before anything is computed, also where its pieces come one by one; what fits goes on."""
+    model, ids = rewritten("h2o", **PROTECT, recent_tokens=3), tokens(1, 40, 3)
+    cache = model.new_cache(1)
+    with pytest.raises(CacheError, match=r"prompt of 25 tokens.*budget of at least 29"):
+        model(ids[:, :25], past_key_values=cache)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(CacheError, match="prompt of 25 tokens"):
+        model(ids[:, 20:25], past_key_values=cache)
+    cache.end_prompt()
+    model(ids[:, 20:], past_key_values=cache)
+    assert all(len(head) == 28 and head[:20] == list(range(20)) for head in cache.positions()[0][0])
 
 
 # -- the oracle itself
@@ -920,6 +1003,22 @@ def test_oracle_gate_flags_half() -> None:
         ("nacl", {"preset": "papers"}, "preset"),
         ("nacl", {"interval": -1}, "interval is -1"),
         *[(p, {"budget": None}, "budget is None") for p in ("observed_attention", "leverage", "lagkv", "compactor")],
+        ("random_attention", {"buffer": 0}, "buffer is 0"),
+        ("random_attention", {"budget": 0.5}, "budget is 0.5"),
+        ("random_attention", {"layer_budgets": "pyramid"}, "layer_budgets"),
+        *[
+            (p, {"protect_prompt": True}, "protect_prompt")
+            for p in ("snapkv", "locret", "kvzap", "attention_gate", "full")
+        ],
+        *[
+            ("h2o", {"protect_prompt": True, **more}, "protect_prompt")
+            for more in (
+                {"decode_eviction": False},
+                {"head_budgets": "adakv"},
+                {"layer_budgets": "pyramid"},
+                {"budget": 0.5},
+            )
+        ],
         ("finch", {"window": 0}, "window is 0"),
         ("finch", {"budget": 32}, "budget is 32"),
         ("lagkv", {"n_sink": -1}, "n_sink is -1"),
@@ -934,6 +1033,12 @@ def test_oracle_gate_flags_half() -> None:
         ("kvzap", {"window": -1}, "window is -1"),
         ("kvzap", {"budget": 128}, "128 recent tokens"),
         ("kvzap", {"head_budgets": "adakv"}, "head_budgets"),
+        ("kvzip", {"budget": None}, "budget is None"),
+        ("kvzip", {"scope": "heads"}, "scope"),
+        ("kvzip", {"n_sink": -1}, "n_sink is -1"),
+        ("kvzip", {"lead": 0}, "lead is 0"),
+        ("kvzip", {"repeat_chunk": 0}, "repeat_chunk is 0"),
+        ("kvzip", {"budget": 4}, "budget is 4"),
         ("fast_kvzip", {"budget": None}, "budget is None"),
         ("fast_kvzip", {"budget": 12}, "budget is 12"),
         ("fast_kvzip", {"scope": "models"}, "scope"),

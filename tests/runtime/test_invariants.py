@@ -46,6 +46,7 @@ REFUSED = {
     "leverage": {"deepseek_v3": "MLA"},
     "compactor": {"deepseek_v3": "MLA"},
     "attention_gate": {"deepseek_v3": "latent attention"},
+    "kvzip": {"mistral": "every layer of this model has a sliding window"},
 }
 
 # (policy, positions): options that differ from full_budget() / evicting() below
@@ -82,6 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "finch": {"window": 4},
     "keydiff": {"chunk": 6},
     "knorm": {},
+    "kvzip": {"n_sink": 1, "repeat_chunk": 10, "lead": 3, "chunk": 9},
     "kvzap": {"threshold": -9.0, "window": 3, "chunk": 9},
     "lagkv": {"n_sink": 2, "lag_size": 4},
     "leverage": {"sketch": 5},
@@ -90,6 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "non_causal_attn": {"block": 7},
     "pyramidkv": {"window": 4, "kernel": 3, "beta": 4},
     "random": {},
+    "random_attention": {"buffer": 3, "protect_prompt": False},
     "scissorhands": {"recent_tokens": 3},
     "sirllm": {"chunk": 7},
     "snapkv": {"window": 4, "kernel": 3},

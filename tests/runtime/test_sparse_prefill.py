@@ -16,6 +16,7 @@ from kvrewrite.artifact.head_patterns import FORMAT, read_patterns
 from kvrewrite.errors import OptionError
 from kvrewrite.kernels.attention.patterns import HeadPattern
 from kvrewrite.passes.insert.sparse_prefill import NAME, insert_sparse_prefill
+from tests.runtime.test_invariants import OPTIONS
 from tests.support import rewritten
 from tests.support.sparse_oracle import visible
 from tests.support.zoo import VOCAB, make
@@ -104,6 +105,34 @@ def test_patterns_that_cover_everything_change_nothing(policy: str, options: dic
         sparse = model(covering, policy, **options)
     dense = rewritten.rewritten("llama", policy, **options)
     assert torch.equal(run(sparse, ids(2)), run(dense, ids(2)))
+
+
+EVERY_DAY = ("attention_gate", "locret", "snapkv")
+
+
+@pytest.mark.filterwarnings("ignore:prefill")
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p.name, marks=() if p.name in EVERY_DAY else pytest.mark.thorough) for p in rewritten.ours()],
+)
+def test_every_policy(policy: str) -> None:
+    """Patterns that cover everything keep the same tokens and give the same logits; others keep as many."""
+    options = dict(OPTIONS.get(policy, {})) | ({} if policy in ("full", "attention_gate") else {"budget": 90})
+    options |= {"chunk": 100} if "chunk" in options else {}
+    covering = {
+        0: ["vertical_slash:999:999"] * HEADS,
+        1: ["a_shape:999:1", "block_sparse:99", "dense", "a_shape:1:999"],
+    }
+    dense = rewritten.rewritten("llama", policy, **options)
+    models = [dense, model(covering, policy, **options), model(FEW, policy, **options)]
+    caches = [m.new_cache(1, max_length=T) for m in models]
+    with torch.no_grad():
+        want, same, other = (m(ids(), past_key_values=cache).logits for m, cache in zip(models, caches, strict=True))
+    assert torch.equal(same, want) and torch.isfinite(other).all() and not torch.equal(other, want)
+    live = [cache.live_slots() for cache in caches]
+    assert all(torch.equal(live[0][layer], live[1][layer]) for layer in live[0])
+    if not dense.policy.gates and not dense.policy.data_dependent:
+        assert all(int(live[0][layer].sum()) == int(live[2][layer].sum()) for layer in live[0])
 
 
 def test_single_tokens_and_short_chunks_see_everything() -> None:

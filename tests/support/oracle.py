@@ -41,6 +41,7 @@ class Moment:
     first: bool  # that was the row's first prompt
     generated: int  # tokens since that prompt
     layers: int
+    first_prompt: int = 0  # tokens of the row's first prompt
 
 
 @dataclass
@@ -99,6 +100,14 @@ class Rule:
         """layer -> what `keep` says; for rules under which layers compete."""
         return [self.keep(layer, moment) for layer in layers]
 
+    def repetition(self, ids: list[int]) -> list[tuple[list[int], range]]:
+        """What is read again once the first prompt `ids` is through, and which places of it that repeats; nothing of it
+        stays. `keep_all` is asked with the part "again" afterwards."""
+        return []
+
+    def look(self, layer: Layer, places: range, queries: range) -> None:
+        """After such a part, whose queries stand at these positions and are still in `layer`."""
+
     def renews(self, part: str, after: str) -> bool:
         """Contiguous: whether the cache is re-ranked 0..n-1 before this part; `after` is the part before."""
         return True
@@ -133,7 +142,7 @@ class Oracle:
             for i in range(self.config.num_hidden_layers)
         ]
         self.seen = self.total = self.last_prompt = self.generated = 0
-        self.first = True
+        self.first, self.first_prompt = True, 0
         self.part = self.after = ""
         self.raw: dict[tuple[int, str], Tensor] = {}
         self.places: dict[tuple[int, int], int] = {}  # of the next token, by layer and head
@@ -145,13 +154,35 @@ class Oracle:
         if not self.first:
             for layer in self.layers:
                 self.rule.turn(layer)
+        else:
+            self.first_prompt = len(ids)
         self.total, self.last_prompt, self.generated = self.seen + len(ids), len(ids), 0
         out, at = [], 0
         for length, part in self.rule.cut(len(ids)):
             out.append(self._part(ids[at : at + length], part))
             at += length
         assert at == len(ids)
+        if self.first and (parts := self.rule.repetition(ids)):
+            self._repeat(parts)
         return torch.cat(out)
+
+    def _repeat(self, parts: list[tuple[list[int], range]]) -> None:
+        self.part = "again"
+        for ids, places in parts:
+            kept = [len(layer.inputs) for layer in self.layers], dict(self.places)
+            self._forward(ids)
+            queries = range(self.seen, self.seen + len(ids))
+            for layer, inputs in zip(self.layers, kept[0]):
+                self.rule.look(layer, places, queries)
+                del layer.inputs[inputs:]
+                for head in layer.heads:
+                    del head[-len(ids) :]
+                for weights in layer.attention:
+                    for i in queries:
+                        del weights[i]
+            self.places = kept[1]
+        for layer, heads in zip(self.layers, self.rule.keep_all(self.layers, self._moment(0)), strict=True):
+            layer.heads = heads
 
     def decode(self, token: int) -> Tensor:
         """One generated token."""
@@ -173,6 +204,7 @@ class Oracle:
             first=self.first,
             generated=self.generated,
             layers=len(self.layers),
+            first_prompt=self.first_prompt,
         )
 
     def _part(self, ids: list[int], part: str) -> Tensor:

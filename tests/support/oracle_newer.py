@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.oracle import Entry, Layer, Moment, rotate
-from tests.support.oracle_rules import Scored, Scores, length, uniform
+from tests.support.oracle_rules import Scored, Scores, fraction, length, uniform
 
 
 @dataclass(kw_only=True)
@@ -158,3 +158,22 @@ def standard(scores: Scores) -> Scores:
     mean = sum(flat) / len(flat)
     deviation = max((sum((x - mean) ** 2 for x in flat) / max(1, len(flat) - 1)) ** 0.5, 1e-6)
     return [[(x - mean) / deviation for x in head] for head in scores]
+
+
+@dataclass(kw_only=True)
+class RandomAttentionRule(Scored):
+    """The first prompt and the newest stay; the others draw anew whenever the buffer is full."""
+
+    buffer: int
+    seed: int = 0
+    protect: bool = True
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        return [
+            [uniform(self.seed, layer.index, h, e.position + (moment.seen << 32)) for e in entries]
+            for h, entries in enumerate(layer.heads)
+        ]
+
+    def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
+        full = len(layer.heads[0]) >= fraction(self.budget, moment.total, self.buffer) + self.buffer
+        return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads

@@ -48,6 +48,7 @@ class Scored(Rule):
     beta: int = 20
     head_budgets: str = "equal"
     head_floor: float = 0.2
+    protect: bool = False  # the whole first prompt
 
     def scores(self, layer: Layer, moment: Moment) -> Scores:
         """The higher, the longer it stays."""
@@ -68,9 +69,14 @@ class Scored(Rule):
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         if self.first_prompt_only and not (moment.first and moment.part != "decode"):
             return layer.heads
+        if self.protect and moment.first and moment.part != "decode":
+            return layer.heads
         slots, recent = self.slots(layer, moment)
         scores = self.scores(layer, moment)
         safe = [self.safe(entries, recent) for entries in layer.heads]
+        if self.protect:
+            prompt = [[e.position < moment.first_prompt for e in entries] for entries in layer.heads]
+            safe = [[a or b for a, b in zip(*pair)] for pair in zip(safe, prompt)]
         each = [slots] * len(layer.heads)
         if self.head_budgets == "adakv":
             each = self.per_head(layer, moment, slots, scores, safe)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from kvrewrite.runtime.parallel import leave
+
 SECONDS = 240  # a machine of two cores that others use, too
 
 
@@ -65,8 +67,7 @@ def _work(rank: int, ranks: int, port: int, function: Any, args: Any, results: A
     try:
         value, error = function(rank, *args), None
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            leave()
     except BaseException:
         value, error = None, traceback.format_exc()
     results.put((rank, value, error))

@@ -7,10 +7,12 @@ import dataclasses
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite import policies
+from kvrewrite.capture import export
 from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.captured import Captured
 from kvrewrite.capture.frontend import capture
@@ -45,6 +47,14 @@ def build(name: str) -> nn.Module:
 def original(name: str) -> nn.Module:
     """The unmodified model. Tests must leave it as it is."""
     return build(name)
+
+
+def traced_once(model: nn.Module) -> Captured:
+    """A module as `capture` gives it, without two further traces, of one token and of one row: only `pipeline.canonical` looks
+    at what they found, so that tests of single passes need not wait for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "why_not_single", lambda *_: None)
+        return capture(model)
 
 
 @functools.cache

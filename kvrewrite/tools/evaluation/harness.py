@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import Policy
-from kvrewrite.tools.evaluation.run import BASELINE, Progress, Settings, Warn, describe
+from kvrewrite.tools.evaluation.cells import BASELINE
+from kvrewrite.tools.evaluation.run import Progress, Settings, Warn, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, Source, beside_baseline, budget_text, versions, write_json
 
 if TYPE_CHECKING:

@@ -64,3 +64,16 @@ def difference(scores: Sequence[float], baseline: Sequence[float]) -> Interval:
     """Returns the mean of paired differences (same samples in the same order) with a bootstrap interval."""
     pairs = [a - b for a, b in zip(scores, baseline, strict=True)]
     return Interval(math.fsum(pairs) / len(pairs), *bootstrap([pairs]), len(pairs), "bootstrap")
+
+
+def ratio(sums: Sequence[float], counts: Sequence[int], groups: Sequence[int]) -> Interval:
+    """Returns the sum of `sums` over that of `counts`, with a bootstrap over groups: what belongs to one group (a
+    document) is drawn together. n: how many groups."""
+    names = sorted(set(groups))
+    place = {name: i for i, name in enumerate(names)}
+    where = numpy.asarray([place[g] for g in groups])
+    totals = numpy.bincount(where, numpy.asarray(sums, dtype=float), len(names))
+    weights = numpy.bincount(where, numpy.asarray(counts, dtype=float), len(names))
+    drawn = numpy.random.default_rng(BOOTSTRAP_SEED).integers(0, len(names), (RESAMPLES, len(names)))
+    low, high = numpy.quantile(totals[drawn].sum(1) / weights[drawn].sum(1), [0.025, 0.975])
+    return Interval(math.fsum(sums) / sum(counts), float(low), float(high), len(names), "bootstrap by group")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.tools.evaluation.run import BASELINE
+from kvrewrite.tools.evaluation.cells import BASELINE, means
 from kvrewrite.tools.plotting import GREY, add_legend, new_figure, require_matplotlib, save_figure, styles, tidy
 from kvrewrite.tools.subjects import Arm, Source, budget_text
 
@@ -40,8 +40,6 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     policy's points are at the measured share of slots, moved slightly so that error bars do not overlap. A policy is
     left out at budgets where not all of the tasks ran, as in the table of means.
     """
-    from kvrewrite.tools.evaluation.run import means
-
     there = list(dict.fromkeys(c["task"] for c in results["cells"]))
     for task in tasks:
         if task not in there:

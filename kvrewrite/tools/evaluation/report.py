@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvrewrite.tools.evaluation.run import BASELINE, cell_key
+from kvrewrite.tools.evaluation.cells import BASELINE, cell_key, is_scored
 from kvrewrite.tools.subjects import budget_text
 
 if TYPE_CHECKING:
@@ -61,14 +61,16 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
 
     from kvrewrite.analysis.memory import human
 
-    cells = results["cells"]
+    scored, scored_reasons = scored_tables(results)
+    cells = [c for c in results["cells"] if not is_scored(c["task"])]
+    if not cells:
+        return scored, scored_reasons
     found = {cell_key({**m, "task": None}): m for m in results["means"]}
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     modes = list(dict.fromkeys(c["mode"] for c in cells if c["mode"] != BASELINE)) or [BASELINE]
     labels = max((min(len(c["label"]), 40) for c in cells), default=0)
     groups = _fitting(tasks, width - labels - 14 - SUMMARY_WIDTH)
-    reasons: list[str] = []
-    made = []
+    reasons, made = scored_reasons, scored
     for tokens in dict.fromkeys(c["tokens"] for c in cells):
         for mode in modes:
             rows = _rows([c for c in cells if c["tokens"] == tokens and c["mode"] in (mode, BASELINE)])
@@ -96,6 +98,58 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
                     table.add_row(*row)
                 made.append(table)
     return made, reasons
+
+
+def scored_tables(results: Mapping[str, Any]) -> tuple[list[Table], list[str]]:
+    """Returns a table for each task in nats, mode and length, and the reasons of refused cells."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    made, reasons = [], []
+    for (task, tokens, mode), cells in scored_groups(results["cells"]).items():
+        documents = max((len(set(c["documents"])) for c in cells if c["status"] == "ok"), default=0)
+        table = Table(
+            title=f"{task}, question-{mode}: up to {tokens:,} tokens, {documents} documents", title_justify="left"
+        )
+        table.add_column("policy", overflow="fold")
+        for name in ("budget", "nats a token", "more than full", "tokens right %", "all right %", "slots %", "s"):
+            table.add_column(name, justify="right")
+        for cell in cells:
+            head = [escape(cell["label"]), budget_text(cell["budget"])]
+            if cell["status"] != "ok":
+                if cell["reason"] not in reasons:
+                    reasons.append(cell["reason"])
+                table.add_row(*head, escape(f"refused [{reasons.index(cell['reason']) + 1}]"))
+                continue
+            beside = cell.get("against_full")
+            table.add_row(
+                *head,
+                nats_text(cell["nll"]),
+                "-" if beside is None else nats_text(beside["nll"]),
+                percent(cell["accuracy"]["mean"], 1),
+                percent(cell["exact"]["mean"], 1),
+                "-" if beside is None else percent(beside["kept"], 1),
+                f"{cell['seconds']:.1f}",
+            )
+        made.append(table)
+    return made, reasons
+
+
+def scored_groups(cells: Sequence[dict[str, Any]]) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+    """Groups the cells of tasks in nats by (task, tokens, mode), the full cache's in each."""
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    ours = [c for c in cells if is_scored(c["task"])]
+    for task, tokens in dict.fromkeys((c["task"], c["tokens"]) for c in ours):
+        here = [c for c in ours if (c["task"], c["tokens"]) == (task, tokens)]
+        modes = list(dict.fromkeys(c["mode"] for c in here if c["mode"] != BASELINE)) or [BASELINE]
+        for mode in modes:
+            groups[task, tokens, mode] = [c for c in here if c["mode"] in (mode, BASELINE)]
+    return groups
+
+
+def nats_text(value: Mapping[str, Any]) -> str:
+    """Formats a number of nats with its interval: "1.611 (1.48 to 1.74)"."""
+    return f"{value['mean']:.3f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
 def _cell_text(cell: Mapping[str, Any] | None, reasons: list[str]) -> str:

@@ -1,5 +1,4 @@
-"""Measures accuracy and memory of policies on the retrieval tasks: policies x budgets x modes, on the same samples for
-all.
+"""Measures what policies cost and save: policies x budgets x modes on tasks, on the same samples for all.
 
 Modes: "aware": context and question are one prompt and are compressed together. "blind": the context is compressed
 before its question is known (`model.prefill`), then the question is asked on the compressed cache. The full cache is
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +19,20 @@ from typing import Any
 import torch
 
 from kvrewrite import policies
-from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
-from kvrewrite.tools.evaluation import intervals
-from kvrewrite.tools.evaluation.ask import POINTS, Answers, Question, ask_aware, ask_blind, encode
+from kvrewrite.errors import KVRewriteError, OptionError
+from kvrewrite.tools.evaluation import documents, intervals, ruler
+from kvrewrite.tools.evaluation.ask import Answers, Question, ask_aware, ask_blind, encode
+from kvrewrite.tools.evaluation.cells import (
+    BASELINE,
+    FIXED,
+    FORMAT,
+    cell_key,
+    compare,
+    is_scored,
+    means,
+    read_results,
+)
+from kvrewrite.tools.evaluation.scored import run_scored
 from kvrewrite.tools.subjects import (
     CONVERTED,
     FULL_CACHE,
@@ -36,9 +45,7 @@ from kvrewrite.tools.subjects import (
     write_json,
 )
 
-FORMAT = 1
 MODES = ("aware", "blind")
-BASELINE = "full"  # the mode of the baseline's cells, which belong to both modes
 SEED_STEP = 1_000_003  # sample i of a task has seed `seed * SEED_STEP + i`
 
 Progress = Callable[[str, int, int], None]
@@ -68,6 +75,14 @@ class Settings:
     batch_size: int = 4
     device: str = "cpu"
     dtype: str = "auto"
+    data: tuple[tuple[str, Path], ...] = ()
+    """(task, file) of tasks that read the user's documents."""
+    shard: tuple[int, int] = (0, 1)
+    """(i, n): every n-th policy and budget, from the i-th on."""
+    check: str = "full"
+    """What is proved of each rewrite, as for `kvrewrite.transform`."""
+    breadth_first: bool = False
+    """All policies at the first mode and budget, then at the next; not all of a policy first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -87,12 +102,26 @@ def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise OptionError(f"unknown task {name!r}{hint}; there are: {', '.join(known)}")
-    return tuple(dict.fromkeys(names)) or tuple(known)
+    return tuple(dict.fromkeys(names)) or tuple(task_module().TASKS)
 
 
-def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Question]:
+def module_of(task: str) -> Any:
+    """Returns the module that makes and scores a task's samples; see `task_module`."""
+    return ruler if task.startswith(ruler.PREFIX) else task_module()
+
+
+def known_tasks() -> list[str]:
+    """Returns the names of all tasks; the first, kvrewrite's own, run where none is named."""
+    return [*task_module().TASKS, *ruler.TASKS, *documents.TASKS]
+
+
+def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Any]:
     """Makes the samples of a task: the same for every policy, budget and mode."""
-    module = task_module()
+    if is_scored(task):
+        rows = documents.read_rows(dict(settings.data)[task])
+        chosen = {"tokens": tokens, "samples": settings.samples, "seed": settings.seed}
+        return documents.make_passages(task, rows, **chosen, tokenizer=tokenizer)
+    module = module_of(task)
     limit = getattr(module.TASKS[task], "max_new_tokens", 0)
     questions = []
     for i in range(settings.samples):
@@ -104,14 +133,19 @@ def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -
     return questions
 
 
+def check_data(settings: Settings, tasks: Sequence[str]) -> None:
+    """Raises OptionError where a task lacks its file, or a file its task."""
+    files = dict(settings.data)
+    for task in files:
+        if task not in tasks or not is_scored(task):
+            raise OptionError(f"--data {task}=...: expected one of {', '.join(documents.TASKS)}, named by --task, too")
+    for task in tasks:
+        if is_scored(task) and task not in files:
+            raise OptionError(f"{task} needs your documents: --data {task}=FILE (JSON, JSONL or plain text)")
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # cells
-
-
-def cell_key(cell: Mapping[str, Any]) -> str:
-    """Returns a cell's key as text: equal keys are the same measurement."""
-    names = ("policy", "options", "weights", "budget", "mode", "task", "tokens")
-    return json.dumps([cell.get(n) for n in names], sort_keys=True, default=str)
 
 
 def cell_of(arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
@@ -149,8 +183,7 @@ def run_cell(
     for done, found in steps:
         progress(done)
         answers = found
-    score = task_module().score
-    scores = [float(score(q.sample, text)) for q, text in zip(questions, answers.texts)]
+    scores = [float(module_of(q.sample.task).score(q.sample, text)) for q, text in zip(questions, answers.texts)]
     return {
         "status": "ok",
         "resolved": {"name": model.policy.name, **model.policy.options()},
@@ -160,51 +193,6 @@ def run_cell(
         "memory": {point: held.means() for point, held in answers.held.items() if held.rows},
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def compare(cells: list[dict[str, Any]]) -> None:
-    """Adds to every cell its comparison with the full cache: shares of slots and bytes, and paired differences."""
-    full = {(c["task"], c["tokens"]): c for c in cells if c["mode"] == BASELINE and c["status"] == "ok"}
-    for cell in cells:
-        base = full.get((cell["task"], cell["tokens"]))
-        if base is None or cell["status"] != "ok" or "against_full" in cell:
-            continue
-        # The full cache was measured at both points; a blind cell is compared before its question.
-        point = POINTS[0] if POINTS[0] in cell["memory"] else POINTS[1]
-        ours, theirs = cell["memory"][point], base["memory"][point]
-        cell["against_full"] = {
-            "measured_at": point,
-            "full_live": theirs["live"],
-            "full_leased": theirs["leased"],
-            "kept": ours["slots"] / theirs["slots"],
-            "live": ours["live"] / theirs["live"],
-            "leased": ours["leased"] / theirs["leased"],
-            "accuracy": dataclasses.asdict(intervals.difference(cell["scores"], base["scores"])),
-        }
-
-
-def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the mean over tasks of each (policy, budget, mode, tokens) whose cells have all run."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault(cell_key({**cell, "task": None}), []).append(cell)
-    found = []
-    for group in groups.values():
-        ran = [c for c in group if c["status"] == "ok"]
-        if not ran or len(ran) < len(group):
-            continue
-        row = {name: group[0][name] for name in ("policy", "label", "options", "weights", "budget", "mode", "tokens")}
-        row["tasks"] = [c["task"] for c in ran]
-        row["accuracy"] = dataclasses.asdict(intervals.interval(*(c["scores"] for c in ran)))
-        for name in ("kept", "live", "leased"):
-            shares = [c["against_full"][name] for c in ran if "against_full" in c]
-            row[name] = sum(shares) / len(shares) if len(shares) == len(ran) else None
-        point = POINTS[0] if row["mode"] == "blind" else POINTS[1]
-        for name in ("live", "leased"):
-            row[f"{name}_bytes"] = sum(c["memory"][point][name] for c in ran) / len(ran)
-        row["seconds"] = round(sum(c["seconds"] for c in ran), 3)
-        found.append(row)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,25 +214,9 @@ def describe(settings: Settings, source: Source) -> dict[str, Any]:
         "modes": list(settings.modes),
         "tasks": list(settings.tasks),
         "tokens": list(settings.tokens),
+        "data": {task: file_hash(path) for task, path in settings.data},
+        "shard": list(settings.shard),
     }
-
-
-FIXED = ("fingerprint", "samples", "seed", "dtype", "device")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads the results of an earlier evaluation; raises ArtifactError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("kind") != "kvrewrite eval":
-        raise ArtifactError(f"{path} has no results of `kvrewrite eval`")
-    if data.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
-    return data
 
 
 def _earlier(path: Path, wanted: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, Any]]:
@@ -255,6 +227,11 @@ def _earlier(path: Path, wanted: Mapping[str, Any], warn: Warn) -> dict[str, dic
             what = "the model's files" if name == "fingerprint" else name
             shown = "" if name == "fingerprint" else f" ({data['settings'].get(name)} there, {wanted[name]} now)"
             raise OptionError(f"--resume: {path} was made with another {what}{shown}; give another --out or --force")
+    for task, digest in wanted["data"].items():
+        if data["settings"].get("data", {}).get(task, digest) != digest:
+            raise OptionError(
+                f"--resume: {path} was made with other documents for {task}; give another --out or --force"
+            )
     if data["versions"] != (now := versions()):
         changed = [f"{k} {data['versions'].get(k)} -> {v}" for k, v in now.items() if data["versions"].get(k) != v]
         warn(f"{path} was begun with other versions: {', '.join(changed)}")
@@ -275,16 +252,16 @@ def evaluate(
     important settings (`FIXED`) are the same; refused cells are tried again. A cell that cannot run has status
     "refused" and the reason. Raises OptionError for unknown names before anything is loaded.
     """
-    tasks = check_tasks(settings.tasks, task_module().TASKS)
+    tasks = check_tasks(settings.tasks, known_tasks())
+    check_data(settings, tasks)
     for spec in settings.policies:
         spec.check()
     settings = dataclasses.replace(settings, tasks=tasks)
-    source = Source(settings.model, device=settings.device, dtype=settings.dtype)
+    source = Source(settings.model, device=settings.device, dtype=settings.dtype, check=settings.check)
     _ = source.tokenizer  # a directory without one is refused once, not per cell
     described = describe(settings, source)
     kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
-    planned = [(FULL_CACHE, BASELINE)]
-    planned += [(arm, mode) for arm in beside_baseline(settings.policies, settings.budgets) for mode in settings.modes]
+    planned = plan(settings)
     _warn_of(settings, source, planned, warn)
 
     results: dict[str, Any] = {
@@ -298,19 +275,24 @@ def evaluate(
         "cells": [],
     }
     cells: list[dict[str, Any]] = results["cells"]
-    total = len(planned) * len(settings.tokens) * len(tasks) * settings.samples
+    jobs = [
+        (arm, mode, tokens, task)
+        for arm, mode in planned
+        for tokens in settings.tokens
+        for task in tasks
+        if not (mode == "aware" and task == "lm" and "blind" in settings.modes)  # it has no question: the same
+    ]
+    total = len(jobs) * settings.samples
     runner = _Runner(settings, source, progress, total)
     try:
-        for arm, mode in planned:
-            for tokens in settings.tokens:
-                for task in tasks:
-                    cell = cell_of(arm, mode, task, tokens)
-                    known = kept.get(cell_key(cell))
-                    cells.append(known or {**cell, **runner.run(arm, mode, task, tokens)})
-                    runner.done += settings.samples
-                    compare(cells)
-                    if out is not None and known is None:
-                        write_json(out, results)
+        for arm, mode, tokens, task in jobs:
+            cell = cell_of(arm, mode, task, tokens)
+            known = kept.get(cell_key(cell))
+            cells.append(known or {**cell, **runner.run(arm, mode, task, tokens)})
+            runner.done += settings.samples
+            compare(cells)
+            if out is not None and known is None:
+                write_json(out, results)
         results["complete"] = True
     finally:
         results["means"] = means(cells)
@@ -321,13 +303,28 @@ def evaluate(
     return results
 
 
+def plan(settings: Settings) -> list[tuple[Arm, str]]:
+    """Returns which arms run in which modes, in order; of a shard, its part. The full cache is in the first shard."""
+    found = beside_baseline(settings.policies, settings.budgets)
+    if settings.breadth_first:
+        order: dict[int | float | None, int] = {budget: i for i, budget in enumerate(settings.budgets)}
+        found.sort(key=lambda arm: order.get(arm.budget, -1))
+    number, shards = settings.shard
+    mine = found[number::shards]
+    if settings.breadth_first:
+        pairs = [(arm, mode) for mode in settings.modes for arm in mine]
+    else:
+        pairs = [(arm, mode) for arm in mine for mode in settings.modes]
+    return ([(FULL_CACHE, BASELINE)] if number == 0 else []) + pairs
+
+
 class _Runner:
     """Runs cells one by one; keeps the samples, and the model while the arm stays the same."""
 
     def __init__(self, settings: Settings, source: Source, progress: Progress, total: int):
         self.settings, self.source, self.progress, self.total = settings, source, progress, total
         self.done = 0
-        self.samples: dict[tuple[str, int], list[Question]] = {}
+        self.samples: dict[tuple[str, int], list[Any]] = {}
         self.arm: Arm | None = None
         self.model: Any = None
         self.refusal: str | None = None
@@ -343,7 +340,7 @@ class _Runner:
                 self._rewrite(arm)
             if self.refusal is not None:
                 return {"status": "refused", "reason": self.refusal}
-            return run_cell(
+            return (run_scored if is_scored(task) else run_cell)(
                 self.model,
                 self.source.tokenizer,
                 self.samples[task, tokens],

@@ -36,6 +36,8 @@ NOTES = {
     "kvrewrite.latent_attention": "on the cached latents and the new tokens; lse: log-sum-exp of each query",
     "kvrewrite.cache_update": "appends the new tokens and evicts down to keep, in place",
     "kvrewrite.cache_update_quantized": "appends the new tokens and evicts down to keep, in place",
+    "kvrewrite.reconstruction": "what a repetition of the prompt attends to most",
+    "kvrewrite.entering": "a repetition's tokens do not enter the cache",
     "kvrewrite.observe": "attention that each slot and new token gets from the queries",
 }
 

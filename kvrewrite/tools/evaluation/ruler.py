@@ -1,0 +1,4 @@
+"""RULER."""
+
+PREFIX = "ruler:"
+TASKS: dict = {}

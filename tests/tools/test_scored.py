@@ -1,0 +1,264 @@
+"""`kvrewrite eval` on given texts: nats per token after a compressed context, quotes, shards that are put together."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import kvrewrite
+from kvrewrite.api import Rewriter
+from kvrewrite.cli import app as cli
+from kvrewrite.errors import OptionError
+from kvrewrite.tools.evaluation import cells, documents, intervals, run
+from kvrewrite.tools.evaluation.documents import Passage
+from kvrewrite.tools.evaluation.run import Settings
+from kvrewrite.tools.evaluation.scored import run_scored
+from kvrewrite.tools.subjects import PolicySpec, Source
+from tests.support.tiny import TEXT, make_checkpoint
+
+pytestmark = pytest.mark.xdist_group("eval")
+
+ROWS = [{"text": TEXT[i:] * 2} for i in (0, 11, 29)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("scored") / "base")
+
+
+@pytest.fixture(scope="module")
+def source(base):
+    return Source(base)
+
+
+@pytest.fixture(scope="module")
+def passages(source):
+    """Three documents of different lengths, two or three questions about each."""
+    rng, ids = random.Random(3), source.tokenizer(TEXT)["input_ids"]
+    found = []
+    for document, length in enumerate((40, 57, 48)):
+        for question, answer in ((5, 7), (3, 4), (8, 5))[: 3 - document % 2]:
+            part = [tuple(rng.choices(ids, k=n)) for n in (question, answer)]
+            found.append(Passage(document, tuple(ids[document : document + length]), *part))
+    return found
+
+
+def by_hand(source, passage):
+    """The unmodified model's nats of an answer."""
+    ids = torch.tensor([passage.context + passage.question + passage.answer])
+    logits = source.base(ids).logits.detach()[0, -len(passage.answer) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, -len(passage.answer) :], reduction="sum"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_without_eviction_both_modes_are_the_unmodified_model(source, passages, batch_size):
+    model = kvrewrite.transform(source.base, "h2o", budget=500)
+    want, done = [by_hand(source, p) for p in passages], []
+    for mode in ("blind", "aware"):
+        cell = run_scored(model, source.tokenizer, passages, mode, batch_size, done.append)
+        assert cell["nats"] == pytest.approx(want, abs=1e-4)
+        assert cell["counts"] == [len(p.answer) for p in passages]
+        assert cell["nll"]["mean"] == pytest.approx(sum(want) / sum(cell["counts"]), abs=1e-4)
+        assert done[-1] == len(passages)
+
+
+@pytest.mark.parametrize(("policy", "options"), [("streaming_llm", {"budget": 16}), ("h2o", {"budget": 12})])
+def test_every_token_sees_what_the_policy_kept(source, passages, policy, options):
+    """Batched over documents and questions, each passage scores as on a cache of its own."""
+    model = kvrewrite.transform(source.base, policy, **options)
+    for mode in ("blind", "aware"):
+        want = []
+        for p in passages:
+            joined = p.context + p.question
+            cut = len(p.context) if mode == "blind" else len(joined) - 1
+            cache = model.prefill(torch.tensor([joined[:cut]]))
+            rest = torch.tensor([(joined + p.answer)[cut:]])
+            logits = model(rest[:, :-1], past_key_values=cache).logits[0, -len(p.answer) :]
+            want.append(float(torch.nn.functional.cross_entropy(logits, rest[0, -len(p.answer) :], reduction="sum")))
+        cell = run_scored(model, source.tokenizer, passages, mode, 2, lambda n: None)
+        assert cell["nats"] == pytest.approx(want, abs=1e-4)
+        assert cell["nats"] != pytest.approx([by_hand(source, p) for p in passages], abs=1e-3)
+
+
+def test_right_tokens_are_those_that_greedy_decoding_gives(source):
+    context, question = tuple(source.tokenizer(TEXT)["input_ids"][:30]), (5, 9)
+    model = kvrewrite.transform(source.base, "h2o", budget=500)
+    ids = torch.tensor([context + question])
+    for _ in range(6):
+        ids = torch.cat([ids, source.base(ids).logits[:, -1:].argmax(-1)], 1)
+    answer = tuple(ids[0, -6:].tolist())
+    wrong = (*answer[:3], (answer[3] + 1) % 200, *answer[4:])
+    found = [Passage(0, context, question, a) for a in (answer, wrong)]
+    cell = run_scored(model, source.tokenizer, found, "blind", 1, lambda n: None)
+    assert cell["hits"][0] == len(answer) and cell["exact"]["mean"] == 0.5
+    assert cell["hits"][1] <= len(answer) - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ intervals
+def test_intervals_draw_whole_documents():
+    """Four quotes of one document that score alike are one observation, not four."""
+    rng = random.Random(1)
+    documents_ = [d for d in range(20) for _ in range(4)]
+    alike = [rng.gauss(2, 1) for _ in range(20)]
+    sums = [alike[d] for d in documents_]
+    found = intervals.ratio(sums, [1] * 80, documents_)
+    alone = intervals.ratio(sums, [1] * 80, list(range(80)))
+    assert found.n == 20 and found.mean == pytest.approx(sum(alike) / 20)
+    assert 1.6 < (found.high - found.low) / (alone.high - alone.low) < 2.4
+    one = intervals.ratio([6.0, 2.0], [3, 1], [0, 0])
+    assert (one.mean, one.low, one.high) == (2.0, 2.0, 2.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+def test_quotes_are_drawn_from_the_text():
+    words = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in ("lmn", "rst", "xyz")]
+    text = " ".join(words) + ".\n\n" + " ".join(reversed(words))
+    found = documents.draw_quotes(text, 4, random.Random(0))
+    assert len(found) == 4
+    flat = " ".join(text.split())
+    for question, answer in found:
+        key = question.removeprefix('\nContinue the quote from the text: "')
+        assert len(key.split()) == 10 and len(answer.split()) == 8
+        assert flat.count(key) == 1 and (key + answer.rstrip('"')) in flat
+    assert found == documents.draw_quotes(text, 4, random.Random(0))
+    assert documents.draw_quotes(TEXT, 4, random.Random(0)) == []  # every line is there four times
+
+
+def test_rows_as_they_are_and_texts_that_are_cut(source):
+    rows = [
+        {"context": TEXT[:90], "turns": [["\nContinue:", " the lazy dog"], ["\nGo on:", " sea"]]},
+        {"context": TEXT[:50], "turns": [["\nContinue:", " shore"]]},
+    ]
+    given = {"tokens": 64, "samples": 5, "seed": 0, "tokenizer": source.tokenizer}
+    found = documents.make_passages("quote", rows, **given)
+    assert [p.document for p in found] == [0, 0, 1]
+    assert source.tokenizer.decode(found[1].context + found[1].question + found[1].answer) == TEXT[:90] + "\nGo on: sea"
+    whole = source.tokenizer(ROWS[0]["text"])["input_ids"]
+    (cut,) = documents.make_passages("lm", ROWS[:1], **given)
+    assert list(cut.context + cut.question + cut.answer) == whole[: len(cut.context) + 1 + len(cut.answer)]
+    assert len(cut.context) == 64 and len(cut.question) == 1 and len(cut.answer) == min(256, len(whole) // 4) - 1
+    (own,) = documents.make_passages("lm", [{"context": TEXT[:50], "continuation": TEXT[50:80]}], **given)
+    assert source.tokenizer.decode(own.question + own.answer) == TEXT[50:80]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("quote", {"context": "x"}, "turns"),
+        ("quote", {"context": TEXT * 2, "turns": [["a", "b"]]}, "give --tokens"),
+        ("quote", {"text": TEXT}, "no quote"),
+        ("lm", {"context": "x"}, "continuation"),
+        ("lm", {"text": "x"}, "too short"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(source, task, row, words):
+    with pytest.raises(OptionError, match=f"row 1, {task}.*{words}"):
+        documents.make_passages(task, [row], tokens=64, samples=1, seed=0, tokenizer=source.tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def settings(base, path, **changes):
+    given = {"tasks": ("lm",), "tokens": (64,), "samples": 3, "batch_size": 2, "data": (("lm", path),), "check": "off"}
+    specs = (PolicySpec("streaming_llm"), PolicySpec("h2o"))
+    return Settings(base, specs, (16, 32), **{**given, **changes})
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def without_time(results):
+    return sorted(
+        ({k: v for k, v in c.items() if k != "seconds"} for c in results["cells"]), key=lambda c: cells.cell_key(c)
+    )
+
+
+def test_shards_put_together_are_the_whole(base, data, tmp_path):
+    whole = run.evaluate(settings(base, data))
+    assert [c["mode"] for c in whole["cells"]] == ["full"] + ["blind"] * 4  # lm has no question
+    parts = [run.evaluate(settings(base, data, shard=(i, 3), breadth_first=True)) for i in range(3)]
+    assert [len(p["cells"]) for p in parts] == [3, 1, 1]
+    joined = cells.join_results(parts, ["a", "b", "c"])
+    assert without_time(joined) == without_time(whole)
+    assert all("nll" in c["against_full"] for c in joined["cells"])
+    assert joined["complete"]
+
+
+def test_a_resumed_run_asks_for_the_same_documents(base, data, tmp_path):
+    out = tmp_path / "out.json"
+    run.evaluate(settings(base, data), out=out)
+    data.write_text(data.read_text().replace("quick", "quiet"))
+    with pytest.raises(OptionError, match="other documents"):
+        run.evaluate(settings(base, data), out=out, resume=True)
+
+
+def test_breadth_first_is_by_mode_then_budget(base, data):
+    found = run.plan(settings(base, data, breadth_first=True))
+    assert [(str(arm), mode) for arm, mode in found][1:4] == [
+        ("streaming_llm at 16", "aware"),
+        ("h2o at 16", "aware"),
+        ("streaming_llm at 32", "aware"),
+    ]
+
+
+def test_the_command(base, data, tmp_path):
+    def call(*arguments):
+        return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+
+    common = ("eval", base, "-t", "lm", "--tokens", 64, "--samples", 2, "--check", "off", "-p", "h2o", "-b", 16)
+    done = call(*common, "--data", data)
+    assert done.exit_code == 0, done.output
+    assert "nats a token" in done.output and "h2o" in done.output
+    for arguments, words in (
+        ((), "lm needs your documents"),
+        (("--data", tmp_path / "none.jsonl"), "no such file"),
+        (("--data", f"quote={data}"), "named by --task"),
+        (("--data", data, "--shard", "3/3"), "expected I/N"),
+    ):
+        done = call(*common, *arguments)
+        assert done.exit_code == 1 and words in done.output
+
+
+def test_report_of_several_files(base, data, tmp_path):
+    """Tables of policies over budgets, the full cache first, then from the best on."""
+    files = []
+    for i in range(2):
+        files.append(tmp_path / f"{i}.json")
+        run.evaluate(settings(base, data, shard=(i, 2)), out=files[-1])
+    text = tmp_path / "tables.md"
+    arguments = ["report", *files, "--markdown", text, "--out", tmp_path / "all.json"]
+    done = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    whole = cells.read_results(tmp_path / "all.json")
+    assert len(whole["cells"]) == 5
+    lines = text.read_text().splitlines()
+    assert lines[0] == "**lm, blind, 64 tokens: nats per token**"
+    assert lines[2] == "| policy | 16 | 32 |"
+    assert lines[4].startswith("| `full` |")
+    found = {(c["label"], c["budget"]): c["nll"]["mean"] for c in whole["cells"]}
+    better = min(("h2o", "streaming_llm"), key=lambda label: found[label, 16])
+    assert lines[5].startswith(f"| `{better}` | {found[better, 16]:.3f} (")
+    done = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    assert done.exit_code == 1 and "--force" in done.output
+
+
+# ------------------------------------------------------------------------------------------------------------ rewriting
+@pytest.mark.parametrize("check", ["full", "off"])
+def test_one_capture_for_many_policies_is_transform(source, check):
+    rewriter, ids = Rewriter(source.base, check=check), torch.tensor([source.tokenizer(TEXT)["input_ids"][:60]])
+    for policy, options in (("h2o", {"budget": 16}), ("adakv", {"budget": 40}), ("h2o", {"budget": 24})):
+        ours = rewriter.rewrite(policy, **options)
+        theirs = kvrewrite.transform(source.base, policy, check=check, **options)
+        assert ours.program.proof == theirs.program.proof
+        ours_cache, theirs_cache = ours.prefill(ids), theirs.prefill(ids)
+        assert ours_cache.positions() == theirs_cache.positions()
+        assert torch.equal(
+            ours(ids[:, :9], past_key_values=ours_cache).logits, theirs(ids[:, :9], past_key_values=theirs_cache).logits
+        )
