@@ -274,7 +274,7 @@ class Request:
         # Rounding may take a slot from a head where heads compete (Ada-KV).
         spare = math.ceil(1 / policy.head_floor) if policy.head_budgets != "equal" and policy.head_floor else 0
         for segment in self.segments(row, count, decoding):
-            seen, held = seen + segment.length, held + segment.length
+            seen, held = seen + segment.joins, held + segment.joins
             keep = min(k for layer in head_budgets(policy, segment, total, [n for _, n in order]) for k in layer)
             dealt = [int(s[:, row][s[:, row] >= 0].min(initial=keep)) for s in self._shares]
             keep = keep if policy.shares_layers or segment.keep >= UNLIMITED else min(keep, *dealt)

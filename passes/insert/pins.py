@@ -20,6 +20,7 @@ from kvrewrite.ir.program import Program
 
 ops = torch.ops.kvrewrite
 aten = torch.ops.aten
+READERS = (ops.cached_attention.default,)
 UPDATES = (ops.cache_update.default, ops.cache_update_quantized.default)
 
 
@@ -69,7 +70,8 @@ def _pin_update(gm: fx.GraphModule, node: fx.Node, spans: tuple[list[fx.Node], l
     places = _call(gm, node, ops.slot_positions.default, *slots)
     set_args(node, select=_call(gm, node, ops.pin_scores.default, by, places, *spans))
     hidden = args["drop"]
-    if hidden is None or is_op(hidden, ops.unhide_pinned.default):
+    # Flags that attention does not read are no gate's: those of tokens that a policy reads once more never enter.
+    if hidden is None or not any(is_op(user, *READERS) for user in hidden.users):
         return
     with gm.graph.inserting_after(hidden):
         shown = gm.graph.call_function(ops.unhide_pinned.default, (hidden, args["positions"], *spans))

@@ -48,6 +48,13 @@ def pinned_rule(rule: Rule, pins: set[int]) -> Rule:
                 for e in head[len(head) - count :]:
                     e.score = ABOVE if e.position in pins else e.score
 
+        def look(self, layer: Layer, places: range, queries: range) -> None:
+            """KVzip: when the prompt is repeated."""
+            super().look(layer, places, queries)
+            for head in layer.heads:
+                for e in head:
+                    e.score = ABOVE if e.position in pins else e.score
+
         def scores(self, layer: Layer, moment: Moment) -> Any:
             found = super().scores(layer, moment)
             return [
@@ -322,12 +329,13 @@ def test_a_model_without_pins_stays_as_it_is() -> None:
 
 def test_heads_with_windows_of_their_own() -> None:
     """DuoAttention: a streaming head keeps as many slots as ever, pinned ones among them."""
-    model = rewritten("llama", "duo_attention", budget=30, heads="10,01")
-    cache, plain = model.prefill(tokens(1, 90), pin=(11, 19)), model.prefill(tokens(1, 90))
+    model = rewritten("llama", "duo_attention", budget=90, heads="10,01")
+    ids = tokens(1, 200)
+    cache, plain = model.prefill(ids, pin=(71, 79)), model.prefill(ids)
     for layer, heads in cache.positions().items():
         for got, usual in zip(heads[0], plain.positions()[layer][0]):
-            assert len(got) == len(usual) and set(range(11, 19)) <= set(got)
-    assert any(not set(range(11, 19)) <= set(h) for layer in plain.positions().values() for h in layer[0])
+            assert len(got) == len(usual) and set(range(71, 79)) <= set(got)
+    assert any(not set(range(71, 79)) <= set(h) for layer in plain.positions().values() for h in layer[0])
 
 
 def test_what_is_refused() -> None:
