@@ -90,6 +90,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def small_heap() -> None:
+    """For tests that call gc.collect() often: what is there before them, models above all, is not searched each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # so that bindings find nothing leaked
 

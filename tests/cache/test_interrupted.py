@@ -93,7 +93,9 @@ POINTS = 5
     ("interrupt", "width"), [(at_line, 1), (at_line, 40), (at_op, 40)], ids=["token", "prompt", "op"]
 )
 @pytest.mark.parametrize(("policy", "options", "make"), CASES, ids=[f"{p}-{m.__name__}" for p, _, m in CASES])
-def test_interrupted_steps(policy: str, options: dict[str, Any], make: Any, width: int, interrupt: Any) -> None:
+def test_interrupted_steps(
+    small_heap: None, policy: str, options: dict[str, Any], make: Any, width: int, interrupt: Any
+) -> None:
     model = make("llama", policy, **options)
     document, new, more = tokens(2, 72), tokens(2, width, seed=1), tokens(2, 1, seed=2)
 
@@ -138,7 +140,7 @@ def test_interrupted_steps(policy: str, options: dict[str, Any], make: Any, widt
     assert unfinished > POINTS // 2 and bystander.positions() == twin.positions()
 
 
-def test_interrupted_rearrangements() -> None:
+def test_interrupted_rearrangements(small_heap: None) -> None:
     """The same of what changes rows, and of forks and resets."""
     model = rewritten("llama", "sirllm", budget=60, chunk=40)
     parent = model.new_cache(2)
