@@ -145,7 +145,7 @@ def _put(lease: Lease, c: int, tensors: Mapping[str, Tensor]) -> None:
         store.end()
         raise PoolFull(f"the cache has {count} pages, and the pool has room for {store.room:.0f}; give it more memory")
     own = store.lease(count)
-    store.references[own] = np.bincount(table.ravel(), minlength=count + 1)[1:]
+    store.share(np.repeat(own, np.bincount(table.ravel(), minlength=count + 1)[1:] - 1))  # rows that have it, too
     index = to_device(own, store.device).long()
     for name in store.shapes:
         getattr(store, name)[index] = tensors[f"{name}_{c}"].to(store.device)
