@@ -69,9 +69,9 @@ from kvrewrite.errors import ArtifactError, OptionError
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Samples a task; documents of quote and lm.",
+    help="Samples for each task; for quote and lm: documents.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
@@ -100,7 +100,7 @@ from kvrewrite.errors import ArtifactError, OptionError
 @click.option("--harness", type=click.Choice(["lm_eval"]), help="Run another harness's tasks: --tasks, --limit.")
 @click.option("--tasks", "harness_tasks", help="With --harness: its tasks, separated by commas.")
 @click.option("--include-path", type=click.Path(path_type=Path), help="With --harness: a directory of task files.")
-@click.option("--limit", type=click.IntRange(min=1), help="With --harness: samples a task.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --harness: samples for each task.")
 @AS_JSON
 def evaluate(
     model: str | None,
@@ -135,6 +135,11 @@ def evaluate(
     gets the same samples, and the full cache always runs as the baseline. --policy converted is a converted directory's
     own policy, which is also what runs when no policy is named there. Trained weights for the small model are part of
     kvrewrite, too.
+
+    \b
+    Examples:
+      kvrewrite eval MODEL -p snapkv -p keydiff -b 50% -b 25% --out results.json
+      kvrewrite eval small --mode blind --task needle_single --samples 20
     """
     _check_usage(harness, harness_tasks, include_path, limit, tasks)
     specs = parse_policies(policy_texts, policy_weights)

@@ -25,6 +25,11 @@ def report(
 
     FILES: those of its --out, for one model: shards of a run, or runs with other policies, budgets, modes or tasks. A
     cell that ran counts before one that was refused. Each is compared with the full cache of any of the files.
+
+    \b
+    Examples:
+      kvrewrite report part0.json part1.json --out results.json
+      kvrewrite report results.json --markdown results.md
     """
     from kvrewrite.tools.evaluation.cells import join_results, read_results
     from kvrewrite.tools.evaluation.markdown import markdown
