@@ -15,7 +15,7 @@ from kvrewrite.cli.options import AS_JSON, parse_pairs
 from kvrewrite.cli.shared import Command, find_device, print_json, quiet_transformers
 from kvrewrite.errors import OptionError
 
-POLICIES = click.Choice(["locret", "locret_q", "attention_gate"])
+POLICIES = click.Choice(["locret", "locret_q", "kvzap", "attention_gate"])
 
 
 def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 
     if policy == "attention_gate":
         from kvrewrite.tools.training.gate import GateOptions as Options
+    elif policy == "kvzap":
+        from kvrewrite.tools.training.kvzap import KVzapOptions as Options  # type: ignore[assignment]
     else:
         from kvrewrite.tools.training.locret import LocretOptions as Options  # type: ignore[assignment]
     hints = {f.name: annotation(f) for f in dataclasses.fields(Options)}
@@ -121,7 +123,7 @@ def train(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Trains the weights of a policy: Locret's retaining heads, or Attention-Gates.
+    """Trains the weights of a policy: Locret's retaining heads, KVzap's surrogates, or Attention-Gates.
 
     MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs:
     accelerate launch -m kvrewrite.cli train ...
