@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.tools.evaluation import documents, intervals, ruler, scored
+from kvrewrite.tools.evaluation import asked, documents, intervals, ruler, scored
 from kvrewrite.tools.evaluation.ask import POINTS
 
 FORMAT = 1
@@ -33,7 +33,7 @@ def is_scored(task: str) -> bool:
 
 def reads_file(task: str) -> bool:
     """Whether a task is made of a file of the user's (--data)."""
-    return is_scored(task) or task in ruler.WITH_DATA
+    return is_scored(task) or task in asked.TASKS or task in ruler.WITH_DATA
 
 
 def compare(cells: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from kvrewrite import policies
 from kvrewrite.errors import KVRewriteError, OptionError
-from kvrewrite.tools.evaluation import documents, intervals, kept, ruler
+from kvrewrite.tools.evaluation import asked, documents, intervals, kept, ruler
 from kvrewrite.tools.evaluation.ask import Answers, Question, ask_aware, ask_blind, encode
 from kvrewrite.tools.evaluation.cells import (
     BASELINE,
@@ -76,12 +76,14 @@ def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
 
 def module_of(task: str) -> Any:
     """Returns the module that makes and scores a task's samples; see `task_module`."""
+    if task == asked.TASK:
+        return asked
     return ruler if task.startswith(ruler.PREFIX) else task_module()
 
 
 def known_tasks() -> list[str]:
     """Returns the names of all tasks; the first, kvrewrite's own, run where none is named."""
-    return [*task_module().TASKS, *ruler.TASKS, *documents.TASKS]
+    return [*task_module().TASKS, *ruler.TASKS, *asked.TASKS, *documents.TASKS]
 
 
 def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Any]:
@@ -99,7 +101,7 @@ def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -
             sample = module.make(task, tokens=tokens, seed=settings.seed * SEED_STEP + i, tokenizer=tokenizer, **given)
         except ValueError as error:
             raise OptionError(f"{task} at {tokens} tokens: {error}") from error
-        questions.append(encode(sample, tokenizer, limit, one_line=not task.startswith(ruler.PREFIX)))
+        questions.append(encode(sample, tokenizer, getattr(sample, "limit", limit), one_line=module is task_module()))
     return questions
 
 
@@ -108,7 +110,7 @@ def check_data(settings: Settings, tasks: Sequence[str]) -> None:
     files = dict(settings.data)
     for task in files:
         if task not in tasks or not reads_file(task):
-            reading = ", ".join([*documents.TASKS, *ruler.WITH_DATA])
+            reading = ", ".join([*documents.TASKS, *asked.TASKS, *ruler.WITH_DATA])
             raise OptionError(f"--data {task}=...: expected one of {reading}, named by --task, too")
     for task in tasks:
         if reads_file(task) and task not in files:
