@@ -14,8 +14,10 @@ from torch import Tensor
 import kvrewrite
 from kvrewrite.artifact.head_patterns import FORMAT, read_patterns
 from kvrewrite.errors import OptionError
+from kvrewrite.ir.parallel import Peers
 from kvrewrite.kernels.attention.patterns import HeadPattern
 from kvrewrite.passes.insert.sparse_prefill import NAME, insert_sparse_prefill
+from kvrewrite.runtime.parallel import part_of
 from tests.runtime.test_invariants import OPTIONS
 from tests.support import rewritten
 from tests.support.sparse_oracle import visible
@@ -159,6 +161,22 @@ def test_compiled_is_eager() -> None:
     torch.testing.assert_close(run(sparse, ids(), [248, 1, 1]), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """The kernels give what the reference gives; graphs of whole chunks give what the kernels give."""
+    options: dict[str, Any] = {"budget": 90, "chunk": 80, "prefill": FEW, "check": "off"}
+    sparse = kvrewrite.transform(make("llama"), "streaming_llm", **options)
+    want = run(sparse, ids())
+    sparse.to("cuda")
+    eager = run(sparse, ids().cuda())
+    torch.testing.assert_close(eager.cpu(), want, rtol=1e-3, atol=1e-3)
+    sparse.compile()
+    for _ in range(3):  # a shape is captured when it comes for the second time
+        torch.testing.assert_close(
+            run(sparse, ids().cuda(), logits_to_keep=1)[0, -1], eager[0, -1], rtol=1e-3, atol=1e-3
+        )
+
+
 def test_a_directory_has_its_patterns(tmp_path: Path) -> None:
     original = make("llama")
     original.save_pretrained(tmp_path / "base")
@@ -187,6 +205,11 @@ def test_what_has_no_sparse_prefill(family: str, options: dict[str, Any], prefil
     patterns = {layer: tuple(HeadPattern(*_split(w)) for w in heads) for layer, heads in prefill.items()}
     with pytest.raises(OptionError, match=why):
         insert_sparse_prefill(made.graph_module, made.sites, patterns)
+
+
+def test_no_tensor_parallelism() -> None:
+    with pytest.raises(OptionError, match="patterns are of all heads of a layer"):
+        part_of(model(FEW).program, Peers(0, 2, "none"))
 
 
 def test_files_of_patterns(tmp_path: Path) -> None:
