@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class Finch(Policy):
-    """FINCH (Corallo and Papotti, TACL 2024, doi 10.1162/tacl_a_00716, section 3; code
+    """FINCH (Corallo and Papotti, TACL 2024, doi 10.1162/tacl_a_00716; code
     NVIDIA/kvpress: FinchPress).
 
     score_j = sum over the last `window` queries i (the question) and the query heads of a group of
-    a_ij * n_i, where n_i is the number of tokens that i sees: without it the weights of later
-    queries are smaller because there are more of them. normalize= False leaves n_i out. The window
-    itself stays. Evicts once, at a row's first prompt; kept keys are rotated anew by their place in
+    a_ij * n_i, where n_i is the number of tokens before i: without it the weights of later queries
+    are smaller because there are more of them. normalize=False leaves n_i out. The window itself
+    stays. Evicts once, at a row's first prompt; kept keys are rotated anew by their place in
     the cache (positions="auto": contiguous where the model has RoPE).
 
     The paper repeats the question in every chunk of the context; here, as in kvpress, context and
@@ -74,6 +74,6 @@ class Finch(Policy):
         slots have no score."""
         rows = site.newest_rows(self.window)
         if self.normalize:
-            rows = rows * (site.positions + 1).float()
+            rows = rows * site.positions.float()
         _, new = site.split(site.observe(rows, newest=self.window))
         return Scores(new)

@@ -32,10 +32,15 @@ GRAPHS = "unique_graphs"
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """For tests that count graphs; the others find what earlier ones compiled."""
+def counted() -> None:
+    """For tests that count graphs, and whose graphs later ones may go on with."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def fresh_dynamo(counted: None) -> Iterator[None]:
+    """For tests that count graphs, or after whose errors torch gives up tracing some functions."""
     yield
     torch._dynamo.reset()
 
@@ -55,8 +60,22 @@ def model() -> Any:
     return build("llama")
 
 
+@pytest.fixture(scope="module")
+def shallow() -> Any:
+    """One of one layer, for tests whose subject is not the layers: its graphs take half of the time."""
+    return build("shallow_llama")
+
+
 def ids(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(length: int) -> tuple[Tensor, Tensor]:
+    """Two rows, and the mask of a second one that is shorter."""
+    prompt = ids(2, length)
+    mask = torch.ones_like(prompt)
+    mask[1, :5] = 0
+    return prompt, mask
 
 
 def graphs() -> int:
@@ -86,9 +105,9 @@ def lengths(cache: Any) -> set[int]:
 
 
 # ------------------------------------------------------------------------------------------------ stock caches
-@pytest.mark.parametrize("policy", ["snapkv", "streaming_llm"])  # single tokens are only added, or evict
-def test_the_past_of_a_mask_is_what_went_in(model: Any, policy: str) -> None:
-    user, cache, prompt = compiled(model, policy=policy, budget=40), DynamicCache(), ids(2, 20)
+@pytest.mark.parametrize("options", [{"policy": "snapkv", "budget": 40}, STREAMING], ids=["only adds", "evicts"])
+def test_the_past_of_a_mask_is_what_went_in(shallow: Any, options: dict[str, Any]) -> None:
+    user, cache, prompt = compiled(shallow, **options), DynamicCache(), ids(2, 20)
     mask = torch.ones(2, 22, dtype=torch.long)
     mask[1, :5] = 0
     with torch.no_grad():
@@ -102,20 +121,18 @@ def test_the_past_of_a_mask_is_what_went_in(model: Any, policy: str) -> None:
 @pytest.mark.parametrize(
     ("how", "options"),
     [
-        ("torch.compile", STREAMING),
+        ("forward", STREAMING),
         pytest.param(
             "model.compile", {"policy": "h2o", "budget": 20, "chunk": 8, "recent_tokens": 4}, marks=pytest.mark.thorough
         ),
-        ("forward", STREAMING),
+        ("torch.compile", STREAMING),  # the last one: tests after this one go on with its graphs
     ],
-    ids=["torch.compile", "model.compile", "forward"],
+    ids=["forward", "model.compile", "torch.compile"],
 )
-def test_stock_cache_under_generate(fresh_dynamo: None, model: Any, how: str, options: dict[str, Any]) -> None:
+def test_stock_cache_under_generate(counted: None, model: Any, how: str, options: dict[str, Any]) -> None:
     """Padded rows, a prompt longer than the budget, whole and in chunks: the tokens of `transform`, and a DynamicCache that
     stays at the budget."""
-    prompt = ids(2, 31)
-    mask = torch.ones_like(prompt)
-    mask[1, :5] = 0
+    prompt, mask = padded(31)
     rest: dict[str, Any] = {"attention_mask": mask}
     if how == "forward":
         rest["prefill_chunk_size"] = 11
@@ -143,14 +160,22 @@ def test_stock_cache_under_generate(fresh_dynamo: None, model: Any, how: str, op
 def test_single_tokens_only_join(model: Any, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     """Where prompts alone are evicted from, every single token takes the short way, in both of its forms, also across pages and
     between prompts: the tokens and positions of `transform`."""
-    options: dict[str, Any] = {"budget": 44, "window": 4 + dense}  # another rewrite for each form
-    lower, steps = append_tokens.lower_append, []
-    monkeypatch.setattr(append_tokens, "lower_append", lambda gm, classes, **_: lower(gm, classes, dense=dense))
-    short = append_tokens.AppendRunner.step
-    monkeypatch.setattr(append_tokens.AppendRunner, "step", lambda *a: (steps.append(1), short(*a))[1])
-    prompt, turn = ids(2, 51), ids(2, 7, seed=3)
-    mask = torch.ones_like(prompt)
-    mask[1, :5] = 0
+    options: dict[str, Any] = {"budget": 44, "window": 4}
+    lower, short = append_tokens.lower_append, append_tokens.AppendRunner.step
+    steps: list[Any] = []
+    forms: dict[int, Any] = {}  # the runner of the form that is asked for, by the rewrite's, whose form is the CPU's
+
+    def step(runner: Any, *given: Any) -> Any:
+        steps.append(runner)
+        if id(runner) not in forms:
+            with monkeypatch.context() as patch:
+                patch.setattr(append_tokens, "lower_append", lambda gm, classes, **_: lower(gm, classes, dense=dense))
+                model = runner.model
+                forms[id(runner)] = append_tokens.AppendRunner(model, model.graph_module, lambda graph: graph)
+        return short(forms[id(runner)], *given)
+
+    monkeypatch.setattr(append_tokens.AppendRunner, "step", step)
+    (prompt, mask), turn = padded(51), ids(2, 7, seed=3)
     user, small = compiled(model, policy="snapkv", **options), rewritten("llama", "snapkv", **options)
     expected, theirs = run(small, prompt, 30, attention_mask=mask)
     found, ours = run(user, prompt, 30, attention_mask=mask)
@@ -177,7 +202,8 @@ def test_which_policies_rate_prompts_only(policy: str, options: dict[str, Any], 
 def test_original_is_left_alone(model: Any) -> None:
     """After all this the model itself computes and keeps what it did, and has nothing of ours."""
     user, before = compiled(model, **STREAMING), set(vars(model))
-    run(user, ids(1, 31), 3)
+    prompt, mask = padded(31)
+    run(user, prompt, 3, attention_mask=mask)
     expected, _ = run(original("llama"), ids(1, 31), 8)
     found, cache = run(model, ids(1, 31), 8)
     assert torch.equal(found, expected) and lengths(cache) == {38}
@@ -185,24 +211,24 @@ def test_original_is_left_alone(model: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [48, pytest.param(256, marks=pytest.mark.thorough)])
-def test_three_ways_are_one(model: Any, tmp_path: Path, steps: int) -> None:
+def test_three_ways_are_one(shallow: Any, tmp_path: Path, steps: int) -> None:
     """`transform`, what it saves, and the backend: the same tokens."""
     prompt = ids(1, 40)
     options: dict[str, Any] = {"policy": "random", "budget": 32, "seed": 5, "chunk": 16}
-    small = kvrewrite.transform(model, **options)
+    small = kvrewrite.transform(shallow, **options)
     expected, _ = run(small, prompt, steps)
     small.save_pretrained(tmp_path / "out")
     loaded, _ = run(kvrewrite.load(tmp_path / "out"), prompt, steps)
-    found, cache = run(compiled(model, **options), prompt, steps)
+    found, cache = run(compiled(shallow, **options), prompt, steps)
     assert found.shape == (1, 40 + steps) and lengths(cache) == {32}
     assert torch.equal(loaded, expected) and torch.equal(found, expected)
 
 
-def test_nothing_evicted_is_the_original(model: Any) -> None:
+def test_nothing_evicted_is_the_original(shallow: Any) -> None:
     """Logits too, prompt by prompt in chunks of the caller's, with the cache that the model makes itself."""
-    user, text = compiled(model, policy="full"), ids(2, 30)
+    user, text = compiled(shallow, policy="full"), ids(2, 30)
     with torch.no_grad():
-        expected = original("llama")(text).logits
+        expected = original("shallow_llama")(text).logits
         cache, at, found = None, 0, []
         for width in (13, 1, 16):
             out = user(text[:, at : at + width], past_key_values=cache)
@@ -216,18 +242,20 @@ def test_nothing_evicted_is_the_original(model: Any) -> None:
 
 def test_cache_holds_views_of_its_state(model: Any) -> None:
     """No second copy: what the DynamicCache holds is the memory that the policy works on, and is what the policy kept."""
-    _, cache = run(compiled(model, **STREAMING), ids(2, 31), 5)
+    prompt, mask = padded(31)
+    _, cache = run(compiled(model, **STREAMING), prompt, 5, attention_mask=mask)
     state = caches.state_of([t for layer in cache.layers for t in (layer.keys, layer.values)])
     keys = cache.layers[1].keys
     assert keys.untyped_storage().data_ptr() == state.leases[0].store.k_pages.untyped_storage().data_ptr()
     read = torch.ops.kvrewrite.read_pages(state.leases[0].store.k_pages, state.leases[0].table[1])
     assert torch.equal(keys, read[:, :, :24])
-    assert state.seen == [35, 35]
+    assert state.seen == [35, 30]
     assert state.positions()[1][0][0] == [*range(4), *range(15, 35)]
+    assert state.positions()[1][1][0] == [*range(4), *range(10, 30)]
 
 
-def test_copies_go_on_by_themselves(model: Any) -> None:
-    user, prompt = compiled(model, **STREAMING), ids(1, 31)
+def test_copies_go_on_by_themselves(shallow: Any) -> None:
+    user, prompt = compiled(shallow, **STREAMING), ids(1, 31)
     nexts = [ids(1, 1, seed=s) for s in (1, 2)]
     with torch.no_grad():
         alone = []
@@ -243,17 +271,17 @@ def test_copies_go_on_by_themselves(model: Any) -> None:
             user(nexts[1], past_key_values=shallow)
 
 
-def test_other_parameters_and_no_leaks(model: Any) -> None:
+def test_other_parameters_and_no_leaks(shallow: Any) -> None:
     """Another model of the same class is not taken for the first one, new parameters and submodules are followed, and the
     rewrite goes with its model."""
-    first, model = model, build("llama")
+    first, model = shallow, build("shallow_llama")
     user = compiled(model, **STREAMING)
     with torch.no_grad():
         compiled(first, **STREAMING)(ids(1, 20))
         user(ids(1, 20))
         model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
         twice = user(ids(1, 20)).logits
-        torch.testing.assert_close(twice, original("llama")(ids(1, 20)).logits * 2, rtol=0, atol=1e-4)
+        torch.testing.assert_close(twice, original("shallow_llama")(ids(1, 20)).logits * 2, rtol=0, atol=1e-4)
         other = copy.deepcopy(
             model.model.layers[0].mlp
         )  # the same type and shapes: Dynamo goes on with the graph that it has
@@ -268,14 +296,14 @@ def test_other_parameters_and_no_leaks(model: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ our own cache
-def test_eviction_cache_carries_every_policy(model: Any) -> None:
+def test_eviction_cache_carries_every_policy(shallow: Any) -> None:
     """Ragged heads and quantized slots, which a DynamicCache can't hold."""
     options: dict[str, Any] = {"budget": 20, "window": 4, "quantize": "int8", "quantize_residual": 0}
     prompt = ids(2, 31)
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
-    expected, theirs = run(rewritten("llama", "adakv", **options), prompt, 12, attention_mask=mask)
-    user = compiled(model, policy="adakv", **options)
+    expected, theirs = run(rewritten("shallow_llama", "adakv", **options), prompt, 12, attention_mask=mask)
+    user = compiled(shallow, policy="adakv", **options)
     cache = kvrewrite.new_cache(user, 2)
     found, ours = run(user, prompt, 12, attention_mask=mask, past_key_values=cache)
     assert ours is cache and torch.equal(found, expected)
@@ -304,13 +332,13 @@ def test_what_a_stock_cache_can_not_carry(policy: str, options: dict[str, Any]) 
         StockState(small, 1)
 
 
-def test_weights_by_path_turns_and_forks(model: Any, tmp_path: Path) -> None:
+def test_weights_by_path_turns_and_forks(shallow: Any, tmp_path: Path) -> None:
     """A policy with trained weights, several turns on one cache, and a fork of it."""
-    small = rewritten("llama", "locret", budget=24, chunk=8, stabilizers=4)
+    small = rewritten("shallow_llama", "locret", budget=24, chunk=8, stabilizers=4)
     path = tmp_path / "heads.safetensors"
     heads = {n: small.graph_module.get_parameter(n) for n in small.program.policy_weights}
     save_file({n.removeprefix("policy_weights."): t.detach().contiguous() for n, t in heads.items()}, path)
-    user = compiled(model, policy="locret", policy_weights=str(path), budget=24, chunk=8, stabilizers=4)
+    user = compiled(shallow, policy="locret", policy_weights=str(path), budget=24, chunk=8, stabilizers=4)
     found = []
     for this, cache in ((small, small.new_cache(1)), (user, kvrewrite.new_cache(user))):
         first, _ = run(this, ids(1, 30), 5, past_key_values=cache)
@@ -320,9 +348,9 @@ def test_weights_by_path_turns_and_forks(model: Any, tmp_path: Path) -> None:
 
 
 def test_sliding_windows_and_beams() -> None:
-    model = build("mistral")
+    model = build("shallow_mistral")
     user, prompt = compiled(model, policy="h2o", budget=16, recent_tokens=4, chunk=8), ids(2, 20)
-    small = rewritten("mistral", "h2o", budget=16, recent_tokens=4, chunk=8)
+    small = rewritten("shallow_mistral", "h2o", budget=16, recent_tokens=4, chunk=8)
     expected, _ = run(small, prompt, 6, num_beams=2)
     found, _ = run(user, prompt, 6, num_beams=2, past_key_values=kvrewrite.new_cache(user, 4))
     assert torch.equal(found, expected)
@@ -330,22 +358,22 @@ def test_sliding_windows_and_beams() -> None:
         run(user, prompt, 2)
 
 
-def test_compile_config(model: Any) -> None:
+def test_compile_config(shallow: Any) -> None:
     config = CompileConfig(backend="kvrewrite", mode=None, options={"inductor": False, **STREAMING})  # type: ignore[arg-type]
     config._compile_all_devices = True
     prompt = ids(2, 31)
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
-    expected, _ = run(rewritten("llama", "streaming_llm", **plain(STREAMING)), prompt, 12, attention_mask=mask)
+    expected, _ = run(rewritten("shallow_llama", "streaming_llm", **plain(STREAMING)), prompt, 12, attention_mask=mask)
     settings = {"attention_mask": mask, "compile_config": config}
-    cache = kvrewrite.new_cache(model, 2)
-    found, _ = run(model, prompt, 12, past_key_values=cache, prefill_chunk_size=1 << 20, **settings)
+    cache = kvrewrite.new_cache(shallow, 2)
+    found, _ = run(shallow, prompt, 12, past_key_values=cache, prefill_chunk_size=1 << 20, **settings)
     assert torch.equal(found, expected)
     assert int(cache.live_slots()[0].max()) == 24
     with pytest.raises(CacheError, match=r"not compiled.*prefill_chunk_size.*_compile_all_devices"):
-        run(model, prompt, 2, past_key_values=kvrewrite.new_cache(model, 2), **settings)
+        run(shallow, prompt, 2, past_key_values=kvrewrite.new_cache(shallow, 2), **settings)
     for name in ("_compiled_call", "_last_compile_config"):
-        model.__dict__.pop(name, None)
+        shallow.__dict__.pop(name, None)
 
 
 # ------------------------------------------------------------------------------------------------ compiling
@@ -365,20 +393,20 @@ def test_with_inductor_and_one_graph(options: dict[str, Any]) -> None:
     assert torch.equal(found, expected) and lengths(cache) == {24 if options["policy"] == "streaming_llm" else 31}
 
 
-def test_recompiles_are_few(fresh_dynamo: None, model: Any) -> None:
+def test_recompiles_are_few(fresh_dynamo: None, shallow: Any) -> None:
     """Neither lengths nor further requests compile again; batch sizes do once."""
-    user, counts = compiled(model, **STREAMING), []
+    user, counts = compiled(shallow, **STREAMING), []
     for rows, length, steps in ((1, 31, 4), (1, 9, 20), (2, 31, 4), (5, 40, 4)):
         run(user, ids(rows, length), steps)
         counts.append(graphs())
     assert counts[0] == 2 and counts[-1] <= 8 and counts[-1] == counts[-2]
 
 
-def test_torchs_limit_of_recompiles_is_no_way_out(fresh_dynamo: None, model: Any) -> None:
+def test_torchs_limit_of_recompiles_is_no_way_out(fresh_dynamo: None, shallow: Any) -> None:
     """Beyond it torch.compile would run the unmodified model, with positions and masks that it does not know."""
     with torch._dynamo.config.patch(recompile_limit=1):
-        user = torch.compile(model, backend="kvrewrite", options={"inductor": False, **STREAMING}, dynamic=False)
-        small = rewritten("llama", "streaming_llm", **plain(STREAMING))
+        user = torch.compile(shallow, backend="kvrewrite", options={"inductor": False, **STREAMING}, dynamic=False)
+        small = rewritten("shallow_llama", "streaming_llm", **plain(STREAMING))
         for rows in (1, 3):
             expected, _ = run(small, ids(rows, 25 + rows), 2)
             assert torch.equal(run(user, ids(rows, 25 + rows), 2)[0], expected)
@@ -400,7 +428,7 @@ def test_graph_without_attention(model: Any) -> None:
 
 
 def test_rewritten_models_need_no_backend(model: Any) -> None:
-    small = rewritten("llama", "streaming_llm", budget=24, chunk=8)
+    small = rewritten("shallow_llama", "streaming_llm", budget=24, chunk=8)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="rewritten already: compile it"):
         compiled(small, **STREAMING)(ids(1, 9))
 
@@ -443,8 +471,8 @@ class TestRefused:
         with pytest.raises(OptionError, match=message):
             torch.compile(torch.neg, backend="kvrewrite", options=options)(torch.ones(2))
 
-    def test_gradients(self, model: Any) -> None:
-        user = compiled(model, **STREAMING)
+    def test_gradients(self, shallow: Any) -> None:
+        user = compiled(shallow, **STREAMING)
         with torch.enable_grad(), pytest.raises(InputError, match=r"gradients are enabled.*no_grad"):
             user(ids(1, 8))
         assert user(ids(1, 8)).logits.shape == (1, 8, VOCAB)
@@ -459,14 +487,14 @@ class TestRefused:
         ],
     )
     def test_arguments(
-        self, fresh_dynamo: None, model: Any, arguments: dict[str, Any], error: Any, message: str
+        self, fresh_dynamo: None, shallow: Any, arguments: dict[str, Any], error: Any, message: str
     ) -> None:
         with pytest.raises(error, match=message):
-            compiled(model, **STREAMING)(**{"input_ids": ids(1, 8), **arguments})
+            compiled(shallow, **STREAMING)(**{"input_ids": ids(1, 8), **arguments})
 
-    def test_parts_of_a_model(self, fresh_dynamo: None, model: Any) -> None:
+    def test_parts_of_a_model(self, fresh_dynamo: None, shallow: Any) -> None:
         with pytest.raises(UnsupportedModelError, match="whole calls"):
-            compiled(model.model.layers[0].self_attn, **STREAMING)(
+            compiled(shallow.model.layers[0].self_attn, **STREAMING)(
                 torch.zeros(1, 5, 64), (torch.ones(1, 5, 16), torch.ones(1, 5, 16)), None
             )
 
@@ -474,12 +502,12 @@ class TestRefused:
             return model(tokens).logits * 2
 
         with pytest.raises(UnsupportedModelError, match=r"step, not the forward of a model"):
-            torch.compile(step, backend="kvrewrite", options={"inductor": False})(model, ids(1, 5))
+            torch.compile(step, backend="kvrewrite", options={"inductor": False})(shallow, ids(1, 5))
 
     def test_graph_breaks(self, fresh_dynamo: None) -> None:
-        """A graph with some of the layers is never run, and neither is what is behind the break."""
-        model: Any = build("llama")
-        module = model.model.layers[1].mlp
+        """A graph with a part of the model is never run, and neither is what comes after the break."""
+        model: Any = build("shallow_llama")
+        module = model.model.layers[0].mlp
         inner = module.forward
 
         def forward(x: Tensor) -> Tensor:
@@ -490,34 +518,34 @@ class TestRefused:
         with pytest.raises(UnsupportedModelError, match="fullgraph=True"):
             compiled(model, **STREAMING)(ids(1, 8))
 
-    def test_caches(self, fresh_dynamo: None, model: Any) -> None:
-        user = compiled(model, **STREAMING)
-        filled = model(ids(1, 8)).past_key_values
+    def test_caches(self, fresh_dynamo: None, shallow: Any) -> None:
+        user = compiled(shallow, **STREAMING)
+        filled = shallow(ids(1, 8)).past_key_values
         with pytest.raises(CacheError, match=r"did not leave there.*new_cache"):
             user(ids(1, 1), past_key_values=filled)
-        static = StaticCache(config=model.config, max_cache_len=20)
+        static = StaticCache(config=shallow.config, max_cache_len=20)
         with pytest.raises(CacheError, match=r"StaticCache.*new_cache"):
             user(ids(1, 8), past_key_values=static)
         with pytest.raises(CacheError, match=r"beam search.*new_cache"):
             user.generate(ids(1, 8), num_beams=2, max_new_tokens=3, **GREEDY)
         with pytest.raises(CacheError, match="not compiled"):
-            model(ids(1, 8), past_key_values=kvrewrite.new_cache(model))
-        other = torch.compile(model, backend="eager")
+            shallow(ids(1, 8), past_key_values=kvrewrite.new_cache(shallow))
+        other = torch.compile(shallow, backend="eager")
         with pytest.raises(CacheError, match="another backend"):
             other(ids(1, 8), past_key_values=kvrewrite.new_cache(other))
-        cache = rewritten("llama", "streaming_llm").new_cache(1)
+        cache = rewritten("shallow_llama", "streaming_llm").new_cache(1)
         with pytest.raises(CacheError, match="EvictionCache"):
             user(ids(1, 8), past_key_values=cache)
 
-    def test_another_policys_cache(self, model: Any) -> None:
-        cache = kvrewrite.new_cache(compiled(model, **STREAMING))
-        compiled(model, **STREAMING)(ids(1, 8), past_key_values=cache)
+    def test_another_policys_cache(self, shallow: Any) -> None:
+        cache = kvrewrite.new_cache(compiled(shallow, **STREAMING))
+        compiled(shallow, **STREAMING)(ids(1, 8), past_key_values=cache)
         with pytest.raises(CacheError, match="belongs to another model"):
-            compiled(model, policy="full")(ids(1, 1), past_key_values=cache)
+            compiled(shallow, policy="full")(ids(1, 1), past_key_values=cache)
 
-    def test_second_turn_on_a_stock_cache(self, model: Any) -> None:
+    def test_second_turn_on_a_stock_cache(self, shallow: Any) -> None:
         """transformers takes the length of a DynamicCache for the length of the text."""
-        user = compiled(model, **STREAMING)
+        user = compiled(shallow, **STREAMING)
         first, cache = run(user, ids(1, 31), 4)
         with pytest.raises(InputError):
             run(user, torch.cat([first, ids(1, 5)], 1), 4, past_key_values=cache)

@@ -49,7 +49,8 @@ def test_short_convolutions_under_generate() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param("nemotron_h", marks=pytest.mark.thorough), "minimax"])
+@pytest.mark.thorough  # test_short_convolutions_under_generate is the same kind
+@pytest.mark.parametrize("name", ["nemotron_h", "minimax"])
 def test_recurrences(name: str) -> None:
     """A recurrent state, and a cache class of the model's own: a prompt and a single token are the model in one call."""
     model: Any = measure.make(name)
@@ -229,7 +230,7 @@ class Headless(LlamaForCausalLM):
 
 
 def test_own_class_without_output_embeddings() -> None:
-    model: Any = make("llama")
+    model: Any = make("shallow_llama")
     model.__class__ = Headless
     out = compiled(model, policy="full")(ids(1, 9))
     torch.testing.assert_close(out.logits, model(ids(1, 9)).logits, rtol=0, atol=1e-5)
@@ -298,7 +299,7 @@ class Waits(LogitsProcessor):
 
 def test_requests_of_several_threads() -> None:
     """One that is in `generate` while another one begins and ends goes on with what was compiled; the model has nothing of it."""
-    model: Any = make("llama")
+    model: Any = make("shallow_llama")
     user, text, waits, found = compiled(model, **STREAMING), ids(1, 20), Waits(), []
     expected = user.generate(text, max_new_tokens=5, **GREEDY)
     before = dict(vars(model))
@@ -320,10 +321,10 @@ def test_requests_of_several_threads() -> None:
 
 def test_first_calls_of_several_threads() -> None:
     """The rewrite is made once, and while it is made no other thread runs the model as it is."""
-    model: Any = make("llama")
+    model: Any = make("shallow_llama")
     user, texts, found = compiled(model, **STREAMING), [ids(1, 20, seed) for seed in range(3)], {}
-    small = rewritten("llama", "streaming_llm", budget=12, chunk=8)
-    model.load_state_dict(original("llama").state_dict())
+    small = rewritten("shallow_llama", "streaming_llm", budget=12, chunk=8)
+    model.load_state_dict(original("shallow_llama").state_dict())
 
     def request(i: int) -> None:
         with torch.no_grad():

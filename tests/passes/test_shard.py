@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "nacl": {"interval": 2},
     "non_causal_attn": {"block": 5},
     "pyramidkv": {"window": 4},
+    "qfilters": {"window": 3},
     "random_attention": {"buffer": 2, "protect_prompt": False},
     "scissorhands": {"history": 8, "recent_tokens": 2},
     "sirllm": {"chunk": 8},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAYERS, HIDDEN, HEADS, KV_HEADS = 3, 64, 8, 2  # of tiny_llama
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 8, 2, 16  # of tiny_llama
 WIDTH, RANK, SINKS = 20, 6, 5
 THRESHOLD, WINDOW = -0.6, 7  # KVzap's
 FAST = {"n_sink": 2, "window_ratio": 0.1}
@@ -47,6 +47,11 @@ def fast_kvzip() -> list[dict[str, Tensor]]:
         }
         for _ in range(LAYERS)
     ]
+
+
+def qfilters() -> Tensor:
+    """Filters as QFilters has them, (layers, kv heads, head dim)."""
+    return _uniform(torch.Generator().manual_seed(33), LAYERS, KV_HEADS, HEAD_DIM)
 
 
 ALPHA = [[0.61, 0.02], [1.3, 0.11], [0.25, 0.97]]  # DuoAttention's pattern

@@ -422,6 +422,51 @@ def test_streaming_llm_in_decoding() -> None:
     assert differ > 0
 
 
+# -- newer presses ---------------------------------------------------------------------------------------------------
+NEWER: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "kvpress_newer.json").read_text())
+LAG = {"n_sink": 2, "lag_size": 5}
+# In kvpress the padding of a last block takes part; so prompts of whole blocks are compared.
+BLOCKS = {"non_causal_attn": (0, 4), "compactor": (4, 4)}  # tokens that are in no block, and in one
+NEWER_SAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "finch rerotated": ("finch", {"window": 4}),
+    "finch": ("finch", {"window": 4, "positions": "original"}),
+    "finch plain": ("finch", {"window": 4, "positions": "original", "normalize": False}),
+    "lagkv": ("lagkv", {**LAG, "across": True}),
+    "leverage": ("leverage", {"sketch": 6}),
+    "non_causal_attn": ("non_causal_attn", {"block": 4}),
+    "compactor": ("compactor", {"start": 3, "recent_tokens": 1, "block": 4, "sketch": 6, "blending": 0.5}),
+    "qfilters": ("qfilters", {"window": 0}),
+}
+
+
+def newer(entry: dict[str, Any], press: str, ratio: str) -> Kept | None:
+    """None: equal scores decide there (of LagKV, what the last block's tokens share)."""
+    (found,) = (p for p in NEWER["prompts"] if p["length"] == entry["length"])
+    return (found["presses"][press][ratio] or {}).get("kept")
+
+
+@covering({"press": 1})
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("press", NEWER_SAME)
+def test_newer(press: str, ratio: str) -> None:
+    """The same kept sets; sketches are those of tests/support/oracle_newer.py on both sides."""
+    assert NEWER["model"] == fingerprint(original()) and NEWER["versions"]["kvpress"] == "0.5.5"
+    policy, options = NEWER_SAME[press]
+    outside, block = BLOCKS.get(press, (0, 1))
+    entries = [e for e in PROMPTS if (e["length"] - outside) % block == 0 and newer(e, press, ratio) is not None]
+    weights = None
+    if policy == "qfilters":
+        weights = {f"q_filters.{i}": f for i, f in enumerate(heads.qfilters())}
+        options = {**options, "decode_eviction": False}
+    model = rewrite(original(), captured(), policy, weights, budget=share(ratio), **options)
+    for entry in entries:
+        cache = model.new_cache(1)
+        model(ids_of(entry)[:, : entry["length"]], past_key_values=cache)
+        kept = [cache.positions()[layer][0] for layer in range(LAYERS)]
+        assert kept == newer(entry, press, ratio), f"{entry['length']} tokens"
+    assert len(entries) >= (4 if press != "lagkv" or ratio == "0.3" else 2)
+
+
 # -- trained heads ---------------------------------------------------------------------------------------------------
 LEARNED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "kvpress_learned.json").read_text())
 

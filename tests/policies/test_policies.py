@@ -24,6 +24,7 @@ from tests.support.oracle_newer import (
     FinchRule,
     LagKVRule,
     ObservedAttentionRule,
+    QFiltersRule,
     RandomAttentionRule,
 )
 from tests.support.oracle_rules import (
@@ -87,7 +88,14 @@ def gates() -> dict[str, Tensor]:
     return weights
 
 
+@functools.cache
+def filters() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    return {f"q_filters.{i}": torch.randn(2, 16, generator=generator) for i in range(LAYERS)}
+
+
 POLICY_WEIGHTS = {
+    "qfilters": filters,
     "locret": retaining_heads,
     "locret_q": retaining_heads,
     "attention_gate": gates,
@@ -487,6 +495,16 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "duo_attention",
         {"budget": 9, "start": 3, "chunk": 7},
         DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
+    ),
+    "qfilters, chunks, contiguous": (
+        "qfilters",
+        {"budget": 10, "window": 3, "chunk": 7, "positions": "contiguous"},
+        QFiltersRule(budget=10, recent=3, chunk=7, contiguous=True, filters=list(filters().values())),
+    ),
+    "qfilters, heads": (
+        "qfilters",
+        {"budget": 0.4, "window": 2, "head_budgets": "adakv"},
+        QFiltersRule(budget=0.4, recent=2, head_budgets="adakv", filters=list(filters().values())),
     ),
     "random attention, prompts evict": (
         "random_attention",
@@ -1019,6 +1037,7 @@ def test_oracle_gate_flags_half() -> None:
                 {"budget": 0.5},
             )
         ],
+        ("qfilters", {"window": -1}, "window is -1"),
         ("finch", {"window": 0}, "window is 0"),
         ("finch", {"budget": 32}, "budget is 32"),
         ("lagkv", {"n_sink": -1}, "n_sink is -1"),

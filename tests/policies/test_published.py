@@ -73,6 +73,15 @@ def write_duo(directory: Path) -> Path:
     return directory
 
 
+def write_qfilters(directory: Path, shape: tuple[int, ...] = (LAYERS, 2, 16), **config: Any) -> Path:
+    """model.safetensors and config.json, as PyTorchModelHubMixin saves the authors' module."""
+    filters = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    save_file({"q_filters": filters}, directory / "model.safetensors")
+    told = {"num_layers": LAYERS, "num_kv_heads": 2, "kv_head_dim": 16}
+    (directory / "config.json").write_text(json.dumps({**told, **config}))
+    return directory
+
+
 def write_locret(directory: Path) -> Path:
     generator = torch.Generator().manual_seed(5)
     names = {"fc1": (24, 128), "fc2": (2, 24)}
@@ -98,6 +107,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any], dict[str, 
     "trim_kv rg2": ("trim_kv", lambda d: write_trim_kv(d, "rg2"), {"budget": 10, "buffer_size": 3}, {"retention_gate": "rg2"}),
     "trim_kv rg3": ("trim_kv", lambda d: write_trim_kv(d, "rg3"), {"budget": 10, "buffer_size": 1}, {"retention_gate": "rg3"}),
     "duo_attention": ("duo_attention", write_duo, {"budget": 10, "start": 4}, {"heads": "10,10"}),
+    "qfilters": ("qfilters", write_qfilters, {"budget": 12, "window": 3}, {}),
     "locret": ("locret", write_locret, {"budget": 12, "chunk": 8, "stabilizers": 3, "local_tail": 4}, {"hidden_size": 24}),
 }  # fmt: skip
 
@@ -219,6 +229,8 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "trim_kv names": ("trim_kv", broken(lambda t: t.pop(GATE + "bias"), "trim_kv"), "lacks bias"),
     "trim_kv kind": ("trim_kv", lambda d: write_trim_kv(d, "rg", retention_gate="rg3"), "layer 0 has linear1.bias"),
     "trim_kv config": ("trim_kv", lambda d: write_trim_kv(d, retention_gate="rg9"), "retention_gate='rg9'"),
+    "qfilters shape": ("qfilters", lambda d: write_qfilters(d, (2, 16)), r"q_filters \[2, 16\]; expected q_filters"),
+    "qfilters config": ("qfilters", lambda d: write_qfilters(d, kv_head_dim=64), "kv_head_dim 16, but the config.json"),
     "duo words": ("duo_attention", written("full_attention_heads.tsv", "1.0\tx\n"), "not a table of numbers"),
     "duo lines": ("duo_attention", written("full_attention_heads.tsv", "1.0\t0.5\n0.5\n"), "lines of 1, 2 numbers"),
     "duo nan": ("duo_attention", written("full_attention_heads.tsv", "1.0\tnan\n"), "not finite"),

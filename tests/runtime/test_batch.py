@@ -28,7 +28,16 @@ CASES += [
     if p.name not in dict(POLICIES)
 ]
 NO_ROTATION = {"gpt2"}
-ONLY_LLAMA = {"duo_attention", "fast_kvzip", "kvzap", "trim_kv", "attention_gate", "expected_attention", "locret_q"}
+ONLY_LLAMA = {
+    "qfilters",
+    "duo_attention",
+    "fast_kvzip",
+    "kvzap",
+    "trim_kv",
+    "attention_gate",
+    "expected_attention",
+    "locret_q",
+}
 
 
 def distinct(count: int, generator: random.Random) -> list[int]:

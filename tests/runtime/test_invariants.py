@@ -91,6 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nacl": {"interval": 4},
     "non_causal_attn": {"block": 7},
     "pyramidkv": {"window": 4, "kernel": 3, "beta": 4},
+    "qfilters": {"window": 3},
     "random": {},
     "random_attention": {"buffer": 3, "protect_prompt": False},
     "scissorhands": {"recent_tokens": 3},
@@ -101,7 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 BUDGET = 12
 # What these need beyond the others (the layer's input, windows without gates, shared keys and values) is in these families.
-LEARNED = {"duo_attention", "fast_kvzip", "kvzap", "trim_kv"}
+LEARNED = {"duo_attention", "fast_kvzip", "kvzap", "qfilters", "trim_kv"}
 LEARNED_FAMILIES = {"llama", "gemma3_text", "gemma3n_text", "bloom"}
 
 

@@ -167,7 +167,7 @@ def test_kernels_together(family: str, policy: str, options: dict[str, Any]) -> 
     lowered.executor = Executor(Execution(lower_prefill(fold(lowered.graph_module)), None))
     ids = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(s))[:40] + 1 for s in range(2)])
     caches = [plain.new_cache(2), lowered.new_cache(2)]
-    for at, width in ((0, 22), (22, 1), (23, 1), (24, 5), (29, 1)):
+    for at, width in ((0, 22), (22, 1), (23, 5), (28, 1)):
         new = ids[:, at : at + width]
         expected = plain(new, past_key_values=caches[0], logits_to_keep=1).logits
         with kernels("auto" if torch.cuda.is_available() else "fused"):

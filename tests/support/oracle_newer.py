@@ -30,7 +30,7 @@ class ObservedAttentionRule(Scored):
 
 @dataclass(kw_only=True)
 class FinchRule(Scored):
-    """Attention from the question's queries, each times the number of tokens that it sees; once,
+    """Attention from the question's queries, each times the number of tokens before it; once,
     re-rotated."""
 
     first_prompt_only: bool = True
@@ -44,7 +44,7 @@ class FinchRule(Scored):
         for h, entries in enumerate(layer.heads):
             total = [0.0] * len(entries)
             for i in range(max(0, n - self.recent), n):
-                seen = i + 1 if self.normalize else 1
+                seen = i if self.normalize else 1
                 total = [t + seen * layer.received(h, e.position, range(i, i + 1)) for t, e in zip(total, entries)]
             out.append(total)
         return out
@@ -122,18 +122,11 @@ class CompactorRule(Scored):
         """The j-th diagonal number of X (X^T X + 0.01)^-1 X^T, of sketched keys without
         rotation."""
         size = entries[0].key.shape[0]
-        matrix = [
-            [self.normal(layer.index, head, c * self.sketch + s, size) for s in range(self.sketch)] for c in range(size)
-        ]
+        matrix = sketch(self.seed, layer.index, head, size, self.sketch)
         keys = torch.stack([e.key for e in entries])
         x = (keys - keys.mean(0)) @ torch.tensor(matrix, dtype=torch.float64) / self.sketch**0.5
         inverse = torch.linalg.inv(x.T @ x + 0.01 * torch.eye(self.sketch, dtype=torch.float64))
         return [float(row @ inverse @ row) for row in x]
-
-    def normal(self, layer: int, head: int, place: int, size: int) -> float:
-        """Box and Muller's, of two hashed numbers."""
-        u, v = (uniform(self.seed, layer, head, place + more) for more in (0, size * self.sketch))
-        return (-2 * math.log(u)) ** 0.5 * math.cos(2 * math.pi * v)
 
     def attention(self, layer: Layer, head: int, entries: list[Entry]) -> list[float]:
         """Column sums of attention without a mask or a scale in every block, times ||v||; the mean
@@ -150,6 +143,16 @@ class CompactorRule(Scored):
             weighed += [float(t) / len(layer.group(head)) * length(e.value) for t, e in zip(total, block)]
         padded = [0.0, *weighed, 0.0]
         return [sum(padded[j : j + 3]) / 3 for j in range(len(weighed))]
+
+
+def sketch(seed: int, layer: int, head: int, rows: int, columns: int) -> list[list[float]]:
+    """A matrix of normal numbers: Box and Muller's, of two hashed ones each."""
+
+    def normal(place: int) -> float:
+        u, v = (uniform(seed, layer, head, place + more) for more in (0, rows * columns))
+        return (-2 * math.log(u)) ** 0.5 * math.cos(2 * math.pi * v)
+
+    return [[normal(c * columns + s) for s in range(columns)] for c in range(rows)]
 
 
 def standard(scores: Scores) -> Scores:
@@ -177,3 +180,18 @@ class RandomAttentionRule(Scored):
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         full = len(layer.heads[0]) >= fraction(self.budget, moment.total, self.buffer) + self.buffer
         return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads
+
+
+@dataclass(kw_only=True)
+class QFiltersRule(Scored):
+    """Keys with the largest part against the filters, as they are rotated when they come; filters: layer -> (kv heads, D)."""
+
+    filters: list[Tensor]
+
+    def arrive(self, layer: Layer, count: int) -> None:
+        for h, entries in enumerate(layer.heads):
+            for e in entries[len(entries) - count :]:
+                e.score = -float(self.filters[layer.index][h].double() @ layer.rotated(e))
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        return [[e.score for e in entries] for entries in layer.heads]

@@ -142,6 +142,10 @@ REFUSED: dict[str, dict[str, Any]] = {
         "index_n_heads": 2,
     },
 }
+# For tests whose subject is not the layers, and which pay for each: torch.compile takes two seconds for a graph of two.
+SHALLOW: dict[str, dict[str, Any]] = {
+    f"shallow_{name}": {**FAMILIES[name], "model_type": name, "num_hidden_layers": 1} for name in ("llama", "mistral")
+}
 CONTENT_DEPENDENT = ("doge", "deepseek_v32")
 
 
@@ -149,7 +153,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny model of the family `name` in eval mode, with weights that depend on `seed` only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {**COMMON, **{**WALKED, **REFUSED, **FAMILIES}.get(name, {}), **changes}
+    options = {**COMMON, **{**WALKED, **REFUSED, **SHALLOW, **FAMILIES}.get(name, {}), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(options.pop("model_type", name), **options)
     # sdpa has no softcap: some versions of transformers leave it out without a word, and then the original is not the model.
