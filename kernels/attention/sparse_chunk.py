@@ -284,7 +284,7 @@ def attend_visible(
         _list_blocks[(b * h * n_q,)](
             seen, columns, lens, listed, counts, *lens.stride(), h // hkv, h, n_q, n_k, capacity // KEY_BLOCK,
             columns.shape[2], QB=QUERY_BLOCK, KB=KEY_BLOCK, HIDDEN=hidden is not None,
-            STEP=min(1024, triton.next_power_of_2(max(n_k, columns.shape[2]))), num_warps=4,
+            STEP=1024, num_warps=4,
         )  # fmt: skip
         _sparse_chunk[(n_m * b * h,)](
             q, keys, values, listed, seen, columns, counts, lens, at.valid, lens if logits.sinks is None else logits.sinks,

@@ -34,6 +34,8 @@ from kvrewrite.kernels.attention.patterns import (
 )
 from kvrewrite.kernels.groups import At, Logits, Slots, Tokens, VisibleBlocks
 
+AT_ONCE = 1 << 23  # indices in memory
+
 
 class Sums(NamedTuple):
     """Softmax weights of the last n queries, summed. columns (B, H, C + T): per key. cached (B, H, C + n - 1) and new
@@ -203,15 +205,19 @@ def _forced(score: Tensor, place: Tensor) -> Tensor:
 def _of_diagonals(near: Tensor, frame: _Frame) -> Tensor:
     """Blocks that a chosen distance, (B, H, C + T) bool, runs through: (B, H, Q, K) bool."""
     b, h, size = near.shape
-    up_to = pad(near.to(torch.int32).cumsum(2), (1, 0))
+    up_to = pad(near.cumsum(2, dtype=torch.int32), (1, 0))
     lens, valid = frame.lens[..., None, None], frame.valid[..., None, None]
     before = torch.where(frame.cached, lens, 0)  # slots before the first new token, where distances to slots are meant
     last_key = torch.minimum(frame.starts + KEY_BLOCK, torch.where(frame.cached, lens, valid)) - 1
     last_query = torch.minimum(frame.queries + QUERY_BLOCK, frame.valid[..., None]) - 1
-    begin = (before + frame.queries[:, None] - last_key).clamp(0, size)
-    end = (before + last_query[..., None] - frame.starts + 1).clamp(0, size)
-    counts = [torch.gather(up_to, 2, x.expand(b, h, -1, -1).reshape(b, h, -1)) for x in (begin, end)]
-    return (counts[1] > counts[0]).view(b, h, len(frame.queries), len(frame.starts))
+    found = []
+    step = max(1, AT_ONCE // (b * h * len(frame.starts)))
+    for i in range(0, len(frame.queries), step):  # so that the indices of a long whole prompt are never there at once
+        begin = (before + frame.queries[i : i + step, None] - last_key).clamp(0, size)
+        end = (before + last_query[..., i : i + step, None] - frame.starts + 1).clamp(0, size)
+        counts = [torch.gather(up_to, 2, x.expand(b, h, -1, -1).reshape(b, h, -1)) for x in (begin, end)]
+        found.append((counts[1] > counts[0]).view(b, h, -1, len(frame.starts)))
+    return torch.cat(found, 2) if len(found) != 1 else found[0]
 
 
 def _of_first_keys(frame: _Frame, table: HeadTable) -> Tensor:

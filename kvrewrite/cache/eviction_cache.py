@@ -14,8 +14,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache.pages import SLOT_EXTRA, Lease
 from kvrewrite.cache.request import PER_ROW, Request, exclusive
+from kvrewrite.cache.spans import check_span, drop, joined, lost, without
 from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE
+from kvrewrite.policies.segments import UNLIMITED
 
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
 CHECKPOINTS = 4
@@ -69,6 +71,7 @@ class EvictionCache(Request, Cache):
         twin.leases = [lease.fork() for lease in self.leases]
         twin.history, twin.ended = self.history.fork(), None
         twin.checkpoints, twin.marking = list(self.checkpoints), False
+        twin.pins = list(self.pins)
         twin.states = [state.fork() for state in self.states]
         for lease in self.leases:
             lease.store.end()
@@ -79,6 +82,70 @@ class EvictionCache(Request, Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The same as `fork`: what people do with a cache of transformers to use a prefix again."""
         return self.fork()
+
+    # -- spans ---------------------------------------------------------------------------------------------------
+    @exclusive
+    def pin(self, start: int, end: int, row: int | None = None) -> None:
+        """Keeps the tokens at positions [start, end) of a row's text (None: of every row's), also those that are still to
+        come, whatever the policy says. They count within the budget; a step that could not keep them is refused before
+        it begins. Layers with a window lose them as they lose all that no later token can see.
+
+        Positions count a row's tokens from 0, without padding. Raises CacheError where some of them are gone already.
+        """
+        check_span(start, end)
+        self.check_finished()
+        rows = self._rows_of(row)
+        for r in rows:
+            if gone := lost(self, r, start, end):
+                raise CacheError(
+                    f"row {r}: {gone} of the tokens {start} to {end - 1} are no longer held by every head, so they can't be "
+                    "pinned; pin a span before what evicts it (pin= of prefill and generate), or on a fork made before"
+                )
+        pins = self.pins or [()] * self.batch_size
+        self.pins = [joined([*spans, (start, end)]) if r in rows else spans for r, spans in enumerate(pins)]
+        self._changes += 1
+
+    @exclusive
+    def unpin(self, start: int = 0, end: int = UNLIMITED, row: int | None = None) -> None:
+        """Leaves [start, end) of a row's text (None: of every row's) to the policy again."""
+        check_span(start, end)
+        rows = self._rows_of(row)
+        pins = [without(spans, start, end) if r in rows else spans for r, spans in enumerate(self.pins)]
+        self.pins = pins if any(pins) else []
+        self._changes += 1
+
+    @exclusive
+    def drop(self, start: int, end: int, row: int | None = None) -> None:
+        """Takes the tokens at positions [start, end) of a row's text (None: of every row's) out of the cache, pinned ones,
+        too, and returns the pages that this empties. What follows keeps its positions; contiguous ranks close the gap at
+        the next prompt, or token, that makes them again.
+
+        The text itself stays: later texts begin with the same ids. What a policy, or a layer without attention, carries
+        besides slots stays as it is. Raises CacheError for tokens that have not been seen yet.
+        """
+        check_span(start, end)
+        rows = self._rows_of(row)
+        if any(end > self.seen[r] for r in rows):
+            raise CacheError(
+                f"got the span {start} to {end}, but rows {rows} have {[self.seen[r] for r in rows]} tokens"
+            )
+        self.begin_step()
+        drop(self, start, end, rows)
+        self._changes += 1
+        free = [lease.bound[lease.windows == 0] for lease in self.leases]
+        for r in rows:
+            held = [int(bound[:, r].max(initial=0)) for bound in free]
+            self.length[r] = max(held) if any(map(len, free)) else self.length[r]
+        self.ranks_held = False
+        self.end_step()
+        self.unpin(start, end, row)
+
+    def _rows_of(self, row: int | None) -> list[int]:
+        if row is None:
+            return list(range(self.batch_size))
+        if not isinstance(row, int) or not 0 <= row < self.batch_size:
+            raise CacheError(f"row is {row!r}, expected a number from 0 to {self.batch_size - 1}, or None for all")
+        return [row]
 
     # -- turns ---------------------------------------------------------------------------------------------------
     @exclusive
@@ -137,7 +204,7 @@ class EvictionCache(Request, Cache):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
         self.history.select(source, self.columns)
-        self.checkpoints = []
+        self.checkpoints, self.pins = [], [self.pins[s] for s in source] if self.pins else []
         self._rows, self.ended = len(source), None
         self.end_step()
 

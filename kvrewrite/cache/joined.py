@@ -129,6 +129,8 @@ class JoinedRows(EvictionCache):
             raise CacheError(
                 f"row {row} holds {self.seen[row]} tokens and the request has {request.batch_size} rows; expected none, and one"
             )
+        if request.pins:
+            raise CacheError("a request with pinned spans can't decode together with others; unpin() them")
         empty = not any(self.seen)
         for flag in ("keys_rotated", "ranks_held"):
             if empty:

@@ -12,6 +12,7 @@ interrupted leaves its own request unfinished, which is refused until it is rese
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,10 @@ from torch import Tensor
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
-from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, pages_of, walk
+from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, head_budgets, pages_of, walk
+from kvrewrite.cache.spans import counted
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
-from kvrewrite.ir.layout import PAGE, CacheLayout
+from kvrewrite.ir.layout import PAGE, PIN_SPANS, CacheLayout, pin_inputs
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
@@ -151,6 +153,7 @@ class Request:
         self.first_prompt = [0] * batch  # its tokens, 0 until it is complete
         self.columns = 0  # columns of the caller's ids and masks so far, padding included
         self.history = History(batch)  # what went in, column by column
+        self.pins: list[tuple[tuple[int, int], ...]] = []  # of each row, its pinned spans; [] where no row has any
         self.checkpoints: list[Any] = []  # forks of it at the ends of turns, oldest first
         self.marking = False  # whether the next prompt's end becomes one of them
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
@@ -262,6 +265,27 @@ class Request:
                 f"row {row} would hold {total} tokens, but the full cache's capacity (budget) is {policy.budget}; use a "
                 "larger budget or a policy that evicts"
             )
+        return self._no_room_for_pins(row, count, decoding) if self.pins else None
+
+    def _no_room_for_pins(self, row: int, count: int, decoding: bool) -> CacheError | None:
+        """The reason why an eviction of `count` more tokens could not keep what is pinned in a row, or None."""
+        policy, seen, held = self._policy_of(row), self.seen[row], self.length[row]
+        total, order = seen + count, sorted((layer, n.kv_heads) for n in self.layout.classes for layer in n.layers)
+        # Rounding may take a slot from a head where heads compete (Ada-KV).
+        spare = math.ceil(1 / policy.head_floor) if policy.head_budgets != "equal" and policy.head_floor else 0
+        for segment in self.segments(row, count, decoding):
+            seen, held = seen + segment.joins, held + segment.joins
+            keep = min(k for layer in head_budgets(policy, segment, total, [n for _, n in order]) for k in layer)
+            dealt = [int(s[:, row][s[:, row] >= 0].min(initial=keep)) for s in self._shares]
+            keep = keep if policy.shares_layers or segment.keep >= UNLIMITED else min(keep, *dealt)
+            pinned = counted(self.pins[row], policy.sinks, max(policy.sinks, seen - segment.recent))
+            if held > keep and pinned + policy.sinks + segment.recent + spare > keep:
+                return CacheError(
+                    f"row {row} has {pinned} pinned tokens besides {policy.sinks} first and {segment.recent} newest ones that "
+                    f"{policy.name} protects{f' ({spare} spare, since heads compete)' if spare else ''}, and a head keeps "
+                    f"{keep} slots; pin less, or use a larger budget"
+                )
+            held = min(held, segment.keep)
         return None
 
     def _reach(self, row: int, count: int, decoding: bool) -> int:
@@ -291,6 +315,10 @@ class Request:
             numbers["following"] = self.next_rotary if following is None else following
         for name in self.layout.row_inputs:
             numbers[name] = [s.values.get(name, 0) if s else 0 for s in segments]
+        if self.pins:
+            for i, spec in enumerate(pin_inputs()):
+                which, end = i % PIN_SPANS, i // PIN_SPANS
+                numbers[spec.name] = [spans[which][end] if which < len(spans) else 0 for spans in self.pins]
         return numbers
 
     # -- steps: plan, hold, run, commit --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ used again by others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.request import PER_ROW
 from kvrewrite.cache.slot_plan import pages_of
 from kvrewrite.errors import ArtifactError, PoolFull
-from kvrewrite.ir.layout import PAGE, CacheLayout
+from kvrewrite.ir.layout import PAGE, PIN_SPANS, CacheLayout
 from kvrewrite.policies.segments import UNLIMITED
 
 Count = Annotated[int, Meta(ge=0, le=UNLIMITED)]
@@ -49,6 +50,9 @@ class Numbers(Struct, forbid_unknown_fields=True):
     ranks_held: bool
     loose: bool
     unmeasured: Count
+    pins: Annotated[
+        list[Annotated[list[tuple[Count, Count]], Meta(max_length=PIN_SPANS)]], Meta(max_length=1 << 20)
+    ] = []
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
@@ -80,6 +84,7 @@ def take(cache: EvictionCache) -> tuple[Numbers, dict[str, Tensor]]:
         unmeasured=cache._unmeasured,
         keys_rotated=cache.keys_rotated,
         ranks_held=cache.ranks_held,
+        pins=[list(spans) for spans in cache.pins],
         **{name: list(getattr(cache, name)) for name in PER_ROW},
     )
     return numbers, tensors
@@ -126,6 +131,7 @@ def restore(model: Any, numbers: Numbers, tensors: Mapping[str, Tensor], what: s
         setattr(cache, name, list(getattr(numbers, name)))
     cache.keys_rotated, cache.ranks_held = numbers.keys_rotated, numbers.ranks_held
     cache._loose, cache._unmeasured = numbers.loose, numbers.unmeasured
+    cache.pins = [tuple(spans) for spans in numbers.pins]
     cache.columns, cache.history = numbers.columns, History.of(ids, real)
     return cache
 
@@ -139,7 +145,7 @@ def _put(lease: Lease, c: int, tensors: Mapping[str, Tensor]) -> None:
         store.end()
         raise PoolFull(f"the cache has {count} pages, and the pool has room for {store.room:.0f}; give it more memory")
     own = store.lease(count)
-    store.references[own] = np.bincount(table.ravel(), minlength=count + 1)[1:]
+    store.share(np.repeat(own, np.bincount(table.ravel(), minlength=count + 1)[1:] - 1))  # rows that have it, too
     index = to_device(own, store.device).long()
     for name in store.shapes:
         getattr(store, name)[index] = tensors[f"{name}_{c}"].to(store.device)
@@ -165,6 +171,10 @@ class _Checks:
         n, limit = self.n, max_positions or UNLIMITED
         for name in PER_ROW:
             self.that(len(getattr(n, name)) == n.rows, f"{name} does not have {n.rows} entries")
+        self.that(len(n.pins) in (0, n.rows), f"pins does not have {n.rows} entries")
+        for spans in n.pins:
+            fine = all(a < b for a, b in spans) and all(a[1] < b[0] for a, b in itertools.pairwise(spans))
+            self.that(fine, "pins are not spans in order")
         self.that(max(n.seen) <= n.columns, "a row has more tokens than there are columns")
         self.that(self.layout.contiguous or max(n.seen) <= limit, f"a row has more than {limit} tokens")
         for name in ("generated", "length", "next_rotary", "first_prompt"):

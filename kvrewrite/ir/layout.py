@@ -28,6 +28,7 @@ from kvrewrite.ir.value_facts import NamedSizes
 from kvrewrite.kernels.quantized.scheme import Scheme
 
 PAGE = 64  # slots per page
+PIN_SPANS = 8  # spans of a row that can be pinned, where they do not touch
 _SPEC = "kvrewrite_input"  # in a placeholder's meta: its `InputSpec`
 _PER_CALL = ("B", "T", "L", "S")  # letters whose sizes are the same in all single tokens of a batch
 
@@ -223,6 +224,12 @@ def call_inputs(contiguous: bool, row_inputs: Iterable[str]) -> list[InputSpec]:
         rows.append(InputSpec("renew", "renew", "rows", torch.bool, ("B",)))
         rows.append(InputSpec("span", "span", "span", torch.float32, (0, "Z")))
     return [*tokens, *rows, *(InputSpec(n, n, "rows", torch.int32, ("B",)) for n in row_inputs)]
+
+
+def pin_inputs() -> list[InputSpec]:
+    """The row's pinned spans: where each begins, and where it ends."""
+    names = [f"pin_{end}_{i}" for end in ("begin", "end") for i in range(PIN_SPANS)]
+    return [InputSpec(n, n, "rows", torch.int32, ("B",)) for n in names]
 
 
 def class_inputs(cls: int, spec: CacheClass, pools: PoolShapes, ragged: bool) -> list[InputSpec]:

@@ -228,6 +228,38 @@ def _(scores, places, keep, recent, sinks):  # type: ignore[no-untyped-def]
     return [torch.empty_like(k) for k in keep]
 
 
+def in_spans(places: Tensor, begins: list[Tensor], ends: list[Tensor]) -> Tensor:
+    """Which places (B, ..., N) lie in one of their row's spans [begin, end), each a (B,) of `begins` and `ends`."""
+    found = torch.zeros_like(places, dtype=torch.bool)
+    shape = (-1, *(1,) * (places.dim() - 1))
+    for begin, end in zip(begins, ends):
+        found |= (places >= begin.view(shape)) & (places < end.view(shape))
+    return found
+
+
+@torch.library.custom_op("kvrewrite::pin_scores", mutates_args=())
+def pin_scores(scores: Tensor, places: Tensor, begins: list[Tensor], ends: list[Tensor]) -> Tensor:
+    """Scores (B, Hkv, N) fp32 with infinity for slots whose position, places (B, Hkv, N), is pinned: lies in a span of its
+    row, whose begins and ends are (B,) int32 each."""
+    return scores.masked_fill(in_spans(places, begins, ends), float("inf"))
+
+
+@pin_scores.register_fake
+def _(scores, places, begins, ends):  # type: ignore[no-untyped-def]
+    return torch.empty_like(scores)
+
+
+@torch.library.custom_op("kvrewrite::unhide_pinned", mutates_args=())
+def unhide_pinned(hidden: Tensor, positions: Tensor, begins: list[Tensor], ends: list[Tensor]) -> Tensor:
+    """A gate's flags (B, Hkv, T) bool without those of new tokens, at positions (B, T), that are pinned."""
+    return hidden & ~in_spans(positions, begins, ends)[:, None]
+
+
+@unhide_pinned.register_fake
+def _(hidden, positions, begins, ends):  # type: ignore[no-untyped-def]
+    return torch.empty_like(hidden)
+
+
 reconstruction_op = define(
     "reconstruction",
     Fields(Repetition, "q k stored begins ends"),

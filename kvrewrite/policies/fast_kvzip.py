@@ -59,6 +59,7 @@ class FastKVzip(Scoped):
 
     def validate(self) -> None:
         """Sizes that make sense."""
+        self.require_budget()
         for option, least in (
             ("window", 0),
             ("interval", 0),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
+from kvrewrite.policies.scope import Scoped
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class KVzap(Policy):
+class KVzap(Scoped):
     """KVzap (NVIDIA, arXiv 2601.07891; code NVIDIA/kvpress @ 8bb29b9: KVzapPress in DMSPress).
 
     score = W x + b (linear models) or W2 gelu(W1 x + b1) + b2 (MLP models) of the attention layer's input x, one per (token,
     kv head): an estimate of the log of what KVzip+ finds a token worth. Once a token is no longer among the `window`
     newest, it goes where score < threshold; so heads keep as much as the text asks for, in prompts and while decoding. A
-    budget (off) caps it, by the largest scores; threshold=None with a budget is top-k alone (ours: scores then only rank).
+    budget (off) caps it, by the largest scores; threshold=None with a budget is top-k alone (ours: scores then only rank), of
+    each head, of a layer's heads or of all heads of all layers (scope as in `Scoped`; "layer" is head_budgets=adakv).
 
     threshold=-4 is the example of the authors' README; their results are for a range of thresholds. A whole prompt goes
     through at once, as theirs does; `chunk` drops between chunks. decode_eviction=False is DMSPress(decoding=False). While
@@ -45,9 +47,17 @@ class KVzap(Policy):
     published_as = ("model.safetensors", "pytorch_model.bin")
     inputs = ("drops",)
 
+    scope: str = "head"
+    n_sink: int = 0
+    head_floor: float = 0.2
     threshold: float | None = -4.0
     window: int = 128
     hidden_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.head_budgets == "adakv" and self.scope == "head":
+            object.__setattr__(self, "scope", "layer")
+        super().__post_init__()
 
     @property
     def recent(self) -> int:
@@ -56,8 +66,8 @@ class KVzap(Policy):
 
     @property
     def data_dependent(self) -> bool:
-        """With a threshold."""
-        return self.threshold is not None
+        """With a threshold, and where layers share."""
+        return self.threshold is not None or self.shares_layers
 
     def validate(self) -> None:
         """A threshold or a budget."""
@@ -70,10 +80,10 @@ class KVzap(Policy):
                 f"kvzap: window is {self.window} and hidden_size {self.hidden_size}, expected 0 or more (hidden_size=0: a "
                 "linear model)"
             )
-        if self.threshold is not None and self.head_budgets != "equal":
+        if self.threshold is not None and self.scope != "head":
             raise OptionError(
-                f"kvzap: head_budgets is {self.head_budgets!r}, but the threshold decides how much a head keeps; expected "
-                "equal, or threshold=None"
+                f"kvzap: scope is {self.scope!r} and head_budgets {self.head_budgets!r}, but the threshold decides how much a "
+                'head keeps; expected scope="head" and head_budgets="equal", or threshold=None'
             )
         super().validate()
 
@@ -111,12 +121,21 @@ class KVzap(Policy):
         kind = "linear" if linear else "mlp"
         return tensors, {"kind": kind, "layers": str(len(layers)), "kv_heads": str(sizes["kv heads"])}
 
-    def score(self, site: Site) -> Scores:
-        """The prediction, and how many of a head's slots are good enough."""
+    def worth(self, site: Site) -> tuple[Scores, Tensor]:
+        """The prediction."""
+        return Scores(self._predicted(site)), site.slot_positions()
+
+    def _predicted(self, site: Site) -> Tensor:
         x, last = site.hidden_states, f"layers.{site.layer}"
         if self.hidden_size:
             x, last = site.activation(site.linear(x, f"{last}.0.weight", f"{last}.0.bias"), "gelu"), f"{last}.2"
-        new = site.per_head(site.linear(x, f"{last}.weight", f"{last}.bias"))
+        return site.per_head(site.linear(x, f"{last}.weight", f"{last}.bias"))
+
+    def score(self, site: Site) -> Scores:
+        """The prediction, and how many of a head's slots are good enough."""
+        if self.shares_layers:
+            return super().score(site)
+        new = self._predicted(site)
         if self.threshold is None:
             return Scores(new)
         scores, drops = site.join(site.stored_scores(), new), site.input("drops")

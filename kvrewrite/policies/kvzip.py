@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ AUTHORS = {
 
 
 def numbers(text: str) -> tuple[int, ...] | None:
-    """Token ids ("12,7,301") as numbers; None where the text is no such list."""
-    parts = [part.strip() for part in text.split(",")] if text else []
+    """Token ids ("12,7,301" or "12 7 301") as numbers; None where the text is no such list."""
+    parts = re.split(r"[,\s]+", text.strip()) if text else []
     return tuple(int(p) for p in parts) if all(p.isascii() and p.isdigit() for p in parts) else None
 
 
@@ -75,6 +76,7 @@ class KVzip(Scoped):
 
     def validate(self) -> None:
         """Sizes that make sense."""
+        self.require_budget()
         for option in ("repeat_chunk", "lead"):
             if getattr(self, option) < 1:
                 raise OptionError(f"{self.name}: {option} is {getattr(self, option)}, expected at least 1")

@@ -51,7 +51,6 @@ class Scoped(Policy):
 
     def validate(self) -> None:
         """A scope that goes with the other budgets."""
-        self.require_budget()
         if self.scope not in ("model", "layer", "head"):
             raise OptionError(f'{self.name}: scope is {self.scope!r}, expected "model", "layer" or "head"')
         if self.n_sink < 0:

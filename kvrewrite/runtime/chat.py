@@ -27,7 +27,8 @@ class Chat:
     """A conversation. Make one with `kvrewrite.chat(model, tokenizer)`.
 
     messages: the conversation so far, dicts of "role" and "content", as chat templates take them. cache: what the model
-    remembers of it. A turn that fails or is interrupted leaves the conversation as it was before.
+    remembers of it. pinned: how many ids of the system prompt stay whatever the policy says. A turn that fails or is
+    interrupted leaves the conversation as it was before.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class Chat:
         system: str | None = None,
         keep_reasoning: bool = False,
         template: Mapping[str, Any] | None = None,
+        pin_system: bool = True,
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise OptionError(
                 "the tokenizer has no chat template, which says how turns are written; use generate with a text of your own"
             )
         self.model, self.tokenizer, self.keep_reasoning = model, tokenizer, keep_reasoning
-        self.template = dict(template or {})
+        self.template, self.pin_system = dict(template or {}), pin_system
         self.cache: EvictionCache = model.new_cache(1)
         self.system = system
         self.messages: list[dict[str, str]] = []
@@ -52,6 +54,7 @@ class Chat:
     def reset(self) -> None:
         """Begins again, with the system prompt alone."""
         self.cache.reset()
+        self.pinned = 0
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, text: str, **options: Any) -> str:
@@ -97,10 +100,21 @@ class Chat:
         agree = min(end, ids.shape[1] if found is None else found[1])
         if agree < cache.columns:
             cache.roll_back(agree)
+        if self.pin_system and cache.columns == 0 and self.system is not None:
+            self._pin_system(ids)
         if cache.columns < end:
             self.model(ids[:, cache.columns : end], cache=cache, logits_to_keep=1)
             cache.end_prompt()
             cache.checkpoint()
+
+    def _pin_system(self, ids: Tensor) -> None:
+        """Pins what every conversation with this system prompt begins with: what two other ones and this share."""
+        others = [self._ids([*self.messages[:1], {"role": "user", "content": text}], False)[0] for text in "ab"]
+        both = min(len(x) for x in (ids[0], *others))
+        same = torch.stack([x[:both] == ids[0, :both] for x in others]).all(0)
+        self.pinned = int(same.long().cumprod(0).sum())
+        if self.pinned:
+            self.cache.pin(0, self.pinned)
 
     def _generate(self, ids: Tensor, options: dict[str, Any]) -> list[int]:
         pad = self.tokenizer.pad_token_id
@@ -128,6 +142,7 @@ def chat(
     system: str | None = None,
     keep_reasoning: bool = False,
     template: Mapping[str, Any] | None = None,
+    pin_system: bool = True,
 ) -> Chat:
     """A conversation with a rewritten model, whose cache keeps the budget however long it becomes.
 
@@ -135,6 +150,7 @@ def chat(
         print(talk.ask("Who wrote Faust?", max_new_tokens=100), talk.memory())
 
     keep_reasoning: whether what stands between <think> and </think> in an answer is part of later turns. template: further
-    arguments of the chat template. Raises OptionError where the tokenizer has none.
+    arguments of the chat template. pin_system: whether the system prompt stays whatever the policy says
+    (`EvictionCache.pin`; it counts within the budget). Raises OptionError where the tokenizer has no template.
     """
-    return Chat(model, tokenizer, system, keep_reasoning, template)
+    return Chat(model, tokenizer, system, keep_reasoning, template, pin_system)

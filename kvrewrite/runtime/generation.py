@@ -15,6 +15,7 @@ from kvrewrite.errors import CacheError, InputError
 from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.call import check_cache, check_ids_form
+from kvrewrite.runtime.pins import Pin, pin_spans
 from kvrewrite.runtime.whole_prompts import check_chunk_size
 
 
@@ -93,6 +94,7 @@ class Generation(GenerationMixin):
         cache: Any = None,
         past_key_values: Any = None,
         on_mismatch: str = "error",
+        pin: Pin | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with
@@ -106,22 +108,28 @@ class Generation(GenerationMixin):
         on_mismatch: what is done with a text that does not begin with what the cache has seen. "error" raises InputError
         with the first token that differs (and its text, where generate is given a tokenizer); "recompute" goes back to
         the last prompt of a call with "recompute" that agrees, or to the beginning, and computes the text from there.
+
+        pin: what stays whatever the policy says, as for `prefill`; a tensor is about the columns of the ids given.
         """
         if on_mismatch not in ("error", "recompute"):
             raise InputError(f'on_mismatch is {on_mismatch!r}, expected "error" or "recompute"')
         if cache is not None and past_key_values is not None:
             raise InputError("got both cache and past_key_values, expected one of them: they are the same")
         given = past_key_values if cache is None else cache
-        if given is not None:
-            kwargs[CACHE_NAME] = given
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if ids is not None:
             check_ids_form(ids)
+        if given is None and pin is not None and isinstance(ids, Tensor):
+            if self.program.layout.length_tables:
+                raise InputError("pin= needs a cache=new_cache(max_length=...) here: RoPE depends on the text's length")
+            given = self.new_cache(len(ids))
         if given is not None:
+            kwargs[CACHE_NAME] = given
             check_cache(self, given, None)
             if on_mismatch == "recompute":
                 self._go_back(ids, kwargs.get("attention_mask"), given)
             self._check_text(ids, kwargs.get("attention_mask"), given, kwargs.get("tokenizer"))
+            pin_spans(given, pin, ids, kwargs.get("attention_mask"))
         self._agree(ids)
         return super().generate(*args, **kwargs)
 

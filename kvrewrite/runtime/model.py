@@ -24,6 +24,7 @@ from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
+from kvrewrite.passes.insert.pins import insert_pins
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
 from kvrewrite.policies.question import join_question
@@ -36,6 +37,7 @@ from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.loss import check_labels, with_loss
 from kvrewrite.runtime.parts import Staged
 from kvrewrite.runtime.pickling import model_of, program_state
+from kvrewrite.runtime.pins import Pin, pin_spans
 from kvrewrite.runtime.pretrained import Pretrained
 from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
@@ -67,6 +69,7 @@ class RewrittenModel(Pretrained, Generation):
     """
 
     adapters: AdapterWatch | None
+    pins = False  # whether it is the view that keeps what caches have pinned
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
@@ -117,7 +120,7 @@ class RewrittenModel(Pretrained, Generation):
         """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made
         for."""
         twin = memo[id(self)] = object.__new__(type(self))
-        kept = {name: value for name, value in self.__dict__.items() if name != "executor"}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("executor", "_pinning")}
         twin.__dict__.update(copy.deepcopy(kept, memo), executor=None)
         if self.executor is not None and self.executor.options is not None:
             twin.compile(**self.executor.options)
@@ -180,6 +183,7 @@ class RewrittenModel(Pretrained, Generation):
         for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
         self._note_gpu()
+        self.__dict__["_pinning"] = None
         if again is not None:
             self.compile(**again)
         return self
@@ -206,7 +210,9 @@ class RewrittenModel(Pretrained, Generation):
         are dropped with the last cache that uses them."""
         if self.decoder is not None:
             self.decoder.release()
-        self.executor = None
+        if (view := self.__dict__.get("_pinning")) is not None:
+            view.uncompile()
+        self.executor = self.__dict__["_pinning"] = None
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -218,6 +224,23 @@ class RewrittenModel(Pretrained, Generation):
         own."""
         return None if self.decoder is None else self.decoder.stores
 
+    # -- pinned spans --------------------------------------------------------------------------------------------
+    def pinning(self) -> RewrittenModel:
+        """A view of this model whose evictions keep what caches have pinned (`passes/insert/pins.py`), made and compiled
+        when a cache first needs it."""
+        view: RewrittenModel | None = self.__dict__.get("_pinning")
+        if view is None:
+            view = copy.copy(self)
+            view.__dict__.update(_modules=dict(self._modules), _pinning=None, pins=True, executor=None)
+            view.program = insert_pins(self.program)
+            view.graph_module = view.program.graph
+            if view.program.layout.devices is not None:
+                view._staged = Staged(view.graph_module, view.program.layout.devices)
+            if self.executor is not None and self.executor.options is not None:
+                view.compile(**self.executor.options)
+            self.__dict__["_pinning"] = view
+        return view
+
     # -- caches --------------------------------------------------------------------------------------------------
     @exclusive
     def new_cache(self, batch_size: int = 1, *, max_length: int | None = None) -> EvictionCache:
@@ -226,10 +249,17 @@ class RewrittenModel(Pretrained, Generation):
         return EvictionCache(self, batch_size, max_length=max_length)
 
     def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_length: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        pin: Pin | None = None,
     ) -> EvictionCache:
         """Runs a prompt (B, T) into a new cache and returns it, for questions that come later: fork it for each.
 
+        pin: what stays whatever the policy says (`EvictionCache.pin`): (start, end) or a list of such positions for all
+        rows, or a bool tensor (B, T).
         Warns where the policy keeps what the end of the prompt attends to: there the question belongs into the prompt.
         """
         if self.policy.needs_question:
@@ -241,6 +271,7 @@ class RewrittenModel(Pretrained, Generation):
             )
         check_ids_form(input_ids)
         cache = self.new_cache(input_ids.shape[0], max_length=max_length)
+        pin_spans(cache, pin, input_ids, attention_mask)
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
         cache.end_prompt()
         return cache
@@ -314,6 +345,9 @@ class RewrittenModel(Pretrained, Generation):
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
         cache_given, decoder = past_key_values if cache is None else cache, self.decoder
+        if getattr(cache_given, "pins", None) and not self.pins:
+            given = (input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, return_dict)
+            return self.pinning().forward(*given, cache, generated, labels, num_items_in_batch, **kwargs)
         plain = attention_mask is None and labels is None and not kwargs
         planned = plain and decoder is not None and decoder.has_planned(input_ids, cache_given)
         if generated and planned:

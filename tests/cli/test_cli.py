@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from kvrewrite.cli import app as cli
 from kvrewrite.cli.options import parse_options, parse_value
 from kvrewrite.errors import OptionError
+from kvrewrite.tools import demo
 from tests.support.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
@@ -59,7 +60,9 @@ def test_convert_leaves_the_weights_alone(base, converted):
     assert not [p for p in base.parent.iterdir() if p.name.startswith(".")]
 
 
-def test_generate_in_a_new_process_needs_no_model_code(converted):
+@pytest.fixture(scope="module")
+def in_a_new_process(converted):
+    """`generate` and then `verify` in a process that has neither captured nor converted."""
     script = (
         "import sys\n"
         "from kvrewrite.cli.app import main\n"
@@ -68,18 +71,24 @@ def test_generate_in_a_new_process_needs_no_model_code(converted):
         "found = [m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m]\n"
         "found = [m for m in found if not m.startswith('transformers.models.auto.')]\n"
         "assert not found, found\n"
+        "print('\\nVERIFY')\n"
+        "main(['verify', sys.argv[1], '--json', '--tokens', '24'], standalone_mode=False)\n"
     )
     done = process("-c", script, str(converted))
     assert done.returncode == 0, done.stderr
-    assert "5 new tokens" in done.stderr
-    assert "leased" in done.stderr
-    assert "fox fox" not in done.stdout  # the prompt is not repeated
+    answer, _, report = done.stdout.partition("\nVERIFY\n")
+    return answer, report, done.stderr
 
 
-def test_verify_in_a_new_process(converted):
-    done = process("-m", "kvrewrite.cli", "verify", str(converted), "--json", "--tokens", "24")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_generate_in_a_new_process_needs_no_model_code(in_a_new_process):
+    answer, _, stderr = in_a_new_process
+    assert "5 new tokens" in stderr
+    assert "leased" in stderr
+    assert "fox fox" not in answer  # the prompt is not repeated
+
+
+def test_verify_in_a_new_process(in_a_new_process):
+    report = json.loads(in_a_new_process[1])
     assert report["ok"]
     assert {c["name"]: c["ok"] for c in report["checks"]}["original, full budget"] is True
 
@@ -340,14 +349,13 @@ def test_help_loads_neither_torch_nor_transformers():
     assert done.returncode == 0, done.stderr
 
 
-def test_demo(tmp_path):
-    script = "import sys, pathlib\nfrom kvrewrite.tools.demo import run\nrun(pathlib.Path(sys.argv[1]), questions=0)\n"
-    done = process("-c", script, str(tmp_path / "demo"))
-    assert done.returncode == 0, done.stderr
-    assert "trained to find things" in done.stdout
-    answer = re.search(r"the answer is (\d+)", done.stdout)
-    assert answer and done.stdout.count(answer[1]) == 3  # by both caches, too
-    assert "saved: " in done.stdout
+def test_demo(tmp_path, capsys):
+    demo.run(tmp_path / "demo", questions=0)
+    shown = capsys.readouterr().out
+    assert "trained to find things" in shown
+    answer = re.search(r"the answer is (\d+)", shown)
+    assert answer and shown.count(answer[1]) == 3  # by both caches, too
+    assert "saved: " in shown
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo"]
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["converted", "original"]
     refused = call("demo", "--out", str(tmp_path / "demo" / "converted"), "--force")

@@ -153,6 +153,16 @@ def test_what_covers_everything_is_dense(chunk: str, word: str) -> None:
             assert torch.equal(got[b, :, :real], want[b, :, :real])
 
 
+def test_diagonals_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many blocks of queries are looked at together does not matter."""
+    c = Chunk("full cache")
+    whole = find_visible(SETS["diagonals"], c.tokens, c.slots, c.at, c.logits)
+    monkeypatch.setattr("kvrewrite.kernels.attention.sparse_index.AT_ONCE", 1)
+    parts = find_visible(SETS["diagonals"], c.tokens, c.slots, c.at, c.logits)
+    for one, other in zip(whole, parts, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
 def test_rows_are_as_alone() -> None:
     """A row of a padded batch sees what it does alone, also beside rows of longer caches."""
     c = Chunk("ragged")

@@ -32,6 +32,11 @@ def ids(length: int, rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_ids_as_text() -> None:
+    assert numbers("12,7, 301") == numbers(" 12 7 301") == (12, 7, 301) and numbers("") == ()
+    assert numbers("Repeat this.") is None and numbers("\n") is None and numbers("3,") is None
+
+
 def test_a_repetition_adds_nothing_to_the_plan() -> None:
     """Places that are repeated: each once, after the first ones; what runs has the prompt's segments and those."""
     policy = policies.make("kvzip", budget=0.25, n_sink=3, repeat_chunk=40, lead=5, repeat_next="7,8", chunk=64)

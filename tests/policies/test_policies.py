@@ -648,6 +648,14 @@ LONG: dict[str, tuple[tuple[str, dict[str, Any], Rule], tuple[int, ...]]] = {
         ("kvzap", {"threshold": -1.0, "window": 0}, kvzap(threshold=-1.0, window=0)),
         (31, *[1] * 5, 12, 1, 1),
     ),
+    "kvzap, over all layers": (
+        (
+            "kvzap",
+            {"threshold": None, "window": 3, "budget": 9, "chunk": 8, "scope": "model"},
+            kvzap(threshold=None, window=3, budget=9, chunk=8, scope="model"),
+        ),
+        (31, *[1] * 6, 12, 1, 1),
+    ),
     "fast_kvzip, window beyond the budget": (
         ("fast_kvzip", {"budget": 8, "chunk": 7, "interval": 0}, fast_kvzip(budget=8, chunk=7, interval=0)),
         (31, *[1] * 5, 12, 1, 1),
@@ -1052,6 +1060,7 @@ def test_oracle_gate_flags_half() -> None:
         ("kvzap", {"window": -1}, "window is -1"),
         ("kvzap", {"budget": 128}, "128 recent tokens"),
         ("kvzap", {"head_budgets": "adakv"}, "head_budgets"),
+        ("kvzap", {"scope": "model", "budget": 200}, "scope"),
         ("kvzip", {"budget": None}, "budget is None"),
         ("kvzip", {"scope": "heads"}, "scope"),
         ("kvzip", {"n_sink": -1}, "n_sink is -1"),

@@ -159,6 +159,22 @@ def test_compiled_is_eager() -> None:
     torch.testing.assert_close(run(sparse, ids(), [248, 1, 1]), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """The kernels give what the reference gives; graphs of whole chunks give what the kernels give."""
+    options: dict[str, Any] = {"budget": 90, "chunk": 80, "prefill": FEW, "check": "off"}
+    sparse = kvrewrite.transform(make("llama"), "streaming_llm", **options)
+    want = run(sparse, ids())
+    sparse.to("cuda")
+    eager = run(sparse, ids().cuda())
+    torch.testing.assert_close(eager.cpu(), want, rtol=1e-3, atol=1e-3)
+    sparse.compile()
+    for _ in range(3):  # a shape is captured when it comes for the second time
+        torch.testing.assert_close(
+            run(sparse, ids().cuda(), logits_to_keep=1)[0, -1], eager[0, -1], rtol=1e-3, atol=1e-3
+        )
+
+
 def test_a_directory_has_its_patterns(tmp_path: Path) -> None:
     original = make("llama")
     original.save_pretrained(tmp_path / "base")

@@ -194,6 +194,13 @@ def test_a_chat_is_the_text_that_its_template_writes(directory: Path, think: boo
         end = ids.shape[1] - len(opened)
         assert ids[0, end:].tolist() == opened
         mismatches += told != "" and not whole.startswith(told)
+        if not told:
+            opening = tokenizer("<|system|>Sea shells.<eos><|user|>", add_special_tokens=False)["input_ids"]
+            assert (
+                conversation.pinned >= len(opening) - 1
+                and ids[0, : conversation.pinned].tolist() == opening[: conversation.pinned]
+            )
+            alone.pin(0, conversation.pinned)
         model(ids[:, alone.columns : end], cache=alone, logits_to_keep=1)
         alone.end_prompt()
         before = alone.fork()
@@ -208,6 +215,9 @@ def test_a_chat_is_the_text_that_its_template_writes(directory: Path, think: boo
             alone = before  # the answer is read again
             mismatches += 1
         told = whole
+    for layer in conversation.cache.positions().values():
+        assert all(set(range(conversation.pinned)) <= set(head) for head in layer[0])
+    assert max(conversation.cache.seen) > 2 * 48
     assert mismatches > 0  # this is about something
     assert conversation.memory().live <= 2 * 2 * 48 * (2 * 8 * 4 + 12) + conversation.cache.history.nbytes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,21 @@ ALPHA = [[0.6, 0.0], [1.3, 0.0], [0.25, 0.97]]  # full_attention_heads.tsv
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
+def best_of_all(layers: list[Layer], slots: int, safe: Callable[[list[Entry]], list[bool]]) -> list[list[list[Entry]]]:
+    """layer -> kv head -> what stays where all heads of all layers share `slots` for each; safe: of a head's entries."""
+    everything = []
+    for layer in layers:
+        for h, entries in enumerate(layer.heads):
+            everything += [
+                (-math.inf if s else -e.score, layer.index, h, e.position) for s, e in zip(safe(entries), entries)
+            ]
+    stays = {place[1:] for place in sorted(everything)[: slots * sum(len(layer.heads) for layer in layers)]}
+    return [
+        [[e for e in entries if (layer.index, h, e.position) in stays] for h, entries in enumerate(layer.heads)]
+        for layer in layers
+    ]
+
+
 @dataclass(kw_only=True)
 class KVzapRule(Rule):
     """Behind the window stays what scores the threshold; of that at most the budget."""
@@ -100,6 +116,7 @@ class KVzapRule(Rule):
     chunk: int | None = None
     decode_eviction: bool = True
     contiguous: bool = False
+    scope: str = "head"
 
     def cut(self, length: int) -> list[tuple[int, str]]:
         return [(n, "prompt") for n in pieces(length, self.chunk)]
@@ -117,6 +134,18 @@ class KVzapRule(Rule):
                 scores = linear(wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2))), "2.")
             for h, entries in enumerate(layer.heads):
                 entries[len(entries) - count + t].score = float(scores[h])
+
+    def keep_all(self, layers: list[Layer], moment: Moment) -> list[list[list[Entry]]]:
+        if self.scope != "model" or (moment.part == "decode" and not self.decode_eviction):
+            return super().keep_all(layers, moment)
+        assert self.budget is not None
+        return best_of_all(
+            layers, fraction(self.budget, moment.total, self.window), lambda e: self.safe(e, self.window)
+        )
+
+    def safe(self, entries: list[Entry], recent: int) -> list[bool]:
+        """The newest."""
+        return [n >= len(entries) - recent for n in range(len(entries))]
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         if moment.part == "decode" and not self.decode_eviction:
@@ -197,18 +226,7 @@ class FastKVzipRule(Scored):
         if self.scope != "model":
             return [self.keep(layer, moment) for layer in layers]
         slots, recent = self.slots(layers[0], moment)
-        everything = []
-        for layer in layers:
-            for h, entries in enumerate(layer.heads):
-                safe = self.safe(entries, recent)
-                everything += [
-                    (-math.inf if s else -e.score, layer.index, h, e.position) for s, e in zip(safe, entries)
-                ]
-        stays = {place[1:] for place in sorted(everything)[: slots * sum(len(layer.heads) for layer in layers)]}
-        return [
-            [[e for e in entries if (layer.index, h, e.position) in stays] for h, entries in enumerate(layer.heads)]
-            for layer in layers
-        ]
+        return best_of_all(layers, slots, lambda entries: self.safe(entries, recent))
 
 
 @dataclass(kw_only=True)

@@ -372,9 +372,16 @@ class NACLRule(Scored):
         # The largest of score + Gumbel noise are a sample without replacement by softmax(score).
         noise = {e.position: -math.log(-math.log(uniform(self.seed, layer.index, head, e.position))) for e in rest}
         rest.sort(key=lambda e: -(score[e.position] + noise[e.position]))
-        chosen += rest[:at_random]
-        stays = {e.position for e in chosen + entries[:sinks] + entries[len(entries) - newest :]}
+        chosen.sort(key=lambda e: e.position)
+        stays = {
+            e.position
+            for e in self.first([*entries[len(entries) - newest :]], [*entries[:sinks], *chosen, *rest], slots)
+        }
         return [e for e in entries if e.position in stays]
+
+    def first(self, newest: list[Entry], rest: list[Entry], slots: int) -> list[Entry]:
+        """What stays, of entries in order of what they are worth."""
+        return [*newest, *rest][:slots]
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,9 @@ SECONDS = 240  # a machine of two cores that others use, too
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(rank, *args)` returns in each process, started as torchrun starts it. Raises what one raises."""
-    context = multiprocessing.get_context("spawn")
+    # A process that uses a GPU must not come from one that has looked for GPUs.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "tests.support.rewritten"])  # imported once for all
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -19,7 +19,7 @@ from kvrewrite.policies import POLICIES
 from kvrewrite.policies.question import join_question
 from kvrewrite.tools.evaluation import intervals, run
 from kvrewrite.tools.evaluation.ask import Question, ask_aware, ask_blind, encode, pad_left
-from kvrewrite.tools.evaluation.run import Settings
+from kvrewrite.tools.evaluation.settings import Settings
 from kvrewrite.tools.subjects import Arm, PolicySpec, Source, arms, beside_baseline
 from tests.support.tiny import TEXT, make_checkpoint
 

@@ -211,7 +211,7 @@ def test_training_model_is_llama(tmp_path, data):
     ("policy", "most"),
     [
         (Locret(budget=0.125, chunk=64, stabilizers=32, local_tail=16, positions="original"), 0.15),
-        (AttentionGate(), 0.4),
+        pytest.param(AttentionGate(), 0.4, marks=pytest.mark.thorough),
     ],
     ids=["locret", "attention_gate"],
 )

@@ -97,7 +97,8 @@ class Counts:
 class Encoder:
     """Encodes rows as {"input_ids", "labels"}.
 
-    needs: "answer": labels are the answer's tokens; "text": labels are all tokens. max_tokens: of a prompt, or of a
+    needs: "answer": labels are the answer's tokens; "text": labels are all tokens; "any": as the row has it.
+    max_tokens: of a prompt, or of a
     text; a longer one keeps its first tokens, as Locret's authors do (they compute labels first; here the answer
     follows what is left). longest: tokens that the model takes, prompt and answer together (None: any). end: whether an
     answer without the token that ends a text gets one. question_first: the question also comes before the context
@@ -116,7 +117,7 @@ class Encoder:
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, list[int]]:
         """number: of the row, for errors."""
         Counts.add(self.counts.read)
-        if self.needs == "text":
+        if self.needs == "text" or (self.needs == "any" and "text" in row):
             return self._text(row, number)
         if "turns" in row and not self.question_first:
             return self._turns(row, number)

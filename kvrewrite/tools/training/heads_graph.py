@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.capture.captured import Captured
-from kvrewrite.ir.fx import erase_dead, output_node, placeholder, set_attr
+from kvrewrite.ir.fx import erase_dead, named_args, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import site_nodes
 from kvrewrite.passes.insert.policy import PolicyWriter, insert_score
@@ -51,21 +51,24 @@ def attend(tokens: tuple[Tensor, ...], sinks: Tensor | None, alibi: Tensor | Non
 def insert_heads(
     captured: Captured, sites: list[AttentionSite], policy: Policy, weights: Mapping[str, nn.Parameter]
 ) -> fx.GraphModule:
-    """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys), each a tuple over owners.
+    """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys, sinks, ALiBi's slopes), each a
+    tuple over owners.
 
     Per site that owns its keys: scores (B, Hkv, T) fp32, queries (B, H, T, D) and keys (B, Hkv, T, D) as attention sees
-    them. weights: the trained parameters by the policy's names; they are put into the graph, not copied.
+    them, and what else is (H,) or None.
+    weights: the trained parameters by the policy's names; they are put into the graph, not copied.
     """
     gm = captured.graph
     for name, parameter in weights.items():
         set_attr(gm, PREFIX + name, parameter)
     writer = PolicyWriter(gm, sites, policy, make_site=TrainingSite)
-    found: list[tuple[Any, Any, Any]] = []
+    found: list[tuple[Any, ...]] = []
     for node, site in zip(site_nodes(gm), sites, strict=True):
         q, k, v, *rest = node.args
         if site.shares_kv_with is None:
             scores = insert_score(writer, SiteNodes(site, {"q": q, "k": k, "v": v}), node)
-            found.append((scores.new, q, k))
+            own = named_args(node)
+            found.append((scores.new, q, k, own["sinks"], own["alibi"]))
         with gm.graph.inserting_before(node):
             out = gm.graph.call_function(attend, ((q, k, v), *rest))
         out.meta["val"] = node.meta.get("val")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LABELS = ("logit", "log_probability")
+RECONSTRUCTION = "reconstruction"  # kvrewrite/tools/training/reconstruction.py
+LABELS = ("logit", "log_probability", RECONSTRUCTION)
 BLOCK = 1 << 27  # logits in memory at once
 
 

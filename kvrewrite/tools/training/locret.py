@@ -7,7 +7,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.ir.fx import set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, model_fingerprint
+from kvrewrite.policies.base import Policy
 from kvrewrite.policies.locret import Locret
 from kvrewrite.policies.weights import BASE_MODEL
 from kvrewrite.tools.training.heads_graph import arguments, insert_heads
 from kvrewrite.tools.training.label_file import LabelFile, said_of, write_labels
-from kvrewrite.tools.training.labels import LABELS, answer_index, causal_importance
+from kvrewrite.tools.training.labels import LABELS, RECONSTRUCTION, answer_index, causal_importance
+from kvrewrite.tools.training.reconstruction import reconstruction_label, repeat
 from kvrewrite.tools.training.trainer import Task, collate
 
 TOP = 0.1  # share of positions that the monitored overlap compares
@@ -37,21 +39,27 @@ class LocretOptions:
 
     hidden_size: d_R. smoothing: the weight of the squared differences of neighbours, summed over layers as in their
     code. init: standard deviation of the initial weights (None: the model's initializer_range). label: "logit" is the
-    authors'; "log_probability" is ours (`causal_importance`). lr: of the heads.
+    authors'; "log_probability" is ours (`causal_importance`); "reconstruction" is the log of KVzip's score, of any text.
+    n_sink: with that, the first tokens, which have no label. lr: of the heads.
     """
+
+    least_hidden: ClassVar[int] = 1
 
     hidden_size: int = 1024
     smoothing: float = 0.0025
     lr: float = 5e-4
     init: float | None = None
     label: str = "logit"
+    n_sink: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.label not in LABELS:
             raise OptionError(f"label is {self.label!r}, expected one of {', '.join(LABELS)}")
-        if self.hidden_size < 1:
-            raise OptionError(f"hidden_size is {self.hidden_size}, expected at least 1")
+        if self.hidden_size < self.least_hidden:
+            raise OptionError(f"hidden_size is {self.hidden_size}, expected at least {self.least_hidden}")
+        if self.n_sink < 0:
+            raise OptionError(f"n_sink is {self.n_sink}, expected 0 or more")
         for name in ("smoothing", "lr", "init"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -111,23 +119,22 @@ class LocretTask(Task):
     run, because prompt and answer are one causal text: the same numbers as in the authors' offline pass.
     """
 
-    needs = "answer"
     max_tokens = 10240
     has_labels = True
 
-    def __init__(self, model: nn.Module, options: LocretOptions, policy: Locret | None = None):
+    def __init__(self, model: nn.Module, options: LocretOptions, policy: Policy | None = None):
         super().__init__()
         self.options = options
+        self.repeats = options.label == RECONSTRUCTION
+        self.needs = "any" if self.repeats else "answer"
         self.labels: LabelFile | None = None  # labels are read from there instead of computed
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         captured = capture(model)
         self.sites = canonical(captured)
         config: Any = getattr(model, "config", None)
-        chosen = dataclasses.replace(policy or Locret(), hidden_size=options.hidden_size)
-        adapted = chosen.adapt(self.sites, model_facts(config))
-        assert isinstance(adapted, Locret)
-        self.policy = adapted
+        chosen: Any = dataclasses.replace(policy or Locret(), hidden_size=options.hidden_size)  # type: ignore[call-arg]
+        self.policy: Any = chosen.adapt(self.sites, model_facts(config))
         self.dtype, self.vocab_size = captured.dtype, captured.vocab_size
         # Two sets of frequencies, one for texts beyond a length (longrope), are chosen per batch. Frequencies that
         # follow the length (dynamic NTK) are not, so texts end where they would begin to change.
@@ -136,6 +143,8 @@ class LocretTask(Task):
         switches = rope.get("rope_type") == "longrope"
         thresholds = [] if switches else [t.threshold for t in self.tables]
         self.longest = min(thresholds, default=captured.max_positions)
+        if self.repeats and self.longest is not None:  # the repetition stands after the text
+            self.longest = (self.longest + options.n_sink) // 2
         self.owners: list[AttentionSite] = [s for s in self.sites if s.shares_kv_with is None]
         shapes = expected_weights(captured, self.sites, self.policy)
         std = options.init if options.init is not None else getattr(config, "initializer_range", None) or 0.02
@@ -162,7 +171,9 @@ class LocretTask(Task):
         for table in self.tables:
             chosen = table.long if length > table.threshold else table.short
             set_attr(graph, table.attribute, chosen.to(input_ids.device))
-        scores, queries, keys = graph(*arguments(graph, input_ids))
+        if self.repeats:
+            return self._repeat(input_ids, real)
+        scores, queries, keys, *_ = graph(*arguments(graph, input_ids))
         answer = real & (labels >= 0)
         if self.labels is not None:
             return list(scores), self.labels.read(input_ids, answer, real)
@@ -181,6 +192,18 @@ class LocretTask(Task):
         ]
         return list(scores), importance
 
+    def _repeat(self, input_ids: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores and labels where a repetition of the texts is the teacher."""
+        graph, texts = self.__dict__["graph"], repeat(input_ids, real, self.options.n_sink)
+        scores, queries, keys, sinks, slopes = graph(*arguments(graph, texts.ids))
+        length, found = input_ids.shape[1], []
+        with torch.no_grad():
+            for site, q, k, *own in zip(self.owners, queries, keys, sinks, slopes, strict=True):
+                label = reconstruction_label(site, q.detach(), k.detach(), texts, *own)[:, :, :length]
+                label[:, :, : self.options.n_sink] = -torch.inf
+                found.append(label)
+        return [score[:, :, :length] for score in scores], found
+
     @torch.no_grad()
     def label(self, row: dict[str, list[int]]) -> Tensor:
         """Returns the labels of one text {"input_ids", "labels"}: (kv heads of all layers, prompt tokens) fp32."""
@@ -192,6 +215,11 @@ class LocretTask(Task):
     def use_labels(self, path: Path, texts: Any, run: dict[str, Any], quiet: bool = False) -> None:
         """Takes labels from a file; makes it first, from all texts once, if there is none. run: what labels depend on
         besides this task. Raises TrainingError if the file is of another run."""
+        if self.repeats:
+            raise OptionError(
+                "labels of a repetition are not kept in a file: they come from the forward pass that the heads need anyway; "
+                "leave --labels (labels) out"
+            )
         said = said_of(self.owners, label=self.options.label, dtype=str(self.dtype).removeprefix("torch."), **run)
         heads = [site.kv_heads for site in self.owners]
         if not path.exists():
@@ -211,9 +239,13 @@ class LocretTask(Task):
         first = next(iter(texts.once()))
         self.labels.labels_of(first["input_ids"], sum(label < 0 for label in first["labels"]))
 
+    def loss(self, scores: list[Tensor], labels: list[Tensor]) -> HeadLoss:
+        """What is made small."""
+        return head_loss(scores, labels, self.options.smoothing)
+
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Returns the loss of one batch and its parts; see `Task`."""
-        found = head_loss(*self.observe(input_ids, labels, real), self.options.smoothing)
+        found = self.loss(*self.observe(input_ids, labels, real))
         return {
             "loss": found.total,
             "regression": found.regression,
@@ -229,7 +261,7 @@ class LocretTask(Task):
         said = {
             "policy": self.policy.name,
             "hidden_size": str(self.options.hidden_size),
-            "activation": self.policy.activation,
+            "activation": getattr(self.policy, "activation", "gelu"),
             "label": self.options.label,
             BASE_MODEL: model_fingerprint(self.sites),
         }

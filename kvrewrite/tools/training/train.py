@@ -20,6 +20,7 @@ from kvrewrite.errors import ArtifactError, OptionError, TrainingError
 from kvrewrite.policies import POLICIES, Locret, make
 from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint
 from kvrewrite.tools.training.gate import GateOptions, GateTask
+from kvrewrite.tools.training.kvzap import KVzapOptions, KVzapTask
 from kvrewrite.tools.training.locret import LocretOptions, LocretTask
 from kvrewrite.tools.training.trainer import (
     FitOptions,
@@ -61,7 +62,12 @@ class Trained:
         }
 
 
-TASKS: dict[str, type[Task]] = {"locret": LocretTask, "locret_q": LocretTask, "attention_gate": GateTask}
+TASKS: dict[str, type[Task]] = {
+    "locret": LocretTask,
+    "locret_q": LocretTask,
+    "kvzap": KVzapTask,
+    "attention_gate": GateTask,
+}
 
 
 def task_class(policy: str) -> type[Task]:
@@ -72,7 +78,10 @@ def task_class(policy: str) -> type[Task]:
 
 
 def make_task(policy: str, model: nn.Module, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Task:
-    """Makes a policy's task; options: fields of `LocretOptions` or `GateOptions`. tokenizer: for a merged model."""
+    """Makes a policy's task; options: fields of `LocretOptions`, `KVzapOptions` or
+    `GateOptions`. tokenizer: for a merged model."""
+    if task_class(policy) is KVzapTask:
+        return KVzapTask(model, _options(KVzapOptions, options or {}))
     if task_class(policy) is GateTask:
         return GateTask(model, _options(GateOptions, options or {}), tokenizer)
     chosen = make(policy)

@@ -26,8 +26,8 @@ class Task(nn.Module, ABC):
     frozen and belongs to the model, is hidden from the module's own lists (`hide`) but moves with it.
     """
 
-    needs: ClassVar[str] = "answer"
-    """"answer": texts with an answer; "text": any."""
+    needs: str = "answer"
+    """"answer": texts with an answer; "text": any; "any": either."""
     max_tokens: ClassVar[int] = 4096
     """The longest prompt or text, unless the user says another."""
     ends_answers: ClassVar[bool] = False
