@@ -600,6 +600,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.cache_update,
             (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0, *ragged),
         ),
+        "cached_attention, sparse": (
+            ops.cached_attention,
+            (
+                fresh.q, fresh.k, fresh.v, None, cache.k_pages, cache.v_pages, *where, sinks, None, None, *shape({}), None,
+                ",".join(["a_shape:1:1"] * H),
+            ),
+        ),
         "cached_attention, quantized": (
             ops.cached_attention,
             (
@@ -625,6 +632,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "ranks": (ops.ranks, (mass, mass > 0.3)),
         "pool_window": (ops.pool_window, (mass, torch.tensor([9, 7, 5], dtype=torch.int32), 2, 3, True)),
         "key_difference": (ops.key_difference, (torch.randn(B, HKV, 9, D), places)),
+        "recent_queries": (ops.recent_queries, (fresh.q, torch.randn(B, HKV * GROUP, 4, D), fresh.valid)),
+        "joint_scores": (
+            ops.joint_scores,
+            (torch.randn(B, HKV * GROUP, 2, D), torch.randn(B, HKV, 9, D), places, 0.3, 3, 0.1, recent),
+        ),
         "lag_scores": (ops.lag_scores, (torch.randn(B, HKV, 9, D), torch.randn(B, HKV, 9, D), fresh.valid, 1, 3, True)),
         "leverage": (ops.leverage, (fresh.k, torch.randn(HKV, D, 2), fresh.valid, 0, 0)),
         "block_column_mass": (ops.block_column_mass, (fresh.q, fresh.k, fresh.valid, 2, 0, 1)),
