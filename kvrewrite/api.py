@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import warnings
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from kvrewrite import policies
-from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, plan_memory
+from kvrewrite.analysis.choose import Choice, MemoryGoal, choose
+from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, human, plan_memory
 from kvrewrite.analysis.model_card import model_card
 from kvrewrite.artifact.head_patterns import Prefill, patterns_of
 from kvrewrite.capture.attention_interface import is_transformers_model
@@ -30,6 +32,7 @@ from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.passes.insert.sparse_prefill import insert_sparse_prefill
 from kvrewrite.passes.pipeline import Observer
 from kvrewrite.policies import Policy
+from kvrewrite.policies.default import default_policy
 from kvrewrite.runtime.foreign_config import foreign_config
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 def transform(
     model: nn.Module,
-    policy: str | Policy = "streaming_llm",
+    policy: str | Policy | None = None,
     *,
     policy_weights: Weights = None,
     max_length: int | None = None,
@@ -49,26 +52,32 @@ def transform(
 ) -> RewrittenModel:
     """Rewrites a decoder so that its KV cache evicts; returns a new model that shares the parameters' storage.
 
-    model: any causal LM of transformers (also with peft adapters, quantized by torchao, or with layers on several
-    devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
-    policy: a name (`kvrewrite policies` lists them) or a `Policy`; options: its options, such as budget=1024.
-    policy_weights: a safetensors file or tensors of the policy's trained heads.
-    max_length: the length at which to fix RoPE if it depends on the length (dynamic NTK).
-    observe: called with (pass name, graph) after each pass.
-    check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with stand-ins
-    for large weights): "full", "sites" (each attention alone) or "off".
-    tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
-    docs/tensor_parallel.md); a `Peers` over those of another group.
-    prefill, among the options: sparse attention of prompts (MInference; docs/sparse_prefill.md), "minference", a file of
-    patterns, or patterns by layer; by default attention is dense.
+    Args:
+        model: any causal LM of transformers (also with peft adapters, quantized by torchao, or with layers on several
+            devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
+        policy: a name (`kvrewrite policies` lists them) or a `Policy`. Without one, `keydiff` keeps a quarter of the
+            text, and a warning says so.
+        policy_weights: a safetensors file or tensors of the policy's trained heads.
+        max_length: the length at which to fix RoPE if it depends on the length (dynamic NTK).
+        check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with
+            stand-ins for large weights): "full", "sites" (each attention alone) or "off".
+        observe: called with (pass name, graph) after each pass.
+        tp_plan: "auto" deals the model out over the processes of torch.distributed (tensor parallelism;
+            docs/tensor_parallel.md); a `Peers` over those of another group.
+        **options: the policy's options, such as budget=1024. Also prefill: sparse attention of prompts (MInference;
+            docs/sparse_prefill.md), "minference", a file of patterns, or patterns by layer; by default it is dense.
 
-    Raises UnsupportedModelError, CaptureError, OptionError or PolicyWeightsError; each names the layer and the reason.
+    Raises:
+        UnsupportedModelError: something in the model can't be rewritten exactly; names the layer and the reason.
+        CaptureError: torch.export can't trace the model.
+        OptionError: an option is unknown or does not fit the model.
+        PolicyWeightsError: the policy's weights are missing, or of another model.
     """
     from kvrewrite.runtime.model import RewrittenModel
 
     config: Any = getattr(model, "config", None)
     prefill: Prefill = options.pop("prefill", None)
-    chosen = policies.make(policy, **options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
+    chosen = _named(policy, options).tokenized(_encoder(getattr(config, "_name_or_path", "")))
     peers = _peers(tp_plan, None, next((p.device for p in model.parameters()), torch.device("cpu")))
     model = unwrap(model)
     several = len(devices_of(model)) > 1
@@ -156,6 +165,20 @@ def _peers(tp_plan: str | Peers | None, tp_size: int | None, device: torch.devic
     return find_peers(tp_plan, tp_size, device)
 
 
+def _named(policy: str | Policy | None, options: dict[str, Any]) -> Policy:
+    """The policy that a caller named, or the one that stands for none, with a warning that says what it does."""
+    if policy is not None:
+        return policies.make(policy, **options)
+    chosen, text = default_policy(options)
+    warnings.warn(text, stacklevel=3)
+    return chosen
+
+
+def _with_budget(policy: Policy, budget: int) -> Policy:
+    """The same policy with another budget."""
+    return dataclasses.replace(policy, budget=budget)
+
+
 def _own_parameters(gm: nn.Module) -> None:
     """Gives the graph its own Parameters over the same storage, so that moving one model does not move the other."""
     own: dict[int, nn.Parameter] = {}
@@ -168,19 +191,21 @@ def _own_parameters(gm: nn.Module) -> None:
 
 @dataclass
 class Conversion:
-    """What `convert` did, or would do in a dry run."""
+    """What `convert` did, or would do in a dry run. choice: the policy that it chose for the memory, and why."""
 
     program: Program
     out: Path | None
     weights_bytes: int
     plans: list[MemoryPlan]
+    choice: Choice | None = None
 
 
 def convert(
     model_dir: str | Path,
     out: str | Path | None,
-    policy: str | Policy = "streaming_llm",
+    policy: str | Policy | None = None,
     *,
+    memory: int | None = None,
     policy_weights: Weights = None,
     max_length: int | None = None,
     contexts: list[int] | None = None,
@@ -198,14 +223,30 @@ def convert(
 ) -> Conversion:
     """Converts a transformers checkpoint directory to a kvrewrite model directory without loading its weights.
 
-    out: the new directory; None does everything but write (a dry run).
-    contexts: context lengths for the memory estimate, default the model's longest.
-    link: hard-links the base weights instead of copying them.
-    compile: "aot" adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and takes
-    minutes. compile_batch: 1, or 2 for any number of rows from 2 on.
-    check: as for `transform`, but with random stand-ins for all weights, which have no data here.
-    prefill: as for `transform`.
-    The other arguments are those of `transform`.
+    Args:
+        model_dir: config.json and safetensors, as `save_pretrained` writes them.
+        out: the new directory; None does everything but write (a dry run).
+        policy: as for `transform`; options: its options.
+        memory: bytes that the cache may take at its peak, for `batch` prompts of the longest of `contexts`. Without a
+            policy, the full cache is taken if it fits, else `keydiff`; the budget is the largest that fits.
+        policy_weights: as for `transform`.
+        max_length: as for `transform`.
+        contexts: context lengths for the memory estimate, default the model's longest.
+        batch: rows for the memory estimate.
+        link: hard-links the base weights instead of copying them.
+        force: replaces an existing model directory.
+        observe: as for `transform`.
+        prefill: as for `transform`.
+        progress: called with the name of each step.
+        compile: "aot" adds the steps compiled by AOTInductor for `compile_device`; this loads the weights there and
+            takes minutes.
+        compile_device: where the compiled steps will run.
+        compile_batch: 1, or 2 for any number of rows from 2 on.
+        check: as for `transform`, but with random stand-ins for all weights, which have no data here.
+
+    Raises:
+        ArtifactError: a directory can't be read or written.
+        UnsupportedModelError, CaptureError, OptionError, PolicyWeightsError: as for `transform`.
     """
     from kvrewrite.artifact.checkpoint import Checkpoint, read_json
     from kvrewrite.artifact.meta_model import build_on_meta
@@ -216,7 +257,15 @@ def convert(
 
     check_kind(compile, compile_device)
     require_check(check)
-    chosen = policies.make(policy, **options).tokenized(_encoder(model_dir))
+    if memory is not None and "budget" in options:
+        raise OptionError("memory and budget were both given; memory finds the budget, so leave one of them out")
+    if memory is not None and policy is None and options:
+        raise OptionError(
+            f"{', '.join(options)}: an option of a policy, but none is named; memory chooses one. Name it, too"
+        )
+    # Wrong options fail before the model is built, also where the budget comes later.
+    named = policies.make("full") if memory is not None and policy is None else _named(policy, options)
+    named = named.tokenized(_encoder(model_dir))
     model_dir = Path(model_dir)
     checkpoint = Checkpoint.open(model_dir)
     if out is not None:
@@ -227,16 +276,31 @@ def convert(
     sources = parameter_sources(model, config, checkpoint)
     progress("capturing")
     captured = capture_on_meta(model, max_length=max_length)
-    program = compile_captured(captured, chosen, policy_weights, config, observe, progress, check)
-    _make_sparse(program, prefill)
     itemsize = captured.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
+    goal = None if memory is None else MemoryGoal(memory, max(contexts or [longest]), batch)
+    choices: list[Choice] = []
+
+    def chosen(sites: list[AttentionSite]) -> Policy:
+        if goal is None:
+            return named
+        with_budget = None if policy is None else functools.partial(_with_budget, named)
+        choices.append(choose(sites, itemsize, goal, with_budget))
+        return choices[0].policy
+
+    program = compile_captured(captured, chosen, policy_weights, config, observe, progress, check)
+    _make_sparse(program, prefill)
     final = policies.make(program.policy["name"], **program.policy["options"])
     carried = carried_bytes(program.layout)
     plans = [plan_memory(program.sites, final, itemsize, n, batch, carried) for n in contexts or [longest]]
+    if goal is not None and (most := max(plan.peak for plan in plans)) > goal.memory:
+        raise OptionError(
+            f"memory={human(goal.memory)}: with {human(plans[0].carried)} that layers without attention carry it takes "
+            f"{human(most)}; give memory={most}"
+        )
     size = sum((model_dir / name).stat().st_size for name in checkpoint.files)
     if out is None:
-        return Conversion(program, None, size, plans)
+        return Conversion(program, None, size, plans, *choices)
     progress("writing" if compile is None else "writing and compiling")
 
     def compile_steps(folder: Path) -> dict[str, Any]:
@@ -254,7 +318,7 @@ def convert(
         card=model_card(program, model_dir.name, plans),
         compile_steps=None if compile is None else compile_steps,
     )
-    return Conversion(program, path, size, plans)
+    return Conversion(program, path, size, plans, *choices)
 
 
 def load(

@@ -103,15 +103,20 @@ class Canonical:
 
 def compile_captured(
     captured: Captured,
-    policy: Policy,
+    policy: Policy | Callable[[list[AttentionSite]], Policy],
     weights: Weights,
     config: Any,
     observe: Observer | None,
     progress: Progress,
     check: str = "full",
 ) -> Program:
-    """Runs the passes over a captured graph and proves the result; `transform` documents the arguments."""
-    return Canonical(captured, observe, progress, check).program(policy, weights, config, observe, progress)
+    """Runs the passes over a captured graph and proves the result; `transform` documents the arguments.
+
+    policy: a policy, or what chooses one once the sites are known.
+    """
+    found = Canonical(captured, observe, progress, check)
+    chosen = policy if isinstance(policy, Policy) else policy(found.sites)
+    return found.program(chosen, weights, config, observe, progress)
 
 
 @contextmanager

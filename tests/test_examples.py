@@ -35,11 +35,19 @@ ARGUMENTS = {"long_decode": ["1000"]}
 
 
 def test_there_are_examples():
-    assert {p.stem for p in EXAMPLES} >= {"transform_and_generate", "custom_policy", "foreign_module"}
+    assert {p.stem for p in EXAMPLES} >= {"transform_and_generate", "custom_policy", "foreign_module", "many_questions"}
+
+
+def test_examples_are_short():
+    assert not [p.name for p in EXAMPLES if p.stem not in MAKING and len(p.read_text().splitlines()) > 60]
 
 
 # How the shipped model and its data were made: long, and seldom changed.
 MAKING = {"policy_training_data", "small_model_data", "train_small_model"}
+
+
+# Take more than a second or two: with `-m thorough`, in a process of their own.
+DEAR = {"bounded_chat", "peft_and_eviction", "serve_and_ask", "train_heads"}
 
 
 # The first example stands for all in a process of its own; the others run in this one, which has imported everything.
@@ -64,7 +72,7 @@ def check(stdout, stderr, folder):
     assert not list(folder.iterdir())  # and leaves nothing behind
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES} - MAKING - ALONE))
+@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES} - MAKING - ALONE - DEAR))
 def test_example_in_this_process(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     path, policies = ROOT / "examples" / f"{name}.py", dict(POLICIES)

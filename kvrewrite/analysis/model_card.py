@@ -51,11 +51,11 @@ def proof_text(proof: dict[str, Any] | None) -> str:
             f"{proof['sites']} attention sites ({proof['distinct']} distinct) give what they replaced, on up to {longest} tokens"
         )
     if proof["masks"]:
-        parts.append(f"masks are what they were recognized as at every distance, on up to {proof['masks']} tokens")
+        parts.append(f"each mask is the one that was recognized, at every distance up to {proof['masks']} tokens")
     if proof["rest"]:
-        parts.append(f"all else treats every token by itself, on up to {max(proof['rest'])} tokens")
+        parts.append(f"nothing but attention mixes tokens, tried with up to {max(proof['rest'])} tokens")
     if proof["whole"]:
-        parts.append("the whole gives the captured model's logits in uneven chunks, token by token and padded")
+        parts.append("the whole gives the original's logits: in uneven chunks, token by token, and padded")
     return "; ".join(parts) or "the sites are the model's own calls of transformers' attention interface"
 
 

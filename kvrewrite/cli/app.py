@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "chat",
     "convert": "convert",
     "demo": "demo",
+    "doctor": "doctor",
     "eval": "evaluate",
     "generate": "generate",
     "import-weights": "import_weights",
@@ -47,6 +48,12 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"kvrewrite.cli.{module}"), module)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes each command's first sentence in full; click cuts it to a line."""
+        found = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, c.get_short_help_str(limit=200)) for name, c in found.items() if c is not None])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -57,7 +57,7 @@ from kvrewrite.errors import ArtifactError, OptionError
     type=click.IntRange(min=1),
     default=(1,),
     show_default=True,
-    help="Rows; repeatable.",
+    help="Batch size; repeatable.",
 )
 @click.option(
     "--baselines",
@@ -67,22 +67,32 @@ from kvrewrite.errors import ArtifactError, OptionError
     metavar="NAMES",
     help="sdpa, eager, static (compiled), kvpress, separated by commas; all, or none.",
 )
-@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Prefills that are timed.")
-@click.option("--steps", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps that are timed.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="How many prefills are timed.")
 @click.option(
-    "--new-tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens of generate; 0: none."
+    "--steps", type=click.IntRange(min=1), default=64, show_default=True, help="How many decode steps are timed."
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Tokens to time `generate` with; 0 skips it.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=300,
     show_default=True,
-    help="Of a cell after its cold start; what would take longer is left out, and the cell says so.",
+    help="Time limit of a measurement after its cold start. What would take longer is left out, and the result says so.",
 )
-@click.option("--memory-limit", "limit_text", metavar="SIZE", help="Cap of the GPU memory, weights included: 24GiB.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="Policies' models. Default: on a GPU only.")
-@click.option("--profile", is_flag=True, help="The longest kernels of a decode step and of a chunk, into the JSON.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and tokens.")
+@click.option("--memory-limit", "limit_text", metavar="SIZE", help="Limit the GPU memory, weights included: 24GiB.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=None, help="Compile the rewritten models. Default: on a GPU only."
+)
+@click.option("--profile", is_flag=True, help="Put the longest kernels of a decode step and of a chunk into the JSON.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of random weights and tokens."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")
 @click.option(
     "--dtype",
@@ -126,7 +136,10 @@ def bench(
     MODEL is a checkpoint or a converted directory, or a named shape with random weights: llama-3.1-8b, phi-3-mini,
     qwen3-8b, or tiny (to try it on a CPU). With a named shape, policies that need trained weights get random ones.
 
-    kvrewrite bench llama-3.1-8b -p locret:budget=16384,chunk=3072 -c 131072
+    \b
+    Examples:
+      kvrewrite bench llama-3.1-8b -p locret:budget=16384,chunk=3072 -c 131072
+      kvrewrite bench small -c 8192 -c 32768 --device cuda --plot bench.png
     """
     specs = parse_policies(policy_texts, policy_weights)
     budgets = tuple(parse_budget(t) for t in budget_texts)

@@ -16,7 +16,9 @@ HELP = "/memory: what the cache holds; /reset: begin again; /quit or Ctrl-D: end
 @click.command(cls=Command)
 @click.argument("directory")
 @click.option("--system", help="The system prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each answer.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="The most tokens of an answer."
+)
 @click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
 @click.option("--temperature", type=float, help="With --sample.")
 @click.option("--top-p", type=float, help="With --sample.")
@@ -27,6 +29,11 @@ def chat(directory: str, system: str | None, device: str, trust_compiled: bool, 
     """A conversation with the converted model in DIRECTORY, however long; answers on stdout, as they are made.
 
     Each line of stdin is a turn.
+
+    \b
+    Examples:
+      kvrewrite chat small
+      kvrewrite chat small --device cuda --sample --temperature 0.7
     """
     if not chosen["sample"] and (chosen["temperature"] is not None or chosen["top_p"] is not None):
         raise click.UsageError("--temperature and --top-p need --sample")

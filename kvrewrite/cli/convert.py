@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from kvrewrite.artifact.local_directory import checkpoint_directory
-from kvrewrite.cli.options import AS_JSON, parse_budget, parse_options
+from kvrewrite.cli.options import AS_JSON, parse_budget, parse_bytes, parse_options
 from kvrewrite.cli.shared import Command, find_device, named_steps, print_json, settings_text, stdout_console
 from kvrewrite.tools.tables import escaped, memory_table, sites_table
 
@@ -18,7 +18,13 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--policy", "-p", default="streaming_llm", show_default=True, help="See `kvrewrite policies`.")
+@click.option("--policy", "-p", help="See `kvrewrite policies`. Default: chosen for --memory, or keydiff at 25%.")
+@click.option(
+    "--memory",
+    "memory_text",
+    metavar="SIZE",
+    help="What the cache may take (8GiB): finds policy and budget, or the budget.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the model directory.")
 @click.option("--policy-weights", type=click.Path(path_type=Path), help="safetensors file of trained policy weights.")
 @click.option(
@@ -42,7 +48,7 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
     type=click.Choice(["full", "sites", "off"]),
     default="full",
     show_default=True,
-    help="What is proved by running the rewritten graph beside the captured one: all of it, each attention alone, nothing.",
+    help="What is proved by running the rewritten model beside the original: all of it, each attention alone, or nothing.",
 )
 @click.option("--link", is_flag=True, help="Hard-link the base weights instead of copying them.")
 @click.option("--force", is_flag=True, help="Replace an existing model directory.")
@@ -64,7 +70,8 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
 @AS_JSON
 def convert(
     model: str,
-    policy: str,
+    policy: str | None,
+    memory_text: str | None,
     out: Path | None,
     policy_weights: Path | None,
     budget: str | None,
@@ -88,8 +95,15 @@ def convert(
 
     The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are
     loaded.
+
+    \b
+    Examples:
+      kvrewrite convert MODEL --policy keydiff --budget 25% --out small
+      kvrewrite convert MODEL --memory 8GiB --context 131072 --out small
     """
     from kvrewrite import policies
+    from kvrewrite.policies import Policy
+    from kvrewrite.policies.default import DEFAULT, default_policy
 
     if out is None and not dry_run:
         raise click.UsageError("give --out DIR, or --dry-run to write nothing")
@@ -97,11 +111,26 @@ def convert(
         raise click.UsageError("--compile writes to --out, so it does not go with --dry-run")
     if not compiled and (compile_device != "cpu" or compile_batch != 1):
         raise click.UsageError("--compile-device and --compile-batch need --compile aot")
+    if memory_text is not None and budget is not None:
+        raise click.UsageError("--memory finds the budget, so --budget does not go with it")
+    if memory_text is not None and policy is None and (options or chunk is not None or policy_weights is not None):
+        raise click.UsageError(
+            "--memory chooses a policy; --option, --chunk and --policy-weights need one: give --policy"
+        )
+    memory = None if memory_text is None else parse_bytes(memory_text, "--memory")
     if patterns is not None and prefill is None:
         raise click.UsageError("--patterns needs --prefill minference")
     directory = checkpoint_directory(model)
-    given = parse_options(policy, options, budget=None if budget is None else parse_budget(budget), chunk=chunk)
-    policies.make(policy, **given)  # wrong options fail before torch is loaded
+    given = parse_options(
+        policy or DEFAULT, options, budget=None if budget is None else parse_budget(budget), chunk=chunk
+    )
+    named: str | Policy | None = policy
+    if policy is not None:
+        policies.make(policy, **given)  # wrong options fail before torch is loaded
+    elif memory is None:
+        named, said = default_policy(given)
+        given = {}
+        click.echo(said, err=True)
     from kvrewrite import api
     from kvrewrite.analysis.model_card import proof_text
 
@@ -111,7 +140,8 @@ def convert(
         done = api.convert(
             directory,
             None if dry_run else out,
-            policy,
+            named,
+            memory=memory,
             policy_weights=policy_weights,
             max_length=max_length,
             contexts=list(contexts) or None,
@@ -133,6 +163,7 @@ def convert(
                 "out": None if done.out is None else str(done.out),
                 "dry_run": dry_run,
                 "policy": done.program.policy,
+                "why": None if done.choice is None else done.choice.why,
                 "sites": [s.as_dict() for s in done.program.sites],
                 "dtype": done.program.dtype,
                 "proof": done.program.proof,
@@ -145,6 +176,8 @@ def convert(
     console = stdout_console()
     console.print(sites_table(done.program.sites))
     console.print(memory_table(done.plans))
+    for sentence in done.choice.why if done.choice is not None else ():
+        console.print(f"chosen: {escaped(sentence)}", soft_wrap=True)
     console.print(f"policy: {escaped(settings_text(done.program.policy))}", soft_wrap=True)
     console.print(f"proved: {escaped(proof_text(done.program.proof))}", soft_wrap=True)
     if done.out is None:

@@ -13,7 +13,13 @@ from kvrewrite.cli.shared import Command
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models in this directory.")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in --out.")
 def demo(out: Path | None, force: bool) -> None:
-    """Converts the small model that ships with kvrewrite and compares policies on it: offline, on a CPU, in a minute."""
+    """Converts the small model that ships with kvrewrite and compares policies on it: offline, on a CPU, in a minute.
+
+    \b
+    Examples:
+      kvrewrite demo
+      kvrewrite demo --out demo
+    """
     from kvrewrite.tools.demo import run
 
     run(out, force=force)

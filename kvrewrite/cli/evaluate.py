@@ -62,16 +62,16 @@ from kvrewrite.errors import ArtifactError, OptionError
     "data_texts",
     multiple=True,
     metavar="[TASK=]FILE",
-    help="Your documents for quote or lm: JSON, JSONL (rows with text) or plain text; repeatable.",
+    help="Documents for a task that reads them: quote, lm, ruler:qa_1, ...; repeatable.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Samples a task; documents of quote and lm.",
+    help="Samples for each task; for quote and lm: documents.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
@@ -90,6 +90,9 @@ from kvrewrite.errors import ArtifactError, OptionError
 )
 @click.option("--shard", metavar="I/N", help="Run part I (from 0) of N; `kvrewrite report` puts the files together.")
 @click.option("--breadth-first", is_flag=True, help="All policies at the first budget and mode, then at the next.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with curves, tables and heat maps."
+)
 @POLICY_WEIGHTS
 @CELLS_OUT
 @RESUME
@@ -97,7 +100,7 @@ from kvrewrite.errors import ArtifactError, OptionError
 @click.option("--harness", type=click.Choice(["lm_eval"]), help="Run another harness's tasks: --tasks, --limit.")
 @click.option("--tasks", "harness_tasks", help="With --harness: its tasks, separated by commas.")
 @click.option("--include-path", type=click.Path(path_type=Path), help="With --harness: a directory of task files.")
-@click.option("--limit", type=click.IntRange(min=1), help="With --harness: samples a task.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --harness: samples for each task.")
 @AS_JSON
 def evaluate(
     model: str | None,
@@ -115,6 +118,7 @@ def evaluate(
     check: str,
     shard: str | None,
     breadth_first: bool,
+    html: Path | None,
     policy_weights: tuple[str, ...],
     out: Path | None,
     resume: bool,
@@ -131,6 +135,11 @@ def evaluate(
     gets the same samples, and the full cache always runs as the baseline. --policy converted is a converted directory's
     own policy, which is also what runs when no policy is named there. Trained weights for the small model are part of
     kvrewrite, too.
+
+    \b
+    Examples:
+      kvrewrite eval MODEL -p snapkv -p keydiff -b 50% -b 25% --out results.json
+      kvrewrite eval small --mode blind --task needle_single --samples 20
     """
     _check_usage(harness, harness_tasks, include_path, limit, tasks)
     specs = parse_policies(policy_texts, policy_weights)
@@ -141,10 +150,13 @@ def evaluate(
         raise click.UsageError("--resume needs --out, the file to continue from")
     if out is not None and out.exists() and not (resume or force):
         raise ArtifactError(f"{out} exists; continue it with --resume, or replace it with --force")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ArtifactError(f"--out {out}: its directory does not exist")
+    for path, name in ((out, "--out"), (html, "--html")):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ArtifactError(f"{name} {path}: its directory does not exist")
+    if html is not None and html.exists() and not force:
+        raise ArtifactError(f"{html} exists; replace it with --force")
     from kvrewrite.artifact import directory as artifact
-    from kvrewrite.tools.evaluation.run import MODES, Settings
+    from kvrewrite.tools.evaluation.settings import MODES, Settings
     from kvrewrite.tools.subjects import CONVERTED, PolicySpec
 
     directory = model_directory(model)
@@ -166,23 +178,24 @@ def evaluate(
         _parse_data(data_texts, tasks),
         _parse_shard(shard),
         check,
+        html is not None,
         breadth_first,
     )
     quiet_transformers()
     if harness:
         _run_harness(settings, str(harness_tasks), include_path, limit, out, as_json)
         return
-    _run_tasks(settings, out, resume, as_json)
+    _run_tasks(settings, out, resume, as_json, html)
 
 
 def _parse_data(texts: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
     """Returns the files of --data by task; a bare FILE belongs to the one task that reads a file."""
-    from kvrewrite.tools.evaluation.cells import is_scored
+    from kvrewrite.tools.evaluation.cells import reads_file
 
-    reading, found = [task for task in tasks if is_scored(task)], {}
+    reading, found = [task for task in tasks if reads_file(task)], {}
     for text in texts:
         name, sign, file = text.partition("=")
-        if not (sign and is_scored(name)):
+        if not (sign and reads_file(name)):
             if len(reading) != 1:
                 raise OptionError(f"--data {text}: which task is it for? Give --data TASK=FILE")
             name, file = reading[0], text
@@ -216,7 +229,8 @@ def _check_usage(
         )
 
 
-def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool) -> None:
+def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool, html: Path | None) -> None:
+    from kvrewrite.tools.evaluation.page import page
     from kvrewrite.tools.evaluation.report import tables
     from kvrewrite.tools.evaluation.run import evaluate as run
 
@@ -228,6 +242,8 @@ def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool) -> 
         if out is not None and out.exists():
             click.echo(f"{out} keeps what is done; the same command with --resume continues", err=True)
         raise
+    if html is not None:
+        html.write_text(page(results), encoding="utf-8")
     if as_json:
         print_json(results)
         return

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvrewrite.cli.options import TRUST
-from kvrewrite.cli.shared import Command, find_device
+from kvrewrite.cli.shared import Command, find_device, waiting
 from kvrewrite.errors import OptionError
 
 
@@ -43,6 +43,11 @@ def generate(
     """Generates text with the converted model in DIRECTORY; text on stdout, memory on stderr.
 
     Under torchrun the processes share the model (tensor parallelism), and the first one prints.
+
+    \b
+    Examples:
+      kvrewrite generate small --prompt "The capital of France is" --max-new-tokens 20
+      kvrewrite generate small --chat --prompt-file report.txt --device cuda
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give one of --prompt and --prompt-file")
@@ -79,7 +84,9 @@ def generate(
     ids = tokens["input_ids"]
     if ids.shape[1] == 0:
         raise OptionError("the prompt has no tokens")
-    model: Any = api.load(directory, device=where, trust_compiled=trust_compiled, tp_plan="auto" if shared else None)
+    with waiting("loading the model"):
+        plan = "auto" if shared else None
+        model: Any = api.load(directory, device=where, trust_compiled=trust_compiled, tp_plan=plan)
     speaks, where = not shared or model.program.parallel.peers.rank == 0, model.device
     if document is None:
         cache = model.new_cache(1, max_length=ids.shape[1] + max_new_tokens)
@@ -90,16 +97,25 @@ def generate(
     settings = {k: v for k, v in chosen.items() if v is not None}
     torch.manual_seed(seed)
     started = time.perf_counter()
-    out = model.generate(
-        ids.to(where),
-        attention_mask=torch.ones_like(ids).to(where),
-        cache=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=sample,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if speaks else None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **settings,
-    )
+    with waiting(f"reading {ids.shape[1]} tokens") as status:
+
+        class Streamer(TextStreamer):
+            """Ends the status line before the first text."""
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                status.stop()
+                super().on_finalized_text(text, stream_end)
+
+        out = model.generate(
+            ids.to(where),
+            attention_mask=torch.ones_like(ids).to(where),
+            cache=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if speaks else None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **settings,
+        )
     seconds = time.perf_counter() - started
     made = out.shape[1] - ids.shape[1]
     if speaks:

@@ -21,6 +21,11 @@ def import_weights(source: Path, out: Path, policy: str | None, force: bool, as_
 
     With --policy: the file that the policy's authors publish, or its directory; `kvrewrite policies NAME` says which file
     that is. Without: any torch pickle of tensors, under the names that it has.
+
+    \b
+    Examples:
+      kvrewrite import-weights heads.bin --policy locret --out heads.safetensors
+      kvrewrite import-weights KVzap-mlp-Llama-3.1-8B-Instruct/ -p kvzap --out w.safetensors
     """
     metadata: dict[str, str] = {}
     if policy is None:

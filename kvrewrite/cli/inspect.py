@@ -27,9 +27,9 @@ LEGEND = (
 @click.argument("model")
 @click.option("--policy", "-p", help="Also show what this policy's insertion does. See `kvrewrite policies`.")
 @click.option("--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the policy.")
-@click.option("--budget", help="As in convert.")
-@click.option("--chunk", type=int, help="As in convert.")
-@click.option("--policy-weights", type=click.Path(path_type=Path), help="As in convert.")
+@click.option("--budget", help="As in `kvrewrite convert`.")
+@click.option("--chunk", type=int, help="As in `kvrewrite convert`.")
+@click.option("--policy-weights", type=click.Path(path_type=Path), help="As in `kvrewrite convert`.")
 @click.option("--site", type=click.IntRange(min=0), metavar="LAYER", help="Show the code of this attention site only.")
 @click.option("--no-code", is_flag=True, help="Only the table of sites.")
 @click.option(
@@ -46,7 +46,7 @@ LEGEND = (
     "--context", type=click.IntRange(min=1), help="With --html: tokens of the memory plan; default the longest."
 )
 @click.option("--force", is_flag=True, help="Replace --html's file.")
-@click.option("--max-length", type=int, help="As in convert.")
+@click.option("--max-length", type=int, help="As in `kvrewrite convert`.")
 @AS_JSON
 def inspect(
     model: str,
@@ -68,6 +68,11 @@ def inspect(
 
     Then the graph around each site as Python, before and after the policy and its cache went in; sites that do the same
     are shown once.
+
+    \b
+    Examples:
+      kvrewrite inspect MODEL --no-code
+      kvrewrite inspect MODEL --policy h2o --budget 1024 --html report.html
     """
     from kvrewrite import policies
     from kvrewrite.artifact import directory as artifact

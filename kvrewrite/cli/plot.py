@@ -41,7 +41,7 @@ from kvrewrite.errors import ArtifactError, OptionError
     "--prompt-file", type=click.Path(allow_dash=True), help="retention: a file with the prompt; - reads stdin."
 )
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="memory: context lengths.")
-@click.option("--policy-weights", multiple=True, metavar="NAME=FILE", help="As in eval.")
+@click.option("--policy-weights", multiple=True, metavar="NAME=FILE", help="As in `kvrewrite eval`.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
 @click.option("--force", is_flag=True, help="Replace --out.")
@@ -63,6 +63,11 @@ def plot(
 
     SOURCE: the JSON file of `kvrewrite eval` for --kind accuracy and eviction; that or a model directory for --kind memory
     (measured, or estimated for --context and --policy); a model directory for --kind retention. Without it, the small model.
+
+    \b
+    Examples:
+      kvrewrite plot results.json --out accuracy.png
+      kvrewrite plot MODEL --kind memory -p h2o -b 2048 --context 4096 --context 131072 --out plan.png
     """
     from kvrewrite.tools.evaluation import plots
     from kvrewrite.tools.plotting import require_matplotlib

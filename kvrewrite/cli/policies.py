@@ -34,7 +34,13 @@ def _policy_data(policy: type[Policy]) -> dict[str, Any]:
 @click.argument("name", required=False)
 @AS_JSON
 def policies(name: str | None, as_json: bool) -> None:
-    """Lists the eviction policies, or describes one."""
+    """Lists the eviction policies, or describes one.
+
+    \b
+    Examples:
+      kvrewrite policies
+      kvrewrite policies snapkv
+    """
     import inspect as inspection
 
     from rich.table import Table

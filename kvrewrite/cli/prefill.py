@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kvrewrite.cli.options import TRUST
-from kvrewrite.cli.shared import Command, find_device
+from kvrewrite.cli.shared import Command, find_device, waiting
 from kvrewrite.errors import OptionError
 
 
@@ -22,7 +22,12 @@ from kvrewrite.errors import OptionError
 def prefill(directory: str, document: str, out: Path, device: str, force: bool, trust_compiled: bool) -> None:
     """Compresses a document once with the converted model in DIRECTORY, into a file that is asked many times.
 
-    kvrewrite generate DIRECTORY --cache OUT --prompt ... asks it.
+    kvrewrite generate DIRECTORY --cache OUT asks it.
+
+    \b
+    Examples:
+      kvrewrite prefill small --document book.txt --out book.kvcache
+      kvrewrite prefill small --document - --out book.kvcache --device cuda < book.txt
     """
     with click.open_file(document, encoding="utf-8") as file:
         text = file.read()
@@ -42,7 +47,8 @@ def prefill(directory: str, document: str, out: Path, device: str, force: bool, 
         raise OptionError("the document has no tokens")
     model = api.load(directory, device=where, trust_compiled=trust_compiled)
     started = time.perf_counter()
-    cache = model.prefill(ids.to(where))
+    with waiting(f"reading {ids.shape[1]} tokens"):
+        cache = model.prefill(ids.to(where))
     cache.save(out, force=force)
     seconds = time.perf_counter() - started
     click.echo(f"saved {ids.shape[1]} tokens in {human(out.stat().st_size)} to {out}, in {seconds:.1f} s", err=True)

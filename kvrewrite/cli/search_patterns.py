@@ -26,26 +26,42 @@ from kvrewrite.errors import ArtifactError, OptionError
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file of patterns to write.")
 @click.option(
-    "--tokens", type=click.IntRange(min=65), default=8192, show_default=True, help="Of the texts, at most so many."
+    "--tokens",
+    type=click.IntRange(min=65),
+    default=8192,
+    show_default=True,
+    help="The most tokens of the texts that are read.",
 )
 @click.option(
-    "--share", type=float, default=0.1, show_default=True, help="Of dense attention's work, what a head may take."
+    "--share", type=float, default=0.1, show_default=True, help="What a head may take of the work of dense attention."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: the checkpoint's own.")
 @click.option("--force", is_flag=True, help="Replace --out.")
 @AS_JSON
 def search_patterns(
-    model: Path, data: tuple[Path, ...], out: Path, tokens: int, share: float, device: str, dtype: str, force: bool,
+    model: Path,
+    data: tuple[Path, ...],
+    out: Path,
+    device: str,
+    dtype: str,
+    force: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+    **limits: Any,
+) -> None:
     """Chooses for each head of MODEL which part of a prompt's attention it computes (docs/sparse_prefill.md).
 
     The file goes to `kvrewrite convert --prefill minference --patterns FILE`.
+
+    \b
+    Examples:
+      kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json
+      kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json --device cuda
     """
     if out.exists() and not force:
         raise OptionError(f"{out} exists; choose another name, or overwrite it with --force")
     where = find_device(device)
+    tokens, share = limits["tokens"], limits["share"]
     quiet_transformers()
     from kvrewrite.artifact.head_patterns import write_patterns
     from kvrewrite.tools.pattern_search import read_ids, search_patterns

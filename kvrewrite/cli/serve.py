@@ -109,6 +109,11 @@ def serve(
     """Serves the converted model in DIRECTORY with OpenAI's API (chat completions, completions, models).
 
     Many requests run at once, and each has the answer that it has alone; /metrics says how many, for Prometheus.
+
+    \b
+    Examples:
+      kvrewrite serve small --port 8000
+      kvrewrite serve small --device cuda --compile --max-requests 64 --memory 40GiB
     """
     import importlib.util
 
@@ -155,5 +160,6 @@ def serve(
         ),
     )
     if compiled:
+        click.echo("compiling, and capturing steps of 1, 2, 4, ... answers: half a minute or more", err=True)
         engine.warm_up()
     serving.serve(engine, name or Path(directory).resolve().name, host=host, port=port, limits=limits)

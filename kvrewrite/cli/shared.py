@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,11 @@ from kvrewrite.errors import KVRewriteError, OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
+
+
+# What they warn of at import is between these packages, and would stand before our own output.
+THEIRS = ("torchao", "torch.utils._pytree")
 
 
 class Command(click.Command):
@@ -23,6 +30,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"copyreg|torch\..*")
+        for name in THEIRS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except KVRewriteError as error:
@@ -50,12 +59,12 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """Returns a console for stdout; wide if it is not a terminal, so that tables in files and pipes are not cut."""
+    """Returns a console for stdout: as wide as the terminal, 100 columns in files and pipes."""
     import sys
 
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_json(data: Any) -> None:
@@ -78,28 +87,21 @@ def named_steps(total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a progress bar on stderr; call it with (what, done, of)."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("starting", total=1)
-
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=max(1, total))
-
-        yield report
+def waiting(what: str) -> Iterator[Status]:
+    """Shows on stderr, if it is a terminal, what is being waited for; update() says what comes next, stop() ends it."""
+    with stderr_console().status(what) as status:
+        yield status
 
 
 def settings_text(policy: dict[str, Any]) -> str:
-    return f"{policy['name']} (" + ", ".join(f"{k}={v}" for k, v in policy["options"].items()) + ")"
+    """Formats a policy's name, budget and chunk, and those of its options that are not the default."""
+    from kvrewrite.policies import POLICIES
+
+    kind = POLICIES.get(policy["name"])
+    defaults = {} if kind is None else {f.name: f.default for f in dataclasses.fields(kind)}
+    always = {"budget", "chunk", "positions"}
+    shown = {k: v for k, v in policy["options"].items() if k in always or k not in defaults or v != defaults[k]}
+    return f"{policy['name']} (" + ", ".join(f"{k}={v}" for k, v in shown.items()) + ")"
 
 
 def find_device(name: str, option: str = "--device") -> Any:

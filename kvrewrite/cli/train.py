@@ -37,7 +37,7 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 
 @click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--policy", "-p", required=True, type=POLICIES, help="Whose weights are trained.")
+@click.option("--policy", "-p", required=True, type=POLICIES, help="The policy whose weights are trained.")
 @click.option(
     "--data",
     "-d",
@@ -50,11 +50,19 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
 @click.option(
-    "--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Of the policy's training; repeatable."
+    "--option",
+    "-o",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the policy's training; repeatable.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=8), help="Longest prompt. Default: 10240, or 4096 for gates.")
 @click.option(
-    "--question-tokens", type=click.IntRange(min=0), default=0, help="locret_q: in front; 0: the whole question."
+    "--question-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    help="locret_q: how many tokens of the question stand before the context; 0: all.",
 )
 @click.option(
     "--labels",
@@ -63,23 +71,41 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 )
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a device and step.")
-@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each device and step."
+)
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches for each step.")
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True)
 @click.option(
-    "--clip-value", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Of gradients; 0: off."
+    "--clip-value",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Largest value of a gradient; 0: no limit.",
 )
-@click.option("--clip-norm", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of gradients; 0: off.")
-@click.option("--schedule", default="linear", show_default=True, help="Of the learning rate, by transformers' names.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and of the texts' order."
+    "--clip-norm",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Largest norm of all gradients; 0: no limit.",
+)
+@click.option(
+    "--schedule", default="linear", show_default=True, help="How the learning rate goes, by transformers' names."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the weights and of the texts' order.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of the model; auto: the checkpoint's own. What is trained is fp32.",
+    help="Dtype of the model; auto: the checkpoint's own. What is trained is fp32.",
 )
 @click.option("--device", help="cpu, cuda, ... Default: cuda where there is one.")
 @click.option("--checkpoints", type=click.Path(path_type=Path, file_okay=False), help="Folder for checkpoints.")
@@ -128,7 +154,10 @@ def train(
     MODEL is a directory of transformers; it stays as it is. Defaults are those of Locret's authors. Several GPUs:
     accelerate launch -m kvrewrite.cli train ...
 
-    kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
+    \b
+    Examples:
+      kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
+      kvrewrite train MODEL -p attention_gate -d texts.jsonl --out gates.safetensors --plot loss.png
     """
     if resume and checkpoints is None:
         raise click.UsageError("--resume needs --checkpoints, the folder to go on from")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kvrewrite.cli.options import AS_JSON
-from kvrewrite.cli.shared import Command, find_device, print_json, progress_bar, stdout_console
+from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, stdout_console
 from kvrewrite.tools.tables import escaped
 
 
@@ -18,7 +18,13 @@ from kvrewrite.tools.tables import escaped
 @click.option("--device", default="cpu", show_default=True)
 @AS_JSON
 def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: bool) -> None:
-    """Checks a converted model: file hashes, and logits against the unmodified model in the same directory."""
+    """Checks a converted model: file hashes, and logits against the unmodified model in the same directory.
+
+    \b
+    Examples:
+      kvrewrite verify small
+      kvrewrite verify small --tokens 256 --device cuda
+    """
     from kvrewrite.artifact import directory as artifact
 
     artifact.read_manifest(directory)
@@ -28,7 +34,7 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
 
     logging.disable_progress_bar()  # this command has its own bar
     where = find_device(device)
-    with progress_bar() as progress:
+    with long_bar() as progress:
         report = run(directory, tokens=tokens, hashes=not no_hashes, device=where, progress=progress)
     if as_json:
         print_json(report.as_dict())

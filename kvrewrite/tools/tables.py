@@ -1,14 +1,19 @@
-"""Tables for people: a model's attention sites, and the memory of its caches."""
+"""Tables for people: a model's attention sites, and the memory of its caches. Both fit 80 columns."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from kvrewrite.analysis.memory import MemoryPlan
     from kvrewrite.ir.site import AttentionSite
+
+COLUMNS = ("layers", "heads", "kv heads", "head dim", "mask", "positions", "also")
 
 
 def escaped(text: str) -> str:
@@ -17,44 +22,69 @@ def escaped(text: str) -> str:
     return escape(text)
 
 
-def sites_table(sites: list[AttentionSite], brief: bool = False) -> Table:
-    """Lists every attention site, one per row. brief: without what no site has, and without what was inserted."""
+def ranges(numbers: Iterable[int]) -> str:
+    """Formats numbers briefly: [0, 1, 2, 5] -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def sites_table(sites: list[AttentionSite]) -> RenderableType:
+    """Lists the attention sites; equal ones share a line. What all sites have in common stands under the table."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    def flag(value: bool) -> str:
-        return "yes" if value else "-"
-
-    rows = []
-    for s in sites:
-        rows.append(
-            {
-                "layer": str(s.layer),
-                "module": escaped(s.module or "(top)"),
-                "heads": str(s.heads),
-                "kv heads": str(s.kv_heads),
-                "head dim": str(s.head_dim) if s.head_dim == s.v_head_dim else f"{s.head_dim}, v {s.v_head_dim}",
-                "latent": f"{s.latent} + {s.latent_rotary}{' cached' * s.latent_cached}" if s.latent else "-",
-                "mask": f"{s.mask} {s.window or s.chunk}" if s.window or s.chunk else s.mask,
-                "scale": f"{s.scale:.5g}",
-                "softcap": f"{s.softcap:g}" if s.softcap else "-",
-                "sinks": flag(s.sinks),
-                "ALiBi": flag(s.alibi),
-                "RoPE": flag(s.rope),
-                "source": s.source,
-                "shares k, v with": "-" if s.shares_kv_with is None else f"layer {s.shares_kv_with}",
-                "inserted": ", ".join(s.inserted) or "-",
-            }
-        )
-    optional = {"latent", "shares k, v with", "inserted"} | ({"softcap", "sinks", "ALiBi"} if brief else set())
-    hidden = {name for name in optional if all(row[name] == "-" for row in rows)} | ({"inserted"} if brief else set())
+    notes = [_notes(site) for site in sites]
+    common = [note for note in (notes[0] if notes else []) if all(note in others for others in notes)]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for site, own in zip(sites, notes):
+        row = (*_cells(site), "; ".join(note for note in own if note not in common))
+        groups.setdefault(row, []).append(site.layer)
+    hidden = {"also"} if not any(row[-1] for row in groups) else set()
     table = Table(title=f"{len(sites)} attention sites", title_justify="left")
-    names = [name for name in (rows[0] if rows else {}) if name not in hidden]
-    for name in names:
-        numeric = name in ("layer", "heads", "kv heads", "head dim")
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=name not in ("module", "inserted"))
-    for row in rows:
-        table.add_row(*(row[name] for name in names))
-    return table
+    for name in COLUMNS:
+        if name not in hidden:
+            number = name in ("heads", "kv heads", "head dim")
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row, layers in groups.items():
+        alike = ": the same" if len(layers) > 1 else ""
+        cells = [ranges(layers) + alike, *row]
+        table.add_row(*(escaped(cell) for name, cell in zip(COLUMNS, cells) if name not in hidden))
+    return Group(table, *(Text(f"  {note}") for note in common))
+
+
+def _cells(site: AttentionSite) -> tuple[str, ...]:
+    """A site's cells from "heads" to "positions"."""
+    same = site.head_dim == site.v_head_dim
+    return (
+        str(site.heads),
+        str(site.kv_heads),
+        str(site.head_dim) if same else f"{site.head_dim}, v {site.v_head_dim}",
+        f"{site.mask} {site.window or site.chunk}" if site.window or site.chunk else site.mask,
+        " + ".join(["RoPE"] * site.rope + ["ALiBi"] * site.alibi) or "-",
+    )
+
+
+def _notes(site: AttentionSite) -> list[str]:
+    """What else there is to say of a site, without its number: equal sites have equal notes."""
+    notes = [f"module: {re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', site.module) or '(top)'}", f"found as: {site.source}"]
+    notes.append(f"scale: {site.scale:.5g}")
+    if site.softcap:
+        notes.append(f"softcap: {site.softcap:g}")
+    if site.sinks:
+        notes.append("attention sinks")
+    if site.latent:
+        notes.append(f"latent: {site.latent} + {site.latent_rotary}{', cached' * site.latent_cached}")
+    if site.shares_kv_with is not None:
+        notes.append(f"keys and values of layer {site.shares_kv_with}")
+    if site.inserted:
+        notes.append(f"inserted: {', '.join(site.inserted)}")
+    return notes
 
 
 def memory_table(plans: list[MemoryPlan]) -> Table:

@@ -600,6 +600,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.cache_update,
             (fresh.k, fresh.v, *scores, *arrive, *cache.pools(), cache.table, cache.lens, 1, 0, 0, *ragged),
         ),
+        "cached_attention, sparse": (
+            ops.cached_attention,
+            (
+                fresh.q, fresh.k, fresh.v, None, cache.k_pages, cache.v_pages, *where, sinks, None, None, *shape({}), None,
+                ",".join(["a_shape:1:1"] * H),
+            ),
+        ),
         "cached_attention, quantized": (
             ops.cached_attention,
             (

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvrewrite
+import kvrewrite.backend  # where it is not installed, nobody else makes the backend's name known
 from kvrewrite import policies
 from kvrewrite.assets import small_model
 from kvrewrite.cache.eviction_cache import EvictionCache

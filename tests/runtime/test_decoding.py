@@ -231,6 +231,7 @@ def test_what_is_not_captured_says_why() -> None:
     ("policy", "options"),
     [
         ("h2o", {"budget": 16}),
+        ("kvzip", {"budget": 16, "repeat_chunk": 20}),
         ("adakv", {"budget": 16, "window": 6, "kernel": 3}),
         ("kvzap", {"threshold": 0.0, "window": 6}),
         ("streaming_llm", {"budget": 16, "chunk": 10}),
@@ -238,7 +239,7 @@ def test_what_is_not_captured_says_why() -> None:
         ("attention_gate", {"chunk": 20}),
         ("h2o", {"budget": 50, "quantize": "int8", "quantize_group": 16, "quantize_residual": 16}),
     ],
-    ids=["h2o", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate", "int8"],
+    ids=["h2o", "kvzip", "adakv", "kvzap", "streaming_llm", "sirllm", "attention_gate", "int8"],
 )
 def test_new_requests_replay_what_was_captured(policy: str, options: dict[str, Any]) -> None:
     """One capture for a batch size; a second request of it replays; another batch size has its own. (The larger one comes first:

@@ -138,7 +138,13 @@ def replayed_sums(rank: int) -> list[bool]:
     assert peers is not None and sums_directly(peers, device)
     found = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for shape in ((1, 1, 4096), (7, 8), (32, 1, 4096), (3, 1, 5), (1, 513, 1024)):  # the last two, and fp16, go by NCCL
+        for shape in (
+            (1, 1, 4096),
+            (7, 8),
+            (32, 1, 4096),
+            (3, 1, 5),
+            (1, 513, 1024),
+        ):  # the last two, and fp16, go by NCCL
             x, spare = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(1 << 20, device=device)
             torch.ops.kvrewrite.sum_ranks(x, peers.group)
             graph = torch.cuda.CUDAGraph()

@@ -14,8 +14,10 @@ from torch import Tensor
 import kvrewrite
 from kvrewrite.artifact.head_patterns import FORMAT, read_patterns
 from kvrewrite.errors import OptionError
+from kvrewrite.ir.parallel import Peers
 from kvrewrite.kernels.attention.patterns import HeadPattern
 from kvrewrite.passes.insert.sparse_prefill import NAME, insert_sparse_prefill
+from kvrewrite.runtime.parallel import part_of
 from tests.runtime.test_invariants import OPTIONS
 from tests.support import rewritten
 from tests.support.sparse_oracle import visible
@@ -203,6 +205,11 @@ def test_what_has_no_sparse_prefill(family: str, options: dict[str, Any], prefil
     patterns = {layer: tuple(HeadPattern(*_split(w)) for w in heads) for layer, heads in prefill.items()}
     with pytest.raises(OptionError, match=why):
         insert_sparse_prefill(made.graph_module, made.sites, patterns)
+
+
+def test_no_tensor_parallelism() -> None:
+    with pytest.raises(OptionError, match="patterns are of all heads of a layer"):
+        part_of(model(FEW).program, Peers(0, 2, "none"))
 
 
 def test_files_of_patterns(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from kvrewrite.cli import app as cli
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical
-from kvrewrite.tools.inspection.code import SiteCode, fold, ranges, sites_code
+from kvrewrite.tools.inspection.code import SiteCode, fold, sites_code
+from kvrewrite.tools.tables import ranges
 from tests.support.products import few
 from tests.support.rewritten import traced
 from tests.support.tiny import make_checkpoint

@@ -13,7 +13,7 @@ from kvrewrite import policies
 from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
 from kvrewrite.tools.evaluation import harness
-from kvrewrite.tools.evaluation.run import Settings
+from kvrewrite.tools.evaluation.settings import Settings
 from kvrewrite.tools.subjects import PolicySpec
 from tests.support.tiny import TEXT, make_checkpoint
 

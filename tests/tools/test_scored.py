@@ -15,8 +15,8 @@ from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
 from kvrewrite.tools.evaluation import cells, documents, intervals, run
 from kvrewrite.tools.evaluation.documents import Passage
-from kvrewrite.tools.evaluation.run import Settings
 from kvrewrite.tools.evaluation.scored import run_scored
+from kvrewrite.tools.evaluation.settings import Settings, plan
 from kvrewrite.tools.subjects import PolicySpec, Source
 from tests.support.tiny import TEXT, make_checkpoint
 
@@ -150,7 +150,6 @@ def test_rows_as_they_are_and_texts_that_are_cut(source):
     [
         ("quote", {"context": "x"}, "turns"),
         ("quote", {"context": TEXT * 2, "turns": [["a", "b"]]}, "give --tokens"),
-        ("quote", {"text": TEXT}, "no quote"),
         ("lm", {"context": "x"}, "continuation"),
         ("lm", {"text": "x"}, "too short"),
     ],
@@ -158,6 +157,15 @@ def test_rows_as_they_are_and_texts_that_are_cut(source):
 def test_rows_that_do_not_fit_are_named(source, task, row, words):
     with pytest.raises(OptionError, match=f"row 1, {task}.*{words}"):
         documents.make_passages(task, [row], tokens=64, samples=1, seed=0, tokenizer=source.tokenizer)
+
+
+def test_texts_without_quotes_are_passed_over(source):
+    given = {"tokens": 400, "samples": 1, "seed": 0, "tokenizer": source.tokenizer}
+    words = " ".join(f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in ("lmn", "rst", "xyz"))
+    found = documents.make_passages("quote", [{"text": TEXT}, {"text": words}, {"text": words}], **given)
+    assert len(found) == 4 and {p.document for p in found} == {0}
+    with pytest.raises(OptionError, match="from any of 1 rows"):
+        documents.make_passages("quote", [{"text": TEXT}], **given)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -191,6 +199,22 @@ def test_shards_put_together_are_the_whole(base, data, tmp_path):
     assert joined["complete"]
 
 
+def test_a_cell_that_fails_is_told_and_the_others_run(base, data, monkeypatch):
+    real, said = run.run_scored, []
+
+    def failing(model, *arguments):
+        if model.policy.name == "h2o" and model.policy.budget == 16:
+            raise RuntimeError("out of shared memory\nmore")
+        return real(model, *arguments)
+
+    monkeypatch.setattr(run, "run_scored", failing)
+    results = run.evaluate(settings(base, data), warn=said.append)
+    refused = [c for c in results["cells"] if c["status"] == "refused"]
+    assert [(c["label"], c["budget"]) for c in refused] == [("h2o", 16)] and len(results["cells"]) == 5
+    assert refused[0]["reason"] == "RuntimeError: out of shared memory"
+    assert any("h2o at 16" in text and "out of shared memory" in text for text in said)
+
+
 def test_a_resumed_run_asks_for_the_same_documents(base, data, tmp_path):
     out = tmp_path / "out.json"
     run.evaluate(settings(base, data), out=out)
@@ -200,7 +224,7 @@ def test_a_resumed_run_asks_for_the_same_documents(base, data, tmp_path):
 
 
 def test_breadth_first_is_by_mode_then_budget(base, data):
-    found = run.plan(settings(base, data, breadth_first=True))
+    found = plan(settings(base, data, breadth_first=True))
     assert [(str(arm), mode) for arm, mode in found][1:4] == [
         ("streaming_llm at 16", "aware"),
         ("h2o at 16", "aware"),

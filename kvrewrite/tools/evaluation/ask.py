@@ -20,12 +20,13 @@ POINTS = ("context", "prompt")  # where the cache is measured: before and after 
 
 @dataclass(frozen=True)
 class Question:
-    """A sample in tokens. limit: most tokens of an answer."""
+    """A sample in tokens. limit: most tokens of an answer; one_line: whether it ends with its first line."""
 
     sample: Any
     context: tuple[int, ...]
     question: tuple[int, ...]
     limit: int
+    one_line: bool = True
 
 
 @dataclass
@@ -70,10 +71,11 @@ class Answers:
     held: dict[str, Held] = field(default_factory=lambda: {point: Held() for point in POINTS})
 
 
-def encode(sample: Any, tokenizer: Any, at_least: int = 0) -> Question:
+def encode(sample: Any, tokenizer: Any, at_least: int = 0, one_line: bool = True) -> Question:
     """Tokenizes a sample: context and question separately, so that both modes see the same ids.
 
-    at_least: tokens that an answer may have; more if the expected one is longer in this tokenizer.
+    at_least: tokens that an answer may have; more if the expected one is longer in this tokenizer. one_line: whether an
+    answer ends with its first line.
     """
     context = tokenizer(sample.context)["input_ids"]
     # Some tokenizers add an end-of-text token without saying so; a prompt must not end with one.
@@ -82,7 +84,7 @@ def encode(sample: Any, tokenizer: Any, at_least: int = 0) -> Question:
     question = tokenizer(sample.question, add_special_tokens=False)["input_ids"]
     reply = getattr(sample, "target", "") or " " + ", ".join(sample.answers)
     expected = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    return Question(sample, tuple(context), tuple(question), max(at_least, len(expected) + SLACK))
+    return Question(sample, tuple(context), tuple(question), max(at_least, len(expected) + SLACK), one_line)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +98,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 class _Watch(StoppingCriteria):
     """Ends rows whose answer is complete, and measures the cache once, when it holds exactly the prompt."""
 
-    def __init__(self, tokenizer: Any, prompt: int, limits: list[int], cache: Any, held: Held):
-        self.tokenizer, self.prompt, self.limits = tokenizer, prompt, limits
+    def __init__(self, tokenizer: Any, prompt: int, questions: Sequence[Question], cache: Any, held: Held):
+        self.tokenizer, self.prompt, self.questions = tokenizer, prompt, questions
         self.cache, self.held, self.measured = cache, held, False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -105,7 +107,10 @@ class _Watch(StoppingCriteria):
             self.measured = True
             self.held.add(self.cache)
         made = input_ids[:, self.prompt :].tolist()
-        done = [len(ids) >= n or "\n" in self.tokenizer.decode(ids).lstrip() for ids, n in zip(made, self.limits)]
+        done = [
+            len(ids) >= q.limit or (q.one_line and "\n" in self.tokenizer.decode(ids).lstrip())
+            for ids, q in zip(made, self.questions)
+        ]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -120,17 +125,22 @@ def _special(tokenizer: Any, model: Any) -> tuple[int, list[int]]:
 
 
 def generate(
-    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, cache: Any, limits: list[int], held: Held
+    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, cache: Any, questions: Sequence[Question], held: Held
 ) -> list[str]:
     """Generates greedy answers after `ids` (B, T); the cache may already hold the first columns.
 
-    An answer is the first line that is not empty, up to the end-of-text token or the row's limit of tokens.
+    An answer is the first line that is not empty (or all, as its question says), up to the end-of-text token or the
+    question's limit of tokens.
     """
     pad, stops = _special(tokenizer, model)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max(limits), pad_token_id=pad, eos_token_id=stops or None, use_cache=True
+        do_sample=False,
+        max_new_tokens=max(q.limit for q in questions),
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+        use_cache=True,
     )
-    watch = _Watch(tokenizer, ids.shape[1], limits, cache, held)
+    watch = _Watch(tokenizer, ids.shape[1], questions, cache, held)
     out = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -139,11 +149,11 @@ def generate(
         stopping_criteria=StoppingCriteriaList([watch]),
     )
     texts = []
-    for row, limit in zip(out[:, ids.shape[1] :].tolist(), limits):
-        made = row[:limit]
+    for row, question in zip(out[:, ids.shape[1] :].tolist(), questions):
+        made = row[: question.limit]
         end = next((i for i, token in enumerate(made) if token in stops), len(made))
         text = tokenizer.decode(made[:end], skip_special_tokens=True).strip()
-        texts.append(text.split("\n", 1)[0].strip())
+        texts.append(text.split("\n", 1)[0].strip() if question.one_line else text)
     return texts
 
 
@@ -165,9 +175,8 @@ def ask_aware(
         bos = tokenizer.bos_token_id
         rows = [join_question(q.context, q.question, first=question_first, bos=bos) for q in batch]
         ids, mask = pad_left(rows, pad)
-        limits = [q.limit for q in batch]
-        cache = model.new_cache(len(batch), max_length=ids.shape[1] + max(limits))
-        answers.texts += generate(model, tokenizer, ids, mask, cache, limits, answers.held["prompt"])
+        cache = model.new_cache(len(batch), max_length=ids.shape[1] + max(q.limit for q in batch))
+        answers.texts += generate(model, tokenizer, ids, mask, cache, batch, answers.held["prompt"])
         yield len(answers.texts), answers
 
 
@@ -201,7 +210,7 @@ def ask_blind(
                 torch.cat([contexts, ids], 1),
                 torch.cat([context_mask, mask], 1),
                 cache if turn == rounds - 1 else cache.fork(),
-                [questions[i].limit for i in asked],
+                [questions[i] for i in asked],
                 answers.held["prompt"],
             )
             for group, i, text in zip(batch, asked, texts):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrewrite.errors import ArtifactError, OptionError
-from kvrewrite.tools.evaluation import documents, intervals, scored
+from kvrewrite.tools.evaluation import asked, documents, intervals, ruler, scored
 from kvrewrite.tools.evaluation.ask import POINTS
 
 FORMAT = 1
@@ -29,6 +29,11 @@ def cell_key(cell: Mapping[str, Any]) -> str:
 def is_scored(task: str) -> bool:
     """Whether a task's cells are in nats per token (`scored.py`), not in answers."""
     return task in documents.TASKS
+
+
+def reads_file(task: str) -> bool:
+    """Whether a task is made of a file of the user's (--data)."""
+    return is_scored(task) or task in asked.TASKS or task in ruler.WITH_DATA
 
 
 def compare(cells: list[dict[str, Any]]) -> None:
@@ -118,4 +123,8 @@ def join_results(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[
     joined = {**first, "cells": ordered, "complete": all(p["complete"] for p in parts)}
     compare(ordered)
     joined["means"] = means(ordered)
+    recorded = [part["kept"] for part in parts if part.get("kept")]
+    if recorded:  # of the same text, or only the first file's is shown
+        alike = [kept for kept in recorded if kept["pieces"] == recorded[0]["pieces"]]
+        joined["kept"] = {"pieces": recorded[0]["pieces"], "rows": [row for kept in alike for row in kept["rows"]]}
     return joined

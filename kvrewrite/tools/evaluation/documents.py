@@ -104,18 +104,25 @@ def draw_quotes(text: str, count: int, rng: random.Random) -> list[tuple[str, st
 def make_passages(
     task: str, rows: Sequence[Mapping[str, Any]], *, tokens: int, samples: int, seed: int, tokenizer: Any
 ) -> list[Passage]:
-    """Makes the passages of the first `samples` documents. tokens: most tokens of a context.
+    """Makes the passages of the first `samples` documents; a text that no quote can be drawn from is passed over.
 
-    Raises OptionError for rows of another form, and for documents that are too short or too long.
+    tokens: most tokens of a context. Raises OptionError for rows of another form, and for documents that are too short
+    or too long.
     """
     one = _quote if task == "quote" else _continuation
     found: list[Passage] = []
-    for number, row in enumerate(rows[:samples]):
+    documents = 0
+    for number, row in enumerate(rows):
+        if documents == samples:
+            break
         try:
             parts = one(row, tokens, random.Random(f"{task}:{tokens}:{seed}:{number}"), tokenizer)
         except ValueError as error:
             raise OptionError(f"--data, row {number + 1}, {task}: {error}") from error
-        found += [Passage(number, *part) for part in parts]
+        found += [Passage(documents, *part) for part in parts]
+        documents += bool(parts)
+    if not found:
+        raise OptionError(f"--data, {task}: no quote can be drawn from any of {len(rows)} rows: give longer texts")
     return found
 
 
@@ -133,8 +140,6 @@ def _quote(row: Mapping[str, Any], tokens: int, rng: random.Random, tokenizer: A
     ids = context_ids(tokenizer, context)
     if len(ids) > tokens + 16:  # a cut text may have a few more tokens than it was cut from
         raise ValueError(f"its context has {len(ids):,} tokens; give --tokens {len(ids)}")
-    if not turns:
-        raise ValueError(f"no quote can be drawn from {len(ids)} tokens: give longer texts")
     return [(ids, _ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in turns]
 
 

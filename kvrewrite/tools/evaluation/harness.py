@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import Policy
 from kvrewrite.tools.evaluation.cells import BASELINE
-from kvrewrite.tools.evaluation.run import Progress, Settings, Warn, describe
+from kvrewrite.tools.evaluation.run import Progress
+from kvrewrite.tools.evaluation.settings import Settings, Warn, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, Source, beside_baseline, budget_text, versions, write_json
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,36 +19,31 @@ import torch
 
 from kvrewrite import policies
 from kvrewrite.errors import KVRewriteError, OptionError
-from kvrewrite.tools.evaluation import documents, intervals, ruler
+from kvrewrite.tools.evaluation import asked, documents, intervals, kept, ruler
 from kvrewrite.tools.evaluation.ask import Answers, Question, ask_aware, ask_blind, encode
 from kvrewrite.tools.evaluation.cells import (
     BASELINE,
-    FIXED,
     FORMAT,
     cell_key,
     compare,
     is_scored,
     means,
-    read_results,
+    reads_file,
 )
 from kvrewrite.tools.evaluation.scored import run_scored
+from kvrewrite.tools.evaluation.settings import Settings, Warn, describe, earlier, plan
 from kvrewrite.tools.subjects import (
     CONVERTED,
-    FULL_CACHE,
     Arm,
-    PolicySpec,
     Source,
-    beside_baseline,
     file_hash,
     versions,
     write_json,
 )
 
-MODES = ("aware", "blind")
 SEED_STEP = 1_000_003  # sample i of a task has seed `seed * SEED_STEP + i`
 
 Progress = Callable[[str, int, int], None]
-Warn = Callable[[str], None]
 
 
 def _quiet(*_: Any) -> None:
@@ -58,31 +52,6 @@ def _quiet(*_: Any) -> None:
 
 # ----------------------------------------------------------------------------------------------------- what is to be
 # run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is evaluated, and on what. tokens: prompt lengths; dtype: "auto" is the checkpoint's own, fp32 on a CPU."""
-
-    model: Path
-    policies: tuple[PolicySpec, ...] = ()
-    budgets: tuple[int | float, ...] = ()
-    modes: tuple[str, ...] = MODES
-    tasks: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = (4096,)
-    samples: int = 50
-    seed: int = 0
-    batch_size: int = 4
-    device: str = "cpu"
-    dtype: str = "auto"
-    data: tuple[tuple[str, Path], ...] = ()
-    """(task, file) of tasks that read the user's documents."""
-    shard: tuple[int, int] = (0, 1)
-    """(i, n): every n-th policy and budget, from the i-th on."""
-    check: str = "full"
-    """What is proved of each rewrite, as for `kvrewrite.transform`."""
-    breadth_first: bool = False
-    """All policies at the first mode and budget, then at the next; not all of a policy first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -107,12 +76,14 @@ def check_tasks(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
 
 def module_of(task: str) -> Any:
     """Returns the module that makes and scores a task's samples; see `task_module`."""
+    if task == asked.TASK:
+        return asked
     return ruler if task.startswith(ruler.PREFIX) else task_module()
 
 
 def known_tasks() -> list[str]:
     """Returns the names of all tasks; the first, kvrewrite's own, run where none is named."""
-    return [*task_module().TASKS, *ruler.TASKS, *documents.TASKS]
+    return [*task_module().TASKS, *ruler.TASKS, *asked.TASKS, *documents.TASKS]
 
 
 def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -> list[Any]:
@@ -123,13 +94,14 @@ def make_questions(task: str, settings: Settings, tokens: int, tokenizer: Any) -
         return documents.make_passages(task, rows, **chosen, tokenizer=tokenizer)
     module = module_of(task)
     limit = getattr(module.TASKS[task], "max_new_tokens", 0)
+    given = {"data": dict(settings.data)[task]} if reads_file(task) else {}
     questions = []
     for i in range(settings.samples):
         try:
-            sample = module.make(task, tokens=tokens, seed=settings.seed * SEED_STEP + i, tokenizer=tokenizer)
+            sample = module.make(task, tokens=tokens, seed=settings.seed * SEED_STEP + i, tokenizer=tokenizer, **given)
         except ValueError as error:
             raise OptionError(f"{task} at {tokens} tokens: {error}") from error
-        questions.append(encode(sample, tokenizer, limit))
+        questions.append(encode(sample, tokenizer, getattr(sample, "limit", limit), one_line=module is task_module()))
     return questions
 
 
@@ -137,11 +109,12 @@ def check_data(settings: Settings, tasks: Sequence[str]) -> None:
     """Raises OptionError where a task lacks its file, or a file its task."""
     files = dict(settings.data)
     for task in files:
-        if task not in tasks or not is_scored(task):
-            raise OptionError(f"--data {task}=...: expected one of {', '.join(documents.TASKS)}, named by --task, too")
+        if task not in tasks or not reads_file(task):
+            reading = ", ".join([*documents.TASKS, *asked.TASKS, *ruler.WITH_DATA])
+            raise OptionError(f"--data {task}=...: expected one of {reading}, named by --task, too")
     for task in tasks:
-        if is_scored(task) and task not in files:
-            raise OptionError(f"{task} needs your documents: --data {task}=FILE (JSON, JSONL or plain text)")
+        if reads_file(task) and task not in files:
+            raise OptionError(f"{task} needs your documents: --data {task}=FILE (docs/measuring.md)")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -199,45 +172,6 @@ def run_cell(
 # results
 
 
-def describe(settings: Settings, source: Source) -> dict[str, Any]:
-    """Returns the settings as data. Those in `FIXED` must be the same to resume."""
-    return {
-        "model": str(settings.model),
-        "fingerprint": source.fingerprint(),
-        "samples": settings.samples,
-        "seed": settings.seed,
-        "dtype": source.dtype,
-        "device": str(source.device),
-        "batch_size": settings.batch_size,
-        "policies": [s.label for s in settings.policies],
-        "budgets": list(settings.budgets),
-        "modes": list(settings.modes),
-        "tasks": list(settings.tasks),
-        "tokens": list(settings.tokens),
-        "data": {task: file_hash(path) for task, path in settings.data},
-        "shard": list(settings.shard),
-    }
-
-
-def _earlier(path: Path, wanted: Mapping[str, Any], warn: Warn) -> dict[str, dict[str, Any]]:
-    """Returns the cells of an interrupted run that can be kept, by key."""
-    data = read_results(path)
-    for name in FIXED:
-        if data["settings"].get(name) != wanted[name]:
-            what = "the model's files" if name == "fingerprint" else name
-            shown = "" if name == "fingerprint" else f" ({data['settings'].get(name)} there, {wanted[name]} now)"
-            raise OptionError(f"--resume: {path} was made with another {what}{shown}; give another --out or --force")
-    for task, digest in wanted["data"].items():
-        if data["settings"].get("data", {}).get(task, digest) != digest:
-            raise OptionError(
-                f"--resume: {path} was made with other documents for {task}; give another --out or --force"
-            )
-    if data["versions"] != (now := versions()):
-        changed = [f"{k} {data['versions'].get(k)} -> {v}" for k, v in now.items() if data["versions"].get(k) != v]
-        warn(f"{path} was begun with other versions: {', '.join(changed)}")
-    return {cell_key(c): c for c in data["cells"] if c["status"] == "ok"}
-
-
 def evaluate(
     settings: Settings,
     *,
@@ -260,7 +194,8 @@ def evaluate(
     source = Source(settings.model, device=settings.device, dtype=settings.dtype, check=settings.check)
     _ = source.tokenizer  # a directory without one is refused once, not per cell
     described = describe(settings, source)
-    kept = _earlier(out, described, warn) if resume and out is not None and out.exists() else {}
+    before = earlier(out, described, warn) if resume and out is not None and out.exists() else {"cells": []}
+    there = {cell_key(c): c for c in before["cells"] if c["status"] == "ok"}
     planned = plan(settings)
     _warn_of(settings, source, planned, warn)
 
@@ -283,13 +218,18 @@ def evaluate(
         if not (mode == "aware" and task == "lm" and "blind" in settings.modes)  # it has no question: the same
     ]
     total = len(jobs) * settings.samples
-    runner = _Runner(settings, source, progress, total)
+    runner = _Runner(settings, source, progress, total, warn)
+    heat: dict[str, Any] = before.get("kept") or {"pieces": [], "rows": []}
+    if settings.record_kept:
+        results["kept"] = heat
     try:
         for arm, mode, tokens, task in jobs:
             cell = cell_of(arm, mode, task, tokens)
-            known = kept.get(cell_key(cell))
+            known = there.get(cell_key(cell))
             cells.append(known or {**cell, **runner.run(arm, mode, task, tokens)})
             runner.done += settings.samples
+            if settings.record_kept and cells[-1]["status"] == "ok" and not arm.is_baseline:
+                runner.record(arm, task, tokens, heat)
             compare(cells)
             if out is not None and known is None:
                 write_json(out, results)
@@ -303,31 +243,18 @@ def evaluate(
     return results
 
 
-def plan(settings: Settings) -> list[tuple[Arm, str]]:
-    """Returns which arms run in which modes, in order; of a shard, its part. The full cache is in the first shard."""
-    found = beside_baseline(settings.policies, settings.budgets)
-    if settings.breadth_first:
-        order: dict[int | float | None, int] = {budget: i for i, budget in enumerate(settings.budgets)}
-        found.sort(key=lambda arm: order.get(arm.budget, -1))
-    number, shards = settings.shard
-    mine = found[number::shards]
-    if settings.breadth_first:
-        pairs = [(arm, mode) for mode in settings.modes for arm in mine]
-    else:
-        pairs = [(arm, mode) for arm in mine for mode in settings.modes]
-    return ([(FULL_CACHE, BASELINE)] if number == 0 else []) + pairs
-
-
 class _Runner:
     """Runs cells one by one; keeps the samples, and the model while the arm stays the same."""
 
-    def __init__(self, settings: Settings, source: Source, progress: Progress, total: int):
+    def __init__(self, settings: Settings, source: Source, progress: Progress, total: int, warn: Warn):
         self.settings, self.source, self.progress, self.total = settings, source, progress, total
+        self.warn = warn
         self.done = 0
         self.samples: dict[tuple[str, int], list[Any]] = {}
         self.arm: Arm | None = None
         self.model: Any = None
         self.refusal: str | None = None
+        self.first_text: tuple[int, ...] | None = None
 
     def run(self, arm: Arm, mode: str, task: str, tokens: int) -> dict[str, Any]:
         """Returns a cell's results, or the reason why it was refused."""
@@ -352,6 +279,24 @@ class _Runner:
             return {"status": "refused", "reason": str(error)}
         except torch.OutOfMemoryError:
             return {"status": "refused", "reason": "out of memory; try a smaller --batch-size"}
+        except RuntimeError as error:  # of a kernel, say: the cells after it still run
+            self.warn(f"{name}, {task}: {type(error).__name__}: {error}")
+            return {"status": "refused", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+
+    def record(self, arm: Arm, task: str, tokens: int, heat: dict[str, Any]) -> None:
+        """Adds what an arm keeps of the first text to `heat`, once."""
+        if any((row["label"], row["budget"]) == (arm.spec.label, arm.budget) for row in heat["rows"]):
+            return
+        if self.first_text is None:
+            if (task, tokens) not in self.samples:
+                self.samples[task, tokens] = make_questions(task, self.settings, tokens, self.source.tokenizer)
+            self.first_text = self.samples[task, tokens][0].context
+            heat["pieces"] = kept.pieces(self.source.tokenizer, self.first_text)
+        if arm is not self.arm:
+            self._rewrite(arm)
+        if self.model is not None:
+            found = kept.record(self.model, self.first_text)
+            heat["rows"].append({"label": arm.spec.label, "budget": arm.budget, "heads": found})
 
     def _rewrite(self, arm: Arm) -> None:
         self.progress(f"{arm}: rewriting", self.done, self.total)

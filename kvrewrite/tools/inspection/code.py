@@ -16,6 +16,7 @@ from kvrewrite.ir.fx import ancestors, get_attr, is_size, module_path
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.tools.inspection.lines import Line, layout, wrapped
 from kvrewrite.tools.inspection.source import Renderer, Sizes, op_name
+from kvrewrite.tools.tables import ranges
 
 aten, ops = torch.ops.aten, torch.ops.kvrewrite
 MULTIPLIES = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default)
@@ -308,14 +309,3 @@ def fold(before: Iterable[SiteCode], after: Iterable[SiteCode] | None) -> list[G
         else:
             groups[key] = Group([b.layer], b, a)
     return list(groups.values())
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Formats numbers briefly: [0, 1, 2, 5] -> "0-2, 5"."""
-    spans: list[list[int]] = []
-    for n in sorted(numbers):
-        if spans and n == spans[-1][1] + 1:
-            spans[-1][1] = n
-        else:
-            spans.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
