@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.groups import At, Dense, Forecast, Logits, Repetition, Rotation, Tokens
-from kvrewrite.kernels.scores import compactor, lag, reference
+from kvrewrite.kernels.scores import compactor, lag, r_kv, reference
 from kvrewrite.kernels.scores import reconstruction as repeating
 from kvrewrite.kernels.update import reference as reference_evict
 from kvrewrite.ops.dispatch import unversioned
@@ -291,4 +291,28 @@ def _(repetition: Repetition, dense: Dense, k_pages: Tensor, table: Tensor, at: 
     return torch.empty_like(repetition.stored)
 
 
-unversioned("kvrewrite::surprisal", "kvrewrite::gate")
+@torch.library.custom_op("kvrewrite::recent_queries", mutates_args=("state",))
+def recent_queries(q: Tensor, state: Tensor, valid: Tensor) -> Tensor:
+    """The last W queries of each row (B, H, W, D); renews the state that holds them. See kernels/scores/r_kv.py."""
+    return r_kv.recent_queries(q, state, valid)
+
+
+@recent_queries.register_fake
+def _(q, state, valid):  # type: ignore[no-untyped-def]
+    return torch.empty_like(state)
+
+
+@torch.library.custom_op("kvrewrite::joint_scores", mutates_args=())
+def joint_scores(
+    queries: Tensor, keys: Tensor, places: Tensor, scale: float, kernel: int, share: float, evicts: Tensor
+) -> Tensor:
+    """R-KV's scores of all slots: (B, Hkv, N) fp32. See kernels/scores/r_kv.py."""
+    return r_kv.joint_scores(queries, keys, places, scale, kernel, share, evicts)
+
+
+@joint_scores.register_fake
+def _(queries, keys, places, scale, kernel, share, evicts):  # type: ignore[no-untyped-def]
+    return places.new_empty(places.shape, dtype=torch.float32)
+
+
+unversioned("kvrewrite::surprisal", "kvrewrite::gate", "kvrewrite::recent_queries")

@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("random", {"budget": 16, "seed": 3}),
     ("random_attention", {"budget": 14, "buffer": 3, "protect_prompt": False}),
     ("observed_attention", {"budget": 16}),
+    ("r_kv", {"budget": 14, "buffer": 3, "window": 3}),
     ("lagkv", {"budget": 16, "n_sink": 2, "lag_size": 5}),
     ("finch", {"budget": 16, "window": 6}),
     ("compactor", {"budget": 16, "start": 2, "recent_tokens": 2, "sketch": 6, "block": 9}),

@@ -632,6 +632,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "ranks": (ops.ranks, (mass, mass > 0.3)),
         "pool_window": (ops.pool_window, (mass, torch.tensor([9, 7, 5], dtype=torch.int32), 2, 3, True)),
         "key_difference": (ops.key_difference, (torch.randn(B, HKV, 9, D), places)),
+        "recent_queries": (ops.recent_queries, (fresh.q, torch.randn(B, HKV * GROUP, 4, D), fresh.valid)),
+        "joint_scores": (
+            ops.joint_scores,
+            (torch.randn(B, HKV * GROUP, 2, D), torch.randn(B, HKV, 9, D), places, 0.3, 3, 0.1, recent),
+        ),
         "lag_scores": (ops.lag_scores, (torch.randn(B, HKV, 9, D), torch.randn(B, HKV, 9, D), fresh.valid, 1, 3, True)),
         "leverage": (ops.leverage, (fresh.k, torch.randn(HKV, D, 2), fresh.valid, 0, 0)),
         "block_column_mass": (ops.block_column_mass, (fresh.q, fresh.k, fresh.valid, 2, 0, 1)),

@@ -26,6 +26,7 @@ from tests.support.oracle_newer import (
     ObservedAttentionRule,
     QFiltersRule,
     RandomAttentionRule,
+    RKVRule,
 )
 from tests.support.oracle_rules import (
     AttentionGateRule,
@@ -496,6 +497,16 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 9, "start": 3, "chunk": 7},
         DuoRule(retrieval=[[True, False], [True, False], [False, True]], start=3, recent=6, chunk=7),
     ),
+    "r_kv": (
+        "r_kv",
+        {"budget": 11, "buffer": 3, "window": 3, "kernel": 3},
+        RKVRule(budget=11, buffer=3, recent=3, kernel=3),
+    ),
+    "r_kv, chunks, fraction": (
+        "r_kv",
+        {"budget": 0.5, "buffer": 1, "window": 4, "share": 0.6, "chunk": 9},
+        RKVRule(budget=0.5, buffer=1, recent=4, share=0.6, chunk=9),
+    ),
     "qfilters, chunks, contiguous": (
         "qfilters",
         {"budget": 10, "window": 3, "chunk": 7, "positions": "contiguous"},
@@ -596,6 +607,11 @@ PROTECTED: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "sirllm",
         {**PROTECT, "start": 1, "decay": 0.5},
         SirLLMRule(budget=28, sinks=1, decay=0.5, chunk=512, protect=True),
+    ),
+    "r_kv, prompt protected": (
+        "r_kv",
+        {**PROTECT, "buffer": 2, "window": 3},
+        RKVRule(budget=28, buffer=2, recent=3, protect=True),
     ),
     "keydiff, prompt protected": ("keydiff", {**PROTECT, "chunk": 6}, KeyDiffRule(budget=28, chunk=6, protect=True)),
     "trim_kv, prompt protected": (
@@ -1046,6 +1062,10 @@ def test_oracle_gate_flags_half() -> None:
             )
         ],
         ("qfilters", {"window": -1}, "window is -1"),
+        ("r_kv", {"kernel": 4}, "kernel is 4"),
+        ("r_kv", {"share": 1.5}, "share is 1.5"),
+        ("r_kv", {"buffer": 0}, "buffer is 0"),
+        ("r_kv", {"positions": "contiguous"}, "positions contiguous"),
         ("finch", {"window": 0}, "window is 0"),
         ("finch", {"budget": 32}, "budget is 32"),
         ("lagkv", {"n_sink": -1}, "n_sink is -1"),

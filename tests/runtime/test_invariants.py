@@ -92,6 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "non_causal_attn": {"block": 7},
     "pyramidkv": {"window": 4, "kernel": 3, "beta": 4},
     "qfilters": {"window": 3},
+    "r_kv": {"buffer": 3, "window": 3, "kernel": 3},
     "random": {},
     "random_attention": {"buffer": 3, "protect_prompt": False},
     "scissorhands": {"recent_tokens": 3},

@@ -55,6 +55,7 @@ class Layer:
     attention: list[dict[int, dict[int, float]]]
     inputs: list[Tensor] = field(default_factory=list)  # token -> what the projections read; all tokens so far
     queries: list[Tensor] = field(default_factory=list)  # query head -> (T, d), not rotated; tokens of this part
+    rotated_queries: dict[int, list[Tensor]] = field(default_factory=dict)  # query head -> of all tokens; rules keep it
     projected: Tensor = field(default_factory=lambda: torch.zeros(0))  # [q | k | v] (T, ...) of this part
     head_slots: list[int] | None = None  # budgets of the heads as the last prompt left them
     counted_from: int = 0  # queries before this position don't count any more

@@ -195,3 +195,53 @@ class QFiltersRule(Scored):
 
     def scores(self, layer: Layer, moment: Moment) -> Scores:
         return [[e.score for e in entries] for entries in layer.heads]
+
+
+@dataclass(kw_only=True)
+class RKVRule(Scored):
+    """A full buffer is cut down by importance to the last queries less redundancy among keys."""
+
+    buffer: int
+    kernel: int = 7
+    share: float = 0.1
+
+    def arrive(self, layer: Layer, count: int) -> None:
+        seen = layer.heads[0][-1].position + 1
+        places = list(range(seen - count, seen))
+        for g, new in enumerate(layer.queries):
+            layer.rotated_queries.setdefault(g, []).extend(rotate(new, places, layer.theta))
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        out = []
+        for h, entries in enumerate(layer.heads):
+            keys = [layer.rotated(e) for e in entries]
+            important, redundant = self.importance(layer, h, keys), self.redundancy(keys)
+            mixed = [self.share * a - (1 - self.share) * b for a, b in zip(important, redundant)]
+            out.append(mixed + [0.0] * (len(entries) - len(mixed)))
+        return out
+
+    def importance(self, layer: Layer, head: int, keys: list[Tensor]) -> list[float]:
+        assert self.recent is not None
+        before = keys[: -self.recent]
+        total = [0.0] * len(before)
+        last = list(zip(*(layer.rotated_queries[g][-self.recent :] for g in layer.group(head))))
+        for group in last if before else ():
+            logits = [max(float(q @ k) for q in group) / k.shape[0] ** 0.5 for k in before]
+            weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0).tolist()
+            total = [t + w / len(last) for t, w in zip(total, weights)]
+        side = self.kernel // 2
+        return [max(total[max(0, j - side) : j + side + 1]) for j in range(len(total))]
+
+    def redundancy(self, keys: list[Tensor]) -> list[float]:
+        likeness = [[float(a @ b) / (length(a) * length(b)) for b in keys] for a in keys]
+        for i, row in enumerate(likeness):
+            row[i] = 0.0
+            like = [j for j, x in enumerate(row) if x > 0.5]
+            if like:
+                row[like[-1]] = 0.0
+        means = [sum(column) / len(keys) for column in zip(*likeness)]
+        return torch.softmax(torch.tensor(means, dtype=torch.float64), dim=0).tolist()
+
+    def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
+        full = len(layer.heads[0]) >= fraction(self.budget, moment.total, self.recent or 0) + self.buffer
+        return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads
