@@ -213,6 +213,29 @@ def test_scores_are_those_of_the_unmodified_model(base, task_files):
         assert total == pytest.approx(expected, abs=1e-3)
 
 
+def test_requests_in_batches_score_as_they_do_alone(base, task_files):
+    """Under eviction, rows of different lengths beside each other; choices of one token share a row."""
+    from types import SimpleNamespace
+
+    import kvrewrite
+    from kvrewrite.tools.subjects import Source
+
+    source = Source(base)
+    model = kvrewrite.transform(source.base, "streaming_llm", budget=8, chunk=8)
+    pairs = [(TEXT[i : i + 80 + 30 * i], ending) for i in range(3) for ending in (" fox", " lazy dog", "s", "t")]
+    requests = [SimpleNamespace(args=p) for p in pairs]
+    scores = {}
+    for size in (1, 4):
+        lm, calls = harness._model_class()(model, source.tokenizer, size, None), []
+        real = lm._last_logits
+        lm._last_logits = lambda rows, columns, real=real, calls=calls: calls.append(len(rows)) or real(rows, columns)
+        scores[size] = lm.loglikelihood(requests, disable_tqdm=True)
+        assert lm.counts == {"requests": 12, "evicted": 12}
+        assert max(calls) == size and sum(calls) <= 9  # "s" and "t" follow the same row
+    for (one, first), (other, second) in zip(scores[1], scores[4], strict=True):
+        assert other == pytest.approx(one, abs=1e-4) and first == second
+
+
 def test_a_model_that_lm_eval_is_given_says_what_scores_are(base, task_files):
     """In one pass they are the full cache's, with a warning; with chunk=1 every token sees what was kept before it."""
     from types import SimpleNamespace

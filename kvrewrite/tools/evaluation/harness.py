@@ -18,11 +18,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 from kvrewrite.policies import Policy
+from kvrewrite.tools.evaluation.ask import pad_left
 from kvrewrite.tools.evaluation.cells import BASELINE
 from kvrewrite.tools.evaluation.run import Progress
 from kvrewrite.tools.evaluation.settings import Settings, Warn, describe
@@ -69,6 +74,13 @@ def scoring_warning(policy: Policy) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
+def _likelihood(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """The log-likelihood of tokens (n), and whether each is the first choice. logits: (n, vocabulary)."""
+    scores, wanted = torch.log_softmax(logits.float(), -1), torch.tensor(tokens, device=logits.device)
+    picked = scores.gather(1, wanted[:, None])
+    return float(picked.sum()), bool((scores.argmax(1) == wanted).all())
+
+
 def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
 
@@ -85,15 +97,32 @@ def _model_class() -> Any:
             )
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            # One by one: lm-eval pads rows on the right without a mask, and a policy would count the padding.
-            for _, context, continuation in requests:
-                length = min(len(context) + len(continuation), self.max_length + 1) - 1
-                self._count(evicts_within(self.rewritten.policy, length, self.layers))
-            before, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
-            try:
-                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-            finally:
-                self.batch_size_per_gpu = before
+            # lm-eval pads rows on the right without a mask, and a policy would count the padding. Requests that differ in
+            # their last token alone (choices of one token) share a row, as there.
+            rows: dict[tuple[int, ...], list[int]] = {}
+            for i, (_, context, continuation) in enumerate(requests):
+                row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+                self._count(evicts_within(self.rewritten.policy, len(row), self.layers))
+                rows.setdefault(row, []).append(i)
+            answers: list[Any] = [None] * len(requests)
+            ordered, size = sorted(rows, key=len, reverse=True), int(override_bs or self.batch_size_per_gpu)
+            for at in range(0, len(ordered), size):
+                batch = ordered[at : at + size]
+                logits = self._last_logits(batch, max(len(requests[i][2]) for row in batch for i in rows[row]))
+                for row, of_row in zip(batch, logits):
+                    for i in rows[row]:
+                        key, _, continuation = requests[i]
+                        answers[i] = _likelihood(of_row[-len(continuation) :], continuation)
+                        if key is not None:
+                            self.cache_hook.add_partial("loglikelihood", key, answers[i])
+            return answers
+
+        def _last_logits(self, rows: Sequence[Sequence[int]], columns: int) -> Tensor:
+            """The logits of each row's last columns, (rows, columns, vocabulary)."""
+            ids, mask = (x.to(self.rewritten.device) for x in pad_left(rows, 0))
+            with torch.no_grad():
+                found: Tensor = self.rewritten(ids, attention_mask=mask, logits_to_keep=columns).logits
+            return found
 
         def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
             for length in kwargs["attention_mask"].sum(1).tolist():
