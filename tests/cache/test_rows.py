@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import kvrewrite
 from kvrewrite.errors import CacheError
 from tests.cache.test_cache import GREEDY, check_pages, tokens
 from tests.runtime.test_decoding import static
@@ -201,3 +203,35 @@ def test_inference_mode_inside_and_outside(policy: str, options: dict[str, Any],
         results.append(torch.cat(out, 1).clone())
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
     assert not any(x.is_inference() for lease in cache.leases for x in (lease.lens, lease.store.k_pages, lease.table))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_questions_alone_on_a_saved_text(tmp_path: Path, side: str) -> None:
+    """New ids alone, of three lengths, padded on either side, on a loaded cache of one row with a pinned span."""
+    model = rewritten("llama", "h2o", budget=70)
+    model.prefill(tokens(1, 150), pin=(5, 9)).save(tmp_path / "a")
+    cache = kvrewrite.load_cache(model, tmp_path / "a")
+    lengths, questions = (9, 4, 7), tokens(3, 9, seed=1)
+    mask = torch.ones(3, 159, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        pads = slice(150, 159 - n) if side == "left" else slice(150 + n, 159)
+        mask[row, pads] = 0
+    rows = cache.fork()
+    rows.batch_repeat_interleave(3)
+    got = model(questions, attention_mask=mask, cache=rows).logits
+    for row in range(3):
+        alone, real = cache.fork(), mask[row, 150:].bool()
+        expected = model(questions[row : row + 1, real], cache=alone).logits
+        torch.testing.assert_close(got[row, real], expected[0], rtol=0, atol=1e-5)
+        assert {layer: held[row] for layer, held in rows.positions().items()} == {
+            layer: held[0] for layer, held in alone.positions().items()
+        }
+    assert rows.pins == [((5, 9),)] * 3
+    if side == "left":
+        made = model.generate(questions, attention_mask=mask, cache=cache, max_new_tokens=4, **GREEDY)
+        assert made.shape == (3, 13) and cache.batch_size == 1 and cache.seen == [150]
+        for row in range(3):
+            alone = questions[row : row + 1, mask[row, 150:].bool()]
+            whole = torch.ones(1, 150 + alone.shape[1], dtype=torch.long)
+            expected = model.generate(alone, attention_mask=whole, cache=cache.fork(), max_new_tokens=4, **GREEDY)
+            assert made[row, 9:].tolist() == expected[0, alone.shape[1] :].tolist()

@@ -8,12 +8,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import kvrewrite
 from kvrewrite.cache.eviction_cache import EvictionCache
 from tests.cache.test_cache import GREEDY, check_pages, tokens
 from tests.runtime.test_decoding import static
@@ -159,3 +161,31 @@ def test_captured_steps_in_threads() -> None:
     expected = [answer(model, text, cache.fork(), steps=40) for text in asked]
     for _ in range(3):
         assert at_once([partial(on_a_fork, model, text, cache, steps=40) for text in asked]) == expected
+
+
+@pytest.mark.parametrize("make", [pytest.param(rewritten, marks=pytest.mark.thorough), static])
+def test_eight_threads_with_caches_of_every_kind(tmp_path: Path, make: Any) -> None:
+    """Plain ones, pinned ones (whose steps are another graph over the same pools), forks, and loaded files."""
+    model = make("llama", "h2o", budget=40)
+    texts = [tokens(1, 60 + 5 * i, seed=i) for i in range(8)]
+    model.prefill(texts[3][:, :50], pin=(4, 9)).save(tmp_path / "doc")
+
+    def talk(i: int) -> tuple[list[int], Any]:
+        if i % 4 == 3:
+            cache = kvrewrite.load_cache(model, tmp_path / "doc")
+            text = torch.cat([cache.ids(), texts[i][:, :9]], 1)
+        else:
+            cache, text = model.new_cache(1), texts[i]
+        if i % 4 == 1:
+            cache.pin(3, 8)
+        made = answer(model, text, cache, 8)
+        if i % 4 == 2:
+            twin = cache.fork()
+            twin.drop(0, 5)
+            made = answer(model, torch.cat([twin.ids(), texts[0][:, :6]], 1), twin, 8)
+            cache = twin
+        return made, cache.positions()
+
+    expected = [talk(i) for i in range(8)]
+    for _ in range(2):
+        assert at_once([partial(talk, i) for i in range(8)]) == expected

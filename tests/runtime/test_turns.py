@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -220,6 +221,23 @@ def test_a_chat_is_the_text_that_its_template_writes(directory: Path, think: boo
     assert max(conversation.cache.seen) > 2 * 48
     assert mismatches > 0  # this is about something
     assert conversation.memory().live <= 2 * 2 * 48 * (2 * 8 * 4 + 12) + conversation.cache.history.nbytes
+
+
+@pytest.mark.thorough
+def test_two_hundred_turns(directory: Path) -> None:
+    """Memory stays where it was after the first turns, and the system prompt is held to the end."""
+    model, tokenizer = kvrewrite.load(directory), read_tokenizer(str(directory))
+    talk, held = kvrewrite.chat(model, tokenizer, system="Sea shells."), []
+    words = ("The fox", "jumps?", "She sells", "by the shore")
+    for turn in range(200):
+        talk.ask(words[turn % 4], max_new_tokens=4, do_sample=False, eos_token_id=None)
+        talk.messages = [talk.messages[0], *talk.messages[-6:]]  # a model of 256 positions; older turns are left out
+        memory = talk.memory()
+        held.append((memory.live, memory.leased, memory.reserved, memory.checkpoints))
+        for layer in talk.cache.positions().values():
+            assert all(set(range(talk.pinned)) <= set(head) for head in layer[0])
+    early, late = (np.array(held[part]).max(0) for part in (slice(20, 60), slice(60, 200)))
+    assert talk.pinned > 5 and (late <= early).all()
 
 
 def test_a_turn_that_fails_leaves_the_conversation(directory: Path) -> None:
