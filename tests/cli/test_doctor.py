@@ -24,10 +24,11 @@ def states(found: list[doctor.Finding], area: str) -> dict[str, str]:
 def test_this_machine() -> None:
     done = CliRunner().invoke(app.main, ["doctor"])
     assert done.exit_code == 0, done.output
-    assert f"kvrewrite {kvrewrite.__version__}" in done.output and f"torch {torch.__version__}" in done.output
+    have = f"torch {importlib.metadata.version('torch')}"  # torch.__version__ may say what it was built for, too
+    assert f"kvrewrite {kvrewrite.__version__}" in done.output and have in done.output
     assert max(map(len, done.output.splitlines())) <= 100
     found = json.loads(CliRunner().invoke(app.main, ["doctor", "--json"]).output)
-    assert {"area": "versions", "state": "ok", "text": f"torch {torch.__version__}"} in found
+    assert {"area": "versions", "state": "ok", "text": have} in found
 
 
 def test_versions_that_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
