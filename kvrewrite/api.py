@@ -55,8 +55,8 @@ def transform(
     Args:
         model: any causal LM of transformers (also with peft adapters, quantized by torchao, or with layers on several
             devices), or any `nn.Module` whose forward(input_ids) returns logits (B, T, vocabulary).
-        policy: a name (`kvrewrite policies` lists them) or a `Policy`. Without one, `keydiff` keeps a quarter of the
-            text, and a warning says so.
+        policy: a name (`kvrewrite policies` lists them) or a `Policy`. Without one, `keydiff` keeps 2048 tokens in
+            each head, and a warning says so.
         policy_weights: a safetensors file or tensors of the policy's trained heads.
         max_length: the length at which to fix RoPE if it depends on the length (dynamic NTK).
         check: what to prove by running the rewritten graph beside the captured one (on the CPU, in float64, with

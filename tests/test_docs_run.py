@@ -1,8 +1,8 @@
 """What README and docs/ print works: blocks marked `<!-- run -->` run in order, and every `kvrewrite` line is a command's.
 
 A mark stands on the line before a fenced block. `<!-- run -->`: in the default tier; `<!-- run: thorough -->`: with
-`-m thorough`. Blocks of a page share one folder and one namespace. There are MODEL (a tiny checkpoint), small and out (the
-same, converted), report.txt and question.txt; `given` has the names that Python blocks may use.
+`-m thorough`. Blocks of a page share one folder and one namespace. There are MODEL and smollm2 (a tiny checkpoint), small and
+out (the same, converted), report.txt and question.txt; `given` has the names that Python blocks may use.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     make_checkpoint(folder / "MODEL", max_position_embeddings=4096)
     (folder / "MODEL" / "chat_template.jinja").write_text(TEMPLATE)
+    shutil.copytree(folder / "MODEL", folder / "smollm2")  # the guide's
     for out in ("small", "out"):
         kvrewrite.convert(folder / "MODEL", folder / out, "keydiff", budget=0.25, chunk=64, check="off")
     (folder / "report.txt").write_text(TEXT * 2)

@@ -18,7 +18,9 @@ STAGES = 5  # that `convert` reports: building, capturing, finding, inserting, w
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--policy", "-p", help="See `kvrewrite policies`. Default: chosen for --memory, or keydiff at 25%.")
+@click.option(
+    "--policy", "-p", help="See `kvrewrite policies`. Default: chosen for --memory, or keydiff with 2048 slots."
+)
 @click.option(
     "--memory",
     "memory_text",
@@ -98,7 +100,7 @@ def convert(
 
     \b
     Examples:
-      kvrewrite convert MODEL --policy keydiff --budget 25% --out small
+      kvrewrite convert MODEL --policy keydiff --budget 1024 --out small
       kvrewrite convert MODEL --memory 8GiB --context 131072 --out small
     """
     from kvrewrite import policies
