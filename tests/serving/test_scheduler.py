@@ -88,6 +88,23 @@ def test_requests_at_once_are_what_each_is_alone(parts: Any, engine: serving.Eng
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("scope", ["head", "model"])
+def test_prompts_that_are_read_twice(folder: Any, parts: Any, scope: str) -> None:
+    """KVzip's repetitions go through in between the others' segments and tokens."""
+    out = folder / f"kvzip-{scope}"
+    kvrewrite.convert(folder / "model", out, "kvzip", budget=0.4, repeat_chunk=24, scope=scope, repeat_prompt="3,4")
+    twice = kvrewrite.load(out), parts[1]
+    generator, engine = random.Random(5), serving.Engine(*twice, capacity=serving.Capacity(prompt_tokens=64))
+    try:
+        found = again(asked(twice, bodies(generator, 8, 90, len(parts[1]))), 16, generator, 0.2)
+        serve(engine, found, at_once=8)
+        assert [a.body for a in found if not a.right] == []
+        assert empty(engine) and engine.failed == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.thorough
 def test_ten_thousand_requests(parts: Any) -> None:
     """Their answers, the memory after them, and the time between two tokens (printed)."""
     psutil = pytest.importorskip("psutil")
