@@ -303,7 +303,7 @@ def test_artifact(tmp_path: Path) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(loaded.generate(ids, **options), ours.generate(ids, **options))
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--no-code"], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0 and "16 + 8 cached" in shown.output and "mla=latent" in shown.output, shown.output
+    assert shown.exit_code == 0 and "16 + 8, cached" in shown.output and "mla=latent" in shown.output, shown.output
     loaded.compile(static_decode=True, backend="eager")
     assert torch.equal(loaded.generate(ids, **options), ours.generate(ids, **options))
     report = verify(tmp_path / "out")

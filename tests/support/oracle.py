@@ -59,6 +59,8 @@ class Layer:
     projected: Tensor = field(default_factory=lambda: torch.zeros(0))  # [q | k | v] (T, ...) of this part
     head_slots: list[int] | None = None  # budgets of the heads as the last prompt left them
     counted_from: int = 0  # queries before this position don't count any more
+    longest: int = 0  # slots of the longest head of any layer, before this part
+    row_place: int = 0  # what this part's first key is rotated by where heads are as long as that one
 
     def group(self, head: int) -> range:
         """The query heads of a kv head."""
@@ -147,6 +149,7 @@ class Oracle:
         self.part = self.after = ""
         self.raw: dict[tuple[int, str], Tensor] = {}
         self.places: dict[tuple[int, int], int] = {}  # of the next token, by layer and head
+        self.row_place = 0  # of the next token, where heads are as long as the longest
         self.last_logits: Tensor | None = None
 
     def prompt(self, ids: list[int]) -> Tensor:
@@ -231,6 +234,12 @@ class Oracle:
     def _forward(self, ids: list[int]) -> Tensor:
         """The model with this file's attention; new entries are appended to the caches."""
         attention, hooks = self.config._attn_implementation, []
+        longest = max(len(head) for layer in self.layers for head in layer.heads)
+        if self.rule.contiguous and self.rule.renews(self.part, self.after):
+            self.row_place = longest
+        for layer in self.layers:
+            layer.longest, layer.row_place = longest, self.row_place if self.rule.contiguous else self.seen
+        self.row_place += len(ids)
         for i, layer in enumerate(self.model.model.layers):  # type: ignore[union-attr, arg-type]
             for name in ("q_proj", "k_proj", "v_proj"):
                 hooks.append(getattr(layer.self_attn, name).register_forward_hook(self._remember(i, name)))

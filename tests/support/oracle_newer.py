@@ -178,20 +178,22 @@ class RandomAttentionRule(Scored):
         ]
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        full = len(layer.heads[0]) >= fraction(self.budget, moment.total, self.buffer) + self.buffer
+        full = layer.longest + 1 >= fraction(self.budget, moment.total, self.buffer) + self.buffer
         return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads
 
 
 @dataclass(kw_only=True)
 class QFiltersRule(Scored):
-    """Keys with the largest part against the filters, as they are rotated when they come; filters: layer -> (kv heads, D)."""
+    """Keys with the largest part against the filters, as they are rotated when they come, which is the same for all heads;
+    filters: layer -> (kv heads, D)."""
 
     filters: list[Tensor]
 
     def arrive(self, layer: Layer, count: int) -> None:
         for h, entries in enumerate(layer.heads):
-            for e in entries[len(entries) - count :]:
-                e.score = -float(self.filters[layer.index][h].double() @ layer.rotated(e))
+            for t, e in enumerate(entries[len(entries) - count :]):
+                key = rotate(e.key[None], [layer.row_place + t], layer.theta)[0]
+                e.score = -float(self.filters[layer.index][h].double() @ key)
 
     def scores(self, layer: Layer, moment: Moment) -> Scores:
         return [[e.score for e in entries] for entries in layer.heads]
@@ -243,5 +245,5 @@ class RKVRule(Scored):
         return torch.softmax(torch.tensor(means, dtype=torch.float64), dim=0).tolist()
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        full = len(layer.heads[0]) >= fraction(self.budget, moment.total, self.recent or 0) + self.buffer
+        full = layer.longest + 1 >= fraction(self.budget, moment.total, self.recent or 0) + self.buffer
         return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads
