@@ -153,10 +153,10 @@ def test_link(base, tmp_path):
     [
         (["--policy", "streming_llm"], "did you mean 'streaming_llm'"),
         (["-o", "sinks=4"], "has no option 'sinks'"),
-        (["-o", "start=four"], "expected an integer"),
+        (["--policy", "streaming_llm", "-o", "start=four"], "expected an integer"),
         (["-o", "decode_eviction=maybe"], "expected true or false"),
         (["--budget", "0"], "expected a fraction such as 0.25 or a whole number of slots"),
-        (["--budget", "4"], "expected a budget above 4"),
+        (["--policy", "streaming_llm", "--budget", "4"], "expected a budget above 4"),
         (["--policy", "h2o", "--budget", "8", "-o", "recent_tokens=8"], "expected a budget above 8"),
         (["--policy", "locret", "--budget", "64", "-o", "stabilizers=8"], "policy weights"),
         (["--policy-weights", "nowhere.safetensors"], "nowhere.safetensors"),

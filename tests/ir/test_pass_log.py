@@ -26,8 +26,8 @@ LOWERED = ["fold_heads"] + [
     f"prefill_{p}" for p in ("rank_all_layers", "fuse_reads", "rotate_both", "overlap", "fuse_gates", "erase_dead")
 ]
 DECODE = [
-    "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates", "rotate_keys_in_attention",
-    "fuse_linears", "fuse_norms", "erase_dead",
+    "nothing_repeats", "fuse_reads", "ignore_flags", "fuse_mass", "take_the_only_row", "keep_pages", "fuse_updates",
+    "rotate_keys_in_attention", "fuse_linears", "fuse_norms", "erase_dead",
 ]  # fmt: skip
 CODE = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})

@@ -663,6 +663,8 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ),
         ),
         "entering": (ops.entering, (fresh.positions, fresh.valid, repeated_slots()[1], HKV)),
+        "pin_scores": (ops.pin_scores, (mass, places, [recent - 1, recent + 3], [recent, recent + 5])),
+        "unhide_pinned": (ops.unhide_pinned, (scores[0] > 0, fresh.positions, [recent - 1], [recent + 2])),
         "kept_above": (ops.kept_above, (mass, places, recent, keep, recent, 0.5, 7, 0)),
         "share_layers": (ops.share_layers, ([mass, mass], [places, places], [keep - 5, keep - 4], recent, 1)),
         "gate": (
@@ -784,10 +786,11 @@ def test_every_op_is_checked() -> None:
     # The backend's own op marks where a cache is, takes a handle instead of tensors and never runs (tests/dynamo).
     # Those of training are there only once something trains (test_gated_attention_backward.py). Carried states and latents
     # have their own files (tests/passes/test_carry_state.py, tests/cache/test_latent.py), and so have budgets that heads of
-    # several processes share (tests/passes/test_shard.py).
+    # several processes share (tests/passes/test_shard.py) and sums over processes (tests/runtime/test_parallel.py).
     elsewhere = {
         "through_cache", "gated_attention", "gated_attention_backward", "linear_scan", "decayed_sum", "cached_sum", "cached_scan",
         "cached_past", "with_past", "latent_attention", "shared_budgets", "share_layers_together",
+        "sum_ranks",
     }  # fmt: skip
     assert defined - elsewhere == {name.split(",")[0] for name in calls()}
 

@@ -11,8 +11,8 @@ import pytest
 
 import kvrewrite
 
-# First words of model types that are also words of the field: data2vec, flex_olmo, seed_oss, ...
-WORDS = {"data", "embedding", "fast", "flex", "mask", "recurrent", "seed", "step", "table"}
+# First words of model types that are also words of the field: data2vec, flex_olmo, prompt_depth_anything, seed_oss, ...
+WORDS = {"data", "embedding", "fast", "flex", "mask", "prompt", "recurrent", "seed", "step", "table", "time"}
 PASSES = sorted((Path(kvrewrite.__file__).parent.parent / "passes").rglob("*.py"))
 
 

@@ -299,7 +299,7 @@ def test_what_was_proved_is_said() -> None:
     proof = small.program.proof
     assert proof is not None and proof["check"] == "full" and proof["sites"] == proof["distinct"] == 1
     assert {1, 2, 3, 40, 41, 42, MOST} <= set(proof["lengths"]) and MOST in proof["rest"] and 1 in proof["whole"]
-    assert proof["masks"] == MOST and f"at every distance, on up to {MOST} tokens" in proof_text(proof)
+    assert proof["masks"] == MOST and f"recognized, at every distance up to {MOST} tokens" in proof_text(proof)
 
 
 def test_what_is_done_for_one_token_id_alone_is_seen() -> None:
