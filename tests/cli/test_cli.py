@@ -98,7 +98,7 @@ def test_verify_says_what_is_broken(converted, tmp_path):
     (broken / "tokenizer.json").write_text("{}")
     done = call("verify", str(broken))
     assert done.exit_code == 1
-    assert "tokenizer.json" in done.stdout
+    assert "tokenizer.json" in re.sub(r"[\s│]", "", done.stdout)  # a long path is broken into lines
     assert "verification failed: hashes" in done.stderr
 
 
