@@ -101,6 +101,7 @@ FULL = {
     "locret heads and layers",
     "adakv pyramid",
     "keydiff heads",
+    "qfilters, heads",
     "knorm pyramid",
     "fast_kvzip, by layer",
     "nacl pyramid",

@@ -259,7 +259,7 @@ class TrimKVRule(Scored):
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         slots, _ = self.slots(layer, moment)
-        if len(layer.heads[0]) < slots + self.buffer:
+        if layer.longest < slots + self.buffer:
             return layer.heads
         return super().keep(layer, moment)
 

@@ -59,7 +59,7 @@ class Layer:
     projected: Tensor = field(default_factory=lambda: torch.zeros(0))  # [q | k | v] (T, ...) of this part
     head_slots: list[int] | None = None  # budgets of the heads as the last prompt left them
     counted_from: int = 0  # queries before this position don't count any more
-    longest: int = 0  # slots of the longest head of any layer, before this part
+    longest: int = 0  # slots of the longest head of any layer, with this part's tokens
     row_place: int = 0  # what this part's first key is rotated by where heads are as long as that one
 
     def group(self, head: int) -> range:
@@ -238,7 +238,8 @@ class Oracle:
         if self.rule.contiguous and self.rule.renews(self.part, self.after):
             self.row_place = longest
         for layer in self.layers:
-            layer.longest, layer.row_place = longest, self.row_place if self.rule.contiguous else self.seen
+            layer.longest = longest + len(ids)
+            layer.row_place = self.row_place if self.rule.contiguous else self.seen
         self.row_place += len(ids)
         for i, layer in enumerate(self.model.model.layers):  # type: ignore[union-attr, arg-type]
             for name in ("q_proj", "k_proj", "v_proj"):

@@ -178,7 +178,7 @@ class RandomAttentionRule(Scored):
         ]
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        full = layer.longest + 1 >= fraction(self.budget, moment.total, self.buffer) + self.buffer
+        full = layer.longest >= fraction(self.budget, moment.total, self.buffer) + self.buffer
         return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads
 
 
@@ -245,5 +245,5 @@ class RKVRule(Scored):
         return torch.softmax(torch.tensor(means, dtype=torch.float64), dim=0).tolist()
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
-        full = layer.longest + 1 >= fraction(self.budget, moment.total, self.recent or 0) + self.buffer
+        full = layer.longest >= fraction(self.budget, moment.total, self.recent or 0) + self.buffer
         return super().keep(layer, moment) if full or moment.part != "decode" else layer.heads

@@ -287,7 +287,7 @@ class ScissorhandsRule(Scored):
 
     def slots(self, layer: Layer, moment: Moment) -> tuple[int, int]:
         slots, recent = super().slots(layer, moment)
-        if len(layer.heads[0]) > slots:
+        if layer.longest > slots:
             return max(slots - int(self.drop * slots), recent + 1), recent
         return slots, recent
 
@@ -303,7 +303,7 @@ class ScissorhandsRule(Scored):
 
     def keep(self, layer: Layer, moment: Moment) -> list[list[Entry]]:
         kept = super().keep(layer, moment)
-        if len(kept[0]) < len(layer.heads[0]):
+        if layer.longest > super().slots(layer, moment)[0]:
             layer.counted_from = moment.seen
         return kept
 
