@@ -29,6 +29,11 @@ def reserve(group: Any, device: torch.device) -> None:
     _BUFFERS[group] = buffer
 
 
+def forget() -> None:
+    """Drops all buffers: their groups are about to end, and a later group may have the name of one of them."""
+    _BUFFERS.clear()
+
+
 @torch.library.custom_op("kvrewrite::sum_ranks", mutates_args=())
 def sum_ranks(x: Tensor, group: str) -> Tensor:
     """The sum of all ranks' x, of any shape; the same bits on each rank."""

@@ -69,6 +69,7 @@ def leave() -> None:
     them to go: torch.distributed.destroy_process_group alone would wait for ever where garbage still has one."""
     gc.collect()
     dist.barrier()
+    sums.forget()
     dist.destroy_process_group()
 
 
