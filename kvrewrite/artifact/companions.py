@@ -128,3 +128,24 @@ def read_tokenizer(directory: str | Path) -> Any:
         raise ArtifactError(
             f"the tokenizer in {directory} can't be opened{code}: {str(error).strip()[:400]}"
         ) from error
+
+
+def read_original(directory: Path, dtype: str, advice: str, tokenizer: Any = None) -> tuple[Any, Any]:
+    """The model of a directory that save_pretrained wrote, and its tokenizer where none is given. advice: what to do with one
+    that kvrewrite wrote, which is refused. Raises ArtifactError."""
+    from transformers import AutoModelForCausalLM
+
+    from kvrewrite.artifact.directory import is_artifact
+
+    if not (directory / "config.json").is_file():
+        raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
+    if is_artifact(directory):
+        raise ArtifactError(f"{directory} is a converted model; {advice}")
+    wanted: Any = dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
+        )
+        return model, tokenizer or read_tokenizer(directory)
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error

@@ -19,8 +19,8 @@ from kvrewrite.errors import CacheError
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies.segments import UNLIMITED
 
+CHECKPOINTS = 4  # that a cache remembers
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
-CHECKPOINTS = 4
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 

@@ -231,7 +231,6 @@ def _check_usage(
 
 def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool, html: Path | None) -> None:
     from kvrewrite.tools.evaluation.page import page
-    from kvrewrite.tools.evaluation.report import tables
     from kvrewrite.tools.evaluation.run import evaluate as run
 
     started = time.perf_counter()
@@ -247,12 +246,7 @@ def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool, htm
     if as_json:
         print_json(results)
         return
-    console = stdout_console()
-    shown, reasons = tables(results, console.width)
-    for table in shown:
-        console.print(table)
-    for i, reason in enumerate(reasons):
-        click.echo(f"[{i + 1}] {reason}")
+    print_tables(results)
     where = f"; {out}" if out is not None else ""
     click.echo(f"{len(results['cells'])} cells in {time.perf_counter() - started:.0f} s{where}", err=True)
 
@@ -279,3 +273,15 @@ def _run_harness(
     stdout_console().print(shown)
     for note in notes:
         click.echo(note)
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Tables of an evaluation, as wide as the terminal, and why cells were refused."""
+    from kvrewrite.tools.evaluation.report import tables
+
+    console = stdout_console()
+    shown, reasons = tables(results, console.width)
+    for table in shown:
+        console.print(table)
+    for i, reason in enumerate(reasons):
+        click.echo(f"[{i + 1}] {reason}")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from kvrewrite.cli.shared import Command, stdout_console
+from kvrewrite.cli.evaluate import print_tables
+from kvrewrite.cli.shared import Command
 from kvrewrite.errors import ArtifactError
 
 PLACE = click.Path(path_type=Path, dir_okay=False)
@@ -34,7 +35,6 @@ def report(
     from kvrewrite.tools.evaluation.cells import join_results, read_results
     from kvrewrite.tools.evaluation.markdown import markdown
     from kvrewrite.tools.evaluation.page import page
-    from kvrewrite.tools.evaluation.report import tables
     from kvrewrite.tools.subjects import write_json
 
     for path in (markdown_out, html, out):
@@ -47,9 +47,4 @@ def report(
         markdown_out.write_text(markdown(results), encoding="utf-8")
     if html is not None:
         html.write_text(page(results), encoding="utf-8")
-    console = stdout_console()
-    shown, reasons = tables(results, console.width)
-    for table in shown:
-        console.print(table)
-    for i, reason in enumerate(reasons):
-        click.echo(f"[{i + 1}] {reason}")
+    print_tables(results)

@@ -10,7 +10,7 @@ import click
 
 from kvrewrite.cli.options import AS_JSON, DTYPES
 from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console
-from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.errors import OptionError
 
 
 @click.command("search-patterns", cls=Command)
@@ -63,10 +63,11 @@ def search_patterns(
     where = find_device(device)
     tokens, share = limits["tokens"], limits["share"]
     quiet_transformers()
+    from kvrewrite.artifact.companions import read_original
     from kvrewrite.artifact.head_patterns import write_patterns
     from kvrewrite.tools.pattern_search import read_ids, search_patterns
 
-    network, tokenizer = _read(model, dtype)
+    network, tokenizer = read_original(model, dtype, "search on the original, then convert it with the patterns")
     ids = read_ids(tokenizer, data, tokens).to(where)
     started = time.perf_counter()
     with long_bar() as bar:
@@ -92,25 +93,3 @@ def search_patterns(
         f"{ids.shape[1]} tokens\nwritten in {seconds} s: {out}",
         soft_wrap=True,
     )
-
-
-def _read(directory: Path, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    from kvrewrite.artifact.companions import read_tokenizer
-    from kvrewrite.artifact.directory import is_artifact
-
-    if not (directory / "config.json").is_file():
-        raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
-    if is_artifact(directory):
-        raise ArtifactError(
-            f"{directory} is a converted model; search on the original, then convert it with the patterns"
-        )
-    wanted: Any = dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
-        )
-        return model, read_tokenizer(directory)
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.base import Scores
 from kvrewrite.policies.registry import register
-from kvrewrite.policies.streaming_llm import contiguous_where_possible
+from kvrewrite.policies.streaming_llm import ContiguousWherePossible
 
 if TYPE_CHECKING:
-    from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Finch(Policy):
+class Finch(ContiguousWherePossible):
     """FINCH (Corallo and Papotti, TACL 2024, doi 10.1162/tacl_a_00716; code
     NVIDIA/kvpress: FinchPress).
 
@@ -44,13 +42,6 @@ class Finch(Policy):
     budget: int | float | None = 2048
     window: int = 32
     normalize: bool = True
-    positions: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.positions != "auto":
-            super().__post_init__()
-        else:
-            dataclasses.replace(self, positions="original")
 
     @property
     def recent(self) -> int:
@@ -63,11 +54,6 @@ class Finch(Policy):
         if self.window < 1:
             raise OptionError(f"finch: window is {self.window}, expected at least 1")
         super().validate()
-
-    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
-        """Contiguous positions where the model's rotation was found, original ones where there is
-        none."""
-        return contiguous_where_possible(self, sites, facts)
 
     def score(self, site: Site) -> Scores:
         """The window's weighted attention. Only a first prompt is ever evicted from, so cached

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.base import Scores
 from kvrewrite.policies.registry import register
 from kvrewrite.policies.segments import NEW_ROW, RowState, Segment
-from kvrewrite.policies.streaming_llm import contiguous_where_possible
+from kvrewrite.policies.streaming_llm import ContiguousWherePossible
 
 if TYPE_CHECKING:
-    from kvrewrite.ir.site import AttentionSite
     from kvrewrite.policies.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SirLLM(Policy):
+class SirLLM(ContiguousWherePossible):
     """SirLLM (Yao et al., arXiv 2405.12528, section 3; code Zoeyyao27/SirLLM).
 
     score_j = -log p(x_j | what the model kept of the text before it): the paper's "token entropy". The first `start` tokens,
@@ -46,7 +45,6 @@ class SirLLM(Policy):
     recent_tokens: int = 0
     decay: float = 1.0
     chunk: int | None = 512
-    positions: str = "auto"
 
     @property
     def sinks(self) -> int:
@@ -58,12 +56,6 @@ class SirLLM(Policy):
         """The protected window."""
         return self.recent_tokens
 
-    def __post_init__(self) -> None:
-        if self.positions != "auto":
-            super().__post_init__()
-        else:
-            dataclasses.replace(self, positions="original")
-
     def validate(self) -> None:
         """Sizes that make sense."""
         self.require_budget()
@@ -73,10 +65,6 @@ class SirLLM(Policy):
                 "0, at least 0, and between 0 and 1"
             )
         super().validate()
-
-    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
-        """Contiguous positions where the model's rotation was found, original ones where there is none."""
-        return contiguous_where_possible(self, sites, facts)
 
     def plan(self, length: int, row: RowState = NEW_ROW) -> list[Segment]:
         """The first segment of a further prompt is where old scores fade."""

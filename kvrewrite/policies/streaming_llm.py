@@ -15,17 +15,29 @@ if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 
-def contiguous_where_possible(policy: Policy, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
-    """positions="auto" as it fits the model: contiguous where its rotation was found, original where there is none."""
-    if policy.positions != "auto":
-        return policy
-    usable = any(s.rope for s in sites) and not facts.get("rope_problem")
-    return dataclasses.replace(policy, positions="contiguous" if usable else "original")
+@dataclass(frozen=True, kw_only=True)
+class ContiguousWherePossible(Policy):
+    """positions="auto": contiguous where the model's rotation was found, original where there is none."""
+
+    positions: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.positions != "auto":
+            super().__post_init__()
+        else:
+            dataclasses.replace(self, positions="original")
+
+    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
+        """Settles "auto" as it fits the model."""
+        if self.positions != "auto":
+            return self
+        usable = any(s.rope for s in sites) and not facts.get("rope_problem")
+        return dataclasses.replace(self, positions="contiguous" if usable else "original")
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Policy):
+class StreamingLLM(ContiguousWherePossible):
     """Keeps the first `start` tokens and the most recent budget - start (Xiao et al., arXiv 2309.17453, section 3.2).
 
     No scores; the same slots in every layer and head. As in the authors' code keys are cached without their rotation and
@@ -44,13 +56,6 @@ class StreamingLLM(Policy):
     budget: int | float | None = 1024
     start: int = 4
     chunk: int | None = 512
-    positions: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.positions != "auto":
-            super().__post_init__()
-        else:
-            dataclasses.replace(self, positions="original")
 
     @property
     def sinks(self) -> int:
@@ -63,10 +68,6 @@ class StreamingLLM(Policy):
             raise OptionError(f"streaming_llm: start is {self.start}, expected 0 or more")
         self.require_budget()
         super().validate()
-
-    def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
-        """Contiguous positions where the model's rotation was found, original ones where there is none."""
-        return contiguous_where_possible(self, sites, facts)
 
     def score(self, site: Site) -> Scores:
         """A token is worth its position: the oldest goes first."""

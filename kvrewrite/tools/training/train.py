@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import kvrewrite
-from kvrewrite.errors import ArtifactError, OptionError, TrainingError
+from kvrewrite.artifact.companions import read_original
+from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.policies import POLICIES, Locret, make
 from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint
 from kvrewrite.tools.training.gate import GateOptions, GateTask
@@ -132,7 +133,9 @@ def train(
     _, paths = check_files(data)
     limit = max_tokens or task_class(policy).max_tokens
     if isinstance(model, (str, Path)):
-        base, tokenizer = _read(Path(model), dtype, tokenizer)
+        base, tokenizer = read_original(
+            Path(model), dtype, "train on the original, then convert it with the weights", tokenizer
+        )
         name = Path(model).name
     else:
         base, name = model, getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
@@ -226,26 +229,3 @@ def _plain(fitting: FitOptions) -> dict[str, Any]:
     for name in ("checkpoints", "resume", "report_to", "workers", "quiet", "keep", "save_every", "log_every"):
         plain.pop(name)
     return plain
-
-
-def _read(directory: Path, dtype: str, tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    from kvrewrite.artifact.companions import read_tokenizer
-    from kvrewrite.artifact.directory import is_artifact
-
-    if not (directory / "config.json").is_file():
-        raise ArtifactError(f"{directory} has no config.json; expected a directory that save_pretrained wrote")
-    if is_artifact(directory):
-        raise ArtifactError(
-            f"{directory} is a converted model; train on the original, then convert it with the weights"
-        )
-    wanted: Any = dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
-        )
-        found = tokenizer or read_tokenizer(directory)
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error
-    return model, found
