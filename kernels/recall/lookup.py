@@ -8,7 +8,9 @@ from torch import Tensor
 from kvrewrite.kernels.groups import Question
 from kvrewrite.kernels.recall.streams import beside, to_host
 
-NOTES = 4  # numbers of a row before the blocks: its first position, its tokens, and what the memory has before and after
+NOTES = (
+    4  # numbers of a row before the blocks: its first position, its tokens, and what the memory has before and after
+)
 
 
 def wide(x: Tensor) -> torch.dtype:

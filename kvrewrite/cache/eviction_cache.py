@@ -29,7 +29,8 @@ class MemoryReport:
     """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages
     in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
     too. Besides these, text: the ids of what went in, 4 bytes per token, which later calls are compared with;
-    checkpoints: pages that its checkpoints have and it has no more. Reports are equal without the two."""
+    checkpoints: pages that its checkpoints have and it has no more. Reports are equal without the two. host: what a memory
+    takes of host memory, which the others do not count."""
 
     live: int
     leased: int
@@ -37,6 +38,7 @@ class MemoryReport:
     shared: int = 0
     text: int = field(default=0, compare=False)
     checkpoints: int = field(default=0, compare=False)
+    host: int = 0
 
 
 class EvictionCache(Request, Cache):
@@ -93,6 +95,7 @@ class EvictionCache(Request, Cache):
         Positions count a row's tokens from 0, without padding. Raises CacheError where some of them are gone already.
         """
         check_span(start, end)
+        self._check_spans_possible("pinned")
         self.check_finished()
         rows = self._rows_of(row)
         for r in rows:
@@ -124,6 +127,7 @@ class EvictionCache(Request, Cache):
         besides slots stays as it is. Raises CacheError for tokens that have not been seen yet.
         """
         check_span(start, end)
+        self._check_spans_possible("dropped")
         rows = self._rows_of(row)
         if any(end > self.seen[r] for r in rows):
             raise CacheError(
@@ -139,6 +143,14 @@ class EvictionCache(Request, Cache):
         self.ranks_held = False
         self.end_step()
         self.unpin(start, end, row)
+
+    def _check_spans_possible(self, what: str) -> None:
+        """Raises CacheError where tokens that have left the pages are not gone."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} keeps every token, in pages or in its memory, so none can be {what}; use a policy "
+                "that evicts"
+            )
 
     def _rows_of(self, row: int | None) -> list[int]:
         if row is None:
@@ -220,9 +232,10 @@ class EvictionCache(Request, Cache):
             reserved += lease.store.total * lease.store.page_bytes
             shared += lease.shared * lease.store.page_bytes
         for state in self.states:
-            size = state.value.numel() * state.value.element_size()
-            live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
-        return MemoryReport(live, leased, reserved, shared, self.history.nbytes, self._checkpoint_bytes())
+            if not state.host:
+                live, leased, reserved = live + state.live(self.seen), leased + state.nbytes, reserved + state.nbytes
+        host = sum(state.nbytes for state in self.states if state.host)
+        return MemoryReport(live, leased, reserved, shared, self.history.nbytes, self._checkpoint_bytes(), host)
 
     def _checkpoint_bytes(self) -> int:
         total = 0

@@ -52,6 +52,11 @@ class PolicyState:
         lead = (self.batch, tokens) if self.per_token else (self.batch,)
         return torch.zeros(*lead, *self.shape, dtype=self.dtype, device=self.value.device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.value.numel() * self.dtype.itemsize
+
     def live(self, seen: Sequence[int]) -> int:
         """Bytes that mean something, but for slots, which are counted as such."""
         if self.slots:

@@ -67,11 +67,6 @@ class InfLLM(Policy):
         """Keys of the memory are rotated by their one distance."""
         return self.distant == "constant"
 
-    @property
-    def rotary_ahead(self) -> int:
-        """That distance may be longer than the text."""
-        return self.window + 1
-
     def validate(self) -> None:
         """Sizes that go together."""
         for option in ("block", "blocks", "representatives", "block_cache", "refresh"):
@@ -98,7 +93,9 @@ class InfLLM(Policy):
         fixed = {"positions": "original", "decode_eviction": True, "layer_budgets": "equal", "quantize": "none"}
         for option, value in fixed.items():
             if getattr(self, option) != value:
-                raise OptionError(f"infllm: {option} is {getattr(self, option)!r}, expected {value!r}: nothing else is defined")
+                raise OptionError(
+                    f"infllm: {option} is {getattr(self, option)!r}, expected {value!r}: nothing else is defined"
+                )
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
         """Settles "auto"; refuses layers that can have no memory."""
@@ -106,8 +103,8 @@ class InfLLM(Policy):
             where = f"infllm: layer {site.layer} ({site.module})"
             if max(site.window, site.chunk) > self.window:
                 raise OptionError(
-                    f"{where} looks back {max(site.window, site.chunk)} tokens, and the cache keeps a window of {self.window}; use "
-                    f"a budget of at least {max(site.window, site.chunk) + self.block}"
+                    f"{where} looks back {max(site.window, site.chunk)} tokens, and the cache keeps a window of "
+                    f"{self.window}; use a budget of at least {max(site.window, site.chunk) + self.block}"
                 )
             if self.has_memory(site) and site.alibi:
                 raise UnsupportedModelError(f"{where} has ALiBi, by which blocks that are looked up are not weighed")
@@ -153,7 +150,8 @@ class InfLLM(Policy):
         """Chunks, each of which looks up."""
         step = self.chunk or length
         return [
-            self._segment(min(step, length - at), row.seen + at, looks=True, prompt=True) for at in range(0, length, step)
+            self._segment(min(step, length - at), row.seen + at, looks=True, prompt=True)
+            for at in range(0, length, step)
         ]
 
     def decode_segment(self, row: RowState = NEW_ROW) -> Segment:
@@ -199,10 +197,13 @@ class InfLLM(Policy):
     def _far(self, site: Site) -> tuple[Tensor, Tensor]:
         """Queries and keys as they meet in the memory."""
         cos, sin, partner = site.rotary if self.distant == "constant" else (None, None, None)
-        if cos is None:
+        if cos is None or sin is None:
             return site.q, site.k
         turned = []
         for x, distance in ((site.query_before_rope, self.window), (site.key_before_rope, 0)):
-            at = (site.positions * 0 + distance).unsqueeze(1).expand(-1, x.shape[1], -1)
-            turned.append(site.ops.rotate(x, cos, sin, at, partner))
+            # Where the tables are shorter, so is the text, and the memory is empty.
+            at = site.valid.new_full((1,), distance).clamp(max=cos.shape[0] - 1)
+            turns, swaps = (x.float(), cos), (x[..., partner].float(), sin)
+            parts = [part * table.index_select(0, at).float() for part, table in (turns, swaps)]
+            turned.append((parts[0] + parts[1]).to(x.dtype))
         return turned[0], turned[1]
