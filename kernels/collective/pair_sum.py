@@ -1,11 +1,12 @@
 """The sum of two GPUs' parts in one kernel without a barrier, for the few numbers of a decode step.
 
-Each rank stores its part into a buffer that lies on the other GPU, four bytes at a time, each beside the number of this sum (its
-"epoch") in one store of eight bytes. So whoever reads the right epoch has the right data, and nobody waits for anything else. Two
-buffers take turns: a rank can only begin sum k + 1 once the other one has begun sum k, and is through with reading sum k - 1. Both
-add the same two numbers, so both have the same bits.
+Each rank stores its part into a buffer that lies on the other GPU, four bytes at a time, each beside the number of this sum
+(its "epoch") in one store of eight bytes. So whoever reads the right epoch has the right data, and nobody waits for anything
+else. Two buffers take turns: a rank can only begin sum k + 1 once the other one has begun sum k, and is through with reading
+sum k - 1. Both add the same two numbers, so both have the same bits.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
@@ -55,7 +56,8 @@ def _pair_sum_kernel(
     DTYPE: tl.constexpr, NARROW: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, STRONG: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Four bytes of out = x + the other rank's x (+ residual). state: the epoch of the sum before, and programs that are through."""
+    """Words of out = x + the other rank's x (+ residual). state: the epoch of the sum before, and programs that are
+    through."""
     begin(PDL)
     epoch = tl.load(state) + 1
     word = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), words - 1)  # the last one again instead of a mask
@@ -89,9 +91,9 @@ def _pair_sum_kernel(
 def pair_sum(x: Tensor, mine: Tensor, theirs: Tensor, state: Tensor, residual: Tensor | None = None) -> Tensor:
     """x + the other rank's x, rounded, and then residual + that, if there is one.
 
-    x: contiguous, bf16, fp16 or fp32, an even number of words of four bytes, at most half of `mine`; residual: like x. mine, theirs:
-    int64, this rank's buffer and the other one's, zeros at first; state: int32 (2,), zeros at first. Both ranks call this
-    with the same shapes in the same order.
+    x: contiguous, bf16, fp16 or fp32, in whole words of four bytes, at most half as many as `mine` has entries; residual: like
+    x. mine, theirs: int64, this rank's buffer and the other one's, zeros at first; state: int32 (2,), zeros at first. Both
+    ranks call this with the same shapes in the same order.
     """
     words = x.numel() * x.element_size() // 4
     capacity = mine.numel() // 2

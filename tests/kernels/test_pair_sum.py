@@ -1,5 +1,5 @@
-"""The kernel that sums two ranks' parts, one rank after the other: what one has sent is what the other one finds. Two GPUs at once are
-in tests/runtime/test_parallel.py."""
+"""The kernel that sums two ranks' parts, one rank after the other: what one has sent is what the other one finds. Two GPUs at
+once are in tests/runtime/test_parallel.py."""
 
 from __future__ import annotations
 
