@@ -12,12 +12,14 @@ from torch import Tensor
 
 import kvrewrite
 from kvrewrite import policies
+from kvrewrite.assets import small_model
 from kvrewrite.errors import CacheError, OptionError, UnsupportedModelError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.recall.lookup import settle
 from kvrewrite.policies import RowState
 from kvrewrite.runtime import decode_graph
 from kvrewrite.runtime.batch import Batch
+from kvrewrite.tools.evaluation import tasks
 from tests.support.rewritten import original, rewritten
 from tests.support.zoo import VOCAB
 
@@ -105,6 +107,35 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(small(ids).logits, loaded(ids).logits)
     both = [m.generate(ids, max_new_tokens=12, do_sample=False) for m in (small, loaded)]
     assert torch.equal(*both) and both[0].shape == (1, 62)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, Any]:
+    """The shipped model, with a window of 64 tokens and at most 6 blocks of 32 on the device; and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
+    options = {"budget": 96, "block": 32, "blocks": 6, "chunk": 16, "start": 16, "block_cache": 6, "representatives": 32}
+    return kvrewrite.transform(model, policy="infllm", check="off", **options), AutoTokenizer.from_pretrained(small_model())
+
+
+@pytest.mark.xdist_group("small_model")
+@pytest.mark.parametrize("depth", [0.05, 0.35, 0.65, 0.9])
+def test_the_passkey_is_found_at_any_depth(small: tuple[Any, Any], depth: float) -> None:
+    """It lies in a block that has left the device when the question comes: the memory brings it back."""
+    model, tokenizer = small
+    filler = "The road is long. The sky is blue. The grass is green. The sun is warm. " * 14
+    sample = tasks.make("needle_single", tokens=120, seed=3, tokenizer=tokenizer)
+    needle = next(line for line in sample.context.splitlines() if sample.answers[0] in line)
+    cut = filler.index(".", int(depth * len(filler))) + 1
+    text = f"{filler[:cut]} {needle}{filler[cut:]}{sample.question}"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    cache = model.new_cache()
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    reply = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert tasks.score(sample, reply) == 1, (needle, reply)
+    place = len(tokenizer(text[: text.index(needle)]).input_ids)
+    assert all(head[0] > place + 40 for heads in cache.positions().values() for head in heads[0])
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
