@@ -20,7 +20,8 @@ class MemoryReport:
     in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
     too. Besides these, text: the ids of what went in, 4 bytes per token, which later calls are compared with;
     checkpoints: pages that its checkpoints have and it has no more; full: what an ordinary cache of the same tokens
-    takes. Reports are equal without these three. host: what a memory takes of host memory, which the others do not count. As text it is one line: what is held, and a full cache's bytes."""
+    takes. Reports are equal without these three. host: what a memory takes of host memory, which the others do not count.
+    As text it is one line: what is held, and a full cache's bytes."""
 
     live: int
     leased: int
