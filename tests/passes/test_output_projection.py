@@ -71,7 +71,12 @@ def weights_of(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt2", "deepseek_v3", *(pytest.param(f, marks=pytest.mark.thorough) for f in ("gpt_neox", "opt", "phi3"))],
+    [
+        "llama",
+        "gpt2",
+        "deepseek_v3",
+        *(pytest.param(f, marks=pytest.mark.thorough) for f in ("gpt_neox", "opt", "phi3")),
+    ],
 )
 def test_found_in_models_of_transformers(family: str) -> None:
     names = ("o_proj.weight", "attn.c_proj.weight", "attention.dense.weight", "out_proj.weight")
