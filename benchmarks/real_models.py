@@ -180,23 +180,25 @@ class Worker:
         if job.model not in self.sources:
             self.sources[job.model] = Source(settings.model, device=given.device, check="off")
         source = self.sources[job.model]
+        mode = "aware" if job.mode == "aware" else "blind"
+        try:
+            passages = self.passages_of(job, settings, source)
+            model = source.rewritten(arm)
+            return {**cell, **run_scored(model, source.tokenizer, passages, mode, settings.batch_size, skip)}
+        except (KVRewriteError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return {**cell, "status": "refused", "reason": reason}
+
+    def passages_of(self, job: Job, settings: Settings, source: Source) -> list[Any]:
+        """What a job asks."""
         key = (job.model, job.task, settings.samples)
         if key not in self.passages:
             rows = read_rows(dict(settings.data)[job.task])
-            if given.cut:
-                rows = [cut(row, given.cut) for row in rows]
-            chosen = {"tokens": given.tokens, "samples": settings.samples, "seed": 0, "tokenizer": source.tokenizer}
-            self.passages[key] = make_passages(job.task, rows, **chosen)
-        mode = "aware" if job.mode == "aware" else "blind"
-        try:
-            model = source.rewritten(arm)
-            return {**cell, **run_scored(model, source.tokenizer, self.passages[key], mode, settings.batch_size, skip)}
-        except (KVRewriteError, RuntimeError) as error:
-            return {
-                **cell,
-                "status": "refused",
-                "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            }
+            if self.given.cut:
+                rows = [cut(row, self.given.cut) for row in rows]
+            chosen = {"tokens": self.given.tokens, "samples": settings.samples, "seed": 0}
+            self.passages[key] = make_passages(job.task, rows, **chosen, tokenizer=source.tokenizer)
+        return self.passages[key]
 
     def take(self) -> Job | None:
         """The first cell that nobody has and whose heads are there; None: there is none now."""
@@ -229,6 +231,8 @@ def skip(_: int) -> None:
 
 def cut(row: dict[str, Any], most: int) -> dict[str, Any]:
     """A row as a short text, to try the script."""
+    if "continuation" in row:
+        return {"context": row["context"][-most:], "continuation": row["continuation"][:most]}
     return {"text": row["context"][:most]}
 
 

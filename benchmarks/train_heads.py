@@ -46,7 +46,7 @@ VARIANTS: dict[str, Callable[[Any], LocretTask]] = {
 
 COLLECTED: dict[str, Callable[[Any], LocretTask]] = {  # of benchmarks/real_models.py
     "mlp": lambda model: KVzapTask(model, KVzapOptions(hidden_size=512, lr=2e-3)),
-    "wide": lambda model: KVzapTask(model, KVzapOptions(hidden_size=2048, lr=1e-3)),
+    "wide": lambda model: KVzapTask(model, KVzapOptions(hidden_size=1024, lr=1e-3)),
 }
 
 
