@@ -7,7 +7,7 @@ no backward pass through the backbone: its parameters are frozen, and autograd o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -94,8 +94,8 @@ def _head(gm: fx.GraphModule, scores: fx.Node) -> tuple[set[fx.Node], fx.Node]:
 def head_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """Returns the heads of a graph of `insert_heads` alone, which share its weights: of what a head reads (B, T, C), its
     scores (B, Hkv, T) fp32."""
-    heads = []
-    for scores in output_node(gm).args[0][0]:  # type: ignore[index,union-attr]
+    heads, outputs = [], cast("tuple[tuple[fx.Node, ...], ...]", output_node(gm).args[0])
+    for scores in outputs[0]:
         own, read = _head(gm, scores)
         graph = fx.Graph()
         copied = {read: graph.placeholder("read")}
