@@ -62,7 +62,7 @@ def test_heads_learn_from_what_is_kept() -> None:
     with torch.no_grad():
         before = agreement(*task.observe(**batch(ids[:4])))
     options = FitOptions(
-        steps=100,
+        steps=60,
         warmup=5,
         batch_size=4,
         collect=20,
