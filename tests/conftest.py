@@ -71,6 +71,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     quick_interpreter()
 
 
+def trace_once() -> None:
+    """Has every capture of an equal model give a copy of the first one; tests/capture/conftest.py takes it back there."""
+    from kvrewrite.capture import frontend
+    from tests.support import shared_captures
+
+    frontend._capture = shared_captures.share(shared_captures.TRACE)
+
+
+trace_once()
+
+
 def family_of(item: pytest.Item) -> str | None:
     """The model family that a test takes its captured model of (tests/support/rewritten.py)."""
     from tests.support import rewritten, zoo
