@@ -29,7 +29,7 @@ from kvrewrite.ir.fx import get_attr, set_attr
 OWN = ("_parameters", "_buffers", "_modules")
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType)
-LIBRARIES = ("torch.", "transformers.")
+LIBRARIES = ("torch.", "transformers.", "tests.support.foreign")
 
 Tracer = Callable[[nn.Module, int | None], Captured]
 
