@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support import products
+from tests.support.cpu_seconds import pytest_addoption, pytest_configure  # noqa: F401  (hooks)
 
 if (
     not torch.cuda.is_available()
