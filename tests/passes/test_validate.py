@@ -484,7 +484,7 @@ class _Functional(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("name", ["window by a float", "grouped einsum"])
+@pytest.mark.parametrize("name", ["window by a float", pytest.param("grouped einsum", marks=pytest.mark.thorough)])
 def test_layers_that_compute_the_same_are_run_once(name: str) -> None:
     class Two(Model):
         def __init__(self, attention: nn.Module) -> None:

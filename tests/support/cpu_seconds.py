@@ -79,9 +79,13 @@ class Report:
         folders = Counter[str]()
         for test, seconds in ((t, s) for part in found for t, s in part["tests"].items()):
             folders[folder_of(test)] += seconds
-        lines = [f"{name:>9} {folders[name]:6.0f} of {most:3} CPU s" for name, most in BUDGET.items() if name in folders]
+        lines = [
+            f"{name:>9} {folders[name]:6.0f} of {most:3} CPU s" for name, most in BUDGET.items() if name in folders
+        ]
         total, beside = sum(folders.values()), sum(part["all"] for part in found) - sum(folders.values())
-        lines.append(f"{'all':>9} {total:6.0f} of {sum(BUDGET.values())} CPU s, and {beside:.0f} for imports and collection")
+        lines.append(
+            f"{'all':>9} {total:6.0f} of {sum(BUDGET.values())} CPU s, and {beside:.0f} for imports and collection"
+        )
         terminalreporter.section("CPU seconds by folder, and what it may take on idle cores")
         terminalreporter.write("\n".join(lines) + "\n")
 
