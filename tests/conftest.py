@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import products
-from tests.support.cpu_seconds import pytest_addoption, pytest_configure  # noqa: F401  (hooks)
+from tests.support import cpu_seconds, products, shards
 
 if (
     not torch.cuda.is_available()
@@ -94,6 +93,17 @@ def family_of(item: pytest.Item) -> str | None:
     value = parameters.get("family", parameters.get("name"))
     known = isinstance(value, str) and value in {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
     return value if known else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test to FILE (JSON)")
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N shares of the tests, such as 1/4")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_seconds.watch(config)
+    if which := config.getoption("--shard"):
+        config.pluginmanager.register(shards.Shard(which))
 
 
 def pytest_collection_finish() -> None:

@@ -95,11 +95,8 @@ def of_workers(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.gw*"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test to FILE (JSON)")
-
-
-def pytest_configure(config: pytest.Config) -> None:
+def watch(config: pytest.Config) -> None:
+    """What `--cpu-seconds` asks for."""
     if not config.getoption("--cpu-seconds"):
         return
     path, worker = Path(config.getoption("--cpu-seconds")).resolve(), os.environ.get("PYTEST_XDIST_WORKER")
