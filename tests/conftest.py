@@ -82,17 +82,23 @@ def trace_once() -> None:
 trace_once()
 
 
+@functools.cache
+def families() -> set[str]:
+    from tests.support import rewritten, zoo
+
+    return {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
+
+
 def family_of(item: pytest.Item) -> str | None:
     """The model family that a test takes its captured model of (tests/support/rewritten.py)."""
-    from tests.support import rewritten, zoo
+    from tests.support import rewritten
 
     shared = (rewritten.traced, rewritten.captured, rewritten.own, rewritten.rewritten)
     if not any(getattr(item.module, function.__name__, None) is function for function in shared):
         return None
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     value = parameters.get("family", parameters.get("name"))
-    known = isinstance(value, str) and value in {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
-    return value if known else None
+    return value if isinstance(value, str) and value in families() else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -137,6 +143,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             long = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=long)
             items[:] = [item for item in items if not item.get_closest_marker(marker)]
+    if "thorough" in (config.option.markexpr or ""):
+        shards.split(items, {"policies", "options", *families()})
     if torch.cuda.is_available():
         return
     for item in items:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.products import choose, covering, daily, pairs, pairwise, thin, values
-from tests.support.shards import share
+from tests.support.shards import share, split
 
 DIMS, DTYPES, KINDS = [(16, 8), (64, 32), (96, 48)], ["float32", "float16"], ["half", "pairs", "none"]
 PRODUCT: list[dict[str, Any]] = [
@@ -136,3 +137,17 @@ def test_shares_have_every_test_once_and_groups_whole() -> None:
     assert all(len(part) >= 5 for part in shares)
     with pytest.raises(pytest.UsageError, match="5/4, expected I/N"):
         share(tests, "5/4")
+
+
+def test_large_groups_are_split() -> None:
+    class Test(SimpleNamespace):
+        def get_closest_marker(self, name: str) -> Any:
+            return self.marks[0]
+
+        def add_marker(self, mark: Any, append: bool) -> None:
+            self.marks.insert(0, mark.mark)
+
+    tests: list[Any] = [Test(marks=[SimpleNamespace(args=("llama" if i % 4 else "serve",))]) for i in range(40)]
+    split(tests, {"llama"}, most=12)
+    names = Counter(test.get_closest_marker("xdist_group").args[0] for test in tests)
+    assert names == {"serve": 10, "llama 0": 12, "llama 1": 12, "llama 2": 6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 
 import pytest
@@ -20,6 +21,16 @@ def share(items: list[pytest.Item], which: str) -> list[pytest.Item]:
 
     # By turns: long tests of a kind follow each other.
     return [item for item in items if unit(item) % int(count) == int(number) - 1]
+
+
+def split(items: list[pytest.Item], groups: set[str], most: int = 50) -> None:
+    """Makes several groups of each of these that has more tests: capturing a model again costs less than waiting for one process."""
+    count: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("xdist_group")
+        if marker is not None and marker.args and (name := marker.args[0]) in groups:
+            item.add_marker(pytest.mark.xdist_group(f"{name} {count[name] // most}"), append=False)
+            count[name] += 1
 
 
 class Shard:
