@@ -24,7 +24,7 @@ def share(items: list[pytest.Item], which: str) -> list[pytest.Item]:
 
 
 def split(items: list[pytest.Item], groups: set[str], most: int = 50) -> None:
-    """Makes several groups of each of these that has more tests: capturing a model again costs less than waiting for one process."""
+    """Makes several groups of each of these with more tests: to capture a model again costs less than to wait for one process."""
     count: Counter[str] = Counter()
     for item in items:
         marker = item.get_closest_marker("xdist_group")
