@@ -67,8 +67,22 @@ def quick_interpreter() -> None:
     interpreter._get_np_dtype = np_dtype
 
 
+def with_new_numpy() -> None:
+    """Has Triton 3.6's interpreter take an array of one number for a number, which numpy 2.4 no longer does."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     quick_interpreter()
+    with_new_numpy()
 
 
 def trace_once() -> None:
