@@ -48,6 +48,9 @@ class Source(Protocol):
         """The queries or keys ("q", "k") without their rotation, and the order of their dimensions that makes them
         (B, heads, T, D)."""
 
+    def output_weight(self) -> Tensor:
+        """The weight that attention goes into, (channels out, H * Dv)."""
+
     def observe(self, **given: Any) -> Tensor:
         """`kvrewrite::observe` of the site's own attention."""
 
@@ -180,6 +183,11 @@ class Site:
         if x.dim() == 3 and not always:
             return x
         return x.reshape(self.q.shape[0], self.q.shape[2], -1)
+
+    def output_norms(self) -> Tensor:
+        """||W_h v||_1 of the new tokens, averaged over a group's heads: (B, Hkv, T) fp32. W_h is what the layer's output
+        projection has for query head h. UnsupportedModelError where attention goes into something else."""
+        return self.ops.projected_norm(self.v, self._source.output_weight())
 
     # -- the cache and the new tokens
     def slot_positions(self) -> Tensor:

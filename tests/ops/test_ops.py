@@ -642,6 +642,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "lag_scores": (ops.lag_scores, (torch.randn(B, HKV, 9, D), torch.randn(B, HKV, 9, D), fresh.valid, 1, 3, True)),
         "leverage": (ops.leverage, (fresh.k, torch.randn(HKV, D, 2), fresh.valid, 0, 0)),
         "block_column_mass": (ops.block_column_mass, (fresh.q, fresh.k, fresh.valid, 2, 0, 1)),
+        "projected_norm": (ops.projected_norm, (fresh.v, torch.randn(7, H * fresh.v.shape[3]))),
         "expected_attention": (
             ops.expected_attention,
             (fresh.q, fresh.k, fresh.v, table, table, partner, fresh.valid, 0.3, 1, 8, 0.1),

@@ -21,6 +21,7 @@ from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
 from tests.support.oracle_newer import (
     CompactorRule,
+    CriticalKVRule,
     FinchRule,
     LagKVRule,
     ObservedAttentionRule,
@@ -293,6 +294,21 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "snapkv",
         {"budget": 10, "window": 3, "kernel": 1, "head_budgets": "adakv", "head_floor": 0.0},
         SnapKVRule(budget=10, recent=3, kernel=1, head_budgets="adakv", head_floor=0.0),
+    ),
+    "criticalkv": (
+        "criticalkv",
+        {"budget": 12, "window": 3, "kernel": 3},
+        CriticalKVRule(budget=12, recent=3, kernel=3),
+    ),
+    "criticalkv, no first stage": (
+        "criticalkv",
+        {"budget": 0.5, "window": 2, "kernel": 1, "first_stage": 0.0, "epsilon": 0.02},
+        CriticalKVRule(budget=0.5, recent=2, kernel=1, first_stage=0.0, epsilon=0.02),
+    ),
+    "criticalkv contiguous": (
+        "criticalkv",
+        {"budget": 11, "window": 2, "first_stage": 0.3, "pooling": "max", "positions": "contiguous"},
+        CriticalKVRule(budget=11, recent=2, first_stage=0.3, pooling="max", contiguous=True),
     ),
     "pyramidkv": (
         "pyramidkv",
@@ -1027,6 +1043,9 @@ def test_oracle_gate_flags_half() -> None:
         # The policies' own.
         *[(p, {"chunk": 7}, "chunk") for p in ("snapkv", "pyramidkv", "adakv", "expected_attention", "nacl", "lagkv")],
         ("snapkv", {"kernel": 4}, "kernel is 4"),
+        ("criticalkv", {"first_stage": 1.2}, "first_stage is 1.2"),
+        ("criticalkv", {"epsilon": -1.0}, "epsilon is -1.0"),
+        ("criticalkv", {"head_budgets": "adakv"}, "criticalkv has none"),
         ("snapkv", {"kernel": 0}, "kernel is 0"),
         ("snapkv", {"pooling": "sum"}, "pooling"),
         ("snapkv", {"budget": 20, "window": 20}, "budget is 20"),

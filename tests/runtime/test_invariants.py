@@ -75,6 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "h2o": {"chunk": 9},
     "locret": {"chunk": 8, "stabilizers": 3, "local_tail": 4},
     "adakv": {"window": 4, "kernel": 3},
+    "criticalkv": {"window": 4, "kernel": 3},
     "attention_gate": {"chunk": 9},
     "compactor": {"start": 2, "recent_tokens": 2, "sketch": 5, "block": 7},
     "duo_attention": {"start": 3, "chunk": 9},

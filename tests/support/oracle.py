@@ -57,6 +57,7 @@ class Layer:
     queries: list[Tensor] = field(default_factory=list)  # query head -> (T, d), not rotated; tokens of this part
     rotated_queries: dict[int, list[Tensor]] = field(default_factory=dict)  # query head -> of all tokens; rules keep it
     projected: Tensor = field(default_factory=lambda: torch.zeros(0))  # [q | k | v] (T, ...) of this part
+    output: Tensor = field(default_factory=lambda: torch.zeros(0))  # the output projection's weight (hidden, heads * d)
     head_slots: list[int] | None = None  # budgets of the heads as the last prompt left them
     counted_from: int = 0  # queries before this position don't count any more
     longest: int = 0  # slots of the longest head of any layer, with this part's tokens
@@ -144,6 +145,8 @@ class Oracle:
             Layer(i, [[] for _ in range(kv_heads)], self.theta, [{} for _ in range(heads)])
             for i in range(self.config.num_hidden_layers)
         ]
+        for layer, module in zip(self.layers, model.model.layers, strict=True):  # type: ignore[arg-type, union-attr]
+            layer.output = module.self_attn.o_proj.weight.detach().double()  # type: ignore[union-attr]
         self.seen = self.total = self.last_prompt = self.generated = 0
         self.first, self.first_prompt = True, 0
         self.part = self.after = ""
