@@ -33,8 +33,10 @@ class PolicyState:
         have, need = self.value.shape[1], -(-tokens // self.every)
         if need <= have:
             return
-        most = -(-expected // self.every) if self.host else 0
-        grown = self._new((self.value.shape[0], max(need, most, have + have // 2, -(-PAGE // self.every)), *self.shape))
+        room = max(need, have + have // 2, -(-PAGE // self.every))
+        if self.host and expected >= tokens:
+            room = -(-expected // self.every)
+        grown = self._new((self.value.shape[0], room, *self.shape))
         if not self.host:
             grown.zero_()
         grown[:, :have] = self.value
