@@ -60,7 +60,7 @@ def test_the_backend_refuses_them_too(policy: str) -> None:
     if policy in ("pyramidkv", "adakv", "kvzip"):
         pytest.skip("a DynamicCache can't hold what they keep")
     options = {"policy": policy, "budget": 48, "inductor": False, **OPTIONS.get(policy, {})}
-    model = torch.compile(build("llama"), backend="kvrewrite", options=options)  # type: ignore[call-overload]
+    model = torch.compile(build("shallow_llama"), backend="kvrewrite", options=options)  # type: ignore[call-overload]
     with pytest.raises(CacheError, match="before any token was generated"):
         model.generate(ids(300), prefill_chunk_size=100, **GREEDY)
 
