@@ -4,9 +4,9 @@
     python -m benchmarks.real_models REAL OUT --device cpu --workers 1 --seconds 250 --models smollm2 --documents 2 --tokens 200 \
         --policies random --texts 6 --text-tokens 96 --steps 20
 
-REAL has directories of models by their names, quote.jsonl, lm.jsonl and train.jsonl (examples/real_models/documents.py). One
-process trains heads while the others measure (benchmarks/train_heads.py); what needs heads is measured once these are there. OUT
-gets a line for every cell, and at the end MODEL.json, which `kvrewrite report` reads. Run again, it goes on.
+REAL has directories of models by name, quote.jsonl, lm.jsonl and train.jsonl (examples/real_models/documents.py). A process
+for each model trains heads while the others measure (benchmarks/train_heads.py); cells of heads are measured once these are
+there. OUT gets a line for every cell, and at the end MODEL.json, which `kvrewrite report` reads. Run again, it goes on.
 """
 
 from __future__ import annotations
@@ -93,13 +93,11 @@ def weights_of(given: argparse.Namespace, model: str, kind: str) -> Path:
     return given.out / f"{model}_{kind}.safetensors"
 
 
-def train(given: argparse.Namespace) -> None:
-    """Trains the heads of each model, all kinds on the same texts; figures in MODEL_KIND.json."""
+def train(given: argparse.Namespace, name: str) -> None:
+    """Trains the heads of one model, all kinds on the same texts; figures in MODEL_KIND.heads."""
     torch.set_float32_matmul_precision("high")
-    for name in given.models:
-        kinds = [kind for kind in given.kinds if not weights_of(given, name, kind).exists()]
-        if not kinds:
-            continue
+    kinds = [kind for kind in given.kinds if not weights_of(given, name, kind).exists()]
+    if kinds:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if given.device != "cpu" else torch.float32
         base = AutoModelForCausalLM.from_pretrained(given.real / name, dtype=dtype).to(given.device).eval()
@@ -135,7 +133,6 @@ def train(given: argparse.Namespace) -> None:
             (given.out / f"{name}_{kind}.heads").write_text(json.dumps(told))
             print(name, kind, json.dumps(told), flush=True)
             begun = time.perf_counter()
-        del base, task, examples
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -312,7 +309,7 @@ def main() -> None:
         if json.dumps(job) not in done:
             (given.out / "claims" / str(number)).unlink(missing_ok=True)
     start = multiprocessing.get_context("spawn")
-    processes = [start.Process(target=train, args=(given,))]
+    processes = [start.Process(target=train, args=(given, model)) for model in given.models]
     processes += [start.Process(target=measure, args=(given, number, end)) for number in range(given.workers)]
     for process in processes:
         process.start()
