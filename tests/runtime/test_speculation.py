@@ -191,7 +191,7 @@ def test_assisted_decoding_of_transformers(full: Any, answer: Tensor) -> None:
 
 def test_assisted_decoding_of_what_evicts_is_refused() -> None:
     """Rejected tokens would have to be taken out of the cache, and what they evicted put back."""
-    small, ids = rewritten("llama", "h2o", budget=40), text(60)
+    small, ids = rewritten("llama", "h2o", budget=40), text()
     for wrong in ({"assistant_model": original("llama")}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="not supported with stateful models, such as RewrittenModel"):
             small.generate(ids, max_new_tokens=8, **GREEDY, **wrong)
