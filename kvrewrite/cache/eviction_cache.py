@@ -76,6 +76,7 @@ class EvictionCache(Request, Cache):
         Positions count a row's tokens from 0, without padding. Raises CacheError where some of them are gone already.
         """
         check_span(start, end)
+        self._check_spans_possible("pinned")
         self.check_finished()
         rows = self._rows_of(row)
         for r in rows:
@@ -107,6 +108,7 @@ class EvictionCache(Request, Cache):
         besides slots stays as it is. Raises CacheError for tokens that have not been seen yet.
         """
         check_span(start, end)
+        self._check_spans_possible("dropped")
         rows = self._rows_of(row)
         if any(end > self.seen[r] for r in rows):
             raise CacheError(
@@ -123,6 +125,14 @@ class EvictionCache(Request, Cache):
         self.firm = self.columns  # positions have gaps now
         self.end_step()
         self.unpin(start, end, row)
+
+    def _check_spans_possible(self, what: str) -> None:
+        """Raises CacheError where tokens that have left the pages are not gone."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} keeps every token, in pages or in its memory, so none can be {what}; use a policy "
+                "that evicts"
+            )
 
     def _rows_of(self, row: int | None) -> list[int]:
         if row is None:

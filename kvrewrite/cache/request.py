@@ -380,7 +380,7 @@ class Request:
         room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
         check_pools([(self, plan)])
         for state in self.states:
-            state.hold(plan.longest(self.seen))
+            state.hold(plan.longest(self.seen), self.max_length or 0)
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)

@@ -183,7 +183,9 @@ def refuse_stock(program: Program, policy: Policy) -> None:
     """Raises CacheError if an ordinary DynamicCache can't hold what the policy keeps of this model."""
     reason = ""
     windows = [w for c in program.layout.classes for w in c.windows]
-    if policy.ragged or policy.head_pattern:
+    if policy.recalls:
+        reason = "what has left the device lies in a memory of its own"
+    elif policy.ragged or policy.head_pattern:
         reason = "the heads of a layer keep different numbers of slots"
     elif policy.quantize != "none":
         reason = f"keys and values are stored as {policy.quantize}"
