@@ -115,6 +115,7 @@ class StockState(EvictionCache):
     """The policy's state of a request whose keys and values lie in a `DynamicCache`, with these keys and values."""
 
     lease_type = IdentityLease
+    other_rows = "keys and values lie in a DynamicCache"
 
     def __init__(self, model: Any, batch_size: int):
         refuse_stock(model.program, model.policy)
@@ -223,6 +224,8 @@ class BackendCache(EvictionCache):
 
     The first compiled model that it goes through determines its policy.
     """
+
+    other_rows = "compiled graphs of the backend count its tokens"
 
     def __init__(
         self, batch_size: int, device: torch.device, *, max_length: int | None = None, compileable: bool = False

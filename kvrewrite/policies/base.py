@@ -109,6 +109,10 @@ class Policy(Options):
         """With `recalls`: whether a site has a memory."""
         return True
 
+    def memory_bytes(self, site: AttentionSite, itemsize: int, context: int) -> tuple[int, int]:
+        """With `recalls`: bytes of a row's memory at a site for a text of so many tokens: on the device, and of the host."""
+        return 0, 0
+
     def rate(self, site: Site) -> None:
         """With `shares_layers`: keeps what `score` will need of this site (`site.remember`), after its attention."""
         raise TypeError(f"{type(self).__name__} does not say how to rate")

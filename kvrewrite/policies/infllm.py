@@ -133,6 +133,18 @@ class InfLLM(Policy):
         """Layers with a window or a chunk see nothing beyond."""
         return not site.window and not site.chunk
 
+    def memory_bytes(self, site: AttentionSite, itemsize: int, context: int) -> tuple[int, int]:
+        """Blocks, the first tokens, what blocks are found by, and the newest tokens; every token on the host."""
+        if not self.has_memory(site):
+            return 0, 0
+        assert isinstance(self.budget, int) and self.chunk is not None
+        token, key = (site.kv_heads * n * itemsize for n in (site.head_dim + site.v_head_dim, site.head_dim))
+        held = (self.start + self.block_cache * self.block) * token
+        newest = (self.budget + self.chunk) * (2 if self.distant == "original" else 3) * key
+        return held + newest + -(
+            -context // self.block
+        ) * key + 4 * self.blocks, context * token + 16 * self.block_cache
+
     # -- plans
     def gone(self, seen: int) -> int:
         """How many of a row's tokens are in the memory alone, once it has seen so many."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 import kvrewrite
 from kvrewrite import policies
+from kvrewrite.analysis.memory import plan_memory
 from kvrewrite.assets import small_model
+from kvrewrite.cache.memory import human
 from kvrewrite.errors import CacheError, OptionError, UnsupportedModelError
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.kernels.groups import Recalling, Tokens
@@ -23,6 +25,7 @@ from kvrewrite.kernels.recall.lookup import settle
 from kvrewrite.policies import RowState
 from kvrewrite.runtime import decode_graph
 from kvrewrite.runtime.batch import Batch
+from kvrewrite.tools.tables import memory_table
 from tests.support.rewritten import original, rewritten
 from tests.support.zoo import VOCAB
 
@@ -156,21 +159,46 @@ def small() -> tuple[Any, Any]:
     )
 
 
+FACT = "The magic number of black wine is 5035."
+
+
+def with_fact(tokenizer: Any, depth: float) -> tuple[str, int]:
+    """A text with a fact at about this depth, within one block (docs/infllm.md says why); and where the fact ends, in tokens."""
+    filler = ["The road is long.", "The air is clear.", "The day is bright.", "We walk on.", "Up and down again."] * 22
+    for at in range(int(depth * len(filler)), len(filler)):
+        text = " ".join([*filler[:at], FACT, *filler[at:]])
+        begin, end = (len(tokenizer(text[: text.index(part)]).input_ids) for part in (FACT, FACT[-5:]))
+        if (begin - 16) // 32 == (end + 2 - 16) // 32:
+            return text, end + 2
+    raise AssertionError("no place")
+
+
 @pytest.mark.xdist_group("small_model")
-@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.85])
+@pytest.mark.parametrize("depth", [0.0, 0.2, 0.4, 0.6, 0.8])
 def test_the_passkey_is_found_at_any_depth(small: tuple[Any, Any], depth: float) -> None:
     """It lies in a block that has left the device when the question comes: the memory brings it back."""
     model, tokenizer = small
-    lines = ["The road is long.", "The air is clear.", "The day is bright.", "We walk on.", "Up and down again."] * 22
-    lines.insert(int(depth * len(lines)), "The magic number of black wine is 5035.")
-    before, question = " ".join(lines), "\nQ: The magic number of black wine is"
-    ids = tokenizer(before + question, return_tensors="pt").input_ids
+    text, end = with_fact(tokenizer, depth)
+    ids = tokenizer(f"{text}\nQ: {FACT[:-6]}", return_tensors="pt").input_ids
     cache = model.new_cache()
-    out = model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=cache)
-    assert re.search(r"\b5035\b", tokenizer.decode(out[0, ids.shape[1] :])), tokenizer.decode(out[0, ids.shape[1] :])
-    end = len(tokenizer(before[: before.index("5035") + 5]).input_ids)
-    kept = cache.positions()
-    assert all(head[0] > end for heads in kept.values() for head in heads[0]) and ids.shape[1] > 5 * 96
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    reply = tokenizer.decode(out[0, ids.shape[1] :])
+    assert re.search(r"\b5035\b", reply), reply
+    assert all(head[0] > end for heads in cache.positions().values() for head in heads[0]) and ids.shape[1] > 5 * 96
+
+
+def test_the_plan_is_what_is_held() -> None:
+    """Device and host, for texts within the budget and beyond; what grows with the text is counted without room to spare."""
+    model, itemsize = rewritten("llama", "infllm", **SMALL), 4
+    for length in (12, 150):
+        cache = model.new_cache(2, max_length=length)
+        model(tokens(2, length), past_key_values=cache)
+        plan, held = plan_memory(model.sites, model.policy, itemsize, length, batch=2), cache.memory()
+        marks = [state.value for state in cache.states if "_marks_" in state.input]
+        spare = sum(x[:, -(-length // 8) :].numel() * itemsize for x in marks)
+        assert (plan.evicted, plan.host) == (held.leased - spare, held.host) and plan.peak > plan.evicted
+    table = memory_table([plan])
+    assert str(table.columns[-1].header) == "host memory" and list(table.columns[-1].cells) == [human(plan.host)]
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
