@@ -3,14 +3,15 @@
     python -m benchmarks.speculate steps [--shape llama-3.1-8b] [--tokens 131072] [--budget 32768] [--drafted 1 3 5 7] [--eager]
     python -m benchmarks.speculate real MODEL QUOTES [--budget 0.25] [--policies snapkv h2o] [--texts 3] [--new 64] [--device cpu]
 
-steps: random weights, one row. A full cache and a draft's (snapkv) read the same random prompt. Prints milliseconds of a step of
-the full cache alone, of a step of the draft, and of whole rounds (k drafted tokens, the pass that checks them, what is taken
-back), and the speed against the full cache alone that follows for given rates of acceptance. Random weights accept next to
-nothing, so the rates are assumed, and each token is accepted independently of the others.
+steps: random weights, one row. A full cache and a draft's (snapkv) read the same random prompt. Prints
+milliseconds of a step of the full cache alone, of a step of the draft, and of whole rounds (k drafted tokens,
+the pass that checks them, what is taken back), and the speed against the full cache alone that follows for given
+rates of acceptance. Random weights accept next to nothing, so the rates are assumed, and each token is accepted
+independently of the others.
 
-real: greedy answers to the first question of texts of QUOTES (JSON lines with "context" and "turns", pairs), by the full cache alone
-and with drafts of the same weights. Prints whether the tokens are equal, the part of the drafted tokens that was accepted,
-and seconds. A line each is printed as soon as it is measured.
+real: greedy answers to the first question of texts of QUOTES (JSON lines with "context" and "turns", pairs), by
+the full cache alone and with drafts of the same weights. Prints whether the tokens are equal, the part of the
+drafted tokens that was accepted, and seconds. A line each is printed as soon as it is measured.
 """
 
 from __future__ import annotations
