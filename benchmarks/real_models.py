@@ -28,7 +28,7 @@ from kvrewrite.errors import KVRewriteError
 from kvrewrite.tools.evaluation.cells import BASELINE, FORMAT, compare
 from kvrewrite.tools.evaluation.documents import make_passages, read_rows
 from kvrewrite.tools.evaluation.run import cell_of
-from kvrewrite.tools.evaluation.scored import run_scored
+from kvrewrite.tools.evaluation.scored import run_scored, summary
 from kvrewrite.tools.evaluation.settings import Settings, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, PolicySpec, Source, versions, write_json
 from kvrewrite.tools.training.collected import collect, learn
@@ -253,12 +253,15 @@ def write_results(given: argparse.Namespace) -> None:
     """MODEL.json (all documents) and MODEL_aware.json, in the form of `kvrewrite eval`."""
     for model in given.models:
         for aware in (False, True):
-            cells = [c for c in cells_of(given) if c["job"][0] == model and (c["mode"] == "aware") == aware]
+            settings = settings_of(given, model, "aware" if aware else "blind")
+            every = [c for c in cells_of(given) if c["job"][0] == model]
+            cells = [c for c in every if (c["mode"] == "aware") == aware]
             if not cells:
                 continue
+            if aware:
+                cells += [first(c, settings.samples) for c in every if c["mode"] == BASELINE and c["task"] == "quote"]
             cells.sort(key=lambda c: c["mode"] != BASELINE)
             compare(cells)
-            settings = settings_of(given, model, "aware" if aware else "blind")
             results = {
                 "kind": "kvrewrite eval",
                 "format": FORMAT,
@@ -270,6 +273,15 @@ def write_results(given: argparse.Namespace) -> None:
                 "cells": cells,
             }
             write_json(given.out / f"{model}{'_aware' if aware else ''}.json", results)
+
+
+def first(cell: dict[str, Any], documents: int) -> dict[str, Any]:
+    """The full cache's cell of the first documents alone."""
+    if cell["status"] != "ok":
+        return cell
+    answers = zip(cell["nats"], cell["hits"], cell["counts"], cell["documents"], strict=True)
+    chosen = [answer for answer in answers if answer[3] < documents]
+    return {**cell, **summary([answer[:3] for answer in chosen], [answer[3] for answer in chosen])}
 
 
 def measure(given: argparse.Namespace, number: int, end: float) -> None:

@@ -34,7 +34,7 @@ def look_up(asked: Question, marks: Tensor, choice: Tensor, first: int, block: i
     the order of the text, -1 after the last. On a GPU it is filled in beside the current stream.
     """
     q, positions, valid, before, after, looks = asked
-    with beside(q.device, *asked):
+    with beside(q.device, *asked, marks, choice):
         real = torch.arange(q.shape[2], device=q.device) < valid[:, None]
         sums = group_sums(q, marks.shape[2])
         query = torch.where(real[:, None, :, None], sums, 0.0).sum(2)  # (B, Hkv, D)

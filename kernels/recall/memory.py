@@ -26,7 +26,7 @@ def recall(attended: Attended, new: Entering, notes: Tensor, memory: Memory, how
     finish(device)
     rows = notes.tolist()
     wanted = [[block for block in row[NOTES:] if block >= 0] for row in rows]
-    with beside(device, after=False):
+    with beside(device, memory.near_k, memory.near_v, after=False):
         places = [_bring(memory, row, blocks) for row, blocks in enumerate(wanted)]
     join(device)
     out = attended.out.clone()

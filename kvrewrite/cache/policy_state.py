@@ -19,7 +19,7 @@ class PolicyState:
         self.shape = tuple(spec.shape)
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.fill, self.batch, self.every, self.host = float(spec.fill), batch, spec.every, spec.host
-        self.pinned = spec.host and device.type == "cuda"
+        self.gpu = device if spec.host and device.type == "cuda" else None  # which copies to and from it
         lead = (batch, 0) if self.per_token else (0,)  # nothing is held before the first token
         self.value = torch.empty(*lead, *self.shape, dtype=self.dtype, device="cpu" if spec.host else device)
 
@@ -37,13 +37,19 @@ class PolicyState:
         if self.host and expected >= tokens:
             room = -(-expected // self.every)
         grown = self._new((self.value.shape[0], room, *self.shape))
+        self._await_copies()
         if not self.host:
             grown.zero_()
         grown[:, :have] = self.value
         self.value = grown
 
+    def _await_copies(self) -> None:
+        """Before the host touches what a GPU may still be writing to."""
+        if self.gpu is not None:
+            torch.cuda.synchronize(self.gpu)
+
     def _new(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.value.device, pin_memory=self.pinned)
+        return torch.empty(shape, dtype=self.dtype, device=self.value.device, pin_memory=self.gpu is not None)
 
     def has_room(self, tokens: int) -> bool:
         """Whether `hold` has nothing to do."""
@@ -68,6 +74,7 @@ class PolicyState:
 
     def fork(self) -> PolicyState:
         """A copy that goes on by itself."""
+        self._await_copies()
         twin: PolicyState = object.__new__(PolicyState)
         twin.__dict__.update(self.__dict__, value=self._new(tuple(self.value.shape)).copy_(self.value))
         return twin
@@ -76,5 +83,6 @@ class PolicyState:
         """Row i becomes a copy of row source[i], for as many rows as `source` has."""
         self.batch = len(source)
         if len(self.value):
+            self._await_copies()
             rows = self.value[source]
-            self.value = rows.pin_memory() if self.pinned else rows
+            self.value = rows.pin_memory() if self.gpu is not None else rows
