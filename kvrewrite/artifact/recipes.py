@@ -49,7 +49,9 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
     if "key" in recipe:
         key = recipe["key"]
         if not isinstance(key, str) or key not in tensors:
-            raise ArtifactError(f"the parameter {name} is made from {key!r:.120}, which the weight files don't have")
+            raise ArtifactError(
+                f"the parameter {name} is made from {key!r:.120}, which the weight files don't have. Copy the directory again"
+            )
         return tensors[key].shape
     if "stack" in recipe or "cat" in recipe:
         parts, dim = recipe.get("stack", recipe.get("cat")), recipe.get("dim")
@@ -189,7 +191,7 @@ def described(
 ) -> tuple[Recipe, tuple[int, ...], torch.dtype]:
     """A parameter's recipe, and the shape and dtype of what it makes; raises ArtifactError if it can't be followed."""
     if name not in recipes:
-        raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
+        raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete. Copy it again")
     recipe = recipes[name]
     shape = check_recipe(name, recipe, checkpoint.tensors)
     own = getattr(torch, str(recipe.get("dtype")), None) or checkpoint.tensors[recipe_keys(recipe)[0]].dtype

@@ -95,7 +95,7 @@ class KVzip(Scoped):
         """Checks what the model is asked."""
         if not any(self.judges(site) for site in sites):
             raise UnsupportedModelError(
-                f"{self.name}: every layer of this model has a sliding window, which keeps what it sees"
+                f"{self.name}: every layer of this model has a sliding window, which keeps what it sees; expected a layer without"
             )
         for name in PROMPTS:
             ids = numbers(getattr(self, name))

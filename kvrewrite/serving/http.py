@@ -124,7 +124,7 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
         request = read_request(read_json(await bodies.read(http)), chat)
         if request.model not in (None, name):
             raise RequestError(
-                f"this server has the model {name!r}, not {request.model!r:.80}",
+                f"model is {request.model!r:.80}, but this server has {name!r}; use that name",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -160,7 +160,12 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
 
     async def model(request: HTTPRequest) -> Response:
         if request.path_params["id"] != name:
-            raise RequestError(f"this server has the model {name!r}", status=404, param="model", code="model_not_found")
+            raise RequestError(
+                f"this server has the model {name!r} alone; use that name",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
         return JSONResponse(entry)
 
     async def health(_: HTTPRequest) -> Response:
