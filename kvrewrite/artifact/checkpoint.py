@@ -70,7 +70,7 @@ def read_json(path: Path, *, limit: int = 1 << 30) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text)
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
+        raise ArtifactError(f"{path} does not exist; copy the directory again") from None
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
     except RecursionError:
@@ -118,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             file.seek(8)
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
+        raise ArtifactError(f"{path} does not exist; copy the directory again") from None
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

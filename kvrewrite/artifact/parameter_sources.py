@@ -154,8 +154,8 @@ def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> 
     problems += [f"unexpected: {some(sorted(info.unexpected_keys), 20)}"] if info.unexpected_keys else []
     if problems:
         raise ArtifactError(
-            f"the weights in {checkpoint.directory} are not those of {type(model).__name__} with its config.json:\n  "
-            + "\n  ".join(problems)
+            f"the weights in {checkpoint.directory} are not those of {type(model).__name__} with its config.json; copy "
+            "both again from where they come from:\n  " + "\n  ".join(problems)
         )
     return recipes
 

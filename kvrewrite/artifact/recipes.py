@@ -43,7 +43,7 @@ def check_recipe(name: str, recipe: Any, tensors: Mapping[str, TensorInfo]) -> t
 
 
 def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], depth: int) -> tuple[int, ...]:
-    bad = f"the recipe of the parameter {name} is damaged"
+    bad = f"the recipe of the parameter {name} is damaged (convert the model again)"
     if not isinstance(recipe, dict) or depth > _MAX_DEPTH:
         raise ArtifactError(f"{bad}: {str(recipe)[:80]!r}")
     if "key" in recipe:

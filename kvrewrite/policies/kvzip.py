@@ -108,8 +108,8 @@ class KVzip(Scoped):
             vocabulary = facts.get("vocab_size", UNLIMITED)
             if ids and max(ids) >= vocabulary:
                 raise OptionError(
-                    f"{self.name}: {name} has token {max(ids)}, but the model has {vocabulary} tokens; are the ids those of "
-                    "its tokenizer?"
+                    f"{self.name}: {name} has token {max(ids)}, but the model has {vocabulary} tokens; expected ids of its "
+                    "own tokenizer"
                 )
         return self
 

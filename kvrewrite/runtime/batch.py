@@ -302,7 +302,7 @@ class Batch:
         """Another request that goes on from the same prompt, before either decodes."""
         if running.cache is None or running.call is not None:
             raise CacheError(
-                "expected a request whose prompt is through and that has no token yet; others can't be forked"
+                "expected a request whose prompt is through, before its first token; others can't be forked"
             )
         twin = Running(running.cache.fork(), None)
         self._running.add(twin)
