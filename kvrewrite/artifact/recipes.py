@@ -82,7 +82,7 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
     if "reshape" in recipe:
         inner, shape = _recipe_shape(name, recipe["reshape"], tensors, depth + 1), recipe.get("shape")
         if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
-            raise ArtifactError(f"{bad}: {shape!r} is not a shape")
+            raise ArtifactError(f"{bad}: {shape!r} is not a shape; expected sizes")
         if torch.Size(shape).numel() != torch.Size(inner).numel():
             raise ArtifactError(f"{bad}: can't reshape {list(inner)} to {shape}")
         return tuple(shape)
@@ -92,7 +92,7 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
         if not are_sizes(place) or place[0] >= len(inner) or place[1] + place[2] > inner[place[0]]:
             raise ArtifactError(f"{bad}: there is no dimension, start, length {place!r} in {list(inner)}")
         return (*inner[: place[0]], place[2], *inner[place[0] + 1 :])
-    raise ArtifactError(f"{bad}: it has none of key, stack, cat, transpose, reshape, narrow")
+    raise ArtifactError(f"{bad}: expected one of key, stack, cat, transpose, reshape, narrow")
 
 
 def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo]) -> None:

@@ -81,7 +81,8 @@ def test_convert_chooses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"budget": 64}, "memory and budget"), ({"recent_tokens": 4}, "got recent_tokens, which belongs to a policy")]
+    ("options", "said"),
+    [({"budget": 64}, "memory and budget"), ({"recent_tokens": 4}, "got recent_tokens, which")],
 )
 def test_what_does_not_go_together(options: dict[str, int], said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
