@@ -57,8 +57,8 @@ class Source(Protocol):
     def reconstruction(self, **given: Any) -> Tensor:
         """`kvrewrite::reconstruction` of the same."""
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
-        """A state of the cache."""
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, **kind: Any) -> Tensor:
+        """A state of the cache; kind: as `Site.state` has it."""
 
     def remember(self, name: str, layer: int | None, value: Any) -> None:
         """Keeps a value of a site, or of none, for later hooks."""
@@ -287,10 +287,12 @@ class Site:
         return ACTIVATIONS[name](x)
 
     # -- from call to call, and from site to site
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, *, per_token: bool = False) -> Tensor:
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, **kind: Any) -> Tensor:
         """Something that the policy remembers from call to call: (B, *shape), or (B, capacity, *shape) with an entry per
-        token that grows with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
-        return self._source.state(name, shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype, per_token)
+        token that grows with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first.
+        kind: per_token (default False); every: how many tokens such an entry stands for (1); host: whether it lies in host
+        memory (False), where what grows is not zero at first."""
+        return self._source.state(name, shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype, **kind)
 
     def remember(self, name: str, value: Any) -> None:
         """Keeps tensors (one, or a tuple or list) of this site for `recall` in a later hook."""

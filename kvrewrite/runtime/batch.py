@@ -158,6 +158,11 @@ class Batch:
                 f"with {model.policy.name}, heads of different processes keep different numbers of slots, so one process's "
                 "memory would be full before the others'; a batch of it takes no memory limit with tensor parallelism"
             )
+        if model.policy.recalls:
+            raise OptionError(
+                f"{model.policy.name} has a memory of every row in host memory, which requests that join and leave would "
+                "move; use `generate`, or serve a policy that evicts"
+            )
         if not model.on_one_device:
             raise OptionError("a batch of requests needs a model on one device, and this one lies on several")
         self.model, self.owner = model, model.owner

@@ -167,9 +167,9 @@ class Reader:
         found: Tensor = op(*op_args(op, **values, **given))
         return found
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, **kind: Any) -> Tensor:
         assert self._memory.add_input is not None
-        made = State(name, list(shape), str(dtype).removeprefix("torch."), per_token)
+        made = State(name, list(shape), str(dtype).removeprefix("torch."), **kind)
         return self._look(self._memory.add_input(self._memory.states.setdefault(name, made).spec))
 
     def remember(self, name: str, layer: int | None, value: Any) -> None:

@@ -17,6 +17,7 @@ from kvrewrite.errors import CacheError, OptionError
 from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
 from tests.support import learned
+from tests.support.blocks import InfLLMRule
 from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
 from tests.support.oracle_newer import (
@@ -355,6 +356,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "expected_attention",
         {"budget": 10, "n_sink": 1, "n_future": 9, "head_budgets": "adakv"},
         ExpectedAttentionRule(budget=10, sinks=1, future=9, head_budgets="adakv"),
+    ),
+    "infllm": (
+        "infllm",
+        {"budget": 9, "chunk": 5, "start": 2, "block": 3, "blocks": 2, "representatives": 2, "block_cache": 3},
+        InfLLMRule(budget=9, chunk=5, start=2, block=3, blocks=2, representatives=2),
+    ),
+    "infllm original, refresh": (
+        "infllm",
+        {
+            "budget": 8,
+            "chunk": 4,
+            "start": 0,
+            "block": 4,
+            "blocks": 1,
+            "representatives": 1,
+            "refresh": 3,
+            "distant": "original",
+        },
+        InfLLMRule(budget=8, chunk=4, start=0, block=4, blocks=1, representatives=1, refresh=3, constant=False),
     ),
     "keydiff": ("keydiff", {"budget": 10, "chunk": 6}, KeyDiffRule(budget=10, chunk=6)),
     "keydiff recent": (

@@ -47,6 +47,11 @@ REFUSED = {
     "compactor": {"deepseek_v3": "MLA"},
     "attention_gate": {"deepseek_v3": "latent attention"},
     "kvzip": {"mistral": "every layer of this model has a sliding window"},
+    "infllm": {
+        "mistral": "every layer of this model has a sliding window",
+        "bloom": "has ALiBi",
+        "gemma3n_text": "reads the keys and values of layer",
+    },
 }
 
 # (policy, positions): options that differ from full_budget() / evicting() below
@@ -82,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expected_attention": {"n_sink": 2, "n_future": 6},
     "fast_kvzip": {"n_sink": 1, "interval": 4, "decode_window": 2, "window": 5, "chunk": 9},
     "finch": {"window": 4},
+    "infllm": {"chunk": 7, "start": 2, "block": 4, "blocks": 2, "block_cache": 3, "representatives": 2},
     "keydiff": {"chunk": 6},
     "knorm": {},
     "kvzip": {"n_sink": 1, "repeat_chunk": 10, "lead": 3, "chunk": 9},

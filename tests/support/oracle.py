@@ -62,6 +62,11 @@ class Layer:
     counted_from: int = 0  # queries before this position don't count any more
     longest: int = 0  # slots of the longest head of any layer, with this part's tokens
     row_place: int = 0  # what this part's first key is rotated by where heads are as long as that one
+    away: list[list[Entry]] = field(default_factory=list)  # kv head -> what left the cache for a memory; rules keep it
+    marks: list[list[Tensor]] = field(
+        default_factory=list
+    )  # block of it -> kv head -> what it is found by; rules keep it
+    found: list[int] = field(default_factory=list)  # the blocks that were found last; rules keep it
 
     def group(self, head: int) -> range:
         """The query heads of a kv head."""
@@ -92,6 +97,10 @@ class Rule:
     def flags(self, layer: Layer, moment: Moment) -> list[list[bool]] | None:
         """kv head -> new token -> whether only itself may see it; before attention."""
         return None
+
+    def beside(self, layer: Layer, head: int) -> tuple[list[Entry], int | None]:
+        """What queries see beside the cache, all of it before them: entries, and at what distance, None: where they were."""
+        return [], None
 
     def arrive(self, layer: Layer, count: int) -> None:
         """After attention, `count` new entries at the end of each head."""
@@ -297,10 +306,17 @@ class Oracle:
             seen = torch.zeros(count, len(entries), dtype=torch.bool)
             for t, mine in enumerate(visible):
                 seen[t, mine] = True
+            far, distance = self.rule.beside(layer, h)
             for g in layer.group(h):
                 queries = rotate(layer.queries[g], [following + t for t in range(count)], self.theta)
-                weights = torch.softmax((queries @ keys.T * scaling).masked_fill(~seen, -math.inf), dim=1)
-                out[:, g] = weights @ values
+                logits = (queries @ keys.T * scaling).masked_fill(~seen, -math.inf)
+                if far:
+                    places = [e.position if distance is None else 0 for e in far]
+                    far_keys = rotate(torch.stack([e.key for e in far]), places, self.theta)
+                    asking = queries if distance is None else rotate(layer.queries[g], [distance] * count, self.theta)
+                    logits = torch.cat([logits, asking @ far_keys.T * scaling], 1)
+                weights = torch.softmax(logits, dim=1)
+                out[:, g] = weights @ torch.cat([values, *([torch.stack([e.value for e in far])] if far else [])])
                 for t, row in enumerate(weights.tolist()):
                     layer.attention[g][self.seen + t] = {entries[n].position: row[n] for n in visible[t]}
         self.rule.arrive(layer, count)
