@@ -293,6 +293,10 @@ class EvictionCache(Request, Cache):
         """From here on nothing is evicted: tokens are only added, so that all of them can be taken back (`crop`). For good,
         because what a policy sums up (H2O's scores) would have taken in what was cropped; forks made before, and `reset`,
         go on evicting."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} loses nothing as it is, and what leaves the cache has to enter its memory"
+            )
         self.check_finished()
         self.only_appends = True
         self._changes += 1

@@ -133,7 +133,7 @@ class Speculator:
                 verdict = acceptance.sampled(drafted.tokens, drafted.q, logits)
             else:
                 verdict = acceptance.greedy(drafted.tokens, logits)
-            new, accepted, ended = self._settle(text, drafted.tokens, verdict, stopping_criteria)
+            new, accepted, ended = settle(text, drafted.tokens, verdict, stopping_criteria)
             text = torch.cat([text, new], 1)
             cache.crop(text.shape[1] - 1 - begin - k)
             draft.accepted(text.shape[1])
@@ -149,20 +149,6 @@ class Speculator:
             return text
         found: dict[str, Any] = {"sequences": text, CACHE_NAME: cache}
         return GenerateDecoderOnlyOutput(**found)
-
-    @staticmethod
-    def _settle(text: Tensor, drafted: Tensor, verdict: acceptance.Verdict, criteria: Any) -> tuple[Tensor, int, bool]:
-        """What joins the text (1, n), how many of that were drafted, and whether it ends there. The only place that waits
-        for the device."""
-        place = torch.arange(len(drafted) + 1, device=drafted.device)
-        last = torch.cat([drafted, verdict.token])
-        new = torch.where(place < verdict.accepted, last, verdict.token)[None].to(text)
-        whole, begin = torch.cat([text, new], 1), text.shape[1]
-        ends = torch.cat([criteria(whole[:, : begin + i + 1], None) for i in range(new.shape[1])])
-        accepted, *stops = torch.cat([verdict.accepted[None], ends.to(drafted)]).tolist()
-        ends_at = next((i + 1 for i in range(accepted + 1) if stops[i]), 0)
-        count = ends_at or accepted + 1
-        return new[:, :count], min(accepted, count), bool(ends_at)
 
     def _start(self, cache: EvictionCache, columns: int, process: Any, draws: bool) -> Draft:
         """A draft that has read what the model's cache has. columns: of the text that `generate` was given."""
@@ -196,6 +182,21 @@ class Speculator:
                 f"{cache.why_never or 'it evicts while it generates'}. Use the full cache (policy full), or a policy that "
                 "only adds what is generated (snapkv)"
             )
+
+
+# -- what a round leaves --------------------------------------------------------------------------
+def settle(text: Tensor, drafted: Tensor, verdict: acceptance.Verdict, criteria: Any) -> tuple[Tensor, int, bool]:
+    """What joins the text (1, n), how many of that were drafted, and whether it ends there. The only place that waits
+    for the device."""
+    place = torch.arange(len(drafted) + 1, device=drafted.device)
+    last = torch.cat([drafted, verdict.token])
+    new = torch.where(place < verdict.accepted, last, verdict.token)[None].to(text)
+    whole, begin = torch.cat([text, new], 1), text.shape[1]
+    ends = torch.cat([criteria(whole[:, : begin + i + 1], None) for i in range(new.shape[1])])
+    accepted, *stops = torch.cat([verdict.accepted[None], ends.to(drafted)]).tolist()
+    ends_at = next((i + 1 for i in range(accepted + 1) if stops[i]), 0)
+    count = ends_at or accepted + 1
+    return new[:, :count], min(accepted, count), bool(ends_at)
 
 
 # -- which model drafts for which ------------------------------------------------------------------------------------------

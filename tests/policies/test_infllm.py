@@ -262,6 +262,10 @@ def test_what_it_can_not_do_yet(tmp_path: Path) -> None:
         cache.pin(0, 4)
     with pytest.raises(CacheError, match="none can be dropped"):
         cache.drop(0, 4)
+    with pytest.raises(CacheError, match="has put tokens into its memory"):
+        cache.crop(-1)
+    with pytest.raises(CacheError, match="loses nothing as it is"):
+        cache.append_only()
     with pytest.raises(CacheError, match="most of it lies in host memory"):
         cache.save(tmp_path / "cache")
     with pytest.raises(OptionError, match="serve a policy that evicts"):
