@@ -44,6 +44,11 @@ VARIANTS: dict[str, Callable[[Any], LocretTask]] = {
     "answers": lambda model: LocretTask(model, LocretOptions(hidden_size=512, lr=2e-3, label="log_probability")),
 }
 
+COLLECTED: dict[str, Callable[[Any], LocretTask]] = {  # of benchmarks/real_models.py
+    "mlp": lambda model: KVzapTask(model, KVzapOptions(hidden_size=512, lr=2e-3)),
+    "wide": lambda model: KVzapTask(model, KVzapOptions(hidden_size=1024, lr=1e-3)),
+}
+
 
 def read(path: Path, tokenizer: Any, count: int, most: int) -> list[dict[str, list[int]]]:
     """Rows as token ids and labels (`collate`): the first `most` tokens of a context, and its answers after it."""
@@ -63,11 +68,16 @@ def read(path: Path, tokenizer: Any, count: int, most: int) -> list[dict[str, li
     return found
 
 
+def contexts(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row without its answers and what is between them."""
+    end = next((n for n, x in enumerate(row["labels"]) if x != IGNORED), None)
+    return {name: ids[:end] for name, ids in row.items()}
+
+
 def batch(rows: list[dict[str, list[int]]], task: LocretTask) -> dict[str, Tensor]:
     """What a task takes; without the answers where it repeats texts."""
     if task.repeats:
-        begins = [next((n for n, x in enumerate(row["labels"]) if x != IGNORED), None) for row in rows]
-        rows = [{name: ids[:end] for name, ids in row.items()} for row, end in zip(rows, begins)]
+        rows = [contexts(row) for row in rows]
     return {name: value.to(task.heads[0].device) for name, value in collate(rows).items()}
 
 
@@ -106,7 +116,7 @@ def judge(task: LocretTask, rows: list[dict[str, list[int]]]) -> dict[str, dict[
         end = next((n for n, x in enumerate(row["labels"]) if x != IGNORED), len(row["labels"]))
         ids = torch.tensor([row["input_ids"][:end]], device=task.heads[0].device)
         texts = repeat(ids, torch.ones_like(ids, dtype=torch.bool), first)
-        scores, queries, keys, sinks, slopes = graph(*arguments(graph, texts.ids))
+        scores, queries, keys, sinks, slopes, _ = graph(*arguments(graph, texts.ids))
         found: dict[str, list[Tensor]] = {"student": [], "h2o": [], "teacher": []}
         for site, score, q, k, *own in zip(task.owners, scores, queries, keys, sinks, slopes):
             if site.window or site.chunk:

@@ -299,6 +299,69 @@ class Repetition(NamedTuple):
     most: int
 
 
+class Question(NamedTuple):
+    """What new tokens ask a memory for: q (B, H, T, D), queries as they meet what is in it; positions (B, T), of which the
+    first valid (B,) int32 of each row are real; before, after (B,) int32: how many of the row's tokens are in the memory
+    before and after this step; looks (B,) int32: 1 where the row chooses blocks anew, 0 where it stays with the last."""
+
+    q: Tensor
+    positions: Tensor
+    valid: Tensor
+    before: Tensor
+    after: Tensor
+    looks: Tensor
+
+
+class Attended(NamedTuple):
+    """What attention has given: out (B, H, T, Dv), and the natural log-sum-exp lse (B, H, T) of each query."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Entering(NamedTuple):
+    """New tokens as a memory takes them: far_q (B, H, T, D) and far_k (B, Hkv, T, D), as queries and keys meet there; v (B,
+    Hkv, T, Dv); q, k: as attention sees them, by which representatives are chosen."""
+
+    far_q: Tensor
+    far_k: Tensor
+    v: Tensor
+    q: Tensor
+    k: Tensor
+
+
+class Memory(NamedTuple):
+    """A memory of blocks of L tokens (kernels/recall/). All of it is the row's own, and written to.
+
+    first_k, first_v (B, F, Hkv, D): the first tokens, which every query sees once they have left the cache. host_k,
+    host_v (B, S, Hkv, D), in host memory: every token by its position; block i is [F + i L, F + (i + 1) L). near_k,
+    near_v (B, N, L, Hkv, D): blocks on the device; near_use (B, N, 2) int64, in host memory: which block a place has, plus
+    one, and when it was last asked for. marks (B, S', Hkv, D): by block, the sum of its representative keys. newest (B, R,
+    2 or 3, Hkv, D): the last R tokens by position modulo R: queries summed over their group, keys as attention sees them,
+    and, where those are others, keys as the memory has them.
+    """
+
+    first_k: Tensor
+    first_v: Tensor
+    host_k: Tensor
+    host_v: Tensor
+    near_k: Tensor
+    near_v: Tensor
+    near_use: Tensor
+    marks: Tensor
+    newest: Tensor
+
+
+class Recalling(NamedTuple):
+    """How a memory is attended to and kept: scale and softcap as in `Logits`; window: after how many later queries a token
+    may leave the cache; representatives: keys that stand for a block."""
+
+    scale: float
+    softcap: float
+    window: int
+    representatives: int
+
+
 class VisibleBlocks(NamedTuple):
     """What the queries of a chunk see (sparse prefill). blocks (B, H, Q, K) bool: whether a block of 128 queries sees a
     block of 64 keys, those of the cache first, then those of the new tokens. columns (B, H, N) int32: keys that every

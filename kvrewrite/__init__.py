@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvrewrite.api import convert, inspect, load, transform
+    from kvrewrite.api import convert, inspect, load, speculate, transform
     from kvrewrite.cache.eviction_cache import EvictionCache
     from kvrewrite.dynamo.backend import new_cache
     from kvrewrite.runtime.chat import chat
@@ -27,6 +27,7 @@ _WHERE = {
     "load": "kvrewrite.api",
     "convert": "kvrewrite.api",
     "inspect": "kvrewrite.api",
+    "speculate": "kvrewrite.api",
     "chat": "kvrewrite.runtime.chat",
     "load_cache": "kvrewrite.runtime.saved_cache",
     "verify": "kvrewrite.verification",
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_cache",
     "new_cache",
+    "speculate",
     "transform",
     "verify",
 ]

@@ -38,6 +38,7 @@ from kvrewrite.runtime.foreign_config import foreign_config
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
+    from kvrewrite.runtime.speculation import Speculator
 
 
 def transform(
@@ -130,7 +131,52 @@ def _rewritten(program: Program, model: nn.Module) -> RewrittenModel:
     config, generation_config = _configs(program, model)
     _own_parameters(program.graph)
     adapters = AdapterWatch(model) if has_adapters(model) else None
-    return RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+    made = RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+    made.__dict__["rewrite_again"] = functools.partial(_rewrite_again, model)
+    return made
+
+
+def _rewrite_again(model: nn.Module, policy: str, **options: Any) -> RewrittenModel:
+    """Another policy on the original of a rewritten model, whose capture was proved before."""
+    return Rewriter(model, check="off").rewrite(policy, **options)
+
+
+def speculate(
+    model: nn.Module,
+    draft: str = "self",
+    *,
+    budget: int | float | None = None,
+    policy: str | None = None,
+    tokens: int = 5,
+    **options: Any,
+) -> Speculator:
+    """A model that answers as with its full cache, faster, because a draft proposes several tokens that one pass checks.
+
+    Args:
+        model: an original causal LM, which is rewritten twice from one capture (the weights are shared), or a rewritten
+            one. One that evicts drafts with its own cache and is checked with a full one.
+        draft: "self", the same weights with a small cache, "prompt_lookup" (what followed the text's last words before), or
+            a rewritten model with the same vocabulary.
+        budget, policy, **options: of the draft's cache (policy: snapkv by default).
+        tokens: how many are drafted a round.
+
+    Raises OptionError, and what `transform` raises.
+    """
+    from kvrewrite.runtime.model import RewrittenModel
+    from kvrewrite.runtime.speculation import Speculator, full_cache, self_draft
+
+    if draft != "self":
+        if budget is not None or policy is not None or options:
+            raise OptionError(f'budget, policy and options are those of a draft="self"; got them with {draft!r}')
+        whole = full_cache(model) if isinstance(model, RewrittenModel) else transform(model, "full")
+        return Speculator(whole, draft, tokens)
+    if isinstance(model, RewrittenModel):
+        return Speculator(*self_draft(model, budget, policy, **options), tokens)
+    if budget is None:
+        raise OptionError("a draft needs a budget: how many tokens its cache keeps")
+    rewriter = Rewriter(model)
+    small = rewriter.rewrite(policy or "snapkv", budget=budget, **options)
+    return Speculator(rewriter.rewrite("full"), small, tokens)
 
 
 def _encoder(directory: str | Path) -> Callable[[str], list[int]]:

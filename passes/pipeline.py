@@ -140,6 +140,10 @@ def insert(
         weights = None
     if policy.needs_rotary and "rope_problem" in facts:
         raise OptionError(f"{policy.name} needs the model's rotation: {facts['rope_problem']}")
+    if policy.recalls and captured.devices:
+        raise OptionError(
+            f"{policy.name}: a memory belongs to one device, and this model lies on several; load it on one"
+        )
     if policy.positions == "contiguous":
         if "rope_problem" in facts:
             raise OptionError(

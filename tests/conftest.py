@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import products
+from tests.support import cpu_seconds, products, shards
 
 if (
     not torch.cuda.is_available()
@@ -67,21 +67,63 @@ def quick_interpreter() -> None:
     interpreter._get_np_dtype = np_dtype
 
 
+def with_new_numpy() -> None:
+    """Has Triton 3.6's interpreter take an array of one number for a number, which numpy 2.4 no longer does."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     quick_interpreter()
+    with_new_numpy()
+
+
+def trace_once() -> None:
+    """Has every capture of an equal model give a copy of the first one; tests/capture/conftest.py takes it back there."""
+    from kvrewrite.capture import frontend
+    from tests.support import shared_captures
+
+    frontend._capture = shared_captures.share(shared_captures.TRACE)
+
+
+trace_once()
+
+
+@functools.cache
+def families() -> set[str]:
+    from tests.support import rewritten, zoo
+
+    return {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
 
 
 def family_of(item: pytest.Item) -> str | None:
     """The model family that a test takes its captured model of (tests/support/rewritten.py)."""
-    from tests.support import rewritten, zoo
+    from tests.support import rewritten
 
     shared = (rewritten.traced, rewritten.captured, rewritten.own, rewritten.rewritten)
     if not any(getattr(item.module, function.__name__, None) is function for function in shared):
         return None
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     value = parameters.get("family", parameters.get("name"))
-    known = isinstance(value, str) and value in {*zoo.FAMILIES, *zoo.WALKED, *rewritten.FOREIGN}
-    return value if known else None
+    return value if isinstance(value, str) and value in families() else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test to FILE (JSON)")
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N shares of the tests, such as 1/4")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_seconds.watch(config)
+    if which := config.getoption("--shard"):
+        config.pluginmanager.register(shards.Shard(which))
 
 
 def pytest_collection_finish() -> None:
@@ -115,6 +157,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             long = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=long)
             items[:] = [item for item in items if not item.get_closest_marker(marker)]
+    if "thorough" in (config.option.markexpr or ""):
+        shards.split(items, {"policies", "options", *families()})
     if torch.cuda.is_available():
         return
     for item in items:

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 import kvrewrite
 from kvrewrite.cli import app
 from kvrewrite.policies import POLICIES
-from tests.support.serving_tools import TEMPLATE
+from tests.runtime.test_pipelines import TEMPLATE
 from tests.support.tiny import TEXT, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

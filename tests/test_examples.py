@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import runpy
@@ -13,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -21,14 +19,14 @@ import kvrewrite
 from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.policies import POLICIES
 from tests.support import notebooks
+from tests.support.processes import environment
 from tests.support.tiny import TEXT, make_checkpoint
 from tests.support.zoo import make
 
 ROOT = Path(__file__).parent.parent
 # Those on Ray have tests of their own, below.
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if not p.stem.startswith("ray_"))
-PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment()
 
 
 # So many tokens leave the window, the model's longest text and many pages behind as well.
@@ -231,7 +229,9 @@ def test_a_replica_of_a_batch_job(memory, on_ray):
     replica = example("ray_batch")["Replica"](str(directory), False, memory, TOKENS)
     begun, start = [], replica.batch.start
     replica.batch.start = lambda *args, **options: begun.append(start(*args, **options)) or begun[-1]
-    rows = pa.table({"id": [*map(str, range(len(prompts))), "empty"], "prompt": [*prompts, ""]})
+    rows = pytest.importorskip("pyarrow").table(
+        {"id": [*map(str, range(len(prompts))), "empty"], "prompt": [*prompts, ""]}
+    )
     *answers, empty = replica(rows).to_pylist()
     assert [(a["answer"], a["tokens"]) for a in answers] == expected
     assert [a["finish"] for a in answers] == ["length" if n == TOKENS else "stop" for _, n in expected]

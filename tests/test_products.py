@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.products import choose, covering, pairs, pairwise, thin, values
+import pytest
+
+from tests.support.products import choose, covering, daily, pairs, pairwise, thin, values
+from tests.support.shards import share, split
 
 DIMS, DTYPES, KINDS = [(16, 8), (64, 32), (96, 48)], ["float32", "float16"], ["half", "pairs", "none"]
 PRODUCT: list[dict[str, Any]] = [
@@ -91,3 +95,59 @@ def test_derived_parameters_count() -> None:
 
 def test_a_test_of_one_case_always_runs() -> None:
     assert left([Item(pairwise, **PRODUCT[17])]) == [PRODUCT[17]]
+
+
+def test_preferred_cases_are_taken_where_they_prove_as_much() -> None:
+    def wide(case: Any) -> bool:
+        return bool(case["dim"][0] > 16 and not case["undo"])
+
+    chosen = choose(PRODUCT, values({"kind": 1, "dim": 0, "dtype": 0, "undo": 0}), wide)
+    assert len(chosen) == len(KINDS) and all(wide(PRODUCT[i]) for i in chosen)
+
+
+def test_daily_is_what_thin_leaves() -> None:
+    @covering({"dim": 1}, apart=lambda case: case["kind"] == "none")
+    @pytest.mark.parametrize("dim", DIMS)
+    @pytest.mark.parametrize(("dtype", "kind"), [*itertools.product(DTYPES, KINDS)])
+    @pytest.mark.parametrize("undo", [False, True])
+    def function() -> None: ...
+
+    [mark] = [mark for mark in function.pytestmark if mark.name == "covering"]
+    items = [Item(SimpleNamespace(mark=mark), **case) for case in cases_of(function)]
+    assert sorted(map(str, daily(function))) == sorted(map(str, left(items)))
+
+
+def cases_of(function: Any) -> list[dict[str, Any]]:
+    """Every case of a test function without a marker of products."""
+    plain = SimpleNamespace(pytestmark=[mark for mark in function.pytestmark if mark.name == "parametrize"])
+    return [dict(case) for case in daily(plain)]
+
+
+def test_shares_have_every_test_once_and_groups_whole() -> None:
+    class Test(SimpleNamespace):
+        def get_closest_marker(self, name: str) -> Any:
+            return SimpleNamespace(args=(self.group,)) if self.group else None
+
+    tests: list[Any] = [Test(nodeid=f"test_{i}", group=f"group {i % 3}" if i % 2 else None) for i in range(40)]
+    shares = [share(tests, f"{n}/4") for n in (1, 2, 3, 4)]
+    assert sorted(test.nodeid for part in shares for test in part) == sorted(test.nodeid for test in tests)
+    assert all(
+        sum(t.group == g for t in part) in (0, 6, 7) for part in shares for g in ("group 0", "group 1", "group 2")
+    )
+    assert all(len(part) >= 5 for part in shares)
+    with pytest.raises(pytest.UsageError, match="5/4, expected I/N"):
+        share(tests, "5/4")
+
+
+def test_large_groups_are_split() -> None:
+    class Test(SimpleNamespace):
+        def get_closest_marker(self, name: str) -> Any:
+            return self.marks[0]
+
+        def add_marker(self, mark: Any, append: bool) -> None:
+            self.marks.insert(0, mark.mark)
+
+    tests: list[Any] = [Test(marks=[SimpleNamespace(args=("llama" if i % 4 else "serve",))]) for i in range(40)]
+    split(tests, {"llama"}, most=12)
+    names = Counter(test.get_closest_marker("xdist_group").args[0] for test in tests)
+    assert names == {"serve": 10, "llama 0": 12, "llama 1": 12, "llama 2": 6}

@@ -20,7 +20,7 @@ from kvrewrite.policies import Policy
 @dataclass
 class MemoryPlan:
     """Bytes for one context length. full: an ordinary cache; evicted: after the prompt; peak: during the prompt;
-    carried: the part of each that recurrent layers carry, at any length."""
+    carried: the part of each that recurrent layers carry, at any length; host: besides these, what lies in host memory."""
 
     context: int
     batch: int
@@ -28,13 +28,14 @@ class MemoryPlan:
     evicted: int
     peak: int
     carried: int = 0
+    host: int = 0
 
 
 @dataclass
 class LayerPlan:
     """One layer that owns a cache, for one row. slots: live slots per head after the prompt; most: the most that a head
     has during it; pages: of all heads, after the prompt; full, evicted, largest: bytes of an ordinary cache, after the
-    prompt, and at the maximum."""
+    prompt, and at the maximum; host: bytes of host memory."""
 
     site: AttentionSite
     slots: list[int]
@@ -43,6 +44,7 @@ class LayerPlan:
     full: int
     evicted: int
     largest: int
+    host: int = 0
 
 
 def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, context: int) -> list[LayerPlan]:
@@ -60,6 +62,8 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
         slots, widest = held[-1], held.max(0)
         pages, widest_pages = (int(pages_of(heads).sum()) for heads in (slots, widest))
         page, row = _page_bytes(site, policy, itemsize) // site.kv_heads, _row_bytes(site, policy, itemsize)
+        memory, host = policy.memory_bytes(site, itemsize, context)
+        row += memory
         plans.append(
             LayerPlan(
                 site=site,
@@ -69,6 +73,7 @@ def plan_layers(sites: Iterable[AttentionSite], policy: Policy, itemsize: int, c
                 full=min(context, span or context) * _token_bytes(site, itemsize),
                 evicted=pages * page + row,
                 largest=widest_pages * page + row,
+                host=host,
             )
         )
     return plans
@@ -100,7 +105,8 @@ def plan_memory(
     peak = sum(p.largest for p in layers) + token * longest + (widest if policy.quantize != "none" else 0)
     again = max((_expanded_bytes(p, itemsize, longest, batch) for p in layers), default=0)
     full, evicted, peak = ((n + carried) * batch for n in (full, evicted, peak))
-    return MemoryPlan(context, batch, full, evicted, peak + again, carried * batch)
+    host = batch * sum(p.host for p in layers)
+    return MemoryPlan(context, batch, full, evicted, peak + again, carried * batch, host)
 
 
 def _expanded_bytes(plan: LayerPlan, itemsize: int, longest: int, batch: int) -> int:

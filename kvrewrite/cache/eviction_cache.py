@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvrewrite.cache import rollback
 from kvrewrite.cache.memory import MemoryReport, report
 from kvrewrite.cache.request import PER_ROW, Request, exclusive
 from kvrewrite.cache.spans import check_span, drop, joined, lost, without
@@ -30,7 +31,6 @@ class EvictionCache(Request, Cache):
     """
 
     is_compileable = False
-    is_croppable = False
 
     def __init__(self, model: Any, batch_size: int, *, max_length: int | None = None, **given: Any):
         Cache.__init__(self, layers=[])  # not that of a class between (`type_for` in kvrewrite/dynamo/caches.py)
@@ -54,7 +54,7 @@ class EvictionCache(Request, Cache):
         twin.leases = [lease.fork() for lease in self.leases]
         twin.history, twin.ended = self.history.fork(), None
         twin.checkpoints, twin.marking = list(self.checkpoints), False
-        twin.pins = list(self.pins)
+        twin.pins, twin.ahead = list(self.pins), list(self.ahead)
         twin.states = [state.fork() for state in self.states]
         for lease in self.leases:
             lease.store.end()
@@ -76,6 +76,7 @@ class EvictionCache(Request, Cache):
         Positions count a row's tokens from 0, without padding. Raises CacheError where some of them are gone already.
         """
         check_span(start, end)
+        self._check_spans_possible("pinned")
         self.check_finished()
         rows = self._rows_of(row)
         for r in rows:
@@ -107,6 +108,7 @@ class EvictionCache(Request, Cache):
         besides slots stays as it is. Raises CacheError for tokens that have not been seen yet.
         """
         check_span(start, end)
+        self._check_spans_possible("dropped")
         rows = self._rows_of(row)
         if any(end > self.seen[r] for r in rows):
             raise CacheError(
@@ -121,8 +123,17 @@ class EvictionCache(Request, Cache):
             held = [int(bound[:, r].max(initial=0)) for bound in free]
             self.length[r] = max(held) if any(map(len, free)) else self.length[r]
         self.ranks_held = False
+        self.firm = self.columns  # positions have gaps now
         self.end_step()
         self.unpin(start, end, row)
+
+    def _check_spans_possible(self, what: str) -> None:
+        """Raises CacheError where tokens that have left the pages are not gone."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} keeps every token, in pages or in its memory, so none can be {what}; use a policy "
+                "that evicts"
+            )
 
     def _rows_of(self, row: int | None) -> list[int]:
         if row is None:
@@ -188,6 +199,7 @@ class EvictionCache(Request, Cache):
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
         self.history.select(source, self.columns)
+        self.ahead, self.turns, self.firm = [self.ahead[s] for s in source], [], self.columns
         self.checkpoints, self.pins = [], [self.pins[s] for s in source] if self.pins else []
         self._rows, self.ended = len(source), None
         self.end_step()
@@ -259,11 +271,46 @@ class EvictionCache(Request, Cache):
             "kvrewrite.transform first"
         )
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Evicted tokens can't come back, so nothing can be cropped."""
-        raise CacheError(
-            "an EvictionCache can't be cropped (assisted decoding and prompt lookup need that): evicted tokens are gone"
-        )
+    @exclusive
+    def crop(self, columns: int) -> None:
+        """Takes the newest -columns columns back, in place (a negative number, as in transformers): the cache is then what it
+        would be had it never seen them. Raises CacheError where that is not so, with the reason; a `fork()` or `checkpoint()`
+        made before goes back then.
+        """
+        left = self.columns + columns
+        why = rollback.why_not(self, left) if columns else None
+        if columns > 0 or left < 0:
+            why = f"got crop({columns}), expected a number from {-self.columns} to 0: crop(-3) takes three columns back"
+        if why is not None:
+            raise CacheError(
+                f"the cache can't be cropped to {left} columns, which drafts (assisted decoding, prompt lookup) "
+                f"need: {why}. Make a fork() or a checkpoint() before, and go back to that"
+            )
+        if columns:
+            self.begin_step()
+            self._changes += 1
+            rollback.take_back(self, left)
+            self.end_step()
+
+    @exclusive
+    def append_only(self) -> None:
+        """From here on nothing is evicted: tokens are only added, so that all of them can be taken back (`crop`). For good,
+        because what a policy sums up (H2O's scores) would have taken in what was cropped; forks made before, and `reset`,
+        go on evicting."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} loses nothing as it is, and what leaves the cache has to enter its memory"
+            )
+        self.check_finished()
+        self.only_appends = True
+        self._changes += 1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether generated tokens can be taken back."""
+        if self.other_rows is not None or self.why_never is not None:
+            return False
+        return self.only_appends or self._policy.rates_prompts_only
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues from what row beam_idx[i] holds."""

@@ -87,6 +87,11 @@ class History:
         self._pieces, self._text, self._kept = [self.ids(columns)[source].int()], None, columns
         self._real, self.rows = self._real[source], len(source)
 
+    def crop(self, columns: int) -> None:
+        """Forgets all but the first `columns` columns."""
+        self._pieces, self._text, self._kept = [self.ids(columns).int()], None, columns
+        self._real = self._real[:, :columns]
+
     def fork(self) -> History:
         """A copy that goes on by itself."""
         twin = History(self.rows)

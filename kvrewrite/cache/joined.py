@@ -98,6 +98,7 @@ class JoinedRows(EvictionCache):
     requests lease from."""
 
     lease_type = JoinedLease
+    other_rows = "rows of a serving batch are at columns of their own"
     leases: list[JoinedLease]  # type: ignore[assignment]
 
     def __init__(self, model: Any, rows: int, *, max_length: int | None, stores: list[PageStore]):

@@ -20,7 +20,8 @@ class MemoryReport:
     in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
     too. Besides these, text: the ids of what went in, 4 bytes per token, which later calls are compared with;
     checkpoints: pages that its checkpoints have and it has no more; full: what an ordinary cache of the same tokens
-    takes. Reports are equal without these three. As text it is one line: what is held, and a full cache's bytes."""
+    takes. Reports are equal without these three. host: what a memory takes of host memory, which the others do not count.
+    As text it is one line: what is held, and a full cache's bytes."""
 
     live: int
     leased: int
@@ -29,9 +30,11 @@ class MemoryReport:
     text: int = field(default=0, compare=False)
     checkpoints: int = field(default=0, compare=False)
     full: int = field(default=0, compare=False)
+    host: int = 0
 
     def __str__(self) -> str:
-        return f"{human(self.live)} live, {human(self.leased)} leased; a full cache would take {human(self.full)}"
+        host = f", {human(self.host)} in host memory" if self.host else ""
+        return f"{human(self.live)} live, {human(self.leased)} leased{host}; a full cache would take {human(self.full)}"
 
 
 def human(size: float) -> str:
@@ -53,7 +56,10 @@ def report(cache: EvictionCache) -> MemoryReport:
         found.shared += lease.shared * lease.store.page_bytes
         found.full += _full_bytes(cache, lease)
     for spec, state in zip(cache.layout.states, cache.states):
-        size = state.value.numel() * state.value.element_size()
+        size = state.nbytes
+        if state.host:
+            found.host += size
+            continue
         live = state.live(cache.seen)
         found.live, found.leased, found.reserved = found.live + live, found.leased + size, found.reserved + size
         found.full += size if spec.carried else 0

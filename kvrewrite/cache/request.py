@@ -16,6 +16,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
+from kvrewrite.cache.rollback import PROMPTS, Turn, is_final, only_appends, remembers, why_never
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, head_budgets, pages_of, walk
 from kvrewrite.cache.spans import counted
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
@@ -102,6 +104,7 @@ class Request:
     before_chunk: Callable[[], None] | None = None
     lease_type = Lease
     owner: Owner = Owner()  # until it has a model
+    other_rows: str | None = None  # why rows of this kind of cache never go back in place
     _unfinished = False
 
     def __init__(
@@ -155,6 +158,14 @@ class Request:
         self.history = History(batch)  # what went in, column by column
         self.pins: list[tuple[tuple[int, int], ...]] = []  # of each row, its pinned spans; [] where no row has any
         self.checkpoints: list[Any] = []  # forks of it at the ends of turns, oldest first
+        # Going back in place (kvrewrite/cache/rollback.py). firm: columns that can't be taken back; ahead: of each row,
+        # tokens beyond those it has now that it once had; turns: the newest steps of several tokens.
+        self.why_never = self.other_rows or why_never(self.layout, self._policy)
+        self.only_appends = only_appends(self._policy)
+        self._leaves_traces = remembers(self.layout)
+        self.firm, self._final = 0, False
+        self.turns: list[Turn] = []
+        self.ahead, self._before = [0] * batch, Turn(0, (0,) * batch)
         self.marking = False  # whether the next prompt's end becomes one of them
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []
@@ -206,6 +217,7 @@ class Request:
         """Until `end_step` this cache is unfinished."""
         self.check_finished()
         self._unfinished = True
+        self._before = Turn(self.columns, tuple(self.generated))
         self._touch()
 
     def _touch(self) -> None:
@@ -214,8 +226,16 @@ class Request:
 
     def record(self, ids: Tensor, real: np.ndarray | None, generated: bool) -> None:
         """Ends a step that took the columns `ids` (B, T), see `History.add`."""
+        if real is not None or ids.shape[1] > 1:
+            self.turns = [*self.turns[1 - PROMPTS :], self._before]
+            # Columns in which a row had paused have gone in late.
+            self._final |= real is not None and not np.array_equal(
+                real[:, : self.columns], self.history.real(self.columns)
+            )
         self.history.add(ids, real, self.columns, generated)
         self.columns += ids.shape[1]
+        if self._final:
+            self.firm, self._final, self.turns = self.columns, False, []
         self.end_step()
 
     def end_step(self) -> None:
@@ -240,11 +260,13 @@ class Request:
         if not count:
             return []
         state, policy = self.row(row), self._policy_of(row)
-        return [policy.decode_segment(state)] if decoding else policy.passes(count, state)
+        found = [policy.decode_segment(state)] if decoding else policy.passes(count, state)
+        return [replace(segment, keep=UNLIMITED) for segment in found] if self.only_appends else found
 
     def next_token(self, row: int) -> Segment | None:
         """What one more token of a row does; None: the row rests."""
-        return self._policy_of(row).decode_segment(self.row(row))
+        segment = self._policy_of(row).decode_segment(self.row(row))
+        return replace(segment, keep=UNLIMITED) if self.only_appends and segment.keep < UNLIMITED else segment
 
     def _policy_of(self, row: int) -> Policy:
         return self._policy
@@ -358,7 +380,7 @@ class Request:
         room for when they grow anyway. Raises PoolFull, and changes nothing, where a pool with a limit has too few."""
         check_pools([(self, plan)])
         for state in self.states:
-            state.hold(plan.longest(self.seen))
+            state.hold(plan.longest(self.seen), self.max_length or 0)
         for lease, part in zip(self.leases, plan.classes):
             if lease.store.is_shared:
                 lease.unshare(part.first_written)
@@ -393,6 +415,7 @@ class Request:
     def commit(self, plan: StepPlan) -> None:
         """Records a finished step and returns the pages that it emptied."""
         self._changes += 1
+        self._final |= not self.only_appends and is_final(plan, self._leaves_traces)
         longest = [-1] * self.batch_size  # of layers without a window
         measured, shares = self._measure(plan), []
         competes = self._policy.head_budgets != "equal"

@@ -140,6 +140,7 @@ def restore(
     cache._loose, cache._unmeasured = numbers.loose, numbers.unmeasured
     cache.pins = [tuple(spans) for spans in numbers.pins]
     cache.columns, cache.history = numbers.columns, History.of(ids, real)
+    cache.firm = cache.columns  # how what was read came about is not known
     return cache
 
 

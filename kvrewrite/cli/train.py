@@ -69,6 +69,23 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     type=click.Path(path_type=Path, dir_okay=False),
     help="locret: file of labels; made where there is none, read by later runs on the same model, data and options.",
 )
+@click.option(
+    "--collect",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="TEXTS",
+    help="Read so many texts once and train on what heads read of them: thousands of steps in seconds. Not for gates.",
+)
+@click.option(
+    "--collect-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="With --collect: tokens that are kept of each text.",
+)
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=8192, show_default=True, help="With --collect: tokens of each step."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
 @click.option(
@@ -128,6 +145,9 @@ def train(
     max_tokens: int | None,
     question_tokens: int,
     labels: Path | None,
+    collect: int,
+    collect_tokens: int,
+    rows: int,
     steps: int,
     warmup: int | None,
     batch_size: int,
@@ -157,6 +177,7 @@ def train(
     \b
     Examples:
       kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
+      kvrewrite train MODEL -p kvzap -d texts.jsonl --out kvzap.safetensors --collect 1000 --batch-size 4 --max-tokens 2000
       kvrewrite train MODEL -p attention_gate -d texts.jsonl --out gates.safetensors --plot loss.png
     """
     if resume and checkpoints is None:
@@ -184,6 +205,9 @@ def train(
         report_to=report_to,
         workers=workers,
         quiet=as_json,
+        collect=collect,
+        collect_tokens=collect_tokens,
+        rows=rows,
     )
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's progress belongs there
         trained = run(

@@ -115,6 +115,7 @@ class StockState(EvictionCache):
     """The policy's state of a request whose keys and values lie in a `DynamicCache`, with these keys and values."""
 
     lease_type = IdentityLease
+    other_rows = "keys and values lie in a DynamicCache"
 
     def __init__(self, model: Any, batch_size: int):
         refuse_stock(model.program, model.policy)
@@ -182,7 +183,9 @@ def refuse_stock(program: Program, policy: Policy) -> None:
     """Raises CacheError if an ordinary DynamicCache can't hold what the policy keeps of this model."""
     reason = ""
     windows = [w for c in program.layout.classes for w in c.windows]
-    if policy.ragged or policy.head_pattern:
+    if policy.recalls:
+        reason = "what has left the device lies in a memory of its own"
+    elif policy.ragged or policy.head_pattern:
         reason = "the heads of a layer keep different numbers of slots"
     elif policy.quantize != "none":
         reason = f"keys and values are stored as {policy.quantize}"
@@ -221,6 +224,8 @@ class BackendCache(EvictionCache):
 
     The first compiled model that it goes through determines its policy.
     """
+
+    other_rows = "compiled graphs of the backend count its tokens"
 
     def __init__(
         self, batch_size: int, device: torch.device, *, max_length: int | None = None, compileable: bool = False

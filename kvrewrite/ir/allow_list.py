@@ -62,8 +62,9 @@ KVREWRITE = frozenset(
     """
     attention block_column_mass cache_update cache_update_quantized cached_attention cached_past cached_scan
     cached_sum decayed_sum entering expected_attention gate joint_scores kept_above key_difference lag_scores
-    latent_attention leverage linear_scan newest_ranks newest_rows observe pool_window ranks read_pages
-    read_quantized recent_queries reconstruction rotate share_layers sink_gate slot_positions slot_rotary surprisal
+    latent_attention leverage linear_scan look_up newest_ranks newest_rows observe pool_window projected_norm ranks
+    read_pages read_quantized recall recent_queries reconstruction rotate share_layers sink_gate slot_positions slot_rotary
+    surprisal
     uniform with_past
     """.split()  # noqa: SIM905
 )

@@ -18,6 +18,7 @@ from kvrewrite.ir.fake_values import shown
 from kvrewrite.ir.fx import get_attr, symbol
 from kvrewrite.ir.layout import CacheClass, spec_of
 from kvrewrite.kernels.attention.patterns import parse
+from kvrewrite.kernels.groups import Memory
 
 aten = torch.ops.aten
 
@@ -34,6 +35,9 @@ _INPUTS = {
     "span": "span",
     "begins": "repeat_begins",
     "ends": "repeat_ends",
+    "before": "memory_before",
+    "after": "memory_after",
+    "looks": "memory_looks",
 }
 _ENTERING = {"positions": 0, "valid": 1}  # results of `entering` that an update may have in their places
 _STATES = {
@@ -45,6 +49,7 @@ _STATES = {
     "last": "last_logits",
     "k_state": "gate_k_",
     "v_state": "gate_v_",
+    **{name: f"infllm_{name}_" for name in ("choice", *Memory._fields)},
 }
 _CACHE_OPS = {
     "cached_attention",
@@ -64,6 +69,8 @@ _CACHE_OPS = {
     "cached_past",
     "cached_scan",
     "cached_sum",
+    "look_up",
+    "recall",
 }
 # Shapes by letters; a letter is the same size throughout a call. B, K, C are the rows, kv heads and slots of the table,
 # T the new tokens, N all slots and new tokens.
@@ -96,6 +103,11 @@ _SHAPES = {
     "rotate": "x BKCD cos MD sin MD positions BKC partner D",
     "gate": "q BTG k BTG v BTG k_state BSG v_state BSG positions BT valid B",
     "surprisal": "logits BTV ids BT valid B last BV positions BT",
+    "look_up": "q BHTD positions BT valid B before B after B looks B marks BMKD choice BY",
+    "recall": (
+        "out BHTE lse BHT far_q BHTD far_k BKTD v BKTE q BHTD k BKTD notes BZ first_k BFKD first_v BFKE host_k BSKD host_v BSKE "
+        "near_k BNLKD near_v BNLKE near_use BNU marks BMKD newest BRWKD"
+    ),
     "cached_scan": "q BTHN k BTHN v BTHP beta BTH state BHNP valid B",
 }
 _DTYPES = {

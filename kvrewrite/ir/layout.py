@@ -9,7 +9,7 @@ stands.
     L   columns whose logits are asked for       X0, X1, ...   the same of the table that a ragged update writes
     R   positions in the tables of cos and sin   O0, O1, ...   spare pages that a ragged update is offered
     S   tokens that a state has room for         C0, C1, ...   slots of a class that are read as one tensor
-    Z   positions that ranks may reach
+    M   blocks of tokens, the same               Z             positions that ranks may reach
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 PAGE = 64  # slots per page
 PIN_SPANS = 8  # spans of a row that can be pinned, where they do not touch
 _SPEC = "kvrewrite_input"  # in a placeholder's meta: its `InputSpec`
-_PER_CALL = ("B", "T", "L", "S")  # letters whose sizes are the same in all single tokens of a batch
+_PER_CALL = ("B", "T", "L", "S", "M")  # letters whose sizes are the same in all single tokens of a batch
 
 Kind = Literal["tokens", "rows", "span", "pool", "layers", "rotary", "length_table", "state"]
 PoolShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -80,7 +80,8 @@ class CacheClass:
 @dataclass
 class State:
     """A tensor (B, *shape), or (B, S, *shape), that a cache carries besides its slots; `fill` at first. slots: it holds
-    slots of the cache, which are counted with the others; carried: it stands for a layer without attention."""
+    slots of the cache, which are counted with the others; carried: it stands for a layer without attention. every: with
+    per_token, how many tokens an entry stands for; host: it lies in host memory, pinned for a GPU, and begins as it is."""
 
     name: str
     shape: list[int]
@@ -90,6 +91,8 @@ class State:
     slots: bool = False
     carried: bool = False
     device: str | None = None
+    every: int = 1
+    host: bool = False
 
     @property
     def input(self) -> str:
@@ -99,7 +102,7 @@ class State:
     @property
     def spec(self) -> InputSpec:
         """The input that it is."""
-        lead = ("B", "S") if self.per_token else ("B",)
+        lead = ("B", "S" if self.every == 1 else "M") if self.per_token else ("B",)
         shape = (*lead, *self.shape)
         return InputSpec(self.input, self.name, "state", getattr(torch, self.dtype), shape, written=True)
 

@@ -190,6 +190,8 @@ class State(_Data):
     fill: Literal["0", "nan"] = "0"
     slots: bool = False
     carried: bool = False
+    every: Annotated[int, Meta(ge=1, le=1 << 31)] = 1
+    host: bool = False
 
 
 class Quantize(_Data):

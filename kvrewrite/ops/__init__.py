@@ -5,6 +5,7 @@ import kvrewrite.ops.decode
 import kvrewrite.ops.latent
 import kvrewrite.ops.linear
 import kvrewrite.ops.quantized
+import kvrewrite.ops.recall
 import kvrewrite.ops.rotary
 import kvrewrite.ops.scores
 import kvrewrite.ops.state

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvrewrite.kernels import pages
 from kvrewrite.kernels.groups import At, Dense, Forecast, Logits, Repetition, Rotation, Tokens
-from kvrewrite.kernels.scores import compactor, lag, r_kv, reference
+from kvrewrite.kernels.scores import compactor, critical, lag, r_kv, reference
 from kvrewrite.kernels.scores import reconstruction as repeating
 from kvrewrite.kernels.update import reference as reference_evict
 from kvrewrite.ops.dispatch import unversioned
@@ -144,6 +144,17 @@ def block_column_mass(q: Tensor, k: Tensor, valid: Tensor, block: int, first: in
 @block_column_mass.register_fake
 def _(q, k, valid, block, first, last):  # type: ignore[no-untyped-def]
     return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvrewrite::projected_norm", mutates_args=())
+def projected_norm(v: Tensor, weight: Tensor) -> Tensor:
+    """The L1 norm of values after the output projection: (B, Hkv, T) fp32. See kernels/scores/critical.py."""
+    return critical.projected_norm(v, weight)
+
+
+@projected_norm.register_fake
+def _(v, weight):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("kvrewrite::surprisal", mutates_args=("last",))

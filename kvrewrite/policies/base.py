@@ -98,6 +98,23 @@ class Policy(Options):
             f"{type(self).__name__} gates tokens, but has no gate(site); define it (docs/develop/add_a_policy.md)"
         )
 
+    def ask(self, site: Site) -> None:
+        """With `recalls`: what attention to the memory needs and can be known before attention to the cache."""
+        raise TypeError(f"{type(self).__name__} does not say what it asks for")
+
+    def recall(self, site: Site) -> Tensor:
+        """With `recalls`: attention to the cache and the memory together, (B, H, T, Dv); the site's "out" and "lse" are
+        those of attention to the cache."""
+        raise TypeError(f"{type(self).__name__} does not say what it recalls")
+
+    def has_memory(self, site: AttentionSite) -> bool:
+        """With `recalls`: whether a site has a memory."""
+        return True
+
+    def memory_bytes(self, site: AttentionSite, itemsize: int, context: int) -> tuple[int, int]:
+        """With `recalls`: bytes of a row's memory at a site for a text of so many tokens: on the device, and of the host."""
+        return 0, 0
+
     def rate(self, site: Site) -> None:
         """With `shares_layers`: keeps what `score` will need of this site (`site.remember`), after its attention."""
         raise TypeError(

@@ -29,7 +29,6 @@ class ExpectedAttention(Policy):
     source = "arXiv 2510.00636"
     evicts_when = "first prompt"
     whole_prompt = True
-    needs_rotary = True
 
     budget: int | float | None = 2048
     n_sink: int = 4
@@ -42,7 +41,12 @@ class ExpectedAttention(Policy):
         return self.n_sink
 
     @property
-    def rotary_ahead(self) -> int:  # type: ignore[override]
+    def needs_rotary(self) -> bool:
+        """The mean rotation."""
+        return True
+
+    @property
+    def rotary_ahead(self) -> int:
         """Tables of cos and sin reach to the last future position."""
         return self.n_future
 

@@ -48,14 +48,17 @@ class Source(Protocol):
         """The queries or keys ("q", "k") without their rotation, and the order of their dimensions that makes them
         (B, heads, T, D)."""
 
+    def output_weight(self) -> Tensor:
+        """The weight that attention goes into, (channels out, H * Dv)."""
+
     def observe(self, **given: Any) -> Tensor:
         """`kvrewrite::observe` of the site's own attention."""
 
     def reconstruction(self, **given: Any) -> Tensor:
         """`kvrewrite::reconstruction` of the same."""
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
-        """A state of the cache."""
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, **kind: Any) -> Tensor:
+        """A state of the cache; kind: as `Site.state` has it."""
 
     def remember(self, name: str, layer: int | None, value: Any) -> None:
         """Keeps a value of a site, or of none, for later hooks."""
@@ -181,6 +184,11 @@ class Site:
             return x
         return x.reshape(self.q.shape[0], self.q.shape[2], -1)
 
+    def output_norms(self) -> Tensor:
+        """||W_h v||_1 of the new tokens, averaged over a group's heads: (B, Hkv, T) fp32. W_h is what the layer's output
+        projection has for query head h. UnsupportedModelError where attention goes into something else."""
+        return self.ops.projected_norm(self.v, self._source.output_weight())
+
     # -- the cache and the new tokens
     def slot_positions(self) -> Tensor:
         """Positions in the text of [cache, new tokens], -1 where there is nothing: (B, Hkv, N) int64."""
@@ -279,10 +287,12 @@ class Site:
         return ACTIVATIONS[name](x)
 
     # -- from call to call, and from site to site
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, *, per_token: bool = False) -> Tensor:
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, **kind: Any) -> Tensor:
         """Something that the policy remembers from call to call: (B, *shape), or (B, capacity, *shape) with an entry per
-        token that grows with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first."""
-        return self._source.state(name, shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype, per_token)
+        token that grows with the text. The cache carries it; an op that declares the mutation writes to it. Zeros at first.
+        kind: per_token (default False); every: how many tokens such an entry stands for (1); host: whether it lies in host
+        memory (False), where what grows is not zero at first."""
+        return self._source.state(name, shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype, **kind)
 
     def remember(self, name: str, value: Any) -> None:
         """Keeps tensors (one, or a tuple or list) of this site for `recall` in a later hook."""

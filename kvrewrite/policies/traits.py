@@ -28,8 +28,6 @@ class Traits:
     needs_question: ClassVar[bool] = False  # what it keeps depends on the question being in the prompt
     question_first: ClassVar[bool] = False  # the question stands before the context, too
     after_logits: ClassVar[bool] = False  # scores need the logits of the tokens
-    needs_rotary: ClassVar[bool] = False  # scores need cos and sin of the rotation
-    rotary_ahead: ClassVar[int] = 0  # with needs_rotary: positions beyond the text that they must have
     inputs: ClassVar[tuple[str, ...]] = ()  # graph inputs (B,) int32 that `Segment.values` sets per row
 
     # -- how it evicts
@@ -42,6 +40,17 @@ class Traits:
     latent_scores: ClassVar[bool] = False  # scores mean the same where a layer's heads keep one latent
     gates: ClassVar[bool] = False  # flags tokens before attention
     head_pattern: ClassVar[bool] = False  # `head_keeps` gives the heads of a layer different budgets
+    recalls: ClassVar[bool] = False  # what leaves the cache goes to a memory, and `ask` and `recall` attend to it
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether scores need cos and sin of the rotation."""
+        return False
+
+    @property
+    def rotary_ahead(self) -> int:
+        """With needs_rotary: positions beyond the text that they must have."""
+        return 0
 
     @property
     def sinks(self) -> int:

@@ -42,6 +42,8 @@ SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at 
 
 def why_not(program: Program, policy: Policy, device: torch.device) -> str | None:
     """The reason why single tokens of this program don't run from static buffers on a device, or None."""
+    if policy.recalls:
+        return f"{policy.name} settles on the host what it fetches from host memory"
     if policy.merge:
         return "merging asks the device how many slots go"
     scheme = program.layout.scheme

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
-from kvrewrite.errors import CacheError, InputError
+from kvrewrite.cache.rollback import only_appends, why_never
+from kvrewrite.errors import CacheError, InputError, OptionError
 from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.call import check_cache, check_ids_form
@@ -55,7 +56,6 @@ class Generation(GenerationMixin):
 
     main_input_name = "input_ids"
     input_modalities = "text"  # pipelines print it
-    _is_stateful = True
     _supports_cache_class = True
     base_model_prefix = ""
 
@@ -64,6 +64,12 @@ class Generation(GenerationMixin):
     device: Any
     cache_owners: Any
     new_cache: Callable[..., EvictionCache]
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether what transformers' assisted decoding and prompt lookup run, the prompt and first drafts in one pass, can't
+        be taken back; it refuses them then."""
+        return why_never(self.program.layout, self.policy) is not None or not only_appends(self.policy)
 
     def can_generate(self) -> bool:
         """Yes."""
@@ -95,6 +101,7 @@ class Generation(GenerationMixin):
         past_key_values: Any = None,
         on_mismatch: str = "error",
         pin: Pin | None = None,
+        draft: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with
@@ -110,7 +117,14 @@ class Generation(GenerationMixin):
         the last prompt of a call with "recompute" that agrees, or to the beginning, and computes the text from there.
 
         pin: what stays whatever the policy says, as for `prefill`; a tensor is about the columns of the ids given.
+
+        draft: what proposes tokens that one pass checks: "self" (draft_budget=, draft_policy=), "prompt_lookup" or a
+        rewritten model; draft_tokens= a round (default 5). The answer is that of the full cache, so a model that evicts
+        drafts with its own cache and is checked with a full one (docs/speculation.md).
         """
+        if draft is not None:
+            kwargs |= {"cache": cache, "past_key_values": past_key_values, "on_mismatch": on_mismatch, "pin": pin}
+            return self._drafted(draft, *args, **kwargs)
         if on_mismatch not in ("error", "recompute"):
             raise InputError(f'on_mismatch is {on_mismatch!r}, expected "error" or "recompute"')
         if cache is not None and past_key_values is not None:
@@ -132,6 +146,19 @@ class Generation(GenerationMixin):
             pin_spans(given, pin, ids, kwargs.get("attention_mask"))
         self._agree(ids)
         return super().generate(*args, **kwargs)
+
+    def _drafted(self, draft: Any, *args: Any, **kwargs: Any) -> Any:
+        """`generate` with a draft."""
+        from kvrewrite.runtime.speculation import Speculator, full_cache, self_draft
+
+        given = {name: kwargs.pop(f"draft_{name}", None) for name in ("budget", "policy", "tokens")}
+        tokens = {"tokens": given.pop("tokens")} if given["tokens"] is not None else {}
+        given.pop("tokens", None)
+        if draft != "self" and any(value is not None for value in given.values()):
+            raise OptionError(f'draft_budget and draft_policy are those of draft="self"; got draft={draft!r}')
+        model: Any = self
+        pair = self_draft(model, **given) if draft == "self" else (full_cache(model), draft)
+        return Speculator(*pair, **tokens).generate(*args, **kwargs)
 
     def _agree(self, ids: Any) -> None:
         """The processes of a tensor-parallel model go on with the same ids and the same random numbers."""

@@ -77,6 +77,11 @@ def save_cache(model: RewrittenModel, cache: EvictionCache, path: str | Path, *,
     if model.program.parallel is not None:
         raise CacheError("a cache of one process's part of a model can't be saved; save one of the whole model")
     check_cache(model, cache, None)
+    if model.policy.recalls:
+        raise CacheError(
+            f"a cache of {model.policy.name} can't be saved: most of it lies in host memory, and files have no place for "
+            "that yet; use a policy that evicts"
+        )
     if not cache.columns:
         raise CacheError("nothing has gone through this cache, so there is nothing to save; prefill a text first")
     if out.is_dir() or (out.exists() and not force):

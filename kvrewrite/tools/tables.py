@@ -94,11 +94,14 @@ def memory_table(plans: list[MemoryPlan]) -> Table:
     from kvrewrite.cache.memory import human
 
     table = Table(title=f"cache memory, estimated, batch {plans[0].batch}", title_justify="left")
-    for name in ("context", "full cache", "evicted", "peak in prefill", "saved"):
+    host = ("host memory",) if any(p.host for p in plans) else ()
+    for name in ("context", "full cache", "evicted", "peak in prefill", "saved", *host):
         table.add_column(name, justify="right")
     for p in plans:
         saved = f"{1 - p.evicted / p.full:.1%}" if p.full > p.evicted else "-"
-        table.add_row(f"{p.context:,}", human(p.full), human(p.evicted), human(p.peak), saved)
+        table.add_row(
+            f"{p.context:,}", human(p.full), human(p.evicted), human(p.peak), saved, *[human(p.host)] * len(host)
+        )
     if plans[0].carried:
         table.caption = f"of each {human(plans[0].carried)} for what layers without attention carry, at any length"
         table.caption_justify = "left"

@@ -84,10 +84,14 @@ def insert_cache(captured: Captured, policy: Policy, ropes: dict[int, Rope]) -> 
             cache = _open_cache(gm, node, inputs, where[owner], ropes if contiguous else {}, tables, shared)
             cache.update(site=site, rotary=tables.get(site.layer, (None, None, None)))
             owners[owner] = cache
+            if policy.recalls and policy.has_memory(site):
+                shared.writer.write(policy.ask, shared.site_nodes(cache, named_args(node)), node)
             if policy.gates:
                 cache["hidden"] = shared.writer.write(policy.gate, shared.site_nodes(cache, named_args(node)), node)
                 site.inserted.append("gate")
         _read_cache(gm, node, site, inputs, owners[owner])
+        if policy.recalls and policy.has_memory(site):
+            _recall(policy, owners[owner], shared)
     for cache in owners.values():
         cache["span"] = _span([(r["window"], r["chunk"]) for r in cache["readers"]])
     carry_states(gm, inputs["valid"], shared.add_state)
@@ -146,12 +150,12 @@ class _Shared:
         self.writer.memory.states[state.name] = state
         return self.add(state.spec)
 
-    def site_nodes(self, cache: dict[str, Any], attention: dict[str, Any], logits: fx.Node | None = None) -> SiteNodes:
-        """What the policy sees of one site. attention: the arguments of its first reader."""
+    def site_nodes(self, cache: dict[str, Any], attention: dict[str, Any], **more: fx.Node | None) -> SiteNodes:
+        """What the policy sees of one site. attention: the arguments of its first reader; more: what only one hook sees."""
         known = {
             **self.nodes,
             **{n: cache[n] for n in (*self.pools, "table", "lens", "keep", "k_dense")},
-            "logits": logits,
+            **more,
         }
         known |= {n: attention[n] for n in ("q", "k", "v")} | dict(zip(("cos", "sin", "partner"), cache["rotary"]))
         return SiteNodes(cache["site"], known, {**known, **cache, **attention}, cache.get("span", (0, 0)))
@@ -319,6 +323,17 @@ def _read_cache(
     gm.graph.erase_node(node)
 
 
+def _recall(policy: Policy, cache: dict[str, Any], shared: _Shared) -> None:
+    """Attention to the memory, after that to the cache, whose result it takes over."""
+    lse = cache["last"]
+    out, following, reader = lse.prev, lse.next, cache["readers"][-1]
+    nodes = shared.site_nodes(cache, reader, out=out, lse=lse)
+    both = shared.writer.write(policy.recall, nodes, following)
+    both.meta["val"] = out.meta.get("val")
+    out.replace_all_uses_with(both, delete_user_cb=lambda user: user.target is not ops.recall.default)
+    cache["site"].inserted.append("recall")
+
+
 def _entering(gm: fx.GraphModule, before: fx.Node, at: tuple[fx.Node, ...], kv_heads: int) -> list[fx.Node]:
     """Positions, number and flags of the tokens that an update takes, with those of repetitions left out. at: the inputs
     of `entering`."""
@@ -351,7 +366,7 @@ def _close_cache(
     site = cache["site"]
     waits = policy.after_logits or policy.shares_layers
     following = (last if waits and last else cache["last"]).next
-    scores = insert_score(shared.writer, shared.site_nodes(cache, cache["readers"][0], logits), following)
+    scores = insert_score(shared.writer, shared.site_nodes(cache, cache["readers"][0], logits=logits), following)
     shared.rewrites_slots |= scores.slots is not None
     window, chunk = cache["span"]
     args: dict[str, Any] = {name: cache[name] for name in ("k", "v", *shared.pools, "table", "lens", "floor")}

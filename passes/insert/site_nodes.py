@@ -16,6 +16,7 @@ from kvrewrite.ir.layout import InputSpec, State
 from kvrewrite.ir.projections import projections
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.find_rope import Rope, find_rope
+from kvrewrite.passes.insert.output_projection import output_projection
 from kvrewrite.policies.site import PREFIX
 
 aten = torch.ops.aten
@@ -85,6 +86,12 @@ class SiteNodes:
             self._unrotated[name] = (found.pre, list(found.layout)) if isinstance(found, Rope) else (node, [0, 1, 2, 3])
         return self._unrotated[name]
 
+    def output_projection(self, gm: fx.GraphModule) -> tuple[str, bool]:
+        """The weight that the site's attention goes into; see `output_projection.py`."""
+        pair = self.observed["lse"].args[0]
+        out = next(n for n in pair.users if n.args[1] == 0)
+        return output_projection(gm, out, self.facts)
+
 
 def _adapts(node: fx.Node, projection: fx.Node) -> bool:
     """Whether `node` is B (A x) of a projection W x: what LoRA adds to it."""
@@ -120,10 +127,10 @@ class Reader:
         self.remembered: dict[tuple[str, int | None], Any] = {}
 
     def tensor(self, name: str) -> Tensor | None:
-        node = self._weight(name) if name.startswith(PREFIX) else self._nodes.known.get(name)
+        node = self._attribute(name) if name.startswith(PREFIX) else self._nodes.known.get(name)
         return None if node is None else self._look(node)
 
-    def _weight(self, name: str) -> fx.Node:
+    def _attribute(self, name: str) -> fx.Node:
         """One node per weight and site."""
         key = (name, self._nodes.facts.layer)
         if key not in self._memory.weights:
@@ -137,6 +144,11 @@ class Reader:
 
     def hidden_states(self) -> Tensor:
         return self._look(self._nodes.hidden_states())
+
+    def output_weight(self) -> Tensor:
+        name, turned = self._nodes.output_projection(self._memory.gm)
+        found = self._look(self._attribute(name))
+        return found.t() if turned else found
 
     def unrotated(self, name: str) -> tuple[Tensor, list[int]]:
         found, order = self._nodes.unrotated(name, self._memory.gm, self._memory.max_positions)
@@ -155,9 +167,9 @@ class Reader:
         found: Tensor = op(*op_args(op, **values, **given))
         return found
 
-    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> Tensor:
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, **kind: Any) -> Tensor:
         assert self._memory.add_input is not None
-        made = State(name, list(shape), str(dtype).removeprefix("torch."), per_token)
+        made = State(name, list(shape), str(dtype).removeprefix("torch."), **kind)
         return self._look(self._memory.add_input(self._memory.states.setdefault(name, made).spec))
 
     def remember(self, name: str, layer: int | None, value: Any) -> None:

@@ -57,6 +57,7 @@ HEADS: dict[Any, dict[str, int]] = {
     ops.lag_scores.default: {"k": 1, "v": 1},
     ops.leverage.default: {"keys": 1, "sketch": 0},
     ops.block_column_mass.default: {"q": 1, "k": 1},
+    ops.projected_norm.default: {"v": 1, "weight": 1},
     ops.kept_above.default: {"scores": 1, "places": 1, "keep": 1},
     ops.sink_gate.default: {"q": 2, "k": 2, "k_base": 0, "bias": 0},
 }

@@ -20,6 +20,7 @@ from kvrewrite.capture.fake_parameters import capture_on_meta
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr, set_attr
 from kvrewrite.ir.serialize import graph_to_dict, retarget_device
+from tests.support.products import few
 from tests.support.rewritten import traced
 from tests.support.zoo import FAMILIES, VOCAB, make
 
@@ -67,7 +68,7 @@ def test_recipes_give_what_from_pretrained_loads(tmp_path: Path, name: str) -> N
     assert_same(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("name", ["gemma2", pytest.param("mixtral", marks=pytest.mark.thorough), "falcon"])
+@pytest.mark.parametrize("name", few(["gemma2", "mixtral", "falcon"], rest=("mixtral", "falcon")))
 def test_capture_on_meta_is_capture(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path / name, name)
     model, config = build_on_meta(path)

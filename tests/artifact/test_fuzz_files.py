@@ -12,7 +12,7 @@ from tests.support.tiny import make_checkpoint
 CHUNK = 500
 
 
-@pytest.mark.parametrize("mutations", [40, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("mutations", [25, pytest.param(200, marks=pytest.mark.thorough)])
 def test_mutated_files_load_or_raise_artifact_errors(tmp_path: Path, mutations: int) -> None:
     # The small model's conversion takes longer than as many mutations.
     base = make_checkpoint(tmp_path / "base") if mutations < 100 else None

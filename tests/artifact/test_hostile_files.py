@@ -28,6 +28,7 @@ from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.artifact.policy_weights import import_pickle
 from kvrewrite.errors import ArtifactError
 from tests.support.fuzz_files import resign
+from tests.support.processes import environment
 from tests.support.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -385,7 +386,7 @@ kvrewrite.load({str(model)!r})
 """
     ran = subprocess.run(
         [sys.executable, "-c", code], input=answer, capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240,
+        env=environment(), timeout=240,
     )  # fmt: skip
     assert not [*model.glob("*.ran"), *other.glob("*.ran")] and "[y/N]" not in ran.stdout + ran.stderr
     assert ran.stderr.strip().splitlines()[-1].startswith("kvrewrite.errors.ArtifactError"), ran.stderr[-2000:]
@@ -467,8 +468,7 @@ os.replace, os.rename, shutil.rmtree = killing(os.replace), killing(os.rename), 
 if {exchanges}: publishing.exchange = killing(publishing.exchange)
 publishing.publish(Path({str(folder)!r}), Path({str(out)!r}), lambda: None)
 """
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         killed.append(done.returncode != 0)
         assert out.exists() or not can_exchange, point

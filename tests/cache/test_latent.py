@@ -216,7 +216,7 @@ def test_decoding_from_static_buffers(policy: str, options: dict[str, Any]) -> N
 REFUSED = [
     *[(p, {}, "its scores are defined by the keys, values or budgets of single heads") for p in (
         "keydiff", "knorm", "expected_attention", "locret", "kvzap", "fast_kvzip", "trim_kv", "duo_attention", "attention_gate",
-        "adakv", "lagkv", "leverage", "non_causal_attn", "compactor", "qfilters", "r_kv",
+        "adakv", "criticalkv", "lagkv", "leverage", "non_causal_attn", "compactor", "qfilters", "r_kv",
     )],
     ("h2o", {"quantize": "int8"}, "quantize=int8 codes keys by channel and values by token, and a latent is both"),
     ("h2o", {"merge": True}, "merge=True"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from kvrewrite.cli import app as cli
 from kvrewrite.cli.options import parse_options, parse_value
 from kvrewrite.errors import OptionError
 from kvrewrite.tools import demo
+from tests.support.processes import environment
 from tests.support.tiny import make_checkpoint
 
 pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
@@ -45,9 +45,8 @@ def call(*args):
 
 
 def process(*command, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole path

@@ -28,7 +28,10 @@ def test_every_module_is_here() -> None:
 
 
 # tests/passes/test_canonicalize.py has the idioms of the rest.
-@pytest.mark.parametrize("name", few(EXACT, rest=("GroupedExpand", "FunctionalMHA", "Alibi", "CappedWindow", "Sinks")))
+@pytest.mark.parametrize(
+    "name",
+    few(EXACT, rest=("GroupedSdpa", "Einsum", "GroupedExpand", "FunctionalMHA", "Alibi", "CappedWindow", "Sinks")),
+)
 def test_modules(name: str) -> None:
     outcome = measure(name)
     assert outcome.status == "exact", outcome.reason

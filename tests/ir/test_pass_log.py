@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from torch import fx, nn
 
 from kvrewrite.ir.pass_log import PassLog, log
+from tests.support.processes import environment
 
 pytestmark = pytest.mark.xdist_group("pass log")
 
@@ -44,9 +44,8 @@ small.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=3, pad_token_
 @functools.cache
 def logged() -> tuple[str, str, str]:
     """stderr of a transformation and of what `compile` does after it, and what torch's trace has."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as traced:
-        env = {**os.environ, "PYTHONPATH": paths, "TORCH_LOGS": "+kvrewrite", "TORCH_TRACE": traced}
+        env = environment(TORCH_LOGS="+kvrewrite", TORCH_TRACE=traced)
         done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, timeout=300)
         assert done.returncode == 0, done.stderr
         written = "".join(p.read_text() for p in Path(traced).iterdir())

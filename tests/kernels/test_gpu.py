@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("h2o", {"budget": 16, "head_budgets": "adakv", "chunk": 11}),
     ("expected_attention", {"budget": 16, "n_sink": 2, "n_future": 20}),
     ("keydiff", {"budget": 16, "chunk": 9}),
+    ("infllm", {"budget": 16, "block": 4, "start": 2, "chunk": 9, "blocks": 2, "block_cache": 3}),
+    ("infllm", {"budget": 12, "block": 4, "chunk": 8, "start": 0, "blocks": 1, "refresh": 3, "distant": "original"}),
     ("knorm", {"budget": 16}),
     ("random", {"budget": 16, "seed": 3}),
     ("random_attention", {"budget": 14, "buffer": 3, "protect_prompt": False}),

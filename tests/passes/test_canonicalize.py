@@ -22,6 +22,7 @@ from kvrewrite.passes.canonical.canonicalize import SOURCE, canonicalize, check_
 from kvrewrite.passes.canonical.normalize import normalize
 from kvrewrite.passes.canonical.operands import NoAttention
 from tests.support.foreign import FOREIGN, HEAD_DIM, HEADS, HIDDEN, Decoder, Projections
+from tests.support.products import few
 from tests.support.rewritten import original, traced, traced_once
 from tests.support.zoo import CONTENT_DEPENDENT, FAMILIES, VOCAB, WALKED, make
 
@@ -124,7 +125,7 @@ def test_shared_kv() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(n, marks=pytest.mark.thorough) for n in ("llama", "mistral", "gemma2")), "gpt_oss", "deepseek_v3"],
+    few(["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"], rest=["llama", "mistral", "gemma2", "gpt_oss"]),
 )
 def test_walker_agrees_with_the_interface(name: str) -> None:
     """The walker, on the softmax of the model's own eager code, finds what the interface says."""

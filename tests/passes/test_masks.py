@@ -110,7 +110,7 @@ def test_far_windows_and_chunks(attention: Callable[[Mask], Callable[..., Tensor
     assert captured.compared >= 1 << 17
 
 
-@pytest.mark.parametrize("attention", [sdpa, softmax, flex])
+@pytest.mark.parametrize("attention", [sdpa, softmax, pytest.param(flex, marks=pytest.mark.thorough)])
 def test_far_windows_per_head(attention: Callable[[Mask], Callable[..., Tensor]]) -> None:
     windows = torch.tensor([10, 2000, 3000, 70000])
     if attention is flex:

@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "adakv": {"window": 4},
     "attention_gate": {"chunk": 8},
     "compactor": {"start": 2, "recent_tokens": 2, "sketch": 4, "block": 5},
+    "criticalkv": {"window": 4},
     "duo_attention": {"start": 2, "chunk": 8},
     "fast_kvzip": {"n_sink": 1, "window": 2, "decode_window": 2},
     "finch": {"window": 4},

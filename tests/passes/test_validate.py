@@ -19,7 +19,7 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import KVRewriteError, OptionError, UnsupportedModelError
 from kvrewrite.ir.fx import tensor_of
 from kvrewrite.passes.pipeline import canonical
-from tests.support.products import few
+from tests.support.products import each, few
 from tests.support.zoo import make
 
 VOCAB, WIDTH, HEADS, DIM, MOST = 61, 16, 4, 4, 128
@@ -396,6 +396,7 @@ def test_experts_counted_in_integers_run_on_the_cpu() -> None:
     assert float((torch.cat(out, 1) - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
+@each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_families_with_experts_elsewhere_than_on_the_cpu(name: str, dtype: torch.dtype) -> None:
@@ -483,7 +484,7 @@ class _Functional(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("name", ["window by a float", "grouped einsum"])
+@pytest.mark.parametrize("name", ["window by a float", pytest.param("grouped einsum", marks=pytest.mark.thorough)])
 def test_layers_that_compute_the_same_are_run_once(name: str) -> None:
     class Two(Model):
         def __init__(self, attention: nn.Module) -> None:

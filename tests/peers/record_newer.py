@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import CompactorPress, FinchPress, LagKVPress, LeverageScorePress, NonCausalAttnPress, QFilterPress
+from kvpress import (
+    CompactorPress,
+    CriticalKVPress,
+    FinchPress,
+    LagKVPress,
+    LeverageScorePress,
+    NonCausalAttnPress,
+    QFilterPress,
+    SnapKVPress,
+)
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -55,6 +64,10 @@ PRESSES: dict[str, Any] = {
         r, sink_size_start=3, sink_size_end=1, chunk_size=4, sketch_dimension=6, blending=0.5
     ),
     "qfilters": qfilter,
+    "criticalkv": lambda r: CriticalKVPress(SnapKVPress(r, window_size=2, kernel_size=3)),
+    "criticalkv late": lambda r: CriticalKVPress(
+        SnapKVPress(r, window_size=1, kernel_size=1), epsilon=0.01, first_stage_ratio=0.4
+    ),
 }
 
 

@@ -65,13 +65,13 @@ def test_policy_of_the_page(page: dict[str, Any], tmp_path: Path) -> None:
 def test_policy_of_the_page_in_torch_compile(page: dict[str, Any]) -> None:
     from transformers import DynamicCache
 
-    model, ids = original("llama"), torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(0))
+    model, ids = original("shallow_llama"), torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(0))
     options = {"policy": "keys_and_attention", "budget": 24, "inductor": False}
     compiled = torch.compile(model, backend="kvrewrite", options=options)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         out = compiled(ids, past_key_values=cache, use_cache=True)
-    small = rewrite_with(original("llama"), captured("llama"), "keys_and_attention", None, budget=24)
+    small = rewrite_with(model, captured("shallow_llama"), "keys_and_attention", None, budget=24)
     torch.testing.assert_close(out.logits[:, -1:], small(ids).logits[:, -1:], atol=1e-4, rtol=1e-4)
 
 

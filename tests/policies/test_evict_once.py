@@ -14,9 +14,9 @@ from kvrewrite.errors import CacheError, InputError
 from tests.support.products import few
 from tests.support.rewritten import build, ours, rewritten
 
-OPTIONS: dict[str, dict[str, Any]] = {"snapkv": {"window": 4}, "adakv": {"window": 4}}
+OPTIONS: dict[str, dict[str, Any]] = {p: {"window": 4} for p in ("snapkv", "adakv", "criticalkv")}
 # Those whose kind the others stand for are thorough.
-LIKE_OTHERS = ("compactor", "finch", "lagkv", "leverage", "non_causal_attn")
+LIKE_OTHERS = ("compactor", "criticalkv", "finch", "lagkv", "leverage", "non_causal_attn")
 NAMES = [p.name for p in ours() if p.whole_prompt]
 ONCE = few(NAMES, rest=LIKE_OTHERS)
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 4}
@@ -60,7 +60,7 @@ def test_the_backend_refuses_them_too(policy: str) -> None:
     if policy in ("pyramidkv", "adakv", "kvzip"):
         pytest.skip("a DynamicCache can't hold what they keep")
     options = {"policy": policy, "budget": 48, "inductor": False, **OPTIONS.get(policy, {})}
-    model = torch.compile(build("llama"), backend="kvrewrite", options=options)  # type: ignore[call-overload]
+    model = torch.compile(build("shallow_llama"), backend="kvrewrite", options=options)  # type: ignore[call-overload]
     with pytest.raises(CacheError, match="before any token was generated"):
         model.generate(ids(300), prefill_chunk_size=100, **GREEDY)
 

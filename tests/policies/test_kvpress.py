@@ -436,6 +436,8 @@ NEWER_SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "non_causal_attn": ("non_causal_attn", {"block": 4}),
     "compactor": ("compactor", {"start": 3, "recent_tokens": 1, "block": 4, "sketch": 6, "blending": 0.5}),
     "qfilters": ("qfilters", {"window": 0}),
+    "criticalkv": ("criticalkv", {"window": 2, "kernel": 3}),
+    "criticalkv late": ("criticalkv", {"window": 1, "kernel": 1, "epsilon": 0.01, "first_stage": 0.4}),
 }
 
 

@@ -17,10 +17,12 @@ from kvrewrite.errors import CacheError, OptionError
 from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
 from tests.support import learned
+from tests.support.blocks import InfLLMRule
 from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
 from tests.support.oracle_newer import (
     CompactorRule,
+    CriticalKVRule,
     FinchRule,
     LagKVRule,
     ObservedAttentionRule,
@@ -294,6 +296,21 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         {"budget": 10, "window": 3, "kernel": 1, "head_budgets": "adakv", "head_floor": 0.0},
         SnapKVRule(budget=10, recent=3, kernel=1, head_budgets="adakv", head_floor=0.0),
     ),
+    "criticalkv": (
+        "criticalkv",
+        {"budget": 12, "window": 3, "kernel": 3},
+        CriticalKVRule(budget=12, recent=3, kernel=3),
+    ),
+    "criticalkv, no first stage": (
+        "criticalkv",
+        {"budget": 0.5, "window": 2, "kernel": 1, "first_stage": 0.0, "epsilon": 0.02},
+        CriticalKVRule(budget=0.5, recent=2, kernel=1, first_stage=0.0, epsilon=0.02),
+    ),
+    "criticalkv contiguous": (
+        "criticalkv",
+        {"budget": 11, "window": 2, "first_stage": 0.3, "pooling": "max", "positions": "contiguous"},
+        CriticalKVRule(budget=11, recent=2, first_stage=0.3, pooling="max", contiguous=True),
+    ),
     "pyramidkv": (
         "pyramidkv",
         {"budget": 12, "window": 4, "kernel": 3, "beta": 3},
@@ -339,6 +356,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
         "expected_attention",
         {"budget": 10, "n_sink": 1, "n_future": 9, "head_budgets": "adakv"},
         ExpectedAttentionRule(budget=10, sinks=1, future=9, head_budgets="adakv"),
+    ),
+    "infllm": (
+        "infllm",
+        {"budget": 9, "chunk": 5, "start": 2, "block": 3, "blocks": 2, "representatives": 2, "block_cache": 3},
+        InfLLMRule(budget=9, chunk=5, start=2, block=3, blocks=2, representatives=2),
+    ),
+    "infllm original, refresh": (
+        "infllm",
+        {
+            "budget": 8,
+            "chunk": 4,
+            "start": 0,
+            "block": 4,
+            "blocks": 1,
+            "representatives": 1,
+            "refresh": 3,
+            "distant": "original",
+        },
+        InfLLMRule(budget=8, chunk=4, start=0, block=4, blocks=1, representatives=1, refresh=3, constant=False),
     ),
     "keydiff": ("keydiff", {"budget": 10, "chunk": 6}, KeyDiffRule(budget=10, chunk=6)),
     "keydiff recent": (
@@ -744,14 +780,14 @@ def policy_of(case: Mapping[str, Any]) -> str:
 
 def options_of(case: Mapping[str, Any]) -> list[str]:
     """The options that any policy may have, and whether its budget is a share of the text."""
-    options = CASES[case["name"]][1]
-    shared = ("chunk", "positions", "layer_budgets", "head_budgets", "decode_eviction")
+    options = (CASES | PROTECTED)[case["name"]][1]
+    shared = ("chunk", "positions", "layer_budgets", "head_budgets", "decode_eviction", "protect_prompt")
     return [*(name for name in shared if name in options), *["share"] * isinstance(options.get("budget"), float)]
 
 
-# Every policy twice, each set of shared options, and each way to cut a text.
+# Every policy, each set of shared options, and each way to cut a text; `test_second_turn` has every policy once more.
 @covering(
-    {"name": 0, "policy": 2, "options": 1, ("seed", "calls"): 1},
+    {"name": 0, "policy": 1, "options": 1, ("seed", "calls"): 8},
     derived={"policy": policy_of, "options": options_of},
 )
 @pytest.mark.parametrize("name", CASES)
@@ -794,7 +830,8 @@ def left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
+# Every policy has its padded rows in tests/runtime/test_invariants.py.
+@covering({"options": 1, "name": 0}, derived={"options": options_of})
 @pytest.mark.parametrize("name", [*PROTECTED, *CASES])
 def test_padded_rows_are_the_rows_alone(name: str) -> None:
     """Three prompts of different lengths, answers, three further prompts, answers: what a row keeps is its own affair."""
@@ -1027,6 +1064,9 @@ def test_oracle_gate_flags_half() -> None:
         # The policies' own.
         *[(p, {"chunk": 7}, "chunk") for p in ("snapkv", "pyramidkv", "adakv", "expected_attention", "nacl", "lagkv")],
         ("snapkv", {"kernel": 4}, "kernel is 4"),
+        ("criticalkv", {"first_stage": 1.2}, "first_stage is 1.2"),
+        ("criticalkv", {"epsilon": -1.0}, "epsilon is -1.0"),
+        ("criticalkv", {"head_budgets": "adakv"}, "criticalkv has none"),
         ("snapkv", {"kernel": 0}, "kernel is 0"),
         ("snapkv", {"pooling": "sum"}, "pooling"),
         ("snapkv", {"budget": 20, "window": 20}, "budget is 20"),

@@ -23,6 +23,7 @@ from kvrewrite.passes.pipeline import insert
 from kvrewrite.policies import UNLIMITED
 from kvrewrite.runtime.model import RewrittenModel
 from tests.support import learned
+from tests.support.products import few
 from tests.support.rewritten import captured, fork, original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -112,7 +113,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any], dict[str, 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", few(FORMATS, rest=("trim_kv rg2", "trim_kv rg3")))
 def test_imported_transformed_saved_loaded(name: str, tmp_path: Path) -> None:
     """The tensors are the file's, bit for bit; the policy takes its sizes from them; a saved model goes on the same."""
     policy, write, options, known = FORMATS[name]

@@ -47,6 +47,11 @@ REFUSED = {
     "compactor": {"deepseek_v3": "MLA"},
     "attention_gate": {"deepseek_v3": "latent attention"},
     "kvzip": {"mistral": "every layer of this model has a sliding window"},
+    "infllm": {
+        "mistral": "every layer of this model has a sliding window",
+        "bloom": "has ALiBi",
+        "gemma3n_text": "reads the keys and values of layer",
+    },
 }
 
 # (policy, positions): options that differ from full_budget() / evicting() below
@@ -75,12 +80,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "h2o": {"chunk": 9},
     "locret": {"chunk": 8, "stabilizers": 3, "local_tail": 4},
     "adakv": {"window": 4, "kernel": 3},
+    "criticalkv": {"window": 4, "kernel": 3},
     "attention_gate": {"chunk": 9},
     "compactor": {"start": 2, "recent_tokens": 2, "sketch": 5, "block": 7},
     "duo_attention": {"start": 3, "chunk": 9},
     "expected_attention": {"n_sink": 2, "n_future": 6},
     "fast_kvzip": {"n_sink": 1, "interval": 4, "decode_window": 2, "window": 5, "chunk": 9},
     "finch": {"window": 4},
+    "infllm": {"chunk": 7, "start": 2, "block": 4, "blocks": 2, "block_cache": 3, "representatives": 2},
     "keydiff": {"chunk": 6},
     "knorm": {},
     "kvzip": {"n_sink": 1, "repeat_chunk": 10, "lead": 3, "chunk": 9},

@@ -63,9 +63,9 @@ def test_layers_that_differ_do_not() -> None:
     assert len(partition(model.graph_module).distinct) == 6
 
 
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("gemma3n_text", "h2o", {"budget": 16}),
-    ("gemma2", "streaming_llm", {"budget": 16, "chunk": 8}),
+CASES: list[Any] = [
+    pytest.param("gemma3n_text", "h2o", {"budget": 16}, marks=pytest.mark.thorough),
+    pytest.param("gemma2", "streaming_llm", {"budget": 16, "chunk": 8}, marks=pytest.mark.thorough),
     ("llama", "sirllm", {"budget": 16, "chunk": 8}),
     ("gpt2", "snapkv", {"budget": 16, "window": 6}),
     ("deepseek_v3", "h2o", {"budget": 16}),

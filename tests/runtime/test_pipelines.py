@@ -1,4 +1,4 @@
-"""What transformers puts around a model: pipelines, streamers, chat templates; and assisted decoding, which can't be."""
+"""What transformers puts around a model: pipelines, streamers, chat templates."""
 
 from __future__ import annotations
 
@@ -70,17 +70,6 @@ def test_a_streamer_that_is_read_in_another_thread(models: Any) -> None:
     thread.join(60)
     out = small.generate(**tokens, **SETTINGS)
     assert "".join(parts) == tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
-
-
-def test_assisted_decoding_is_refused(models: Any) -> None:
-    """Rejected tokens would have to be taken out of the cache, and what they evicted put back."""
-    original, small, _, tokenizer = models
-    tokens = tokenizer("The quick brown fox", return_tensors="pt", return_token_type_ids=False)
-    for wrong in ({"assistant_model": original}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="not supported with stateful models, such as RewrittenModel"):
-            small.generate(**tokens, **SETTINGS, **wrong)
-    with pytest.raises(CacheError, match="assisted decoding"):
-        original.generate(**tokens, **SETTINGS, assistant_model=small)
 
 
 def test_continuous_batching_is_refused(models: Any) -> None:

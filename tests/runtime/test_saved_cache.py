@@ -35,10 +35,13 @@ from tests.support.tiny import TEXT, make_checkpoint
 pytestmark = pytest.mark.xdist_group("llama")
 ROOT = Path(__file__).parents[2]
 
+ALIKE = {"snapkv", "kvzap", "duo_attention"}  # a file has of these what it has of others
 MORE: list[Any] = [
     ("llama", "streaming_llm", {"budget": 90, "chunk": 40, "positions": "contiguous"}),
-    ("llama", "h2o", {"budget": 90, "positions": "contiguous"}),
-    ("llama", "h2o", {"budget": 90, "quantize": "int8", "quantize_residual": 32}),
+    pytest.param("llama", "h2o", {"budget": 90, "positions": "contiguous"}, marks=pytest.mark.thorough),
+    pytest.param(
+        "llama", "h2o", {"budget": 90, "quantize": "int8", "quantize_residual": 32}, marks=pytest.mark.thorough
+    ),
     ("llama", "adakv", {"budget": 90, "window": 8, "quantize": "int4", "quantize_residual": 32}),
     ("llama", "tova", {"budget": 90, "quantize": "fp8", "quantize_residual": 32}),
     ("llama", "h2o", {"budget": 90, "merge": True}),
@@ -89,7 +92,9 @@ def check_loaded(model: Any, cache: EvictionCache, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "policy", "options"), [*(("llama", p, o) for p, o in CASES), *MORE], ids=lambda v: str(v)
+    ("family", "policy", "options"),
+    [*(pytest.param("llama", p, o, marks=[pytest.mark.thorough] * (p in ALIKE)) for p, o in CASES), *MORE],
+    ids=lambda v: str(v),
 )
 def test_it_goes_on_with_the_same_bits(tmp_path: Path, family: str, policy: str, options: dict[str, Any]) -> None:
     model = rewritten(family, policy, **options)

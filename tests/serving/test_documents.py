@@ -24,6 +24,8 @@ from tests.support.tiny import TEXT
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("pydantic")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("jinja2")
 
 from kvrewrite import serving
 from kvrewrite.serving.documents import load_documents

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-for needed in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+for needed in ("starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2"):
     pytest.importorskip(needed)
 
 import kvrewrite  # noqa: E402

@@ -20,6 +20,8 @@ from tests.support.tiny import TEXT
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("pydantic")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("jinja2")
 
 from kvrewrite import serving
 from tests.support.serving_tools import Server, empty, head, idle, shared_parts, until

@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.tiny import TEXT
 
-for needed in ("starlette", "uvicorn", "pydantic"):
+for needed in ("starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2"):
     pytest.importorskip(needed)
 
 from kvrewrite import serving  # noqa: E402

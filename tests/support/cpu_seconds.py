@@ -1,17 +1,40 @@
-"""What the tests cost, in CPU seconds: `pytest -p tests.support.cpu_seconds --cpu-seconds FILE` writes each test's.
+"""What the tests cost: `pytest --cpu-seconds FILE` writes each test's CPU seconds, and says at the end what each folder took.
 
-Wall times depend on what else a machine does; CPU seconds of a test, its setup and teardown and the processes that it started
-and waited for do so much less.
+Wall times depend on what else a machine does. CPU seconds of a test, of its setup and teardown and of the processes that it
+started and waited for do so much less (up to twice as many on busy cores), so they are what docs/develop/testing.md budgets.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# CPU seconds that a folder's default tests may take on idle cores; all of them in 8 minutes of two cores.
+BUDGET = {
+    "analysis": 15,
+    "artifact": 75,
+    "cache": 70,
+    "capture": 55,
+    "cli": 25,
+    "coverage": 5,
+    "dynamo": 75,
+    "ir": 25,
+    "kernels": 85,
+    "ops": 15,
+    "passes": 120,
+    "policies": 120,
+    "runtime": 190,
+    "serving": 45,
+    "tools": 105,
+    "vllm": 10,
+    "top": 50,  # files of tests/ itself
+}
 
 
 def spent() -> float:
@@ -20,11 +43,14 @@ def spent() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-seconds", metavar="FILE", help="write the CPU seconds of each test to FILE (JSON)")
+def folder_of(test: str) -> str:
+    parts = Path(test.partition("::")[0]).parts
+    return parts[1] if len(parts) > 2 else "top"
 
 
 class Costs:
+    """Of the tests of one process."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, float] = {}
@@ -41,6 +67,44 @@ class Costs:
         self.path.write_text(json.dumps({"all": spent(), "tests": self.seconds}, indent=1))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--cpu-seconds"):
-        config.pluginmanager.register(Costs(Path(path)))
+class Report:
+    """What all processes wrote, in the one that starts them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        found = [json.loads(p.read_text()) for p in (self.path, *of_workers(self.path)) if p.exists()]
+        folders = Counter[str]()
+        for test, seconds in ((t, s) for part in found for t, s in part["tests"].items()):
+            folders[folder_of(test)] += seconds
+        lines = [
+            f"{name:>9} {folders[name]:6.0f} of {most:3} CPU s" for name, most in BUDGET.items() if name in folders
+        ]
+        total, beside = sum(folders.values()), sum(part["all"] for part in found) - sum(folders.values())
+        lines.append(
+            f"{'all':>9} {total:6.0f} of {sum(BUDGET.values())} CPU s, and {beside:.0f} for imports and collection"
+        )
+        terminalreporter.section("CPU seconds by folder, and what it may take on idle cores")
+        terminalreporter.write("\n".join(lines) + "\n")
+
+
+def of_workers(path: Path) -> list[Path]:
+    """The files of pytest-xdist's processes."""
+    return sorted(path.parent.glob(f"{path.name}.gw*"))
+
+
+def watch(config: pytest.Config) -> None:
+    """What `--cpu-seconds` asks for."""
+    if not config.getoption("--cpu-seconds"):
+        return
+    path, worker = Path(config.getoption("--cpu-seconds")).resolve(), os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        config.pluginmanager.register(Costs(path.with_name(f"{path.name}.{worker}")))
+        return
+    for old in (path, *of_workers(path)):
+        old.unlink(missing_ok=True)
+    if not config.getoption("numprocesses", None):
+        config.pluginmanager.register(Costs(path))
+    config.pluginmanager.register(Report(path))

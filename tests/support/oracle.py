@@ -57,10 +57,16 @@ class Layer:
     queries: list[Tensor] = field(default_factory=list)  # query head -> (T, d), not rotated; tokens of this part
     rotated_queries: dict[int, list[Tensor]] = field(default_factory=dict)  # query head -> of all tokens; rules keep it
     projected: Tensor = field(default_factory=lambda: torch.zeros(0))  # [q | k | v] (T, ...) of this part
+    output: Tensor = field(default_factory=lambda: torch.zeros(0))  # the output projection's weight (hidden, heads * d)
     head_slots: list[int] | None = None  # budgets of the heads as the last prompt left them
     counted_from: int = 0  # queries before this position don't count any more
     longest: int = 0  # slots of the longest head of any layer, with this part's tokens
     row_place: int = 0  # what this part's first key is rotated by where heads are as long as that one
+    away: list[list[Entry]] = field(default_factory=list)  # kv head -> what left the cache for a memory; rules keep it
+    marks: list[list[Tensor]] = field(
+        default_factory=list
+    )  # block of it -> kv head -> what it is found by; rules keep it
+    found: list[int] = field(default_factory=list)  # the blocks that were found last; rules keep it
 
     def group(self, head: int) -> range:
         """The query heads of a kv head."""
@@ -91,6 +97,10 @@ class Rule:
     def flags(self, layer: Layer, moment: Moment) -> list[list[bool]] | None:
         """kv head -> new token -> whether only itself may see it; before attention."""
         return None
+
+    def beside(self, layer: Layer, head: int) -> tuple[list[Entry], int | None]:
+        """What queries see beside the cache, all of it before them: entries, and at what distance, None: where they were."""
+        return [], None
 
     def arrive(self, layer: Layer, count: int) -> None:
         """After attention, `count` new entries at the end of each head."""
@@ -144,6 +154,8 @@ class Oracle:
             Layer(i, [[] for _ in range(kv_heads)], self.theta, [{} for _ in range(heads)])
             for i in range(self.config.num_hidden_layers)
         ]
+        for layer, module in zip(self.layers, model.model.layers, strict=True):  # type: ignore[arg-type, union-attr]
+            layer.output = module.self_attn.o_proj.weight.detach().double()  # type: ignore[union-attr]
         self.seen = self.total = self.last_prompt = self.generated = 0
         self.first, self.first_prompt = True, 0
         self.part = self.after = ""
@@ -294,10 +306,17 @@ class Oracle:
             seen = torch.zeros(count, len(entries), dtype=torch.bool)
             for t, mine in enumerate(visible):
                 seen[t, mine] = True
+            far, distance = self.rule.beside(layer, h)
             for g in layer.group(h):
                 queries = rotate(layer.queries[g], [following + t for t in range(count)], self.theta)
-                weights = torch.softmax((queries @ keys.T * scaling).masked_fill(~seen, -math.inf), dim=1)
-                out[:, g] = weights @ values
+                logits = (queries @ keys.T * scaling).masked_fill(~seen, -math.inf)
+                if far:
+                    places = [e.position if distance is None else 0 for e in far]
+                    far_keys = rotate(torch.stack([e.key for e in far]), places, self.theta)
+                    asking = queries if distance is None else rotate(layer.queries[g], [distance] * count, self.theta)
+                    logits = torch.cat([logits, asking @ far_keys.T * scaling], 1)
+                weights = torch.softmax(logits, dim=1)
+                out[:, g] = weights @ torch.cat([values, *([torch.stack([e.value for e in far])] if far else [])])
                 for t, row in enumerate(weights.tolist()):
                     layer.attention[g][self.seen + t] = {entries[n].position: row[n] for n in visible[t]}
         self.rule.arrive(layer, count)

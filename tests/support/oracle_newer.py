@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.oracle import Entry, Layer, Moment, rotate
-from tests.support.oracle_rules import Scored, Scores, fraction, length, uniform
+from tests.support.oracle_rules import Scored, Scores, SnapKVRule, fraction, length, uniform
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,37 @@ class ObservedAttentionRule(Scored):
             [layer.received(h, e.position, range(e.position, n)) / (n - e.position) for e in entries]
             for h, entries in enumerate(layer.heads)
         ]
+
+
+@dataclass(kw_only=True)
+class CriticalKVRule(SnapKVRule):
+    """The best by SnapKV's attention, the window first; then the best by attention times what the value adds to the
+    layer's output, in the L1 norm."""
+
+    first_stage: float = 0.5
+    epsilon: float = 1e-4
+
+    def scores(self, layer: Layer, moment: Moment) -> Scores:
+        assert self.recent is not None
+        slots, _ = self.slots(layer, moment)
+        out = []
+        for h, (entries, scores) in enumerate(zip(layer.heads, super().scores(layer, moment))):
+            attention = [x / self.recent for x in scores]
+            safe = self.safe(entries, self.recent)
+            order = sorted(range(len(entries)), key=lambda n: (not safe[n], -attention[n]))
+            first = set(order[: math.floor(self.first_stage * slots)])
+            worth = [(a + self.epsilon) * self.moves(layer, h, e) for a, e in zip(attention, entries)]
+            out.append([math.inf if n in first else x for n, x in enumerate(worth)])
+        return out
+
+    def moves(self, layer: Layer, head: int, entry: Entry) -> float:
+        """Mean over the group of the L1 norm of the value after the output projection."""
+        size, group = len(entry.value), layer.group(head)
+        total = 0.0
+        for g in group:
+            for row in layer.output[:, g * size : (g + 1) * size]:
+                total += abs(float(row @ entry.value))
+        return total / len(group)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
 from kvrewrite.tools.evaluation import cells, documents, intervals, run
 from kvrewrite.tools.evaluation.documents import Passage
-from kvrewrite.tools.evaluation.scored import run_scored
+from kvrewrite.tools.evaluation.markdown import markdown
+from kvrewrite.tools.evaluation.scored import run_scored, summary
 from kvrewrite.tools.evaluation.settings import Settings, plan
 from kvrewrite.tools.subjects import PolicySpec, Source
 from tests.support.tiny import TEXT, make_checkpoint
@@ -286,3 +287,23 @@ def test_one_capture_for_many_policies_is_transform(source, check):
         assert torch.equal(
             ours(ids[:, :9], past_key_values=ours_cache).logits, theirs(ids[:, :9], past_key_values=theirs_cache).logits
         )
+
+
+def test_a_table_of_paired_differences() -> None:
+    """Over the same answers, so what all answers share drops out of the interval; full caches and other budgets stay out."""
+    documents_of = [n // 2 for n in range(40)]
+    hard = [3.0 * (n % 7) for n in range(40)]
+
+    def cell(label: str, more: float, budget: float = 0.25) -> dict:
+        scores = [(nats + 4 * more + 0.4 * (n % 2), 1, 4) for n, nats in enumerate(hard)]
+        base = {"policy": label, "label": label, "options": {}, "weights": None, "budget": budget, "tokens": 64}
+        return {**base, "mode": "blind", "task": "quote", "status": "ok", **summary(scores, documents_of)}
+
+    found = [cell("h2o", 1.0), cell("sirllm", 0.5), cell("kvzip", 0.0), cell("kvzip", 0.0, 0.5)]
+    text = markdown({"cells": found}, "sirllm")
+    table = text[text.index("nats per token more than `sirllm`") :]
+    assert "| `kvzip` | -0.500 (-0.500 to -0.500) |" in table and "| `h2o` | +0.500 (+0.500 to +0.500) |" in table
+    assert table.index("kvzip") < table.index("h2o") and "`sirllm` |" not in table and "50%" not in table
+    assert "more than" not in markdown({"cells": found})
+    with pytest.raises(OptionError, match=r"snapkv has no cells in nats; there are: h2o, sirllm, kvzip"):
+        markdown({"cells": found}, "snapkv")

@@ -13,6 +13,7 @@ from kvrewrite.assets import small_model
 from kvrewrite.policies.attention_gate import AttentionGate
 from kvrewrite.policies.locret import Locret
 from kvrewrite.tools.evaluation import tasks
+from tests.support.products import few
 
 pytestmark = pytest.mark.xdist_group("small_model")  # whose fixtures are made once
 
@@ -114,7 +115,13 @@ def test_needles(model, tokenizer, task):
         assert reply(model, tokenizer, sample, sample.context + sample.question) == sample.target
 
 
-@pytest.mark.parametrize("task", [name for name in tasks.TASKS if name not in tasks.UNKNOWN_TO_SMALL])
+@pytest.mark.parametrize(
+    "task",
+    few(
+        [name for name in tasks.TASKS if name not in tasks.UNKNOWN_TO_SMALL],
+        rest=("needle_single", "needle_distractors", "needle_multivalue", "common_words"),
+    ),
+)
 def test_every_task(model, tokenizer, task):
     """The mean score of four short samples; the lowest measured on 500 was 90%."""
     samples = [tasks.make(task, tokens=512, seed=seed, tokenizer=tokenizer) for seed in range(4)]

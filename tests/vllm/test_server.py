@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 import kvrewrite
+from tests.support import processes
 from tests.vllm.conftest import SETTINGS
 from tests.vllm.test_engine import NEW, prompts
 
@@ -31,9 +31,7 @@ OPTIONS = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 10
 def environment(tmp_path: Path, vllm: Any) -> dict[str, str]:
     """For processes that begin with the ops that the wheel does not have on a CPU."""
     (tmp_path / "sitecustomize.py").write_text("import tests.vllm.cpu_ops")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    return {**os.environ, **SETTINGS, **more}
+    return processes.environment(tmp_path, **SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import environment
 from tests.vllm.conftest import SETTINGS
 
 RUN = """
@@ -34,19 +34,13 @@ if __name__ == "__main__":
 def test_two_workers(policy: str, vllm: Any, directory: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import tests.vllm.cpu_ops")  # workers are processes of their own
     (tmp_path / "run.py").write_text(RUN)
-    root = Path(__file__).resolve().parents[2]
-    environment = {
-        **os.environ,
-        **SETTINGS,
-        "PYTHONPATH": f"{tmp_path}:{root}",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "OMP_NUM_THREADS": "1",
-    }
     tokens = []
     for workers in ("1", "2"):
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(workers) - 1)
+        more = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers) - 1)}
         command = [sys.executable, str(tmp_path / "run.py"), str(directory(policy)), workers]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(tmp_path, **SETTINGS | more), timeout=280
+        )
         found = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
         assert found, done.stdout[-2000:] + done.stderr[-2000:]
         tokens.append(json.loads(found[0].removeprefix("TOKENS")))

@@ -7,13 +7,13 @@ no backward pass through the backbone: its parameters are frozen, and autograd o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.capture.captured import Captured
-from kvrewrite.ir.fx import erase_dead, named_args, output_node, placeholder, set_attr
+from kvrewrite.ir.fx import ancestors, dependents, erase_dead, named_args, output_node, placeholder, set_attr
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.insert.cache import site_nodes
 from kvrewrite.passes.insert.policy import PolicyWriter, insert_score
@@ -51,11 +51,11 @@ def attend(tokens: tuple[Tensor, ...], sinks: Tensor | None, alibi: Tensor | Non
 def insert_heads(
     captured: Captured, sites: list[AttentionSite], policy: Policy, weights: Mapping[str, nn.Parameter]
 ) -> fx.GraphModule:
-    """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys, sinks, ALiBi's slopes), each a
-    tuple over owners.
+    """Turns a canonical graph, in place, into its placeholders -> (scores, queries, keys, sinks, ALiBi's slopes, reads), each
+    a tuple over owners.
 
     Per site that owns its keys: scores (B, Hkv, T) fp32, queries (B, H, T, D) and keys (B, Hkv, T, D) as attention sees
-    them, and what else is (H,) or None.
+    them, what the head reads (B, T, C), and what else is (H,) or None.
     weights: the trained parameters by the policy's names; they are put into the graph, not copied.
     """
     gm = captured.graph
@@ -75,11 +75,36 @@ def insert_heads(
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
     output = output_node(gm)
-    output.args = (tuple(tuple(part) for part in zip(*found)),)
+    reads = [_head(gm, scores)[1] for scores, *_ in found]
+    output.args = ((*(tuple(part) for part in zip(*found)), tuple(reads)),)
     erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _head(gm: fx.GraphModule, scores: fx.Node) -> tuple[set[fx.Node], fx.Node]:
+    """Returns the nodes of one head, which are those between trained weights and its scores, and what they read."""
+    trained = dependents(n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target).startswith(PREFIX))
+    own = ancestors([scores], lambda n: n not in trained) & trained
+    (read,) = {n for node in own for n in node.all_input_nodes} - own
+    return own, read
+
+
+def head_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """Returns the heads of a graph of `insert_heads` alone, which share its weights: of what a head reads (B, T, C), its
+    scores (B, Hkv, T) fp32."""
+    heads, outputs = [], cast("tuple[tuple[fx.Node, ...], ...]", output_node(gm).args[0])
+    for scores in outputs[0]:
+        own, read = _head(gm, scores)
+        graph = fx.Graph()
+        copied = {read: graph.placeholder("read")}
+        for node in gm.graph.nodes:
+            if node in own:
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+        graph.output(copied[scores])
+        heads.append(fx.GraphModule(gm, graph))
+    return heads
 
 
 def arguments(gm: fx.GraphModule, input_ids: Tensor) -> list[Tensor]:

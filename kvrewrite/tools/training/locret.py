@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,6 +163,10 @@ class LocretTask(Task):
 
     def observe(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns scores and labels, one (B, Hkv, T) fp32 per owner each."""
+        return self.look(input_ids, labels, real)[:2]
+
+    def look(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns scores, labels, and what the heads read, one (B, T, C) per owner."""
         graph, length = self.__dict__["graph"], input_ids.shape[1]
         if self.longest is not None and length > self.longest:
             raise TrainingError(
@@ -173,10 +178,10 @@ class LocretTask(Task):
             set_attr(graph, table.attribute, chosen.to(input_ids.device))
         if self.repeats:
             return self._repeat(input_ids, real)
-        scores, queries, keys, *_ = graph(*arguments(graph, input_ids))
+        scores, queries, keys, *_, reads = graph(*arguments(graph, input_ids))
         answer = real & (labels >= 0)
         if self.labels is not None:
-            return list(scores), self.labels.read(input_ids, answer, real)
+            return list(scores), self.labels.read(input_ids, answer, real), list(reads)
         answers = answer_index(answer)
         importance = [
             causal_importance(
@@ -190,19 +195,22 @@ class LocretTask(Task):
             )
             for site, q, k in zip(self.owners, queries, keys, strict=True)
         ]
-        return list(scores), importance
+        return list(scores), importance, list(reads)
 
-    def _repeat(self, input_ids: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores and labels where a repetition of the texts is the teacher."""
+    def _repeat(self, input_ids: Tensor, real: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The same where a repetition of the texts is the teacher."""
         graph, texts = self.__dict__["graph"], repeat(input_ids, real, self.options.n_sink)
-        scores, queries, keys, sinks, slopes = graph(*arguments(graph, texts.ids))
+        scores, queries, keys, sinks, slopes, reads = graph(*arguments(graph, texts.ids))
         length, found = input_ids.shape[1], []
         with torch.no_grad():
             for site, q, k, *own in zip(self.owners, queries, keys, sinks, slopes, strict=True):
-                label = reconstruction_label(site, q.detach(), k.detach(), texts, *own)[:, :, :length]
-                label[:, :, : self.options.n_sink] = -torch.inf
+                if self.learns(site):
+                    label = reconstruction_label(site, q.detach(), k.detach(), texts, *own)[:, :, :length]
+                    label[:, :, : self.options.n_sink] = -torch.inf
+                else:
+                    label = torch.full_like(k[:, :, :length, 0], -torch.inf, dtype=torch.float32)
                 found.append(label)
-        return [score[:, :, :length] for score in scores], found
+        return [score[:, :, :length] for score in scores], found, [read[:, :length] for read in reads]
 
     @torch.no_grad()
     def label(self, row: dict[str, list[int]]) -> Tensor:
@@ -239,8 +247,20 @@ class LocretTask(Task):
         first = next(iter(texts.once()))
         self.labels.labels_of(first["input_ids"], sum(label < 0 for label in first["labels"]))
 
+    def learns(self, site: AttentionSite) -> bool:
+        """Whether a layer's head is used; one that is not needs no labels of a repetition."""
+        return True
+
+    def begin(self, means: Sequence[Tensor]) -> None:
+        """Receives the mean label of each kv head, (Hkv,) per owner, before the first step."""
+
+    @staticmethod
+    def error(scores: Tensor, labels: Tensor) -> Tensor:
+        """What is made small for each score."""
+        return F.smooth_l1_loss(scores, labels, reduction="none")
+
     def loss(self, scores: list[Tensor], labels: list[Tensor]) -> HeadLoss:
-        """What is made small."""
+        """What is made small of a batch of texts."""
         return head_loss(scores, labels, self.options.smoothing)
 
     def forward(self, input_ids: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:

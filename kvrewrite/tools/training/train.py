@@ -19,6 +19,7 @@ import kvrewrite
 from kvrewrite.artifact.companions import read_original
 from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.policies import POLICIES, Locret, make
+from kvrewrite.tools.training.collected import regress
 from kvrewrite.tools.training.data import Encoder, Texts, check_files, fingerprint
 from kvrewrite.tools.training.gate import GateOptions, GateTask
 from kvrewrite.tools.training.kvzap import KVzapOptions, KVzapTask
@@ -130,6 +131,8 @@ def train(
     check_plot(plot)
     if labels is not None and not task_class(policy).has_labels:
         raise OptionError(f"{policy} is trained without labels; leave --labels (labels) out")
+    if fitting.collect:
+        check_collect(policy, labels)
     _, paths = check_files(data)
     limit = max_tokens or task_class(policy).max_tokens
     if isinstance(model, (str, Path)):
@@ -169,7 +172,11 @@ def train(
         assert isinstance(task, LocretTask)
         depends = ("policy", "data", "max_tokens", "question_tokens")
         task.use_labels(Path(labels), texts, {"model": base_hash, **{n: run[n] for n in depends}}, fitting.quiet)
-    fitted = fit(task, texts, fitting)
+    if fitting.collect:
+        assert isinstance(task, LocretTask)
+        fitted = regress(task, texts, fitting)
+    else:
+        fitted = fit(task, texts, fitting)
     # Before `save`, which may merge adapters.
     trained = sum(p.numel() for group in task.parameter_groups() for p in group["params"])
     written: list[Path] = []
@@ -212,6 +219,16 @@ def check_out(out: Path, force: bool) -> None:
         raise TrainingError(f"{out} exists; choose another name, or overwrite it with --force (force=True)")
 
 
+def check_collect(policy: str, labels: str | Path | None) -> None:
+    """Checks what trains on tokens that are kept."""
+    if not issubclass(task_class(policy), LocretTask):
+        raise OptionError(f"{policy} changes what the model computes, so nothing of it can be kept; leave collect out")
+    if labels is not None:
+        raise OptionError("collect keeps the labels with what the heads read; leave --labels (labels) out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("collect works in one process; run it without accelerate launch")
+
+
 def check_plot(plot: str | Path | None) -> None:
     """Checks before any work whether a plot can be drawn."""
     if plot is None:
@@ -228,4 +245,7 @@ def _plain(fitting: FitOptions) -> dict[str, Any]:
     plain = dataclasses.asdict(fitting)
     for name in ("checkpoints", "resume", "report_to", "workers", "quiet", "keep", "save_every", "log_every"):
         plain.pop(name)
+    if not fitting.collect:
+        for name in ("collect", "collect_tokens", "rows"):
+            plain.pop(name)
     return plain

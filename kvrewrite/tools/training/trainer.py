@@ -73,6 +73,8 @@ class FitOptions:
     steps, warmup: optimizer steps. batch_size: texts per device and step. clip_value, clip_norm: of gradients (0: off).
     save_every: steps between checkpoints in `checkpoints` (0: none); keep: how many stay. resume: continues from the
     last one. report_to: trackers of transformers ("tensorboard", "wandb"); workers: processes that tokenize.
+    collect: how many texts are read, once, to train heads on what is kept of them, `collect_tokens` tokens each, with `rows`
+    tokens a step (0: every step reads its texts); batch_size is then of the reading (`kvrewrite.tools.training.collected`).
     """
 
     steps: int = 3000
@@ -94,9 +96,13 @@ class FitOptions:
     report_to: tuple[str, ...] = ()
     workers: int = 0
     quiet: bool = False
+    collect: int = 0
+    collect_tokens: int = 1024
+    rows: int = 8192
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("keep", 1)):
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "keep": 1}
+        for name, low in {**least, "collect": 0, "collect_tokens": 1, "rows": 1}.items():
             if getattr(self, name) < low:
                 raise OptionError(f"{name} is {getattr(self, name)}, expected at least {low}")
         for name in ("warmup", "clip_value", "clip_norm", "weight_decay", "save_every", "workers"):
@@ -106,6 +112,11 @@ class FitOptions:
             raise OptionError(f"warmup is {self.warmup} of {self.steps} steps, expected fewer than there are steps")
         if self.resume and self.checkpoints is None:
             raise OptionError("resume needs the folder of the checkpoints")
+        if self.collect and (self.collect < 2 or self.checkpoints is not None or self.accumulate > 1 or self.report_to):
+            raise OptionError(
+                f"collect is {self.collect}; expected at least 2 texts, one of which the heads are judged on, "
+                "and no checkpoints, accumulate or report_to: the texts are read once, and the steps on what is kept take seconds"
+            )
 
 
 @dataclass

@@ -1,0 +1,337 @@
+"""Measures policies and freshly trained heads on real models, cells of `kvrewrite eval` in processes that share one GPU.
+
+    python -m benchmarks.real_models REAL OUT --seconds 370
+    python -m benchmarks.real_models REAL OUT --device cpu --workers 1 --seconds 250 --models smollm2 --documents 2 --tokens 200 \
+        --policies random --texts 6 --text-tokens 96 --steps 20
+
+REAL has directories of models by name, quote.jsonl, lm.jsonl and train.jsonl (examples/real_models/documents.py). A process
+for each model trains heads while the others measure (benchmarks/train_heads.py); cells of heads are measured once these are
+there. OUT gets a line for every cell, and at the end MODEL.json, which `kvrewrite report` reads. Run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.train_heads import COLLECTED, contexts, judge, read
+from kvrewrite.errors import KVRewriteError
+from kvrewrite.tools.evaluation.cells import BASELINE, FORMAT, compare
+from kvrewrite.tools.evaluation.documents import make_passages, read_rows
+from kvrewrite.tools.evaluation.run import cell_of
+from kvrewrite.tools.evaluation.scored import run_scored, summary
+from kvrewrite.tools.evaluation.settings import Settings, describe
+from kvrewrite.tools.subjects import FULL_CACHE, Arm, PolicySpec, Source, versions, write_json
+from kvrewrite.tools.training.collected import collect, learn
+from kvrewrite.tools.training.trainer import FitOptions
+
+FREE = ["h2o", "sirllm", "kvzip", "random", "compactor", "snapkv", "observed_attention", "keydiff", "adakv"]
+MORE = ["streaming_llm", "nacl", "tova", "expected_attention", "leverage", "lagkv", "finch", "pyramidkv", "knorm"]
+AWARE = 0.25  # of the documents
+LAST = 25.0  # seconds: what has less time left is not begun
+
+
+class Job(NamedTuple):
+    """A cell: heads is what trains them (None: a policy without), options those of the policy."""
+
+    model: str
+    task: str
+    mode: str
+    budget: float | None
+    policy: str
+    options: tuple[tuple[str, Any], ...] = ()
+    heads: str | None = None
+
+
+def trained(kind: str, window: int) -> dict[str, Any]:
+    """The options of KVzap as top-k over all heads."""
+    return {"policy": "kvzap", "options": (("threshold", None), ("scope", "model"), ("window", window)), "heads": kind}
+
+
+def jobs(given: argparse.Namespace) -> Iterator[Job]:
+    """All cells, those that matter most first."""
+    kinds, first = given.kinds, given.models[0]
+    free = given.policies or FREE
+    for model in given.models:
+        for kind in kinds:
+            for window in (32, 128):
+                yield Job(model, "quote", "blind", 0.25, **trained(kind, window))
+        yield Job(model, "quote", BASELINE, None, "full")
+        for policy in free[:4]:
+            yield Job(model, "quote", "blind", 0.25, policy)
+    for window in (128, 32, 256, 512):
+        yield Job(first, "lm", "blind", 0.25, **trained(kinds[0], window))
+    yield Job(first, "lm", BASELINE, None, "full")
+    yield Job(first, "quote", "blind", 0.25, **trained(kinds[0], 256))
+    for model in given.models:
+        for policy in free[4:]:
+            yield Job(model, "quote", "blind", 0.25, policy)
+    for policy in free[:4]:
+        yield Job(first, "lm", "blind", 0.25, policy)
+    for model in given.models:
+        for mode, budget in (("blind", 0.125), ("blind", 0.5), ("aware", 0.25), ("aware", 0.125), ("aware", 0.5)):
+            for policy in free:
+                yield Job(model, "quote", mode, budget, policy)
+            yield Job(model, "quote", mode, budget, **trained(kinds[0], 128))
+    for model in given.models if not given.policies else ():
+        for policy in MORE:
+            yield Job(model, "quote", "blind", 0.25, policy)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def weights_of(given: argparse.Namespace, model: str, kind: str) -> Path:
+    """Where heads are, once they are trained."""
+    return given.out / f"{model}_{kind}.safetensors"
+
+
+def train(given: argparse.Namespace, name: str) -> None:
+    """Trains the heads of one model, all kinds on the same texts; figures in MODEL_KIND.heads."""
+    torch.set_float32_matmul_precision("high")
+    kinds = [kind for kind in given.kinds if not weights_of(given, name, kind).exists()]
+    if kinds:
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if given.device != "cpu" else torch.float32
+        base = AutoModelForCausalLM.from_pretrained(given.real / name, dtype=dtype).to(given.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(given.real / name)
+        rows = read(given.real / "train.jsonl", tokenizer, given.texts + given.judged, given.text_tokens)
+        texts = [contexts(row) for row in rows]
+        options = FitOptions(
+            steps=given.steps,
+            warmup=min(50, given.steps // 4),
+            batch_size=given.batch,
+            collect=given.texts,
+            collect_tokens=given.kept_tokens,
+            rows=given.rows,
+            schedule="cosine",
+            clip_value=0.0,
+            clip_norm=1.0,
+            log_every=max(1, given.steps // 8),
+            quiet=True,
+        )
+        begun, examples = time.perf_counter(), None
+        for kind in kinds:
+            task = COLLECTED[kind](base)
+            examples = examples or collect(task, texts[given.judged :], options)
+            told: dict[str, Any] = {"collected": time.perf_counter() - begun, "tokens": len(examples[0].labels[-1])}
+            told["log"] = learn(task, *examples, options)
+            told["seconds"] = time.perf_counter() - begun
+            part = given.out / f"{name}_{kind}.part.safetensors"
+            task.save(part, {"data": "train.jsonl", "steps": str(given.steps)})
+            part.replace(weights_of(given, name, kind))
+            if given.device != "cpu":
+                told["peak_bytes"] = torch.cuda.max_memory_allocated()
+            told |= judge(task, texts[: given.judged])
+            (given.out / f"{name}_{kind}.heads").write_text(json.dumps(told))
+            print(name, kind, json.dumps(told), flush=True)
+            begun = time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+def settings_of(given: argparse.Namespace, model: str, mode: str = "blind") -> Settings:
+    """What `kvrewrite eval` would be told; aware cells are of fewer documents."""
+    samples = max(1, int(given.documents * (AWARE if mode == "aware" else 1)))
+    data = tuple((task, given.real / f"{task}.jsonl") for task in ("quote", "lm"))
+    return Settings(
+        given.real / model,
+        tasks=("quote", "lm"),
+        tokens=(given.tokens,),
+        samples=samples,
+        batch_size=given.rows_together,
+        device=given.device,
+        data=data,
+        check="off",
+    )
+
+
+def spec_of(given: argparse.Namespace, job: Job) -> PolicySpec:
+    """A job's policy."""
+    heads = None if job.heads is None else weights_of(given, job.model, job.heads)
+    return PolicySpec(job.policy, dict(job.options), heads)
+
+
+class Worker:
+    """A process that measures: each model is loaded and captured once, and each text made into tokens once."""
+
+    def __init__(self, given: argparse.Namespace, number: int):
+        self.given, self.number = given, number
+        self.sources: dict[str, Source] = {}
+        self.passages: dict[tuple[str, str, int], list[Any]] = {}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """A cell, as `kvrewrite eval` has it, with the job that it is of."""
+        given, spec = self.given, spec_of(self.given, job)
+        arm = FULL_CACHE if job.policy == "full" else Arm(spec, job.budget)
+        settings = settings_of(given, job.model, job.mode)
+        cell = {**cell_of(arm, job.mode, job.task, given.tokens), "job": job, "samples": settings.samples}
+        if job.heads is not None:
+            cell["label"] += f" ({job.heads})"
+        if job.model not in self.sources:
+            self.sources[job.model] = Source(settings.model, device=given.device, check="off")
+        source = self.sources[job.model]
+        mode = "aware" if job.mode == "aware" else "blind"
+        try:
+            passages = self.passages_of(job, settings, source)
+            model = source.rewritten(arm)
+            return {**cell, **run_scored(model, source.tokenizer, passages, mode, settings.batch_size, skip)}
+        except (KVRewriteError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return {**cell, "status": "refused", "reason": reason}
+
+    def passages_of(self, job: Job, settings: Settings, source: Source) -> list[Any]:
+        """What a job asks."""
+        key = (job.model, job.task, settings.samples)
+        if key not in self.passages:
+            rows = read_rows(dict(settings.data)[job.task])
+            if self.given.cut:
+                rows = [cut(row, self.given.cut) for row in rows]
+            chosen = {"tokens": self.given.tokens, "samples": settings.samples, "seed": 0}
+            self.passages[key] = make_passages(job.task, rows, **chosen, tokenizer=source.tokenizer)
+        return self.passages[key]
+
+    def take(self) -> Job | None:
+        """The first cell that nobody has and whose heads are there; None: there is none now."""
+        for number, job in enumerate(jobs(self.given)):
+            ready = job.heads is None or weights_of(self.given, job.model, job.heads).exists()
+            if ready and claim(self.given.out / "claims" / str(number)):
+                return job
+        return None
+
+    def work(self, end: float) -> None:
+        """Takes cells until `end` (of `time.time`)."""
+        while time.time() < end - LAST:
+            job = self.take()
+            if job is None:
+                time.sleep(1)
+                continue
+            cell = self.run(job)
+            with (self.given.out / f"cells_{self.number}.jsonl").open("a") as file:
+                file.write(json.dumps(cell) + "\n")
+            value = cell.get("nll", {}).get("mean", cell.get("reason"))
+            print(
+                f"{job.model} {job.task} {job.mode} {job.budget} {cell['label']}: {value}, {cell.get('seconds')} s",
+                flush=True,
+            )
+
+
+def skip(_: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def cut(row: dict[str, Any], most: int) -> dict[str, Any]:
+    """A row as a short text, to try the script."""
+    if "continuation" in row:
+        return {"context": row["context"][-most:], "continuation": row["continuation"][:most]}
+    return {"text": row["context"][:most]}
+
+
+def claim(path: Path) -> bool:
+    """Whether this process is the first to ask for it."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def cells_of(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cells that were measured."""
+    return [
+        json.loads(line) for path in sorted(given.out.glob("cells_*.jsonl")) for line in path.read_text().splitlines()
+    ]
+
+
+def write_results(given: argparse.Namespace) -> None:
+    """MODEL.json (all documents) and MODEL_aware.json, in the form of `kvrewrite eval`."""
+    for model in given.models:
+        for aware in (False, True):
+            settings = settings_of(given, model, "aware" if aware else "blind")
+            every = [c for c in cells_of(given) if c["job"][0] == model]
+            cells = [c for c in every if (c["mode"] == "aware") == aware]
+            if not cells:
+                continue
+            if aware:
+                cells += [first(c, settings.samples) for c in every if c["mode"] == BASELINE and c["task"] == "quote"]
+            cells.sort(key=lambda c: c["mode"] != BASELINE)
+            compare(cells)
+            results = {
+                "kind": "kvrewrite eval",
+                "format": FORMAT,
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "settings": describe(settings, Source(settings.model, device=given.device)),
+                "complete": False,
+                "means": [],
+                "cells": cells,
+            }
+            write_json(given.out / f"{model}{'_aware' if aware else ''}.json", results)
+
+
+def first(cell: dict[str, Any], documents: int) -> dict[str, Any]:
+    """The full cache's cell of the first documents alone."""
+    if cell["status"] != "ok":
+        return cell
+    answers = zip(cell["nats"], cell["hits"], cell["counts"], cell["documents"], strict=True)
+    chosen = [answer for answer in answers if answer[3] < documents]
+    return {**cell, **summary([answer[:3] for answer in chosen], [answer[3] for answer in chosen])}
+
+
+def measure(given: argparse.Namespace, number: int, end: float) -> None:
+    """One worker's process."""
+    torch.set_num_threads(given.threads)
+    Worker(given, number).work(end)
+
+
+def main() -> None:
+    """Starts the processes, ends them in time, and writes what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("real", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3"])
+    parser.add_argument("--kinds", nargs="*", default=["mlp", "wide"], choices=list(COLLECTED))
+    parser.add_argument("--policies", nargs="*", help="instead of those without training; the first four come first")
+    parser.add_argument("--seconds", type=float, default=370.0, help="in all")
+    parser.add_argument("--workers", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--documents", type=int, default=80)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--cut", type=int, default=0, help="characters of a document, to try the script")
+    parser.add_argument("--rows-together", type=int, default=20, help="documents that are compressed at once")
+    parser.add_argument("--texts", type=int, default=600, help="that heads learn from")
+    parser.add_argument("--judged", type=int, default=12, help="further texts, on which heads are judged")
+    parser.add_argument("--text-tokens", type=int, default=2000)
+    parser.add_argument("--kept-tokens", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=4, help="texts that are read at once")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rows", type=int, default=8192, help="tokens of a step")
+    given = parser.parse_args()
+    end = time.time() + given.seconds
+    (given.out / "claims").mkdir(parents=True, exist_ok=True)
+    done = [json.dumps(c["job"]) for c in cells_of(given) if c["status"] == "ok"]
+    for number, job in enumerate(jobs(given)):  # what an earlier run began and did not end is free again
+        if json.dumps(job) not in done:
+            (given.out / "claims" / str(number)).unlink(missing_ok=True)
+    start = multiprocessing.get_context("spawn")
+    processes = [start.Process(target=train, args=(given, model)) for model in given.models]
+    processes += [start.Process(target=measure, args=(given, number, end)) for number in range(given.workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, end - time.time()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    write_results(given)
+
+
+if __name__ == "__main__":
+    main()

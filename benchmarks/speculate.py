@@ -1,0 +1,192 @@
+"""Speculative decoding: what its steps cost at Llama-3.1-8B's shape, and how much of a draft a real model accepts.
+
+    python -m benchmarks.speculate steps [--shape llama-3.1-8b] [--tokens 131072] [--budget 32768] [--drafted 1 3 5 7] [--eager]
+    python -m benchmarks.speculate real MODEL QUOTES [--budget 0.25] [--policies snapkv h2o] [--texts 3] [--new 64] [--device cpu]
+
+steps: random weights, one row. A full cache and a draft's (snapkv) read the same random prompt. Prints
+milliseconds of a step of the full cache alone, of a step of the draft, and of whole rounds (k drafted tokens,
+the pass that checks them, what is taken back), and the speed against the full cache alone that follows for given
+rates of acceptance. Random weights accept next to nothing, so the rates are assumed, and each token is accepted
+independently of the others.
+
+real: greedy answers to the first question of texts of QUOTES (JSON lines with "context" and "turns", pairs), by
+the full cache alone and with drafts of the same weights. Prints whether the tokens are equal, the part of the
+drafted tokens that was accepted, and seconds. A line each is printed as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+import kvrewrite
+from kvrewrite.api import Rewriter
+from kvrewrite.runtime import acceptance
+from kvrewrite.runtime.drafts import ModelDraft
+from kvrewrite.runtime.speculation import Speculator, settle
+
+RATES = (0.5, 0.7, 0.8, 0.9)
+ROUNDS, STEPS = 12, 24
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median_ms(device: torch.device, run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds of the median run; three more warm up (and capture)."""
+    found = []
+    for _ in range(repeats + 3):
+        begin = clock(device)
+        run()
+        found.append(1e3 * (clock(device) - begin))
+    return statistics.median(found[3:])
+
+
+def speed(rate: float, drafted: int, round_ms: float, alone_ms: float) -> float:
+    """How many times as fast as the full cache alone, where each drafted token is accepted with this probability."""
+    tokens = sum(rate**i for i in range(drafted + 1))
+    return tokens * alone_ms / round_ms
+
+
+def a_round(model: Any, cache: Any, draft: ModelDraft, text: Tensor, drafted: int) -> Tensor:
+    """One round as `Speculator` runs it; the text that it leaves."""
+    tokens, _ = draft.propose(text, drafted)
+    tried = torch.cat([text, tokens[None]], 1)
+    logits = model(tried[:, text.shape[1] - 1 :], cache=cache, generated=True).logits[0].float()
+    never = StoppingCriteriaList([MaxLengthCriteria(1 << 30)])
+    new, _, _ = settle(text, tokens, acceptance.greedy(tokens, logits), never)
+    cache.crop(new.shape[1] - 1 - drafted)
+    text = torch.cat([text, new], 1)
+    draft.accepted(text.shape[1])
+    return text
+
+
+@torch.no_grad()
+def steps(given: argparse.Namespace) -> None:
+    """The costs of steps."""
+    from kvrewrite.tools.benchmark.shapes import ShapeSource
+
+    device, begin = torch.device(given.device), time.perf_counter()
+    source = ShapeSource(given.shape, device=device)
+    rewriter = Rewriter(source.base, check="off")
+    small = rewriter.rewrite("snapkv", budget=given.budget)
+    full = rewriter.rewrite("full")
+    if not given.eager:
+        full.compile()
+        small.compile()
+    print(f"# models after {time.perf_counter() - begin:.0f} s", flush=True)
+    ids = torch.randint(1, source.hf_config.vocab_size, (1, given.tokens), device=device)
+    cache = full.new_cache(1, max_length=given.tokens + 2048)
+    full(ids, cache=cache, logits_to_keep=1)
+    cache.end_prompt()
+    print(f"# full cache after {clock(device) - begin:.0f} s", flush=True)
+    greedy = LogitsProcessorList()
+    draft = ModelDraft(small, (ids, torch.ones_like(ids)), given.tokens + 2048, greedy, draws=False)
+    print(f"# draft's cache after {clock(device) - begin:.0f} s", flush=True)
+    one = ids[:, :1]
+    alone = median_ms(device, lambda: full(one, cache=cache, generated=True), STEPS)
+    drafting = median_ms(device, lambda: small(one, cache=draft.cache, generated=True), STEPS)
+    print(json.dumps({"alone_ms": round(alone, 3), "draft_step_ms": round(drafting, 3)}), flush=True)
+    for drafted in given.drafted:
+        several = ids[:, : drafted + 1]
+
+        def check(several: Tensor = several) -> None:
+            full(several, cache=cache, generated=True)
+            cache.crop(-several.shape[1])
+
+        check_ms = median_ms(device, check, ROUNDS)
+        text = torch.cat([cache.ids().to(device), one], 1)
+        draft.cache.crop(min(0, text.shape[1] - 1 - draft.cache.columns))
+
+        def run() -> None:
+            nonlocal text
+            text = a_round(full, cache, draft, text, drafted)  # noqa: B023
+
+        round_ms = median_ms(device, run, ROUNDS)
+        row = {"drafted": drafted, "check_ms": round(check_ms, 3), "round_ms": round(round_ms, 3)}
+        row |= {f"speed_at_{r}": round(speed(r, drafted, round_ms, alone), 2) for r in RATES}
+        print(json.dumps(row), flush=True)
+
+
+@torch.no_grad()
+def real(given: argparse.Namespace) -> None:
+    """The acceptance of a real model."""
+    from kvrewrite.artifact.companions import read_original
+
+    device = torch.device(given.device)
+    dtype = "float32" if device.type == "cpu" else given.dtype
+    original, tokenizer = read_original(Path(given.model), dtype, "give the original")
+    rewriter = Rewriter(original.to(device), check="off")
+    full = rewriter.rewrite("full")
+    drafts = {name: rewriter.rewrite(name, budget=given.budget) for name in given.policies}
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "max_new_tokens": given.new,
+    }
+    with open(given.quotes, encoding="utf-8") as lines:
+        texts = [json.loads(line) for line, _ in zip(lines, range(given.texts), strict=False)]
+    for number, text in enumerate(texts):
+        prompt = text["context"] + text["turns"][0][0]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+        begin = clock(device)
+        expected = full.generate(ids, **settings)
+        alone_s = clock(device) - begin
+        for name in [*drafts, "prompt_lookup"]:
+            speculator = Speculator(full, drafts.get(name, name), given.drafted[-1])
+            begin = clock(device)
+            got = speculator.generate(ids, **settings)
+            last = speculator.last
+            row = {
+                "text": number, "tokens": ids.shape[1], "draft": name, "drafted": given.drafted[-1],
+                "equal": torch.equal(got, expected), "acceptance": round(last.acceptance, 3),
+                "tokens_a_round": round(last.tokens_per_round, 2),
+                "seconds": round(clock(device) - begin, 2), "alone_s": round(alone_s, 2),
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Parses arguments and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("steps")
+    one.add_argument("--shape", default="llama-3.1-8b")
+    one.add_argument("--tokens", type=int, default=131072)
+    one.add_argument("--budget", type=int, default=32768)
+    one.add_argument("--drafted", type=int, nargs="+", default=[1, 3, 5, 7])
+    one.add_argument("--eager", action="store_true", help="do not compile")
+    one.add_argument("--device", default="cuda")
+    one.set_defaults(run=steps)
+    two = commands.add_parser("real")
+    two.add_argument("model")
+    two.add_argument("quotes")
+    two.add_argument("--budget", type=float, default=0.25)
+    two.add_argument("--policies", nargs="+", default=["snapkv", "h2o"])
+    two.add_argument("--drafted", type=int, nargs="+", default=[5])
+    two.add_argument("--texts", type=int, default=3)
+    two.add_argument("--new", type=int, default=64)
+    two.add_argument("--dtype", default="bfloat16")
+    two.add_argument("--device", default="cpu")
+    two.set_defaults(run=real)
+    given = parser.parse_args()
+    print(f"# kvrewrite {kvrewrite.__version__}, torch {torch.__version__}, {given.device}", flush=True)
+    given.run(given)
+
+
+if __name__ == "__main__":
+    main()
