@@ -26,6 +26,7 @@ from kvrewrite.policies import RowState
 from kvrewrite.runtime import decode_graph
 from kvrewrite.runtime.batch import Batch
 from kvrewrite.tools.tables import memory_table
+from tests.support.products import few
 from tests.support.rewritten import original, rewritten
 from tests.support.zoo import VOCAB
 
@@ -174,7 +175,7 @@ def with_fact(tokenizer: Any, depth: float) -> tuple[str, int]:
 
 
 @pytest.mark.xdist_group("small_model")
-@pytest.mark.parametrize("depth", [0.0, 0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("depth", few([0.0, 0.2, 0.4, 0.6, 0.8], rest=(0.2, 0.4, 0.8)))
 def test_the_passkey_is_found_at_any_depth(small: tuple[Any, Any], depth: float) -> None:
     """It lies in a block that has left the device when the question comes: the memory brings it back."""
     model, tokenizer = small
