@@ -336,7 +336,7 @@ class Memory(NamedTuple):
     first_k, first_v (B, F, Hkv, D): the first tokens, which every query sees once they have left the cache. host_k,
     host_v (B, S, Hkv, D), in host memory: every token by its position; block i is [F + i L, F + (i + 1) L). near_k,
     near_v (B, N, L, Hkv, D): blocks on the device; near_use (B, N, 2) int64, in host memory: which block a place has, plus
-    one, and when it was last asked for. marks (B, S', Hkv, D): by block, the sum of its representative keys. newest (B, R,
+    one, and when it was last asked for. marks (B, S', Hkv, D): by block, the sum of its representative keys. latest (B, R,
     2 or 3, Hkv, D): the last R tokens by position modulo R: queries summed over their group, keys as attention sees them,
     and, where those are others, keys as the memory has them.
     """
@@ -349,7 +349,7 @@ class Memory(NamedTuple):
     near_v: Tensor
     near_use: Tensor
     marks: Tensor
-    newest: Tensor
+    latest: Tensor
 
 
 class Recalling(NamedTuple):

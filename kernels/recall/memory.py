@@ -96,20 +96,20 @@ def _flash(tokens: Tokens, how: Recalling) -> tuple[Tensor, Tensor]:
 
 def _remember(rows: list[list[int]], new: Entering, memory: Memory) -> None:
     """New tokens enter: by their position in host memory, among the first tokens, and among the newest."""
-    kv_heads, ring = new.k.shape[1], memory.newest.shape[1]
+    kv_heads, ring = new.k.shape[1], memory.latest.shape[1]
     keys, values = (x.transpose(1, 2).contiguous() for x in (new.far_k, new.v))  # (B, T, Hkv, D)
     with beside(keys.device, keys, values):
         for row, (begin, count, *_) in enumerate(rows):
             for host, x in ((memory.host_k, keys), (memory.host_v, values)):
                 host[row, begin : begin + count].copy_(x[row, :count], non_blocking=True)
-    kept = [group_sums(new.q, kv_heads), new.k, *[new.far_k] * (memory.newest.shape[2] - 2)]
-    newest = torch.stack([x.transpose(1, 2).to(memory.newest.dtype) for x in kept], 2)  # (B, T, 2 or 3, Hkv, D)
+    kept = [group_sums(new.q, kv_heads), new.k, *[new.far_k] * (memory.latest.shape[2] - 2)]
+    newest = torch.stack([x.transpose(1, 2).to(memory.latest.dtype) for x in kept], 2)  # (B, T, 2 or 3, Hkv, D)
     for row, (begin, count, *_) in enumerate(rows):
         for first, x in ((memory.first_k, keys), (memory.first_v, values)):
             there = max(0, min(count, first.shape[1] - begin))
             first[row, begin : begin + there] = x[row, :there]
         index = torch.arange(begin, begin + count, device=newest.device) % ring
-        memory.newest[row, index] = newest[row, :count]
+        memory.latest[row, index] = newest[row, :count]
 
 
 def _mark(row: int, before: int, after: int, memory: Memory, how: Recalling) -> None:
@@ -118,13 +118,13 @@ def _mark(row: int, before: int, after: int, memory: Memory, how: Recalling) -> 
     A key's score is the mean of q . k over the `window` tokens after it, as attention sees both, summed over its group; of
     equals the older one counts. A block keeps the sum of its representatives.
     """
-    first, block, ring = memory.first_k.shape[1], memory.near_k.shape[2], memory.newest.shape[1]
+    first, block, ring = memory.first_k.shape[1], memory.near_k.shape[2], memory.latest.shape[1]
     before = max(before, first)
     count = after - before
     if count <= 0:
         return
-    held = torch.arange(before, after + how.window, device=memory.newest.device) % ring
-    newest = memory.newest[row, held]
+    held = torch.arange(before, after + how.window, device=memory.latest.device) % ring
+    newest = memory.latest[row, held]
     queries = newest[:, 0].to(wide(newest)).cumsum(0)
     sums = queries[how.window :] - queries[:count]  # of the `window` queries after each key
     scores = (newest[:count, 1].to(sums.dtype) * sums).sum(-1).view(-1, block, sums.shape[1])

@@ -106,7 +106,7 @@ _SHAPES = {
     "look_up": "q BHTD positions BT valid B before B after B looks B marks BMKD choice BY",
     "recall": (
         "out BHTE lse BHT far_q BHTD far_k BKTD v BKTE q BHTD k BKTD notes BZ first_k BFKD first_v BFKE host_k BSKD host_v BSKE "
-        "near_k BNLKD near_v BNLKE near_use BNU marks BMKD newest BRWKD"
+        "near_k BNLKD near_v BNLKE near_use BNU marks BMKD latest BRWKD"
     ),
     "cached_scan": "q BTHN k BTHN v BTHP beta BTH state BHNP valid B",
 }

@@ -191,7 +191,7 @@ class InfLLM(Policy):
             *(state(f"near_{n}", self.block_cache, self.block, heads, d) for n, d in zip("kv", dims)),
             state("near_use", self.block_cache, 2, dtype="int64", host=True),
             state("marks", heads, dims[0], per_token=True, every=self.block),
-            state("newest", self.budget + self.chunk, kinds, heads, dims[0]),
+            state("latest", self.budget + self.chunk, kinds, heads, dims[0]),
         )
         rows = (site.positions, site.valid, *map(site.input, self.inputs))
         choice = state("choice", b, dtype="int32")

@@ -19,7 +19,7 @@ from kvrewrite.assets import small_model
 from kvrewrite.cache.memory import human
 from kvrewrite.errors import CacheError, OptionError, UnsupportedModelError
 from kvrewrite.ir.site import AttentionSite
-from kvrewrite.kernels.groups import Recalling, Tokens
+from kvrewrite.kernels.groups import Memory, Recalling, Tokens
 from kvrewrite.kernels.recall import memory
 from kvrewrite.kernels.recall.lookup import settle
 from kvrewrite.policies import RowState
@@ -116,6 +116,13 @@ def test_a_gpu_keeps_the_memory_in_pinned_host_memory() -> None:
     torch.testing.assert_close(*rows, rtol=0, atol=1e-3)
     held = [state.value for state in cache.states if state.host]
     assert held and all(value.is_pinned() and value.device.type == "cpu" for value in held)
+
+
+def test_only_its_ops_have_arguments_of_these_names() -> None:
+    """A graph from a file is checked by the names of arguments: another op's of the same name would be refused."""
+    names = {*Memory._fields, "choice", "before", "after", "looks"}
+    ops = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("kvrewrite::")]
+    assert {s.name for s in ops if names & {a.name for a in s.arguments}} == {"kvrewrite::look_up", "kvrewrite::recall"}
 
 
 def test_forks_and_rows_go_on_by_themselves() -> None:
