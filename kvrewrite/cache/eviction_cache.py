@@ -112,7 +112,8 @@ class EvictionCache(Request, Cache):
         rows = self._rows_of(row)
         if any(end > self.seen[r] for r in rows):
             raise CacheError(
-                f"got the span {start} to {end}, but rows {rows} have {[self.seen[r] for r in rows]} tokens"
+                f"got the span {start} to {end}, but rows {rows} have {[self.seen[r] for r in rows]} tokens; expected a "
+                "span that has been seen"
             )
         self.begin_step()
         drop(self, start, end, rows)
@@ -265,7 +266,10 @@ class EvictionCache(Request, Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not for ordinary models."""
-        raise CacheError("an EvictionCache works with a model that kvrewrite made; this one is an ordinary model")
+        raise CacheError(
+            "an EvictionCache works with a model that kvrewrite made; this one is an ordinary model. Pass it to "
+            "kvrewrite.transform first"
+        )
 
     @exclusive
     def crop(self, columns: int) -> None:
@@ -293,6 +297,10 @@ class EvictionCache(Request, Cache):
         """From here on nothing is evicted: tokens are only added, so that all of them can be taken back (`crop`). For good,
         because what a policy sums up (H2O's scores) would have taken in what was cropped; forks made before, and `reset`,
         go on evicting."""
+        if self._policy.recalls:
+            raise CacheError(
+                f"{self._policy.name} loses nothing as it is, and what leaves the cache has to enter its memory"
+            )
         self.check_finished()
         self.only_appends = True
         self._changes += 1

@@ -37,6 +37,8 @@ def why_never(layout: CacheLayout, policy: Policy) -> str | None:
     """The reason why no cache of a program goes back in place, or None."""
     if any(state.carried for state in layout.states):
         return "layers without attention carry a state that has taken the tokens in"
+    if policy.recalls:
+        return f"{policy.name} has put tokens into its memory, and found blocks by them"
     if layout.quantize is not None:
         return "slots that were quantized have lost their exact keys and values"
     if layout.contiguous:

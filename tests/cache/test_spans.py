@@ -249,7 +249,12 @@ def test_pages_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "options"), [c for c in FORKED if c[0] in ("h2o", "streaming_llm", "kvzap", "adakv")]
+    ("policy", "options"),
+    [
+        pytest.param(*case, marks=[pytest.mark.thorough] * (case[0] == "kvzap" or "head_budgets" in case[1]))
+        for case in FORKED
+        if case[0] in ("h2o", "streaming_llm", "kvzap", "adakv")
+    ],
 )
 def test_static_buffers_keep_what_is_pinned(policy: str, options: dict[str, Any]) -> None:
     """The step with pins is captured by itself; both hold the same as op by op, and so do tokens after a drop."""

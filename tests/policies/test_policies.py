@@ -780,14 +780,14 @@ def policy_of(case: Mapping[str, Any]) -> str:
 
 def options_of(case: Mapping[str, Any]) -> list[str]:
     """The options that any policy may have, and whether its budget is a share of the text."""
-    options = CASES[case["name"]][1]
-    shared = ("chunk", "positions", "layer_budgets", "head_budgets", "decode_eviction")
+    options = (CASES | PROTECTED)[case["name"]][1]
+    shared = ("chunk", "positions", "layer_budgets", "head_budgets", "decode_eviction", "protect_prompt")
     return [*(name for name in shared if name in options), *["share"] * isinstance(options.get("budget"), float)]
 
 
-# Every policy twice, each set of shared options, and each way to cut a text.
+# Every policy, each set of shared options, and each way to cut a text; `test_second_turn` has every policy once more.
 @covering(
-    {"name": 0, "policy": 2, "options": 1, ("seed", "calls"): 1},
+    {"name": 0, "policy": 1, "options": 1, ("seed", "calls"): 8},
     derived={"policy": policy_of, "options": options_of},
 )
 @pytest.mark.parametrize("name", CASES)
@@ -830,7 +830,8 @@ def left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
+# Every policy has its padded rows in tests/runtime/test_invariants.py.
+@covering({"options": 1, "name": 0}, derived={"options": options_of})
 @pytest.mark.parametrize("name", [*PROTECTED, *CASES])
 def test_padded_rows_are_the_rows_alone(name: str) -> None:
     """Three prompts of different lengths, answers, three further prompts, answers: what a row keeps is its own affair."""

@@ -276,7 +276,7 @@ def test_a_prompt_that_never_fits_is_refused_before_any_work() -> None:
     with pytest.raises(InputError, match="pages, but the pool has"):
         batch.start(distinct(20, random.Random(0)), max_length=210)  # every token of the answer is held
     assert batch.used == 0
-    with pytest.raises(OptionError, match="less than one page"):
+    with pytest.raises(OptionError, match="one page for each head"):
         Batch(model, memory=100)
     with pytest.raises(InputError, match="no tokens"):
         batch.start([])
