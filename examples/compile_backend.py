@@ -27,7 +27,9 @@ compiled = torch.compile(
 )
 out = compiled.generate(prompt, return_dict_in_generate=True, **settings)
 cache = out.past_key_values
-print(f"{type(cache).__name__}: {out.sequences.shape[1]} tokens a row, {cache.layers[0].keys.shape[-2]} slots a head")
+print(
+    f"{type(cache).__name__}: {out.sequences.shape[1]} tokens per row, {cache.layers[0].keys.shape[-2]} slots per head"
+)
 assert cache.layers[0].keys.shape[-2] == 64
 
 small = kvrewrite.transform(model, policy="streaming_llm", budget=64, chunk=32)
@@ -41,4 +43,4 @@ cache = kvrewrite.new_cache(compiled, batch_size=2)
 compiled.generate(
     prompt, **{CACHE_NAME: cache}, **settings
 )  # cache=cache, or before transformers 5.24 past_key_values=cache
-print(f"adakv: layer 0, row 0, slots a head: {cache.live_slots()[0][0].tolist()}; {cache.memory()}")
+print(f"adakv: layer 0, row 0, slots per head: {cache.live_slots()[0][0].tolist()}; {cache.memory()}")

@@ -52,5 +52,5 @@ assert difference < 1e-4
 
 cache = small.new_cache()
 tokens = small.generate(prompt, attention_mask=torch.ones_like(prompt), cache=cache, max_new_tokens=20, do_sample=False)
-print(f"{tokens.shape[1]} tokens, {int(cache.live_slots()[0].max())} live slots a head")
+print(f"{tokens.shape[1]} tokens, {int(cache.live_slots()[0].max())} live slots per head")
 assert tokens.shape[1] == 120

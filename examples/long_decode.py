@@ -32,5 +32,5 @@ for step in range(1, steps + 1):
     times.append(time.perf_counter() - start)
     if step % (steps // 5) == 0:
         median = statistics.median(times[-(steps // 5) :]) * 1e3
-        print(f"{step:6} tokens decoded, position {cache.seen[0]}: {median:.2f} ms a token, {cache.memory()}")
+        print(f"{step:6} tokens decoded, position {cache.seen[0]}: {median:.2f} ms per token, {cache.memory()}")
     assert cache.memory() == first, "the cache grew"

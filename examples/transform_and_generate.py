@@ -33,7 +33,7 @@ tokens = small.generate(
     do_sample=False,
     pad_token_id=0,
 )
-print(f"{tokens.shape[1]} tokens a row; live slots a head: {int(cache.live_slots()[0].max())}; {cache.memory()}")
+print(f"{tokens.shape[1]} tokens per row; live slots per head: {int(cache.live_slots()[0].max())}; {cache.memory()}")
 
 with tempfile.TemporaryDirectory() as folder:
     small.save_pretrained(folder + "/out")

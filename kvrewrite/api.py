@@ -308,7 +308,7 @@ def convert(
         raise OptionError("memory and budget were both given; memory finds the budget, so leave one of them out")
     if memory is not None and policy is None and options:
         raise OptionError(
-            f"{', '.join(options)}: an option of a policy, but none is named; memory chooses one. Name it, too"
+            f"got {', '.join(options)}, which belongs to a policy, but no policy, as memory chooses one; name the policy, too"
         )
     # Wrong options fail before the model is built, also where the budget comes later.
     named = policies.make("full") if memory is not None and policy is None else _named(policy, options)
@@ -342,8 +342,8 @@ def convert(
     plans = [plan_memory(program.sites, final, itemsize, n, batch, carried) for n in contexts or [longest]]
     if goal is not None and (most := max(plan.peak for plan in plans)) > goal.memory:
         raise OptionError(
-            f"memory={human(goal.memory)}: with {human(plans[0].carried)} that layers without attention carry it takes "
-            f"{human(most)}; give memory={most}"
+            f"memory is {human(goal.memory)}, but the cache takes {human(most)}, of which layers without attention carry "
+            f"{human(plans[0].carried)}; give memory={most}"
         )
     size = sum((model_dir / name).stat().st_size for name in checkpoint.files)
     if out is None:

@@ -400,5 +400,5 @@ def _eviction(model: RewrittenModel) -> Check:
         bound *= sum(heads)
     most = max(int(lens.max()) for lens in cache.live_slots().values())
     finite = bool(torch.isfinite(logits).all())
-    detail = f"{length} tokens, at most {most} live slots a head, {bound} allowed"
+    detail = f"{length} tokens, at most {most} live slots per head, {bound} allowed"
     return Check(name, most <= bound and finite, detail if finite else f"{detail}; logits are not finite")

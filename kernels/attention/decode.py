@@ -503,7 +503,7 @@ def decode_attention(
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"decode_attention takes bf16, fp16 or fp32, got {q.dtype}")
     if q.shape[2] != 1 or h % hkv:
-        raise ValueError(f"decode_attention takes one token a row and whole groups of heads, got q {tuple(q.shape)}")
+        raise ValueError(f"decode_attention takes one token per row and whole groups of heads, got q {tuple(q.shape)}")
     if why := why_not(d, dv, h // hkv, 1, False):
         raise ValueError(f"decode_attention: {why}")
     if k_pages.shape[1] != PAGE:

@@ -420,7 +420,7 @@ def decode_attention_quantized(
         raise ValueError(f"decode_attention_quantized takes bf16, fp16 or fp32, got {q.dtype}")
     if q.shape[2] != 1 or h % hkv:
         raise ValueError(
-            f"decode_attention_quantized takes one token a row and whole groups of heads, got q {tuple(q.shape)}"
+            f"decode_attention_quantized takes one token per row and whole groups of heads, got q {tuple(q.shape)}"
         )
     if why := why_not(scheme, d, dv, h // hkv):
         raise ValueError(f"decode_attention_quantized: {why}")

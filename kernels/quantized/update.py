@@ -452,9 +452,11 @@ def decode_update_quantized(
     b, hkv, t, d = k.shape
     dv, capacity = v.shape[3], table.shape[2] * PAGE
     if t != 1:
-        raise ValueError(f"decode_update_quantized takes one token a row, got {t}")
+        raise ValueError(f"decode_update_quantized takes one token per row, got {t}")
     if capacity >= MOST_SLOTS:
-        raise ValueError(f"decode_update_quantized takes fewer than {MOST_SLOTS} slots a head, got room for {capacity}")
+        raise ValueError(
+            f"decode_update_quantized takes fewer than {MOST_SLOTS} slots per head, got room for {capacity}"
+        )
     if k.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"decode_update_quantized takes bf16, fp16 or fp32, got {k.dtype}")
     if why := why_not(scheme, d, dv):

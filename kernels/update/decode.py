@@ -388,11 +388,11 @@ def decode_update(
     b, hkv, t, d = k.shape
     dv, capacity = v.shape[3], table.shape[2] * PAGE
     if t != 1:
-        raise ValueError(f"decode_update takes one token a row, got {t}")
+        raise ValueError(f"decode_update takes one token per row, got {t}")
     if k_pages.shape[1] != PAGE:
         raise ValueError(f"decode_update takes pages of {PAGE} slots, got {k_pages.shape[1]}")
     if capacity >= MOST_SLOTS:
-        raise ValueError(f"decode_update takes fewer than {MOST_SLOTS} slots a head, got room for {capacity}")
+        raise ValueError(f"decode_update takes fewer than {MOST_SLOTS} slots per head, got room for {capacity}")
     check_rotation(k, cos, sin)
     if not b * hkv:
         return

@@ -536,7 +536,7 @@ def cache_update(
     heads, capacity, device = b * hkv, table.shape[2] * page, table.device
     block, tail, warps = plan_config(capacity + tokens) if plan is None else plan
     if capacity + tokens + 2 * block >= 2**21:
-        raise ValueError(f"at most 2**21 entries a head can be counted, got {capacity} slots and {tokens} new tokens")
+        raise ValueError(f"at most 2**21 entries per head can be counted, got {capacity} slots and {tokens} new tokens")
     room = capacity if next_table is None else next_table.shape[2] * page
     listed = max(capacity, min(room, capacity + tokens))
     stride = triton.cdiv(capacity, block) * block + triton.cdiv(tokens, block) * block

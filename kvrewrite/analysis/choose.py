@@ -69,7 +69,7 @@ def choose(
     if pages == 0:
         least = plan(given(PAGE))
         raise OptionError(
-            f"{asked}: even {PAGE} slots a head take {human(least.peak)}. Give more memory, a smaller batch, or "
+            f"{asked}: even {PAGE} slots per head take {human(least.peak)}. Give more memory, a smaller batch, or "
             "quantize=int8 (docs/guide/quantized_caches.md)"
         )
     policy = given(pages * PAGE)
@@ -79,7 +79,7 @@ def choose(
         f"{asked}: a full cache takes {human(found.full)}, and does not fit"
         if found.full > goal.memory
         else f"{asked}: a full cache takes {human(found.full)}",
-        f"{policy.name} with {pages * PAGE:,} slots a head ({share:.0%} of the text) takes {human(found.evicted)}, and "
+        f"{policy.name} with {pages * PAGE:,} slots per head ({share:.0%} of the text) takes {human(found.evicted)}, and "
         f"{human(found.peak)} at its peak",
     ]
     if make is None:

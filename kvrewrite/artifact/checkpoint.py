@@ -70,11 +70,13 @@ def read_json(path: Path, *, limit: int = 1 << 30) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text)
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
+        raise ArtifactError(f"{path} does not exist; copy the directory again") from None
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
     except RecursionError:
-        raise ArtifactError(f"{path} is nested too deep; it was damaged or not written by kvrewrite") from None
+        raise ArtifactError(
+            f"{path} is nested too deep; it was damaged or not written by kvrewrite. Copy it again"
+        ) from None
     except ValueError as error:
         if text_is_lfs(path):
             raise ArtifactError(lfs_message(path)) from None
@@ -116,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             file.seek(8)
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
+        raise ArtifactError(f"{path} does not exist; copy the directory again") from None
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -140,7 +142,10 @@ def _parse_header(path: Path, header: Any, data: int, behind: int) -> tuple[dict
             raise ArtifactError(f"{damaged} at {name!r}: its shape or place is not a list of sizes. Copy it again")
         dtype = SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
         if dtype is None:
-            raise ArtifactError(f"{path}: {name!r} has dtype {entry.get('dtype')!r}, which kvrewrite does not read")
+            raise ArtifactError(
+                f"{path}: {name!r} has dtype {entry.get('dtype')!r}, which kvrewrite does not read; expected one of "
+                f"{', '.join(SAFETENSORS_DTYPES)}"
+            )
         bytes_needed = dtype.itemsize
         for n in shape:
             bytes_needed *= n

@@ -92,7 +92,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     for name in manifest["files"]:
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or any(len(p) > 255 for p in parts):
-            raise ArtifactError(f"{damaged}: its list of files has {name!r:.80}")
+            raise ArtifactError(
+                f"{damaged}: its list of files has {name!r:.80}; copy the directory again, or convert the model again"
+            )
     return manifest
 
 

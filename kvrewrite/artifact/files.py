@@ -30,7 +30,9 @@ def json_text(data: Any, what: str, **options: Any) -> str:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 if not isinstance(key, str):  # json would turn it into a string, and reading would not turn it back
-                    raise ArtifactError(f"{what} can't be written: {where} has the key {key!r}, which is not a string")
+                    raise ArtifactError(
+                        f"{what} can't be written: {where} has the key {key!r}, which is not a string; expected texts as keys"
+                    )
                 check(inner, f"{where}.{key}")
         elif isinstance(value, (list, tuple)):
             for inner in value:

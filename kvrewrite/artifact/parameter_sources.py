@@ -90,7 +90,10 @@ def _record(func: Any, args: Any, kwargs: Any, result: Any) -> list[Recipe]:
             first.shape[dim] + 1
         )
         return [{"narrow": first.recipe, "dim": dim, "start": start, "length": result.shape[dim]}]
-    raise ArtifactError(f"the checkpoint is converted with {func}, which kvrewrite can't turn into a recipe")
+    raise ArtifactError(
+        f"the checkpoint is converted with {func}, which kvrewrite can't repeat; load the model with from_pretrained and "
+        "give it to kvrewrite.transform"
+    )
 
 
 def _selected(recipe: Recipe, dim: int, index: int, result: Tensor) -> Recipe:
@@ -151,8 +154,8 @@ def parameter_sources(model: nn.Module, config: Any, checkpoint: Checkpoint) -> 
     problems += [f"unexpected: {some(sorted(info.unexpected_keys), 20)}"] if info.unexpected_keys else []
     if problems:
         raise ArtifactError(
-            f"the weights in {checkpoint.directory} are not those of {type(model).__name__} with its config.json:\n  "
-            + "\n  ".join(problems)
+            f"the weights in {checkpoint.directory} are not those of {type(model).__name__} with its config.json; copy "
+            "both again from where they come from:\n  " + "\n  ".join(problems)
         )
     return recipes
 
@@ -173,7 +176,10 @@ def _convert(model: Any, values: dict[str, _Recorded]) -> tuple[dict[str, _Recor
 
     def keep(model: Any, target_name: str, param_value: Tensor, *_: Any, **__: Any) -> None:
         if not isinstance(param_value, _Recorded):
-            raise ArtifactError(f"{target_name} is made by transformers in a way that kvrewrite can't follow")
+            raise ArtifactError(
+                f"{target_name} is made by transformers in a way that kvrewrite can't follow; load the model with "
+                "from_pretrained and give it to kvrewrite.transform"
+            )
         found[target_name] = param_value
 
     mapping: Any = conversion_mapping.get_model_conversion_mapping(model)

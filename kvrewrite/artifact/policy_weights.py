@@ -58,7 +58,7 @@ def check_destination(out: Path, force: bool) -> None:
     if out.is_dir():
         raise PolicyWeightsError(f"{out} is a directory; expected the name of a safetensors file to write")
     if out.suffix != ".safetensors":
-        raise PolicyWeightsError(f"{out} should end in .safetensors, the format that is written")
+        raise PolicyWeightsError(f"{out}: expected a name that ends in .safetensors, the format that is written")
 
 
 def read_pickle(path: Path, data_types: Sequence[Any] = ()) -> Any:
@@ -113,7 +113,9 @@ def flatten(path: Path, content: Any) -> dict[str, Tensor]:
         )
     unusable = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
     if unusable:
-        raise PolicyWeightsError(f"{path}: {', '.join(unusable[:LISTED])} is sparse, quantized or without values")
+        raise PolicyWeightsError(
+            f"{path}: {', '.join(unusable[:LISTED])} is sparse, quantized or without values; expected dense tensors"
+        )
     floats = {n: t if t.itemsize > 1 else t.float() for n, t in tensors.items() if t.is_floating_point()}
     if bad := [n for n, t in floats.items() if not bool(torch.isfinite(t).all())]:
         raise PolicyWeightsError(

@@ -66,7 +66,7 @@ class PublishedFile(Published):
         try:
             return load_file(self.path)
         except (OSError, SafetensorError) as error:
-            raise PolicyWeightsError(f"{self.path} is not a whole safetensors file: {error}") from error
+            raise PolicyWeightsError(f"{self.path} is not a whole safetensors file ({error}); copy it again") from error
 
     def state_dicts(self, key: str, what: str, data_types: Sequence[Any] = ()) -> list[dict[str, Tensor]]:
         """The state_dicts in the list that a pickled dict has under `key`."""
@@ -92,7 +92,7 @@ class PublishedFile(Published):
         try:
             found = json.loads(config.read_text())
         except (OSError, ValueError) as error:
-            raise PolicyWeightsError(f"{config} is not JSON: {error}") from error
+            raise PolicyWeightsError(f"{config} is not JSON ({error}); copy it again") from error
         if not isinstance(found, dict):
             raise PolicyWeightsError(f"{config} holds a {type(found).__name__}, expected a JSON object")
         return found

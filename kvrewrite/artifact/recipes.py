@@ -43,13 +43,15 @@ def check_recipe(name: str, recipe: Any, tensors: Mapping[str, TensorInfo]) -> t
 
 
 def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], depth: int) -> tuple[int, ...]:
-    bad = f"the recipe of the parameter {name} is damaged"
+    bad = f"the recipe of the parameter {name} is damaged (convert the model again)"
     if not isinstance(recipe, dict) or depth > _MAX_DEPTH:
         raise ArtifactError(f"{bad}: {str(recipe)[:80]!r}")
     if "key" in recipe:
         key = recipe["key"]
         if not isinstance(key, str) or key not in tensors:
-            raise ArtifactError(f"the parameter {name} is made from {key!r:.120}, which the weight files don't have")
+            raise ArtifactError(
+                f"the parameter {name} is made from {key!r:.120}, which the weight files don't have. Copy the directory again"
+            )
         return tensors[key].shape
     if "stack" in recipe or "cat" in recipe:
         parts, dim = recipe.get("stack", recipe.get("cat")), recipe.get("dim")
@@ -80,7 +82,7 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
     if "reshape" in recipe:
         inner, shape = _recipe_shape(name, recipe["reshape"], tensors, depth + 1), recipe.get("shape")
         if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
-            raise ArtifactError(f"{bad}: {shape!r} is not a shape")
+            raise ArtifactError(f"{bad}: {shape!r} is not a shape; expected sizes")
         if torch.Size(shape).numel() != torch.Size(inner).numel():
             raise ArtifactError(f"{bad}: can't reshape {list(inner)} to {shape}")
         return tuple(shape)
@@ -90,7 +92,7 @@ def _recipe_shape(name: str, recipe: Any, tensors: Mapping[str, TensorInfo], dep
         if not are_sizes(place) or place[0] >= len(inner) or place[1] + place[2] > inner[place[0]]:
             raise ArtifactError(f"{bad}: there is no dimension, start, length {place!r} in {list(inner)}")
         return (*inner[: place[0]], place[2], *inner[place[0] + 1 :])
-    raise ArtifactError(f"{bad}: it has none of key, stack, cat, transpose, reshape, narrow")
+    raise ArtifactError(f"{bad}: expected one of key, stack, cat, transpose, reshape, narrow")
 
 
 def check_cost(recipes: Mapping[str, Recipe], tensors: Mapping[str, TensorInfo]) -> None:
@@ -189,7 +191,7 @@ def described(
 ) -> tuple[Recipe, tuple[int, ...], torch.dtype]:
     """A parameter's recipe, and the shape and dtype of what it makes; raises ArtifactError if it can't be followed."""
     if name not in recipes:
-        raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete")
+        raise ArtifactError(f"there is no recipe for the parameter {name}; the directory is incomplete. Copy it again")
     recipe = recipes[name]
     shape = check_recipe(name, recipe, checkpoint.tensors)
     own = getattr(torch, str(recipe.get("dtype")), None) or checkpoint.tensors[recipe_keys(recipe)[0]].dtype

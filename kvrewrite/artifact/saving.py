@@ -62,7 +62,10 @@ def save(
             "directory instead (kvrewrite convert), for which no weights are loaded"
         )
     if not isinstance(source, nn.Module):
-        raise ArtifactError("this model was made from a program alone; there is no original to save with it")
+        raise ArtifactError(
+            "this model was made from a program alone; there is no original to save with it. Convert a model's "
+            "directory (kvrewrite convert)"
+        )
     if has_adapters(source):
         raise ArtifactError(
             "the model has adapters of peft in its layers, and stock transformers could not open such a directory as the "

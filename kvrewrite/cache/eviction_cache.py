@@ -112,7 +112,8 @@ class EvictionCache(Request, Cache):
         rows = self._rows_of(row)
         if any(end > self.seen[r] for r in rows):
             raise CacheError(
-                f"got the span {start} to {end}, but rows {rows} have {[self.seen[r] for r in rows]} tokens"
+                f"got the span {start} to {end}, but rows {rows} have {[self.seen[r] for r in rows]} tokens; expected a "
+                "span that has been seen"
             )
         self.begin_step()
         drop(self, start, end, rows)
@@ -265,7 +266,10 @@ class EvictionCache(Request, Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not for ordinary models."""
-        raise CacheError("an EvictionCache works with a model that kvrewrite made; this one is an ordinary model")
+        raise CacheError(
+            "an EvictionCache works with a model that kvrewrite made; this one is an ordinary model. Pass it to "
+            "kvrewrite.transform first"
+        )
 
     @exclusive
     def crop(self, columns: int) -> None:

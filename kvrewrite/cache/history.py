@@ -119,7 +119,7 @@ class History:
             if len(between):
                 raise InputError(
                     f"attention_mask is 1 for row {row} at column {between[0]}, expected 0: that column was padding when it came "
-                    "in, and tokens after it are in the cache. Pass the mask of that call, with the new columns behind it"
+                    "in, and tokens after it are in the cache. Pass the mask of that call, with the new columns after it"
                 )
         late = np.flatnonzero((mask & ~real).any(0))
         return int(late[0]) if len(late) else columns
@@ -150,11 +150,10 @@ class History:
                 names = [f"{n} ({tokenizer.decode([n])!r})" for n in (got, held)]
             raise InputError(
                 f"input_ids differ from the text that the cache holds: at column {column} row {row} has token {names[0]}, and "
-                f"the cache was given {names[1]}. A cache goes on from the ids that went in: pass those that generate "
-                "returned with the new ones after them (text that is tokenized again, or whose beginning changed, may "
-                'differ); or pass on_mismatch="recompute" at every turn, which goes back to the last turn that agrees; or '
-                f"reset() the cache, or fork() it before the texts part. New ids alone need an attention_mask of {columns} + "
-                f"{ids.shape[1]} columns"
+                f"the cache was given {names[1]}. Pass the ids that generate returned, with the new ones after them (a text that "
+                'is tokenized again may have other ids). Or pass on_mismatch="recompute" at every turn, which goes back to '
+                "the last turn that agrees. Or reset() the cache, or fork() it before the texts part. New ids alone need an "
+                f"attention_mask of {columns} + {ids.shape[1]} columns"
             )
         if ids.shape[1] <= columns:
             raise InputError(

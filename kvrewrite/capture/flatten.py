@@ -47,7 +47,7 @@ def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | N
     if table is not None and sizes[0] == table[1]:
         raise CaptureError(
             f"forward returned {shape}, which are hidden states: the token embedding has {table[0]} rows of {table[1]}, so "
-            f"logits have {table[0]} entries a token. Wrap the model in a module whose forward(input_ids) returns its logits."
+            f"logits have {table[0]} entries per token. Wrap the model in a module whose forward(input_ids) returns its logits."
         )
     return found[0]
 

@@ -191,7 +191,7 @@ def _check_files(out: Path | None, plot: Path | None, resume: bool, force: bool)
             again = "continue it with --resume, or replace it" if name == "--out" else "replace it"
             raise ArtifactError(f"{path} exists; {again} with --force")
         if not path.resolve().parent.is_dir():
-            raise ArtifactError(f"{name} {path}: its directory does not exist")
+            raise ArtifactError(f"{name} {path}: its directory does not exist; make it first")
     if plot is not None:
         from kvrewrite.tools.plotting import require_matplotlib
 

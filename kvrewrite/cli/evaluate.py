@@ -152,7 +152,7 @@ def evaluate(
         raise ArtifactError(f"{out} exists; continue it with --resume, or replace it with --force")
     for path, name in ((out, "--out"), (html, "--html")):
         if path is not None and not path.resolve().parent.is_dir():
-            raise ArtifactError(f"{name} {path}: its directory does not exist")
+            raise ArtifactError(f"{name} {path}: its directory does not exist; make it first")
     if html is not None and html.exists() and not force:
         raise ArtifactError(f"{html} exists; replace it with --force")
     from kvrewrite.artifact import directory as artifact

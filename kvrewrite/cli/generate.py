@@ -83,7 +83,7 @@ def generate(
         tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=document is None)
     ids = tokens["input_ids"]
     if ids.shape[1] == 0:
-        raise OptionError("the prompt has no tokens")
+        raise OptionError("the prompt has no tokens; expected some text in --prompt or --prompt-file")
     with waiting("loading the model"):
         plan = "auto" if shared else None
         model: Any = api.load(directory, device=where, trust_compiled=trust_compiled, tp_plan=plan)

@@ -78,7 +78,7 @@ def plot(
     if out.exists() and not force:
         raise ArtifactError(f"{out} exists; replace it with --force")
     if not out.resolve().parent.is_dir():
-        raise ArtifactError(f"--out {out}: its directory does not exist")
+        raise ArtifactError(f"--out {out}: its directory does not exist; make it first")
     is_results = source is not None and Path(source).is_file()
     if kind in ("accuracy", "eviction") or (kind == "memory" and is_results):
         if not is_results:

@@ -112,7 +112,9 @@ def find_device(name: str, option: str = "--device") -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"{option} {name}: {str(error).splitlines()[0]}") from error
+        raise OptionError(
+            f"{option} {name}: {str(error).splitlines()[0]} (kvrewrite doctor says what is there)"
+        ) from error
     return device
 
 

@@ -276,7 +276,7 @@ class BackendCache(EvictionCache):
 
     def _check_bound(self) -> None:
         if not self.bound:
-            raise CacheError("the cache has not been through a compiled model yet")
+            raise CacheError("the cache has not been through a compiled model yet; call the model with it first")
 
     # -- what the layers of an ordinary model call, only while it is being traced: its rewrite runs instead ---------
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

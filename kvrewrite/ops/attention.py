@@ -148,7 +148,7 @@ def cached_attention(
     q, k, v = tokens
     patterns = sparse.patterns if q.shape[2] > DENSE_TOKENS else ""
     if patterns and logits.placed:
-        raise OptionError("cached_attention: patterns are of causal attention; got a window, a chunk or ALiBi")
+        raise OptionError("cached_attention: expected causal attention for patterns; got a window, a chunk or ALiBi")
     if fused("cached_attention", q, why_not_cached(tokens, dense, cache, logits)):
         from kvrewrite.kernels import composed
 

@@ -91,7 +91,7 @@ def cache_update_quantized(
     k, v = new.k, new.v
     why: str | None
     if k.shape[2] != 1:
-        why = f"it takes one token a row, not {k.shape[2]}"
+        why = f"it takes one token per row, not {k.shape[2]}"
     elif any(x is not None for x in ragged):
         why = "heads that share budgets, or merging"
     else:

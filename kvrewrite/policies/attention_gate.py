@@ -83,7 +83,8 @@ class AttentionGate(Policy):
             )
         if width and heads * dim != width:
             raise OptionError(
-                f"attention_gate: gate_heads is {heads} and gate_dim {dim}, but the weights are {width} channels wide"
+                f"attention_gate: gate_heads is {heads} and gate_dim {dim}, but the weights are {width} channels "
+                "wide; expected their product"
             )
         return dataclasses.replace(self, gate_heads=heads, gate_dim=dim)
 

@@ -94,7 +94,9 @@ class Policy(Options):
     def gate(self, site: Site) -> Tensor:
         """With `gates`: flags new tokens to drop before attention, (B, Hkv, T) bool. Only they themselves see them, and they
         never enter the cache."""
-        raise TypeError(f"{type(self).__name__} does not say which tokens to drop")
+        raise TypeError(
+            f"{type(self).__name__} gates tokens, but has no gate(site); define it (docs/develop/add_a_policy.md)"
+        )
 
     def ask(self, site: Site) -> None:
         """With `recalls`: what attention to the memory needs and can be known before attention to the cache."""
@@ -115,12 +117,14 @@ class Policy(Options):
 
     def rate(self, site: Site) -> None:
         """With `shares_layers`: keeps what `score` will need of this site (`site.remember`), after its attention."""
-        raise TypeError(f"{type(self).__name__} does not say how to rate")
+        raise TypeError(
+            f"{type(self).__name__} shares layers, but has no rate(site); define it (docs/develop/add_a_policy.md)"
+        )
 
     def score(self, site: Site) -> Scores | Tensor:
         """What slots are worth at one site, in torch code on its tensors; a tensor is `Scores(new)`. Called after the site's
         attention (after the logits with `after_logits`, after the last layer with `shares_layers`)."""
-        raise TypeError(f"{type(self).__name__} does not say how to score")
+        raise TypeError(f"{type(self).__name__} has no score(site); define it (docs/guide/own_policy.md)")
 
     # -- plans ---------------------------------------------------------------------------------------------------
     def slots(self, seen: int) -> int:

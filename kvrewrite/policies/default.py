@@ -17,7 +17,9 @@ DEFAULT = "keydiff"
 def default_policy(options: dict[str, Any]) -> tuple[Policy, str]:
     """The policy of a caller who names none, and a sentence that says what it does. options: its options."""
     policy = make(DEFAULT, **options)
-    kept = f"{policy.budget:.0%} of the text" if isinstance(policy.budget, float) else f"{policy.budget} tokens a head"
+    kept = (
+        f"{policy.budget:.0%} of the text" if isinstance(policy.budget, float) else f"{policy.budget} tokens per head"
+    )
     return policy, (
         f"no policy was named, so {policy.name} keeps {kept}: {policy.summary}. `kvrewrite policies` lists the others; full "
         "evicts nothing"

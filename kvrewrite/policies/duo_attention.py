@@ -111,7 +111,7 @@ class DuoAttention(Policy):
         rows = pattern.double().clamp(0, 1).tolist()
         flat = [alpha for row in rows for alpha in row]
         if any(math.isnan(a) for a in flat):
-            raise PolicyWeightsError(f"duo_attention: {PATTERN} has values that are not a number")
+            raise PolicyWeightsError(f"duo_attention: {PATTERN} has values that are not a number; expected 0 to 1")
         # So many lie below the quantile that the authors compare with (numpy's, by interpolation).
         streaming = len(flat) if self.sparsity == 1 else math.ceil(self.sparsity * (len(flat) - 1) - 1e-9)
         order = sorted(range(len(flat)), key=lambda n: flat[n])

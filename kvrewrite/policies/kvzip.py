@@ -95,7 +95,7 @@ class KVzip(Scoped):
         """Checks what the model is asked."""
         if not any(self.judges(site) for site in sites):
             raise UnsupportedModelError(
-                f"{self.name}: every layer of this model has a sliding window, which keeps what it sees"
+                f"{self.name}: every layer of this model has a sliding window, which keeps what it sees; expected a layer without"
             )
         for name in PROMPTS:
             ids = numbers(getattr(self, name))
@@ -108,8 +108,8 @@ class KVzip(Scoped):
             vocabulary = facts.get("vocab_size", UNLIMITED)
             if ids and max(ids) >= vocabulary:
                 raise OptionError(
-                    f"{self.name}: {name} has token {max(ids)}, but the model has {vocabulary} tokens; are the ids those of "
-                    "its tokenizer?"
+                    f"{self.name}: {name} has token {max(ids)}, but the model has {vocabulary} tokens; expected ids of its "
+                    "own tokenizer"
                 )
         return self
 

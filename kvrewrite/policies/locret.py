@@ -138,7 +138,7 @@ class Locret(Policy):
 @register
 @dataclass(frozen=True, kw_only=True)
 class LocretQ(Locret):
-    """Locret-Q (section 4.4 of the paper): the question stands in front of the context, so that every eviction sees it, and
+    """Locret-Q (section 4.4 of the paper): the question stands before the context, so that every eviction sees it, and
     again at the end. `model.prompt_ids(context, question)` puts a prompt together so. The heads' weights should have been
     trained that way (the paper does not say for how many tokens).
 

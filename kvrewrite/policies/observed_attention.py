@@ -20,7 +20,7 @@ class ObservedAttention(Policy):
 
     score_j = (sum over all queries i >= j so far, and over the query heads of a group, of their
     softmax weight on j) / (number of tokens from j on), (B, Hkv, C + T). So late tokens, which few
-    queries have seen, are not behind early ones. Nothing is protected. A prompt is reduced once
+    queries have seen, are not at a disadvantage. Nothing is protected. A prompt is reduced once
     (chunk=None, as kvpress does) or chunk by chunk; generated tokens count on.
     """
 

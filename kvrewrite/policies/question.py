@@ -10,7 +10,7 @@ def join_question(
 ) -> list[int]:
     """The token ids of context and question, the question last.
 
-    first: it also stands in front of the context (Locret-Q), behind a BOS token that begins the context. front: what of the
+    first: it also stands before the context (Locret-Q), after a BOS token that begins the context. front: what of the
     question stands there, default all of it.
     """
     context, question = list(context), list(question)

@@ -117,7 +117,7 @@ class Scissorhands(Policy):
         first = site.input("first_query").unsqueeze(1)
         counted = (site.positions >= first).float()
         share = (site.positions.float() + 1).reciprocal()
-        # The window ends at or behind the segment's last token, so no earlier query than the last `history` counts.
+        # The window ends at or after the segment's last token, so no earlier query than the last `history` counts.
         cached, new = site.split(site.observe(counted, above=share, newest=self.history))
         # Where the window begins among the new queries, what was counted before is too old.
         fresh = (first >= site.positions[:, :1]).unsqueeze(2)

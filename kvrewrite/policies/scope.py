@@ -76,7 +76,7 @@ class Scoped(Policy):
 
     def worth(self, site: Site) -> tuple[Scores, Tensor]:
         """The scores of a site that is judged, and where its slots stand (B, Hkv, N), -1 for those that can't stay."""
-        raise TypeError(f"{type(self).__name__} does not say what slots are worth")
+        raise TypeError(f"{type(self).__name__} has no worth(site); define it (docs/develop/add_a_policy.md)")
 
     def rate(self, site: Site) -> None:
         """Scores and places of all slots of one layer."""

@@ -26,7 +26,7 @@ class SirLLM(ContiguousWherePossible):
     further prompt (a turn of a conversation) all stored scores are multiplied by `decay` first. Keys are re-ranked in the
     cache as in StreamingLLM where the model has RoPE (positions="auto").
 
-    The authors evict in front of a turn, with room for the answer reserved; here the cache is within the budget after each
+    The authors evict before a turn, with room for the answer reserved; here the cache is within the budget after each
     chunk and each generated token. Scores need the logits, so the new keys and values of a chunk stay alive in all layers
     until the model is through; hence chunk=512.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class SnapKV(Policy):
     """SnapKV (Li et al., arXiv 2404.14469, section 4; code FasterDecoding/SnapKV).
 
-    score_j = pool(sum over the last `window` queries of their softmax weight on j), for j in front of the window, summed
+    score_j = pool(sum over the last `window` queries of their softmax weight on j), for j before the window, summed
     over the query heads of a group; the window itself is kept. Evicts once, at a row's first prompt; later prompts and
     generated tokens are only added. window, kernel and pooling are the defaults of the authors' configuration; their class
     has window 64. They keep a set per query head after repeating keys; one per kv head is what saves memory with GQA.

@@ -1,4 +1,4 @@
-"""TOVA: what the last query attends to, one set of tokens a layer."""
+"""TOVA: what the last query attends to, one set of tokens per layer."""
 
 from __future__ import annotations
 

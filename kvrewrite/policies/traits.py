@@ -69,7 +69,7 @@ class Traits:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether the text decides how many slots a head keeps (`Scores.keep`), at most its budget."""
+        """Whether the text decides how many slots per head keeps (`Scores.keep`), at most its budget."""
         return False
 
     @property
@@ -86,4 +86,4 @@ class Traits:
     @classmethod
     def read_published(cls, file: Published) -> tuple[dict[str, Tensor], dict[str, str]]:
         """With `published`: the policy's weights in such a file, and metadata. PolicyWeightsError where it does not fit."""
-        raise TypeError(f"{cls.__name__} does not say how to read published weights")
+        raise TypeError(f"{cls.__name__} has published weights, but no read_published(file); define it")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvrewrite.policies.site import Site
 
 GATES = ("rg", "rg2", "rg3")
-PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one behind it
+PARTS = {  # a gate's tensors: the ones that make its hidden layer, and the one after it
     "rg": (("linear1.weight", "linear1.bias"), "linear2.weight"),
     "rg2": (("linear1.weight", "linear1.bias"), "linear2.weight"),
     "rg3": (("gate_proj.weight", "up_proj.weight"), "down_proj.weight"),
@@ -38,7 +38,7 @@ class TrimKV(Policy):
     it, in logs. As soon as a head holds budget + buffer_size slots, its `budget` best stay; original positions. Attention itself
     is the model's own: its decay by beta belongs to training.
 
-    buffer_size=128 as the Qwen3 models have it (the others 1). A whole prompt goes through at once and is cut down behind it,
+    buffer_size=128 as the Qwen3 models have it (the others 1). A whole prompt goes through at once and is cut down after it,
     as in the authors' code; `chunk` does so after each chunk. The released code's other strategies (key norms, budgets
     shared by heads or layers) are left out. log beta is computed in fp32 from a logit in the model's dtype.
     """

@@ -60,7 +60,10 @@ def check_policy_weights(
     problems += _list("wrong shape", shapes) + _list("wrong dtype", dtypes)
     problems += _list("infinite or not a number", values)
     if problems:
-        raise PolicyWeightsError(f"{what} do not fit this model and policy:\n  " + "\n  ".join(problems))
+        raise PolicyWeightsError(
+            f"{what} do not fit this model and policy; use those that were trained for both:\n  "
+            + "\n  ".join(problems)
+        )
     return {name: tensors[name].to(dtype or tensors[name].dtype) for name in expected}
 
 

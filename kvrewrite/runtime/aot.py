@@ -149,7 +149,10 @@ def load_ahead(model: RewrittenModel, directory: Path, manifest: Mapping[str, An
         runner = torch._inductor.aoti_load_package(str(directory / file), device_index=index)
         wanted = runner.get_constant_fqns()
         if lacking := [n for n in wanted if n not in tensors]:
-            raise ArtifactError(f"{directory / file} wants tensors that the model has not: {', '.join(lacking[:8])}")
+            raise ArtifactError(
+                f"{directory / file} wants tensors that the model has not: {', '.join(lacking[:8])}. Load without "
+                "trust_compiled, or convert again"
+            )
         # It keeps no references to them, so the steps do.
         runner.load_constants({n: tensors[n] for n in wanted}, check_full_update=True, user_managed=True)
         runners[name] = runner

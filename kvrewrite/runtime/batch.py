@@ -188,7 +188,10 @@ class Batch:
         heads = [len(c.layers) * c.kv_heads for c in classes]
         each = memory // max(1, sum(n * store.page_bytes for n, store in zip(heads, self.stores)))
         if each < 1:
-            raise OptionError(f"memory is {memory} bytes, which is less than one page for each head of the model")
+            least = sum(n * store.page_bytes for n, store in zip(heads, self.stores))
+            raise OptionError(
+                f"memory is {memory} bytes, expected at least {least}: one page for each head of the model"
+            )
         for n, store in zip(heads, self.stores):
             store.limit = 1 + n * each
             store.reserve(store.limit)
@@ -344,7 +347,7 @@ class Batch:
         calls: dict[tuple[int, ...], list[Call]] = {}
         for request in requests:
             if request.cache is None or request.call is None:
-                raise CacheError("the request's prompt is through already, or the request has ended")
+                raise CacheError("expected a request whose prompt is not through yet and that has not ended")
             calls.setdefault(_tables(request.cache), []).append(request.call)
         if len(calls) > 1:  # so that nobody has gone on if pages are short for some
             check_pools([(call.cache, call.next_pass().plan) for group in calls.values() for call in group])
@@ -374,7 +377,9 @@ class Batch:
     def fork(self, running: Running) -> Running:
         """Another request that goes on from the same prompt, before either decodes."""
         if running.cache is None or running.call is not None:
-            raise CacheError("a request can be forked once its prompt is through and before its first token")
+            raise CacheError(
+                "expected a request whose prompt is through, before its first token; others can't be forked"
+            )
         twin = Running(running.cache.fork(), None)
         self._running.add(twin)
         return twin
@@ -402,7 +407,7 @@ class Batch:
             if request.group is None:
                 self._join(request)
         if not requests:
-            raise CacheError("decode was given no request")
+            raise CacheError("decode was given no request; expected at least one")
         places: dict[_Group, list[int]] = {}
         for i, request in enumerate(requests):
             assert request.group is not None
@@ -429,7 +434,7 @@ class Batch:
     def _join(self, request: Running) -> None:
         cache, decoder = request.cache, self.model.decoder
         if cache is None or request.call is not None:
-            raise CacheError("the request's prompt is not through yet, or the request has ended")
+            raise CacheError("expected a request whose prompt is through and that has not ended")
         if problem := cache.no_room(0, 1, True):
             raise problem
         if decoder is not None and decoder.key_rotation is not None:

@@ -104,7 +104,9 @@ def check_cache(model: Any, cache: Any, batch: int | None) -> None:
             "come of cache.fork() and batch_repeat_interleave(n) of that"
         )
     if cache.device != model.device:
-        raise CacheError(f"the cache is on {cache.device}, the model on {model.device}")
+        raise CacheError(
+            f"the cache is on {cache.device}, the model on {model.device}; make one with this model's new_cache()"
+        )
 
 
 # -- what is new -----------------------------------------------------------------------------------------------------

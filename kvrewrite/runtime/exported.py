@@ -107,7 +107,9 @@ class ExportedSteps(Steps):
         """Inside, `model` runs these programs instead of its own graph: `with steps.attach(model):
         model.generate(...)`."""
         if model.program.policy != self.policy:
-            raise InputError(f"the steps are of {self.policy}, the model of {model.program.policy}")
+            raise InputError(
+                f"the steps are of {self.policy}, the model of {model.program.policy}; export the steps of this model"
+            )
         if model.executor is not None and model.executor.options is not None:
             raise InputError("the model is compiled; call model.uncompile() first")
         with run_by(model, Executor(self)):
@@ -150,7 +152,8 @@ def load_steps(directory: str | Path, *, trust_compiled: bool = False) -> Export
         entry = data["files"][path.name]
         if not path.is_file() or path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
             raise ArtifactError(
-                f"{path} is missing, damaged or was edited (its sha256 differs from the one in {LISTING})"
+                f"{path} is missing, damaged or was edited (its sha256 differs from the one in {LISTING}); "
+                "copy it or export it again"
             )
         import kvrewrite.ops  # noqa: F401  (the programs call its ops)
 

@@ -20,9 +20,13 @@ from kvrewrite.ir.serialize import graph_from_dict, graph_to_dict
 def program_state(program: Program) -> dict[str, Any]:
     """A program without its graph module: plain data and tensors. Raises ArtifactError where the graph can't be written."""
     if program.layout.devices is not None:
-        raise ArtifactError("a model on several devices can't be pickled: transfers between them are part of its graph")
+        raise ArtifactError(
+            "a model on several devices can't be pickled: transfers between them are part of its graph. Load it on one device"
+        )
     if program.parallel is not None:
-        raise ArtifactError("one process's part of a model can't be pickled; the others would not know of it")
+        raise ArtifactError(
+            "one process's part of a model can't be pickled, as the others would not know of it; load it in each process"
+        )
     names = [*program.base, *program.policy_weights, *program.constants]
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
     tensors: dict[str, Tensor] = {

@@ -222,7 +222,7 @@ class Engine:
         document = job.document
         ids = encode(self._encodes, request, follows=document is not None)
         if not ids:
-            raise RequestError("the prompt has no tokens", param="prompt")
+            raise RequestError("the prompt has no tokens; expected at least one", param="prompt")
         check_length(len(ids), self.max_prompt_tokens, request)
         if wrong := [i for i in request.logit_bias if not 0 <= i < model.program.vocab_size]:
             raise RequestError(
@@ -259,7 +259,7 @@ class Engine:
         with self._changed:
             self._end(job, error)
         if error is not None and fatal(error, self.model.device):
-            raise KVRewriteError("the device can't be used any more") from error
+            raise KVRewriteError("the device can't be used any more; start the server again") from error
 
     def _end(self, job: Job, error: BaseException | None) -> None:
         """A job has ended, with an error or without; holds the lock."""

@@ -276,7 +276,7 @@ def _is_nothing(value: Any, nothing: tuple[Any, ...]) -> bool:
 def read_request(body: Any, chat: bool) -> Request:
     """Parses a request's JSON body; raises RequestError."""
     if not isinstance(body, dict):
-        raise RequestError("the body is not a JSON object")
+        raise RequestError("expected a JSON object as the body")
     schema = _Chat if chat else _Completion
     fields = {}
     for name, value in body.items():
@@ -288,7 +288,7 @@ def read_request(body: Any, chat: bool) -> Request:
                     f"{name} is not supported by this server; leave it out", param=name, code="unsupported"
                 )
         elif name not in _HARMLESS:
-            raise RequestError(f"{name!r:.60} is not a parameter of this endpoint", param=name[:60])
+            raise RequestError(f"{name!r:.60} is not a parameter of this endpoint; leave it out", param=name[:60])
     try:
         found = schema.model_validate(fields)
     except ValidationError as error:

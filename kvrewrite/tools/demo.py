@@ -131,7 +131,7 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     original_cache = full[CACHE_NAME]
     before, memory = full_cache_bytes(original_cache) * dtype.itemsize // 4, cache.memory()
     table = Table(title=f"cache memory, measured after the answer, {str(dtype)[6:]}", title_justify="left")
-    for name in ("cache", "bytes", "slots a head"):
+    for name in ("cache", "bytes", "slots per head"):
         table.add_column(name, justify="right")
     slots = max(int(lens.max()) for lens in cache.live_slots().values())
     table.add_row("full (transformers)", human(before), str(original_cache.get_seq_length()))

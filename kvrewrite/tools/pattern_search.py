@@ -186,7 +186,7 @@ def read_ids(tokenizer: Any, paths: Sequence[str | Path], tokens: int) -> Tensor
                 text = "\n\n".join("\n".join(_texts(json.loads(line))) for line in text.splitlines() if line.strip())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise OptionError(
-                f"{path} can't be read: {error}; expected a text, or .jsonl with an object a line"
+                f"{path} can't be read: {error}; expected a text, or .jsonl with an object per line"
             ) from None
         found += tokenizer(text, add_special_tokens=not found)["input_ids"]
         if len(found) >= tokens:

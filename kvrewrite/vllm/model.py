@@ -182,7 +182,7 @@ class KVRewriteForCausalLM(nn.Module):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Not used: the program takes token ids."""
-        raise KVRewriteError("the program takes token ids, not embeddings")
+        raise KVRewriteError("expected token ids; the program does not take embeddings")
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, np.int64]:
         """The labelled positions of a request's prompt; vLLM asks when a request arrives and drops them when it leaves."""

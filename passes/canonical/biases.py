@@ -80,7 +80,7 @@ def classify(added: Tensor, positions: Tensor | None = None, slopes: Tensor | No
     if extra.shape[-1]:
         relative = (extra - own)[..., 0]
         if extra.shape[-1] != 1 or float((relative - relative[:1, :, :1]).abs().max()) > TOLERANCE:
-            raise NoAttention("the scores have extra columns that are not one constant logit a head")
+            raise NoAttention("the scores have extra columns that are not one constant logit per head")
         sinks = relative[0, :, 0]
     return Bias(window, chunk, found, sinks, by_head)
 

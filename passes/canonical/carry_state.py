@@ -131,7 +131,7 @@ def _rewrite(captured: Captured, region: Region, known: dict[str, Roles]) -> str
         reason = f"it is no short convolution or token shift: {error}"
     try:
         if len(region.exits) != 1:
-            raise NotCarried(f"{len(region.exits)} results have one entry a token, expected one")
+            raise NotCarried(f"{len(region.exits)} results have one entry per token, expected one")
         Recurrence(captured, region, known).rewrite()
         return ""
     except NotCarried as error:

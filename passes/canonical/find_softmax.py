@@ -232,7 +232,7 @@ def _fold_chain(
     if few.sinks is not None:
         sinks = _holder(shared_probe(captured, SMALL_BATCH, SMALL_LENGTH, live.given), behind, few.sinks)
         if sinks is None:
-            raise NoAttention("the scores have an extra column that does not come from one parameter a head")
+            raise NoAttention("the scores have an extra column that does not come from one parameter per head")
     return bias, found, sinks, live
 
 

@@ -51,7 +51,9 @@ def insert_sparse_prefill(gm: fx.GraphModule, sites: list[AttentionSite], patter
             continue
         where = f"prefill: layer {site.layer} ({site.module})"
         if len(heads) != site.heads and not every:
-            raise OptionError(f"{where} has {site.heads} query heads, got patterns of {len(heads)}")
+            raise OptionError(
+                f"{where} has {site.heads} query heads, got patterns of {len(heads)}; expected one for each"
+            )
         if site.alibi:
             raise OptionError(f"{where} has ALiBi, and the patterns are defined without; leave prefill out")
         if site.latent_cached:

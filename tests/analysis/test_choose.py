@@ -81,7 +81,8 @@ def test_convert_chooses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"budget": 64}, "memory and budget"), ({"recent_tokens": 4}, "recent_tokens: an option")]
+    ("options", "said"),
+    [({"budget": 64}, "memory and budget"), ({"recent_tokens": 4}, "got recent_tokens, which")],
 )
 def test_what_does_not_go_together(options: dict[str, int], said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
@@ -89,8 +90,8 @@ def test_what_does_not_go_together(options: dict[str, int], said: str, tmp_path:
 
 
 def test_transform_says_what_it_does_without_a_policy() -> None:
-    with pytest.warns(UserWarning, match="no policy was named, so keydiff keeps 2048 tokens a head"):
+    with pytest.warns(UserWarning, match="no policy was named, so keydiff keeps 2048 tokens per head"):
         small = kvrewrite.transform(make("llama"), check="off")
     assert (small.policy.name, small.policy.budget) == (DEFAULT, 2048)
-    with pytest.warns(UserWarning, match="keydiff keeps 32 tokens a head"):
+    with pytest.warns(UserWarning, match="keydiff keeps 32 tokens per head"):
         assert kvrewrite.transform(make("llama"), budget=32, check="off").policy.budget == 32

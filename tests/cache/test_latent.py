@@ -1,4 +1,4 @@
-"""Caches of the compressed latent (mla=latent): the function of the original, in fewer bytes, with one set of tokens a layer."""
+"""Caches of the compressed latent (mla=latent): the original's function, in fewer bytes, one set of tokens per layer."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_nothing_evicted_is_the_original(name: str) -> None:
     ],
 )
 def test_where_heads_keep_the_same_nothing_changes(policy: str, options: dict[str, Any]) -> None:
-    """These keep one set of tokens a layer in any case: the same positions and logits as with keys and values of every head."""
+    """These keep one set of tokens per layer in any case: the same positions and logits as with keys and values of every head."""
     name, ids = "deepseek_v3, fp64", tokens()
     both = [model(name, policy, mla=mla, **options) for mla in ("latent", "expanded")]
     caches = [m.new_cache(2) for m in both]

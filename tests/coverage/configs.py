@@ -1,7 +1,7 @@
 """Tiny configurations of every model type that `AutoModelForCausalLM` knows, made from the types' own defaults.
 
 A size is known by its name: `SIZES` says what each becomes wherever a configuration has it, nested configurations
-included; lists with one entry a layer are cut to the layers that are left, which show every kind of layer that the
+included; lists with one entry per layer are cut to the layers that are left, which show every kind of layer that the
 default has. What that can't know about one type is in `SPECIAL`.
 """
 

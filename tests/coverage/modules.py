@@ -200,7 +200,7 @@ class CappedWindow(Decoder):
 
 
 class SinkAttention(Projections):
-    """One learned logit a head takes a part of the softmax, as an extra column that is dropped afterwards."""
+    """One learned logit per head takes a part of the softmax, as an extra column that is dropped afterwards."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -210,5 +210,5 @@ def test_patterns_of_other_attention() -> None:
     with pytest.raises(ValueError, match="patterns of 2 heads for attention of 4"):
         c.attend("dense,dense")
     c.logits = c.logits._replace(window=9)
-    with pytest.raises(OptionError, match="patterns are of causal attention; got a window"):
+    with pytest.raises(OptionError, match="expected causal attention for patterns; got a window"):
         c.attend(SETS["mixed"])

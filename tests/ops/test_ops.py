@@ -64,7 +64,7 @@ class State:
 
 
 def state(seed: int = 0, dtype: torch.dtype = torch.float64, dead: float = math.nan, spare: int = 0) -> State:
-    """Row by row and head by head: LENS slots in no order. spare: slots a head that are leased besides."""
+    """Row by row and head by head: LENS slots in no order. spare: slots per head that are leased besides."""
     generator = torch.Generator().manual_seed(seed)
     total = 2 + B * HKV * P
     out = State(

@@ -210,7 +210,7 @@ class Chunked(Custom):
 
 
 class Sink(Custom):
-    """A learned extra logit a head, with the maximum taken off first."""
+    """A learned extra logit per head, with the maximum taken off first."""
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.mT).masked_fill(~self.causal(x), -math.inf)

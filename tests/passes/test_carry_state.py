@@ -298,7 +298,7 @@ def test_a_loop_over_blocks_is_carried_for_any_number_of_them() -> None:
 
 
 class Retentive(Decoder):
-    """Linear attention in its parallel form, with a constant factor and powers of a number a head."""
+    """Linear attention in its parallel form, with a constant factor and powers of a number per head."""
 
     factor = 8**-0.5
 

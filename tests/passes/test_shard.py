@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "locret": {"chunk": 8, "stabilizers": 4, "local_tail": 2},
     "locret_q": {"chunk": 8, "stabilizers": 4, "local_tail": 2, "start": 2},
     "nacl": {"interval": 2},
+    "infllm": {"start": 2, "block": 4, "blocks": 2, "chunk": 8},
     "non_causal_attn": {"block": 5},
     "pyramidkv": {"window": 4},
     "qfilters": {"window": 3},
@@ -75,8 +76,9 @@ def test_families(family: str) -> None:
 )
 def test_policies(policy: str) -> None:
     program = rewritten("llama", policy, **options(policy)).program
-    if policy == "r_kv":
-        with pytest.raises(OptionError, match="it carries queries"):
+    refused = {"r_kv": "it carries queries", "infllm": "no process has them all"}
+    if policy in refused:
+        with pytest.raises(OptionError, match=refused[policy]):
             prove_shards(program, 2)
         return
     prove_shards(program, 2)

@@ -250,7 +250,7 @@ def test_h2o(ratio: str) -> None:
 
 
 def kvpress_adakv(scores: Tensor, count: int, alpha: float) -> list[list[int]]:
-    """kvpress's rule: int(alpha * count) tokens a head (at least one) are safe, then the best of all heads together."""
+    """kvpress's rule: int(alpha * count) tokens per head (at least one) are safe, then the best of all heads together."""
     scores = scores.clone()
     if alpha > 0:
         for head in scores:

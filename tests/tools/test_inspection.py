@@ -225,7 +225,7 @@ def test_html(base, tmp_path) -> None:
     sites = [AttentionSite.from_dict(s) for s in json.loads(done.stdout)["sites"]]
     policy = policies.make("h2o", budget=100, chunk=64, layer_budgets="pyramid")
     for layer in plan_layers(sites, policy, 4, 512):
-        assert f"layer {layer.site.layer}: {layer.slots[0]:,} slots a head, {layer.pages:,} pages" in words
+        assert f"layer {layer.site.layer}: {layer.slots[0]:,} slots per head, {layer.pages:,} pages" in words
     assert call(*args, "--html", page).exit_code == 1
     assert page.read_text() == text
     assert call("inspect", base, "--html", page, "--force").exit_code == 0

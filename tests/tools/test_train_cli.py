@@ -125,7 +125,7 @@ def test_wrong_usage(model: Path, data: Path, tmp_path: Path) -> None:
         ([model, "-p", "h2o", "-d", data, *out], 2, "h2o"),
         ([model, "-p", "locret", "-d", data, *out, "-o", "width=3"], 1, "no option 'width'"),
         ([model, "-p", "locret", "-d", data, *out, "-o", "lr=fast"], 1, "lr is 'fast', expected a number"),
-        ([model, "-p", "locret", "-d", data, "--out", tmp_path / "x.bin"], 1, "should end in .safetensors"),
+        ([model, "-p", "locret", "-d", data, "--out", tmp_path / "x.bin"], 1, "a name that ends in .safetensors"),
         ([model, "-p", "locret", "-d", tmp_path / "none.jsonl", *out], 1, "does not exist"),
         ([tmp_path, "-p", "locret", "-d", data, *out], 1, "no config.json"),
         ([model, "-p", "attention_gate", "-d", data, *out, "-o", "mode=pretrain"], 1, "expected text"),

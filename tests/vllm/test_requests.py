@@ -64,7 +64,7 @@ def alone(model: Any, asked: Asked) -> list[int]:
 
 
 def schedule(requests: Requests, wanted: list[Asked], generator: random.Random, most: int, tokens: int) -> None:
-    """Deals out pieces as vLLM does: a budget of tokens a step, prompts cut anywhere, some requests preempted."""
+    """Deals out pieces as vLLM does: a budget of tokens per step, prompts cut anywhere, some requests preempted."""
     waiting, running = list(wanted), []
     while waiting or running:
         while waiting and len(running) < most:

@@ -140,7 +140,9 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> n
                 rebuilt |= {f"{path}.{name}" for name, _ in fresh.named_buffers()}
                 model.set_submodule(path, fresh)
     if left := [n for n, _ in model.named_buffers() if n not in rebuilt]:
-        raise OptionError(f"{type(model).__name__} has tables that are not rebuilt: {', '.join(left)}")
+        raise OptionError(
+            f"{type(model).__name__} can't be given random weights: its tables {', '.join(left)} are not known; use a checkpoint"
+        )
     model.requires_grad_(False)
     return model
 

@@ -97,9 +97,9 @@ def read_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
+        raise ArtifactError(f"{path} is not JSON ({error}); expected a file that --out wrote") from error
     if not isinstance(data, dict) or data.get("kind") != "kvrewrite eval":
-        raise ArtifactError(f"{path} has no results of `kvrewrite eval`")
+        raise ArtifactError(f"{path} has no results of `kvrewrite eval`; expected a file that its --out wrote")
     if data.get("format") != FORMAT:
         raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
     return data

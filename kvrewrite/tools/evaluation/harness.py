@@ -64,9 +64,9 @@ def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
 def scoring_warning(policy: Policy) -> str:
     """Says in one sentence what a loglikelihood request measures with this policy."""
     if policy.gates:
-        return "tokens are flagged in front of attention, so scores are the policy's"
+        return "tokens are flagged before attention, so scores are the policy's"
     if policy.chunk is None:
-        return "a request goes through in one pass and evicts behind it, so scores are those of the full cache at every budget"
+        return "a request goes through in one pass and evicts after it, so scores are those of the full cache at every budget"
     return (
         f"a request evicts between chunks of {policy.chunk} tokens: shorter ones score as with the full cache, and a "
         "continuation sees its own chunk whole"

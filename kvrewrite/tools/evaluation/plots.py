@@ -51,7 +51,9 @@ def accuracy(results: Mapping[str, Any], out: Path, *, tasks: Sequence[str] = ()
     rows = [m for m in means(cells) if set(m["tasks"]) == wanted]
     rows = [m for m in rows if not labels or m["label"] in labels or m["mode"] == BASELINE]
     if not rows:
-        raise OptionError("there is nothing to draw: no policy ran on all of the tasks")
+        raise OptionError(
+            "there is nothing to draw: no policy ran on all of the tasks; run `kvrewrite eval` to its end"
+        )
     modes = [m for m in ("aware", "blind") if any(r["mode"] == m for r in rows)] or [BASELINE]
     lengths = list(dict.fromkeys(r["tokens"] for r in rows))
     panels = [(length, mode) for length in lengths for mode in modes]
@@ -189,7 +191,7 @@ def measured_memory(results: Mapping[str, Any], out: Path, *, labels: Sequence[s
         point = "context" if "context" in cell["memory"] else "prompt"
         curves.setdefault(name, {}).setdefault(cell["tokens"], []).append(cell["memory"][point]["leased"])
     if not full and not curves:
-        raise OptionError("there is nothing to draw: no cell ran")
+        raise OptionError("there is nothing to draw: no cell ran; run `kvrewrite eval` to its end")
     averaged = {n: {t: sum(v) / len(v) for t, v in c.items()} for n, c in curves.items()}
     return _lines(
         averaged, {t: sum(v) / len(v) for t, v in full.items()}, "cache memory after the prompt, measured", out
@@ -229,7 +231,9 @@ def eviction(results: Mapping[str, Any], out: Path, *, labels: Sequence[str] = (
     cells = [c for c in _only(results, labels) if c["mode"] != BASELINE and (not tasks or c["task"] in tasks)]
     names = sorted({c["label"] for c in cells})
     if len(names) != 1:
-        raise OptionError(f"a map of what is evicted is of one policy; the results have {', '.join(names) or 'none'}")
+        raise OptionError(
+            f"expected one policy for a map of what is evicted; the results have {', '.join(names) or 'none'}"
+        )
     shares: dict[str, list[list[float]]] = {}
     for cell in cells:
         held = cell["memory"]["context" if "context" in cell["memory"] else "prompt"]
@@ -294,7 +298,7 @@ def draw_retention(
     import numpy
 
     if not panels:
-        raise ArtifactError("there is nothing to draw: no policy")
+        raise ArtifactError("there is nothing to draw: no policy; name one with --policy")
     bins = min(length, BINS)
     edges = numpy.linspace(0, length, bins + 1)
     edges = numpy.unique(numpy.round(edges).astype(int))

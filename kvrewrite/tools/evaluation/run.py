@@ -147,7 +147,9 @@ def run_cell(
     started = time.perf_counter()
     first = model.policy.question_first
     if first and mode == "blind":
-        raise OptionError(f"{model.policy.name} puts the question in front of the context, so there is no blind mode")
+        raise OptionError(
+            f"{model.policy.name} puts the question before the context, so there is no blind mode; leave --mode blind out"
+        )
     answers = Answers([])
     if mode == "aware":
         steps = ask_aware(model, tokenizer, questions, batch_size, question_first=first)

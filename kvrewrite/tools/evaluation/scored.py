@@ -41,7 +41,9 @@ def run_scored(
     """
     started, first = time.perf_counter(), model.policy.question_first
     if first and mode == "blind":
-        raise OptionError(f"{model.policy.name} puts the question in front of the context, so there is no blind mode")
+        raise OptionError(
+            f"{model.policy.name} puts the question before the context, so there is no blind mode; leave --mode blind out"
+        )
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     bos = tokenizer.bos_token_id
     about: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}

@@ -179,7 +179,7 @@ def _memory(found: Inspection, context: int) -> str:
 
     def says(p: LayerPlan) -> str:
         return (
-            f"layer {p.site.layer}: {_slots(p)} slots a head, {p.pages:,} pages, {human(p.evicted)} after the prompt, "
+            f"layer {p.site.layer}: {_slots(p)} slots per head, {p.pages:,} pages, {human(p.evicted)} after the prompt, "
             f"{human(p.largest)} at the most; a full cache {human(p.full)}"
         )
 
@@ -222,7 +222,7 @@ def _memory(found: Inspection, context: int) -> str:
     )
     more = any(p.largest > p.evicted for p in layers)
     between = '<i class="k-most"></i>at the most ' if more else ""
-    head = ["layer", "slots a head", "at the most", "pages", "after the prompt", "peak", "full cache"]
+    head = ["layer", "slots per head", "at the most", "pages", "after the prompt", "peak", "full cache"]
     return (
         f"<p>One row with a prompt of <b>{context:,}</b> tokens, from shapes and options alone; pages are counted whole. The "
         f"peak of all layers holds the keys and values of one segment besides.{shared}</p>"

@@ -34,9 +34,9 @@ def check_files(files: Sequence[str | Path]) -> tuple[str, list[Path]]:
         raise TrainingError("no training data was given; expected .jsonl or .parquet files")
     for path in paths:
         if path.suffix not in KINDS:
-            raise TrainingError(f"{path}: expected a file that ends in .jsonl (one JSON object a line) or .parquet")
+            raise TrainingError(f"{path}: expected a file that ends in .jsonl (one JSON object per line) or .parquet")
         if not path.is_file():
-            raise TrainingError(f"{path} does not exist or is not a file")
+            raise TrainingError(f"{path} does not exist or is not a file; expected .jsonl or .parquet")
         if path.stat().st_size == 0:
             raise TrainingError(f"{path} is empty; expected rows with {WITH_ANSWER}; or text")
     kinds = {KINDS[p.suffix] for p in paths}
@@ -73,7 +73,7 @@ def rows(kind: str, paths: Sequence[Path], seed: int | None = None) -> Iterator[
         if isinstance(error, TrainingError):
             raise
         cause = error.__cause__ or error
-        what = "JSON lines (one object a line, all with the same columns)" if kind == "json" else "parquet"
+        what = "JSON lines (one object per line, all with the same columns)" if kind == "json" else "parquet"
         reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
         raise TrainingError(f"{', '.join(map(str, paths))} could not be read as {what}: {reason}") from error
 
@@ -206,7 +206,7 @@ class Encoder:
         if self.question_first:
             raise TrainingError(
                 f"row {number} has {self._columns(row)}; expected context, question and answer, for the question is to stand "
-                "in front of the context"
+                "before the context"
             )
         if isinstance(row.get("prompt"), str) and isinstance(answer, str):
             return self._ids(row["prompt"]), self._ids(answer, special=False)

@@ -145,7 +145,9 @@ class GatedModel(nn.Module):
         if wrong := sorted(
             n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)
         ):
-            raise OptionError(f"the gates' weights do not fit this model: {', '.join(wrong[:8])}")
+            raise OptionError(
+                f"the gates' weights do not fit this model: {', '.join(wrong[:8])}; expected weights trained on it"
+            )
         # Frequencies that change with the length stay those of short texts here.
         self.longest = min((t.threshold for t in captured.rotary_tables), default=captured.max_positions)
         device = next(captured.graph.parameters()).device

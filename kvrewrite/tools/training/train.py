@@ -212,7 +212,7 @@ def weights_hash(model: nn.Module) -> str:
 def check_out(out: Path, force: bool) -> None:
     """Checks the output before any work, and again before writing."""
     if out.suffix != ".safetensors":
-        raise TrainingError(f"{out} should end in .safetensors, the format that is written")
+        raise TrainingError(f"{out}: expected a name that ends in .safetensors, the format that is written")
     if out.is_dir():
         raise TrainingError(f"{out} is a directory; expected the name of a file to write")
     if out.exists() and not force:
@@ -238,7 +238,7 @@ def check_plot(plot: str | Path | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("a plot of the loss needs matplotlib: pip install matplotlib, or leave --plot out")
     if Path(plot).suffix != ".png":
-        raise OptionError(f"{plot} should end in .png")
+        raise OptionError(f"--plot {plot}: expected a name that ends in .png")
 
 
 def _plain(fitting: FitOptions) -> dict[str, Any]:
