@@ -11,6 +11,7 @@ from kvrewrite.kernels import pages
 from kvrewrite.kernels.attention.chunk import chunk_attention
 from kvrewrite.kernels.attention.column_mass import column_mass
 from kvrewrite.kernels.attention.decode import decode_attention
+from kvrewrite.kernels.attention.few import few_tokens, suits
 from kvrewrite.kernels.attention.gated import gated_attention
 from kvrewrite.kernels.attention.sparse_chunk import sparse_attention
 from kvrewrite.kernels.groups import (
@@ -53,13 +54,15 @@ def _gathered(dense: Dense, cache: Pages, placed: bool) -> Slots:
 def cached_attention(
     tokens: Tokens, dense: Dense, cache: Pages, at: At, logits: Logits, patterns: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """One token: from the pages. More: the cache is gathered first, which costs little beside the attention. patterns:
-    of a chunk that is long enough for them."""
+    """One token, or a few: from the pages. More: the cache is gathered first, which costs little beside the attention.
+    patterns: of a chunk that is long enough for them."""
     if patterns:
         return sparse_attention(patterns, tokens, dense, cache, at, logits)
     if tokens.q.shape[2] == 1 and logits.hidden is None:
         out, lse, _ = decode_attention(tokens, dense, cache, at, logits)
         return out, lse
+    if suits(tokens, cache, logits):
+        return few_tokens(tokens, dense, cache, at, logits)
     return _attend(tokens, _gathered(dense, cache, logits.placed), at, logits)
 
 
@@ -99,7 +102,7 @@ def attend_and_update(
     that reads copies of the cache and of its lengths, made before."""
     q = tokens.q
     if (
-        q.device.type != "cuda" or q.shape[2] == 1 or logits.placed
+        q.device.type != "cuda" or q.shape[2] == 1 or logits.placed or suits(tokens, cache.pages, logits)
     ):  # placed: it reads slots' positions from their pages
         out = cached_attention(tokens, dense, cache.pages, rows.at, logits)
         cache_update(new, rows, cache, eviction)

@@ -157,8 +157,10 @@ def speculate(
             one. One that evicts drafts with its own cache and is checked with a full one.
         draft: "self", the same weights with a small cache, "prompt_lookup" (what followed the text's last words before), or
             a rewritten model with the same vocabulary.
-        budget, policy, **options: of the draft's cache (policy: snapkv by default).
-        tokens: how many are drafted a round.
+        budget: of the draft's cache.
+        policy: of the draft's cache; snapkv by default.
+        **options: of that policy.
+        tokens: how many are drafted per round.
 
     Raises OptionError, and what `transform` raises.
     """

@@ -8,8 +8,7 @@ in place, a `fork()` or a `checkpoint()` made before does, and costs the pages t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 PROMPTS = 64  # the newest ones, which a cache can be taken back across
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What a cache counted before a step of several tokens: columns and, of each row, tokens since the prompt before."""
 
     columns: int

@@ -49,8 +49,10 @@ _STATES = {
     "last": "last_logits",
     "k_state": "gate_k_",
     "v_state": "gate_v_",
-    **{name: f"infllm_{name}_" for name in ("choice", *Memory._fields)},
 }
+# The same of the ops of a memory of blocks; `observe` has an argument `newest` that is a number.
+_MEMORY_OPS = ("look_up", "recall")
+_MEMORY = {name: f"infllm_{name}_" for name in ("choice", *Memory._fields)}
 _CACHE_OPS = {
     "cached_attention",
     "latent_attention",
@@ -210,8 +212,8 @@ class CacheOps:
                 spec = spec_of(source)
                 if spec is None or spec.part != f"rotary_{name}":
                     raise ArtifactError(f"{name} is {source}; expected an input rotary_{name}_...")
-            elif name in _STATES or name == "state" or name == "tail":
-                spec, wanted = spec_of(source), _STATES.get(name, "")
+            elif name in (states := _states(base)) or name == "state" or name == "tail":
+                spec, wanted = spec_of(source), states.get(name, "")
                 if spec is None or spec.kind != "state" or not spec.part.startswith(wanted):
                     raise ArtifactError(f"{name} is {source}; expected an input state_{wanted}...")
         if base == "rotate":
@@ -316,3 +318,8 @@ def _is_own_memory(node: Any) -> bool:
         node = node.args[0]
     spec = spec_of(node)
     return spec is not None and spec.written
+
+
+def _states(base: str) -> dict[str, str]:
+    """Arguments of an op that must be states, and how their names begin."""
+    return {**_STATES, **_MEMORY} if base in _MEMORY_OPS else _STATES
