@@ -29,6 +29,7 @@ PRESSES = {
     "lagkv": "LagKVPress",
     "streaming_llm": "StreamingLLMPress",
 }
+OPTIONS = {"snapkv": {"window": 64}}  # kvpress's default, where ours is the authors' other one
 
 
 def ours(model: Path, data: Path, out: Path) -> None:
@@ -45,7 +46,9 @@ def ours(model: Path, data: Path, out: Path) -> None:
     (out / "passages.json").write_text(json.dumps([(p.context, p.question, p.answer, p.document) for p in passages]))
     found = {}
     for name in PRESSES:
-        rewritten = source.rewritten(FULL_CACHE if name == "full" else Arm(PolicySpec(name), KEPT))
+        rewritten = source.rewritten(
+            FULL_CACHE if name == "full" else Arm(PolicySpec(name, OPTIONS.get(name, {})), KEPT)
+        )
         found[name] = run_scored(rewritten, source.tokenizer, passages, "blind", 1, lambda _: None)["nats"]
         (out / "ours.json").write_text(json.dumps(found))
 

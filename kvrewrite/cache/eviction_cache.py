@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvrewrite.cache import rollback
 from kvrewrite.cache.memory import MemoryReport, report
-from kvrewrite.cache.request import PER_ROW, Request, exclusive
+from kvrewrite.cache.request import OF_ROWS, Request, exclusive
 from kvrewrite.cache.spans import check_span, drop, joined, lost, without
 from kvrewrite.errors import CacheError
 from kvrewrite.policies.segments import UNLIMITED
@@ -49,12 +49,12 @@ class EvictionCache(Request, Cache):
         twin: Self = object.__new__(type(self))
         # Should what follows fail, it must not return this cache's pages.
         twin.__dict__.update(self.__dict__, leases=[])
-        for name in PER_ROW:
+        for name in OF_ROWS:
             setattr(twin, name, list(getattr(self, name)))
         twin.leases = [lease.fork() for lease in self.leases]
         twin.history, twin.ended = self.history.fork(), None
         twin.checkpoints, twin.marking = list(self.checkpoints), False
-        twin.pins, twin.ahead = list(self.pins), list(self.ahead)
+        twin.pins = list(self.pins)
         twin.states = [state.fork() for state in self.states]
         for lease in self.leases:
             lease.store.end()
@@ -195,11 +195,11 @@ class EvictionCache(Request, Cache):
         self._shares = [shares[:, source] for shares in self._shares]
         for state in self.states:
             state.select(source)
-        for name in PER_ROW:
+        for name in OF_ROWS:
             values = getattr(self, name)
             setattr(self, name, [values[s] for s in source])
         self.history.select(source, self.columns)
-        self.ahead, self.turns, self.firm = [self.ahead[s] for s in source], [], self.columns
+        self.turns, self.firm = [], self.columns
         self.checkpoints, self.pins = [], [self.pins[s] for s in source] if self.pins else []
         self._rows, self.ended = len(source), None
         self.end_step()

@@ -17,7 +17,7 @@ from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore
 from kvrewrite.cache.policy_state import PolicyState
-from kvrewrite.cache.request import PER_ROW, exclusive
+from kvrewrite.cache.request import OF_ROWS, exclusive
 from kvrewrite.errors import CacheError, KVRewriteError
 from kvrewrite.policies import Policy, Segment
 
@@ -147,8 +147,9 @@ class JoinedRows(EvictionCache):
             mine.put(row, other)
         for state, theirs in zip(self.states, request.states):
             _put_state(state, row, theirs)
-        for name in PER_ROW:
+        for name in OF_ROWS:
             getattr(self, name)[row] = getattr(request, name)[0]
+        self.ahead[row] = request.ahead[0]
         self._shares = [
             self._replaced(shares, row, other[:, 0]) for shares, other in zip(self._shares, request._shares)
         ]
@@ -167,9 +168,10 @@ class JoinedRows(EvictionCache):
         self._changes += 1
         for lease in self.leases:
             lease.clear(row)
-        for name in PER_ROW:
+        for name in OF_ROWS:
             values = getattr(self, name)
             values[row] = type(values[row])(0)
+        self.ahead[row] = 0
         self._shares = [self._replaced(shares, row, -1) for shares in self._shares]
         self._policies[row], self.resting[row] = self._policy, True
         self.end_step()
@@ -192,13 +194,14 @@ class JoinedRows(EvictionCache):
     def widen(self, rows: int) -> None:
         """More rows, which rest."""
         more = rows - self.batch_size
+        self.ahead += [0] * more
         self.begin_step()
         self._changes += 1
         for lease in self.leases:
             lease.widen(rows)
         for state in self.states:
             _widen_state(state, rows)
-        for name in PER_ROW:
+        for name in OF_ROWS:
             values = getattr(self, name)
             values.extend([type(values[0])(0)] * more)
         self._shares = [

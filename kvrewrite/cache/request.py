@@ -38,6 +38,8 @@ from kvrewrite.policies.segments import UNLIMITED, RowState, Segment
 WIDE = ("positions", "following")  # row numbers that are int64 to the graph; the others are int32
 # Lists that have an entry for each row.
 PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted", "first_prompt")
+# All lists with an entry for each row: those that are saved, and what matters for going back only.
+OF_ROWS = (*PER_ROW, "ahead")
 
 
 def row_inputs(

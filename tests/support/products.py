@@ -31,7 +31,7 @@ covering = pytest.mark.covering
 each = pytest.mark.covering({})
 
 
-def few(names: Iterable[str], *, rest: Iterable[str]) -> list[Any]:
+def few(names: Iterable[Any], *, rest: Iterable[Any]) -> list[Any]:
     """For `parametrize`: names, of which `rest`, whose kind others stand for, are thorough."""
     every, left_out = list(names), set(rest)
     assert left_out < set(every), left_out - set(every)
