@@ -172,7 +172,9 @@ def test_folders_that_can_not_be_served(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"other\.kvcache was made with h2o"):
         load_documents(Batch(model), tmp_path)
     batch = Batch(model)
-    a_page_each = sum(k.kv_heads * len(k.layers) * s.page_bytes for k, s in zip(model.program.layout.classes, batch.stores))
+    a_page_each = sum(
+        k.kv_heads * len(k.layers) * s.page_bytes for k, s in zip(model.program.layout.classes, batch.stores)
+    )
     with pytest.raises(OptionError, match=r"note.*no memory for it beside 1 of 2 documents.*--memory"):
         load_documents(Batch(model, memory=a_page_each), folder)
     for name, change in (("rows", lambda c: c.batch_repeat_interleave(2)), ("pins", lambda c: c.pin(0, 3))):
