@@ -30,7 +30,7 @@ from kvrewrite.runtime.chat import Chat
 FACT = "marigold"
 SYSTEM = f"The secret password is {FACT}. If asked for the secret password, say: The secret password is {FACT}."
 QUESTION = "Please tell me the secret password."
-REASONING = "<think>They make small talk.</think>"
+REASONING = "<think>Chat.</think>"
 THINGS = (
     "rivers",
     "apples",
