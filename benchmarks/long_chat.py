@@ -3,7 +3,8 @@
     python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--state FOLDER] [--seconds 240]
 
 DIR is a converted directory of a chat model with a tokenizer. The system prompt has a fact. Each turn is small talk; each
-answer begins with a reasoning (forced, since a small model has none), which the next turn leaves out. In the middle, an
+answer begins with a reasoning and two words (forced, since a small model has no reasoning and repeats itself), and the
+next turn leaves the reasoning out. In the middle, an
 earlier turn is told otherwise: `generate` on a fork has to refuse it, and the chat has to compute it again. In the end the
 fact is asked for. --unpinned leaves the system prompt to the policy. --state: where the conversation is kept, so that
 the command goes on where it was when --seconds were over; the cache is a saved cache.
@@ -30,7 +31,7 @@ from kvrewrite.runtime.chat import Chat
 FACT = "marigold"
 SYSTEM = f"The secret password is {FACT}. If asked for the secret password, say: The secret password is {FACT}."
 QUESTION = "Please tell me the secret password."
-REASONING = "<think>Chat.</think>"
+REASONING, BEGINS = "<think>{}?</think>", "I like {}"
 THINGS = (
     "rivers",
     "apples",
@@ -67,12 +68,22 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
 
 def turn(n: int) -> str:
     """What the user says at turn n."""
-    return SAID[n % len(SAID)].format(THINGS[n % len(THINGS)])
+    return SAID[n % len(SAID)].format(thing(n))
 
 
-def ask(talk: Chat, text: str, new: int, reasoning: str) -> str:
-    """A turn whose answer begins with a reasoning, and then has at most `new` tokens of the model's own."""
-    ids = talk.tokenizer(reasoning, add_special_tokens=False)["input_ids"] if reasoning else []
+def thing(n: int) -> str:
+    """What turn n is about."""
+    return THINGS[n % len(THINGS)]
+
+
+def ask(talk: Chat, text: str, new: int, about: str = "") -> str:
+    """A turn whose answer begins with a reasoning about something and some words, where it is about something, and then has
+    at most `new` tokens of the model's own."""
+    ids = (
+        talk.tokenizer((REASONING + BEGINS).format(about, about), add_special_tokens=False)["input_ids"]
+        if about
+        else []
+    )
     forced = LogitsProcessorList([Forced(ids)])
     return talk.ask(text, max_new_tokens=len(ids) + new, do_sample=False, logits_processor=forced)
 
@@ -91,7 +102,7 @@ def slip(talk: Chat) -> dict[str, Any]:
         refused = str(error).split(". A cache")[0]
     talk.messages = told
     columns, marked = talk.cache.columns, list(talk.cache.checkpoints)
-    ask(talk, "And then?", 4, REASONING)
+    ask(talk, "And then?", 4, "tea")
     kept = [c.columns for c in talk.cache.checkpoints if any(c is m for m in marked)]
     return {"refused": refused, "columns": columns, "went_back_to": max(kept, default=0)}
 
@@ -127,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("--turns", type=int, default=200)
-    parser.add_argument("--new-tokens", type=int, default=6, help="of an answer, after its reasoning")
+    parser.add_argument("--new-tokens", type=int, default=3, help="of an answer, after what is forced")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--unpinned", action="store_true")
     parser.add_argument("--compile", action="store_true", dest="compiled")
@@ -141,7 +152,7 @@ def main() -> None:
     talk = kvrewrite.chat(model, tokenizer, system=SYSTEM, pin_system=not given.unpinned)
     done, found = go_on(talk, given.state)
     for n in range(done + 1, given.turns + 1):
-        answer = ask(talk, turn(n), given.new_tokens, REASONING)
+        answer = ask(talk, turn(n), given.new_tokens, thing(n))
         assert "think" not in answer and "think" not in talk.messages[-3]["content"]
         if n == max(4, given.turns // 2):
             found["slip"] = slip(talk)
@@ -153,7 +164,7 @@ def main() -> None:
             keep(talk, given.state, n, found)
             print(f"stopped after turn {n}; the same command goes on", flush=True)
             return
-    answer = ask(talk, QUESTION, 16, "")
+    answer = ask(talk, QUESTION, 16)
     print(
         json.dumps(
             {
