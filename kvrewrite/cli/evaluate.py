@@ -65,11 +65,16 @@ from kvrewrite.errors import ArtifactError, OptionError
     help="Documents for a task that reads them: quote, lm, ruler:qa_1, ...; repeatable.",
 )
 @click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The text of --task perplexity; the same as --data perplexity=FILE.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="Samples for each task; for quote and lm: documents.",
+    help="Samples for each task; for quote and lm: documents, for perplexity: pieces.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
@@ -110,6 +115,7 @@ def evaluate(
     tasks: tuple[str, ...],
     tokens: tuple[int, ...],
     data_texts: tuple[str, ...],
+    text: Path | None,
     samples: int,
     seed: int,
     batch_size: int,
@@ -142,6 +148,10 @@ def evaluate(
       kvrewrite eval small --mode blind --task needle_single --samples 20
     """
     _check_usage(harness, harness_tasks, include_path, limit, tasks)
+    if text is not None:
+        if "perplexity" not in tasks:
+            raise click.UsageError("--text is the text of --task perplexity; name that task, too")
+        data_texts = (*data_texts, f"perplexity={text}")
     specs = parse_policies(policy_texts, policy_weights)
     if model is None:
         specs = with_shipped_weights(specs)
@@ -264,7 +274,6 @@ def _run_harness(
             limit=limit,
             out=out,
             progress=progress,
-            warn=warn,
         )
     if as_json:
         print_json(results)

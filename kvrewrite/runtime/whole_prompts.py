@@ -41,7 +41,7 @@ def check_pieces(model: RewrittenModel, tokens: Tokens, cache: Request) -> None:
 def check_chunk_size(policy: Policy, owners: int, size: int, columns: int, longest: int) -> None:
     """The same of `generate`'s prefill_chunk_size, before the first piece has run. owners: layers that own a cache;
     columns, longest: of the prompt, and of its longest row. Raises CacheError."""
-    if columns > size and policy.evicts(policy.plan(longest), owners):
+    if columns > size and evicts_in_prompt(policy, longest, owners):
         raise CacheError(
             f"prefill_chunk_size={size} would cut the prompt of {longest} tokens, but {policy.name} evicts once, from a "
             f"row's first prompt as a whole, and would keep the pieces whatever its budget ({policy.budget}). Leave "
@@ -50,14 +50,25 @@ def check_chunk_size(policy: Policy, owners: int, size: int, columns: int, longe
         )
 
 
+def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
+    """Whether a prompt of `length` tokens loses any before the first token is generated. layers: how many of the model's
+    layers own a cache."""
+    return policy.evicts(policy.plan(length), layers)
+
+
+def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
+    """Whether a forward over `length` tokens evicts anything before its last segment, so that its logits can differ."""
+    return policy.evicts(policy.plan(length)[:-1], layers)
+
+
 def warn_of_scores(model: RewrittenModel, tokens: Tokens, cache: Request) -> bool:
     """Warns where logits of several columns are asked for, the policy evicts, and no column's logits can show it. Returns
     whether it did."""
     policy, told = model.policy, False
     for n, seen in zip(tokens.counts, cache.seen):
-        plan = policy.plan(n) if n > 1 and not seen else []
-        whole, before_last = (policy.evicts(part, model.cache_owners) for part in (plan, plan[:-1]))
-        if whole and not before_last and not told:
+        if told or n < 2 or seen or not evicts_in_prompt(policy, n, model.cache_owners):
+            continue
+        if not evicts_within(policy, n, model.cache_owners):
             told = True
             warnings.warn(
                 f"{policy.name} evicts after the logits of this call ({n} tokens in one piece), so a loss, a perplexity "

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from kvrewrite import policies
 from kvrewrite.cli import app as cli
 from kvrewrite.errors import OptionError
+from kvrewrite.runtime import whole_prompts
 from kvrewrite.tools.evaluation import harness
 from kvrewrite.tools.evaluation.settings import Settings
 from kvrewrite.tools.subjects import PolicySpec
@@ -39,14 +40,14 @@ pytestmark = pytest.mark.xdist_group("lm_eval")  # whose fixtures are made once
 )
 def test_whether_a_request_evicts(name, options, length, within, in_prompt):
     policy = policies.make(name, **options)
-    assert harness.evicts_within(policy, length) is within
-    assert harness.evicts_in_prompt(policy, length) is in_prompt
+    assert whole_prompts.evicts_within(policy, length) is within
+    assert whole_prompts.evicts_in_prompt(policy, length) is in_prompt
 
 
 def test_layers_may_evict_where_others_do_not():
     policy = policies.make("h2o", budget=16, recent_tokens=4, chunk=16, layer_budgets="24,8")
-    assert harness.evicts_within(policy, 17, layers=2)
-    assert not harness.evicts_within(policies.make("h2o", budget=16, chunk=16), 17)
+    assert whole_prompts.evicts_within(policy, 17, layers=2)
+    assert not whole_prompts.evicts_within(policies.make("h2o", budget=16, chunk=16), 17)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_logits_of_one_pass_change_only_where_the_rule_says_so(base, options, ch
     ids = torch.tensor([source.tokenizer(TEXT)["input_ids"][:40]])
     with torch.no_grad():
         difference = (small(ids).logits - source.base(ids).logits).abs().max()
-    assert harness.evicts_within(small.policy, ids.shape[1]) is changes
+    assert whole_prompts.evicts_within(small.policy, ids.shape[1]) is changes
     assert (difference > 1e-4) == changes
 
 
@@ -136,20 +137,18 @@ def task_files(base):
 
 
 def run(base: Path, folder: Path, tasks: list[str], *specs: PolicySpec, **kwargs):
-    said: list[str] = []
     settings = Settings(base, specs, batch_size=2)
-    results = harness.run(settings, tasks, include_path=folder, warn=said.append, **kwargs)
-    return {(c["label"], c["task"]): c for c in results["cells"]}, "\n".join(said)
+    results = harness.run(settings, tasks, include_path=folder, **kwargs)
+    return {(c["label"], c["task"]): c for c in results["cells"]}
 
 
 def test_tasks_that_generate(base, task_files):
-    cells, said = run(base, task_files, ["shells"], PolicySpec("streaming_llm", {"budget": 8, "chunk": 8}))
+    cells = run(base, task_files, ["shells"], PolicySpec("streaming_llm", {"budget": 8, "chunk": 8}))
     full, small = cells["full", "shells"], cells["streaming_llm:budget=8,chunk=8", "shells"]
     assert full["metrics"]["exact_match"]["value"] == 1.0
     assert (full["n"], full["requests"], full["evicted"]) == (3, 3, 0)
     assert (small["requests"], small["evicted"]) == (3, 3)
     assert small["metrics"]["exact_match"]["value"] < 1.0
-    assert said == ""
 
 
 def test_a_converted_directory_and_a_model_that_lm_eval_is_given(base, task_files):
@@ -162,7 +161,7 @@ def test_a_converted_directory_and_a_model_that_lm_eval_is_given(base, task_file
 
     out = base.parent / "converted"
     kvrewrite.convert(base, out, "streaming_llm", budget=8, chunk=8)
-    cells, _ = run(out, task_files, ["shells"], PolicySpec("converted"))
+    cells = run(out, task_files, ["shells"], PolicySpec("converted"))
     assert cells["full", "shells"]["metrics"]["exact_match"]["value"] == 1.0
     small = cells["converted", "shells"]
     assert (small["requests"], small["evicted"]) == (3, 3)
@@ -179,77 +178,109 @@ def harness_tokenizer(directory):
 
 
 def test_tasks_that_never_generate(base, task_files):
+    """Choices are scored on the compressed context, whether the policy takes prompts whole or in chunks."""
     one_pass = PolicySpec("h2o", {"budget": 8})
     chunked = PolicySpec("streaming_llm", {"budget": 8, "chunk": 8})
-    cells, said = run(base, task_files, ["choice"], one_pass, chunked)
-    assert "choice (multiple_choice): never generates" in said
-    assert "h2o:budget=8: a request goes through in one pass" in said
-    assert "streaming_llm:budget=8,chunk=8: a request evicts between chunks of 8" in said
-    assert cells["full", "choice"]["evicted"] == 0
-    assert cells["h2o:budget=8", "choice"]["evicted"] == 0
-    assert cells["h2o:budget=8", "choice"]["metrics"] == cells["full", "choice"]["metrics"]
-    found = cells["streaming_llm:budget=8,chunk=8", "choice"]
-    assert found["evicted"] == found["requests"] == 9  # 3 samples x 3 choices
+    cells = run(base, task_files, ["choice"], one_pass, chunked, PolicySpec("h2o", {"budget": 500}))
+    assert cells["full", "choice"]["evicted"] == cells["h2o:budget=500", "choice"]["evicted"] == 0
+    assert cells["h2o:budget=500", "choice"]["metrics"] == cells["full", "choice"]["metrics"]
+    for label in ("h2o:budget=8", "streaming_llm:budget=8,chunk=8"):
+        found = cells[label, "choice"]
+        assert found["evicted"] == found["requests"] == 9  # 3 samples x 3 choices
 
 
-def test_scores_are_those_of_the_unmodified_model(base, task_files):
-    """The adapter's log-likelihoods, rows of different lengths, against a direct computation."""
-    from types import SimpleNamespace
+PAIRS = [(TEXT[i : i + 80 + 30 * i], ending) for i in range(3) for ending in (" fox", " lazy dog", "s", "t")]
 
-    import kvrewrite
+
+def sharp(base):
+    """A source whose model looks at some tokens more than at others: fresh weights hardly care what is kept."""
     from kvrewrite.tools.subjects import Source
 
     source = Source(base)
-    model = kvrewrite.transform(source.base, "h2o", budget=8)
-    lm = harness._model_class()(model, source.tokenizer, 3, None)
-    pairs = [(TEXT[:50], " fox"), (TEXT[:120], " lazy dog"), (TEXT[3:20], " sea")]
-    found = lm.loglikelihood([SimpleNamespace(args=p) for p in pairs], disable_tqdm=True)
-    for (context, continuation), (total, _) in zip(pairs, found):
-        head, tail = lm._encode_pair(context, continuation)
-        whole = head + tail
-        with torch.no_grad():
-            logits = source.base(torch.tensor([whole])).logits[0].log_softmax(-1)
-        expected = sum(float(logits[i - 1, whole[i]]) for i in range(len(head), len(whole)))
-        assert total == pytest.approx(expected, abs=1e-3)
+    with torch.no_grad():
+        for name, parameter in source.base.named_parameters():
+            parameter.mul_(30 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1)
+    return source
 
 
-def test_requests_in_batches_score_as_they_do_alone(base, task_files):
-    """Under eviction, rows of different lengths beside each other; choices of one token share a row."""
+def requests_of(pairs):
     from types import SimpleNamespace
 
-    import kvrewrite
-    from kvrewrite.tools.subjects import Source
+    return [SimpleNamespace(args=pair) for pair in pairs]
 
-    source = Source(base)
-    model = kvrewrite.transform(source.base, "streaming_llm", budget=8, chunk=8)
-    pairs = [(TEXT[i : i + 80 + 30 * i], ending) for i in range(3) for ending in (" fox", " lazy dog", "s", "t")]
-    requests = [SimpleNamespace(args=p) for p in pairs]
+
+def by_hand(logits, ids):
+    return float(-torch.nn.functional.cross_entropy(logits, ids, reduction="sum"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("h2o", {"budget": 500}),
+        ("h2o", {"budget": 8}),
+        ("streaming_llm", {"budget": 8, "chunk": 8}),
+        ("snapkv", {"budget": 8, "window": 2}),
+    ],
+)
+def test_scores_are_what_the_cache_gives(base, task_files, policy, options):
+    """In batches, rows of different lengths: each pair's continuation after the context on a cache of its own. Where
+    nothing goes, the unmodified model's."""
+    import kvrewrite
+
+    source = sharp(base)
+    model = kvrewrite.transform(source.base, policy, check="off", **options)
     scores = {}
-    for size in (1, 4):
-        lm, calls = harness._model_class()(model, source.tokenizer, size, None), []
-        real = lm._last_logits
-        lm._last_logits = lambda rows, columns, real=real, calls=calls: calls.append(len(rows)) or real(rows, columns)
-        scores[size] = lm.loglikelihood(requests, disable_tqdm=True)
-        assert lm.counts == {"requests": 12, "evicted": 12}
-        assert max(calls) == size and sum(calls) <= 9  # "s" and "t" follow the same row
-    for (one, first), (other, second) in zip(scores[1], scores[4], strict=True):
-        assert other == pytest.approx(one, abs=1e-4) and first == second
+    for size in (1, 3):
+        lm = harness._model_class()(model, source.tokenizer, size, None)
+        scores[size] = lm.loglikelihood(requests_of(PAIRS), disable_tqdm=True)
+        assert lm.counts == {"requests": 12, "evicted": 12 * (options["budget"] == 8)}
+    differ = 0
+    for (context, continuation), (one, first), (other, again) in zip(PAIRS, scores[1], scores[3], strict=True):
+        head, tail = lm._encode_pair(context, continuation)
+        cache = model.new_cache(1)
+        with torch.no_grad():
+            model(torch.tensor([head[:-1]]), cache=cache, logits_to_keep=1)
+            cache.end_prompt()
+            logits = model(torch.tensor([head[-1:] + tail[:-1]]), cache=cache).logits[0]
+            whole = source.base(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
+        expected, unmodified = by_hand(logits, torch.tensor(tail)), by_hand(whole, torch.tensor(tail))
+        assert one == pytest.approx(expected, abs=1e-3) and other == pytest.approx(one, abs=1e-3)
+        assert first == again == bool((logits.argmax(-1) == torch.tensor(tail)).all())
+        differ += abs(expected - unmodified) > 1e-2
+    assert bool(differ) == (options["budget"] == 8)
+
+
+@pytest.mark.parametrize(("policy", "options"), [("h2o", {"budget": 8}), ("snapkv", {"budget": 8, "window": 2})])
+def test_whole_texts_are_read_token_by_token(base, task_files, policy, options):
+    """loglikelihood_rolling: each token after what was kept before it; a policy that evicts once has no prompt to evict from."""
+    import kvrewrite
+
+    source = sharp(base)
+    model = kvrewrite.transform(source.base, policy, check="off", **options)
+    lm = harness._model_class()(model, source.tokenizer, 2, None)
+    texts = [TEXT[:120], TEXT[7:90], TEXT[:40]]
+    found = lm.loglikelihood_rolling(requests_of([(text,) for text in texts]), disable_tqdm=True)
+    for text, got in zip(texts, found, strict=True):
+        ids = [lm.prefix_token_id, *lm.tok_encode(text)]
+        with torch.no_grad():
+            full = by_hand(source.base(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]))
+            cache, steps = model.new_cache(1), []
+            for token in ids[:-1]:
+                steps.append(model(torch.tensor([[token]]), cache=cache).logits[0])
+        expected = full if policy == "snapkv" else by_hand(torch.cat(steps), torch.tensor(ids[1:]))
+        assert got == pytest.approx(expected, abs=2e-3)
+        assert policy == "snapkv" or abs(expected - full) > 1e-2
+    assert lm.counts["evicted"] == 3 * (policy == "h2o")
 
 
 def test_a_model_that_lm_eval_is_given_says_what_scores_are(base, task_files):
     """In one pass they are the full cache's, with a warning; with chunk=1 every token sees what was kept before it."""
-    from types import SimpleNamespace
-
     from lm_eval.models.huggingface import HFLM
 
     import kvrewrite
-    from kvrewrite.tools.subjects import Source
 
-    source = Source(base)
-    with torch.no_grad():  # fresh weights attend to all tokens alike, and then it hardly matters what is kept
-        for name, parameter in source.base.named_parameters():
-            parameter.mul_(30 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1)
-    request = [SimpleNamespace(args=(TEXT[:120], " lazy dog"))]
+    source = sharp(base)
+    request = requests_of([(TEXT[:120], " lazy dog")])
 
     def score(policy: str, **options) -> float:
         model = kvrewrite.transform(source.base, policy, **options)

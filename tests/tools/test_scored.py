@@ -307,3 +307,61 @@ def test_a_table_of_paired_differences() -> None:
     assert "more than" not in markdown({"cells": found})
     with pytest.raises(OptionError, match=r"snapkv has no cells in nats; there are: h2o, sirllm, kvzip"):
         markdown({"cells": found}, "snapkv")
+
+
+# ------------------------------------------------------------------------------------------------------------ perplexity
+def test_pieces_of_a_text(source):
+    ids = documents.context_ids(source.tokenizer, TEXT)
+    found = documents.make_passages(
+        "perplexity", [{"text": TEXT}], tokens=50, samples=99, seed=0, tokenizer=source.tokenizer
+    )
+    read = [p.context + p.question + p.answer for p in found]
+    assert sum(read, ()) == ids[: sum(map(len, read))] and len(ids) - sum(map(len, read)) < 25
+    assert all(len(p.context) == 25 and len(p.answer) == 24 for p in found[:-1]) and len(found) > 1
+    assert [p.document for p in found] == list(range(len(found)))
+    for rows, words in (([{"context": "a"}], "row 1"), ([{"text": "a"}], "at least four tokens")):
+        with pytest.raises(OptionError, match=words):
+            documents.make_passages("perplexity", rows, tokens=50, samples=9, seed=0, tokenizer=source.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("h2o", {"budget": 500}),
+        ("h2o", {"budget": 9}),
+        ("streaming_llm", {"budget": 9}),
+        ("snapkv", {"budget": 9, "window": 2}),
+    ],
+)
+def test_perplexity_is_that_of_single_tokens(source, policy, options):
+    """Pieces of different lengths side by side: each token after what was kept before it, as in generating."""
+    model = kvrewrite.transform(source.base, policy, check="off", **options)
+    found = documents.make_passages(
+        "perplexity", [{"text": TEXT}, {"text": TEXT[:70]}], tokens=50, samples=5, seed=0, tokenizer=source.tokenizer
+    )
+    cell = run_scored(model, source.tokenizer, found, "blind", 3, lambda _: None, one_by_one=True)
+    for passage, nats, count in zip(found, cell["nats"], cell["counts"], strict=True):
+        cache = model.new_cache(1)
+        model(torch.tensor([passage.context]), cache=cache, logits_to_keep=1)
+        cache.end_prompt()
+        total = 0.0
+        for given, wanted in zip(passage.question + passage.answer[:-1], passage.answer, strict=True):
+            logits = model(torch.tensor([[given]]), cache=cache).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor([wanted])))
+        assert nats == pytest.approx(total, abs=1e-3) and count == len(passage.answer)
+        if options["budget"] == 500:
+            assert nats == pytest.approx(by_hand(source, passage), abs=1e-3)
+
+
+def test_the_perplexity_of_a_file(base, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    command = ["eval", str(base), "--task", "perplexity", "--text", str(tmp_path / "book.txt"), "--tokens", "64"]
+    done = CliRunner().invoke(
+        cli.main, [*command, "-p", "h2o", "-b", "16", "--check", "off", "--out", str(tmp_path / "o.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "perplexity" in done.stdout and "all right" not in done.stdout
+    cells_ = json.loads((tmp_path / "o.json").read_text())["cells"]
+    assert [c["policy"] for c in cells_] == ["full", "h2o"] and cells_[1]["nll"]["mean"] != cells_[0]["nll"]["mean"]
+    wrong = CliRunner().invoke(cli.main, ["eval", str(base), "--task", "lm", "--text", str(tmp_path / "book.txt")])
+    assert wrong.exit_code == 2 and "--task perplexity" in wrong.stderr

@@ -5,6 +5,8 @@ A file of --data is JSON (a list), JSONL, or plain text (one document). A row ha
 - {"text": ...}: a document. `quote` draws a window of `tokens` tokens and four quotes from it, `lm` cuts it in two.
 - {"context": ..., "turns": [[question, answer], ...]}: for `quote`, taken as it is.
 - {"context": ..., "continuation": ...}: for `lm`, taken as it is.
+
+`perplexity` reads the texts of a file, piece by piece.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from kvrewrite.errors import OptionError
 
 QUOTES = 4  # drawn from a document
 KEY_WORDS, ANSWER_WORDS = 10, 8  # of a quote: shown in the question, and to be continued
+PERPLEXITY = "perplexity"
 CONTINUATION = 256  # tokens that `lm` scores after a context; its first follows from the context alone
 
 TASKS = {
     "quote": "nats per token of continuing a quote from the context",
     "lm": "nats per token of the text that follows the context",
+    "perplexity": "nats per token of the second half of each piece of a text, read token by token after the first half",
 }
 
 
@@ -110,6 +114,8 @@ def make_passages(
     or too long.
     """
     one = _quote if task == "quote" else _continuation
+    if task == PERPLEXITY:
+        return _pieces(rows, tokens, samples, tokenizer)
     found: list[Passage] = []
     documents = 0
     for number, row in enumerate(rows):
@@ -141,6 +147,24 @@ def _quote(row: Mapping[str, Any], tokens: int, rng: random.Random, tokenizer: A
     if len(ids) > tokens + 16:  # a cut text may have a few more tokens than it was cut from
         raise ValueError(f"its context has {len(ids):,} tokens; give --tokens {len(ids)}")
     return [(ids, _ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in turns]
+
+
+def _pieces(rows: Sequence[Mapping[str, Any]], tokens: int, samples: int, tokenizer: Any) -> list[Passage]:
+    """Pieces of `tokens` tokens that follow each other in the texts, at most `samples`: the first half of each is the
+    context. What is left of a text is a piece if it is half as long, or the text's only one."""
+    found: list[Passage] = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("text"), str):
+            raise OptionError(f'--text, row {number}: expected "text", and got {", ".join(row)}')
+        ids = context_ids(tokenizer, row["text"])
+        for at in range(0, len(ids), tokens):
+            piece = ids[at : at + tokens]
+            half = len(piece) // 2
+            if half >= 2 and (at == 0 or 2 * len(piece) >= tokens) and len(found) < samples:
+                found.append(Passage(len(found), piece[:half], piece[half : half + 1], piece[half + 1 :]))
+    if not found:
+        raise OptionError("--text: too short, expected at least four tokens")
+    return found
 
 
 def _window(text: str, tokens: int, rng: random.Random, tokenizer: Any) -> str:

@@ -1,42 +1,34 @@
 """Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness) on rewritten models.
 
 There are two kinds of requests. generate_until goes through `generate`, like any use of the model. loglikelihood (and
-with it multiple_choice) is one forward over context and continuation without a lasting cache; what it measures depends
-on the policy:
+with it multiple_choice) is scored as who generates from the cache would see it: the context is compressed up to its last
+token, once for all its choices, and that token and each continuation run on what is left. A request without a context
+(loglikelihood_rolling, perplexities of whole texts) goes in token by token, each after what was kept before it. A policy that
+evicts once, from a prompt, has nothing to evict there.
 
-- a prompt in one segment (no chunks, or no longer than one) is evicted from after its attention, when its logits are done:
-  the score is the full cache's, whatever the budget;
-- with chunks, each chunk reads what the evictions before it left: the score is that of chunked prefill, except that the
-  continuation sees its own chunk whole;
-- attention_gate flags tokens before attention, so its score is its own.
-
-So every request's tokens go through the policy's plan, and the results say in how many requests anything was evicted
-that a later token could have seen.
+The results say in how many requests anything was evicted that a later token could have seen.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
-from kvrewrite.policies import Policy
-from kvrewrite.tools.evaluation.ask import pad_left
+from kvrewrite.runtime.whole_prompts import evicts_in_prompt
 from kvrewrite.tools.evaluation.cells import BASELINE
 from kvrewrite.tools.evaluation.run import Progress
-from kvrewrite.tools.evaluation.settings import Settings, Warn, describe
+from kvrewrite.tools.evaluation.scored import Asked, Ids, Score, score, score_about
+from kvrewrite.tools.evaluation.settings import Settings, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, Source, beside_baseline, budget_text, versions, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-GENERATES = ("generate_until", "generate_until_multi_turn")
 
 
 def require_lm_eval() -> None:
@@ -46,6 +38,7 @@ def require_lm_eval() -> None:
         raise OptionError(f"--harness lm_eval needs {' and '.join(missing)}: pip install 'lm-eval[hf]'")
 
 
+<<<<<<< HEAD
 # ------------------------------------------------------------------------------------------------- does a request
 # evict?
 def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
@@ -73,14 +66,9 @@ def scoring_warning(policy: Policy) -> str:
     )
 
 
+=======
+>>>>>>> keep
 # ------------------------------------------------------------------------------------------------------------ the model
-def _likelihood(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """The log-likelihood of tokens (n), and whether each is the first choice. logits: (n, vocabulary)."""
-    scores, wanted = torch.log_softmax(logits.float(), -1), torch.tensor(tokens, device=logits.device)
-    picked = scores.gather(1, wanted[:, None])
-    return float(picked.sum()), bool((scores.argmax(1) == wanted).all())
-
-
 def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
 
@@ -97,32 +85,37 @@ def _model_class() -> Any:
             )
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            # lm-eval pads rows on the right without a mask, and a policy would count the padding. Requests that differ in
-            # their last token alone (choices of one token) share a row, as there.
-            rows: dict[tuple[int, ...], list[int]] = {}
+            about: dict[Ids, list[Asked]] = {}
             for i, (_, context, continuation) in enumerate(requests):
-                row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-                self._count(evicts_within(self.rewritten.policy, len(row), self.layers))
-                rows.setdefault(row, []).append(i)
+                text = tuple((context + continuation)[-(self.max_length + 1) :])
+                before = len(text) - len(continuation) - 1
+                about.setdefault(text[:before], []).append((i, text[before:-1], text[before + 1 :]))
+                self._count(self._evicts(before, len(continuation)))
             answers: list[Any] = [None] * len(requests)
-            ordered, size = sorted(rows, key=len, reverse=True), int(override_bs or self.batch_size_per_gpu)
-            for at in range(0, len(ordered), size):
-                batch = ordered[at : at + size]
-                logits = self._last_logits(batch, max(len(requests[i][2]) for row in batch for i in rows[row]))
-                for row, of_row in zip(batch, logits):
-                    for i in rows[row]:
-                        key, _, continuation = requests[i]
-                        answers[i] = _likelihood(of_row[-len(continuation) :], continuation)
-                        if key is not None:
-                            self.cache_hook.add_partial("loglikelihood", key, answers[i])
+            for i, (nats, hits, count) in self._scores(about, int(override_bs or self.batch_size_per_gpu)):
+                answers[i] = (-nats, hits == count)
+                if (key := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answers[i])
             return answers
 
-        def _last_logits(self, rows: Sequence[Sequence[int]], columns: int) -> Tensor:
-            """The logits of each row's last columns, (rows, columns, vocabulary)."""
-            ids, mask = (x.to(self.rewritten.device) for x in pad_left(rows, 0))
+        def _evicts(self, before: int, count: int) -> bool:
+            """Whether anything goes in a request of so many tokens of context and continuation."""
+            policy = self.rewritten.policy
+            if before:
+                return evicts_in_prompt(policy, before, self.layers)
+            return not policy.whole_prompt and evicts_in_prompt(policy, count, self.layers)
+
+        def _scores(self, about: dict[Ids, list[Asked]], size: int) -> Iterator[tuple[int, Score]]:
             with torch.no_grad():
-                found: Tensor = self.rewritten(ids, attention_mask=mask, logits_to_keep=columns).logits
-            return found
+                alone = sorted(about.pop((), ()), key=lambda one: len(one[1]))
+                for at in range(0, len(alone), size):
+                    part = alone[at : at + size]
+                    longest = max(len(given) for _, given, _ in part)
+                    cache = self.rewritten.new_cache(len(part), max_length=longest)
+                    given, wanted = [one[1] for one in part], [one[2] for one in part]
+                    found = score(self.rewritten, cache, given, wanted, 0, one_by_one=self._evicts(0, longest))
+                    yield from zip([one[0] for one in part], found, strict=True)
+                yield from score_about(self.rewritten, about, size, 0)
 
         def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
             for length in kwargs["attention_mask"].sum(1).tolist():
@@ -149,7 +142,6 @@ def run(
     limit: int | None = None,
     out: Path | None = None,
     progress: Progress = lambda *_: None,
-    warn: Warn = lambda _: None,
 ) -> dict[str, Any]:
     """Runs tasks of lm-eval over policies and budgets, the full cache first; modes do not apply, prompts are whole.
 
@@ -165,7 +157,6 @@ def run(
     types = {name: str(task.config.output_type) for name, task in loaded.items()}
     source = Source(settings.model, device=settings.device, dtype=settings.dtype)
     planned = [FULL_CACHE, *beside_baseline(settings.policies, settings.budgets)]
-    _warn_of(types, planned, warn)
 
     import lm_eval
 
@@ -266,30 +257,6 @@ def _run_task(
     return {"status": "ok", "metrics": metrics, "n": samples, **lm.counts}
 
 
-def _warn_of(types: dict[str, str], planned: list[Arm], warn: Warn) -> None:
-    """Warns about tasks that never generate, and what that means for each policy."""
-    from kvrewrite import policies
-
-    never = [n for n, kind in types.items() if kind not in GENERATES]
-    if not never:
-        return
-    kinds = ", ".join(sorted({types[n] for n in never}))
-    warn(f"{', '.join(never)} ({kinds}): never generates, so nothing is evicted in decoding, and in scoring:")
-    said: dict[str, list[str]] = {}
-    for arm in planned:
-        if not arm.spec.evicts:
-            continue
-        try:
-            policy = policies.make(arm.spec.name, **arm.options)
-        except OptionError:
-            continue
-        names = said.setdefault(scoring_warning(policy), [])
-        if arm.spec.label not in names:
-            names.append(arm.spec.label)
-    for sentence, names in said.items():
-        warn(f"  {', '.join(names)}: {sentence}")
-
-
 def table(results: dict[str, Any]) -> tuple[Table, list[str]]:
     """Returns all metrics, one per row, and notes."""
     from rich.markup import escape
@@ -313,4 +280,4 @@ def table(results: dict[str, Any]) -> tuple[Table, list[str]]:
     return made, [f"[{i + 1}] {note}" for i, note in enumerate(notes)]
 
 
-__all__ = ["evicts_in_prompt", "evicts_within", "require_lm_eval", "run", "scoring_warning", "table"]
+__all__ = ["require_lm_eval", "run", "table"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.tools.evaluation.cells import BASELINE, cell_key, is_scored
+from kvrewrite.tools.evaluation.documents import PERPLEXITY
 from kvrewrite.tools.subjects import budget_text
 
 if TYPE_CHECKING:
@@ -112,7 +114,8 @@ def scored_tables(results: Mapping[str, Any]) -> tuple[list[Table], list[str]]:
             title=f"{task}, question-{mode}: up to {tokens:,} tokens, {documents} documents", title_justify="left"
         )
         table.add_column("policy", overflow="fold")
-        for name in ("budget", "nats a token", "more than full", "tokens right %", "all right %", "slots %", "s"):
+        also = "perplexity" if task == PERPLEXITY else "all right %"
+        for name in ("budget", "nats a token", "more than full", "tokens right %", also, "slots %", "s"):
             table.add_column(name, justify="right")
         for cell in cells:
             head = [escape(cell["label"]), budget_text(cell["budget"])]
@@ -127,7 +130,7 @@ def scored_tables(results: Mapping[str, Any]) -> tuple[list[Table], list[str]]:
                 nats_text(cell["nll"]),
                 "-" if beside is None else nats_text(beside["nll"]),
                 percent(cell["accuracy"]["mean"], 1),
-                percent(cell["exact"]["mean"], 1),
+                f"{math.exp(cell['nll']['mean']):.2f}" if task == PERPLEXITY else percent(cell["exact"]["mean"], 1),
                 "-" if beside is None else percent(beside["kept"], 1),
                 f"{cell['seconds']:.1f}",
             )

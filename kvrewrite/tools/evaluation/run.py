@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -217,7 +218,8 @@ def evaluate(
         for arm, mode in planned
         for tokens in settings.tokens
         for task in tasks
-        if not (mode == "aware" and task == "lm" and "blind" in settings.modes)  # it has no question: the same
+        # A text that goes on has no question: the same in both modes.
+        if not (mode == "aware" and task in ("lm", documents.PERPLEXITY) and "blind" in settings.modes)
     ]
     total = len(jobs) * settings.samples
     runner = _Runner(settings, source, progress, total, warn)
@@ -269,7 +271,9 @@ class _Runner:
                 self._rewrite(arm)
             if self.refusal is not None:
                 return {"status": "refused", "reason": self.refusal}
-            return (run_scored if is_scored(task) else run_cell)(
+            one_by_one = functools.partial(run_scored, one_by_one=True)
+            run = one_by_one if task == documents.PERPLEXITY else run_scored if is_scored(task) else run_cell
+            return run(
                 self.model,
                 self.source.tokenizer,
                 self.samples[task, tokens],

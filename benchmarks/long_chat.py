@@ -1,0 +1,182 @@
+"""A chat of many turns whose cache stays as it is: a pinned system prompt, reasoning dropped at each turn, and slips in the text.
+
+    python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--state FOLDER] [--seconds 240]
+
+DIR is a converted directory of a chat model with a tokenizer. The system prompt has a fact. Each turn is small talk; each
+answer begins with a reasoning and two words (forced, since a small model has no reasoning and repeats itself), and the
+next turn leaves the reasoning out. In the middle, an
+earlier turn is told otherwise: `generate` on a fork has to refuse it, and the chat has to compute it again. In the end the
+fact is asked for. --unpinned leaves the system prompt to the policy. --state: where the conversation is kept, so that
+the command goes on where it was when --seconds were over; the cache is a saved cache.
+
+Prints a line for turns 1, 10, 50, 100, ... and one at the end, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import kvrewrite
+from kvrewrite.artifact.companions import read_tokenizer
+from kvrewrite.errors import InputError
+from kvrewrite.runtime.chat import Chat
+
+FACT = "marigold"
+SYSTEM = f"The secret password is {FACT}. If asked for the secret password, say: The secret password is {FACT}."
+QUESTION = "Please tell me the secret password."
+REASONING, BEGINS = "<think>{}?</think>", "I like {}"
+THINGS = (
+    "rivers",
+    "apples",
+    "trains",
+    "clouds",
+    "horses",
+    "bread",
+    "winter",
+    "music",
+    "boats",
+    "tea",
+    "stones",
+    "birds",
+)
+SAID = ("Tell me one word about {}.", "Do you like {}?", "I saw {} today.", "Say something about {}.", "Why {}?")
+SHOWN = (1, 10, 50, 100, 150, 200)
+
+
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes answers begin with given ids."""
+
+    def __init__(self, ids: list[int]):
+        self.ids, self.begin = ids, -1
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.begin < 0:
+            self.begin = input_ids.shape[1]
+        at = input_ids.shape[1] - self.begin
+        if at < len(self.ids):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.ids[at]] = 0
+        return scores
+
+
+def turn(n: int) -> str:
+    """What the user says at turn n."""
+    return SAID[n % len(SAID)].format(thing(n))
+
+
+def thing(n: int) -> str:
+    """What turn n is about."""
+    return THINGS[n % len(THINGS)]
+
+
+def ask(talk: Chat, text: str, new: int, about: str = "") -> str:
+    """A turn whose answer begins with a reasoning about something and some words, where it is about something, and then has
+    at most `new` tokens of the model's own."""
+    ids = (
+        talk.tokenizer((REASONING + BEGINS).format(about, about), add_special_tokens=False)["input_ids"]
+        if about
+        else []
+    )
+    forced = LogitsProcessorList([Forced(ids)])
+    return talk.ask(text, max_new_tokens=len(ids) + new, do_sample=False, logits_processor=forced)
+
+
+def slip(talk: Chat) -> dict[str, Any]:
+    """An earlier turn of the user is told otherwise. What the cache says of it, and to where the chat went back."""
+    told = [dict(m) for m in talk.messages]
+    told[-4]["content"] = told[-4]["content"].rstrip(".?") + " now."
+    ids = talk.tokenizer.apply_chat_template(told, return_tensors="pt", return_dict=True)["input_ids"]
+    try:
+        talk.model.generate(
+            ids.to(talk.model.device), cache=talk.cache.fork(), max_new_tokens=1, tokenizer=talk.tokenizer
+        )
+        refused = ""
+    except InputError as error:
+        refused = str(error).split(". A cache")[0]
+    talk.messages = told
+    columns, marked = talk.cache.columns, list(talk.cache.checkpoints)
+    ask(talk, "And then?", 4, "tea")
+    kept = [c.columns for c in talk.cache.checkpoints if any(c is m for m in marked)]
+    return {"refused": refused, "columns": columns, "went_back_to": max(kept, default=0)}
+
+
+def report(talk: Chat, n: int) -> dict[str, Any]:
+    """What the cache holds after turn n."""
+    memory = talk.memory()
+    slots = max(int(lens.max()) for lens in talk.cache.live_slots().values())
+    held = {"slots": slots, "live": memory.live, "leased": memory.leased, "checkpoints": memory.checkpoints}
+    return {"turn": n, "tokens": talk.cache.seen[0], **held, "ids": memory.text}
+
+
+def keep(talk: Chat, folder: Path, n: int, found: dict[str, Any]) -> None:
+    """Writes the conversation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    talk.cache.save(folder / "chat.kvcache", force=True)
+    said = {"turn": n, "messages": talk.messages, "pinned": talk.pinned, "found": found}
+    (folder / "chat.json").write_text(json.dumps(said))
+
+
+def go_on(talk: Chat, folder: Path | None) -> tuple[int, dict[str, Any]]:
+    """Takes a conversation up again; the turns that it had."""
+    if folder is None or not (folder / "chat.json").exists():
+        return 0, {}
+    said = json.loads((folder / "chat.json").read_text())
+    talk.cache = kvrewrite.load_cache(talk.model, folder / "chat.kvcache")
+    talk.messages, talk.pinned = said["messages"], said["pinned"]
+    return said["turn"], said["found"]
+
+
+def main() -> None:
+    """Parses arguments, talks, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory")
+    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=3, help="of an answer, after what is forced")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--unpinned", action="store_true")
+    parser.add_argument("--compile", action="store_true", dest="compiled")
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    given = parser.parse_args()
+    began = time.perf_counter()
+    model, tokenizer = kvrewrite.load(given.directory, device=given.device), read_tokenizer(given.directory)
+    if given.compiled:
+        model.compile()
+    talk = kvrewrite.chat(model, tokenizer, system=SYSTEM, pin_system=not given.unpinned)
+    done, found = go_on(talk, given.state)
+    for n in range(done + 1, given.turns + 1):
+        answer = ask(talk, turn(n), given.new_tokens, thing(n))
+        assert "think" not in answer and "think" not in talk.messages[-3]["content"]
+        if n == max(4, given.turns // 2):
+            found["slip"] = slip(talk)
+            print(json.dumps(found["slip"]), flush=True)
+        if n in SHOWN or n == given.turns:
+            found[str(n)] = report(talk, n)
+            print(json.dumps(found[str(n)]), flush=True)
+        if given.state is not None and time.perf_counter() - began > given.seconds:
+            keep(talk, given.state, n, found)
+            print(f"stopped after turn {n}; the same command goes on", flush=True)
+            return
+    answer = ask(talk, QUESTION, 16)
+    print(
+        json.dumps(
+            {
+                "policy": model.program.policy,
+                "pinned": talk.pinned,
+                "answer": answer,
+                "knows": FACT in answer.lower(),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
