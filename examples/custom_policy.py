@@ -1,5 +1,9 @@
-"""A policy of your own: keeps the tokens with the largest keys, and a recent window."""
+# %% [markdown]
+# # A policy of your own
+# A policy is a frozen dataclass. Its fields are its options, and `score` says what a token is worth: those with the
+# lowest scores go first. This one keeps the tokens with the largest keys, and a recent window.
 
+# %%
 from dataclasses import dataclass
 
 import torch
@@ -27,22 +31,20 @@ class LargestKeys(Policy):
         return self.window
 
     def score(self, site):
-        """(rows, kv heads, new tokens) in fp32; site.k has the new tokens' keys, (rows, kv heads, new tokens, channels)."""
+        """site.k: the new tokens' keys (rows, kv heads, tokens, channels); returns (rows, kv heads, tokens) in fp32."""
         return site.k.norm(dim=-1).float()
 
 
+# %% [markdown]
+# A model with random weights is enough to see what stays. `from_pretrained("DIRECTORY")` gives a real one.
+
+# %%
 torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-)
-model = LlamaForCausalLM(config).eval()
-small = kvrewrite.transform(model, policy="largest_keys", budget=48, window=16)
+sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+small = kvrewrite.transform(LlamaForCausalLM(config).eval(), policy="largest_keys", budget=48, window=16)
+
+# %%
 cache = small.new_cache()
 small(torch.randint(0, 256, (1, 150)), cache=cache)
 kept = cache.positions()[0][0][0]

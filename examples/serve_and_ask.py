@@ -1,60 +1,55 @@
-"""Serves a converted model with OpenAI's API and asks it from several clients at once.
+# %% [markdown]
+# # Serving a model with OpenAI's API
+# On the command line this is `kvrewrite serve small --port 8000`. Here the server runs in a thread, and several
+# clients ask at once. Offline, on a CPU; it needs `pip install 'kvrewrite[serve]' openai`.
 
-Runs offline on a CPU: python examples/serve_and_ask.py (needs pip install 'kvrewrite[serve]').
-"""
-
-from __future__ import annotations
-
-import json
-import socket
-import subprocess
-import sys
-import tempfile
+# %%
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
+
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvrewrite
+from kvrewrite import serving
 from kvrewrite.assets import small_model
 
-QUESTIONS = [f"The magic number of box {n} is {n * 111}. Q: The magic number of box {n} is" for n in range(1, 5)]
+# %% [markdown]
+# Port 0 takes any that is free. A converted directory is loaded by `kvrewrite.load("small")`.
+
+# %%
+model = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
+small = kvrewrite.transform(model, policy="h2o", budget=256)
+engine = serving.Engine(small, AutoTokenizer.from_pretrained(small_model()))
+server = serving.make_server(engine, "small", port=0, log_level="warning")
+thread = threading.Thread(target=server.run, daemon=True)
+thread.start()
+while not server.started:
+    time.sleep(0.01)
+port = server.servers[0].sockets[0].getsockname()[1]
+
+# %%
+client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
 
-def ask(address: str, prompt: str) -> str:
-    body = json.dumps({"model": "small", "prompt": prompt, "max_tokens": 6, "temperature": 0}).encode()
-    with urlopen(Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"}), timeout=60) as reply:
-        return json.load(reply)["choices"][0]["text"].strip()
+def ask(n: int) -> str:
+    prompt = f"The magic number of box {n} is {n * 111}. Q: The magic number of box {n} is"
+    answer = client.completions.create(model="small", prompt=prompt, max_tokens=6, temperature=0)
+    return f"{prompt} -> {answer.choices[0].text.strip()}"
 
 
-def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    while server.poll() is None:
-        try:
-            urlopen(f"{address}/health", timeout=5).close()
-            return
-        except URLError:
-            time.sleep(0.2)
-    raise SystemExit("the server ended before it was ready")
+with ThreadPoolExecutor() as clients:
+    print(*clients.map(ask, range(1, 5)), sep="\n")
 
+# %% [markdown]
+# The server says what it did, for Prometheus.
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        kvrewrite.convert(small_model(), Path(folder) / "small", policy="h2o", budget=256)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        command = [sys.executable, "-m", "kvrewrite", "serve", f"{folder}/small", "--port", str(port)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_for(address := f"http://127.0.0.1:{port}", server)
-            with ThreadPoolExecutor() as clients:
-                for answer in clients.map(lambda prompt: f"{prompt} -> {ask(address, prompt)}", QUESTIONS):
-                    print(answer)
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
-
-
-if __name__ == "__main__":
-    main()
+# %%
+metrics = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+print(*[line for line in metrics.splitlines() if line.startswith("kvrewrite_generation_tokens")], sep="\n")
+server.should_exit = True
+thread.join()
+engine.close()

@@ -16,9 +16,10 @@ from torch import nn
 
 from kvrewrite import policies
 from kvrewrite.analysis.choose import Choice, MemoryGoal, choose
-from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, human, plan_memory
+from kvrewrite.analysis.memory import MemoryPlan, carried_bytes, plan_memory
 from kvrewrite.analysis.model_card import model_card
 from kvrewrite.artifact.head_patterns import Prefill, patterns_of
+from kvrewrite.cache.memory import human
 from kvrewrite.capture.attention_interface import is_transformers_model
 from kvrewrite.capture.fake_parameters import capture_on_devices, devices_of
 from kvrewrite.capture.frontend import capture

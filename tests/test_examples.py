@@ -20,6 +20,7 @@ import torch
 import kvrewrite
 from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.policies import POLICIES
+from tests.support import notebooks
 from tests.support.tiny import TEXT, make_checkpoint
 from tests.support.zoo import make
 
@@ -30,12 +31,21 @@ PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-# A tenth of the tokens leaves the window, the model's longest text and many pages behind as well.
-ARGUMENTS = {"long_decode": ["1000"]}
+# So many tokens leave the window, the model's longest text and many pages behind as well.
+ARGUMENTS = {"long_decode": ["500"]}
 
 
 def test_there_are_examples():
     assert {p.stem for p in EXAMPLES} >= {"transform_and_generate", "custom_policy", "foreign_module", "many_questions"}
+
+
+# Made of cells; each is a notebook, too.
+NOTEBOOKS = {p.stem for p in notebooks.sources()}
+
+
+def test_examples_of_what_people_ask_for_are_notebooks():
+    asked = {"many_questions", "bounded_chat", "serve_and_ask", "train_heads", "peft_and_eviction", "custom_policy"}
+    assert asked <= NOTEBOOKS
 
 
 def test_examples_are_short():
@@ -46,8 +56,8 @@ def test_examples_are_short():
 MAKING = {"policy_training_data", "small_model_data", "train_small_model"}
 
 
-# Take more than a second or two: with `-m thorough`, in a process of their own.
-DEAR = {"bounded_chat", "peft_and_eviction", "serve_and_ask", "train_heads"}
+# With `-m thorough`, in a process of its own: tests/dynamo does every day what it does.
+DEAR = {"compile_backend"}
 
 
 # The first example stands for all in a process of its own; the others run in this one, which has imported everything.
@@ -72,18 +82,39 @@ def check(stdout, stderr, folder):
     assert not list(folder.iterdir())  # and leaves nothing behind
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES} - MAKING - ALONE - DEAR))
-def test_example_in_this_process(name, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder to run an example in; policies that it registers go again."""
     monkeypatch.chdir(tmp_path)
-    path, policies = ROOT / "examples" / f"{name}.py", dict(POLICIES)
+    policies = dict(POLICIES)
+    yield tmp_path
+    torch._dynamo.reset()
+    for added in POLICIES.keys() - policies.keys():
+        POLICIES.pop(added)
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES} - MAKING - ALONE - DEAR - NOTEBOOKS))
+def test_example_in_this_process(name, alone, monkeypatch, capfd):
+    path = ROOT / "examples" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(name, [])])
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    finally:
-        torch._dynamo.reset()
-        for added in POLICIES.keys() - policies.keys():
-            POLICIES.pop(added)
-    check(*capfd.readouterr(), tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    check(*capfd.readouterr(), alone)
+
+
+def test_notebooks_are_the_examples():
+    """Otherwise: python -m tests.support.notebooks"""
+    assert {p.stem for p in notebooks.NOTEBOOKS.glob("*.ipynb")} == NOTEBOOKS
+    assert all(notebooks.target(p).read_text() == notebooks.notebook(p) for p in notebooks.sources())
+
+
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS))
+def test_notebook(name, alone, capfd):
+    """Cell by cell, as a kernel runs them."""
+    cells = json.loads((notebooks.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    names = {"__name__": "__main__"}
+    for cell in [cell for cell in cells if cell["cell_type"] == "code"]:
+        exec(compile("".join(cell["source"]), f"{name}, {cell['id']}", "exec", dont_inherit=True), names)
+    check(*capfd.readouterr(), alone)
 
 
 def test_policy_in_the_guide(tmp_path):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvrewrite import policies
-from kvrewrite.analysis.memory import MemoryPlan, human, plan_memory
+from kvrewrite.analysis.memory import MemoryPlan, plan_memory
+from kvrewrite.cache.memory import human
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.site import AttentionSite

@@ -133,12 +133,3 @@ def _row_bytes(site: AttentionSite, policy: Policy, itemsize: int) -> int:
         tail = policy.quantize_residual + policy.quantize_group
         size += site.kv_heads * (tail * (site.head_dim + site.v_head_dim) * itemsize + 4)
     return size
-
-
-def human(size: float) -> str:
-    """Formats bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvrewrite.analysis.memory import MemoryPlan, human
+from kvrewrite.analysis.memory import MemoryPlan
+from kvrewrite.cache.memory import human
 from kvrewrite.ir.program import Program
 
 _TEXT = """---

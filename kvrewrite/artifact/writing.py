@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from kvrewrite import __version__
-from kvrewrite.analysis.memory import human
 from kvrewrite.artifact.checkpoint import Checkpoint
 from kvrewrite.artifact.companions import GENERATION, TOKENIZER_FILES
 from kvrewrite.artifact.directory import (
@@ -32,6 +31,7 @@ from kvrewrite.artifact.files import Writer, sync_folder
 from kvrewrite.artifact.program_check import check_program
 from kvrewrite.artifact.publishing import publish, recover, staging
 from kvrewrite.artifact.recipes import Recipe, check_recipe
+from kvrewrite.cache.memory import human
 from kvrewrite.errors import ArtifactError
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.layout_file import layout_to_dict, read_layout

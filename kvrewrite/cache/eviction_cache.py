@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvrewrite.cache.pages import SLOT_EXTRA, Lease
+from kvrewrite.cache.memory import MemoryReport, report
 from kvrewrite.cache.request import PER_ROW, Request, exclusive
 from kvrewrite.cache.spans import check_span, drop, joined, lost, without
 from kvrewrite.errors import CacheError
-from kvrewrite.ir.layout import PAGE
 from kvrewrite.policies.segments import UNLIMITED
 
 CHECKPOINTS = 4  # that a cache remembers
 # transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
-
-
-@dataclass
-class MemoryReport:
-    """Bytes of a cache, those of pages that its rows share counted once. live: slots that hold a token; leased: pages
-    in use; reserved: what the pools hold; shared: the part of leased that forks of this cache (or rows of it) have,
-    too. Besides these, text: the ids of what went in, 4 bytes per token, which later calls are compared with;
-    checkpoints: pages that its checkpoints have and it has no more. Reports are equal without the two."""
-
-    live: int
-    leased: int
-    reserved: int
-    shared: int = 0
-    text: int = field(default=0, compare=False)
-    checkpoints: int = field(default=0, compare=False)
 
 
 class EvictionCache(Request, Cache):
@@ -211,26 +194,9 @@ class EvictionCache(Request, Cache):
     # -- reports -------------------------------------------------------------------------------------------------
     @exclusive
     def memory(self) -> MemoryReport:
-        """Bytes that hold tokens, that are leased, that the pools have reserved, and that are shared with forks."""
+        """What the cache holds in bytes, and what a full cache of the same tokens would take. Printed, it is one line."""
         self._return_gone()
-        live = leased = reserved = shared = 0
-        for lease in self.leases:
-            live += self._live_bytes(lease)
-            leased += lease.leased * lease.store.page_bytes
-            reserved += lease.store.total * lease.store.page_bytes
-            shared += lease.shared * lease.store.page_bytes
-        for state in self.states:
-            size = state.value.numel() * state.value.element_size()
-            live, leased, reserved = live + state.live(self.seen), leased + size, reserved + size
-        return MemoryReport(live, leased, reserved, shared, self.history.nbytes, self._checkpoint_bytes())
-
-    def _checkpoint_bytes(self) -> int:
-        total = 0
-        for i, lease in enumerate(self.leases):
-            others = [checkpoint.leases[i].held for checkpoint in self.checkpoints]
-            if others:
-                total += len(np.setdiff1d(np.concatenate(others), lease.held)) * lease.store.page_bytes
-        return total
+        return report(self)
 
     def _return_gone(self) -> None:
         """So that reports do not count pages of caches that are gone. Repairs are left to the next step."""
@@ -238,20 +204,6 @@ class EvictionCache(Request, Cache):
             if lease.store.consistent:
                 lease.store.begin()
                 lease.store.end()
-
-    def _live_bytes(self, lease: Lease) -> int:
-        """Bytes of the slots that hold a token: a part of a page, or in a quantized cache's tail."""
-        in_pages, tail = lease.lens.cpu().numpy().astype(np.int64), 0
-        if self.layout.quantize:
-            held = {s.input: s.value for s in self.states}
-            quantized = [held[f"state_qlens_{layer}"].cpu().numpy().astype(np.int64) for layer in lease.layers]
-            quantized = [
-                n if n.size else np.zeros_like(in_pages[0]) for n in quantized
-            ]  # nothing before the first token
-            tail = int((in_pages - np.stack(quantized)).sum())
-            in_pages = np.stack(quantized)
-        slots = lease.slots_in_pages(in_pages)
-        return slots * lease.store.page_bytes // PAGE + tail * (lease.store.dense_bytes + SLOT_EXTRA)
 
     @exclusive
     def ids(self) -> Tensor:

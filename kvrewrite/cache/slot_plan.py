@@ -68,13 +68,20 @@ def head_budgets(policy: Policy, segment: Segment, total: int, heads: Sequence[i
 
 
 def prompt_slots(
-    policy: Policy, segments: Sequence[Segment], heads: Sequence[int], windows: Sequence[int]
+    policy: Policy,
+    segments: Sequence[Segment],
+    heads: Sequence[int],
+    windows: Sequence[int],
+    held: Sequence[np.ndarray] | None = None,
+    seen: int = 0,
 ) -> list[np.ndarray]:
-    """Slots of the heads of each layer that owns a cache, before each segment of a row's first prompt and after the
-    last: of each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none. Where the device
-    deals out pages, heads have these on average."""
+    """Slots of the heads of each layer that owns a cache, before each segment of a row's prompt and after the last: of
+    each layer (segments + 1, kv heads). heads: kv heads of each; windows: of each, 0: none; held: slots of the heads of
+    each before it, where it is not the first prompt; seen: tokens before it. Where the device deals out pages, heads
+    have these on average."""
     spans = np.repeat([window or UNLIMITED for window in windows], heads)
-    found, total = [np.zeros(sum(heads), dtype=np.int64)], sum(s.joins for s in segments)
+    before = np.zeros(sum(heads), dtype=np.int64) if held is None else np.concatenate(held)
+    found, total = [before], seen + sum(s.joins for s in segments)
     for segment in segments:
         keeps = [keep for layer in head_budgets(policy, segment, total, heads) for keep in layer]
         found.append(slots_after(found[-1], segment.joins, keeps, spans))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.history import History
-from kvrewrite.cache.pages import Lease, to_device
+from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
 from kvrewrite.cache.request import PER_ROW
 from kvrewrite.cache.signature import HIGHEST
@@ -99,13 +99,20 @@ def table_length(layout: CacheLayout, max_length: int | None) -> int | None:
 
 
 # -- in ----------------------------------------------------------------------------------------------------------------
-def restore(model: Any, numbers: Numbers, tensors: Mapping[str, Tensor], what: str) -> EvictionCache:
-    """A cache of `model` with these contents, on its devices. what: the file, for errors. Raises ArtifactError where
-    they are not what a cache of this model can hold, and PoolFull where a pool with a limit is too small."""
+def restore(
+    model: Any,
+    numbers: Numbers,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    stores: list[PageStore] | None = None,
+) -> EvictionCache:
+    """A cache of `model` with these contents, on its devices. what: the file, for errors; stores: see `EvictionCache`.
+    Raises ArtifactError where they are not what a cache of this model can hold, and PoolFull where a pool with a limit is
+    too small."""
     layout: CacheLayout = model.program.layout
     checks = _Checks(layout, numbers, what)
     checks.numbers(model.program.max_positions, renews=model.policy.renews_ranks_in_decoding)
-    cache = EvictionCache(model, numbers.rows, max_length=numbers.max_length)
+    cache = EvictionCache(model, numbers.rows, max_length=numbers.max_length, stores=stores)
     expected = {"ids", "real", *(state.input for state in cache.states)}
     for c, lease in enumerate(cache.leases):
         expected |= {f"{name}_{c}" for name in (*PER_CLASS, *lease.store.shapes)}

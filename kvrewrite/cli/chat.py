@@ -81,10 +81,10 @@ def _next_line() -> str | None:
 
 def memory_line(talk: Any) -> str:
     """What a conversation's cache holds."""
-    from kvrewrite.analysis.memory import human
+    from kvrewrite.cache.memory import human
 
     memory, cache = talk.memory(), talk.cache
     return (
-        f"{max(cache.seen)} tokens so far, at most {max(cache.length)} a head held: {human(memory.live)} live, "
-        f"{human(memory.leased)} leased, {human(memory.checkpoints)} more for going back"
+        f"{max(cache.seen)} tokens so far, at most {max(cache.length)} per head held: {memory}; "
+        f"{human(memory.checkpoints)} more for going back"
     )

@@ -127,15 +127,7 @@ def generate(
 
 def memory_line(model: Any, cache: Any, prompt: int, made: int, seconds: float) -> str:
     """Compares what a generation's cache held with a full cache."""
-    from kvrewrite.analysis.memory import carried_bytes, human, plan_memory
-
-    memory = cache.memory()
-    seen, carried = max(cache.seen), carried_bytes(model.program.layout)
-    full = plan_memory(model.sites, model.policy, model.dtype.itemsize, seen, cache.batch_size, carried).full
-    return (
-        f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache{of_each(model)}: {human(memory.live)} live, "
-        f"{human(memory.leased)} leased; a full cache of {seen} tokens: {human(full)}"
-    )
+    return f"{prompt} prompt + {made} new tokens in {seconds:.1f} s; cache{of_each(model)}: {cache.memory()}"
 
 
 def of_each(model: Any) -> str:

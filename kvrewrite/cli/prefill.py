@@ -38,8 +38,8 @@ def prefill(directory: str, document: str, out: Path, device: str, force: bool, 
     if out.is_dir() or (out.exists() and not force):  # before the work, not after it
         raise ArtifactError(f"{out} exists; choose another name, or replace it with --force")
     from kvrewrite import api
-    from kvrewrite.analysis.memory import human
     from kvrewrite.artifact.companions import read_tokenizer
+    from kvrewrite.cache.memory import human
 
     where = find_device(device)
     ids = read_tokenizer(directory)(text, return_tensors="pt")["input_ids"]

@@ -61,6 +61,11 @@ from kvrewrite.cli.shared import Command, find_device
     help="Common beginnings of prompts that are kept, while there is memory; 0: none.",
 )
 @click.option(
+    "--documents",
+    type=click.Path(path_type=Path),
+    help="A folder with files *.kvcache of kvrewrite prefill, which requests may name.",
+)
+@click.option(
     "--waiting",
     type=click.IntRange(min=1),
     default=128,
@@ -101,6 +106,7 @@ def serve(
     memory_text: str | None,
     prompt_tokens: int,
     prefixes: int,
+    documents: Path | None,
     waiting: int,
     max_prompt_tokens: int,
     max_connections: int,
@@ -112,7 +118,7 @@ def serve(
 
     \b
     Examples:
-      kvrewrite serve small --port 8000
+      kvrewrite serve small --port 8000 --documents books/
       kvrewrite serve small --device cuda --compile --max-requests 64 --memory 40GiB
     """
     import importlib.util
@@ -158,6 +164,7 @@ def serve(
             prompt_tokens=prompt_tokens,
             prefixes=prefixes,
         ),
+        documents=documents,
     )
     if compiled:
         click.echo("compiling, and capturing steps of 1, 2, 4, ... answers: half a minute or more", err=True)

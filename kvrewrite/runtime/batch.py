@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +22,27 @@ from kvrewrite.cache.pages import PageStore, to_device
 from kvrewrite.cache.request import check_pools, exclusive
 from kvrewrite.cache.slot_plan import pages_of, prompt_slots, slots_decoded
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, OptionError, PoolFull
-from kvrewrite.policies import UNLIMITED, Policy, RowState
+from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment
 from kvrewrite.runtime.call import Call, Tokens, advance, check_ids
+from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.model import RewrittenModel, on_its_device
+from kvrewrite.runtime.saved_cache import load_cache
 
 
 def _tables(cache: EvictionCache) -> tuple[int, ...]:
     """Which rotary frequencies a cache has: those with the same can go through the graph together."""
     return tuple(id(table) for table in cache.length_tables.values())
+
+
+def goes_on_by_a_token(count: int) -> bool:
+    """Whether so many tokens after a document are decoded, and no prompt: as in `forward`."""
+    return count == 1
+
+
+def first_segments(document: EvictionCache, tokens: int) -> list[Segment]:
+    """What the tokens of a text of `tokens` that begins with a document do after it."""
+    count = tokens - document.seen[0]
+    return document.segments(0, count, goes_on_by_a_token(count))
 
 
 class Running:
@@ -144,6 +158,7 @@ class Batch:
         ]
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._running: set[Running] = set()
+        self._documents = [0] * len(self.stores)  # pages of documents, which stay
         if memory is not None:
             self._limit(memory)
 
@@ -169,15 +184,29 @@ class Batch:
         """The share of its pages that is leased, of the fullest pool."""
         return max((1 - len(s.free) / max(1, s.total - 1) for s in self.stores), default=0.0)
 
-    def pages_needed(self, prompt: int, total: int, policy: Policy | None = None) -> tuple[list[int], list[int]]:
+    @property
+    def room(self) -> list[float]:
+        """Pages of each pool that there are for requests."""
+        return [np.inf if s.limit is None else s.limit - 1 - kept for s, kept in zip(self.stores, self._documents)]
+
+    def pages_needed(
+        self, prompt: int, total: int, policy: Policy | None = None, document: EvictionCache | None = None
+    ) -> tuple[list[int], list[int]]:
         """Pages of each pool that a request alone needs at most: while its prompt of so many tokens is computed, and from
-        then on until it has `total` tokens."""
+        then on until it has `total` tokens. document: what the prompt begins with, whose pages a request has copies of
+        as soon as it evicts."""
         policy = policy or self.model.policy
         classes = self.model.program.layout.classes
-        segments = policy.passes(prompt)
         order = sorted((layer, c, w) for c, k in enumerate(classes) for layer, w in zip(k.layers, k.windows))
-        heads = [classes[c].kv_heads for _, c, _ in order]
-        slots = prompt_slots(policy, segments, heads, [w for *_, w in order])
+        heads, windows = [classes[c].kv_heads for _, c, _ in order], [w for *_, w in order]
+        if document is None:
+            segments = policy.passes(prompt)
+            slots = prompt_slots(policy, segments, heads, windows)
+        else:
+            segments = first_segments(document, prompt)
+            bound = {layer: lease.bound[i, 0] for lease in document.leases for i, layer in enumerate(lease.layers)}
+            begun = [bound[layer] for layer, *_ in order]
+            slots = prompt_slots(policy, segments, heads, windows, begun, document.seen[0])
         keep = policy.decode_segment(RowState(seen=max(prompt, total - 1))).keep
         lengths = np.array([s.joins for s in segments])[:, None]
         most, later = [0] * len(classes), [0] * len(classes)
@@ -196,14 +225,42 @@ class Batch:
             later[c] += decoding
         return most, later
 
-    def check_fits(self, prompt: int, total: int, policy: Policy | None = None) -> None:
-        """Raises InputError for a request that would not fit if it were alone."""
-        for need, store in zip(self.pages_needed(prompt, total, policy)[0], self.stores):
-            if store.limit is not None and need > store.limit - 1:
+    def check_fits(
+        self, prompt: int, total: int, policy: Policy | None = None, document: EvictionCache | None = None
+    ) -> None:
+        """Raises InputError for a request that would not fit if it were alone. Arguments: those of `pages_needed`."""
+        for need, room in zip(self.pages_needed(prompt, total, policy, document)[0], self.room):
+            if need > room:
                 raise InputError(
-                    f"a prompt of {prompt} tokens and {total} in all need {need} pages, but the pool has {store.limit - 1}; "
+                    f"a prompt of {prompt} tokens and {total} in all need {need} pages, but the pool has {room:.0f}; "
                     "shorten it, use a smaller budget or chunk, or give the pool more memory"
                 )
+
+    # -- documents -----------------------------------------------------------------------------------------------------
+    @exclusive
+    @on_its_device
+    def load_document(self, path: str | Path) -> EvictionCache:
+        """A saved cache of one row in the pools of this batch, where it stays: what requests can begin with.
+
+        Raises CacheError for one that requests can't go on from, and what `load_cache` raises.
+        """
+        cache = load_cache(self.model, path, stores=self.stores)
+        if cache.batch_size != 1:
+            raise CacheError(f"{path} has {cache.batch_size} rows, and a request goes on from one; save each by itself")
+        if cache.pins:
+            raise CacheError(
+                f"{path} has pinned spans, and a request with pins can't decode together with others; unpin() them before it "
+                "is saved, or ask it with kvrewrite generate --cache"
+            )
+        if self.model.policy.whole_prompt and not (cache.prompted[0] or cache.generated[0]):
+            raise CacheError(
+                f"{path} ends in the middle of a prompt, which {self.model.policy.name} reads whole; save what prefill() returns"
+            )
+        if cache.keys_rotated:
+            KeyRotation(self.model).undo(cache)
+        cache.ranks_held = False
+        self._documents = [kept + lease.leased for kept, lease in zip(self._documents, cache.leases)]
+        return cache
 
     # -- requests ------------------------------------------------------------------------------------------------------
     @exclusive
@@ -215,9 +272,11 @@ class Batch:
         max_length: int | None = None,
         budget: int | None = None,
         prefix: EvictionCache | None = None,
+        document: EvictionCache | None = None,
     ) -> Running:
         """A request with this prompt; nothing is computed yet. max_length: tokens of prompt and answer, where RoPE depends on
-        it; budget: instead of the policy's; prefix: a cache that holds the beginning of the prompt, of which a fork is used.
+        it; budget: instead of the policy's; prefix: a cache that holds the beginning of the prompt, of which a fork is used;
+        document: the same, of `load_document`: what follows is a prompt of its own, as `generate` reads it.
 
         Raises InputError for ids that the model can't take, OptionError for a budget that the policy can't have.
         """
@@ -229,17 +288,20 @@ class Batch:
         check_ids(tokens, self.model.program.vocab_size, decoding=False)
         if tokens.device != self.model.device:
             tokens = to_device(tokens, self.model.device)
-        self.check_fits(tokens.shape[1], max(max_length or 0, tokens.shape[1]), policy)
-        if prefix is None:
+        self.check_fits(tokens.shape[1], max(max_length or 0, tokens.shape[1]), policy, document)
+        begun = prefix if document is None else document
+        if begun is None:
             cache = EvictionCache(self.model, 1, max_length=max_length, stores=self.stores, policy=policy)
         else:
-            cache = prefix.fork()
-            cache.max_length = max_length
+            cache = begun.fork()
+            if not cache.length_tables:  # otherwise it has those that the beginning was computed with
+                cache.max_length = max_length
             tokens = tokens[:, cache.seen[0] :]
         count = tokens.shape[1]
-        if problem := cache.no_room(0, count, False):
+        decodes = document is not None and goes_on_by_a_token(count)
+        if problem := cache.no_room(0, count, decodes):
             raise problem
-        call = Call(self.model, Tokens(tokens, 0, [np.arange(count)], None, [False]), cache, 1)
+        call = Call(self.model, Tokens(tokens, 0, [np.arange(count)], None, [decodes]), cache, 1)
         running = Running(cache, call)
         self._running.add(running)
         return running

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvrewrite.cache.eviction_cache import EvictionCache, MemoryReport
+from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.memory import MemoryReport
 from kvrewrite.errors import OptionError
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from kvrewrite import __version__
 from kvrewrite.artifact.checkpoint import read_header
 from kvrewrite.artifact.files import replace_tensors
 from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.pages import PageStore
 from kvrewrite.cache.request import exclusive
 from kvrewrite.cache.snapshot import Numbers, restore, take
 from kvrewrite.errors import ArtifactError, CacheError
@@ -151,9 +152,9 @@ def _differing(name: str, options: dict[str, Any], others: dict[str, Any]) -> st
 
 
 @exclusive
-def load_cache(model: RewrittenModel, path: str | Path) -> EvictionCache:
+def load_cache(model: RewrittenModel, path: str | Path, *, stores: list[PageStore] | None = None) -> EvictionCache:
     """Reads a cache that `cache.save(path)` wrote, for the same model, policy and weights; it goes on with the bits that
-    the saved one would have gone on with.
+    the saved one would have gone on with. stores: the pools that it leases from, of a batch; default: as a new cache.
 
     Raises CacheError where it belongs to another model, policy or weights, and ArtifactError for a file that is damaged,
     or was made by somebody to do harm.
@@ -174,4 +175,4 @@ def load_cache(model: RewrittenModel, path: str | Path) -> EvictionCache:
         found = digest({k: v for k, v in tensors.items() if name == "content" or k in ("ids", "real")})
         if found != expected:
             raise ArtifactError(f"{path} is damaged: its {name} are not those that were written; copy it again")
-    return restore(model, head.numbers, tensors, str(path))
+    return restore(model, head.numbers, tensors, str(path), stores)

@@ -73,10 +73,10 @@ def _sse(data: dict[str, Any]) -> str:
 
 
 class Shape:
-    """Formats answers as in OpenAI's API. token_text: the text of one token."""
+    """Formats answers as in OpenAI's API. token_text: the text of one token; cached: prompt tokens of a document."""
 
-    def __init__(self, request: Request, model: str, token_text: Callable[[int], str]):
-        self.request, self._token_text = request, token_text
+    def __init__(self, request: Request, model: str, token_text: Callable[[int], str], cached: int = 0):
+        self.request, self._token_text, self._cached = request, token_text, cached
         kind = "chat.completion" if request.chat else "text_completion"
         prefix = "chatcmpl" if request.chat else "cmpl"
         self.head = {"id": f"{prefix}-{request.id}", "object": kind, "created": request.created, "model": model}
@@ -84,10 +84,10 @@ class Shape:
         self._around: dict[int, tuple[str, str]] = {}
         self._offsets = [0] * request.n  # of the next token in each answer's text
 
-    @staticmethod
-    def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
+    def usage(self, prompt_tokens: int, tokens: int) -> dict[str, Any]:
         """The numbers of tokens."""
-        return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
+        used = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
+        return used if not self._cached else {**used, "prompt_tokens_details": {"cached_tokens": self._cached}}
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """The complete answer. events: the end of each of its answers."""

@@ -7,6 +7,7 @@ import copy
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kvrewrite.errors import InputError, KVRewriteError, OptionError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running
 from kvrewrite.runtime.call import check_ids
 from kvrewrite.runtime.exported import Steps
+from kvrewrite.serving.documents import Document, load_documents
 from kvrewrite.serving.grammar import Grammars
 from kvrewrite.serving.jobs import Answer, Job
 from kvrewrite.serving.limits import Capacity
@@ -33,7 +35,8 @@ class Engine:
 
     max_new_tokens: the most that a request may ask for, and the default (chat). max_prompt_tokens: the longest prompt.
     waiting: requests that may wait; more are refused. capacity: what there is for those that run. Whatever happens in a
-    request, its client gets an answer and the others go on.
+    request, its client gets an answer and the others go on. documents: a folder of saved caches that requests may go on
+    from.
 
     Raises OptionError for a model that can't serve many requests at once.
     """
@@ -47,6 +50,7 @@ class Engine:
         max_prompt_tokens: int = 32768,
         waiting: int = 128,
         capacity: Capacity | None = None,
+        documents: str | Path | None = None,
     ):
         check_generation_config(model.generation_config)
         if model.program.parallel is not None:
@@ -61,6 +65,7 @@ class Engine:
         self.max_waiting, self.max_requests = waiting, capacity.max_requests
         self.metrics = Metrics()
         self.batch = Batch(model, memory=capacity.memory)
+        self.documents = {} if documents is None else load_documents(self.batch, documents)
         self.scheduler = Scheduler(self.batch, self.metrics, capacity, self._ended)
         self.served, self.cancelled, self.failed = 0, 0, 0
         self._changed = threading.Condition()  # guards the next three
@@ -134,9 +139,10 @@ class Engine:
         text: str = self.tokenizer.decode([token])
         return text
 
-    def submit(self, job: Job) -> None:
-        """Accepts a request; raises RequestError if the queue is full, the request too large or the server ending."""
-        request = job.request
+    def submit(self, job: Job, document: Document | None = None) -> None:
+        """Accepts a request, about a document or none; raises RequestError if the queue is full, the request too large or
+        the server ending."""
+        request, job.document = job.request, document
         if request.max_tokens is not None and request.max_tokens > self.max_new_tokens:
             raise RequestError(
                 f"max_tokens is {request.max_tokens}, but this server makes at most {self.max_new_tokens} "
@@ -213,7 +219,8 @@ class Engine:
 
     def _check(self, job: Job) -> None:
         request, model = job.request, self.model
-        job.ids = ids = encode(self._encodes, request)
+        document = job.document
+        ids = encode(self._encodes, request, follows=document is not None)
         if not ids:
             raise RequestError("the prompt has no tokens", param="prompt")
         check_length(len(ids), self.max_prompt_tokens, request)
@@ -225,8 +232,11 @@ class Engine:
         check_ids(torch.tensor([ids]), model.program.vocab_size, decoding=False)
         default = self.max_new_tokens if request.chat else min(16, self.max_new_tokens)  # 16 is OpenAI's
         job.most = request.max_tokens or default
-        self.batch.check_fits(len(ids), len(ids) + job.most, job.policy)
-        job.tables = tuple(map(id, model.length_tables(len(ids) + job.most).values()))
+        tables = model.length_tables(len(ids) + job.most)
+        if document is not None:  # it has the rotary frequencies that it was computed with
+            ids, tables = [*document.ids, *ids], document.cache.length_tables
+        job.ids, job.tables = ids, tuple(map(id, tables.values()))
+        self.batch.check_fits(len(ids), len(ids) + job.most, job.policy, job.begun)
         for index in range(request.n):
             grammar = None if request.schema is None else self._grammars.make(request.schema)
             job.answers.append(Answer(job, index, TextStream(self.tokenizer, request.stops), grammar))

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvrewrite.serving.answers import Shape, as_request_error, stream
+from kvrewrite.serving.documents import as_model, find_document, listed, no_document, no_model
 from kvrewrite.serving.engine import Engine
 from kvrewrite.serving.jobs import Event, Job
 from kvrewrite.serving.limits import Limits
@@ -102,8 +103,8 @@ class _Streaming(StreamingResponse):
 
 
 def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlette:
-    """Makes the ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. name: the
-    model's name.
+    """Makes the ASGI application: /v1/chat/completions, /v1/completions, /v1/models, /v1/documents, /health and /metrics.
+    name: the model's name.
 
     `app.state.bodies` holds the bodies being read (`Bodies`). Its lifespan closes the engine.
     """
@@ -122,19 +123,14 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
     async def answer(http: HTTPRequest, chat: bool) -> Response:
         _check_origin(http)
         request = read_request(read_json(await bodies.read(http)), chat)
-        if request.model not in (None, name):
-            raise RequestError(
-                f"this server has the model {name!r}, not {request.model!r:.80}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+        document = find_document(request, name, engine.documents)
         mail = Mailbox(post(), limits.unread if request.stream else None)
         who = http.headers.get("authorization") or (http.client.host if http.client else "")
         job = Job(request, mail.put, client=f"{who} {request.user or ''}")
         mail.overflows = lambda: engine.cancel(job)
-        shape = Shape(request, name, engine.token_text)
-        engine.submit(job)
+        cached = 0 if document is None else len(document.ids)
+        shape = Shape(request, request.model or name, engine.token_text, cached)
+        engine.submit(job, document)
         streams, gone = False, asyncio.create_task(_until_gone(http))
         try:
             events = await _next(mail, gone)
@@ -156,12 +152,23 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
         return await answer(request, chat=False)
 
     async def models(_: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse(listed([entry, *(as_model(d, entry) for d in engine.documents.values())]))
 
     async def model(request: HTTPRequest) -> Response:
-        if request.path_params["id"] != name:
-            raise RequestError(f"this server has the model {name!r}", status=404, param="model", code="model_not_found")
-        return JSONResponse(entry)
+        asked = request.path_params["id"]
+        for found in (entry, *(as_model(d, entry) for d in engine.documents.values())):
+            if found["id"] == asked:
+                return JSONResponse(found)
+        raise no_model(asked, name)
+
+    async def documents(_: HTTPRequest) -> Response:
+        return JSONResponse(listed([d.entry for d in engine.documents.values()]))
+
+    async def document(request: HTTPRequest) -> Response:
+        asked = request.path_params["id"]
+        if asked not in engine.documents:
+            raise no_document(asked, engine.documents)
+        return JSONResponse(engine.documents[asked].entry)
 
     async def health(_: HTTPRequest) -> Response:
         ok = engine.alive and not engine.draining
@@ -196,6 +203,8 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None) -> Starlet
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{id:path}", model),
+            Route("/v1/documents", documents),
+            Route("/v1/documents/{id:path}", document),
             Route("/health", health),
             Route("/metrics", metrics),
         ],

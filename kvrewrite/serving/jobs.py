@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.batch import Running
+from kvrewrite.serving.documents import Document
 from kvrewrite.serving.requests import Request
 from kvrewrite.serving.sampling import Logprobs, Sampler
 from kvrewrite.serving.text import TextStream
@@ -47,8 +49,19 @@ class Job:
         self.ids: list[int] = []
         self.most = 0
         self.policy: Policy
+        self.document: Document | None = None  # what its prompt follows
         self.tables: tuple[int, ...] = ()  # which rotary frequencies it has, where RoPE depends on the length
         self.answers: list[Answer] = []
+
+    @property
+    def begun(self) -> EvictionCache | None:
+        """The cache of its document."""
+        return None if self.document is None else self.document.cache
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its document."""
+        return 0 if self.document is None else len(self.document.ids)
 
     def report(self, error: BaseException) -> None:
         """Tells the client of an error, which ends the request."""

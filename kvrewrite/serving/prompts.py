@@ -18,13 +18,17 @@ def check_length(tokens: int, most: int, request: Request) -> None:
         )
 
 
-def encode(tokenizer: Any, request: Request) -> list[int]:
-    """The ids of a prompt."""
+def encode(tokenizer: Any, request: Request, follows: bool = False) -> list[int]:
+    """The ids of a prompt. follows: whether it follows a document, and begins no text."""
     if not request.chat:
         if isinstance(request.prompt, list):
             return request.prompt
-        ids: list[int] = tokenizer(request.prompt)["input_ids"]
+        ids: list[int] = tokenizer(request.prompt, add_special_tokens=not follows)["input_ids"]
         return ids
+    if follows:
+        raise RequestError(
+            "a chat begins a text, and the prompt follows that of the document; use /v1/completions", param="document"
+        )
     if not tokenizer.chat_template:
         raise RequestError("this model's tokenizer has no chat template; use /v1/completions", code="no_chat_template")
     from jinja2 import TemplateError

@@ -95,6 +95,7 @@ class Request:
     presence: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     budget: int | None = None  # slots per head, instead of the policy's
+    document: str | None = None  # the name of what the prompt follows
     schema: str | None = None  # JSON schema of the answer
     user: str | None = None
     template: dict[str, Any] = field(default_factory=dict)
@@ -192,6 +193,8 @@ class _Body(_Strict):
     stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     budget: _Count | None = None
+    # A text that the server has compressed (serve --documents), which the prompt follows.
+    document: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
 def _either(name: str) -> Discriminator:
@@ -327,6 +330,7 @@ def read_request(body: Any, chat: bool) -> Request:
         presence=found.presence_penalty or 0.0,
         logit_bias=_bias(found.logit_bias or {}),
         budget=found.budget,
+        document=found.document,
         schema=None if found.response_format is None else found.response_format.schema_text(),
         user=found.user,
         template=template,

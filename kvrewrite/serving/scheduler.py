@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import KVRewriteError, PoolFull
-from kvrewrite.runtime.batch import Batch, Running
+from kvrewrite.runtime.batch import Batch, Running, first_segments
 from kvrewrite.serving.jobs import Answer, Job
 from kvrewrite.serving.limits import Capacity
 from kvrewrite.serving.metrics import Metrics
@@ -116,7 +117,7 @@ class Scheduler:
         self._pending: list[tuple[list[Answer], Chosen]] = []  # tokens on their way to the host
         self._orders, self._full = 0, False
         self.cancels = False  # whether to look for jobs that were cancelled
-        self._limits = np.array([np.inf if s.limit is None else s.limit - 1 for s in batch.stores])
+        self._limits = np.array(batch.room)
 
     # -- jobs ------------------------------------------------------------------------------------------------------
     def submit(self, job: Job) -> None:
@@ -128,9 +129,10 @@ class Scheduler:
     def _measure(self, prompt: Prompt) -> None:
         job = prompt.job
         total = len(job.ids) + min(prompt.answers[0].most, AHEAD)
-        begin, steady = self.batch.pages_needed(len(job.ids), total, job.policy)
+        begin, steady = self.batch.pages_needed(len(job.ids), total, job.policy, job.begun)
         prompt.steady = np.asarray(steady) * len(prompt.answers)
-        prompt.first = job.policy.plan(len(job.ids))[0].length
+        plan = job.policy.plan(len(job.ids)) if job.begun is None else first_segments(job.begun, len(job.ids))
+        prompt.first = plan[0].length
         prompt.need = np.asarray(begin) + prompt.steady - np.asarray(steady)
         for answer in prompt.answers:
             answer.need = np.asarray(steady)
@@ -240,24 +242,33 @@ class Scheduler:
             self._end_job(job, None)
             return
         if not prompt.answers[0].tokens:
-            self.metrics.prompt_tokens.inc(len(job.ids))
+            self.metrics.prompt_tokens.inc(len(job.ids) - job.cached)
         self._orders += 1
         prompt.order = self._orders
         length = len(job.ids) + job.most
         try:
             for answer in prompt.answers:
                 answer.begin(self.batch.model)
-            prompt.plan = Plan(self.batch, job.ids, job.policy, length)
-            prefix = self.prefixes.find(prompt.plan)
-            if prefix is not None:
-                self.metrics.prefix_hits.inc()
-                self.metrics.prefix_tokens.inc(prefix.seen[0])
-            prompt.keep_at = self.prefixes.wanted(prompt.plan)
-            prompt.running = self.batch.start(job.ids, max_length=length, budget=job.request.budget, prefix=prefix)
+            if job.begun is not None:
+                prompt.running = self.batch.start(job.ids, max_length=length, document=job.begun)
+            else:
+                prefix = self._find_prefix(prompt, length)
+                prompt.running = self.batch.start(job.ids, max_length=length, budget=job.request.budget, prefix=prefix)
         except BaseException as error:
             self._end_job(job, error)
             return
         self._open.append(prompt)
+
+    def _find_prefix(self, prompt: Prompt, length: int) -> EvictionCache | None:
+        """What is kept of a prompt's beginning, and what will be."""
+        job = prompt.job
+        prompt.plan = Plan(self.batch, job.ids, job.policy, length)
+        prefix = self.prefixes.find(prompt.plan)
+        if prefix is not None:
+            self.metrics.prefix_hits.inc()
+            self.metrics.prefix_tokens.inc(prefix.seen[0])
+        prompt.keep_at = self.prefixes.wanted(prompt.plan)
+        return prefix
 
     def _advance(self, prompts: list[Prompt]) -> int:
         """The next segment of each of these; how many tokens they had."""
@@ -281,10 +292,10 @@ class Scheduler:
         return 1
 
     def _advanced(self, prompt: Prompt, logits: Tensor | None) -> None:
-        running, plan = prompt.running, prompt.plan
-        assert running is not None and plan is not None
-        if prompt.keep_at is not None and running.seen == plan.ends[prompt.keep_at] and running.cache is not None:
-            self.prefixes.keep(plan.keys[prompt.keep_at], running)
+        running, plan, at = prompt.running, prompt.plan, prompt.keep_at
+        assert running is not None
+        if plan is not None and at is not None and running.seen == plan.ends[at] and running.cache is not None:
+            self.prefixes.keep(plan.keys[at], running)
         if logits is not None:
             self._open.remove(prompt)
             self._first(prompt, running, logits)

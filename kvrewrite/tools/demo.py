@@ -74,8 +74,9 @@ def _run(folder: Path, console: Console, questions: int) -> None:
     from transformers.utils import logging
 
     import kvrewrite
-    from kvrewrite.analysis.memory import human, plan_memory
+    from kvrewrite.analysis.memory import plan_memory
     from kvrewrite.assets import small_model
+    from kvrewrite.cache.memory import human
     from kvrewrite.runtime.model import CACHE_NAME
     from kvrewrite.tools.evaluation import tasks
     from kvrewrite.tools.tables import memory_table, sites_table

@@ -91,7 +91,7 @@ def memory_table(plans: list[MemoryPlan]) -> Table:
     """Lists estimated cache bytes by context length."""
     from rich.table import Table
 
-    from kvrewrite.analysis.memory import human
+    from kvrewrite.cache.memory import human
 
     table = Table(title=f"cache memory, estimated, batch {plans[0].batch}", title_justify="left")
     for name in ("context", "full cache", "evicted", "peak in prefill", "saved"):

@@ -23,8 +23,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from kvrewrite.analysis.memory import carried_bytes, human
+from kvrewrite.analysis.memory import carried_bytes
 from kvrewrite.api import load
+from kvrewrite.cache.memory import human
 from kvrewrite.errors import KVRewriteError, OptionError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.runtime.batch import Batch

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kvrewrite.analysis import memory
-from kvrewrite.analysis.memory import MemoryPlan, human, plan_memory
+from kvrewrite.analysis.memory import MemoryPlan, plan_memory
 from kvrewrite.analysis.model_card import model_card
+from kvrewrite.cache.memory import human
 from kvrewrite.cache.pages import PAGE, SLOT_EXTRA
 from kvrewrite.tools.tables import memory_table
 from tests.support.rewritten import original, rewritten
@@ -34,6 +35,7 @@ def test_plan_is_what_is_leased(family, policy, options):
         small(torch.randint(0, 97, (2, length)), past_key_values=cache)
         plan = plan_memory(small.sites, small.policy, small.dtype.itemsize, length, batch=2)
         assert plan.evicted == cache.memory().leased
+        assert plan.full == cache.memory().full
         assert cache.memory().live <= cache.memory().leased <= cache.memory().reserved
         assert plan.peak >= plan.evicted
 
@@ -44,6 +46,18 @@ def test_full_is_an_ordinary_cache():
     measured = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     small = rewritten("llama", "streaming_llm", budget=16)
     assert plan_memory(small.sites, small.policy, 4, 100, batch=2).full == measured
+
+
+def test_report_is_one_line():
+    small = rewritten("llama", "streaming_llm", budget=64, chunk=32)
+    cache = small.new_cache()
+    small(torch.randint(0, 97, (1, 640)), cache=cache)
+    memory = cache.memory()
+    assert memory.live < memory.full / 5
+    assert (
+        str(memory)
+        == f"{human(memory.live)} live, {human(memory.leased)} leased; a full cache would take {human(memory.full)}"
+    )
 
 
 def test_eviction_bounds_the_plan():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.random_modules import RandomModule, outcome
 
-FEW, MANY = 12, 2000
+FEW, MANY = 8, 2000
 
 
 def check(seeds: range) -> dict[str, int]:

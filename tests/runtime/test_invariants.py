@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
 from tests.support.foreign import FOREIGN
-from tests.support.products import covering
+from tests.support.products import covering, daily
 from tests.support.rewritten import build, captured, logits, original, ours, rewritten
 from tests.support.zoo import FAMILIES, VOCAB, WALKED
 
@@ -105,6 +105,9 @@ BUDGET = 12
 # What these need beyond the others (the layer's input, windows without gates, shared keys and values) is in these families.
 LEARNED = {"duo_attention", "fast_kvzip", "kvzap", "qfilters", "trim_kv"}
 LEARNED_FAMILIES = {"llama", "gemma3_text", "gemma3n_text", "bloom"}
+# Equal scores, where rounding decides: keys of one norm (RMSNorm with fresh weights), and equal keys of equal tokens in
+# the first layer of a model without RoPE.
+TIES = {("gemma3_text", "knorm"), ("gemma3n_text", "knorm"), ("bloom", "keydiff"), ("bloom", "knorm")}
 
 
 def families(names: list[str]) -> list[Any]:
@@ -124,8 +127,27 @@ def refused(case: Mapping[str, Any]) -> bool:
     return (positions == "contiguous" and name in CONTIGUOUS_REFUSED) or name in REFUSED.get(policy, {})
 
 
-# Every family with two policies and every policy with three families; the others are thorough. What is refused, by itself.
+def ties(case: Mapping[str, Any]) -> bool:
+    return (case["name"], case["policy"]) in TIES
+
+
+# What is refused is chosen by itself. See test_what_runs_every_day for what all of these come to.
 families_and_policies = covering({"name": 2, ("policy", "positions"): 3}, apart=refused)
+
+
+def pair(case: Mapping[str, Any]) -> tuple[str, str, str]:
+    return case["name"], case["policy"], case.get("positions", "original")
+
+
+def every_policy(beside: Callable[[], list[Any]] = list) -> Any:
+    """Each once, if possible with a family that tests beside this one do not take for it."""
+
+    @functools.cache
+    def taken() -> set[tuple[str, str, str]]:
+        return {pair(case) for test in beside() for case in daily(test)}
+
+    once = {"name": 1, ("policy", "positions"): 1}
+    return covering(once, apart=lambda case: refused(case) or ties(case), prefer=lambda case: pair(case) not in taken())
 
 
 def get(name: str, policy: str, positions: str, **options: Any) -> Any:
@@ -192,7 +214,13 @@ def test_exact_without_eviction(name: str, policy: str, positions: str) -> None:
         assert cache.seen == [26, 26] and cache.get_seq_length() == 26
 
 
-@families_and_policies
+@every_policy(
+    lambda: [
+        test_padded_rows_are_the_rows_alone,
+        test_reset_and_interleaved_requests,
+        test_a_row_without_any_token,
+    ]
+)
 @pytest.mark.parametrize(("name", "policy", "positions"), in_core([p for p in MORE if p[0] != "attention_gate"]))
 def test_more_are_exact_without_eviction(name: str, policy: str, positions: str) -> None:
     """The same for the other policies; gates evict whatever the budget, see test_attention_gate.py."""
@@ -267,11 +295,6 @@ def decoding(prompts: list[list[int]], steps: int) -> list[list[tuple[list[int],
     return [[([(p[0] * 7 + 13 * i) % (VOCAB - 1) + 1], "left") for p in prompts] for i in range(steps)]
 
 
-# Equal scores, where rounding decides: keys of one norm (RMSNorm with fresh weights), and equal keys of equal tokens in
-# the first layer of a model without RoPE.
-TIES = {("gemma3_text", "knorm"), ("gemma3n_text", "knorm"), ("bloom", "keydiff"), ("bloom", "knorm")}
-
-
 def evicting(name: str, policy: str, positions: str, **options: Any) -> Any:
     return get(name, policy, positions, **({} if policy == "attention_gate" else {"budget": BUDGET}), **options)
 
@@ -288,10 +311,7 @@ def check_rows_alone(model: Any, calls: list[list[tuple[list[int], str]]], must_
         row.check(alone)
 
 
-@covering(
-    {"name": 2, ("policy", "positions"): 1},
-    apart=lambda case: refused(case) or (case["name"], case["policy"]) in TIES,
-)
+@every_policy(lambda: [test_reset_and_interleaved_requests, test_a_row_without_any_token])
 @pytest.mark.parametrize(("name", "policy", "positions"), in_core(EVICTING + MORE))
 def test_padded_rows_are_the_rows_alone(name: str, policy: str, positions: str) -> None:
     if (name, policy) in TIES:
@@ -342,7 +362,7 @@ def test_a_row_without_any_token(name: str, policy: str) -> None:
     assert bool(torch.isfinite(out).all()) and cache.seen == [25, 0]
 
 
-@covering({"name": 1, ("policy", "positions"): 1}, apart=refused)
+@every_policy()
 @pytest.mark.parametrize(
     ("name", "policy", "positions"),
     [pytest.param(n, *p, marks=pytest.mark.xdist_group(n)) for n in CORE for p in EVICTING]
@@ -370,7 +390,7 @@ def test_reset_and_interleaved_requests(name: str, policy: str, positions: str) 
         assert torch.equal(torch.cat(out, dim=1), expected) and cache.positions() == kept
 
 
-@covering({"name": 1, ("policy", "positions"): 1}, apart=refused)
+@every_policy()
 @pytest.mark.parametrize(("policy", "positions"), EVICTING)
 @pytest.mark.parametrize("name", families(["llama", "gemma3_text", "gpt2", "gemma3n_text"]))
 def test_a_long_answer_stays_within_the_budget(name: str, policy: str, positions: str) -> None:
@@ -391,3 +411,19 @@ def test_a_long_answer_stays_within_the_budget(name: str, policy: str, positions
     assert cache.seen == [150, 150] and len(set(reports)) == 1
     spans = {s.layer: s.window or s.chunk or budget for s in model.sites}
     assert all(int(slots.max()) <= spans[layer] for layer, slots in cache.live_slots().items())
+
+
+def test_what_runs_every_day() -> None:
+    """Of the products above the default tests have every family with two policies, and every policy with three families."""
+    every = (
+        test_exact_without_eviction,
+        test_more_are_exact_without_eviction,
+        test_padded_rows_are_the_rows_alone,
+        test_reset_and_interleaved_requests,
+    )
+    cases = [case for test in every for case in daily(test) if not refused(case) and not ties(case)]
+    ran = {pair(case) for case in [*cases, *daily(test_a_row_without_any_token)]}
+    assert {name for name, _, _ in ran} == set(ALL)
+    few = [name for name in ALL if sum(n == name for n, _, _ in ran) < 2]
+    few += [str(p) for p in POLICIES + MORE if sum(tuple(rest) == p for _, *rest in ran) < 3]
+    assert not few

@@ -24,8 +24,8 @@ import pytest
 pairwise = pytest.mark.pairwise
 # covering({"name": 2, ("policy", "positions"): 3}): every `name` in two cases, every policy with its positions in three,
 # every value of any other parameter in one (none: 0).
-# Both take functions of a case's parameters: apart=f, cases of different results are chosen for themselves; and derived=
-# {"policy": f}, a further parameter that follows from the others.
+# Both take functions of a case's parameters: apart=f, cases of different results are chosen for themselves; derived=
+# {"policy": f}, a further parameter that follows from the others; prefer=f, of cases that prove as much those where it is true.
 covering = pytest.mark.covering
 # Every value of every parameter in one case.
 each = pytest.mark.covering({})
@@ -42,10 +42,11 @@ Case = Mapping[str, Any]
 Needs = Callable[[Case], dict[Hashable, int]]
 
 
-def choose(cases: list[Case], needs: Needs) -> set[int]:
+def choose(cases: list[Case], needs: Needs, prefer: Callable[[Case], bool] = lambda case: False) -> set[int]:
     """The numbers of few cases that meet all needs: each need has to be met by so many cases, if there are as many.
 
-    Greedy: next comes the case that meets most open needs; among equals the one whose values were taken least, then the first.
+    Greedy: next comes the case that meets most open needs; among equals one that is preferred, then the one whose values were
+    taken least, then the first.
     """
     wanted = [needs(case) for case in cases]
     values = [[(name, repr(value)) for name, value in case.items()] for case in cases]
@@ -54,11 +55,12 @@ def choose(cases: list[Case], needs: Needs) -> set[int]:
         open_needs.update(need)
     taken: Counter[Hashable] = Counter()
     chosen: set[int] = set()
+    liked = [prefer(case) for case in cases]
     while True:
-        best, gain = None, (0, 0)
+        best, gain = None, (0, False, 0)
         for i, need in enumerate(wanted):
             if i not in chosen and (met := sum(open_needs[n] > 0 for n in need)):
-                mine = (met, -sum(taken[v] for v in values[i]))
+                mine = (met, liked[i], -sum(taken[v] for v in values[i]))
                 if best is None or mine > gain:
                     best, gain = i, mine
         if best is None:
@@ -93,10 +95,36 @@ def values(least: Mapping[str | tuple[str, ...], int]) -> Needs:
     return needs
 
 
+def chosen_by(marker: pytest.Mark, cases: list[Case]) -> set[int]:
+    """The numbers of the cases that a marker leaves in the default tier."""
+    needs = pairs(marker.args) if marker.name == "pairwise" else values(*marker.args)
+    return choose(cases, needs, marker.kwargs.get("prefer", lambda case: False))
+
+
+def daily(function: Any) -> list[Case]:
+    """The cases of a test function that the default tier runs, read from its markers: for tests of what is left."""
+    marks: list[pytest.Mark] = function.pytestmark
+    lists = []
+    for mark in (m for m in marks if m.name == "parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        alone = len(names) == 1
+        params = [v if hasattr(v, "marks") else pytest.param(*([v] if alone else v)) for v in mark.args[1]]
+        daily = [p for p in params if not any(m.name == "thorough" for m in p.marks)]
+        lists.append([dict(zip(map(str.strip, names), p.values, strict=True)) for p in daily])
+    cases: list[Case] = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*lists)]
+    marker = next((m for m in marks if m.name in ("pairwise", "covering")), None)
+    if marker is None:
+        return cases
+    kinds: dict[Hashable, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(marker.kwargs.get("apart", lambda case: None)(case), []).append(case)
+    return [alike[i] for alike in kinds.values() for i in sorted(chosen_by(marker, alike))]
+
+
 def thin(items: list[pytest.Item]) -> None:
     """Marks as thorough the cases of products that the default tier leaves out."""
     products: dict[Hashable, list[tuple[pytest.Item, Case]]] = {}
-    needs: dict[Hashable, Needs] = {}
+    markers: dict[Hashable, pytest.Mark] = {}
     for item in items:
         marker = item.get_closest_marker("pairwise") or item.get_closest_marker("covering")
         if marker is None or not hasattr(item, "callspec"):
@@ -107,9 +135,9 @@ def thin(items: list[pytest.Item]) -> None:
         case |= {name: of(case) for name, of in marker.kwargs.get("derived", {}).items()}
         product = (item.path, item.originalname, apart)  # type: ignore[attr-defined]
         products.setdefault(product, []).append((item, case))
-        needs[product] = pairs(marker.args) if marker.name == "pairwise" else values(*marker.args)
+        markers[product] = marker
     for product, cases in products.items():
-        chosen = choose([case for _, case in cases], needs[product])
+        chosen = chosen_by(markers[product], [case for _, case in cases])
         for i, (item, _) in enumerate(cases):
             if i not in chosen:
                 item.add_marker(pytest.mark.thorough)

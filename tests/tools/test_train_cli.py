@@ -25,7 +25,7 @@ SHORT = ["--steps", "4", "--warmup", "1", "-o", "hidden_size=8", "-o", "lr=0.01"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of a run that nothing stopped, with labels of its own."""
+    path = tmp_path_factory.mktemp("whole") / "whole.safetensors"
+    assert run("train", model, "-p", "locret", "-d", data, *SHORT, "--batch-size", 2, "--out", path).exit_code == 0
+    return path
 
 
 def test_trained_converted_and_run(model: Path, data: Path, tmp_path: Path) -> None:
@@ -63,9 +71,8 @@ def test_trained_converted_and_run(model: Path, data: Path, tmp_path: Path) -> N
     assert again.exit_code == 1 and "train on the original" in again.stderr
 
 
-def test_stopped_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed(model: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     common = ["train", model, "-p", "locret", "-d", data, *SHORT, "--batch-size", 2]
-    assert run(*common, "--out", tmp_path / "whole.safetensors").exit_code == 0
     folder = ["--checkpoints", tmp_path / "checkpoints", "--save-every", 2]
     assert run(*common, "--out", tmp_path / "first.safetensors", *folder).exit_code == 0
     last = tmp_path / "checkpoints" / "checkpoint-4"
@@ -82,21 +89,21 @@ def test_stopped_and_resumed(model: Path, data: Path, tmp_path: Path) -> None:
     ):
         made = run(*other, *extra)
         assert made.exit_code == 1 and words in made.stderr
-    whole, rest = (read_policy_weights(tmp_path / f"{n}.safetensors")[0] for n in ("whole", "rest"))
-    assert all((whole[name] == rest[name]).all() for name in whole)
+    expected, rest = (read_policy_weights(path)[0] for path in (whole, tmp_path / "rest.safetensors"))
+    assert all((expected[name] == rest[name]).all() for name in expected)
 
 
-def test_labels_once(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_once(model: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made by the first run, read by the next, and the same heads as with labels of its own; refused where they don't fit."""
-    common = ["train", model, "-p", "locret", "-d", data, *SHORT]
+    common = ["train", model, "-p", "locret", "-d", data, *SHORT, "--batch-size", 2]
     file = ["--labels", tmp_path / "labels.safetensors"]
-    for name, extra in (("own", []), ("first", file)):
-        assert run(*common, "--out", tmp_path / f"{name}.safetensors", *extra).exit_code == 0
+    assert run(*common, "--out", tmp_path / "first.safetensors", *file).exit_code == 0
     monkeypatch.setattr(
         "kvrewrite.tools.training.locret.causal_importance", None
     )  # from here on they are in the file or nowhere
     assert run(*common, "--out", tmp_path / "second.safetensors", *file).exit_code == 0
-    own, first, second = (read_policy_weights(tmp_path / f"{n}.safetensors")[0] for n in ("own", "first", "second"))
+    paths = whole, tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    own, first, second = (read_policy_weights(path)[0] for path in paths)
     assert all((first[name] == second[name]).all() and (own[name] == first[name]).all() for name in own)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("fox 3", "fox 4"))

@@ -248,6 +248,7 @@ def test_steps_are_those_of_a_plain_loop() -> None:
 
 
 @needs_trainer
+@pytest.mark.thorough  # test_stopped_and_resumed of tests/tools/test_train_cli.py is the same kind
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     whole, half, rest = task("llama"), task("llama"), task("llama", seed=9)
     shared: dict[str, Any] = {"warmup": 1, "batch_size": 2, "quiet": True}

@@ -125,7 +125,7 @@ def test_a_student_ranks_unseen_text_like_the_teacher(kind: str) -> None:
 
 
 @needs_trainer
-@pytest.mark.parametrize("hidden_size", [0, 8])
+@pytest.mark.parametrize("hidden_size", [pytest.param(0, marks=pytest.mark.thorough), 8])
 def test_trained_and_used(tmp_path: Path, hidden_size: int) -> None:
     """The command's way from texts of both kinds to a cache of a quarter, over all layers."""
     data = tmp_path / "texts.jsonl"

@@ -59,7 +59,7 @@ def tables(results: Mapping[str, Any], width: int = 160) -> tuple[list[Table], l
     from rich.markup import escape
     from rich.table import Table
 
-    from kvrewrite.analysis.memory import human
+    from kvrewrite.cache.memory import human
 
     scored, scored_reasons = scored_tables(results)
     cells = [c for c in results["cells"] if not is_scored(c["task"])]

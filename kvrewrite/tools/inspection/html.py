@@ -7,7 +7,8 @@ from html import escape
 
 from kvrewrite import __version__
 from kvrewrite.analysis.flops import cost_table
-from kvrewrite.analysis.memory import LayerPlan, MemoryPlan, carried_bytes, human, plan_layers, plan_memory
+from kvrewrite.analysis.memory import LayerPlan, MemoryPlan, carried_bytes, plan_layers, plan_memory
+from kvrewrite.cache.memory import human
 from kvrewrite.policies import Policy
 from kvrewrite.tools.inspection import svg
 from kvrewrite.tools.inspection.code import Group, SiteCode
