@@ -34,6 +34,14 @@ def _tables(cache: EvictionCache) -> tuple[int, ...]:
     return tuple(id(table) for table in cache.length_tables.values())
 
 
+def rows_for(requests: int) -> int:
+    """Rows of the step that so many requests decode in: 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, ... A step is captured
+    for each number of rows, so there are few, and it costs what its rows cost, so few of them rest."""
+    size = 1 << max(0, requests - 1).bit_length()  # the power of two that is enough
+    step = max(16, size // 8)
+    return size if size <= 16 else -(-requests // step) * step
+
+
 def goes_on_by_a_token(count: int) -> bool:
     """Whether so many tokens after a document are decoded, and no prompt: as in `forward`."""
     return count == 1
@@ -104,10 +112,11 @@ class _Group:
         return self._index[1]
 
     def free_row(self) -> int:
-        """A row without a request; there are twice as many rows if none is left."""
+        """A row without a request; there are more rows if none is left."""
         if None not in self.members:
-            self.members.extend([None] * len(self.members))
-            self.rows.widen(len(self.members))
+            size = rows_for(len(self.members) + 1)
+            self.members.extend([None] * (size - len(self.members)))
+            self.rows.widen(size)
         return self.members.index(None)
 
     def choose(self, taking: list[int]) -> None:
@@ -122,15 +131,15 @@ class _Group:
                 raise problem
 
     def shrink(self) -> None:
-        """Half as many rows, as long as a quarter of them would do: a step costs what its rows cost."""
-        size = len(self.members)
-        while size > 1 and 4 * sum(m is not None for m in self.members) <= size:
-            size //= 2
-        if size == len(self.members):
+        """Fewer rows, where a quarter of them would do: a step costs what its rows cost. As many again stay free, so that
+        rows don't come and go with every request."""
+        taken = sum(m is not None for m in self.members)
+        size = rows_for(max(1, 2 * taken))
+        if 4 * taken > len(self.members) or size >= len(self.members):
             return
-        taken = [row for row, m in enumerate(self.members) if m is not None]
+        holding = [row for row, m in enumerate(self.members) if m is not None]
         free = [row for row, m in enumerate(self.members) if m is None]
-        source = (taken + free)[:size]
+        source = (holding + free)[:size]
         self.rows.narrow(source)
         self.members = [self.members[row] for row in source]
         for row, member in enumerate(self.members):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvrewrite.errors import InputError, KVRewriteError, OptionError, PoolFull
-from kvrewrite.runtime.batch import Batch, Running
+from kvrewrite.runtime.batch import Batch, Running, rows_for
 from kvrewrite.runtime.call import check_ids
 from kvrewrite.runtime.exported import Steps
 from kvrewrite.serving.documents import Document, load_documents
@@ -108,7 +108,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles and captures what requests will need, before the first one comes: a prompt, and a token of 1, 2, 4, ...
-        answers."""
+        answers (`rows_for`)."""
         longest = self.max_prompt_tokens + self.max_new_tokens
         limit = self.model.program.max_positions
         longest = longest if limit is None else min(longest, limit)
@@ -129,7 +129,7 @@ class Engine:
                 batch.decode(rows, [0] * len(rows))
                 if size >= self.max_requests:
                     break
-                size = min(2 * size, self.max_requests)
+                size = min(rows_for(size + 1), self.max_requests)
                 rows += [batch.fork(spare) for _ in range(size - len(rows))]
         for request in [*rows, spare]:
             batch.end(request)

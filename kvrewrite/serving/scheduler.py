@@ -29,8 +29,9 @@ from kvrewrite.serving.prefixes import Plan, Prefixes
 from kvrewrite.serving.requests import RequestError
 from kvrewrite.serving.sampling import Chosen, choose
 
-# Segments of at most so many tokens go through the model with others that are about as long: they cost less together.
-SHORT, SIMILAR, TOGETHER = 512, 0.75, 8
+# Segments that are about as long go through the model together, up to so many and so many tokens: that takes the host as
+# long as one of them, and short ones cost the device less together.
+SIMILAR, TOGETHER, TOGETHER_TOKENS = 0.75, 8, 4096
 AHEAD = 256  # tokens of an answer that there should be pages for when it begins; some end early
 
 
@@ -222,7 +223,8 @@ class Scheduler:
         self._open.append(first)  # the next one is another client's
         assert first.running is not None
         length = first.running.next_segment
-        if length > SHORT or first.alone:
+        most = min(TOGETHER, left // length, TOGETHER_TOKENS // length)
+        if most <= 1 or first.alone:
             return [first]
 
         def goes_with(prompt: Prompt) -> bool:
@@ -230,7 +232,6 @@ class Scheduler:
             similar = SIMILAR * length <= other <= length / SIMILAR
             return similar and not prompt.alone and prompt.job.tables == first.job.tables
 
-        most = min(TOGETHER, max(1, left // length))
         while len(self._open) < most and (new := self.waiting.take(set(), lambda p: goes_with(p) and self._fits(p))):
             self._begin(new)
         return [first, *(p for p in self._open if p is not first and goes_with(p))][:most]

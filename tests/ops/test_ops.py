@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvrewrite.ops  # noqa: F401
+from kvrewrite.ops import linear as linear_ops
 from kvrewrite.ops.dispatch import SPARES
 
 ops = torch.ops.kvrewrite
@@ -779,6 +781,33 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op.default, arguments)
 
 
+class Products(TorchDispatchMode):
+    """Records which products of matrices are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_tokens_go_through_a_linear_together() -> None:
+    """After attention, compiled code has (B, 1, K) with a stride of less than K where the size is 1: torch's B products."""
+    x, weight = torch.randn(5, 8).as_strided((5, 1, 8), (8, 4, 1)), torch.randn(6, 8)
+    with Products() as plain:
+        expected = torch.nn.functional.linear(x, weight)
+    assert plain.names == ["bmm.default"]
+    with Products() as found:  # what the ops below call, which the mode does not look into
+        own = linear_ops.linear(x, weight)
+    assert found.names == ["mm.default"]
+    outs = [own, ops.linears(x, [weight], [None])[0], ops.linear_add(x, weight, None, torch.zeros(5, 1, 6))]
+    for out in outs:
+        torch.testing.assert_close(out, expected)
+
+
 def test_every_op_is_checked() -> None:
     defined = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvrewrite::")
@@ -790,7 +819,7 @@ def test_every_op_is_checked() -> None:
     elsewhere = {
         "through_cache", "gated_attention", "gated_attention_backward", "linear_scan", "decayed_sum", "cached_sum", "cached_scan",
         "cached_past", "with_past", "latent_attention", "shared_budgets", "share_layers_together",
-        "sum_ranks",
+        "sum_ranks", "sum_ranks_add",
     }  # fmt: skip
     assert defined - elsewhere == {name.split(",")[0] for name in calls()}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
-from kvrewrite.runtime.batch import Batch, Running
+from kvrewrite.runtime.batch import Batch, Running, rows_for
 from tests.runtime.test_decoding import static
 from tests.runtime.test_invariants import BUDGET, OPTIONS, POLICIES, TIES
 from tests.support.products import covering
@@ -189,6 +189,28 @@ def test_static_buffers_of_a_batch(policy: str, positions: str, more: dict[str, 
     for f, e in zip(found, expected, strict=True):
         assert f.tokens == e.tokens
         assert f.kept == e.kept
+
+
+def test_rows_of_a_step() -> None:
+    """Few numbers of rows, few of which rest; rows come and go as requests do."""
+    sizes = sorted({rows_for(n) for n in range(1, 257)})
+    assert sizes == [1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+    assert all(rows_for(n) >= n and rows_for(rows_for(n)) == rows_for(n) for n in range(1, 1000))
+    assert all(rows_for(n) <= 1.25 * n + 1 for n in range(64, 1000))
+    batch = Batch(make("llama", "h2o", "original"))
+    first = batch.start(distinct(5, random.Random(0)), max_length=40)
+    batch.advance(first)
+    requests = [first, *(batch.fork(first) for _ in range(32))]
+    alone = batch.decode(requests, [3] * 33)
+    rows = next(iter(batch._groups.values())).members
+    assert len(rows) == 48
+    assert all(torch.equal(row, alone[0]) for row in alone[:33])
+    for request in requests[6:]:
+        batch.end(request)
+    rows = next(iter(batch._groups.values())).members
+    assert len(rows) == 16 and sum(m is not None for m in rows) == 6
+    again = batch.decode(requests[:6], [5] * 6)
+    assert all(torch.equal(row, again[0]) for row in again)
 
 
 def test_what_is_planned_ahead_serves_a_batch() -> None:

@@ -68,7 +68,8 @@ def summed_directly(model: Any) -> bool:
     expected = model(IDS).logits
     model.graph_module = sum_directly(model.graph_module)
     names = [str(node.target) for node in model.graph_module.graph.nodes]
-    assert "kvrewrite.sum_ranks.default" in names and not any("all_reduce" in name for name in names)
+    assert names.count("kvrewrite.sum_ranks_add.default") == 4  # two a layer, each with its residual
+    assert not any("all_reduce" in name for name in names)
     return torch.equal(model(IDS).logits, expected)
 
 
@@ -144,13 +145,14 @@ def replayed_sums(rank: int) -> list[bool]:
             (32, 1, 4096),
             (3, 1, 5),
             (1, 513, 1024),
-        ):  # the last two, and fp16, go by NCCL
+        ):  # the last two go by NCCL
             x, spare = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(1 << 20, device=device)
             torch.ops.kvrewrite.sum_ranks(x, peers.group)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 once = torch.ops.kvrewrite.sum_ranks(x, peers.group)
                 twice = torch.ops.kvrewrite.sum_ranks(once + 1, peers.group)
+                added = torch.ops.kvrewrite.sum_ranks_add(twice, peers.group, once)
             for turn in range(20):
                 both = [
                     torch.rand(shape, generator=torch.Generator().manual_seed(100 * turn + r)).to(dtype) for r in (0, 1)
@@ -161,7 +163,9 @@ def replayed_sums(rank: int) -> list[bool]:
                         spare.add_(1)
                 graph.replay()
                 expected = both[0] + both[1]
-                found += [torch.equal(once.cpu(), expected), torch.equal(twice.cpu(), (expected + 1) * 2)]
+                doubled = (expected + 1) * 2
+                found += [torch.equal(once.cpu(), expected), torch.equal(twice.cpu(), doubled)]
+                found.append(torch.equal(added.cpu(), expected + doubled * 2))
     assert peers.group in sums._BUFFERS
     return found
 
@@ -169,7 +173,7 @@ def replayed_sums(rank: int) -> list[bool]:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sums_of_two_gpus() -> None:
-    assert all(all(found) and len(found) == 600 for found in run_ranks(2, replayed_sums))
+    assert all(all(found) and len(found) == 900 for found in run_ranks(2, replayed_sums))
 
 
 @pytest.mark.gpu
