@@ -35,6 +35,7 @@ from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.passes.canonical.validate import validate
 from kvrewrite.passes.insert.cache import insert_cache, site_nodes
 from kvrewrite.passes.insert.devices import place
+from kvrewrite.passes.insert.embeds import embedded_node
 from kvrewrite.passes.insert.latent import cache_latent
 from kvrewrite.passes.insert.policy import PolicyWriter, attach_weights
 from kvrewrite.passes.insert.site_nodes import SiteNodes
@@ -203,6 +204,7 @@ def insert(
         policy_weights=sorted(policy_names),
         constants=sorted(names - set(base) - set(policy_names)),
         aliases=captured.aliases,
+        embedded=embedded_node(gm),
     )
 
 

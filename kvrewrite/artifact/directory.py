@@ -188,6 +188,7 @@ def _read_program(
         policy_weights=manifest["policy_weights"],
         constants=manifest["constants"],
         aliases=manifest["aliases"],
+        embedded=manifest.get("embedded", ""),
     )
     check_program(program, device, str(directory))
     if part is not None:

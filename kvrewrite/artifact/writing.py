@@ -222,6 +222,7 @@ def _manifest(
             if isinstance(_attribute(program, name), nn.Parameter)
         ],
         "aliases": program.aliases,
+        "embedded": program.embedded,
         "recipes": dict(recipes),
         "files": files,
     }

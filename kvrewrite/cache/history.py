@@ -1,4 +1,5 @@
-"""What went through a cache, column by column: the ids, and which of them were real tokens of which row.
+"""What went through a cache, column by column: the ids, and which of them were real tokens of which row. Tokens that came as
+embeddings have a signature (`kvrewrite/cache/signature.py`) in the place of an id.
 
 Masks and texts that come with later calls are compared with it: a cache can't take back what it holds. The ids stay on the
 device where they came from, and are only looked at when a text is handed in that should begin with them.
@@ -6,6 +7,7 @@ device where they came from, and are only looked at when a text is handed in tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,32 +126,44 @@ class History:
         late = np.flatnonzero((mask & ~real).any(0))
         return int(late[0]) if len(late) else columns
 
-    def first_difference(self, ids: Tensor, columns: int) -> tuple[int, int] | None:
+    def first_difference(
+        self, ids: Tensor, columns: int, sign: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[int, int] | None:
         """Where the text `ids` (rows or a multiple of them, T) first differs from what the first `columns` columns hold:
-        a row of it and a column; None where it does not, as far as both go."""
+        a row of it and a column; None where it does not, as far as both go. Both may have signatures; sign: makes them of
+        ids."""
         both = min(columns, ids.shape[1])
         copies = ids.shape[0] // self.rows
-        held = self.ids(both).to(ids.device)
-        differs = ids[:, :both] != held.repeat_interleave(copies, 0)
+        given, held = ids[:, :both], self.ids(both).to(ids.device).repeat_interleave(copies, 0)
+        if sign is not None and bool((either := (given < 0) != (held < 0)).any()):
+            signed = sign(torch.where(given < 0, held, given).clamp(min=0))
+            given, held = (torch.where(either & (side >= 0), signed, side) for side in (given, held))
+        differs = given != held
         differs &= torch.from_numpy(self.real(both)).to(ids.device).repeat_interleave(copies, 0)
         if not bool(differs.any()):
             return None
         column = int(differs.any(0).int().argmax())
         return int(differs[:, column].int().argmax()), column
 
-    def check_text(self, ids: Tensor, columns: int, tokenizer: Any = None) -> None:
+    def check_text(
+        self,
+        ids: Tensor,
+        columns: int,
+        tokenizer: Any = None,
+        sign: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Raises InputError unless the text `ids` (rows or a multiple of them, T), handed in as a whole, begins with what the
-        first `columns` columns hold and has more. tokenizer: says what tokens mean, for the error."""
-        found = self.first_difference(ids, columns)
+        first `columns` columns hold and has more. tokenizer: says what tokens mean, for the error; sign: see
+        `first_difference`."""
+        found = self.first_difference(ids, columns, sign)
         if found is not None:
             row, column = found
             held = int(self.ids(column + 1)[row // (ids.shape[0] // self.rows), column])
             got = int(ids[row, column])
-            names = [str(got), str(held)]
-            if tokenizer is not None:
-                names = [f"{n} ({tokenizer.decode([n])!r})" for n in (got, held)]
+            names = [_name(n, tokenizer) for n in (got, held)]
+            word = "token " if got >= 0 else ""
             raise InputError(
-                f"input_ids differ from the text that the cache holds: at column {column} row {row} has token {names[0]}, and "
+                f"input_ids differ from the text that the cache holds: at column {column} row {row} has {word}{names[0]}, and "
                 f"the cache was given {names[1]}. Pass the ids that generate returned, with the new ones after them (a text that "
                 'is tokenized again may have other ids). Or pass on_mismatch="recompute" at every turn, which goes back to '
                 "the last turn that agrees. Or reset() the cache, or fork() it before the texts part. New ids alone need an "
@@ -161,3 +175,10 @@ class History:
                 f"what the cache has seen and then what is new, or the new ids alone with an attention_mask of {columns} + "
                 f"{ids.shape[1]} columns"
             )
+
+
+def _name(token: int, tokenizer: Any) -> str:
+    """A token of a text, in words."""
+    if token < 0:
+        return f"an embedding (signature {token})"
+    return str(token) if tokenizer is None else f"{token} ({tokenizer.decode([token])!r})"

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 import kvrewrite.ops  # noqa: F401  (registers the ops that captured graphs have)
 
+EMBEDDED = "kvrewrite_embedded"  # in the meta of nodes that turn token ids into embeddings
 TRACE_BATCH, TRACE_LENGTH = 2, 17  # at least 2 (export makes size 1 a constant); no model has a dimension of 17
 
 

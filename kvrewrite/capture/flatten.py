@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvrewrite.capture.attention_interface import MAX_CHUNK
-from kvrewrite.capture.captured import Captured
+from kvrewrite.capture.captured import EMBEDDED, Captured
 from kvrewrite.errors import CaptureError, UnsupportedModelError
-from kvrewrite.ir.fx import clean_path, is_op, set_attr, symbol
+from kvrewrite.ir.fx import clean_path, dependents, is_op, is_size, module_path, set_attr, shape_of, symbol
 
 
 def _choose_logits(found: list[fx.Node], ids: Tensor, table: tuple[int, int] | None) -> fx.Node:
@@ -91,8 +91,8 @@ def vocab_size(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
-    """Returns rows and columns of the table that looks up the unchanged token ids; None if there is none."""
+def _token_lookup(graph: fx.Graph) -> fx.Node | None:
+    """Returns the node that looks up the unchanged token ids in a table; None if there is none."""
     aten = torch.ops.aten
     unchanged = {
         aten._to_copy.default,
@@ -123,8 +123,33 @@ def _token_table(graph: fx.Graph) -> tuple[int, int] | None:
         if index in ids:
             shape = node.args[0].meta["val"].shape
             if len(shape) == 2 and all(isinstance(s, int) for s in shape):
-                return int(shape[0]), int(shape[1])
+                return node
     return None
+
+
+def _table_size(lookup: fx.Node) -> tuple[int, int]:
+    """Rows and columns of the table of a lookup."""
+    table = lookup.args[0]
+    assert isinstance(table, fx.Node)
+    rows, columns = shape_of(table)
+    return int(rows), int(columns)
+
+
+def _mark_embedded(graph: fx.Graph, model: nn.Module, lookup: fx.Node | None) -> None:
+    """Marks what turns ids into embeddings: what the module that `get_input_embeddings` returns does with them (a lookup,
+    often a factor, too), or the lookup alone. The last marked node is what `inputs_embeds` stands for."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    module = get_embeddings() if get_embeddings is not None else None
+    paths = {name for name, m in model.named_modules(remove_duplicate=False) if m is module and name}
+    ids = [n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"]
+    of_ids = dependents(ids, stop=is_size)
+    inside = [n for n in graph.nodes if n in of_ids and any(_is_in(module_path(n), path) for path in paths)]
+    for node in inside or ([] if lookup is None else [lookup]):
+        node.meta[EMBEDDED] = True
+
+
+def _is_in(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
 
 
 def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool) -> Captured:
@@ -171,8 +196,10 @@ def flatten(program: Any, model: nn.Module, frontend: str, takes_positions: bool
             set_attr(root, targets[spec.arg.name], value)
     inputs = {n.target: n for n in new.nodes if n.op == "placeholder"}
     ids = inputs["input_ids"].meta["val"]
-    table = _token_table(new)
+    lookup = _token_lookup(new)
+    table = None if lookup is None else _table_size(lookup)
     new.output(_choose_logits(found, ids, table))
+    _mark_embedded(new, model, lookup)
     new.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
     gm = fx.GraphModule(root, new, class_name=type(model).__name__)
     vocab = table[0] if table is not None else vocab_size(model)

@@ -21,6 +21,7 @@ class Program:
     and `constants` (tables the model computes when it is built, such as inverse frequencies, and literals in its code).
     layout: what the runtime needs (the graph's inputs, cache classes, states, rotary tables).
     policy: {"name": str, "options": dict}, plain JSON data. aliases: names of tied parameters, each to all its names.
+    embedded: name of the node that `inputs_embeds` stands for, "" where it is not known.
     """
 
     graph: fx.GraphModule
@@ -35,5 +36,6 @@ class Program:
     policy_weights: list[str] = field(default_factory=list)
     constants: list[str] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    embedded: str = ""
     proof: dict[str, Any] | None = None  # what was proved by running (`passes/canonical/validate.py`)
     parallel: Parallel | None = None  # where it is one rank's part of a model

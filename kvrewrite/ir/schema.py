@@ -267,6 +267,7 @@ class Manifest(_Data):
     recipes: dict[Path_, Recipe]
     files: dict[Text, File]
     manifest_sha256: Digest
+    embedded: Text = ""
     compiled: Compiled | UnsetType = UNSET
 
 

@@ -27,12 +27,15 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 COUNTED = "cache_position"
 # Arguments that models of transformers have and a rewritten one has not: why.
 _REASONS = {
-    "inputs_embeds": "its graph begins with token ids",
     "token_type_ids": "its graph has no input for them",
     "output_attentions": "attention weights are never made",
     "output_hidden_states": "its graph returns logits alone",
     "output_router_logits": "its graph returns logits alone",
     "is_causal": "its masks are part of the graph",
+    **dict.fromkeys(
+        ("pixel_values", "pixel_values_videos", "image_grid_thw", "image_sizes"),
+        "it is the language model alone; let the unmodified model make embeddings of images and text, and pass inputs_embeds",
+    ),
 }
 
 

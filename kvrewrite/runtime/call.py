@@ -48,6 +48,20 @@ def check_ids_form(input_ids: Any) -> None:
         )
 
 
+def check_embeds(inputs_embeds: Any, width: int, dtype: torch.dtype) -> None:
+    """Raises InputError where `inputs_embeds` are no embeddings (batch, tokens, width) of this dtype."""
+    form = f"a (batch, tokens, {width}) tensor of {dtype}"
+    if not isinstance(inputs_embeds, Tensor):
+        raise InputError(f"inputs_embeds is a {type(inputs_embeds).__name__}, expected {form}")
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width or not inputs_embeds.numel():
+        raise InputError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected {form} with at least one row and token: what "
+            "get_input_embeddings()(ids) gives"
+        )
+    if inputs_embeds.dtype != dtype:
+        raise InputError(f"inputs_embeds has dtype {inputs_embeds.dtype}, expected {dtype}, the model's; cast it")
+
+
 def check_form(input_ids: Any, attention_mask: Any, position_ids: Any, logits_to_keep: Any) -> None:
     """Raises InputError for arguments that no cache could make sense of."""
     check_ids_form(input_ids)
@@ -116,7 +130,8 @@ class Tokens:
 
     ids (rows, columns): those of the call with, before them, `late` columns that some row has still to be given; where:
     the columns of each row's real tokens among them; real: which columns are real from then on, (rows, all columns)
-    bool, or None where all that is new is; decoding: rows that go on by one token, or pause.
+    bool, or None where all that is new is; decoding: rows that go on by one token, or pause; embeds (rows, columns, D): what
+    came in the place of ids, which are signatures then.
     """
 
     ids: Tensor
@@ -124,6 +139,7 @@ class Tokens:
     where: list[np.ndarray]
     real: np.ndarray | None
     decoding: list[bool]
+    embeds: Tensor | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -151,6 +167,11 @@ def new_tokens(ids: Tensor, mask: Tensor | None, cache: Request) -> Tokens:
             real = np.concatenate([before, new], 1)
             if first < past:
                 ids = torch.cat([cache.history.ids(past)[:, first:].to(ids), ids], 1)
+                if bool((ids < 0).any()):
+                    raise InputError(
+                        f"attention_mask counts column {first} as real, in which a row paused, and some of the tokens from "
+                        "there on are embeddings; give that row its tokens first, as ids"
+                    )
                 real, late = given, past - first
                 new = np.concatenate([given[:, first:past] & ~before[:, first:], new], 1)
             where = [np.flatnonzero(row) for row in new]
@@ -198,6 +219,9 @@ class Call:
         self.passes = max(map(len, self.plans), default=0)
         self.step, self._done = 0, [0] * len(self.plans)
         self.ids, self._places = _with_ids_of_repetitions(tokens.ids, self.plans)
+        self.embeds = tokens.embeds
+        if self.embeds is not None and self._places:
+            self.embeds = torch.cat([self.embeds, model.embed(self.ids[:, self.embeds.shape[1] :])], 1)
         self._logits: Tensor | None = None
         begin = tokens.ids.shape[1] - columns
         # Each row's first token whose logits are asked for.
@@ -327,6 +351,8 @@ def _token_inputs(model: RewrittenModel, calls: Sequence[Call], now: Sequence[Pa
     inputs = row_inputs(rows, program.max_positions, torch.arange(longest, device=device))
     picked = [_picked(call.ids.to(device).long(), p.parts, longest) for call, p in zip(calls, now)]
     inputs["input_ids"] = torch.cat(picked) if len(picked) > 1 else picked[0]
+    if (embeds := calls[0].embeds) is not None:  # such a call runs alone
+        inputs["inputs_embeds"] = _picked(embeds.to(device), now[0].parts, longest)
     wanted = [row for p in now for row in p.wanted]
     picks = max(1, max(map(len, wanted)))
     inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)
@@ -354,9 +380,12 @@ def _with_ids_of_repetitions(ids: Tensor, plans: Sequence[Sequence[Segment]]) ->
     return torch.cat([ids, columns], 1), {i: ids.shape[1] + n for n, i in enumerate(others)}
 
 
-def _picked(ids: Tensor, parts: Sequence[np.ndarray], longest: int) -> Tensor:
-    """The tokens of each row, left-aligned (rows, longest)."""
+def _picked(given: Tensor, parts: Sequence[np.ndarray], longest: int) -> Tensor:
+    """The tokens of each row, left-aligned: ids (rows, longest), or embeddings (rows, longest, D)."""
     index = np.zeros((len(parts), longest), dtype=np.int64)
     for row, part in enumerate(parts):
         index[row, : len(part)] = part
-    return torch.gather(ids, 1, to_device(index, ids.device))
+    places = to_device(index, given.device)
+    if given.dim() == 2:
+        return torch.gather(given, 1, places)
+    return torch.gather(given, 1, places[..., None].expand(-1, -1, given.shape[2]))

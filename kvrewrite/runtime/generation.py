@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
@@ -51,6 +52,15 @@ def drop_unsupported(own: GenerationConfig) -> None:
             )
 
 
+def _new_alone(embeds: Tensor, mask: Tensor | None, cache: EvictionCache) -> dict[str, Tensor]:
+    """What a cache has not seen of a text's embeddings (B, T, D), and a mask (B, T) of the whole text."""
+    past = cache.columns
+    if mask is None:
+        real = torch.from_numpy(cache.history.real(past)).long().repeat_interleave(len(embeds) // cache.batch_size, 0)
+        mask = torch.cat([real, real.new_ones(len(embeds), embeds.shape[1] - past)], 1).to(embeds.device)
+    return {"inputs_embeds": embeds[:, past:], "attention_mask": mask}
+
+
 class Generation(GenerationMixin):
     """The part of a `RewrittenModel` that `generate` calls."""
 
@@ -64,6 +74,8 @@ class Generation(GenerationMixin):
     device: Any
     cache_owners: Any
     new_cache: Callable[..., EvictionCache]
+    columns: Callable[..., Tensor]
+    sign: Callable[[Tensor], Tensor]
 
     @property
     def _is_stateful(self) -> bool:
@@ -107,10 +119,11 @@ class Generation(GenerationMixin):
         """transformers' own `generate`. cache, or past_key_values: an EvictionCache of `new_cache`; both names with
         every version of transformers, which renamed it.
 
-        A cache that has seen tokens wants the whole text, which must begin with them, or the new ids alone with an
-        attention_mask (B, past + new). Where more rows are asked for than it has (questions about one text, beams,
-        several sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows that have
-        ended pause: what fills them up does not go into the cache.
+        inputs_embeds (B, T, D) may stand for the prompt, beside its ids or without; the ids that come back begin with those
+        that were given. A cache that has seen tokens wants the whole text, which must begin with them, or the new ids (or
+        embeddings) alone with an attention_mask (B, past + new). Where more rows are asked for than it has (questions about
+        one text, beams, several sequences), generate works on a fork with that many rows, and the cache stays as it is. Rows
+        that have ended pause: what fills them up does not go into the cache.
 
         on_mismatch: what is done with a text that does not begin with what the cache has seen. "error" raises InputError
         with the first token that differs (and its text, where generate is given a tokenizer); "recompute" goes back to
@@ -133,6 +146,14 @@ class Generation(GenerationMixin):
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if ids is not None:
             check_ids_form(ids)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None:
+            if isinstance(ids, Tensor) and isinstance(embeds, Tensor) and ids.shape != embeds.shape[:2]:
+                raise InputError(
+                    f"input_ids are {tuple(ids.shape)} and inputs_embeds {tuple(embeds.shape)}, expected the same rows and "
+                    "tokens: given both, each embedding stands for the id at its place"
+                )
+            ids = self.columns(None, embeds)
         if given is None and pin is not None and isinstance(ids, Tensor):
             if self.program.layout.length_tables:
                 raise InputError("pin= needs a cache=new_cache(max_length=...) here: RoPE depends on the text's length")
@@ -143,6 +164,8 @@ class Generation(GenerationMixin):
             if on_mismatch == "recompute":
                 self._go_back(ids, kwargs.get("attention_mask"), given)
             self._check_text(ids, kwargs.get("attention_mask"), given, kwargs.get("tokenizer"))
+            if embeds is not None and self._is_text(ids, kwargs.get("attention_mask"), given):
+                kwargs.update(_new_alone(embeds, kwargs.get("attention_mask"), given))
             pin_spans(given, pin, ids, kwargs.get("attention_mask"))
         self._agree(ids)
         return super().generate(*args, **kwargs)
@@ -181,7 +204,7 @@ class Generation(GenerationMixin):
     def _check_text(self, ids: Any, mask: Any, cache: EvictionCache, tokenizer: Any = None) -> None:
         """Refuses a text that does not go on from what the cache holds."""
         if self._is_text(ids, mask, cache):
-            cache.history.check_text(ids, cache.columns, tokenizer)
+            cache.history.check_text(ids, cache.columns, tokenizer, self.sign)
 
     def _go_back(self, ids: Any, mask: Any, cache: EvictionCache) -> None:
         """Takes a cache back to where a text agrees with it and has more, and has the end of this prompt marked, too."""
@@ -191,7 +214,7 @@ class Generation(GenerationMixin):
                 "fork() the cache and give the fork as many rows (batch_repeat_interleave)"
             )
         if self._is_text(ids, mask, cache):
-            found = cache.history.first_difference(ids, cache.columns)
+            found = cache.history.first_difference(ids, cache.columns, self.sign)
             agree = ids.shape[1] - 1 if found is None else min(found[1], ids.shape[1] - 1)
             if agree < cache.columns:
                 cache.roll_back(agree)
@@ -249,7 +272,12 @@ class Generation(GenerationMixin):
         check_chunk_size(self.policy, self.cache_owners, size, columns.shape[-1], longest)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, generated: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        generated: bool = False,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` calls the model with. After the prompt that is the newest token and the cache, nothing
         else."""
@@ -260,8 +288,10 @@ class Generation(GenerationMixin):
             if cache.ended is not None and bool(cache.ended.any()):
                 chosen["attention_mask"] = ~cache.ended[:, None]
             return chosen
+        if inputs_embeds is not None:
+            next_sequence_length = None  # `generate` has left only new ones
         found: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
         return found
 

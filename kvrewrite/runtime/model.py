@@ -18,18 +18,29 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.cache.pages import PageStore
 from kvrewrite.cache.request import Owner, exclusive
+from kvrewrite.cache.signature import signatures
 from kvrewrite.capture.third_party import AdapterWatch
 from kvrewrite.errors import InputError
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
+from kvrewrite.passes.insert.embeds import embedding_form, embedding_graph, insert_embeds
 from kvrewrite.passes.insert.pins import insert_pins
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
 from kvrewrite.policies.question import join_question
 from kvrewrite.runtime.arguments import COUNTED, check_arguments, check_columns
-from kvrewrite.runtime.call import Call, check_cache, check_form, check_ids, check_ids_form, check_rows, new_tokens
+from kvrewrite.runtime.call import (
+    Call,
+    check_cache,
+    check_embeds,
+    check_form,
+    check_ids,
+    check_ids_form,
+    check_rows,
+    new_tokens,
+)
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.executor import Executor, compiled
 from kvrewrite.runtime.generation import Generation, drop_unsupported
@@ -41,6 +52,8 @@ from kvrewrite.runtime.pins import Pin, pin_spans
 from kvrewrite.runtime.pretrained import Pretrained
 from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
+
+VIEWS = ("_pinning", "_embedding")  # attributes with views of a model, None until they are needed
 
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -69,7 +82,8 @@ class RewrittenModel(Pretrained, Generation):
     """
 
     adapters: AdapterWatch | None
-    pins = False  # whether it is the view that keeps what caches have pinned
+    pins = False  # whether it is a view that keeps what caches have pinned
+    embeds = False  # whether it is a view that takes embeddings in the place of ids
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
@@ -120,7 +134,7 @@ class RewrittenModel(Pretrained, Generation):
         """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made
         for."""
         twin = memo[id(self)] = object.__new__(type(self))
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("executor", "_pinning")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("executor", *VIEWS)}
         twin.__dict__.update(copy.deepcopy(kept, memo), executor=None)
         if self.executor is not None and self.executor.options is not None:
             twin.compile(**self.executor.options)
@@ -183,7 +197,7 @@ class RewrittenModel(Pretrained, Generation):
         for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
         self._note_gpu()
-        self.__dict__["_pinning"] = None
+        self.__dict__.update(dict.fromkeys(VIEWS))
         if again is not None:
             self.compile(**again)
         return self
@@ -210,9 +224,10 @@ class RewrittenModel(Pretrained, Generation):
         are dropped with the last cache that uses them."""
         if self.decoder is not None:
             self.decoder.release()
-        if (view := self.__dict__.get("_pinning")) is not None:
-            view.uncompile()
-        self.executor = self.__dict__["_pinning"] = None
+        for name in VIEWS:
+            if (view := self.__dict__.get(name)) is not None:
+                view.uncompile()
+        self.__dict__.update(dict.fromkeys(VIEWS), executor=None)
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -224,22 +239,47 @@ class RewrittenModel(Pretrained, Generation):
         own."""
         return None if self.decoder is None else self.decoder.stores
 
-    # -- pinned spans --------------------------------------------------------------------------------------------
+    # -- pinned spans, embeddings --------------------------------------------------------------------------------
     def pinning(self) -> RewrittenModel:
         """A view of this model whose evictions keep what caches have pinned (`passes/insert/pins.py`), made and compiled
         when a cache first needs it."""
-        view: RewrittenModel | None = self.__dict__.get("_pinning")
+        return self._view("_pinning", insert_pins, pins=True)
+
+    def embedding(self) -> RewrittenModel:
+        """A view of this model that takes embeddings in the place of ids (`passes/insert/embeds.py`), made when a call first
+        has them. Compiled, it has no static buffers for single tokens: these come as ids. Raises InputError where there
+        is none."""
+        return self._view("_embedding", insert_embeds, embeds=True)
+
+    def _view(self, name: str, insert: Callable[[Program], Program], **is_for: bool) -> RewrittenModel:
+        """The view of this name, whose program `insert` makes of this one's."""
+        view: RewrittenModel | None = self.__dict__.get(name)
         if view is None:
-            view = copy.copy(self)
-            view.__dict__.update(_modules=dict(self._modules), _pinning=None, pins=True, executor=None)
-            view.program = insert_pins(self.program)
+            program, view = insert(self.program), copy.copy(self)
+            view.__dict__.update(dict.fromkeys(VIEWS), _modules=dict(self._modules), executor=None, **is_for)
+            view.__dict__["_copied"] = self.__dict__.get("_copied") or self.program
+            view.program = program
             view.graph_module = view.program.graph
             if view.program.layout.devices is not None:
                 view._staged = Staged(view.graph_module, view.program.layout.devices)
             if self.executor is not None and self.executor.options is not None:
-                view.compile(**self.executor.options)
-            self.__dict__["_pinning"] = view
+                view.compile(**self.executor.options, **({"static_decode": False} if view.embeds else {}))
+            self.__dict__[name] = view
         return view
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, D) of token ids (B, T), as `inputs_embeds` takes them."""
+        made: Tensor = embedding_graph(self._base)(ids.long().to(self.device))
+        return made
+
+    @property
+    def _base(self) -> Program:
+        """This model's own program, of which a view's is a copy."""
+        return self.__dict__.get("_copied") or self.program
+
+    def sign(self, ids: Tensor) -> Tensor:
+        """The signatures (B, T) of the embeddings of ids (B, T), on the device of the ids."""
+        return signatures(self.embed(ids)).to(ids.device)
 
     # -- caches --------------------------------------------------------------------------------------------------
     @exclusive
@@ -250,13 +290,15 @@ class RewrittenModel(Pretrained, Generation):
 
     def prefill(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         max_length: int | None = None,
         pin: Pin | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> EvictionCache:
-        """Runs a prompt (B, T) into a new cache and returns it, for questions that come later: fork it for each.
+        """Runs a prompt (B, T), or its embeddings (B, T, D), into a new cache and returns it, for questions that come later:
+        fork it for each.
 
         pin: what stays whatever the policy says (`EvictionCache.pin`): (start, end) or a list of such positions for all
         rows, or a bool tensor (B, T).
@@ -269,12 +311,25 @@ class RewrittenModel(Pretrained, Generation):
                 "(keydiff, expected_attention, knorm, locret, streaming_llm)",
                 stacklevel=2,
             )
-        check_ids_form(input_ids)
-        cache = self.new_cache(input_ids.shape[0], max_length=max_length)
-        pin_spans(cache, pin, input_ids, attention_mask)
-        self(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        columns = self.columns(input_ids, inputs_embeds)
+        cache = self.new_cache(columns.shape[0], max_length=max_length)
+        pin_spans(cache, pin, columns, attention_mask)
+        given = {"attention_mask": attention_mask, "past_key_values": cache, "inputs_embeds": inputs_embeds}
+        self(input_ids, **given, logits_to_keep=1)
         cache.end_prompt()
         return cache
+
+    def columns(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
+        """What a cache's text has of a call, (B, T): ids, or the signatures of embeddings. Raises InputError where they are
+        not as they should be, or both are given."""
+        if inputs_embeds is None:
+            check_ids_form(input_ids)
+            ids: Tensor = input_ids
+            return ids
+        if input_ids is not None:
+            raise InputError("got both input_ids and inputs_embeds, expected one of them: embeddings stand for ids")
+        check_embeds(inputs_embeds, *embedding_form(self._base))
+        return signatures(inputs_embeds)
 
     def save_cache(self, cache: EvictionCache, path: str | Path, *, force: bool = False) -> None:
         """See `EvictionCache.save`, which calls this."""
@@ -299,7 +354,7 @@ class RewrittenModel(Pretrained, Generation):
         tables = {}
         for table in self.program.layout.length_tables:
             kind = "short" if max_length is not None and max_length <= table.threshold else "long"
-            found = get_attr(self.graph_module, f"length_tables.{table.index}.{kind}")
+            found = get_attr(self._base.graph, f"length_tables.{table.index}.{kind}")
             tables[table.input] = found.to(self.device)  # those of a model on several devices lie on the CPU
         return tables
 
@@ -327,11 +382,13 @@ class RewrittenModel(Pretrained, Generation):
         generated: bool = False,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
 
-        input_ids: (B, T) int64, rows padded anywhere according to attention_mask (B, past + T) or (B, T), 1 for real
+        input_ids: (B, T) int64, or inputs_embeds (B, T, D) in their place, in the model's dtype, such as get_input_embeddings()
+        gives; rows padded anywhere according to attention_mask (B, past + T) or (B, T), 1 for real
         tokens. Its past must be what the cache was given; columns in which a row paused (0 then) may be 1 at last, and
         go in before the new ones. One token on a row that has some is decoding, more are a prompt. position_ids are
         counted by the cache; given ones must agree. logits_to_keep: how many of the last columns to return logits for,
@@ -345,9 +402,13 @@ class RewrittenModel(Pretrained, Generation):
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
         cache_given, decoder = past_key_values if cache is None else cache, self.decoder
-        if getattr(cache_given, "pins", None) and not self.pins:
+        pinned = getattr(cache_given, "pins", None) and not self.pins
+        if pinned or (inputs_embeds is not None and not self.embeds):
+            view = self.pinning() if pinned else self.embedding()
             given = (input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, return_dict)
-            return self.pinning().forward(*given, cache, generated, labels, num_items_in_batch, **kwargs)
+            return view.forward(*given, cache, generated, labels, num_items_in_batch, inputs_embeds, **kwargs)
+        if inputs_embeds is not None:
+            input_ids = self.columns(input_ids, inputs_embeds)
         plain = attention_mask is None and labels is None and not kwargs
         planned = plain and decoder is not None and decoder.has_planned(input_ids, cache_given)
         if generated and planned:
@@ -375,12 +436,13 @@ class RewrittenModel(Pretrained, Generation):
         cache = self.new_cache(batch, max_length=width) if cache_given is None else cache_given
         check_cache(self, cache, batch)
         tokens = new_tokens(input_ids, attention_mask, cache)
+        tokens.embeds = inputs_embeds
         if kwargs:
             check_columns(kwargs.get(COUNTED), cache.columns, width)
         check_rows(tokens, position_ids, cache)
         if self.policy.whole_prompt:
             check_pieces(self, tokens, cache)
-        if not generated:
+        if not generated and inputs_embeds is None:
             check_ids(input_ids, self.program.vocab_size, all(tokens.decoding))
         if (cache_given is None or labels is not None) and logits_to_keep != 1 and not self._told_scores:
             self._told_scores = warn_of_scores(self, tokens, cache)

@@ -6,14 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from kvrewrite.errors import InputError, UnsupportedModelError
 from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.program import Program
+from kvrewrite.passes.insert.embeds import embedding_graph
 
 # What may stand between token ids and the table of their embeddings.
 _RESHAPING = {getattr(torch.ops.aten, n).default for n in ("view", "reshape", "clone", "alias", "unsqueeze", "squeeze")}
+
+
+class TokenEmbeddings(nn.Embedding):
+    """The table of a program, which makes embeddings the way the program does."""
+
+    def __init__(self, program: Program, weight: Tensor):
+        rows, width = weight.shape
+        super().__init__(rows, width, _weight=weight)
+        # No submodule: its table is this one's weight already.
+        self.__dict__["graph"] = embedding_graph(program) if program.embedded else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D)."""
+        graph = self.__dict__["graph"]
+        found: Tensor = super().forward(input) if graph is None else graph(input)
+        return found
 
 
 class Pretrained(nn.Module):
@@ -45,8 +62,9 @@ class Pretrained(nn.Module):
         return sum(x.numel() * x.element_size() for x in held)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of token embeddings, whose weight is the graph's own parameter. A factor that some models (Gemma)
-        put on them is part of the graph. Raises UnsupportedModelError where tokens are not looked up in one table."""
+        """What makes embeddings (B, T, D) of ids (B, T), as `inputs_embeds` takes them: a table, whose weight is the graph's
+        own parameter, and the factor that the embedding module of some models (Gemma 3) puts on it. Raises
+        UnsupportedModelError where tokens are not looked up in one table."""
         for node in self.graph_module.graph.nodes:
             if node.target is not torch.ops.aten.embedding.default:
                 continue
@@ -55,7 +73,7 @@ class Pretrained(nn.Module):
                 ids = ids.args[0]
             if table.op == "get_attr" and ids.op == "placeholder" and ids.target == "input_ids":
                 weight = get_attr(self.graph_module, table.target)
-                found = nn.Embedding.from_pretrained(weight)
+                found = TokenEmbeddings(self.program, weight)
                 found.weight = weight  # the same object, not another one over its storage
                 return found
         raise UnsupportedModelError("the model's graph does not look tokens up in one table")

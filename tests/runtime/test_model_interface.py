@@ -37,7 +37,7 @@ def full() -> Any:
 class TestArguments:
     @pytest.mark.parametrize(
         "name",
-        ["pixel_values", "past_key_value", "typo", "head_mask", "shift_labels", "cu_seq_lens_q", "max_length_k", "seq_idx",
+        ["videos", "past_key_value", "typo", "head_mask", "shift_labels", "cu_seq_lens_q", "max_length_k", "seq_idx",
          "mm_token_type_ids", "adapter_names"],
     )  # fmt: skip
     def test_unknown_ones_are_named(self, full: Any, name: str) -> None:
@@ -55,7 +55,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("inputs_embeds", torch.ones(1, 5, 64)), ("token_type_ids", torch.zeros(1, 5)), ("output_attentions", True),
+            ("image_sizes", torch.ones(1, 2)), ("token_type_ids", torch.zeros(1, 5)), ("output_attentions", True),
             ("output_hidden_states", True), ("output_router_logits", True), ("is_causal", False),
         ],
     )  # fmt: skip

@@ -38,36 +38,6 @@ def require_lm_eval() -> None:
         raise OptionError(f"--harness lm_eval needs {' and '.join(missing)}: pip install 'lm-eval[hf]'")
 
 
-<<<<<<< HEAD
-# ------------------------------------------------------------------------------------------------- does a request
-# evict?
-def evicts_within(policy: Policy, length: int, layers: int = 1) -> bool:
-    """Whether a forward over `length` tokens evicts anything before its last segment, so that logits can differ.
-
-    layers: how many of the model's layers own a cache.
-    """
-    return policy.evicts(policy.plan(length)[:-1], layers)
-
-
-def evicts_in_prompt(policy: Policy, length: int, layers: int = 1) -> bool:
-    """Whether a prompt of `length` tokens loses any before the first token is generated."""
-    return policy.evicts(policy.plan(length), layers)
-
-
-def scoring_warning(policy: Policy) -> str:
-    """Says in one sentence what a loglikelihood request measures with this policy."""
-    if policy.gates:
-        return "tokens are flagged before attention, so scores are the policy's"
-    if policy.chunk is None:
-        return "a request goes through in one pass and evicts after it, so scores are those of the full cache at every budget"
-    return (
-        f"a request evicts between chunks of {policy.chunk} tokens: shorter ones score as with the full cache, and a "
-        "continuation sees its own chunk whole"
-    )
-
-
-=======
->>>>>>> keep
 # ------------------------------------------------------------------------------------------------------------ the model
 def _model_class() -> Any:
     from lm_eval.models.huggingface import HFLM
