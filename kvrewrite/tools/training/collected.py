@@ -54,9 +54,13 @@ class Collector:
             kept.append((read[picked], label.transpose(1, 2)[picked]))
 
     def examples(self) -> Examples:
-        """What was kept of all texts."""
-        joined = [tuple(torch.cat(part) for part in zip(*kept, strict=True)) for kept in self.found]
-        return Examples([reads for reads, _ in joined], [labels for _, labels in joined])
+        """What was kept of all texts, which is here no longer: head by head, so that only one head's is there twice."""
+        joined = Examples([], [])
+        for kept in self.found:
+            joined.reads.append(torch.cat([reads for reads, _ in kept]))
+            joined.labels.append(torch.cat([labels for _, labels in kept]))
+            kept.clear()
+        return joined
 
 
 def collect(task: LocretTask, texts: Iterable[dict[str, list[int]]], options: FitOptions) -> tuple[Examples, Examples]:
