@@ -16,6 +16,7 @@ from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.spans import joined, without
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.ir.layout import PIN_SPANS
+from kvrewrite.policies import POLICIES
 from tests.cache.test_cache import GREEDY, check_pages, tokens
 from tests.cache.test_fork import CASES as FORKED
 from tests.policies import test_options as quantized
@@ -106,8 +107,9 @@ FULL = {
     "fast_kvzip, by layer",
     "nacl pyramid",
 }
+# But InfLLM's, which refuses both (tests/policies/test_infllm.py).
 CASES: dict[str, tuple[str, dict[str, Any], Rule]] = {
-    **{name: case for name, case in table.CASES.items() if not isinstance(case[2], DuoRule)},
+    **{n: c for n, c in table.CASES.items() if not isinstance(c[2], DuoRule) and not POLICIES[c[0]].recalls},
     "h2o heads, with room": (
         "h2o",
         {"budget": 13, "recent_tokens": 3, "head_budgets": "adakv"},
