@@ -113,7 +113,7 @@ def bodies_that_are_wrong() -> Iterator[tuple[str, bytes, str | None, str]]:
     yield COMPLETIONS, b'{"prompt": "\\ud800"}', None, "hex escape"
     yield COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', None, "not JSON"
     yield COMPLETIONS, b"\xff\xfe{\x00}\x00", None, "not JSON"
-    yield COMPLETIONS, b"[1]", None, "not a JSON object"
+    yield COMPLETIONS, b"[1]", None, "expected a JSON object"
     for path, body, field, message in (
         (COMPLETIONS, {"prompt": "a", "temperature": 1e-38}, "temperature", "at least 1e-08"),
         (COMPLETIONS, {"prompt": "a", "temperature": 1e-300}, "temperature", "at least 1e-08"),
