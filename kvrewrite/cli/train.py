@@ -177,7 +177,6 @@ def train(
     \b
     Examples:
       kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
-      kvrewrite train MODEL -p kvzap -d texts.jsonl --out kvzap.safetensors --collect 1000 --batch-size 4 --max-tokens 2000
       kvrewrite train MODEL -p attention_gate -d texts.jsonl --out gates.safetensors --plot loss.png
     """
     if resume and checkpoints is None:
