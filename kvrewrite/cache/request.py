@@ -26,7 +26,7 @@ from torch import Tensor
 from kvrewrite.cache.history import History
 from kvrewrite.cache.pages import Lease, PageStore, to_device
 from kvrewrite.cache.policy_state import PolicyState
-from kvrewrite.cache.rollback import PROMPTS, Turn, is_final, only_appends, remembers, why_never
+from kvrewrite.cache.rollback import PROMPTS, Turn, only_appends, remembers, why_never
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, head_budgets, pages_of, walk
 from kvrewrite.cache.spans import counted
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
@@ -417,7 +417,7 @@ class Request:
     def commit(self, plan: StepPlan) -> None:
         """Records a finished step and returns the pages that it emptied."""
         self._changes += 1
-        self._final |= not self.only_appends and is_final(plan, self._leaves_traces)
+        self._final |= not self.only_appends and (self._leaves_traces or plan.limited)
         longest = [-1] * self.batch_size  # of layers without a window
         measured, shares = self._measure(plan), []
         competes = self._policy.head_budgets != "equal"

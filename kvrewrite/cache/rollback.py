@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvrewrite.cache.pages import to_device
-from kvrewrite.cache.slot_plan import StepPlan
 from kvrewrite.ir.layout import CacheLayout
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.segments import UNLIMITED
@@ -54,11 +53,6 @@ def remembers(layout: CacheLayout) -> bool:
 def only_appends(policy: Policy) -> bool:
     """Whether nothing ever goes under a policy, whatever its scores are."""
     return not policy.evicts_ever or policy.slots(1) >= UNLIMITED
-
-
-def is_final(plan: StepPlan, leaves_traces: bool) -> bool:
-    """Whether a step that has a budget can't be taken back. leaves_traces: as `remembers` says."""
-    return leaves_traces or any(s is not None and s.keep < UNLIMITED for s in plan.segments)
 
 
 def why_not(cache: EvictionCache, columns: int) -> str | None:

@@ -179,6 +179,11 @@ class StepPlan:
     ragged: bool
     loose: bool
 
+    @property
+    def limited(self) -> bool:
+        """Whether any row's segment has a budget, so that something may go."""
+        return any(s is not None and s.keep < UNLIMITED for s in self.segments)
+
     @functools.cached_property
     def tokens(self) -> list[int]:
         """Tokens that join each row."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from kvrewrite.ir.fx import erase_dead, is_op, same_size, tensor_of
+from kvrewrite.ir.fx import arg, erase_dead, is_op, same_size, tensor_of
 from kvrewrite.passes.lower.match import calls, lowered, replace
 
 comm = torch.ops._c10d_functional
@@ -37,7 +37,7 @@ def _add_residuals(gm: fx.GraphModule) -> None:
         residual = right if left is total else left
         if not isinstance(residual, fx.Node) or residual is total or not _alike(residual, total):
             continue
-        replace(user, ops.sum_ranks_add.default, (*total.args, residual))
+        replace(user, ops.sum_ranks_add.default, (arg(total, "x"), arg(total, "group"), residual))
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:

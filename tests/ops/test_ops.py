@@ -816,11 +816,12 @@ def test_every_op_is_checked() -> None:
     # The backend's own op marks where a cache is, takes a handle instead of tensors and never runs (tests/dynamo).
     # Those of training are there only once something trains (test_gated_attention_backward.py). Carried states and latents
     # have their own files (tests/passes/test_carry_state.py, tests/cache/test_latent.py), and so have budgets that heads of
-    # several processes share (tests/passes/test_shard.py) and sums over processes (tests/runtime/test_parallel.py).
+    # several processes share (tests/passes/test_shard.py), sums over processes (tests/runtime/test_parallel.py) and memories
+    # (tests/policies/test_infllm.py).
     elsewhere = {
         "through_cache", "gated_attention", "gated_attention_backward", "linear_scan", "decayed_sum", "cached_sum", "cached_scan",
         "cached_past", "with_past", "latent_attention", "shared_budgets", "share_layers_together",
-        "sum_ranks", "sum_ranks_add",
+        "sum_ranks", "sum_ranks_add", "look_up", "recall",
     }  # fmt: skip
     assert defined - elsewhere == {name.split(",")[0] for name in calls()}
 

@@ -385,7 +385,7 @@ def test_a_prefix_that_requests_share() -> None:
 def test_misuse_is_named() -> None:
     batch = Batch(make("llama", "h2o", "original"))
     request = batch.start(distinct(20, random.Random(0)))
-    with pytest.raises(CacheError, match="not through"):
+    with pytest.raises(CacheError, match="expected a request whose prompt is through"):
         batch.decode([request], [3])
     with pytest.raises(CacheError, match="no request"):
         batch.decode([], [])

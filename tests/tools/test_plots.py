@@ -216,7 +216,7 @@ def test_eviction_is_drawn_as_it_was_measured(tmp_path):
     assert image.get_array().tolist() == [[75.0, 50.0], [0.0, 25.0]]
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["0", "3"]
     assert "37.5%" in figure.axes[0].get_title()
-    with pytest.raises(OptionError, match="is of one policy; the results have none"):
+    with pytest.raises(OptionError, match="expected one policy for a map of what is evicted; the results have none"):
         plots.eviction(results_of(made[0]), out)
     with pytest.raises(ArtifactError, match="do not say what each head held"):
         plots.eviction(results_of(made[0], cell("h2o", 0.5, "blind", [1.0])), out)
