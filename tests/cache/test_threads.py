@@ -144,6 +144,32 @@ def test_reports_resets_and_garbage_on_the_side() -> None:
     check_pages(cache)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("make", [rewritten, static])
+def test_a_thousand_answers(make: Any) -> None:
+    """Eight threads, each with 125 questions: by turns on a cache of its own and on a fork of one document."""
+    model = make("llama", "h2o", budget=40)
+    document = tokens(1, 60)
+    cache = model.prefill(document)
+    texts = [torch.cat([document, tokens(1, 3 + i, seed=i)], 1) for i in range(10)]
+    alone = [answer(model, text, steps=5) for text in texts]
+    forked = [answer(model, text, cache.fork(), steps=5) for text in texts]
+
+    def many(first: int) -> list[list[int]]:
+        found = []
+        for i in range(first, first + 125):
+            text = texts[i % len(texts)]
+            found.append(answer(model, text, cache.fork() if i % 2 else None, steps=5))
+        return found
+
+    found = at_once([partial(many, 125 * n) for n in range(8)])
+    for n, answers in enumerate(found):
+        assert isinstance(answers, list), answers
+        assert answers == [(forked if i % 2 else alone)[i % 10] for i in range(125 * n, 125 * n + 125)]
+    gc.collect()
+    check_pages(cache)
+
+
 @pytest.mark.gpu
 def test_captured_steps_in_threads() -> None:
     """Compiled with captured graphs on a GPU, which is the default of compile() there: caches of their own, and forks."""
