@@ -149,7 +149,6 @@ class JoinedRows(EvictionCache):
             _put_state(state, row, theirs)
         for name in OF_ROWS:
             getattr(self, name)[row] = getattr(request, name)[0]
-        self.ahead[row] = request.ahead[0]
         self._shares = [
             self._replaced(shares, row, other[:, 0]) for shares, other in zip(self._shares, request._shares)
         ]
@@ -171,7 +170,6 @@ class JoinedRows(EvictionCache):
         for name in OF_ROWS:
             values = getattr(self, name)
             values[row] = type(values[row])(0)
-        self.ahead[row] = 0
         self._shares = [self._replaced(shares, row, -1) for shares in self._shares]
         self._policies[row], self.resting[row] = self._policy, True
         self.end_step()
@@ -194,7 +192,6 @@ class JoinedRows(EvictionCache):
     def widen(self, rows: int) -> None:
         """More rows, which rest."""
         more = rows - self.batch_size
-        self.ahead += [0] * more
         self.begin_step()
         self._changes += 1
         for lease in self.leases:

@@ -18,7 +18,17 @@ from kvrewrite.cli.options import (
     parse_bytes,
     parse_policies,
 )
-from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
+from kvrewrite.cli.shared import (
+    Command,
+    check_directory,
+    find_device,
+    long_bar,
+    print_json,
+    print_tables,
+    quiet_transformers,
+    stdout_console,
+    warn,
+)
 from kvrewrite.errors import ArtifactError, OptionError
 
 
@@ -190,8 +200,7 @@ def _check_files(out: Path | None, plot: Path | None, resume: bool, force: bool)
         if path.exists() and not (resume or force):
             again = "continue it with --resume, or replace it" if name == "--out" else "replace it"
             raise ArtifactError(f"{path} exists; {again} with --force")
-        if not path.resolve().parent.is_dir():
-            raise ArtifactError(f"{name} {path}: its directory does not exist; make it first")
+        check_directory(name, path)
     if plot is not None:
         from kvrewrite.tools.plotting import require_matplotlib
 
@@ -218,11 +227,7 @@ def _run(settings: Any, out: Path | None, resume: bool, plot: Path | None, as_js
         print_json(results)
     else:
         console = stdout_console()
-        shown, notes = tables(results, console.width)
-        for table in shown:
-            console.print(table)
-        for i, note in enumerate(notes):
-            click.echo(f"[{i + 1}] {note}")
+        print_tables(*tables(results, console.width))
         console.print(explanation(results), markup=False)
     if plot is not None and any(c.get("prefill") or c.get("decode") for c in results["cells"]):
         draw(results, plot)

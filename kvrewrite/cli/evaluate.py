@@ -19,7 +19,17 @@ from kvrewrite.cli.options import (
     parse_policies,
     with_shipped_weights,
 )
-from kvrewrite.cli.shared import Command, find_device, long_bar, print_json, quiet_transformers, stdout_console, warn
+from kvrewrite.cli.shared import (
+    Command,
+    check_directory,
+    find_device,
+    long_bar,
+    print_json,
+    print_tables,
+    quiet_transformers,
+    stdout_console,
+    warn,
+)
 from kvrewrite.errors import ArtifactError, OptionError
 
 
@@ -161,8 +171,8 @@ def evaluate(
     if out is not None and out.exists() and not (resume or force):
         raise ArtifactError(f"{out} exists; continue it with --resume, or replace it with --force")
     for path, name in ((out, "--out"), (html, "--html")):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ArtifactError(f"{name} {path}: its directory does not exist; make it first")
+        if path is not None:
+            check_directory(name, path)
     if html is not None and html.exists() and not force:
         raise ArtifactError(f"{html} exists; replace it with --force")
     from kvrewrite.artifact import directory as artifact
@@ -241,6 +251,7 @@ def _check_usage(
 
 def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool, html: Path | None) -> None:
     from kvrewrite.tools.evaluation.page import page
+    from kvrewrite.tools.evaluation.report import tables
     from kvrewrite.tools.evaluation.run import evaluate as run
 
     started = time.perf_counter()
@@ -256,7 +267,7 @@ def _run_tasks(settings: Any, out: Path | None, resume: bool, as_json: bool, htm
     if as_json:
         print_json(results)
         return
-    print_tables(results)
+    print_tables(*tables(results, stdout_console().width))
     where = f"; {out}" if out is not None else ""
     click.echo(f"{len(results['cells'])} cells in {time.perf_counter() - started:.0f} s{where}", err=True)
 
@@ -282,15 +293,3 @@ def _run_harness(
     stdout_console().print(shown)
     for note in notes:
         click.echo(note)
-
-
-def print_tables(results: dict[str, Any]) -> None:
-    """Tables of an evaluation, as wide as the terminal, and why cells were refused."""
-    from kvrewrite.tools.evaluation.report import tables
-
-    console = stdout_console()
-    shown, reasons = tables(results, console.width)
-    for table in shown:
-        console.print(table)
-    for i, reason in enumerate(reasons):
-        click.echo(f"[{i + 1}] {reason}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvrewrite.cli.options import DTYPES, model_directory, parse_budget, parse_policies
-from kvrewrite.cli.shared import Command, find_device, quiet_transformers
+from kvrewrite.cli.shared import Command, check_directory, find_device, quiet_transformers
 from kvrewrite.errors import ArtifactError, OptionError
 
 
@@ -77,8 +77,7 @@ def plot(
         raise OptionError(f"--out {out}: expected a name that ends in .png")
     if out.exists() and not force:
         raise ArtifactError(f"{out} exists; replace it with --force")
-    if not out.resolve().parent.is_dir():
-        raise ArtifactError(f"--out {out}: its directory does not exist; make it first")
+    check_directory("--out", out)
     is_results = source is not None and Path(source).is_file()
     if kind in ("accuracy", "eviction") or (kind == "memory" and is_results):
         if not is_results:

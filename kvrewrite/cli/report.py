@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvrewrite.cli.evaluate import print_tables
-from kvrewrite.cli.shared import Command
+from kvrewrite.cli.shared import Command, print_tables, stdout_console
 from kvrewrite.errors import ArtifactError
 
 PLACE = click.Path(path_type=Path, dir_okay=False)
@@ -45,6 +44,7 @@ def report(
     from kvrewrite.tools.evaluation.cells import join_results, read_results
     from kvrewrite.tools.evaluation.markdown import markdown
     from kvrewrite.tools.evaluation.page import page
+    from kvrewrite.tools.evaluation.report import tables
     from kvrewrite.tools.subjects import write_json
 
     if beside is not None and markdown_out is None:
@@ -59,4 +59,4 @@ def report(
         markdown_out.write_text(markdown(results, beside), encoding="utf-8")
     if html is not None:
         html.write_text(page(results), encoding="utf-8")
-    print_tables(results)
+    print_tables(*tables(results, stdout_console().width))

@@ -7,17 +7,19 @@ import errno
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvrewrite.errors import KVRewriteError, OptionError
+from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+    from rich.table import Table
 
 
 # What they warn of at import is between these packages, and would stand before our own output.
@@ -50,6 +52,21 @@ class Command(click.Command):
             click.echo(json.dumps({"error": message, "type": type(error).__name__}))
         click.echo(f"error: {message}", err=True)
         ctx.exit(1)
+
+
+def check_directory(option: str, path: Path) -> None:
+    """Raises ArtifactError where a file that an option names can't be written, because its directory is not there."""
+    if not path.resolve().parent.is_dir():
+        raise ArtifactError(f"{option} {path}: its directory does not exist; make it first")
+
+
+def print_tables(tables: Iterable[Table], notes: Iterable[str]) -> None:
+    """Prints tables, and their numbered notes."""
+    console = stdout_console()
+    for table in tables:
+        console.print(table)
+    for i, note in enumerate(notes, 1):
+        click.echo(f"[{i}] {note}")
 
 
 def stderr_console() -> Console:

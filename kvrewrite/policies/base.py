@@ -9,7 +9,7 @@ the compiler's and the runtime's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 
 PROMPT = "prompt_tokens"  # the row input that says how many of a row's first tokens protect_prompt keeps
+
+
+def rotation_known(sites: list[AttentionSite], facts: Mapping[str, Any]) -> bool:
+    """Whether a model has rotary embeddings, and its rotation was found; both are arguments of `Policy.adapt`."""
+    return any(site.rope for site in sites) and "rope_problem" not in facts
 
 
 @dataclass

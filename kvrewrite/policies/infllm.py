@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError, UnsupportedModelError
-from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.base import Policy, Scores, rotation_known
 from kvrewrite.policies.registry import register
 from kvrewrite.policies.segments import NEW_ROW, RowState, Segment
 
@@ -119,8 +119,7 @@ class InfLLM(Policy):
             )
         if self.distant != "auto":
             return self
-        usable = any(s.rope for s in sites) and "rope_problem" not in facts
-        return dataclasses.replace(self, distant="constant" if usable else "original")
+        return dataclasses.replace(self, distant="constant" if rotation_known(sites, facts) else "original")
 
     def of_rank(self, rank: int, ranks: int) -> Policy:
         """All heads of a layer look the same blocks up."""

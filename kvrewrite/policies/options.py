@@ -190,7 +190,7 @@ class Options(Traits):
         """What can't keep a prompt and stay within a budget."""
         reasons = {
             "it evicts nothing while decoding": (not self.evicts_ever or self.whole_prompt or not self.decode_eviction),
-            "how many slots per head keeps does not follow from the budget alone": (
+            "how many slots each head keeps does not follow from the budget alone": (
                 not self.protects_prompts or self.gates or self.data_dependent or self.head_pattern
             ),
             f"with layer_budgets={self.layer_budgets} a layer could have less than the prompt": (

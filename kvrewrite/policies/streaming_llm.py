@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import OptionError
-from kvrewrite.policies.base import Policy, Scores
+from kvrewrite.policies.base import Policy, Scores, rotation_known
 from kvrewrite.policies.registry import register
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class ContiguousWherePossible(Policy):
         """Settles "auto" as it fits the model."""
         if self.positions != "auto":
             return self
-        usable = any(s.rope for s in sites) and not facts.get("rope_problem")
-        return dataclasses.replace(self, positions="contiguous" if usable else "original")
+        return dataclasses.replace(self, positions="contiguous" if rotation_known(sites, facts) else "original")
 
 
 @register

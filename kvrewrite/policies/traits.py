@@ -69,7 +69,7 @@ class Traits:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether the text decides how many slots per head keeps (`Scores.keep`), at most its budget."""
+        """Whether the text decides how many slots each head keeps (`Scores.keep`), at most its budget."""
         return False
 
     @property

@@ -186,9 +186,9 @@ class Batch:
         """Divides memory among the pools, so that each has room for as many slots of its heads."""
         classes = self.model.program.layout.classes
         heads = [len(c.layers) * c.kv_heads for c in classes]
-        each = memory // max(1, sum(n * store.page_bytes for n, store in zip(heads, self.stores)))
+        least = sum(n * store.page_bytes for n, store in zip(heads, self.stores))
+        each = memory // max(1, least)
         if each < 1:
-            least = sum(n * store.page_bytes for n, store in zip(heads, self.stores))
             raise OptionError(
                 f"memory is {memory} bytes, expected at least {least}: one page for each head of the model"
             )

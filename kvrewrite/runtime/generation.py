@@ -174,14 +174,13 @@ class Generation(GenerationMixin):
         """`generate` with a draft."""
         from kvrewrite.runtime.speculation import Speculator, full_cache, self_draft
 
-        given = {name: kwargs.pop(f"draft_{name}", None) for name in ("budget", "policy", "tokens")}
-        tokens = {"tokens": given.pop("tokens")} if given["tokens"] is not None else {}
-        given.pop("tokens", None)
+        given = {name: kwargs.pop(f"draft_{name}", None) for name in ("budget", "policy")}
+        tokens = kwargs.pop("draft_tokens", None)
         if draft != "self" and any(value is not None for value in given.values()):
             raise OptionError(f'draft_budget and draft_policy are those of draft="self"; got draft={draft!r}')
         model: Any = self
         pair = self_draft(model, **given) if draft == "self" else (full_cache(model), draft)
-        return Speculator(*pair, **tokens).generate(*args, **kwargs)
+        return Speculator(*pair, *([] if tokens is None else [tokens])).generate(*args, **kwargs)
 
     def _agree(self, ids: Any) -> None:
         """The processes of a tensor-parallel model go on with the same ids and the same random numbers."""

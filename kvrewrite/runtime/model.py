@@ -251,12 +251,18 @@ class RewrittenModel(Pretrained, Generation):
         is none."""
         return self._view("_embedding", insert_embeds, embeds=True)
 
+    def viewed(self, **changed: Any) -> RewrittenModel:
+        """A view of this model: the same weights and graph, but for these attributes, and views of its own."""
+        view = copy.copy(self)
+        view.__dict__.update(dict.fromkeys(VIEWS), **changed)
+        return view
+
     def _view(self, name: str, insert: Callable[[Program], Program], **is_for: bool) -> RewrittenModel:
         """The view of this name, whose program `insert` makes of this one's."""
         view: RewrittenModel | None = self.__dict__.get(name)
         if view is None:
-            program, view = insert(self.program), copy.copy(self)
-            view.__dict__.update(dict.fromkeys(VIEWS), _modules=dict(self._modules), executor=None, **is_for)
+            program = insert(self.program)
+            view = self.viewed(_modules=dict(self._modules), executor=None, **is_for)
             view.__dict__["_copied"] = self.__dict__.get("_copied") or self.program
             view.program = program
             view.graph_module = view.program.graph

@@ -8,7 +8,6 @@ and both caches take the rest back (kvrewrite/cache/rollback.py). The host waits
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -202,9 +201,7 @@ def settle(text: Tensor, drafted: Tensor, verdict: acceptance.Verdict, criteria:
 # -- which model drafts for which ------------------------------------------------------------------------------------------
 def with_policy(model: RewrittenModel, policy: Policy) -> RewrittenModel:
     """A view of a model that plans by another policy; its graph stays as it is, so that policies differ in budgets only."""
-    view = copy.copy(model)
-    view.__dict__.update(policy=policy, _pinning=None)
-    return view
+    return model.viewed(policy=policy)
 
 
 def full_cache(model: RewrittenModel) -> RewrittenModel:

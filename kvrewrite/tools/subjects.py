@@ -207,6 +207,21 @@ def versions() -> dict[str, str]:
     }
 
 
+def read_json(path: Path, kind: str, form: int) -> dict[str, Any]:
+    """Reads a file of results that a command of this kind wrote in this format; raises ArtifactError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); expected a file that --out wrote") from error
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise ArtifactError(f"{path} has no results of `{kind}`; expected a file that its --out wrote")
+    if data.get("format") != form:
+        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {form}")
+    return data
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes a file completely or not at all."""
     path = path.resolve()

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.errors import OptionError
 from kvrewrite.tools.benchmark.baselines import FULL
 from kvrewrite.tools.benchmark.measure import Options
 from kvrewrite.tools.benchmark.shapes import ShapeSource
-from kvrewrite.tools.subjects import PolicySpec, Source, versions
+from kvrewrite.tools.subjects import PolicySpec, Source, read_json, versions
 
 FORMAT = 1
 KIND = "kvrewrite bench"
@@ -95,26 +95,11 @@ def describe(settings: Settings, source: Source | ShapeSource) -> dict[str, Any]
 FIXED = ("fingerprint", "device", "dtype", "compile", "memory_limit", "seed", "repeat", "steps", "new_tokens")
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads the results of an earlier benchmark; raises ArtifactError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); expected a file that --out wrote") from error
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ArtifactError(f"{path} has no results of `{KIND}`; expected a file that its --out wrote")
-    if data.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
-    return data
-
-
 def earlier_cells(
     path: Path, wanted: Mapping[str, Any], here: Mapping[str, Any], warn: Warn
 ) -> dict[str, dict[str, Any]]:
     """Returns the cells of an interrupted run that can be kept, by key."""
-    data = read_results(path)
+    data = read_json(path, KIND, FORMAT)
     for name in FIXED:
         if data["settings"].get(name) != wanted[name]:
             what = "model" if name == "fingerprint" else name

@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from kvrewrite.errors import OptionError
+from kvrewrite.policies import Policy
 from kvrewrite.policies.question import join_question
 
 SLACK = 4  # tokens that an answer may have beyond the expected ones
 
 POINTS = ("context", "prompt")  # where the cache is measured: before and after the question
+
+
+def question_first(policy: Policy, mode: str) -> bool:
+    """Whether a policy's context begins with the question. Raises OptionError where such a one is measured blind."""
+    if policy.question_first and mode == "blind":
+        raise OptionError(
+            f"{policy.name} puts the question before the context, so there is no blind mode; leave --mode blind out"
+        )
+    return policy.question_first
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrewrite.errors import ArtifactError, OptionError
+from kvrewrite.errors import OptionError
 from kvrewrite.tools.evaluation import asked, documents, intervals, ruler, scored
 from kvrewrite.tools.evaluation.ask import POINTS
+from kvrewrite.tools.subjects import read_json
 
 FORMAT = 1
 BASELINE = "full"  # the mode of the baseline's cells, which belong to both modes
@@ -92,17 +93,7 @@ def means(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Reads the results of an earlier evaluation; raises ArtifactError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); expected a file that --out wrote") from error
-    if not isinstance(data, dict) or data.get("kind") != "kvrewrite eval":
-        raise ArtifactError(f"{path} has no results of `kvrewrite eval`; expected a file that its --out wrote")
-    if data.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has results of format {data.get('format')}, expected {FORMAT}")
-    return data
+    return read_json(path, "kvrewrite eval", FORMAT)
 
 
 def join_results(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

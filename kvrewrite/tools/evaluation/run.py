@@ -21,7 +21,7 @@ import torch
 from kvrewrite import policies
 from kvrewrite.errors import KVRewriteError, OptionError
 from kvrewrite.tools.evaluation import asked, documents, intervals, kept, ruler
-from kvrewrite.tools.evaluation.ask import Answers, Question, ask_aware, ask_blind, encode
+from kvrewrite.tools.evaluation.ask import Answers, Question, ask_aware, ask_blind, encode, question_first
 from kvrewrite.tools.evaluation.cells import (
     BASELINE,
     FORMAT,
@@ -145,12 +145,7 @@ def run_cell(
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Returns scores and memory of one cell; reports how many questions are answered."""
-    started = time.perf_counter()
-    first = model.policy.question_first
-    if first and mode == "blind":
-        raise OptionError(
-            f"{model.policy.name} puts the question before the context, so there is no blind mode; leave --mode blind out"
-        )
+    started, first = time.perf_counter(), question_first(model.policy, mode)
     answers = Answers([])
     if mode == "aware":
         steps = ask_aware(model, tokenizer, questions, batch_size, question_first=first)

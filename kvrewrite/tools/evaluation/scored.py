@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrewrite.errors import OptionError
 from kvrewrite.policies.question import join_question
 from kvrewrite.tools.evaluation import intervals
-from kvrewrite.tools.evaluation.ask import POINTS, Held, pad_left, prefill
+from kvrewrite.tools.evaluation.ask import POINTS, Held, pad_left, prefill, question_first
 from kvrewrite.tools.evaluation.documents import Passage
 
 LOGITS = 1 << 28  # most logits that are turned into log-probabilities at once
@@ -43,11 +42,7 @@ def run_scored(
     nll: nats per token; accuracy: share of tokens that are the model's first choice; exact: share of answers whose
     tokens all are, which is what greedy decoding would get right. Intervals are over documents.
     """
-    started, first = time.perf_counter(), model.policy.question_first
-    if first and mode == "blind":
-        raise OptionError(
-            f"{model.policy.name} puts the question before the context, so there is no blind mode; leave --mode blind out"
-        )
+    started, first = time.perf_counter(), question_first(model.policy, mode)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     bos = tokenizer.bos_token_id
     about: dict[Ids, list[Asked]] = {}
