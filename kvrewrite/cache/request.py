@@ -39,7 +39,7 @@ WIDE = ("positions", "following")  # row numbers that are int64 to the graph; th
 # Lists that have an entry for each row.
 PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted", "first_prompt")
 # All lists with an entry for each row: those that are saved, and what matters for going back only.
-OF_ROWS = (*PER_ROW, "ahead")
+OF_ROWS = (*PER_ROW, "ahead", "implied")
 
 
 def row_inputs(
@@ -168,6 +168,9 @@ class Request:
         self.firm, self._final = 0, False
         self.turns: list[Turn] = []
         self.ahead, self._before = [0] * batch, Turn(0, (0,) * batch)
+        self.implied = [
+            0
+        ] * batch  # columns of a row when more of a text after an answer said that its first prompt was complete
         self.marking = False  # whether the next prompt's end becomes one of them
         self.ended: Tensor | None = None  # (B,) bool: rows that `generate` has ended, which pause from then on
         self.leases: list[Lease] = []

@@ -89,6 +89,8 @@ def take_back(cache: EvictionCache, columns: int) -> None:
         cache.seen[row] -= n
         cache.length[row] -= n
         cache.next_rotary[row] -= n
+        if columns <= cache.implied[row]:  # nothing has said yet that its first prompt is complete
+            cache.prompted[row], cache.implied[row] = False, 0
         if cache.seen[row] < cache.first_prompt[row] or not cache.prompted[row]:
             first_prompt = cache.first_prompt[row]
             cache.first_prompt[row] = first_prompt if cache.seen[row] > first_prompt else 0

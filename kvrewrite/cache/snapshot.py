@@ -51,6 +51,7 @@ class Numbers(Struct, forbid_unknown_fields=True):
     ranks_held: bool
     loose: bool
     unmeasured: Count
+    only_appends: bool = False
     pins: Annotated[
         list[Annotated[list[tuple[Count, Count]], Meta(max_length=PIN_SPANS)]], Meta(max_length=1 << 20)
     ] = []
@@ -83,6 +84,7 @@ def take(cache: EvictionCache) -> tuple[Numbers, dict[str, Tensor]]:
         max_length=table_length(cache.layout, cache.max_length),
         loose=cache._loose,
         unmeasured=cache._unmeasured,
+        only_appends=cache.only_appends,
         keys_rotated=cache.keys_rotated,
         ranks_held=cache.ranks_held,
         pins=[list(spans) for spans in cache.pins],
@@ -141,6 +143,7 @@ def restore(
     cache._loose, cache._unmeasured = numbers.loose, numbers.unmeasured
     cache.pins = [tuple(spans) for spans in numbers.pins]
     cache.columns, cache.history = numbers.columns, History.of(ids, real)
+    cache.only_appends |= numbers.only_appends
     cache.firm = cache.columns  # how what was read came about is not known
     return cache
 

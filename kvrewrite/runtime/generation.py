@@ -61,6 +61,16 @@ def _new_alone(embeds: Tensor, mask: Tensor | None, cache: EvictionCache) -> dic
     return {"inputs_embeds": embeds[:, past:], "attention_mask": mask}
 
 
+def _as_new_tokens(given: dict[str, Any], seen: int) -> None:
+    """Lengths of a text, in the arguments of `generate`, as numbers of new tokens: transformers would count the embeddings that
+    it is given, and those are the new ones alone. seen: tokens of the text before the answer."""
+    for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if given.get(length) is not None:
+            asked = given.pop(length) - seen
+            if given.get(new) is None:
+                given[new] = asked
+
+
 class Generation(GenerationMixin):
     """The part of a `RewrittenModel` that `generate` calls."""
 
@@ -166,6 +176,7 @@ class Generation(GenerationMixin):
             self._check_text(ids, kwargs.get("attention_mask"), given, kwargs.get("tokenizer"))
             if embeds is not None and self._is_text(ids, kwargs.get("attention_mask"), given):
                 kwargs.update(_new_alone(embeds, kwargs.get("attention_mask"), given))
+                _as_new_tokens(kwargs, embeds.shape[1])
             pin_spans(given, pin, ids, kwargs.get("attention_mask"))
         self._agree(ids)
         return super().generate(*args, **kwargs)

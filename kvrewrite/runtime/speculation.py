@@ -169,8 +169,7 @@ class Speculator:
             raise InputError("output_scores and output_logits do not go together with a draft; leave them out")
         for processor in processors:
             name = type(processor).__name__
-            own = not type(processor).__module__.startswith("transformers.")
-            if own or name.startswith(_STATEFUL):
+            if not from_transformers(processor) or name.startswith(_STATEFUL):
                 raise InputError(
                     f"the logits processor {name} may remember what it was called with, and drafted tokens are tried and "
                     "taken back, so the answer would be another; leave it out, or generate without a draft"
@@ -183,17 +182,28 @@ class Speculator:
             )
 
 
+def from_transformers(what: Any) -> bool:
+    """Whether a processor or criterion is one of transformers, which are known."""
+    return type(what).__module__.startswith("transformers.")
+
+
 # -- what a round leaves --------------------------------------------------------------------------
 def settle(text: Tensor, drafted: Tensor, verdict: acceptance.Verdict, criteria: Any) -> tuple[Tensor, int, bool]:
     """What joins the text (1, n), how many of that were drafted, and whether it ends there. The only place that waits
-    for the device."""
+    for the device: once, or twice where a criterion is not of transformers. Such a one may remember what it saw, so it
+    is asked as in `generate`: about tokens that stay, in their order, up to the end."""
     place = torch.arange(len(drafted) + 1, device=drafted.device)
     last = torch.cat([drafted, verdict.token])
     new = torch.where(place < verdict.accepted, last, verdict.token)[None].to(text)
     whole, begin = torch.cat([text, new], 1), text.shape[1]
-    ends = torch.cat([criteria(whole[:, : begin + i + 1], None) for i in range(new.shape[1])])
-    accepted, *stops = torch.cat([verdict.accepted[None], ends.to(drafted)]).tolist()
-    ends_at = next((i + 1 for i in range(accepted + 1) if stops[i]), 0)
+    asked = (criteria(whole[:, : begin + i + 1], None) for i in range(new.shape[1]))
+    if all(from_transformers(criterion) for criterion in criteria):
+        ends = torch.cat(list(asked))
+        accepted, *stops = torch.cat([verdict.accepted[None], ends.to(drafted)]).tolist()
+        ends_at = next((i + 1 for i in range(accepted + 1) if stops[i]), 0)
+    else:
+        accepted = int(verdict.accepted)
+        ends_at = next((i + 1 for i, end in zip(range(accepted + 1), asked) if bool(end.all())), 0)
     count = ends_at or accepted + 1
     return new[:, :count], min(accepted, count), bool(ends_at)
 

@@ -27,7 +27,7 @@ def check_pieces(model: RewrittenModel, tokens: Tokens, cache: Request) -> None:
         if not n or not seen or tokens.decoding[row] or cache.prompted[row]:
             continue
         if cache.generated[row]:
-            cache.prompted[row] = True  # what follows an answer is another prompt
+            cache.prompted[row], cache.implied[row] = True, cache.columns  # what follows an answer is another prompt
         elif policy.evicts(policy.plan(seen + n), model.cache_owners):
             raise CacheError(
                 f"row {row} gets {n} more tokens of a prompt after {seen}, before any token was generated, but "

@@ -191,6 +191,30 @@ def test_append_only(policy: str, options: dict[str, Any]) -> None:
     assert not cache.is_croppable
 
 
+def test_a_first_prompt_that_goes_on() -> None:
+    """A prompt after an answer says that the first one was complete; taken back, nothing has said it."""
+    model = rewritten("llama", "snapkv", budget=24, window=8)
+    first, more, prompt = tokens(1, 20), tokens(1, 5, seed=1), tokens(1, 40, seed=2)
+    for gone in (5, 4):
+        cache, alone = model.new_cache(1), model.new_cache(1)
+        for each in (cache, alone):
+            model(first, cache=each)
+        model(more[:, :1], cache=cache)
+        if gone == 4:
+            model(more[:, :1], cache=alone)
+        model(more[:, 1:], cache=cache)
+        assert cache.prompted == [True]
+        cache.crop(-gone)
+        assert counters(cache) == counters(alone) and cache.prompted == alone.prompted == [False]
+    with pytest.raises(CacheError, match="evicts once"):
+        cache = model.new_cache(1)
+        model(first, cache=cache)
+        model(more[:, :1], cache=cache)
+        model(more[:, 1:], cache=cache)
+        cache.crop(-5)
+        model(prompt, cache=cache)
+
+
 @pytest.mark.thorough
 def test_windows() -> None:
     """Within the window all goes back; beyond it the layer has lost what would come into view again."""

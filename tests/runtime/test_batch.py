@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvrewrite.cache.request import OF_ROWS
 from kvrewrite.errors import CacheError, InputError, OptionError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running, rows_for
 from tests.runtime.test_decoding import static
@@ -238,10 +239,13 @@ def test_rows_of_a_step() -> None:
     rows = next(iter(batch._groups.values())).members
     assert len(rows) == 48
     assert all(torch.equal(row, alone[0]) for row in alone[:33])
+    joined = next(iter(batch._groups.values())).rows
+    assert all(len(getattr(joined, name)) == 48 for name in OF_ROWS)
     for request in requests[6:]:
         batch.end(request)
     rows = next(iter(batch._groups.values())).members
     assert len(rows) == 16 and sum(m is not None for m in rows) == 6
+    assert all(len(getattr(joined, name)) == 16 for name in OF_ROWS)
     again = batch.decode(requests[:6], [5] * 6)
     assert all(torch.equal(row, again[0]) for row in again)
 

@@ -147,6 +147,17 @@ class TestGenerate:
         assert torch.equal(held[50:], want[0, :-1])
         assert bool((held[:30] <= HIGHEST).all()) is (first == "embeddings")
 
+    def test_lengths_of_the_text(self) -> None:
+        """max_length and min_length count the whole text, also where a cache has its beginning."""
+        model, small = original("llama"), rewritten("llama", "full")
+        text = ids(20)
+        given = embeddings(model, text)
+        for how in ({"max_length": 30}, {"max_length": 40, "min_length": 28}):
+            for words in ({"inputs_embeds": given}, {"input_ids": text, "inputs_embeds": given}):
+                want: Any = model.generate(**words, **how, **GREEDY)  # type: ignore[operator]
+                cache = small.prefill(inputs_embeds=given[:, :15])
+                assert torch.equal(small.generate(**words, **how, cache=cache, **GREEDY), want)
+
     def test_a_padded_row_goes_on(self) -> None:
         """The mask of a text that is handed in again as embeddings is made up where nobody gives one."""
         model, small = original("llama"), rewritten("llama", "h2o", budget=300)

@@ -113,6 +113,19 @@ def test_rows_that_share_pages_still_do(tmp_path: Path) -> None:
     assert torch.equal(model(question, cache=loaded).logits, model(question, cache=cache).logits)
 
 
+def test_what_only_appends_still_does(tmp_path: Path) -> None:
+    model = rewritten("llama", "h2o", budget=24)
+    cache = filled(model)
+    cache.append_only()
+    slots = int(cache.live_slots()[0].max())
+    cache.save(tmp_path / "a")
+    loaded = kvrewrite.load_cache(model, tmp_path / "a")
+    for t in range(4):
+        one = tokens(2, 1, seed=t)
+        assert torch.equal(model(one, cache=loaded).logits, model(one, cache=cache).logits)
+    assert int(loaded.live_slots()[0].max()) == slots + 4 and loaded.positions() == cache.positions()
+
+
 @pytest.mark.parametrize(("policy", "options"), STATIC)
 def test_while_decoding_from_static_buffers(tmp_path: Path, policy: str, options: dict[str, Any]) -> None:
     """Lengths, states and rotated keys lie in a step's buffers; pools are the model's."""

@@ -125,6 +125,35 @@ def test_where_it_ends(full: Any, answer: Tensor) -> None:
     check_pages(cache)
 
 
+def test_a_criterion_that_counts(full: Any, answer: Tensor) -> None:
+    """It sees what `generate` would show it: no token that was rejected, and none twice."""
+
+    class Third(StoppingCriteria):
+        def __init__(self, token: int):
+            self.token, self.shown = token, list[int]()
+
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            self.shown.append(int(input_ids[0, -1]))
+            return torch.full((len(input_ids),), self.shown.count(self.token) == 3)
+
+    for token in answer[0, 110:].unique().tolist():
+        alone, with_draft = Third(token), Third(token)
+        expected = full.generate(text(), stopping_criteria=[alone], max_new_tokens=NEW, **GREEDY)
+        speculator = Speculator(full, rewritten("llama", "snapkv", budget=20, window=8), tokens=4)
+        out = speculator.generate(text(), stopping_criteria=[with_draft], max_new_tokens=NEW, **GREEDY)
+        assert torch.equal(out, expected) and with_draft.shown == alone.shown
+
+
+def test_embeddings_after_the_small_model_has_had_some() -> None:
+    """The view of a model with its full cache has views of its own."""
+    small, ids = copy.deepcopy(rewritten("llama", "h2o", budget=16, chunk=4)), tokens(1, 60)
+    given = small.get_input_embeddings()(ids)
+    small(inputs_embeds=given)
+    whole = kvrewrite.speculate(small, "prompt_lookup").model
+    expected = original("llama")(ids).logits
+    torch.testing.assert_close(whole(inputs_embeds=given).logits, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2, "bad_words_ids": [[5]]}],
