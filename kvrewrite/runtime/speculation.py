@@ -106,6 +106,7 @@ class Speculator:
         """Called by transformers' `generate` once everything is prepared."""
         cache: EvictionCache = model_kwargs[CACHE_NAME]
         self._check(generation_config, logits_processor, input_ids, cache)
+        self._check_embeds(model_kwargs.get("inputs_embeds"), cache)
         draws = bool(generation_config.do_sample)
         out = model._prefill(input_ids, generation_config, model_kwargs)
         model._update_model_kwargs_for_generation(out, model_kwargs)
@@ -157,6 +158,16 @@ class Speculator:
         mask = torch.from_numpy(cache.history.real(cache.columns)).to(ids.device)
         own = cache.columns - columns
         return ModelDraft(self.draft, (ids, mask), cache.max_length, process, draws, own)
+
+    def _check_embeds(self, embeds: Tensor | None, cache: EvictionCache) -> None:
+        """Raises InputError where what drafts reads ids, and some tokens came as embeddings."""
+        if isinstance(self.draft, str):
+            return
+        if embeds is not None or bool((cache.history.ids(cache.columns) < 0).any()):
+            raise InputError(
+                'a draft that is a model reads the text as ids, and some of it came as inputs_embeds; use draft="prompt_lookup", '
+                "or generate without a draft"
+            )
 
     def _check(self, config: Any, processors: Any, ids: Tensor, cache: EvictionCache) -> None:
         """Raises for what a draft can't do."""

@@ -144,6 +144,19 @@ def test_a_criterion_that_counts(full: Any, answer: Tensor) -> None:
         assert torch.equal(out, expected) and with_draft.shown == alone.shown
 
 
+def test_a_model_does_not_draft_for_embeddings(full: Any) -> None:
+    given = full.get_input_embeddings()(text())
+    speculator = Speculator(full, rewritten("llama", "snapkv", budget=20, window=8))
+    with pytest.raises(InputError, match='use draft="prompt_lookup"'):
+        speculator.generate(inputs_embeds=given, max_new_tokens=4, **GREEDY)
+    cache = full.prefill(inputs_embeds=given[:, :100])
+    with pytest.raises(InputError, match='use draft="prompt_lookup"'):
+        speculator.generate(text(), cache=cache, max_new_tokens=4, **GREEDY)
+    expected = full.generate(inputs_embeds=given, max_new_tokens=6, **GREEDY)
+    lookup = Speculator(full, "prompt_lookup").generate(inputs_embeds=given, max_new_tokens=6, **GREEDY)
+    assert torch.equal(lookup, expected)
+
+
 def test_embeddings_after_the_small_model_has_had_some() -> None:
     """The view of a model with its full cache has views of its own."""
     small, ids = copy.deepcopy(rewritten("llama", "h2o", budget=16, chunk=4)), tokens(1, 60)
