@@ -70,9 +70,10 @@ def _unpack(file: Path, directory: Path) -> None:
     if config_class := getattr(transformers, "GgufConfig", None):  # newer versions leave weights packed by default
         unpack["quantization_config"] = config_class(dequantize=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=_dtype(tensors), output_loading_info=True, **how, **unpack
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **how)
     except _WRONG as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -129,7 +130,9 @@ def _check_settings(file: Path, fields: Mapping[str, Any], tensors: Mapping[str,
     base = fields.get(f"{architecture}.rope.freq_base")
     bases = {part["rope_theta"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_theta" in part}
     if base is not None and bases and base not in bases:
-        raise ArtifactError(f"{file} says rope.freq_base={base}, of which transformers makes {sorted(bases)}; {_ADVICE}")
+        raise ArtifactError(
+            f"{file} says rope.freq_base={base}, of which transformers makes {sorted(bases)}; {_ADVICE}"
+        )
     for key, name in _SETTINGS.items():
         said, read = fields.get(f"{architecture}.{key}"), getattr(config, name, None)
         if said and said != read:

@@ -93,4 +93,3 @@ def _add_tokenizer(writer: Any, checkpoint: Path) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
-
