@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -19,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.thorough
 def test_sdist_and_wheel_work_outside_the_checkout(tmp_path: Path) -> None:
-    pytest.importorskip("build", reason="needs build")
+    try:
+        importlib.metadata.version("build")  # a folder of this name may stand beside the tests
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs build")
     source, dist = tmp_path / "source", tmp_path / "dist"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     # Builds the sdist, and the wheel from it: what the sdist lacks, the wheel lacks, too.
@@ -33,7 +37,8 @@ def test_sdist_and_wheel_work_outside_the_checkout(tmp_path: Path) -> None:
     wanted -= {"kvrewrite/kernels", "kvrewrite/passes"}  # links
     assert not wanted - names
     assert not [name for name in names if name.startswith("tests")]
-    packed = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml"} <= packed
 
     # A fresh environment that sees torch and the rest, but not the checkout.
@@ -52,7 +57,8 @@ def test_sdist_and_wheel_work_outside_the_checkout(tmp_path: Path) -> None:
 
 def run(*command: str, cwd: Path | None = None) -> str:
     """What a command prints, without the checkout on its path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != ROOT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
