@@ -15,11 +15,12 @@ from tests.cache.test_rollback import counters, held
 from tests.support.rewritten import rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("full", {}),
+CASES: list[Any] = [
     ("h2o", {"budget": 40}),
-    ("adakv", {"budget": 40, "window": 8}),
-    ("keydiff", {"budget": 40, "chunk": 16}),
+    *(
+        pytest.param(*case, marks=pytest.mark.thorough)
+        for case in (("full", {}), ("adakv", {"budget": 40, "window": 8}), ("keydiff", {"budget": 40, "chunk": 16}))
+    ),
 ]
 
 
@@ -80,6 +81,7 @@ def test_what_goes_another_way() -> None:
     assert "contiguous" in str(few_graph.why_not(ranks.program, ranks.policy, ranks.graph_module))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["snapkv", "adakv"])
 def test_a_model_that_evicts_checks_itself(policy: str) -> None:
     """Drafts by the small cache, checks by the view with the full one: each from buffers of its own."""
