@@ -184,14 +184,17 @@ def main() -> None:
     talk = kvrewrite.chat(model, tokenizer, system=SYSTEM, pin_system=not given.unpinned)
     done, found = go_on(talk, given.state)
     for n in range(done + 1, given.turns + 1):
-        answer = ask(talk, turn(n), given.new_tokens, thing(n), spelled=n % 10 == 0)
-        assert "think" not in answer and "think" not in talk.messages[-3]["content"]
+        ask(talk, turn(n), given.new_tokens, thing(n), spelled=n % 10 == 0)
+        if any("think>" in said["content"] for said in talk.messages):
+            raise AssertionError(f"a reasoning has stayed in the conversation: {talk.messages}")
         if n == max(4, given.turns // 2):
             found["slip"] = slip(talk)
             print(json.dumps(found["slip"]), flush=True)
         if n in SHOWN or n == given.turns:
             found[str(n)] = report(talk, n)
             print(json.dumps(found[str(n)]), flush=True)
+            if given.state is not None:
+                keep(talk, given.state, n, found)
         if given.state is not None and time.perf_counter() - began > given.seconds:
             keep(talk, given.state, n, found)
             print(f"stopped after turn {n}; the same command goes on", flush=True)
