@@ -1,6 +1,7 @@
-"""A chat of many turns whose cache stays as it is: a pinned system prompt, reasoning dropped at each turn, and slips in the text.
+"""A chat of many turns whose cache stays as it is: a pinned system prompt, reasoning dropped at each turn, slips in the text.
 
-    python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--original DIR] [--state FOLDER] [--seconds 240]
+    python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--original DIR] [--state FOLDER]
+        [--seconds 240]
 
 DIR is a converted directory of a chat model with a tokenizer. The system prompt gives the model a name. Each turn is small
 talk; each answer begins with a reasoning and two words (forced, since a small model has no reasoning and repeats itself), and

@@ -276,8 +276,8 @@ class Generation(GenerationMixin):
         """Refuses to cut a prompt that the policy needs whole, or one of embeddings."""
         if size is not None and model_kwargs.get("inputs_embeds") is not None:
             raise InputError(
-                f"prefill_chunk_size={size} cuts a prompt's ids, and this one came as inputs_embeds; leave prefill_chunk_size out "
-                "(the model cuts prompts into its policy's segments by itself), or hand in pieces by calls of the model with "
+                f"prefill_chunk_size={size} cuts a prompt's ids, and this one came as inputs_embeds; leave prefill_chunk_size "
+                "out (the model cuts prompts into its policy's segments by itself), or hand in pieces by calls of the model with "
                 "inputs_embeds and cache="
             )
         cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")

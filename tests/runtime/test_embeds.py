@@ -383,4 +383,6 @@ def test_the_graph_of_embeddings_is_made_once(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         small.get_input_embeddings().weight.mul_(2)
     assert torch.equal(small.embed(ids(7)), 2 * want) and torch.equal(twin.embed(ids(7)), want)
-    assert torch.equal(small.double().embed(ids(7)), 2 * want.double())
+    assert (
+        torch.equal(small.to("cpu").embed(ids(7)), 2 * want) and len(made) == 4
+    )  # the twin's, and where weights may have moved
