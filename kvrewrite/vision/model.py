@@ -93,5 +93,8 @@ class VisionModel(RewrittenModel):
             mask = mask[:, mask.shape[1] - ids.shape[1] :]
         merged: Merged = self.tower(ids, mask, images)
         if merged.positions is not None:
-            raise InputError("images are not supported by this rewritten model: they change the positions of tokens")
+            raise InputError(
+                "images are not supported by this rewritten model: they change the positions of tokens. "
+                "Use the original model for images"
+            )
         return merged
