@@ -453,13 +453,16 @@ class RewrittenModel(Pretrained, Generation):
         if (cache_given is None or labels is not None) and logits_to_keep != 1 and not self._told_scores:
             self._told_scores = warn_of_scores(self, tokens, cache)
         cache.begin_step()
+        columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
+        few = decoder.few if decoder is not None and generated else None
         if decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
             logits = decoder.step(input_ids, cache)
+        elif decoder is not None and few is not None and (plan := few.plan(cache, tokens)) is not None:
+            logits = decoder.few_step(input_ids, cache, plan)[:, -columns:]
         else:
             if cache.keys_rotated:
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
-            columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
             logits = Call(self, tokens, cache, columns).run()
         cache.record(input_ids, tokens.real, generated)
         out = self._output(logits, cache, use_cache, return_dict)
