@@ -8,7 +8,8 @@ MODEL is a directory of transformers. Three processes, one after the other, each
   of the whole), writes the model directory, then transformers' own forward beside the rewritten one's, both op by op: medians in
   ms of a prompt and of a decode step, and their ratios; `generate_s` and `generate_again_s` without `compile()`.
 - `empty` and `filled`: `load`, `compile()` and `generate` from that directory, with compile caches that are empty, and with those
-  that the process before has filled. `graphs`: how many Dynamo made; `hits`, `misses`: of Inductor's cache.
+  that the process before has filled. `graphs`: how many Dynamo made; `hits`, `misses`: of Inductor's cache; `where_s`: torch's own account
+  of compiling, whose entries overlap.
 
 On a CPU times are of the process (CPU time, torch's threads included), for machines that others use, too.
 """
@@ -144,7 +145,9 @@ def answer(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     inductor = counters["inductor"]
     counts = {"graphs": counters["stats"]["unique_graphs"]}
     counts |= {"hits": inductor["fxgraph_cache_hit"], "misses": inductor["fxgraph_cache_miss"]}
-    return {**clock.seconds, "wall_s": round(time.perf_counter() - BEGAN, 1), **counts}
+    spent = {name: round(sum(times), 2) for name, times in torch._dynamo.utils.compilation_time_metrics.items()}
+    where = dict(sorted(spent.items(), key=lambda item: -item[1])[:12])
+    return {**clock.seconds, "wall_s": round(time.perf_counter() - BEGAN, 1), **counts, "where_s": where}
 
 
 def main() -> int:
