@@ -8,8 +8,8 @@ MODEL is a directory of transformers. Three processes, one after the other, each
   of the whole), writes the model directory, then transformers' own forward beside the rewritten one's, both op by op: medians in
   ms of a prompt and of a decode step, and their ratios; `generate_s` and `generate_again_s` without `compile()`.
 - `empty` and `filled`: `load`, `compile()` and `generate` from that directory, with compile caches that are empty, and with those
-  that the process before has filled. `graphs`: how many Dynamo made; `hits`, `misses`: of Inductor's cache; `where_s`: torch's own account
-  of compiling, whose entries overlap.
+  that the process before has filled. `graphs`: how many Dynamo made; `hits`, `misses`: of Inductor's cache; `where_s`:
+  torch's own account of compiling, whose entries overlap.
 
 On a CPU times are of the process (CPU time, torch's threads included), for machines that others use, too.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import inspect
 import io
@@ -25,6 +24,7 @@ from kvrewrite.capture.known_shapes import known_shapes
 from kvrewrite.capture.rotary_tables import fixed_rotary
 from kvrewrite.capture.side_effects import Watch, depends_on_earlier_calls
 from kvrewrite.errors import CaptureError, KVRewriteError, UnsupportedModelError
+from kvrewrite.ir.collector import no_collection
 
 
 @contextlib.contextmanager
@@ -255,25 +255,12 @@ def _quick_tracing() -> Iterator[None]:
             stack.enter_context(replaced(fx_config, "do_not_emit_stack_traces", True))
         stack.enter_context(replaced(proxy_tensor, "_extract_tensor_metadata", _no_metadata))
         stack.enter_context(known_shapes())
-        stack.enter_context(_no_collection())
+        stack.enter_context(no_collection())
         yield
 
 
 def _no_metadata(*_: Any, **__: Any) -> None:
     """In the place of torch's function that describes a node's tensor in meta["tensor_meta"]."""
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """While open, Python does not look for cycles of objects."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _moves(size: Any) -> bool:

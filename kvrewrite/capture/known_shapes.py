@@ -44,15 +44,17 @@ def _base(op: Any) -> int | None:
     if not isinstance(op, torch._ops.OpOverload) or op.namespace not in ("aten", "prims"):
         return None
     schema = op._schema
-    composite = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # may return its argument
+    composite = op.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd
+    )  # may return its argument
     if composite or OTHERS & set(op.tags) or [str(r.type) for r in schema.returns] != ["Tensor"]:
         return None
-    aliased = [i for i, argument in enumerate(schema.arguments) if argument.alias_info is not None]
-    if any(schema.arguments[i].alias_info.is_write for i in aliased):
+    aliased = {i: a.alias_info for i, a in enumerate(schema.arguments) if a.alias_info is not None}
+    if any(alias.is_write for alias in aliased.values()):
         return None
     if schema.returns[0].alias_info is None:
         return NEW
-    return aliased[0] if len(aliased) == 1 else None
+    return next(iter(aliased)) if len(aliased) == 1 else None
 
 
 def _number(size: Any) -> Any:
@@ -84,11 +86,13 @@ def _is_knowable(out: Any, base: int, args: Sequence[Any]) -> bool:
         return False
     if base != NEW:
         return type(args[base]) is FakeTensor and args[base].dtype == out.dtype
-    return not any(isinstance(x, Tensor) and torch._C._is_alias_of(x, out) for x in args)
+    memory = out.untyped_storage()._cdata
+    return not any(isinstance(x, Tensor) and x.untyped_storage()._cdata == memory for x in args)
 
 
 def _made(mode: FakeTensorMode, known: _Known, base: Tensor | None) -> FakeTensor:
     """A fake tensor with known metadata; base: what it is a view of."""
+    assert mode.shape_env is not None
     with in_kernel_invocation_manager(mode), mode.shape_env.suppress_guards():
         if base is None:
             made = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
