@@ -86,7 +86,9 @@ def _is_knowable(out: Any, base: int, args: Sequence[Any]) -> bool:
         return False
     if base != NEW:
         return type(args[base]) is FakeTensor and args[base].dtype == out.dtype
-    memory = out.untyped_storage()._cdata
+    memory, offset = out.untyped_storage()._cdata, out.storage_offset()
+    if not isinstance(offset, int) or offset != 0:
+        return False
     return not any(isinstance(x, Tensor) and x.untyped_storage()._cdata == memory for x in args)
 
 
