@@ -15,14 +15,14 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.collected_heads import train, weights_of
+from benchmarks.real_jobs import Job, jobs
 from benchmarks.train_heads import COLLECTED
 from kvrewrite.errors import KVRewriteError
 from kvrewrite.tools.evaluation.cells import BASELINE, FORMAT, compare
@@ -32,61 +32,8 @@ from kvrewrite.tools.evaluation.scored import against, run_scored, summary
 from kvrewrite.tools.evaluation.settings import Settings, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, PolicySpec, Source, versions, write_json
 
-FREE = ["h2o", "sirllm", "kvzip", "random", "compactor", "snapkv", "observed_attention", "keydiff", "adakv"]
-MORE = ["streaming_llm", "nacl", "tova", "expected_attention", "leverage", "lagkv", "finch", "pyramidkv", "knorm"]
-CELLS = [(mode, budget) for mode in ("blind", "aware") for budget in (0.25, 0.125, 0.5)]
 AWARE = 0.25  # of the documents
 LAST = 25.0  # seconds: what has less time left is not begun
-
-
-class Job(NamedTuple):
-    """A cell: heads is what trains them (None: a policy without), options those of the policy."""
-
-    model: str
-    task: str
-    mode: str
-    budget: float | None
-    policy: str
-    options: tuple[tuple[str, Any], ...] = ()
-    heads: str | None = None
-
-
-def trained(kind: str, window: int) -> dict[str, Any]:
-    """A job's policy, options and heads: KVzap as top-k over all heads, or Locret with an equal budget for each head."""
-    if kind == "locret":
-        return {"policy": kind, "heads": kind}
-    return {"policy": "kvzap", "options": (("threshold", None), ("scope", "model"), ("window", window)), "heads": kind}
-
-
-def jobs(given: argparse.Namespace) -> Iterator[Job]:
-    """All cells, those that matter most first."""
-    kinds, first = given.kinds, given.models[0]
-    free = given.policies or FREE
-    for model in given.models:
-        for kind in kinds:
-            for window in (32, 128):
-                yield Job(model, "quote", "blind", 0.25, **trained(kind, window))
-        yield Job(model, "quote", BASELINE, None, "full")
-        for policy in free[:4]:
-            yield Job(model, "quote", "blind", 0.25, policy)
-    for window in (128, 32, 256, 512):
-        yield Job(first, "lm", "blind", 0.25, **trained(kinds[0], window))
-    yield Job(first, "lm", BASELINE, None, "full")
-    yield Job(first, "quote", "blind", 0.25, **trained(kinds[0], 256))
-    for model in given.models:
-        for policy in free[4:]:
-            yield Job(model, "quote", "blind", 0.25, policy)
-    for policy in free[:4]:
-        yield Job(first, "lm", "blind", 0.25, policy)
-    for model in given.models:
-        for mode, budget in CELLS[1:]:
-            for policy in free:
-                yield Job(model, "quote", mode, budget, policy)
-            yield Job(model, "quote", mode, budget, **trained(kinds[0], 128))
-    for mode, budget in CELLS if not given.policies else ():
-        for model in given.models:
-            for policy in MORE:
-                yield Job(model, "quote", mode, budget, policy)
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -267,6 +214,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3"])
     parser.add_argument("--kinds", nargs="*", default=["mlp", "wide"], choices=list(COLLECTED))
     parser.add_argument("--policies", nargs="*", help="instead of those without training; the first four come first")
+    parser.add_argument("--only", help="a pattern of cells: `smollm2 quote blind 0.25 snapkv` is how one is written")
+    parser.add_argument("--skip", help="a pattern of cells that are left out")
     parser.add_argument("--seconds", type=float, default=370.0, help="in all")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -288,10 +237,13 @@ def main() -> None:
     (given.out / "claims").mkdir(parents=True, exist_ok=True)
     done = [json.dumps(c["job"]) for c in cells_of(given) if c["status"] == "ok"]
     for number, job in enumerate(jobs(given)):  # what an earlier run began and did not end is free again
-        if json.dumps(job) not in done:
-            (given.out / "claims" / str(number)).unlink(missing_ok=True)
+        claimed = given.out / "claims" / str(number)
+        claimed.unlink(missing_ok=True)
+        if json.dumps(job) in done:
+            claimed.touch()
     start = multiprocessing.get_context("spawn")
-    processes = [start.Process(target=train, args=(given, model)) for model in given.models]
+    trained = {job.model for job in jobs(given) if job.heads is not None}
+    processes = [start.Process(target=train, args=(given, model)) for model in given.models if model in trained]
     processes += [start.Process(target=measure, args=(given, number, end)) for number in range(given.workers)]
     for process in processes:
         process.start()
