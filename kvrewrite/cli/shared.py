@@ -29,6 +29,14 @@ THEIRS = ("torchao", "torch.utils._pytree")
 class Command(click.Command):
     """A command whose errors are one message and an exit status, not a traceback."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for option in self.params:  # --help says N, not "INTEGER RANGE"; the range stands after the text
+            if option.metavar is None and isinstance(option.type, click.types.IntParamType):
+                option.metavar = "N"
+            elif option.metavar is None and isinstance(option.type, click.types.FloatParamType):
+                option.metavar = "X"
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"copyreg|torch\..*")
