@@ -21,7 +21,7 @@ from kvrewrite.kernels.groups import Codes, Eviction, NewTokens, QuantizedCache,
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.decode import check_pools
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
-from kvrewrite.kernels.quantized.split import why_not
+from kvrewrite.kernels.quantized.tiles import why_not
 from kvrewrite.kernels.update.decode import MOST_SLOTS, eviction_cut, least_slot, sort_key, visible_slots
 
 _PAGE = tl.constexpr(PAGE)
