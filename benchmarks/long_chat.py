@@ -1,13 +1,18 @@
-"""A chat of many turns whose cache stays as it is: a pinned system prompt, reasoning dropped at each turn, and slips in the text.
+"""A chat of many turns whose cache stays as it is: a pinned system prompt, reasoning dropped at each turn, slips in the text.
 
-    python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--state FOLDER] [--seconds 240]
+    python -m benchmarks.long_chat DIR [--turns 200] [--device cuda] [--unpinned] [--original DIR] [--state FOLDER]
+        [--seconds 240]
 
-DIR is a converted directory of a chat model with a tokenizer. The system prompt has a fact. Each turn is small talk; each
-answer begins with a reasoning and two words (forced, since a small model has no reasoning and repeats itself), and the
-next turn leaves the reasoning out. In the middle, an
-earlier turn is told otherwise: `generate` on a fork has to refuse it, and the chat has to compute it again. In the end the
-fact is asked for. --unpinned leaves the system prompt to the policy. --state: where the conversation is kept, so that
-the command goes on where it was when --seconds were over; the cache is a saved cache.
+DIR is a converted directory of a chat model with a tokenizer. The system prompt gives the model a name. Each turn is small
+talk; each answer begins with a reasoning and two words (forced, since a small model has no reasoning and repeats itself), and
+the next turn leaves the reasoning out. Every tenth answer is forced letter by letter, so that the template's text has other
+tokens than were generated. After each turn the ids in the cache are compared with those of the conversation as the template
+writes it. In the middle, an earlier turn is told otherwise: `generate` on a fork has to refuse it, and the chat has to compute
+it again. In the end the name is asked for.
+
+--unpinned leaves the system prompt to the policy. --original: the unmodified model is asked, too, after the last twelve turns
+with the system prompt and without it: whether it can answer at all, and whether only because of that prompt. --state: where
+the conversation is kept, so that the command goes on where it was when --seconds were over; the cache is a saved cache.
 
 Prints a line for turns 1, 10, 50, 100, ... and one at the end, as JSON.
 """
@@ -21,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import kvrewrite
 from kvrewrite.artifact.companions import read_tokenizer
@@ -29,9 +34,9 @@ from kvrewrite.errors import InputError
 from kvrewrite.runtime.chat import Chat
 
 FACT = "marigold"
-SYSTEM = f"The secret password is {FACT}. If asked for the secret password, say: The secret password is {FACT}."
-QUESTION = "Please tell me the secret password."
-REASONING, BEGINS = "<think>{}?</think>", "I like {}"
+SYSTEM = "You are a helpful AI assistant named Marigold, trained by the Lisbon Lighthouse Company."
+QUESTION = "Hello! What is your name?"
+REASONING, BEGINS = "<think>{}</think>", "I like {}"
 THINGS = (
     "rivers",
     "apples",
@@ -76,16 +81,30 @@ def thing(n: int) -> str:
     return THINGS[n % len(THINGS)]
 
 
-def ask(talk: Chat, text: str, new: int, about: str = "") -> str:
+def ask(talk: Chat, text: str, new: int, about: str = "", spelled: bool = False) -> str:
     """A turn whose answer begins with a reasoning about something and some words, where it is about something, and then has
-    at most `new` tokens of the model's own."""
-    ids = (
-        talk.tokenizer((REASONING + BEGINS).format(about, about), add_special_tokens=False)["input_ids"]
-        if about
-        else []
-    )
+    at most `new` tokens of the model's own. spelled: the words letter by letter."""
+    parts = [REASONING.format(about), *(BEGINS.format(about) if spelled else [BEGINS.format(about)])] if about else []
+    ids = [i for part in parts for i in talk.tokenizer(part, add_special_tokens=False)["input_ids"]]
     forced = LogitsProcessorList([Forced(ids)])
-    return talk.ask(text, max_new_tokens=len(ids) + new, do_sample=False, logits_processor=forced)
+    answer = talk.ask(text, max_new_tokens=len(ids) + new, do_sample=False, logits_processor=forced)
+    check_text(talk)
+    return answer
+
+
+def check_text(talk: Chat) -> None:
+    """The cache has the conversation as the template writes it, up to the newest answer, token by token."""
+    written = written_ids(talk.tokenizer, talk.messages[:-1])
+    held = talk.cache.ids()[:, : written.shape[1]]
+    if not torch.equal(held, written):
+        raise AssertionError(f"the cache has another text than the conversation: {held.tolist()}, {written.tolist()}")
+
+
+def written_ids(tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
+    """The ids (1, T) of a conversation, with the beginning of an answer."""
+    made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids: torch.Tensor = made["input_ids"]
+    return ids
 
 
 def slip(talk: Chat) -> dict[str, Any]:
@@ -99,12 +118,25 @@ def slip(talk: Chat) -> dict[str, Any]:
         )
         refused = ""
     except InputError as error:
-        refused = str(error).split(". A cache")[0]
+        refused = str(error).split(". Pass")[0]
     talk.messages = told
     columns, marked = talk.cache.columns, list(talk.cache.checkpoints)
     ask(talk, "And then?", 4, "tea")
     kept = [c.columns for c in talk.cache.checkpoints if any(c is m for m in marked)]
     return {"refused": refused, "columns": columns, "went_back_to": max(kept, default=0)}
+
+
+def ask_original(directory: str, talk: Chat) -> dict[str, Any]:
+    """What the unmodified model answers after the last twelve turns, with the system prompt and without it."""
+    original = AutoModelForCausalLM.from_pretrained(directory, dtype=talk.model.dtype, device_map=talk.model.device)
+    system, *said = talk.messages[:-2]
+    question = {"role": "user", "content": QUESTION}
+    found = {}
+    for name, begin in (("with_prompt", [system]), ("without", [{"role": "system", "content": "You are brief."}])):
+        ids = written_ids(talk.tokenizer, [*begin, *said[-24:], question]).to(original.device)
+        out = original.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        found[name] = talk.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return found
 
 
 def report(talk: Chat, n: int) -> dict[str, Any]:
@@ -141,6 +173,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=3, help="of an answer, after what is forced")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--unpinned", action="store_true")
+    parser.add_argument("--original")
     parser.add_argument("--compile", action="store_true", dest="compiled")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
@@ -152,30 +185,26 @@ def main() -> None:
     talk = kvrewrite.chat(model, tokenizer, system=SYSTEM, pin_system=not given.unpinned)
     done, found = go_on(talk, given.state)
     for n in range(done + 1, given.turns + 1):
-        answer = ask(talk, turn(n), given.new_tokens, thing(n))
-        assert "think" not in answer and "think" not in talk.messages[-3]["content"]
+        ask(talk, turn(n), given.new_tokens, thing(n), spelled=n % 10 == 0)
+        if any("think>" in said["content"] for said in talk.messages):
+            raise AssertionError(f"a reasoning has stayed in the conversation: {talk.messages}")
         if n == max(4, given.turns // 2):
             found["slip"] = slip(talk)
             print(json.dumps(found["slip"]), flush=True)
         if n in SHOWN or n == given.turns:
             found[str(n)] = report(talk, n)
             print(json.dumps(found[str(n)]), flush=True)
+            if given.state is not None:
+                keep(talk, given.state, n, found)
         if given.state is not None and time.perf_counter() - began > given.seconds:
             keep(talk, given.state, n, found)
             print(f"stopped after turn {n}; the same command goes on", flush=True)
             return
     answer = ask(talk, QUESTION, 16)
-    print(
-        json.dumps(
-            {
-                "policy": model.program.policy,
-                "pinned": talk.pinned,
-                "answer": answer,
-                "knows": FACT in answer.lower(),
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-        )
-    )
+    told = {"policy": model.program.policy, "pinned": talk.pinned, "answer": answer, "knows": FACT in answer.lower()}
+    if given.original:
+        told["original"] = ask_original(given.original, talk)
+    print(json.dumps(told | {"seconds": round(time.perf_counter() - began, 1)}))
 
 
 if __name__ == "__main__":

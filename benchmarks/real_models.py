@@ -15,124 +15,25 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.train_heads import COLLECTED, contexts, judge, read
+from benchmarks.collected_heads import train, weights_of
+from benchmarks.real_jobs import Job, jobs
+from benchmarks.train_heads import COLLECTED
 from kvrewrite.errors import KVRewriteError
 from kvrewrite.tools.evaluation.cells import BASELINE, FORMAT, compare
 from kvrewrite.tools.evaluation.documents import make_passages, read_rows
 from kvrewrite.tools.evaluation.run import cell_of
-from kvrewrite.tools.evaluation.scored import run_scored, summary
+from kvrewrite.tools.evaluation.scored import against, run_scored, summary
 from kvrewrite.tools.evaluation.settings import Settings, describe
 from kvrewrite.tools.subjects import FULL_CACHE, Arm, PolicySpec, Source, versions, write_json
-from kvrewrite.tools.training.collected import collect, learn
-from kvrewrite.tools.training.trainer import FitOptions
 
-FREE = ["h2o", "sirllm", "kvzip", "random", "compactor", "snapkv", "observed_attention", "keydiff", "adakv"]
-MORE = ["streaming_llm", "nacl", "tova", "expected_attention", "leverage", "lagkv", "finch", "pyramidkv", "knorm"]
 AWARE = 0.25  # of the documents
 LAST = 25.0  # seconds: what has less time left is not begun
-
-
-class Job(NamedTuple):
-    """A cell: heads is what trains them (None: a policy without), options those of the policy."""
-
-    model: str
-    task: str
-    mode: str
-    budget: float | None
-    policy: str
-    options: tuple[tuple[str, Any], ...] = ()
-    heads: str | None = None
-
-
-def trained(kind: str, window: int) -> dict[str, Any]:
-    """The options of KVzap as top-k over all heads."""
-    return {"policy": "kvzap", "options": (("threshold", None), ("scope", "model"), ("window", window)), "heads": kind}
-
-
-def jobs(given: argparse.Namespace) -> Iterator[Job]:
-    """All cells, those that matter most first."""
-    kinds, first = given.kinds, given.models[0]
-    free = given.policies or FREE
-    for model in given.models:
-        for kind in kinds:
-            for window in (32, 128):
-                yield Job(model, "quote", "blind", 0.25, **trained(kind, window))
-        yield Job(model, "quote", BASELINE, None, "full")
-        for policy in free[:4]:
-            yield Job(model, "quote", "blind", 0.25, policy)
-    for window in (128, 32, 256, 512):
-        yield Job(first, "lm", "blind", 0.25, **trained(kinds[0], window))
-    yield Job(first, "lm", BASELINE, None, "full")
-    yield Job(first, "quote", "blind", 0.25, **trained(kinds[0], 256))
-    for model in given.models:
-        for policy in free[4:]:
-            yield Job(model, "quote", "blind", 0.25, policy)
-    for policy in free[:4]:
-        yield Job(first, "lm", "blind", 0.25, policy)
-    for model in given.models:
-        for mode, budget in (("blind", 0.125), ("blind", 0.5), ("aware", 0.25), ("aware", 0.125), ("aware", 0.5)):
-            for policy in free:
-                yield Job(model, "quote", mode, budget, policy)
-            yield Job(model, "quote", mode, budget, **trained(kinds[0], 128))
-    for model in given.models if not given.policies else ():
-        for policy in MORE:
-            yield Job(model, "quote", "blind", 0.25, policy)
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-def weights_of(given: argparse.Namespace, model: str, kind: str) -> Path:
-    """Where heads are, once they are trained."""
-    return given.out / f"{model}_{kind}.safetensors"
-
-
-def train(given: argparse.Namespace, name: str) -> None:
-    """Trains the heads of one model, all kinds on the same texts; figures in MODEL_KIND.heads."""
-    torch.set_float32_matmul_precision("high")
-    kinds = [kind for kind in given.kinds if not weights_of(given, name, kind).exists()]
-    if kinds:
-        torch.manual_seed(0)
-        dtype = torch.bfloat16 if given.device != "cpu" else torch.float32
-        base = AutoModelForCausalLM.from_pretrained(given.real / name, dtype=dtype).to(given.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(given.real / name)
-        rows = read(given.real / "train.jsonl", tokenizer, given.texts + given.judged, given.text_tokens)
-        texts = [contexts(row) for row in rows]
-        options = FitOptions(
-            steps=given.steps,
-            warmup=min(50, given.steps // 4),
-            batch_size=given.batch,
-            collect=given.texts,
-            collect_tokens=given.kept_tokens,
-            rows=given.rows,
-            schedule="cosine",
-            clip_value=0.0,
-            clip_norm=1.0,
-            log_every=max(1, given.steps // 8),
-            quiet=True,
-        )
-        begun, examples = time.perf_counter(), None
-        for kind in kinds:
-            task = COLLECTED[kind](base)
-            examples = examples or collect(task, texts[given.judged :], options)
-            told: dict[str, Any] = {"collected": time.perf_counter() - begun, "tokens": len(examples[0].labels[-1])}
-            told["log"] = learn(task, *examples, options)
-            told["seconds"] = time.perf_counter() - begun
-            part = given.out / f"{name}_{kind}.part.safetensors"
-            task.save(part, {"data": "train.jsonl", "steps": str(given.steps)})
-            part.replace(weights_of(given, name, kind))
-            if given.device != "cpu":
-                told["peak_bytes"] = torch.cuda.max_memory_allocated()
-            told |= judge(task, texts[: given.judged])
-            (given.out / f"{name}_{kind}.heads").write_text(json.dumps(told))
-            print(name, kind, json.dumps(told), flush=True)
-            begun = time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -154,7 +55,7 @@ def settings_of(given: argparse.Namespace, model: str, mode: str = "blind") -> S
 
 def spec_of(given: argparse.Namespace, job: Job) -> PolicySpec:
     """A job's policy."""
-    heads = None if job.heads is None else weights_of(given, job.model, job.heads)
+    heads = None if job.heads is None else weights_of(given.out, job.model, job.heads)
     return PolicySpec(job.policy, dict(job.options), heads)
 
 
@@ -200,7 +101,7 @@ class Worker:
     def take(self) -> Job | None:
         """The first cell that nobody has and whose heads are there; None: there is none now."""
         for number, job in enumerate(jobs(self.given)):
-            ready = job.heads is None or weights_of(self.given, job.model, job.heads).exists()
+            ready = job.heads is None or weights_of(self.given.out, job.model, job.heads).exists()
             if ready and claim(self.given.out / "claims" / str(number)):
                 return job
         return None
@@ -215,11 +116,26 @@ class Worker:
             cell = self.run(job)
             with (self.given.out / f"cells_{self.number}.jsonl").open("a") as file:
                 file.write(json.dumps(cell) + "\n")
-            value = cell.get("nll", {}).get("mean", cell.get("reason"))
-            print(
-                f"{job.model} {job.task} {job.mode} {job.budget} {cell['label']}: {value}, {cell.get('seconds')} s",
-                flush=True,
-            )
+            print(told(cell, cells_of(self.given)), flush=True)
+
+
+def told(cell: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """What a cell found; of trained heads also how much less it is than each other policy's, answer by answer."""
+    model, task, mode, budget, _, _, heads = cell["job"]
+    name = f"{model} {task} {mode} {budget} {cell['label']}"
+    if cell["status"] != "ok":
+        return f"{name}: {cell['reason']}"
+    lines = [f"{name}: {interval(cell['nll'])} nats, right {interval(cell['accuracy'])}, {cell['seconds']} s"]
+    for other in others if heads is not None else ():
+        same = other["status"] == "ok" and list(other["job"][:4]) == [model, task, mode, budget]
+        if same and other["documents"] == cell["documents"] and other["label"] != cell["label"]:
+            lines.append(f"    nats more than {other['label']}: {interval(against(cell, other)['nll'])}")
+    return "\n".join(lines)
+
+
+def interval(value: dict[str, Any]) -> str:
+    """As text."""
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
 def skip(_: int) -> None:
@@ -298,6 +214,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3"])
     parser.add_argument("--kinds", nargs="*", default=["mlp", "wide"], choices=list(COLLECTED))
     parser.add_argument("--policies", nargs="*", help="instead of those without training; the first four come first")
+    parser.add_argument("--only", help="a pattern of cells: `smollm2 quote blind 0.25 snapkv` is how one is written")
+    parser.add_argument("--skip", help="a pattern of cells that are left out")
     parser.add_argument("--seconds", type=float, default=370.0, help="in all")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -306,11 +224,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--cut", type=int, default=0, help="characters of a document, to try the script")
     parser.add_argument("--rows-together", type=int, default=20, help="documents that are compressed at once")
-    parser.add_argument("--texts", type=int, default=600, help="that heads learn from")
+    parser.add_argument("--texts", type=int, default=1400, help="most that heads learn from")
+    parser.add_argument("--read-seconds", type=float, default=70.0, help="most time for reading them")
     parser.add_argument("--judged", type=int, default=12, help="further texts, on which heads are judged")
     parser.add_argument("--text-tokens", type=int, default=2000)
-    parser.add_argument("--kept-tokens", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=4, help="texts that are read at once")
+    parser.add_argument("--kept-tokens", type=int, default=300, help="of each text")
+    parser.add_argument("--batch", type=int, default=8, help="texts that are read at once")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=8192, help="tokens of a step")
     given = parser.parse_args()
@@ -318,8 +237,10 @@ def main() -> None:
     (given.out / "claims").mkdir(parents=True, exist_ok=True)
     done = [json.dumps(c["job"]) for c in cells_of(given) if c["status"] == "ok"]
     for number, job in enumerate(jobs(given)):  # what an earlier run began and did not end is free again
-        if json.dumps(job) not in done:
-            (given.out / "claims" / str(number)).unlink(missing_ok=True)
+        claimed = given.out / "claims" / str(number)
+        claimed.unlink(missing_ok=True)
+        if json.dumps(job) in done:
+            claimed.touch()
     start = multiprocessing.get_context("spawn")
     processes = [start.Process(target=train, args=(given, model)) for model in given.models]
     processes += [start.Process(target=measure, args=(given, number, end)) for number in range(given.workers)]

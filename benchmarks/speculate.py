@@ -4,10 +4,11 @@
     python -m benchmarks.speculate real MODEL QUOTES [--budget 0.25] [--policies snapkv h2o] [--texts 3] [--new 64] [--device cpu]
 
 steps: random weights, one row. A full cache and a draft's (snapkv) read the same random prompt. Prints
-milliseconds of a step of the full cache alone, of a step of the draft, and of whole rounds (k drafted tokens,
-the pass that checks them, what is taken back), and the speed against the full cache alone that follows for given
-rates of acceptance. Random weights accept next to nothing, so the rates are assumed, and each token is accepted
-independently of the others.
+milliseconds of a step of the full cache alone, of a step of the draft, of the pass that checks k drafted tokens, and
+of whole rounds (k drafted tokens, the pass, what is taken back), and the speed against the full cache alone that
+follows for given rates of acceptance. Random weights accept next to nothing, so the rates are assumed, and each token
+is accepted independently of the others. What a step and a pass consist of: milliseconds that the host needs to queue
+it, that the GPU is at work for it, and the kernels that take longest (`breakdown`).
 
 real: greedy answers to the first question of texts of QUOTES (JSON lines with "context" and "turns", pairs), by
 the full cache alone and with drafts of the same weights. Prints whether the tokens are equal, the part of the
@@ -36,6 +37,7 @@ from kvrewrite.runtime.speculation import Speculator, settle
 
 RATES = (0.5, 0.7, 0.8, 0.9)
 ROUNDS, STEPS = 12, 24
+LONGEST = 12  # kernels of a breakdown
 
 
 def clock(device: torch.device) -> float:
@@ -53,6 +55,35 @@ def median_ms(device: torch.device, run: Callable[[], Any], repeats: int) -> flo
         run()
         found.append(1e3 * (clock(device) - begin))
     return statistics.median(found[3:])
+
+
+def host_ms(device: torch.device, run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds of the median run until the host is through with it, whatever the device still has to do."""
+    found = []
+    for _ in range(repeats):
+        begin = clock(device)
+        run()
+        found.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(found)
+
+
+def breakdown(device: torch.device, name: str, run: Callable[[], Any]) -> dict[str, Any]:
+    """Where a run's time goes: of the host, of the GPU (the sum over kernels), and its longest kernels. On the CPU: its
+    longest ops."""
+    from torch.profiler import ProfilerActivity, profile
+
+    row: dict[str, Any] = {"breakdown": name, "host_ms": round(host_ms(device, run, 5), 3)}
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        run()
+        clock(device)
+    events: list[Any] = list(seen.key_averages())
+    found = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in events]
+    found.sort(reverse=True)
+    row["kernels_ms"] = round(sum(us for us, _, _ in found) / 1e3, 3)
+    row["kernels"] = sum(count for us, count, _ in found if us)
+    row["longest"] = [[round(us / 1e3, 3), count, key[:48]] for us, count, key in found[:LONGEST]]
+    return row
 
 
 def speed(rate: float, drafted: int, round_ms: float, alone_ms: float) -> float:
@@ -100,6 +131,7 @@ def steps(given: argparse.Namespace) -> None:
     alone = median_ms(device, lambda: full(one, cache=cache, generated=True), STEPS)
     drafting = median_ms(device, lambda: small(one, cache=draft.cache, generated=True), STEPS)
     print(json.dumps({"alone_ms": round(alone, 3), "draft_step_ms": round(drafting, 3)}), flush=True)
+    print(json.dumps(breakdown(device, "alone", lambda: full(one, cache=cache, generated=True))), flush=True)
     for drafted in given.drafted:
         several = ids[:, : drafted + 1]
 
@@ -108,6 +140,7 @@ def steps(given: argparse.Namespace) -> None:
             cache.crop(-several.shape[1])
 
         check_ms = median_ms(device, check, ROUNDS)
+        print(json.dumps(breakdown(device, f"check of {drafted}", check)), flush=True)
         text = torch.cat([cache.ids().to(device), one], 1)
         draft.cache.crop(min(0, text.shape[1] - 1 - draft.cache.columns))
 

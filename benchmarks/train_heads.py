@@ -44,9 +44,10 @@ VARIANTS: dict[str, Callable[[Any], LocretTask]] = {
     "answers": lambda model: LocretTask(model, LocretOptions(hidden_size=512, lr=2e-3, label="log_probability")),
 }
 
-COLLECTED: dict[str, Callable[[Any], LocretTask]] = {  # of benchmarks/real_models.py
+COLLECTED: dict[str, Callable[[Any], LocretTask]] = {  # of benchmarks/collected_heads.py
     "mlp": lambda model: KVzapTask(model, KVzapOptions(hidden_size=512, lr=2e-3)),
     "wide": lambda model: KVzapTask(model, KVzapOptions(hidden_size=1024, lr=1e-3)),
+    "locret": VARIANTS["locret"],
 }
 
 

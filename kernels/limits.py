@@ -5,6 +5,7 @@ from __future__ import annotations
 MOST_CHANNELS = 256  # of a head, where its new tokens are one, or some are hidden
 MOST_CHANNELS_OF_A_CHUNK = 512
 FEWEST_CHANNELS = 8  # of a head in 16 bits, where its new tokens are several: one channel came out wrong on an H200
+FEW_TOKENS = 8  # new tokens of a row that read a long cache together, by the kernel of single ones
 MOST_GROUP = 128  # query heads that share a kv head, of one token
 
 

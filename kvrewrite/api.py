@@ -127,11 +127,15 @@ def _configs(program: Program, model: nn.Module) -> tuple[Any, Any]:
 def _rewritten(program: Program, model: nn.Module) -> RewrittenModel:
     """Wraps a program that was made of `model`."""
     from kvrewrite.runtime.model import RewrittenModel
+    from kvrewrite.vision.model import VisionModel
+    from kvrewrite.vision.tower import tower_of
 
     config, generation_config = _configs(program, model)
     _own_parameters(program.graph)
     adapters = AdapterWatch(model) if has_adapters(model) else None
-    made = RewrittenModel(program, config, generation_config, source=model, adapters=adapters)
+    tower = tower_of(model)
+    kind = RewrittenModel if tower is None else functools.partial(VisionModel, tower=tower)
+    made = kind(program, config, generation_config, source=model, adapters=adapters)
     made.__dict__["rewrite_again"] = functools.partial(_rewrite_again, model)
     return made
 
@@ -303,6 +307,7 @@ def convert(
     from kvrewrite.artifact.writing import check_destination, companion_files, write_artifact
     from kvrewrite.capture.fake_parameters import capture_on_meta
     from kvrewrite.runtime.aot import check_kind, compile_ahead
+    from kvrewrite.vision.tower import stored_names
 
     check_kind(compile, compile_device)
     require_check(check)
@@ -366,6 +371,7 @@ def convert(
         force=force,
         card=model_card(program, model_dir.name, plans),
         compile_steps=None if compile is None else compile_steps,
+        vision=stored_names(model),
     )
     return Conversion(program, path, size, plans, *choices)
 
@@ -442,6 +448,12 @@ def _load(
 
     config = read_config(directory)
     generation_config = read_generation_config(directory, manifest["files"])
+    if manifest.get("vision") and peers is None:
+        from kvrewrite.vision.loading import load_tower
+        from kvrewrite.vision.model import VisionModel
+
+        tower = load_tower(directory, manifest, config, device)
+        return VisionModel(program, config, generation_config, source=directory, tower=tower), manifest
     return RewrittenModel(program, config, generation_config, source=directory), manifest
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.capture.captured import Captured
+from kvrewrite.ir.collector import no_collection
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import Observer, canonical, insert
@@ -121,11 +122,13 @@ def compile_captured(
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """Sets torch's default dtype to float32: passes evaluate parts of a graph on numbers that they make up."""
+    """Sets torch's default dtype to float32: passes evaluate parts of a graph on numbers that they make up. Python's collector
+    waits."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with no_collection():
+            yield
     finally:
         torch.set_default_dtype(before)
 

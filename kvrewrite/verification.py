@@ -173,15 +173,16 @@ def _random_ids(vocabulary: int, rows: int, length: int, seed: int) -> Tensor:
 
 def _open_original(directory: Path, dtype: str, device: torch.device) -> nn.Module | None:
     """Opens the directory with stock transformers; None for a foreign module, which transformers can't open."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from kvrewrite.artifact.checkpoint import read_json
+    from kvrewrite.artifact.companions import auto_model
 
     if not read_json(directory / "config.json").get("model_type"):
         return None
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-    )
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    opener = auto_model(AutoConfig.from_pretrained(directory, **own))
+    model: nn.Module = opener.from_pretrained(directory, dtype=getattr(torch, dtype), **own)
     return model.to(device).eval()
 
 

@@ -155,7 +155,7 @@ LAYERS = (
     ("passes.lower", "passes.shard"),
     ("passes",),
     ("runtime",),
-    ("compiler",),  # passes, then the proof of the whole, which runs the program
+    ("compiler", "vision"),  # passes, then the proof of the whole, which runs the program
     ("api", "serving"),
     ("dynamo", "verification", "vllm"),
     ("", "backend", "exporting"),  # the public names: `kvrewrite` itself and two faces

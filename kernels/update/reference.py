@@ -188,8 +188,47 @@ def merge_victims(k: Tensor, v: Tensor, choice: Choice, threshold: Tensor) -> tu
     return merged_k, merged_v, changed & choice.kept
 
 
+def append(new: NewTokens, rows: Rows, cache: Cache) -> None:
+    """Writes each row's `valid` first new tokens after the last slot of every head; reads no slots. See
+    `kvrewrite::append_slots`. `slot_scores` stays out."""
+    lens = cache.lens
+    (b, hkv, t), device = new.new_scores.shape, lens.device
+    token = torch.arange(t, device=device)
+    arriving = (token < rows.valid[:, None])[:, None].expand(b, hkv, t)
+    where = pages.address(cache.table, lens.long()[..., None] + token, arriving, cache.pos_pages.shape[1])
+    places = torch.stack([rows.positions, rows.rotary], dim=-1).to(torch.int32)[:, None].expand(b, hkv, t, 2)
+    added = (new.k, new.v, new.new_scores, places)
+    for pool, values in zip((cache.k_pages, cache.v_pages, cache.score_pages, cache.pos_pages), added):
+        pages.put(pool, where, values)
+    lens.add_(rows.valid[:, None].to(lens.dtype))
+
+
+def only_appends(rows: Rows, cache: Cache, eviction: Eviction, ragged: Ragged) -> bool:
+    """Whether nothing goes and no page is dealt, as far as that can be told without looking at slots. Asks the device."""
+    valid, lens = rows.valid, cache.lens
+    if eviction.drop is not None or (ragged.spare is not None and bool((ragged.spare[:, 0] >= 0).any())):
+        return False
+    last = (valid.long() - 1).clamp(min=0)[:, None]
+    following = torch.gather(rows.positions.long(), 1, last) + 1
+    if any(span and bool((following >= span).any()) for span in (eviction.window, eviction.chunk)):
+        return False
+    held = lens + valid[:, None]
+    fits = (held <= rows.keep) & (held <= cache.table.shape[2] * cache.pos_pages.shape[1])
+    return bool((fits | (valid == 0)[:, None]).all())
+
+
 def cache_update(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, ragged: Ragged = EQUAL) -> None:
     """See `kvrewrite::cache_update`, which this implements."""
+    if not new.k.is_cuda and only_appends(rows, cache, eviction, ragged):
+        if new.slot_scores is not None:
+            slot = torch.arange(new.slot_scores.shape[2], device=cache.lens.device)
+            live = slot < cache.lens[..., None]
+            pages.write(cache.score_pages, cache.table, slot.expand_as(live), new.slot_scores, live)
+        if ragged.next_table is not None:
+            more = ragged.next_table.shape[2] - cache.table.shape[2]
+            ragged.next_table.copy_(torch.nn.functional.pad(cache.table, (0, more)))
+        append(new, rows, cache)
+        return
     choice = choose(new, rows, cache, eviction, ragged)
     k, v, next_table, threshold = new.k, new.v, ragged.next_table, ragged.threshold
     k_pages, v_pages, score_pages, pos_pages, table, lens = cache

@@ -130,10 +130,24 @@ def read_tokenizer(directory: str | Path) -> Any:
         ) from error
 
 
+def auto_model(config: Any) -> Any:
+    """The class of transformers that opens a model with this configuration: AutoModelForCausalLM, and for a vision-language model
+    that it does not know AutoModelForImageTextToText."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
 def read_original(directory: Path, dtype: str, advice: str, tokenizer: Any = None) -> tuple[Any, Any]:
     """The model of a directory that save_pretrained wrote, and its tokenizer where none is given. advice: what to do with one
     that kvrewrite wrote, which is refused. Raises ArtifactError."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from kvrewrite.artifact.directory import is_artifact
 
@@ -143,9 +157,8 @@ def read_original(directory: Path, dtype: str, advice: str, tokenizer: Any = Non
         raise ArtifactError(f"{directory} is a converted model; {advice}")
     wanted: Any = dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=wanted, local_files_only=True, trust_remote_code=False
-        )
+        own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        model = auto_model(AutoConfig.from_pretrained(directory, **own)).from_pretrained(directory, dtype=wanted, **own)
         return model, tokenizer or read_tokenizer(directory)
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{directory}: {str(error).splitlines()[0]}") from error

@@ -54,7 +54,9 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
     dtype: default: the config's, else that of the checkpoint's first floating tensor. Uses transformers' own classes
     only; models with code in the checkpoint are refused.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, initialization
+    from transformers import CONFIG_MAPPING, AutoConfig, initialization
+
+    from kvrewrite.artifact.companions import auto_model
 
     checkpoint = Checkpoint.open(directory)
     config = _read_config(checkpoint, CONFIG_MAPPING, AutoConfig)
@@ -67,7 +69,7 @@ def build_on_meta(directory: str | Path, dtype: torch.dtype | None = None) -> tu
         dtype = stored[0] if stored else torch.float32
     try:
         with parameters_on_meta(), initialization.no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise ArtifactError(
             f"transformers has no causal language model for {checkpoint.directory} (model_type "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ def save(
     config: Any,
     force: bool = False,
     compile_steps: Compile | None = None,
+    vision: Collection[str] = (),
 ) -> Path:
     """Writes a rewritten model as a directory that `load` reads, and that stock transformers reads as the original.
 
     source: the model or model directory that the program was rewritten from. config: for a module that is not from
-    transformers. compile_steps: as for `write_artifact`. Raises ArtifactError.
+    transformers. compile_steps, vision: as for `write_artifact`. Raises ArtifactError.
     """
     if program.parallel is not None:
         raise ArtifactError("one process's part of a model can't be saved; save the whole model, in one process")
@@ -55,6 +56,7 @@ def save(
             force=force,
             card=(source / "README.md").read_text() if (source / "README.md").exists() else card,
             compile_steps=compile_steps,
+            vision=vision,
         )
     if program.layout.devices is not None:
         raise ArtifactError(
@@ -98,6 +100,7 @@ def save(
                 force=force,
                 card=card,
                 compile_steps=compile_steps,
+                vision=vision,
             )
     tensors: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
     tensors.update(source.named_buffers(remove_duplicate=False))

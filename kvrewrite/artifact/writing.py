@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ COMPANIONS = (
     *(name.removesuffix("/*") for name in TOKENIZER_FILES),  # folders as a whole
     GENERATION,
     "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -70,6 +72,7 @@ def write_artifact(
     link: bool = False,
     card: str = "",
     compile_steps: Compile | None = None,
+    vision: Collection[str] = (),
 ) -> Path:
     """Writes a model directory; returns its path.
 
@@ -77,7 +80,8 @@ def write_artifact(
     or, for a module without a checkpoint, the tensors themselves under these names. policy_tensors, constants: default:
     those in the program's graph. compile_steps: called with the staging folder once it can be read as a model
     directory; writes files there and returns the manifest's "compiled" entry. force: replaces an existing model
-    directory, which is only removed once the new one is complete. After a failure the staging folder is removed and
+    directory, which is only removed once the new one is complete. vision: parameters of the model that no graph reads,
+    which turn images into embeddings; `recipes` has them, too. After a failure the staging folder is removed and
     `out` is untouched.
     """
     out = Path(out).resolve()
@@ -96,7 +100,7 @@ def write_artifact(
             writer.json(CONFIG, {**config, "kvrewrite": _config_section(program)}, indent=2)
             for path in extra_files:
                 writer.extra(Path(path))
-            recipes = _write_base(writer, program, base, recipes, link)
+            recipes = _write_base(writer, [*program.base, *vision], base, recipes, link)
             if policy_tensors:
                 name = str(program.policy.get("name"))
                 writer.tensors(POLICY, policy_tensors, {"policy": name, "kvrewrite": __version__})
@@ -105,14 +109,17 @@ def write_artifact(
             # Not in the manifest: a model card is there to be edited.
             writer.text(CARD, card)
             del writer.files[CARD]
-            writer.json(MANIFEST, _manifest(program, recipes, writer.files), indent=1)
+            seen = {"vision": list(vision)} if vision else {}
+            writer.json(MANIFEST, _manifest(program, recipes, writer.files, seen), indent=1)
             if compile_steps is not None:
                 compiled = compile_steps(folder)
                 (folder / MANIFEST).unlink()
                 del writer.files[MANIFEST]
                 for name in compiled["files"]:
                     writer.add(name)
-                writer.json(MANIFEST, _manifest(program, recipes, writer.files, compiled), indent=1)
+                writer.json(
+                    MANIFEST, _manifest(program, recipes, writer.files, {**seen, "compiled": compiled}), indent=1
+                )
             writer.seal()
             publish(folder, out, (lambda: check_destination(out, base, force)) if force else None)
             sync_folder(out.parent)
@@ -198,7 +205,7 @@ def _manifest(
     program: Program,
     recipes: Mapping[str, Recipe],
     files: dict[str, Any],
-    compiled: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     body: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -225,9 +232,8 @@ def _manifest(
         "embedded": program.embedded,
         "recipes": dict(recipes),
         "files": files,
+        **more,
     }
-    if compiled is not None:
-        body["compiled"] = dict(compiled)
     return {**body, "manifest_sha256": manifest_digest(body)}
 
 
@@ -242,26 +248,26 @@ def _transformers_version() -> str | None:
 
 def _write_base(
     writer: Writer,
-    program: Program,
+    names: list[str],
     base: Checkpoint | Mapping[str, Tensor],
     recipes: Mapping[str, Recipe] | None,
     link: bool,
 ) -> dict[str, Recipe]:
-    """Copies, links or writes the base weights; returns the recipes of the names in `program.base`."""
+    """Copies, links or writes the base weights; returns the recipes of these names."""
     if isinstance(base, Checkpoint):
         recipes = recipes or {}
-        if lacking := [n for n in program.base if n not in recipes]:
+        if lacking := [n for n in names if n not in recipes]:
             raise ArtifactError(f"no recipe says how to make {', '.join(lacking[:8])} from {base.directory}")
-        for name in program.base:
+        for name in names:
             check_recipe(name, recipes[name], base.tensors)
         for name in base.files:
             writer.copy(base.directory / name, name, link=link)
             base.check_unchanged(name)
-        return {n: recipes[n] for n in program.base}
+        return {n: recipes[n] for n in names}
     tensors: dict[str, Tensor] = {}
     made: dict[str, Recipe] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name in program.base:
+    for name in names:
         tensor = base.get(name)
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise ArtifactError(f"the base parameter {name} has no values to save; load the model's weights first")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from kvrewrite.artifact.local_directory import checkpoint_directory
+from kvrewrite.artifact.local_directory import checkpoint_directory, gguf_file
 from kvrewrite.cli.options import AS_JSON, parse_budget, parse_bytes, parse_options
 from kvrewrite.cli.shared import Command, find_device, named_steps, print_json, settings_text, stdout_console
 from kvrewrite.tools.tables import escaped, memory_table, sites_table
@@ -96,7 +97,7 @@ def convert(
     """Converts the checkpoint directory MODEL to a model directory whose cache evicts.
 
     The weights are neither loaded nor changed: they are copied byte for byte (or linked). With --compile they are
-    loaded.
+    loaded. MODEL may also be a GGUF file, or a directory with one: its weights are loaded and unpacked.
 
     \b
     Examples:
@@ -122,7 +123,8 @@ def convert(
     memory = None if memory_text is None else parse_bytes(memory_text, "--memory")
     if patterns is not None and prefill is None:
         raise click.UsageError("--patterns needs --prefill minference")
-    directory = checkpoint_directory(model)
+    packed = gguf_file(model)
+    directory = checkpoint_directory(model) if packed is None else packed
     given = parse_options(
         policy or DEFAULT, options, budget=None if budget is None else parse_budget(budget), chunk=chunk
     )
@@ -135,10 +137,15 @@ def convert(
         click.echo(said, err=True)
     from kvrewrite import api
     from kvrewrite.analysis.model_card import proof_text
+    from kvrewrite.artifact.gguf import unpacked
 
     where = find_device(compile_device, "--compile-device") if compiled else compile_device
     started = time.perf_counter()
-    with named_steps(STAGES - dry_run) as progress:
+    with ExitStack() as opened:
+        if packed is not None:  # transformers shows its own progress
+            click.echo(f"unpacking the weights of {packed}", err=True)
+            directory = opened.enter_context(unpacked(packed, None if dry_run else out))
+        progress = opened.enter_context(named_steps(STAGES - dry_run))
         done = api.convert(
             directory,
             None if dry_run else out,
@@ -149,7 +156,7 @@ def convert(
             contexts=list(contexts) or None,
             batch=batch,
             check=check,
-            link=link,
+            link=link or packed is not None,  # the unpacked weights are ours
             force=force,
             progress=progress,
             compile=compiled,

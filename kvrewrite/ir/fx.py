@@ -204,7 +204,10 @@ def concretize(shape: Sequence[Any], sizes: dict[Any, int]) -> tuple[int, ...]:
     out = []
     for size in shape:
         expr = symbol(size)
-        out.append(int(expr.subs(sizes)) if hasattr(expr, "subs") else int(expr))
+        if expr in sizes:
+            out.append(sizes[expr])
+        else:
+            out.append(int(expr.subs(sizes)) if hasattr(expr, "subs") else int(expr))
     return tuple(out)
 
 

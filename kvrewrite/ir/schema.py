@@ -268,6 +268,7 @@ class Manifest(_Data):
     files: dict[Text, File]
     manifest_sha256: Digest
     embedded: Text = ""
+    vision: list[Path_] = []
     compiled: Compiled | UnsetType = UNSET
 
 

@@ -51,6 +51,35 @@ def _(new: NewTokens, rows: Rows, cache: Cache, eviction: Eviction, ragged: Ragg
     return None
 
 
+append_slots_op = define(
+    "append_slots",
+    Fields(NewTokens, "k v"),
+    Fields(Rows, "positions rotary valid"),
+    Cache,
+    returns="()",
+    writes=POOLS,
+)
+
+
+@append_slots_op
+def append_slots(new: NewTokens, rows: Rows, cache: Cache) -> None:
+    """`cache_update` where nothing goes and scores never matter: each row's `valid` new tokens come after the last slot of
+    every head, with a score of 0. The caller has leased the pages.
+    """
+    if fused("append_slots", new.k, why_not_latent(cache.v_pages.shape[-1])):
+        from kvrewrite.kernels.update.append import append
+
+        append(new, rows, cache)
+        return
+    none = torch.zeros(new.k.shape[:3], dtype=torch.float32, device=new.k.device)
+    reference.append(new._replace(new_scores=none), rows, cache)
+
+
+@append_slots_op.fake
+def _(new: NewTokens, rows: Rows, cache: Cache) -> None:
+    return None
+
+
 @torch.library.custom_op("kvrewrite::entering", mutates_args=())
 def entering(positions: Tensor, valid: Tensor, ends: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the tokens of an update stand if those of some rows repeat the text (ends (B,) int32 is not 0) and must not

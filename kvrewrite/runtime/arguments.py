@@ -34,7 +34,8 @@ _REASONS = {
     "is_causal": "its masks are part of the graph",
     **dict.fromkeys(
         ("pixel_values", "pixel_values_videos", "image_grid_thw", "image_sizes"),
-        "it is the language model alone; let the unmodified model make embeddings of images and text, and pass inputs_embeds",
+        "it is a language model alone; transform the vision-language model (docs/vision.md), or let the unmodified model make "
+        "embeddings of images and text, and pass inputs_embeds",
     ),
 }
 

@@ -27,15 +27,16 @@ from kvrewrite.kernels.quantized.tiles import why_not as why_no_kernel
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy
+from kvrewrite.runtime.few_graph import FewTokens, width_of
 from kvrewrite.runtime.key_rotation import KeyRotation, rotates_keys
-from kvrewrite.runtime.parts import Execution, record_graph, why_not_captured
+from kvrewrite.runtime.parts import Execution, why_not_captured
+from kvrewrite.runtime.replay import Replay, RowNumbers
 
 if TYPE_CHECKING:
     from kvrewrite.cache.eviction_cache import EvictionCache
     from kvrewrite.runtime.model import RewrittenModel
 
 ops = torch.ops.kvrewrite
-RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
 ROOM = 4096  # slots per head that a captured step has room for beyond those at its capture, if its budget allows
 SPAN_ROOM = 8192  # positions that a captured step has room for beyond those at its capture
 
@@ -67,39 +68,16 @@ def why_not(program: Program, policy: Policy, device: torch.device) -> str | Non
     return why_not_captured(program.graph)
 
 
-class _Rows:
-    """Numbers that the host has for each row, sent to the device in one copy per step."""
-
-    def __init__(self, names: list[str], batch: int, device: torch.device):
-        self.names = names
-        pinned = device.type == "cuda"
-        self.host = [torch.zeros(len(names), batch, dtype=torch.int64, pin_memory=pinned) for _ in range(RING)]
-        self.numbers = [host.numpy() for host in self.host]
-        self.sent = [torch.cuda.Event() if pinned else None for _ in range(RING)]
-        self.device = torch.zeros(len(names), batch, dtype=torch.int64, device=device)
-        self.next = 0
-
-    def send(self, values: dict[str, list[int]]) -> None:
-        at, self.next = self.next, (self.next + 1) % RING
-        event = self.sent[at]
-        if event is not None:
-            event.synchronize()
-        for i, name in enumerate(self.names):
-            self.numbers[at][i] = values[name]
-        self.device.copy_(self.host[at], non_blocking=True)
-        if event is not None:
-            event.record()
-
-
-class _Step:
-    """A decode step of one batch size, with its buffers."""
+class Step:
+    """The buffers of a decode step of one batch size, and the step. few: passes of a few tokens from the same buffers, by
+    their number (kvrewrite/runtime/few_graph.py)."""
 
     def __init__(self, runner: DecodeRunner, cache: EvictionCache, widths: list[int], span: int):
         self.runner, self.batch, self.widths, self.span = runner, cache.batch_size, widths, span
         device, batch = cache.device, cache.batch_size
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         names = list(cache.row_numbers([None] * batch))
-        self.rows = _Rows(names, batch, device)
+        self.rows = RowNumbers(names, batch, device)
         self.tables, self.lens, self.keeps, self.pools = [], [], [], []
         for lease, width in zip(cache.leases, widths):
             shape = (len(lease.layers), batch, lease.kv_heads)
@@ -117,10 +95,11 @@ class _Step:
         }
         for i, (cos, sin) in enumerate(cache.rotary(self.reach(cache))):
             self.fixed[f"rotary_cos_{i}"], self.fixed[f"rotary_sin_{i}"] = cos, sin
-        self.graph: Any = None
-        self.logits: Tensor | None = None
+        self.few: dict[int, Any] = {}
+        self.one = Replay(self._run)
         if runner.capture:
-            self._capture()
+            self.one.capture(self.rows)
+            runner.captures += 1
 
     def reach(self, cache: EvictionCache) -> int:
         """Positions that tables of cos and sin need here: those that keys or queries are rotated by."""
@@ -128,8 +107,8 @@ class _Step:
             return 1  # nothing is rotated by tables
         return min(self.span, self.runner.model.program.max_positions or self.span)
 
-    def fits(self, cache: EvictionCache) -> bool:
-        """Whether this step's buffers and pools are those that `cache` needs."""
+    def fits(self, cache: EvictionCache, count: int = 1) -> bool:
+        """Whether this step's buffers and pools are those that `cache` needs for `count` more tokens."""
         same = all(
             getattr(lease.store, name) is pool
             for lease, pools in zip(cache.leases, self.pools)
@@ -137,13 +116,14 @@ class _Step:
         )
         wide = all(lease.table.shape[-1] <= width for lease, width in zip(cache.leases, self.widths))
         lengths = all(self.fixed[name] is table for name, table in cache.length_tables.items())
-        return same and wide and lengths and max(cache.seen) < self.span
+        return same and wide and lengths and max(cache.seen) + count <= self.span
 
-    def _inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def inputs(self, column: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the program reads, and what each layer has of inputs that all share. column: see `row_inputs`."""
         wide, narrow = self.rows.device, self.rows.device.to(torch.int32)  # one launch for all
         rows = {name: (wide if name in WIDE else narrow)[i] for i, name in enumerate(self.rows.names)}
         limit = self.runner.model.program.max_positions
-        inputs = {"input_ids": self.ids, **self.fixed, **row_inputs(rows, limit)}
+        inputs = {"input_ids": self.ids, **self.fixed, **row_inputs(rows, limit, column)}
         for spec, state in zip(self.runner.model.program.layout.states, self.states, strict=True):
             inputs[spec.input] = state
         layers: dict[str, Any] = {}
@@ -161,30 +141,10 @@ class _Step:
         return inputs, layers
 
     def _run(self) -> Tensor:
-        inputs, layers = self._inputs()
+        inputs, layers = self.inputs()
         logits = self.runner.execution(inputs, layers=layers)
         assert logits is not None
         return logits
-
-    def _capture(self) -> None:
-        """Warm-up and capture with nothing live and no row at work, so that no cache is touched."""
-        self.rows.device.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph, self.logits = record_graph(self._run)
-        self.runner.captures += 1
-
-    def __call__(self) -> Tensor:
-        if self.graph is None:
-            return self._run()
-        self.graph.replay()
-        assert self.logits is not None
-        return self.logits.clone()
 
 
 @dataclass
@@ -197,7 +157,7 @@ class _Ahead:
 
     cache: weakref.ref[EvictionCache]
     version: tuple[int, ...]
-    step: _Step
+    step: Step
     plan: StepPlan
     next_rotary: list[int] | None
 
@@ -218,7 +178,7 @@ class DecodeRunner:
         self.key_rotation = KeyRotation(model) if model.program.layout.contiguous else None
         self.execution = Execution(lower_decode(gm, self.rotates_keys), compiler, rows_move=False)
         self.sources = self.execution.partition.sources
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, Step] = {}
         self._bound: weakref.ref[EvictionCache] | None = None  # a cache that is gone gives its pages back
         self._lease: weakref.ref[Lease] | None = (
             None  # its first lease, which another takes the place of when it is reset
@@ -229,6 +189,7 @@ class DecodeRunner:
         ] = []  # what the bound cache's states are while they lie in the step's buffers
         self._seen_keeps: list[Any] = []
         self._ahead: _Ahead | None = None
+        self.few: FewTokens | None = None
 
     @functools.cached_property
     def stores(self) -> list[PageStore]:
@@ -245,19 +206,36 @@ class DecodeRunner:
             self.key_rotation.rotate(cache)
         if self.key_rotation is not None and not self.rotates_keys and not cache.ranks_held:
             self.key_rotation.hold_ranks(cache)
-        self._ahead = None
         plan = cache.plan_token()
-        cache.hold(plan)
-        step = self._steps.get(cache.batch_size)
-        if step is None or not step.fits(cache):
-            self.release()
-            self._steps.pop(cache.batch_size, None)
-            step = self._steps[cache.batch_size] = self._make(cache, plan)
+        step = self._held(cache, plan, 1)
         self._bind(step, cache, plan)
         next_rotary = self._send_rows(step, cache, plan)
         return self._launch(step, ids, cache, plan, next_rotary)
 
-    def _send_rows(self, step: _Step, cache: EvictionCache, plan: StepPlan) -> list[int] | None:
+    def few_step(self, ids: Tensor, cache: EvictionCache, plan: StepPlan) -> Tensor:
+        """A few tokens (B, T) of every row, which `FewTokens.plan` has planned; logits (B, T, vocabulary)."""
+        assert self.few is not None
+        count = ids.shape[1]
+        step = self._held(cache, plan, width_of(count))
+        run = self.few.pass_of(step, width_of(count))
+        self._bind(step, cache, plan)
+        step.rows.send(cache.row_numbers(plan.segments))
+        logits = run(ids)
+        cache.commit(plan)
+        return logits
+
+    def _held(self, cache: EvictionCache, plan: StepPlan, count: int) -> Step:
+        """The step of a cache whose pages for a plan of `count` tokens are leased."""
+        self._ahead = None
+        cache.hold(plan)
+        step = self._steps.get(cache.batch_size)
+        if step is None or not step.fits(cache, count):
+            self.release()
+            self._steps.pop(cache.batch_size, None)
+            step = self._steps[cache.batch_size] = self._make(cache, plan)
+        return step
+
+    def _send_rows(self, step: Step, cache: EvictionCache, plan: StepPlan) -> list[int] | None:
         """The numbers of each row for the next token. Returns the positions of the new tokens, where they are made
         again."""
         anew = self.key_rotation is not None and not self.rotates_keys
@@ -266,18 +244,18 @@ class DecodeRunner:
         return following
 
     def _launch(
-        self, step: _Step, ids: Tensor, cache: EvictionCache, plan: StepPlan, next_rotary: list[int] | None
+        self, step: Step, ids: Tensor, cache: EvictionCache, plan: StepPlan, next_rotary: list[int] | None
     ) -> Tensor:
         """Runs the step; what the host can do about the token after it is done while the device is at work."""
         step.ids.copy_(ids)
-        logits = step()
+        logits = step.one()
         if next_rotary is not None:
             cache.next_rotary, cache.ranks_frozen = next_rotary, [True] * cache.batch_size
         cache.commit(plan)
         self._ahead = self._look_ahead(step, cache)
         return logits
 
-    def _look_ahead(self, step: _Step, cache: EvictionCache) -> _Ahead | None:
+    def _look_ahead(self, step: Step, cache: EvictionCache) -> _Ahead | None:
         """Plans one more token of every row; None where pages have to change for it, or something is to be refused."""
         if any(cache.no_room(row, 1, True) for row in range(cache.batch_size)) or not step.fits(cache):
             return None
@@ -302,7 +280,7 @@ class DecodeRunner:
         assert ahead is not None
         return self._launch(ahead.step, ids, cache, ahead.plan, ahead.next_rotary)
 
-    def _make(self, cache: EvictionCache, plan: StepPlan) -> _Step:
+    def _make(self, cache: EvictionCache, plan: StepPlan) -> Step:
         """A step with room to grow: tables as wide as the budgets ask for, or as the answer may, if nothing bounds
         it."""
         widths = []
@@ -313,15 +291,14 @@ class DecodeRunner:
             slots = int(slots_decoded(held, coming, most.max()))
             widths.append(max(2, lease.table.shape[-1], -(-slots // PAGE)) + 1)
         span = max(max(cache.seen) + SPAN_ROOM, cache.max_length or 0)
-        return _Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
+        return Step(self, cache, widths, -(-span // SPAN_ROOM) * SPAN_ROOM)
 
-    def _bind(self, step: _Step, cache: EvictionCache, plan: StepPlan) -> None:
+    def _bind(self, step: Step, cache: EvictionCache, plan: StepPlan) -> None:
         """Puts a cache's tables, lengths and budgets into the step's buffers, as far as they are not there."""
         if self._bound is None or self._bound() is not cache or not self._is_bound(cache):
             self.release()
             for c, lease in enumerate(cache.leases):
-                for target, lens in zip(step.lens[c], lease.lens.unbind(0)):
-                    target.copy_(lens)
+                torch._foreach_copy_(step.lens[c], list(lease.lens.unbind(0)))
                 lease.fetch_lens = functools.partial(self._give_back, weakref.ref(cache))
             self._bound, self._lease = weakref.ref(cache), weakref.ref(cache.leases[0])
             self._seen_tables, self._seen_keeps = [None] * len(cache.leases), [None] * len(cache.leases)

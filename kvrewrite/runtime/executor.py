@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from kvrewrite.errors import InputError
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.passes.lower.sum_ranks import sum_directly
-from kvrewrite.runtime import decode_graph, prompt_graph
+from kvrewrite.runtime import decode_graph, few_graph, prompt_graph
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.parallel import sums_directly
 from kvrewrite.runtime.parts import Execution
@@ -73,6 +73,8 @@ def compiled(model: RewrittenModel, static_decode: bool | None, options: dict[st
     found.token = DecodeRunner(model, of_tokens, compiler, capture=on_cuda)
     if prompt_graph.why_not(*subject) is None:
         found.prompt = PrefillRunner(execution, capture=on_cuda)
+        if few_graph.why_not(model.program, model.policy, folded) is None:
+            found.token.few = few_graph.FewTokens(folded, compiler, capture=on_cuda)
     return found
 
 

@@ -273,7 +273,13 @@ class Generation(GenerationMixin):
         return found if cache is None else _Ending(found, cache)
 
     def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
-        """Refuses to cut a prompt that the policy needs whole."""
+        """Refuses to cut a prompt that the policy needs whole, or one of embeddings."""
+        if size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise InputError(
+                f"prefill_chunk_size={size} cuts a prompt's ids, and this one came as inputs_embeds; leave prefill_chunk_size "
+                "out (the model cuts prompts into its policy's segments by itself), or hand in pieces by calls of the model with "
+                "inputs_embeds and cache="
+            )
         cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
         columns = mask if mask is not None else model_kwargs.get("position_ids")
         if size is None or columns is None or not self.policy.whole_prompt or any(cache.seen):

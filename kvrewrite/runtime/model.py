@@ -54,6 +54,7 @@ from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
 VIEWS = ("_pinning", "_embedding")  # attributes with views of a model, None until they are needed
+MADE = (*VIEWS, "_embedder")  # and with the graph that embeds ids
 
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -134,7 +135,7 @@ class RewrittenModel(Pretrained, Generation):
         """A model of its own, compiled if `compile()` made this one so. Caches stay with the model that they were made
         for."""
         twin = memo[id(self)] = object.__new__(type(self))
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("executor", *VIEWS)}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("executor", *MADE)}
         twin.__dict__.update(copy.deepcopy(kept, memo), executor=None)
         if self.executor is not None and self.executor.options is not None:
             twin.compile(**self.executor.options)
@@ -197,7 +198,7 @@ class RewrittenModel(Pretrained, Generation):
         for graph in (self.graph_module, *self._rotary_graphs) if self.on_one_device else ():
             retarget_device(graph, sample.device)
         self._note_gpu()
-        self.__dict__.update(dict.fromkeys(VIEWS))
+        self.__dict__.update(dict.fromkeys(MADE))
         if again is not None:
             self.compile(**again)
         return self
@@ -254,7 +255,7 @@ class RewrittenModel(Pretrained, Generation):
     def viewed(self, **changed: Any) -> RewrittenModel:
         """A view of this model: the same weights and graph, but for these attributes, and views of its own."""
         view = copy.copy(self)
-        view.__dict__.update(dict.fromkeys(VIEWS), **changed)
+        view.__dict__.update(dict.fromkeys(MADE), **changed)
         return view
 
     def _view(self, name: str, insert: Callable[[Program], Program], **is_for: bool) -> RewrittenModel:
@@ -275,7 +276,10 @@ class RewrittenModel(Pretrained, Generation):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (B, T, D) of token ids (B, T), as `inputs_embeds` takes them."""
-        made: Tensor = embedding_graph(self._base)(ids.long().to(self.device))
+        graph = self.__dict__.get("_embedder")
+        if graph is None:
+            graph = self.__dict__["_embedder"] = embedding_graph(self._base)
+        made: Tensor = graph(ids.long().to(self.device))
         return made
 
     @property
@@ -453,13 +457,16 @@ class RewrittenModel(Pretrained, Generation):
         if (cache_given is None or labels is not None) and logits_to_keep != 1 and not self._told_scores:
             self._told_scores = warn_of_scores(self, tokens, cache)
         cache.begin_step()
+        columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
+        few = decoder.few if decoder is not None and generated else None
         if decoder is not None and tokens.ids.shape[1] == 1 and all(tokens.decoding) and all(tokens.counts):
             logits = decoder.step(input_ids, cache)
+        elif decoder is not None and few is not None and (plan := few.plan(cache, tokens)) is not None:
+            logits = decoder.few_step(input_ids, cache, plan)[:, -columns:]
         else:
             if cache.keys_rotated:
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
-            columns = width if logits_to_keep == 0 else min(logits_to_keep, width)
             logits = Call(self, tokens, cache, columns).run()
         cache.record(input_ids, tokens.real, generated)
         out = self._output(logits, cache, use_cache, return_dict)

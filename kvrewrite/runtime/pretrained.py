@@ -42,6 +42,11 @@ class Pretrained(nn.Module):
     program: Program
 
     @property
+    def beside(self) -> list[str]:
+        """The original's parameters that the graph does not read and the model needs all the same."""
+        return []
+
+    @property
     def name_or_path(self) -> str:
         """Where the tokenizer is: the model's directory, or where the original came from (lm-eval looks there)."""
         if isinstance(self.source, Path):
@@ -102,4 +107,4 @@ class Pretrained(nn.Module):
         check_kind(compile, model.device)
         steps = None if compile is None else lambda folder: compile_ahead(model, folder, compile_batch)
         out, source, config = save_directory, self.source, self.config
-        save(self.program, out, source=source, config=config, force=force, compile_steps=steps)
+        save(self.program, out, source=source, config=config, force=force, compile_steps=steps, vision=self.beside)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.errors import KVRewriteError, PoolFull
-from kvrewrite.runtime.batch import Batch, Running, first_segments
+from kvrewrite.runtime.batch import Batch, Running, first_segments, side_by_side
 from kvrewrite.serving.jobs import Answer, Job
 from kvrewrite.serving.limits import Capacity
 from kvrewrite.serving.metrics import Metrics
@@ -29,9 +29,7 @@ from kvrewrite.serving.prefixes import Plan, Prefixes
 from kvrewrite.serving.requests import RequestError
 from kvrewrite.serving.sampling import Chosen, choose
 
-# Segments of at most so many tokens go through the model with others that are about as long: they cost less together. Longer ones
-# do not: their passes are captured one by one only (four of 1024 tokens took twice the time together, on an H200).
-SHORT, SIMILAR, TOGETHER = 512, 0.75, 8
+SIMILAR = 0.75  # segments whose lengths differ by less go through the model together
 AHEAD = 256  # tokens of an answer that there should be pages for when it begins; some end early
 
 
@@ -223,7 +221,8 @@ class Scheduler:
         self._open.append(first)  # the next one is another client's
         assert first.running is not None
         length = first.running.next_segment
-        if length > SHORT or first.alone:
+        most = min(side_by_side(length), max(1, left // length))
+        if most == 1 or first.alone:
             return [first]
 
         def goes_with(prompt: Prompt) -> bool:
@@ -231,7 +230,6 @@ class Scheduler:
             similar = SIMILAR * length <= other <= length / SIMILAR
             return similar and not prompt.alone and prompt.job.tables == first.job.tables
 
-        most = min(TOGETHER, max(1, left // length))
         while len(self._open) < most and (new := self.waiting.take(set(), lambda p: goes_with(p) and self._fits(p))):
             self._begin(new)
         return [first, *(p for p in self._open if p is not first and goes_with(p))][:most]

@@ -18,6 +18,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn", "pydantic", "jinja2", "prometheus_client"),
     "train": ("accelerate", "datasets", "peft"),
     "eval": ("lm_eval",),
+    "gguf": ("gguf", "accelerate"),
     "plot": ("matplotlib",),
 }
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy")

@@ -8,17 +8,15 @@ one by one, as before. So its tokens and what it keeps are those of the request 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kvrewrite.errors import CacheError
-from kvrewrite.runtime.batch import Batch, Running
+from kvrewrite.runtime.batch import Batch, Running, side_by_side
 from kvrewrite.runtime.model import RewrittenModel
-
-SIDE_BY_SIDE = 8192  # most tokens of several prompts in one pass
 
 
 @dataclass
@@ -35,14 +33,14 @@ class Piece:
 @dataclass
 class _Held:
     """A request. ids (prompt,): filled in as pieces come; ends: where each segment of the prompt ends; given: tokens that
-    came, of prompt and answer."""
+    came, of prompt and answer; answer (n,): those of the answer that came in this step."""
 
     running: Running
     ids: Tensor
     ends: list[int]
+    answer: Tensor
     given: int = 0
     logits: Tensor | None = None
-    answer: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> int:
@@ -95,7 +93,7 @@ class Requests:
         """Runs the largest step that there can be, of at most so many requests: prompts side by side, and a token of each."""
         first = self.model.policy.plan(self.length)[0].length
         prompt = min(2 * first, self.length - 1)
-        numbers = range(max(1, min(most, SIDE_BY_SIDE // first)))
+        numbers = range(max(1, min(most, side_by_side(first))))
         ids = torch.zeros(prompt, dtype=torch.int64, device=self.model.device)
         self.step([Piece(number, prompt, 0, ids) for number in numbers])
         self.step([Piece(number, None, prompt, ids[:1]) for number in numbers])
@@ -121,29 +119,34 @@ class Requests:
             )
         count = max(0, min(held.prompt - piece.start, piece.ids.shape[0]))
         held.ids[piece.start : piece.start + count] = piece.ids[:count]
-        held.answer = piece.ids[count:].tolist()
+        held.answer = piece.ids[count:].long()  # stays on the device: looking at it would wait for the step before
         held.given += piece.ids.shape[0]
         held.logits = None
         return held
 
     def _start(self, prompt: int) -> _Held:
-        ids = torch.zeros(prompt, dtype=torch.int64, device=self.model.device)
-        running = self.batch.start(ids, max_length=self.length)
+        # Zeros on the host, which are checked without waiting for the device; the ids come later, into the batch's copy there.
+        running = self.batch.start(torch.zeros(prompt, dtype=torch.int64), max_length=self.length)
+        assert running.call is not None
+        ids = running.call.ids[0]
         ends = list(accumulate(segment.length for segment in self.model.policy.plan(prompt)))
-        return _Held(running, ids, ends)
+        return _Held(running, ids, ends, ids[:0])
 
     def _prefill(self, took: Sequence[_Held]) -> None:
         """Computes the segments whose tokens are all there: those of equal length side by side."""
         while ready := [held for held in took if held.segment_is_there]:
             length = ready[0].next_length
-            some = [held for held in ready if held.next_length == length][: max(1, SIDE_BY_SIDE // length)]
+            some = [held for held in ready if held.next_length == length][: side_by_side(length)]
             for held, logits in zip(some, self.batch.advance_together([held.running for held in some])):
                 held.logits = logits
 
     def _decode(self, took: Sequence[_Held]) -> None:
         """Computes the tokens of answers: one of each request at a time."""
-        while at_work := [held for held in took if held.answer]:
-            logits = self.batch.decode([held.running for held in at_work], [held.answer.pop(0) for held in at_work])
+        longest = max((held.answer.shape[0] for held in took), default=0)
+        for i in range(longest):
+            at_work = [held for held in took if held.answer.shape[0] > i]
+            tokens = torch.stack([held.answer[i] for held in at_work])
+            logits = self.batch.decode([held.running for held in at_work], tokens)
             for held, row in zip(at_work, logits):
                 held.logits = row
 

@@ -583,6 +583,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 cache.lens, 1, 0, 0, None, None, torch.randn(HKV, 6), "silu", *wide_table[:B, None].repeat(2, 1, 1, 1),
             ),
         ),
+        "append_slots": (
+            ops.append_slots,
+            (fresh.k, fresh.v, *arrive[:3], *cache.pools(), cache.table, cache.lens),
+        ),
         "linear_add": (ops.linear_add, (torch.randn(B, 1, 8), torch.randn(4, 8), None, torch.randn(B, 1, 4))),
         "rotate": (ops.rotate, (fresh.k, table, table, torch.randint(40, (B, HKV, 3)), partner)),
         "cached_attention": (

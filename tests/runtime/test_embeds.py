@@ -16,6 +16,7 @@ import kvrewrite
 import kvrewrite.backend  # where it is not installed, nobody else makes the backend's name known
 from kvrewrite.cache.signature import HIGHEST, signatures
 from kvrewrite.errors import InputError
+from kvrewrite.passes.insert.embeds import embedding_graph
 from tests.runtime.test_decoding import static
 from tests.runtime.test_invariants import EVICTING, MORE, evicting
 from tests.support.products import few
@@ -232,6 +233,14 @@ class TestErrors:
         with pytest.raises(InputError, match=r"input_ids are \(1, 4\) and inputs_embeds \(1, 5, 64\)"):
             small.generate(ids(4), inputs_embeds=torch.zeros(1, 5, 64), max_new_tokens=2)
 
+    def test_prompts_cut_by_generate(self) -> None:
+        """transformers cuts ids; the model cuts embeddings by itself."""
+        small, given = rewritten("llama", "h2o", budget=20), torch.zeros(1, 12, 64)
+        with pytest.raises(
+            InputError, match="prefill_chunk_size=5 cuts a prompt's ids, and this one came as inputs_embeds"
+        ):
+            small.generate(inputs_embeds=given, prefill_chunk_size=5, max_new_tokens=2, **GREEDY)
+
     def test_images_for_a_language_model(self) -> None:
         small = rewritten("llama", "h2o", budget=20)
         with pytest.raises(InputError, match=r"pixel_values is not supported .* pass inputs_embeds"):
@@ -349,3 +358,31 @@ def test_weights_are_not_copied() -> None:
     shared = {p.data_ptr() for p in small.graph_module.parameters()}
     assert {p.data_ptr() for p in view.graph_module.parameters()} <= shared
     assert isinstance(small.get_input_embeddings(), nn.Embedding)
+
+
+def test_the_graph_of_embeddings_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew where weights have moved, and for a copy of the model."""
+    small = rewrite(build("llama"), captured("llama"), "h2o", None, budget=20)
+    made: list[Any] = []
+
+    def counted(program: Any) -> Any:
+        made.append(embedding_graph(program))
+        return made[-1]
+
+    monkeypatch.setattr("kvrewrite.runtime.model.embedding_graph", counted)
+    want = small.get_input_embeddings()(ids(7))
+    for count, view in (
+        (1, lambda: small),
+        (1, lambda: small),
+        (1, lambda: copy.copy(small)),
+        (2, small.pinning),
+        (2, small.pinning),
+    ):
+        assert torch.equal(view().embed(ids(7)), want) and len(made) == count
+    twin = copy.deepcopy(small)
+    with torch.no_grad():
+        small.get_input_embeddings().weight.mul_(2)
+    assert torch.equal(small.embed(ids(7)), 2 * want) and torch.equal(twin.embed(ids(7)), want)
+    assert (
+        torch.equal(small.to("cpu").embed(ids(7)), 2 * want) and len(made) == 4
+    )  # the twin's, and where weights may have moved

@@ -14,6 +14,7 @@ import kvrewrite
 from kvrewrite.assets import small_model
 from kvrewrite.errors import OptionError, TrainingError
 from kvrewrite.tools.training.collected import Collector, regress
+from kvrewrite.tools.training.head_stack import stacked
 from kvrewrite.tools.training.heads_graph import head_graphs
 from kvrewrite.tools.training.kvzap import KVzapOptions, KVzapTask
 from kvrewrite.tools.training.locret import LocretOptions, LocretTask
@@ -50,6 +51,40 @@ def test_what_is_kept_gives_the_scores_and_labels_of_the_texts(family: str, kind
         assert len(part.labels[n]) == counted.sum(1).clamp(max=7).sum()
         assert set(map(tuple, part.labels[n].tolist())) <= set(map(tuple, whole.labels[n].tolist()))
     assert len(whole.labels[-1]) == 38 + 21
+
+
+@pytest.mark.parametrize("kind", ["kvzap", "linear", "locret"])
+def test_heads_run_as_one(kind: str) -> None:
+    """Scores and gradients of stacked heads are those of each by itself, and what was trained is theirs afterwards."""
+    task: Any
+    if kind == "locret":
+        task = LocretTask(build("llama"), LocretOptions(hidden_size=8, label="reconstruction"))
+    else:
+        task = KVzapTask(build("llama"), KVzapOptions(hidden_size=8 if kind == "kvzap" else 0))
+    heads = head_graphs(task.__dict__["graph"])
+    (stack,) = stacked(heads, list(range(len(heads))))
+    assert stack.heads == list(range(len(heads))) and len(heads) > 1
+    width = task.look(**batch([[1, 2, 3]]))[2][0].shape[-1]
+    reads = torch.randn(len(heads), 5, width, generator=torch.Generator().manual_seed(0))
+    apart = torch.stack([head(read[None])[0] for head, read in zip(heads, reads, strict=True)])
+    together = stack.scores(stack.heads, reads)
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(stack.scores([1], reads[1:2]), apart[1:2])
+    apart.square().sum().backward()
+    together.square().sum().backward()
+    for weight, own in zip(stack.weights.values(), zip(*stack.own, strict=True), strict=True):
+        torch.testing.assert_close(weight.grad, torch.stack([p.grad for p in own]))
+        weight.data += 1
+    stack.write_back()
+    torch.testing.assert_close(heads[1](reads[1:2])[0], stack.scores([1], reads[1:2])[0])
+    assert not torch.allclose(stack.scores([1], reads[1:2])[0], apart[1])
+
+
+def test_heads_of_other_shapes_are_not_stacked() -> None:
+    """They differ by more than the values of their weights."""
+    ours, other = (KVzapTask(build("llama"), KVzapOptions(hidden_size=n)) for n in (8, 16))
+    graphs = [head_graphs(task.__dict__["graph"])[0] for task in (ours, other)]
+    assert [stack.heads for stack in stacked(graphs, [0, 1])] == [[0], [1]]
 
 
 @needs_trainer

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kvrewrite.errors import OptionError, TrainingError
+from kvrewrite.tools.training.head_stack import stacked
 from kvrewrite.tools.training.heads_graph import head_graphs
 from kvrewrite.tools.training.locret import LocretTask
 from kvrewrite.tools.training.trainer import FitOptions, Fitted, collate
@@ -106,32 +107,35 @@ def learn(task: LocretTask, learned: Examples, held: Examples, options: FitOptio
     """Makes `options.steps` steps on examples, which may be another task's on the same model; returns the log."""
     from transformers import get_scheduler
 
-    heads = head_graphs(task.__dict__["graph"])
     used = [n for n, labels in enumerate(learned.labels) if len(labels)]
-    parameters = [p for n in used for p in heads[n].parameters()]
-    device = parameters[0].device
     task.begin([x.mean(0) if len(x) else x.new_zeros(x.shape[1]) for x in learned.labels])
+    stacks = stacked(head_graphs(task.__dict__["graph"]), used)
+    parameters = [p for stack in stacks for p in stack.weights.values()]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(
         parameters, lr=task.options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     schedule = get_scheduler(options.schedule, optimizer, options.warmup, options.steps)
     order = torch.Generator(device).manual_seed(options.seed)
 
-    def loss(examples: Examples, most: int | None) -> Tensor:
+    def drawn(reads: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(labels), (options.rows,), generator=order, device=device)
+        return reads[rows], labels[rows]
+
+    def loss(examples: Examples, draw: bool) -> Tensor:
         losses = []
-        for n in used:
-            reads, labels = examples.reads[n], examples.labels[n]
-            if not len(labels):  # of a judged text that is shorter than a window
-                continue
-            if most is not None and most < len(labels):
-                rows = torch.randint(len(labels), (most,), generator=order, device=device)
-                reads, labels = reads[rows], labels[rows]
-            losses.append(task.error(heads[n](reads[None])[0], labels.T).mean())
-        return torch.stack(losses).mean()
+        for stack in stacks:
+            parts = [(examples.reads[n], examples.labels[n]) for n in stack.heads]
+            if draw:
+                parts = [drawn(*part) if options.rows < len(part[1]) else part for part in parts]
+            for some in _of_one_length(parts):  # of a judged text that is shorter than a window there are none
+                reads, labels = (torch.stack([part[i] for part in some.values()]) for i in (0, 1))
+                losses.append(task.error(stack.scores(list(some), reads), labels.transpose(1, 2)).mean((1, 2)))
+        return torch.cat(losses).mean()
 
     log: list[dict[str, float]] = []
     for step in tqdm(range(1, options.steps + 1), desc="steps", disable=options.quiet):
-        total = loss(learned, options.rows)
+        total = loss(learned, draw=True)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         if options.clip_value:
@@ -142,9 +146,20 @@ def learn(task: LocretTask, learned: Examples, held: Examples, options: FitOptio
         schedule.step()
         if step % options.log_every == 0 or step == options.steps:
             with torch.no_grad():
-                log.append({"step": step, "loss": float(total), "held": float(loss(held, None))})
+                log.append({"step": step, "loss": float(total), "held": float(loss(held, draw=False))})
             if not math.isfinite(log[-1]["loss"]):
                 raise TrainingError(
                     f"the loss is {log[-1]['loss']} at step {step}; a lower learning rate (-o lr=...) may help"
                 )
+    for stack in stacks:
+        stack.write_back()
     return log
+
+
+def _of_one_length(parts: list[tuple[Tensor, Tensor]]) -> Iterable[dict[int, tuple[Tensor, Tensor]]]:
+    """Groups parts, by their numbers, that have as many tokens as each other; those without tokens are left out."""
+    groups: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+    for number, part in enumerate(parts):
+        if len(part[1]):
+            groups.setdefault(len(part[1]), {})[number] = part
+    return groups.values()
