@@ -188,23 +188,22 @@ def _products(
 
 @triton.jit
 def _weigh(
-    acc, zeros, weight, words, raw, here, HEADS: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
+    acc, zeros, weight, words, raw, HEADS: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
     DTYPE: tl.constexpr, MATH: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a group of values to acc, and what their codes are counted from to zeros.
 
     A row of acc, of zeros and of weight is a query head and a group of channels, whose scales it takes: of acc only
     those channels are used in the end. Products with the others are for free, as a tensor core takes 16 rows.
-    raw: (groups, slots), parameters; what is not `here` may have any.
+    raw: (groups, slots), parameters, 0 where a slot is not there.
     """
     acc0, acc1, acc2, acc3 = acc
     v_scale, v_zero = _scale_and_zero(raw, KIND, DTYPE)
-    v_scale = tl.where(here[None, :], v_scale, 0.0)
     if KIND == "fp8":
         if FAST:
             v_scale *= _V_UP
     else:
-        zeros += weight * _each(tl.where(here[None, :], v_zero, 0.0), HEADS)
+        zeros += weight * _each(v_zero, HEADS)
     p = (weight * _each(v_scale, HEADS)).to(MATH)
     acc0 = tl.dot(p, _centered(words, 0, KIND, MATH, FAST), acc0, input_precision=PRECISION)
     if PARTS > 1:
@@ -277,6 +276,7 @@ def _attend_kernel(
     PARTS: tl.constexpr = BYTES * HALVES
     ROWS: tl.constexpr = NGP * GS
     AT_ONCE: tl.constexpr = 2 if PAIR else 1
+    FEW: tl.constexpr = 16 if STEP == 16 else 32
     CLEAN: tl.constexpr = KIND == "fp8" and not FAST  # codes of slots that are not there may be NaN
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
@@ -300,7 +300,7 @@ def _attend_kernel(
     own = offset + tl.arange(0, GS)  # query heads, once
     group_v = tl.arange(0, NGP)
     slot = tl.arange(0, STEP)
-    whole = tl.arange(0, _PAGE)
+    few = tl.arange(0, FEW)
     d = tl.arange(0, KWP)
     e = tl.arange(0, VWP)
     # Channels of the (first) half of a key and a value.
@@ -397,10 +397,10 @@ def _attend_kernel(
             v_at = v_pages + held * (_PAGE * VW) + inside[:, None] * VW + e[None, :]
             raw_at = v_params + (held * _PAGE + inside[None, :]) * NG + group_v[:, None]
             words = tl.load(v_at, mask=(e < VW)[None, :] & (here[:, None] if CLEAN else True), other=0)
-            raw = tl.load(raw_at, mask=(group_v < NG)[:, None], other=0)
+            raw = tl.load(raw_at, mask=(group_v < NG)[:, None] & here[None, :], other=0)
             acc = (acc0, acc1, acc2, acc3)
             acc, zeros = _weigh(
-                acc, zeros, weight, words, raw, here, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
+                acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
             )
             if PAIR:
                 weight = tl.exp2(x_2 - base[:, None])
@@ -408,9 +408,9 @@ def _attend_kernel(
                 words = tl.load(
                     v_at + STEP * VW, mask=(e < VW)[None, :] & (here_2[:, None] if CLEAN else True), other=0
                 )
-                raw = tl.load(raw_at + STEP * NG, mask=(group_v < NG)[:, None], other=0)
+                raw = tl.load(raw_at + STEP * NG, mask=(group_v < NG)[:, None] & here_2[None, :], other=0)
                 acc, zeros = _weigh(
-                    acc, zeros, weight, words, raw, here_2, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
+                    acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
                 )
             acc0, acc1, acc2, acc3 = acc
             m = top
@@ -428,15 +428,15 @@ def _attend_kernel(
         elif FAST:
             low_v *= _V_REST
 
-        # Those in full precision, a page of slots at a time.
+        # Those in full precision, a few at a time.
         end = tl.minimum(last * _PAGE, n)
         tail_k = k_tail + head.to(tl.int64) * (TAIL * D)
         tail_v = v_tail + head.to(tl.int64) * (TAIL * DV)
         low_q = _times(low, NGP)
         high_q = _times(high, NGP) if HALVES == 2 else low_q
-        for i in tl.range(tl.maximum(first, nq // _PAGE), last, num_stages=1):
-            entry = i * _PAGE + whole - nq
-            here = (entry >= 0) & (whole < end - i * _PAGE)
+        for at in tl.range(tl.maximum(first * _PAGE, nq // FEW * FEW), end, FEW, num_stages=2):
+            entry = at + few - nq
+            here = (entry >= 0) & (few < end - at)
             k_at = tail_k + entry[:, None] * D + d_all[None, :]
             in_key = here[:, None] & (d_all < BYTES * KW)[None, :]
             x = tl.dot(low_q, tl.trans(tl.load(k_at, mask=in_key, other=0.0)), input_precision=precision)
@@ -444,11 +444,11 @@ def _attend_kernel(
                 keys = tl.load(k_at + D // 2, mask=in_key, other=0.0)
                 x = tl.dot(high_q, tl.trans(keys), x, input_precision=precision)
             x = logit(x, softcap, scale, SOFTCAP)
-            held = tl.load(pages + i * table_p).to(tl.int64)
-            pos_at = pos_pages + held * (2 * _PAGE) + whole * 2
+            held = tl.load(pages + at // _PAGE * table_p).to(tl.int64)
+            pos_at = pos_pages + held * (2 * _PAGE) + (at % _PAGE + few) * 2
             x = _masked(x, here, pos_at, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
             if MASS:
-                to = left_logits + (whole + i * _PAGE)[None, :]
+                to = left_logits + (few + at)[None, :]
                 tl.store(to, x, mask=(ok & (of_group == 0))[:, None] & here[None, :])
             top = tl.maximum(m, tl.max(x, 1))
             base = tl.where(top == float("-inf"), 0.0, top)
