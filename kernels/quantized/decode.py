@@ -445,7 +445,7 @@ def _attend_kernel(
                 x = tl.dot(high_q, tl.trans(keys), x, input_precision=precision)
             x = logit(x, softcap, scale, SOFTCAP)
             held = tl.load(pages + at // _PAGE * table_p).to(tl.int64)
-            pos_at = pos_pages + held * (2 * _PAGE) + (at % _PAGE + few) * 2
+            pos_at = pos_pages + held * (2 * _PAGE) + (at + few) % _PAGE * 2
             x = _masked(x, here, pos_at, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
             if MASS:
                 to = left_logits + (few + at)[None, :]
