@@ -221,9 +221,7 @@ def _side_by_side(x, y):
 
 
 @triton.jit
-def _masked(
-    x, here, pos_at, now, slope, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr
-):
+def _masked(x, here, pos_at, now, slope, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr):
     """Logits x (rows, slots) with ALiBi, -inf where a slot is not there or not seen. pos_at: pointers to positions."""
     seen = here
     if WINDOW or CHUNK or ALIBI:
@@ -360,13 +358,13 @@ def _attend_kernel(
             k_at = k_pages + held * (_PAGE * KW) + inside[:, None] * KW + d[None, :]
             words = tl.load(k_at, mask=(d < KW)[None, :] & (here[:, None] if CLEAN else True), other=0)
             ends_at = k_params + (held * GROUPS + group) * D
-            x = _products(
-                queries, words, ends_at, NGP, KW, D // 2, PARTS, BYTES, KIND, DTYPE, MATH, FAST, precision
-            )
+            x = _products(queries, words, ends_at, NGP, KW, D // 2, PARTS, BYTES, KIND, DTYPE, MATH, FAST, precision)
             x = logit(x, softcap, scale, SOFTCAP)
             x = _masked(x, here, pos_at, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
             if MASS:
-                tl.store(left_logits + (slot + i * STEP)[None, :], x, mask=(ok & (of_group == 0))[:, None] & here[None, :])
+                tl.store(
+                    left_logits + (slot + i * STEP)[None, :], x, mask=(ok & (of_group == 0))[:, None] & here[None, :]
+                )
             top = tl.max(x, 1)
             if PAIR:
                 here_2 = slot < end - (i + 1) * STEP
@@ -399,9 +397,7 @@ def _attend_kernel(
             words = tl.load(v_at, mask=(e < VW)[None, :] & (here[:, None] if CLEAN else True), other=0)
             raw = tl.load(raw_at, mask=(group_v < NG)[:, None] & here[None, :], other=0)
             acc = (acc0, acc1, acc2, acc3)
-            acc, zeros = _weigh(
-                acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
-            )
+            acc, zeros = _weigh(acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision)
             if PAIR:
                 weight = tl.exp2(x_2 - base[:, None])
                 weights += weight
@@ -409,9 +405,7 @@ def _attend_kernel(
                     v_at + STEP * VW, mask=(e < VW)[None, :] & (here_2[:, None] if CLEAN else True), other=0
                 )
                 raw = tl.load(raw_at + STEP * NG, mask=(group_v < NG)[:, None] & here_2[None, :], other=0)
-                acc, zeros = _weigh(
-                    acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision
-                )
+                acc, zeros = _weigh(acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision)
             acc0, acc1, acc2, acc3 = acc
             m = top
         denom = tl.sum(weights, 1)

@@ -9,7 +9,7 @@ from kvrewrite.kernels.quantized.scheme import Scheme
 
 LEAST_GROUP = 16  # slots of a key group: what tensor cores take
 MOST_GROUP = 64  # slots of a page
-MOST_VALUE_GROUPS = 16
+MOST_VALUE_GROUPS = 32
 LEAST_ROWS, MOST_ROWS = 16, 64  # of a tensor core's product; of one worker's
 
 

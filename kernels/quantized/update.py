@@ -201,12 +201,12 @@ def _update_kernel(
     lens_h, qlens_b, qlens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VG: tl.constexpr, VGP: tl.constexpr, NG: tl.constexpr,
-    NGP: tl.constexpr, TAIL: tl.constexpr, TAILP: tl.constexpr, MOVES: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr,
-    KIND: tl.constexpr, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
-    DROP: tl.constexpr, PDL: tl.constexpr,
+    NGP: tl.constexpr, TAIL: tl.constexpr, TAILP: tl.constexpr, MOVES: tl.constexpr, STEP: tl.constexpr,
+    P: tl.constexpr, KIND: tl.constexpr, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail, of which MOVES move at a time; KW, VW: bytes of a slot's
-    codes; NG groups of VG channels make a value."""
+    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail, MOVES: how many of them move
+    at a time; KW, VW: bytes of a slot's codes; NG groups of VG channels make a value."""
     head = tl.program_id(0)
     b = (head // HKV).to(tl.int64)
     h = head % HKV
