@@ -25,6 +25,7 @@ from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
+from kvrewrite.ir.waits import told
 from kvrewrite.passes.insert.embeds import embedding_form, embedding_graph, insert_embeds
 from kvrewrite.passes.insert.pins import insert_pins
 from kvrewrite.policies import Policy
@@ -42,7 +43,7 @@ from kvrewrite.runtime.call import (
     new_tokens,
 )
 from kvrewrite.runtime.decode_graph import DecodeRunner
-from kvrewrite.runtime.executor import Executor, compiled
+from kvrewrite.runtime.executor import Executor, compiled, fewer_launches
 from kvrewrite.runtime.generation import Generation, drop_unsupported
 from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.loss import check_labels, with_loss
@@ -54,7 +55,7 @@ from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
 VIEWS = ("_pinning", "_embedding")  # attributes with views of a model, None until they are needed
-MADE = (*VIEWS, "_embedder")  # and with the graph that embeds ids
+MADE = (*VIEWS, "_embedder", "_for_gpu")  # and with the graph that embeds ids, and what runs op by op on a GPU
 
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -109,6 +110,7 @@ class RewrittenModel(Pretrained, Generation):
         self.__dict__["adapters"] = adapters
         self._told_scores = False
         self.executor: Executor | None = None  # None: the graph runs op by op
+        self._shapes_run: set[tuple[int, int]] = set()  # rows and tokens of passes that were run
         # Tables that the compiler made lie on the CPU.
         if program.layout.devices is None:
             self.graph_module.to(self.device)
@@ -229,6 +231,7 @@ class RewrittenModel(Pretrained, Generation):
             if (view := self.__dict__.get(name)) is not None:
                 view.uncompile()
         self.__dict__.update(dict.fromkeys(VIEWS), executor=None)
+        self._shapes_run.clear()
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -498,11 +501,29 @@ class RewrittenModel(Pretrained, Generation):
         """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be
         None."""
         given = {name: given[name] for name in self.program.layout.input_names}
+        rows, tokens = next(iter(given.values())).shape[:2]
+        if (rows, tokens) in self._shapes_run:
+            return self._pass(given, logits)
+        self._shapes_run.add((rows, tokens))
+        with told(f"the first pass of {rows} x {tokens} tokens, for which what is in no cache is compiled"):
+            return self._pass(given, logits)
+
+    def _pass(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:
         if self.executor is not None:
             return self.executor.prompt(given, logits)
-        run = self.graph_module if self.on_one_device else self._staged
-        out: Tensor = self._run(run, *given.values())
+        out: Tensor = self._run(self._op_by_op(), *given.values())
         return out
+
+    def _op_by_op(self) -> Callable[..., Any]:
+        """What runs the graph's ops one by one; on a GPU fewer ones, where nobody asks for gradients."""
+        if not self.on_one_device:
+            return self._staged
+        if self.gpu is None or torch.is_grad_enabled():
+            return self.graph_module
+        if self.__dict__.get("_for_gpu") is None:
+            self.__dict__["_for_gpu"] = fewer_launches(self.graph_module)
+        run: Callable[..., Any] = self.__dict__["_for_gpu"]
+        return run
 
     def _run(self, graph: Callable[..., Any], *inputs: Tensor) -> Any:
         """Runs a graph of this model; an error says which node of a file it was."""
