@@ -185,7 +185,8 @@ def main(everything: bool) -> None:
         for kind in KINDS:
             caches, shape = Quantized(kind, b, slots), tiles(Scheme(kind, GROUP), D, D, H // HKV)
             for launch in launches:
-                add(f"{kind} {tuple(launch or config(DTYPE, shape, D))[:4]}", caches.attend_us(launch))
+                chosen = launch or config(caches.scheme, DTYPE, shape, D, b * HKV)
+                add(f"{kind} {tuple(chosen)[:4] if everything else 'attention'}", caches.attend_us(launch))
             add(f"{kind} error, times 1e4", 1e4 * caches.error() if b == 1 else float("nan"))
             add(f"{kind} with mass", caches.attend_us(mass=True))
             add(f"{kind} update, appends", caches.update_us(False))

@@ -3,9 +3,12 @@
 
 Work is cut and put together as in `decode.py`. Codes are never turned back into keys and values: what scales a channel
 of a group of keys is multiplied into the query, once a group; what scales a group of channels of a value into the
-softmax weights. What is added to codes gives one number a query head and group of keys, and a sum that is kept beside
-the weighted values. Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the
-keys would.
+softmax weights. What is added to codes gives one number a query head and group of keys, and a sum beside the weighted
+values. Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the keys would.
+
+A tensor core takes 16 rows, and a group of query heads is 4 to 8, as a rule. So a row is a query head and a group of a
+value's channels, with the scales of that group: one product does for all of them, and each row gives the channels of
+its group. Codes come from shared memory as operands (`codes.py`), and a worker is one warp or two: nothing waits.
 
 After the quantized slots of its part a worker does those in full precision, as far as they are in its part.
 """
@@ -41,12 +44,16 @@ _PAGE = tl.constexpr(PAGE)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def config(dtype: torch.dtype, shape: Tiles, dv: int) -> Config:
-    """How the attention kernel is launched (`pages` 2: two groups of keys at a time; `overlap` means nothing here)."""
+def config(scheme: Scheme, dtype: torch.dtype, shape: Tiles, dv: int, n_heads: int) -> Config:
+    """How the attention kernel is launched for B * Hkv heads (`pages` 2: two groups of keys at a time; `overlap` means
+    nothing here). One warp a worker, as long as it has the registers: then none waits for another.
+    benchmarks/quantized_decode.py measures others."""
     if dtype == torch.float32:
         return Config(1, 8, 2)
     warps = min(8, max(1, shape.rows * triton.next_power_of_2(dv) // 2048))
-    return Config(max(1, 8 // warps), warps, 2)
+    if warps == 1 and (scheme.kind == "int8" or n_heads <= 16):
+        return Config(4, 2, 3, 1 if n_heads <= 16 else 2)
+    return Config(8 // warps, warps, 3)
 
 
 @triton.jit
@@ -451,7 +458,7 @@ def decode_attention_quantized(
     if not n_heads:
         return out, lse, found
     shape = tiles(scheme, d, dv, group)
-    c = config(q.dtype, shape, dv) if launch is None else launch
+    c = config(scheme, q.dtype, shape, dv, n_heads) if launch is None else launch
     g2 = triton.next_power_of_2(group)
     key_width, value_width = (scheme.code_width(x) // shape.word for x in (d, dv))
     row = triton.next_power_of_2(dv)
