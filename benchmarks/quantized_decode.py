@@ -65,9 +65,7 @@ class Quantized:
         self.pos_pages = torch.zeros(total, PAGE, 2, device="cuda", dtype=torch.int32)
         order = (torch.randperm(total - 1) + 1).to(torch.int32).cuda()
         self.tables = list(order.view(self.count, b, HKV, width))
-        at = torch.arange(slots, device="cuda", dtype=torch.int32).view(width, PAGE)
-        for table in self.tables:
-            self.pos_pages[table.long()] = at[..., None].expand(b, HKV, -1, -1, 2)
+        self.place()
         self.lens = [torch.full((b, HKV), slots, dtype=torch.int32, device="cuda") for _ in self.tables]
         self.qlens = [n - RESIDUAL for n in self.lens]
         self.k_tail = torch.randn(b, HKV, RESIDUAL + GROUP, D, device="cuda", dtype=DTYPE)
@@ -77,6 +75,12 @@ class Quantized:
         self.v = torch.randn_like(self.k)
         self.positions = torch.full((b, 1), slots, device="cuda")
         self.valid = torch.ones(b, dtype=torch.int32, device="cuda")
+
+    def place(self) -> None:
+        """Gives slot i the position i."""
+        at = torch.arange(self.slots, device="cuda", dtype=torch.int32).view(-1, PAGE)
+        for table in self.tables:
+            self.pos_pages[table.long()] = at[..., None].expand(self.b, HKV, -1, -1, 2)
 
     def codes(self) -> Codes:
         """Codes, parameters and tails."""
@@ -138,6 +142,7 @@ class Quantized:
         base = graph_us([lambda i=i: step(i) for i in range(self.count)])  # type: ignore[misc]
         for start in now:
             start.fill_(self.slots - 1)
+        self.place()  # what was measured before has left tokens that are later than those to come
         return graph_us([lambda i=i: update(i) for i in range(self.count)]) - base  # type: ignore[misc]
 
 

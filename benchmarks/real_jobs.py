@@ -31,11 +31,9 @@ class Job(NamedTuple):
         return " ".join(map(str, (*self[:4], named, *([f"({self.heads})"] if self.heads else []))))
 
 
-def trained(kind: str, window: int = 32, sinks: int = 4, scope: str = "model") -> dict[str, Any]:
-    """A job's policy, options and heads: KVzap as top-k, by default over all heads of all layers. The first tokens have no
-    labels, so they stay (`sinks`; 0 is the authors' own)."""
-    ranks = (("threshold", None), ("scope", scope), ("window", window), ("n_sink", sinks))
-    return {"policy": "kvzap", "options": ranks, "heads": kind}
+def trained(kind: str, window: int = 32, scope: str = "model") -> dict[str, Any]:
+    """A job's policy, options and heads: KVzap as top-k, by default over all heads of all layers."""
+    return {"policy": "kvzap", "options": (("threshold", None), ("scope", scope), ("window", window)), "heads": kind}
 
 
 def locret(budgets: str) -> dict[str, Any]:
@@ -85,13 +83,12 @@ def every(given: argparse.Namespace) -> Iterator[Job]:
 
 
 def of_heads(model: str, kinds: list[str]) -> Iterator[Job]:
-    """What else is asked of trained heads: larger windows, the first tokens not kept, no budget shared between layers, beside
-    KVzip with none, and what follows a text."""
+    """What else is asked of trained heads: larger windows, no budget shared between layers, beside KVzip with none, and what
+    follows a text."""
     for kind in kinds:
         for window in (32, 128):
             yield Job(model, "lm", "blind", 0.25, **trained(kind, window))
         yield Job(model, "quote", "blind", 0.25, **trained(kind, 128))
-        yield Job(model, "quote", "blind", 0.25, **trained(kind, sinks=0))
         yield Job(model, "quote", "blind", 0.25, **trained(kind, scope="head"))
         yield Job(model, "quote", "blind", 0.25, "kvzip", (("scope", "head"),))
         for window in (256, 512):

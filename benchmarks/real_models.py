@@ -242,7 +242,8 @@ def main() -> None:
         if json.dumps(job) in done:
             claimed.touch()
     start = multiprocessing.get_context("spawn")
-    processes = [start.Process(target=train, args=(given, model)) for model in given.models]
+    trained = {job.model for job in jobs(given) if job.heads is not None}
+    processes = [start.Process(target=train, args=(given, model)) for model in given.models if model in trained]
     processes += [start.Process(target=measure, args=(given, number, end)) for number in range(given.workers)]
     for process in processes:
         process.start()

@@ -1,14 +1,15 @@
 """Speculative decoding: what its steps cost at Llama-3.1-8B's shape, and how much of a draft a real model accepts.
 
-    python -m benchmarks.speculate steps [--shape llama-3.1-8b] [--tokens 131072] [--budget 32768] [--drafted 1 3 5 7] [--eager]
+    python -m benchmarks.speculate steps [--shape llama-3.1-8b] [--tokens 131072] [--budget 32768 2048] [--drafted 1 3] [--eager]
     python -m benchmarks.speculate real MODEL QUOTES [--budget 0.25] [--policies snapkv h2o] [--texts 3] [--new 64] [--device cpu]
 
-steps: random weights, one row. A full cache and a draft's (snapkv) read the same random prompt. Prints
-milliseconds of a step of the full cache alone, of a step of the draft, of the pass that checks k drafted tokens, and
-of whole rounds (k drafted tokens, the pass, what is taken back), and the speed against the full cache alone that
-follows for given rates of acceptance. Random weights accept next to nothing, so the rates are assumed, and each token
-is accepted independently of the others. What a step and a pass consist of: milliseconds that the host needs to queue
-it, that the GPU is at work for it, and the kernels that take longest (`breakdown`).
+steps: random weights, one row, a full cache of `tokens` and a draft's (snapkv) of each budget, filled by hand: what is in
+them does not change what a step costs. Prints milliseconds of a step of the full cache alone, of a step of each draft, of
+the pass that checks k drafted tokens, and of whole rounds (k drafted tokens, the pass, what is taken back), and the speed
+against the full cache alone that follows for given rates of acceptance. Random weights accept next to nothing, so the
+rates are assumed, and each token is accepted independently of the others. "lookup" drafts from the text itself, which
+costs nothing: its rounds are the pass and what is taken back. What a step and a pass consist of: milliseconds that the
+host needs to queue it, that the GPU is at work for it, and the kernels that take longest (`breakdown`).
 
 real: greedy answers to the first question of texts of QUOTES (JSON lines with "context" and "turns", pairs), by
 the full cache alone and with drafts of the same weights. Prints whether the tokens are equal, the part of the
@@ -31,11 +32,14 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 
 import kvrewrite
 from kvrewrite.api import Rewriter
+from kvrewrite.kernels.groups import Cache, NewTokens, Rows
+from kvrewrite.kernels.update.reference import append
+from kvrewrite.policies import UNLIMITED, Segment
 from kvrewrite.runtime import acceptance
 from kvrewrite.runtime.drafts import ModelDraft
 from kvrewrite.runtime.speculation import Speculator, settle
 
-RATES = (0.5, 0.7, 0.8, 0.9)
+RATES = (0.3, 0.5, 0.7, 0.8, 0.9)
 ROUNDS, STEPS = 12, 24
 LONGEST = 12  # kernels of a breakdown
 
@@ -92,16 +96,38 @@ def speed(rate: float, drafted: int, round_ms: float, alone_ms: float) -> float:
     return tokens * alone_ms / round_ms
 
 
-def a_round(model: Any, cache: Any, draft: ModelDraft, text: Tensor, drafted: int) -> Tensor:
-    """One round as `Speculator` runs it; the text that it leaves."""
-    tokens, _ = draft.propose(text, drafted)
+def filled(model: Any, tokens: int, room: int) -> Any:
+    """A cache as a prompt of so many tokens leaves it that all stay, with random keys and values."""
+    cache = model.new_cache(1, max_length=tokens + room)
+    plan = cache.plan([Segment(tokens, UNLIMITED)])
+    cache.begin_step()
+    cache.hold(plan, tokens + room)
+    positions = torch.arange(tokens, device=cache.device)[None]
+    valid = torch.tensor([tokens], dtype=torch.int32, device=cache.device)
+    rows = Rows(positions, positions, valid, valid, valid)
+    for lease in cache.leases:
+        pools = [getattr(lease.store, name) for name in ("k_pages", "v_pages", "score_pages", "pos_pages")]
+        k, v = (torch.randn(1, lease.kv_heads, tokens, x.shape[2], device=x.device).to(x.dtype) for x in pools[:2])
+        new = NewTokens(k, v, torch.zeros(k.shape[:3], device=k.device))
+        for table, lens in zip(lease.table, lease.lens, strict=True):
+            append(new, rows, Cache(*pools, table, lens))
+    cache.commit(plan)
+    cache.record(torch.ones(1, tokens, dtype=torch.int64, device=cache.device), None, False)
+    cache.end_prompt()
+    return cache
+
+
+def a_round(model: Any, cache: Any, draft: ModelDraft | None, text: Tensor, drafted: int) -> Tensor:
+    """One round as `Speculator` runs it; the text that it leaves. draft: None for the text itself."""
+    tokens = text[0, -drafted:] if draft is None else draft.propose(text, drafted).tokens
     tried = torch.cat([text, tokens[None]], 1)
     logits = model(tried[:, text.shape[1] - 1 :], cache=cache, generated=True).logits[0].float()
     never = StoppingCriteriaList([MaxLengthCriteria(1 << 30)])
     new, _, _ = settle(text, tokens, acceptance.greedy(tokens, logits), never)
     cache.crop(new.shape[1] - 1 - drafted)
     text = torch.cat([text, new], 1)
-    draft.accepted(text.shape[1])
+    if draft is not None:
+        draft.accepted(text.shape[1])
     return text
 
 
@@ -113,45 +139,49 @@ def steps(given: argparse.Namespace) -> None:
     device, begin = torch.device(given.device), time.perf_counter()
     source = ShapeSource(given.shape, device=device)
     rewriter = Rewriter(source.base, check="off")
-    small = rewriter.rewrite("snapkv", budget=given.budget)
-    full = rewriter.rewrite("full")
+    full, small = rewriter.rewrite("full"), rewriter.rewrite("snapkv", budget=max(given.budget))
     if not given.eager:
         full.compile()
         small.compile()
-    print(f"# models after {time.perf_counter() - begin:.0f} s", flush=True)
-    ids = torch.randint(1, source.hf_config.vocab_size, (1, given.tokens), device=device)
-    cache = full.new_cache(1, max_length=given.tokens + 2048)
-    full(ids, cache=cache, logits_to_keep=1)
-    cache.end_prompt()
-    print(f"# full cache after {clock(device) - begin:.0f} s", flush=True)
-    greedy = LogitsProcessorList()
-    draft = ModelDraft(small, (ids, torch.ones_like(ids)), given.tokens + 2048, greedy, draws=False)
-    print(f"# draft's cache after {clock(device) - begin:.0f} s", flush=True)
-    one = ids[:, :1]
+    room = 2048
+    cache = filled(full, given.tokens, room)
+    print(f"# models and the full cache after {clock(device) - begin:.0f} s", flush=True)
+    one = cache.ids()[:, :1].to(device)
     alone = median_ms(device, lambda: full(one, cache=cache, generated=True), STEPS)
-    drafting = median_ms(device, lambda: small(one, cache=draft.cache, generated=True), STEPS)
-    print(json.dumps({"alone_ms": round(alone, 3), "draft_step_ms": round(drafting, 3)}), flush=True)
+    print(json.dumps({"alone_ms": round(alone, 3)}), flush=True)
     print(json.dumps(breakdown(device, "alone", lambda: full(one, cache=cache, generated=True))), flush=True)
     for drafted in given.drafted:
-        several = ids[:, : drafted + 1]
+        several = one.expand(1, drafted + 1).contiguous()
 
         def check(several: Tensor = several) -> None:
             full(several, cache=cache, generated=True)
             cache.crop(-several.shape[1])
 
-        check_ms = median_ms(device, check, ROUNDS)
+        print(json.dumps({"check_of": drafted, "ms": round(median_ms(device, check, ROUNDS), 3)}), flush=True)
         print(json.dumps(breakdown(device, f"check of {drafted}", check)), flush=True)
-        text = torch.cat([cache.ids().to(device), one], 1)
-        draft.cache.crop(min(0, text.shape[1] - 1 - draft.cache.columns))
+    text = torch.cat([cache.ids().to(device), one], 1)
+    for budget in (None, *given.budget):
+        draft = None
+        if budget is not None:
+            prompt = (one, torch.ones_like(one))
+            draft = ModelDraft(small, prompt, given.tokens + room, LogitsProcessorList(), draws=False)
+            draft.cache = filled(small, budget, given.tokens + room - budget)
+            draft.cache.append_only()
+            of_draft = draft.cache
+            step_ms = median_ms(device, lambda: small(one, cache=of_draft, generated=True), STEPS)  # noqa: B023
+            print(json.dumps({"draft": budget, "step_ms": round(step_ms, 3)}), flush=True)
+        for drafted in given.drafted:
+            if draft is not None:
+                draft.own = draft.cache.columns - text.shape[1] + 1
 
-        def run() -> None:
-            nonlocal text
-            text = a_round(full, cache, draft, text, drafted)  # noqa: B023
+            def run() -> None:
+                nonlocal text
+                text = a_round(full, cache, draft, text, drafted)  # noqa: B023
 
-        round_ms = median_ms(device, run, ROUNDS)
-        row = {"drafted": drafted, "check_ms": round(check_ms, 3), "round_ms": round(round_ms, 3)}
-        row |= {f"speed_at_{r}": round(speed(r, drafted, round_ms, alone), 2) for r in RATES}
-        print(json.dumps(row), flush=True)
+            round_ms = median_ms(device, run, ROUNDS)
+            row = {"draft": budget or "lookup", "drafted": drafted, "round_ms": round(round_ms, 3)}
+            row |= {f"speed_at_{r}": round(speed(r, drafted, round_ms, alone), 2) for r in RATES}
+            print(json.dumps(row), flush=True)
 
 
 @torch.no_grad()
@@ -200,8 +230,8 @@ def main() -> None:
     one = commands.add_parser("steps")
     one.add_argument("--shape", default="llama-3.1-8b")
     one.add_argument("--tokens", type=int, default=131072)
-    one.add_argument("--budget", type=int, default=32768)
-    one.add_argument("--drafted", type=int, nargs="+", default=[1, 3, 5, 7])
+    one.add_argument("--budget", type=int, nargs="+", default=[32768, 2048])
+    one.add_argument("--drafted", type=int, nargs="+", default=[1, 3])
     one.add_argument("--eager", action="store_true", help="do not compile")
     one.add_argument("--device", default="cuda")
     one.set_defaults(run=steps)

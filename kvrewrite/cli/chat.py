@@ -19,7 +19,7 @@ HELP = "/memory: what the cache holds; /reset: begin again; /quit or Ctrl-D: end
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="The most tokens of an answer."
 )
-@click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
+@click.option("--sample", "--do-sample", "sample", is_flag=True, help="Sample instead of taking the likeliest token.")
 @click.option("--temperature", type=float, help="With --sample.")
 @click.option("--top-p", type=float, help="With --sample.")
 @click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")

@@ -87,7 +87,9 @@ from kvrewrite.errors import ArtifactError, OptionError
     help="Samples for each task; for quote and lm: documents, for perplexity: pieces.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Samples that run together."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--dtype",

@@ -17,8 +17,14 @@ from kvrewrite.errors import OptionError
 @click.argument("directory")
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.Path(allow_dash=True), help="A file with the prompt; - reads stdin.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="The most tokens of the answer.",
+)
+@click.option("--sample", "--do-sample", "sample", is_flag=True, help="Sample instead of taking the likeliest token.")
 @click.option("--temperature", type=float, help="With --sample.")
 @click.option("--top-p", type=float, help="With --sample.")
 @click.option("--seed", type=int, default=0, show_default=True, help="With --sample.")
@@ -46,7 +52,7 @@ def generate(
 
     \b
     Examples:
-      kvrewrite generate small --prompt "The capital of France is" --max-new-tokens 20
+      kvrewrite generate small --prompt "Paris is" --max-new-tokens 20
       kvrewrite generate small --chat --prompt-file report.txt --device cuda
     """
     if (prompt is None) == (prompt_file is None):

@@ -25,7 +25,7 @@ def import_weights(source: Path, out: Path, policy: str | None, force: bool, as_
     \b
     Examples:
       kvrewrite import-weights heads.bin --policy locret --out heads.safetensors
-      kvrewrite import-weights KVzap-mlp-Llama-3.1-8B-Instruct/ -p kvzap --out w.safetensors
+      kvrewrite import-weights KVzap-mlp/ -p kvzap --out kvzap.safetensors
     """
     metadata: dict[str, str] = {}
     if policy is None:

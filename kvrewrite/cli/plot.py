@@ -42,8 +42,8 @@ from kvrewrite.errors import ArtifactError, OptionError
 )
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="memory: context lengths.")
 @click.option("--policy-weights", multiple=True, metavar="NAME=FILE", help="As in `kvrewrite eval`.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", type=DTYPES, default="auto", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: the checkpoint's own.")
 @click.option("--force", is_flag=True, help="Replace --out.")
 def plot(
     source: str | None,
@@ -67,7 +67,7 @@ def plot(
     \b
     Examples:
       kvrewrite plot results.json --out accuracy.png
-      kvrewrite plot MODEL --kind memory -p h2o -b 2048 --context 4096 --context 131072 --out plan.png
+      kvrewrite plot MODEL --kind memory -p h2o --context 131072 --out plan.png
     """
     from kvrewrite.tools.evaluation import plots
     from kvrewrite.tools.plotting import require_matplotlib

@@ -12,6 +12,8 @@ from kvrewrite.cli.shared import Command, print_json, stdout_console
 from kvrewrite.tools.tables import escaped
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kvrewrite.policies import Policy
 
 
@@ -30,6 +32,21 @@ def _policy_data(policy: type[Policy]) -> dict[str, Any]:
     }
 
 
+def _overview(data: list[dict[str, Any]]) -> Table:
+    """A line for each policy, which fits 80 columns."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("policy", no_wrap=True)
+    for title in ("what it keeps", "evicts"):
+        table.add_column(title)
+    table.add_column("source", overflow="fold", max_width=14)
+    for d in data:
+        name = d["name"] + (" *" if d["needs_weights"] else "")
+        table.add_row(name, escaped(d["summary"]), escaped(d["evicts"] or "-"), d["source"].removeprefix("arXiv "))
+    return table
+
+
 @click.command(cls=Command)
 @click.argument("name", required=False)
 @AS_JSON
@@ -45,7 +62,7 @@ def policies(name: str | None, as_json: bool) -> None:
 
     from rich.table import Table
 
-    from kvrewrite.policies import ALIASES, POLICIES, Policy, make
+    from kvrewrite.policies import ALIASES, POLICIES, make
 
     name = ALIASES.get(name, name) if name else None
     if name is not None and name not in POLICIES:
@@ -57,19 +74,10 @@ def policies(name: str | None, as_json: bool) -> None:
         return
     console = stdout_console()
     if name is None:
-        table = Table()
-        for title in ("policy", "what it keeps", "source", "trained weights", "options"):
-            table.add_column(title, overflow="fold")
-        shared = {f.name: f.default for f in dataclasses.fields(Policy)}
-        for d in data:
-            own = {k: v["default"] for k, v in d["options"].items() if k not in shared or v["default"] != shared[k]}
-            options = ", ".join(f"{k}={v}" for k, v in own.items())
-            table.add_row(
-                d["name"], escaped(d["summary"]), d["source"], "needed" if d["needs_weights"] else "-", options
-            )
-        console.print(table)
-        listed = ", ".join(f"{k}={v}" for k, v in shared.items())
-        console.print(f"Options that every policy has, with their defaults unless the table says otherwise: {listed}")
+        console.print(_overview(data))
+        console.print("* needs trained weights: kvrewrite train, or those that its authors publish")
+        console.print("A policy's options, defaults and paper: kvrewrite policies NAME")
+        console.print("Which one? docs/guide/policies.md, or leave the choice to kvrewrite convert MODEL --memory SIZE")
         return
     console.print(inspection.cleandoc(chosen[0].__doc__ or ""), soft_wrap=True, markup=False)
     if chosen[0].evicts_when:

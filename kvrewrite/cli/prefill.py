@@ -27,7 +27,7 @@ def prefill(directory: str, document: str, out: Path, device: str, force: bool, 
     \b
     Examples:
       kvrewrite prefill small --document book.txt --out book.kvcache
-      kvrewrite prefill small --document - --out book.kvcache --device cuda < book.txt
+      kvrewrite prefill small --document - --out book.kvcache < book.txt
     """
     with click.open_file(document, encoding="utf-8") as file:
         text = file.read()

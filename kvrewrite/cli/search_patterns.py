@@ -56,7 +56,7 @@ def search_patterns(
     \b
     Examples:
       kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json
-      kvrewrite search-patterns MODEL --data texts.jsonl --out patterns.json --device cuda
+      kvrewrite search-patterns MODEL -d texts.jsonl --out p.json --device cuda
     """
     if out.exists() and not force:
         raise OptionError(f"{out} exists; choose another name, or overwrite it with --force")

@@ -16,8 +16,10 @@ from kvrewrite.cli.shared import Command, find_device
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen at. There is no authentication."
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--name", help="What clients call the model; default: the name of the directory.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option(
+    "--name", "--served-model-name", "name", help="What clients call the model; default: the name of the directory."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model (slow first requests, fast later ones).")
 @click.option(
@@ -34,6 +36,8 @@ from kvrewrite.cli.shared import Command, find_device
 )
 @click.option(
     "--max-requests",
+    "--max-num-seqs",
+    "max_requests",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
@@ -119,7 +123,7 @@ def serve(
     \b
     Examples:
       kvrewrite serve small --port 8000 --documents books/
-      kvrewrite serve small --device cuda --compile --max-requests 64 --memory 40GiB
+      kvrewrite serve small --device cuda --compile --memory 40GiB
     """
     import importlib.util
 

@@ -86,13 +86,15 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
 @click.option(
     "--rows", type=click.IntRange(min=1), default=8192, show_default=True, help="With --collect: tokens of each step."
 )
-@click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True, help="Steps of the optimizer.")
 @click.option("--warmup", type=click.IntRange(min=0), help="Steps of warm-up. Default: two thirds of the steps.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each device and step."
 )
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches for each step.")
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True, help="Of the optimizer (AdamW)."
+)
 @click.option(
     "--clip-value",
     type=click.FloatRange(min=0),
@@ -130,7 +132,9 @@ def parse_training_options(policy: str, pairs: Iterable[str]) -> dict[str, Any]:
     "--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between checkpoints."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoints.")
-@click.option("--log-every", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option(
+    "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps between two reports."
+)
 @click.option("--report-to", multiple=True, metavar="TRACKER", help="tensorboard, wandb, ...; repeatable.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that tokenize.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG file of the loss.")
@@ -176,8 +180,8 @@ def train(
 
     \b
     Examples:
-      kvrewrite train MODEL -p locret -d long_answers.jsonl --out heads.safetensors
-      kvrewrite train MODEL -p attention_gate -d texts.jsonl --out gates.safetensors --plot loss.png
+      kvrewrite train MODEL -p locret -d answers.jsonl --out heads.safetensors
+      kvrewrite train MODEL -p kvzap -d texts.jsonl --out kvzap.safetensors
     """
     if resume and checkpoints is None:
         raise click.UsageError("--resume needs --checkpoints, the folder to go on from")

@@ -15,7 +15,7 @@ from kvrewrite.tools.tables import escaped
     "--tokens", type=click.IntRange(min=2), default=48, show_default=True, help="Length of the compared text."
 )
 @click.option("--no-hashes", is_flag=True, help="Do not hash the files.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @AS_JSON
 def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: bool) -> None:
     """Checks a converted model: file hashes, and logits against the unmodified model in the same directory.

@@ -8,9 +8,10 @@ one today hides nothing; buffers are the model's own.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -156,6 +157,10 @@ class StandIns:
         return made.to(widen(value.dtype))
 
 
+# Nodes to compute, in order, each with those that nobody reads after it.
+_Plan = list[tuple[fx.Node, list[fx.Node]]]
+
+
 class Evaluator:
     """Computes nodes of one graph. root: the module that holds what its `get_attr` nodes read."""
 
@@ -163,6 +168,8 @@ class Evaluator:
         self.root, self.stand_ins = root, stand_ins
         self.nodes = list(graph.nodes)
         self.output: Any = next(n for n in reversed(self.nodes) if n.op == "output").args[0]
+        self._plans: dict[tuple[tuple[fx.Node, ...], frozenset[fx.Node]], _Plan] = {}
+        self._calls: dict[fx.Node, _Call] = {}
 
     @torch.no_grad()
     def __call__(
@@ -175,22 +182,34 @@ class Evaluator:
 
         Raises EvaluationError with the node if an op fails.
         """
-        wanted = list(wanted)
         values: dict[fx.Node, Any] = dict(given or {})
-        held = set(values)
+        wanted = list(wanted)
+        for node, unread in self._plan(tuple(wanted), frozenset(values)):
+            values[node] = self._compute(node, values, inputs)
+            for used in unread:
+                values.pop(used, None)
+        return {n: values[n] for n in wanted}
+
+    def _plan(self, wanted: tuple[fx.Node, ...], held: frozenset[fx.Node]) -> _Plan:
+        """The nodes to compute for `wanted` where `held` have values. A proof asks for the same again and again."""
+        known = self._plans.get((wanted, held))
+        if known is not None:
+            return known
         needed = ancestors(wanted, stop=lambda n: n in held)
         left = {n: sum(u in needed for u in n.users) for n in needed}
-        keep = set(wanted)
+        keep = held.union(wanted)
+        plan: _Plan = []
         for node in self.nodes:
-            if node not in needed or node.op == "output":
+            if node not in needed or node.op == "output" or node in held:
                 continue
-            if node not in values:
-                values[node] = self._compute(node, values, inputs)
-                for used in node.all_input_nodes:
-                    left[used] -= 1
-                    if left[used] <= 0 and used not in keep and used not in held:
-                        values.pop(used, None)
-        return {n: values[n] for n in wanted}
+            unread = []
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if left[used] <= 0 and used not in keep:
+                    unread.append(used)
+            plan.append((node, unread))
+        self._plans[wanted, held] = plan
+        return plan
 
     def result(
         self, inputs: Mapping[str, Any], given: Mapping[fx.Node, Any] | None = None, *, writes: bool = True
@@ -198,23 +217,36 @@ class Evaluator:
         """Returns what the graph returns. writes: runs all ops that write to their arguments; otherwise only those
         whose memory is read for the result."""
         wanted = _nodes_in(self.output)
-        written = [n for n in self.nodes if mutates(n)]
-        found = self(inputs, [*wanted, *(written if writes else _read_again(wanted, written))], given)
+        written = self._written if writes else _read_again(wanted, self._written)
+        found = self(inputs, [*wanted, *written], given)
         return fx.node.map_aggregate(self.output, lambda n: found[n] if isinstance(n, fx.Node) else n)
+
+    @functools.cached_property
+    def _written(self) -> list[fx.Node]:
+        """The nodes that write to their arguments."""
+        return [n for n in self.nodes if mutates(n)]
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Any]) -> Any:
         if node.op == "placeholder":
             return inputs[str(node.target)]
         if node.op == "get_attr":
             return self.stand_ins(str(node.target), get_attr(self.root, str(node.target)))
-        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _argument(a, values))  # type: ignore[misc]
-        if str(node.target) in GROUPED and (found := _grouped_product(args)) is not None:
+        call = self._calls.get(node)
+        if call is None:
+            call = self._calls[node] = _prepared(node)
+        if call.flat:
+            args: Any = tuple(values[a] if isinstance(a, fx.Node) else a for a in call.args)
+            kwargs: Any = {name: values[a] if isinstance(a, fx.Node) else a for name, a in call.kwargs.items()}
+        else:
+            args, kwargs = fx.node.map_arg((call.args, call.kwargs), values.__getitem__)  # type: ignore[misc]
+        if call.grouped and (found := _grouped_product(args)) is not None:
             return found
         if any(isinstance(a, ThinProduct) for a in args):
             found = _thin(node, args, kwargs)
             if found is not None:
                 return found
-        args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)  # type: ignore[assignment]
+        if any(isinstance(a, (ThinProduct, list, tuple)) for a in args):
+            args = fx.node.map_aggregate(args, lambda a: a.dense() if isinstance(a, ThinProduct) else a)
         try:
             out = run_op(node, args, kwargs)
         except FAILURES as error:
@@ -222,7 +254,7 @@ class Evaluator:
                 out = _in_own_dtypes(node, args, kwargs)
             except FAILURES:
                 raise EvaluationError(node, str(error).splitlines()[0]) from error
-        if is_op(node, *EMPTY):
+        if call.empty:
             out = out.zero_()
         return fx.node.map_aggregate(out, _widened) if isinstance(out, (tuple, list)) else _widened(out)
 
@@ -262,9 +294,23 @@ def _memory(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _argument(value: Any, values: dict[fx.Node, Any]) -> Any:
-    if isinstance(value, fx.Node):
-        return values[value]
+class _Call(NamedTuple):
+    """What is known of a node's call before there are values. args, kwargs: with the dtypes and the device of evaluations."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    flat: bool  # no argument is a list
+    grouped: bool
+    empty: bool
+
+
+def _prepared(node: fx.Node) -> _Call:
+    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), _argument)  # type: ignore[misc]
+    flat = not any(isinstance(a, (list, tuple, dict, slice)) for a in (*args, *kwargs.values()))
+    return _Call(args, kwargs, flat, str(node.target) in GROUPED, is_op(node, *EMPTY))
+
+
+def _argument(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return widen(value)
     return torch.device("cpu") if isinstance(value, torch.device) else value
@@ -272,7 +318,9 @@ def _argument(value: Any, values: dict[fx.Node, Any]) -> Any:
 
 def _widened(value: Any) -> Any:
     """Widens a result to the dtype that evaluations use: ops without a tensor argument have torch's default dtype."""
-    return value.to(widen(value.dtype)) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and (wide := widen(value.dtype)) is not value.dtype:
+        return value.to(wide)
+    return value
 
 
 def _in_own_dtypes(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
 from kvrewrite.policies.scope import Scoped
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
+from kvrewrite.policies.weights import first_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,9 @@ class KVzap(Scoped):
     newest, it goes where score < threshold; so heads keep as much as the text asks for, in prompts and while decoding. A
     budget (off) caps it, by the largest scores; threshold=None with a budget is top-k alone (ours: scores then only rank), of
     each head, of a layer's heads or of all heads of all layers (scope as in `Scoped`; "layer" is head_budgets=adakv).
+
+    The first n_sink tokens stay: none of them in the authors' code; weights of ours that were trained without labels of the first
+    tokens (`kvrewrite train`) say of how many, and at least so many do. Without these the model's attention sinks would go.
 
     threshold=-4 is the example of the authors' README; their results are for a range of thresholds. A whole prompt goes
     through at once, as theirs does; `chunk` drops between chunks. decode_eviction=False is DMSPress(decoding=False). While
@@ -88,14 +94,14 @@ class KVzap(Scoped):
         super().validate()
 
     def adapt(self, sites: list[AttentionSite], facts: dict[str, Any]) -> Policy:
-        """Takes the kind of model, and its width, from the weights."""
-        tensors = facts.get("policy_tensors") or {}
+        """Takes the kind of model, and its width, from the weights, and how many first tokens they know nothing about."""
+        tensors, first = facts.get("policy_tensors") or {}, first_kept(facts, self.n_sink)
         inner = next(
             (t for n, t in tensors.items() if re.fullmatch(r"layers\.\d+\.0\.weight", n) and t.dim() == 2), None
         )
         if inner is not None:
-            return dataclasses.replace(self, hidden_size=int(inner.shape[0]))
-        return dataclasses.replace(self, hidden_size=0) if tensors else self
+            return dataclasses.replace(self, hidden_size=int(inner.shape[0]), n_sink=first)
+        return dataclasses.replace(self, hidden_size=0, n_sink=first) if tensors else self
 
     def weights(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The authors' key layout."""
@@ -138,9 +144,11 @@ class KVzap(Scoped):
         new = self._predicted(site)
         if self.threshold is None:
             return Scores(new)
-        scores, drops = site.join(site.stored_scores(), new), site.input("drops")
+        scores, places, drops = site.join(site.stored_scores(), new), site.slot_positions(), site.input("drops")
+        if self.sinks:  # they stay, so they count among what does
+            scores = torch.where((places >= 0) & (places < self.sinks), torch.inf, scores)
         limits = (site.recent, site.keep, drops, float(self.threshold), *site.span)
-        return Scores(new, keep=site.ops.kept_above(scores, site.slot_positions(), *limits))
+        return Scores(new, keep=site.ops.kept_above(scores, places, *limits))
 
     # -- runtime
     def segment(self, length: int, keep: int, **rest: Any) -> Segment:

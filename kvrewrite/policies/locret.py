@@ -9,6 +9,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
 from kvrewrite.policies.segments import NEW_ROW, UNLIMITED, RowState, Segment
+from kvrewrite.policies.weights import first_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,9 @@ class Locret(Policy):
     biases; act is the model's own activation. Prefill in chunks: after each chunk every head keeps its `budget` best
     slots; the `stabilizers` newest slots are protected except after the last chunk; the `local_tail` last prompt tokens
     are added afterwards and nothing is evicted then, so a prompt leaves at most budget + local_tail slots. Where the budget
-    is a fraction of the text, at most half of it are stabilizers.
+    is a fraction of the text, at most half of it are stabilizers. The first n_sink tokens stay: none of them in the authors'
+    code; weights that were trained without labels of the first tokens (label=reconstruction) say of how many, and at least
+    so many do.
 
     positions="contiguous" (the authors' code): keys are cached without rotation, re-ranked at each prefill chunk and
     frozen while decoding. decode_eviction=False as the authors have it: the cache grows with the answer; True (ours)
@@ -46,6 +49,7 @@ class Locret(Policy):
     chunk: int | None = 3072
     stabilizers: int = 2500
     local_tail: int = 100
+    n_sink: int = 0
     hidden_size: int = 1024
     activation: str = "auto"
     positions: str = "contiguous"
@@ -55,7 +59,7 @@ class Locret(Policy):
         """The stabilizers must leave room for scored slots."""
         if self.budget is None or self.chunk is None:
             raise OptionError(f"locret: budget is {self.budget} and chunk {self.chunk}, expected numbers of tokens")
-        for name in ("stabilizers", "local_tail"):
+        for name in ("stabilizers", "local_tail", "n_sink"):
             if getattr(self, name) < 0:
                 raise OptionError(f"locret: {name} is {getattr(self, name)}, expected 0 or more")
         if self.hidden_size < 1:
@@ -72,6 +76,11 @@ class Locret(Policy):
             )
 
     @property
+    def sinks(self) -> int:
+        """The first tokens."""
+        return self.n_sink
+
+    @property
     def renews_ranks_in_decoding(self) -> bool:
         """Ranks are final once the prompt is in the cache."""
         return False
@@ -80,7 +89,7 @@ class Locret(Policy):
         """Takes the model's activation and the width of the given weights."""
         import dataclasses
 
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"n_sink": first_kept(facts, self.n_sink)}
         if self.activation == "auto":
             changes["activation"] = facts.get("activation") or "silu"
         tensors = facts.get("policy_tensors") or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,18 @@ from torch import Tensor
 from kvrewrite.errors import PolicyWeightsError
 
 BASE_MODEL = "base_model"  # metadata key: the fingerprint of the model that the weights were trained for
+UNLABELLED = "n_sink"  # metadata key: of how many first tokens nothing was learned
 LISTED = 8  # names in a message
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+
+
+def first_kept(facts: Mapping[str, Any], asked: int) -> int:
+    """How many first tokens a policy keeps that was asked for `asked`: at least those its weights (a model's facts) learned
+    nothing of, which are the model's attention sinks."""
+    told = (facts.get("policy_metadata") or {}).get(UNLABELLED, "")
+    return max(asked, int(told) if told.isdigit() else 0)
 
 
 def check_policy_weights(

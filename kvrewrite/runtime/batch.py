@@ -432,12 +432,12 @@ class Batch:
         check_pools([(group.rows, group.rows.plan_token()) for group in places])  # so that none has gone on alone
         found: Tensor | None = None
         for group, at in places.items():
-            logits = self._step(
-                group, rows[group], tokens[at] if isinstance(tokens, Tensor) else [tokens[i] for i in at]
-            )
+            index = to_device(at, self.model.device)
+            part = tokens.index_select(0, index) if isinstance(tokens, Tensor) else [tokens[i] for i in at]
+            logits = self._step(group, rows[group], part)
             if found is None:
                 found = logits.new_empty(len(requests), logits.shape[-1])
-            found[at] = logits
+            found.index_copy_(0, index, logits)
         assert found is not None
         return found
 

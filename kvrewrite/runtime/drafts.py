@@ -65,20 +65,20 @@ class ModelDraft:
         self.cache.append_only()
 
     def propose(self, text: Tensor, count: int) -> Drafted:
-        """Single steps, each from the token before; nothing waits for the device."""
+        """Single steps, each from the token before; nothing waits for the device. Where all drafted tokens stayed, the first
+        step has two: the last of them has not been read yet."""
         tokens: list[Tensor] = []
         chances: list[Tensor] = []
-        coming = list(text[:, self.cache.columns - self.own :].split(1, dim=1))
+        coming = text[:, self.cache.columns - self.own :]
         while len(tokens) < count:
-            for token in coming:
-                logits = self.model(token, cache=self.cache, generated=True).logits[:, -1]
+            logits = self.model(coming, cache=self.cache, generated=True, logits_to_keep=1).logits[:, -1]
             scores = self.process(text, logits)
             if self.draws:
                 chances.append(scores.float().softmax(-1))
                 token = torch.multinomial(chances[-1], 1)
             else:
                 token = scores.argmax(-1, keepdim=True)
-            text, coming = torch.cat([text, token], 1), [token]
+            text, coming = torch.cat([text, token], 1), token
             tokens.append(token)
         return Drafted(torch.cat(tokens, 1)[0], torch.cat(chances) if self.draws else None)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
+from kvrewrite.cache.pages import to_device
 from kvrewrite.errors import KVRewriteError, PoolFull
 from kvrewrite.runtime.batch import Batch, Running, first_segments, side_by_side
 from kvrewrite.serving.jobs import Answer, Job
@@ -381,7 +382,7 @@ class Scheduler:
                 return None
             assert self._ids is not None
             slots = [a.slot for a in group]
-            ids = self._ids if slots == list(range(len(self._ids))) else self._ids[slots]
+            ids = self._ids if slots == list(range(len(self._ids))) else _rows_of(self._ids, slots)
             try:
                 return self.batch.decode([a.running for a in group if a.running is not None], ids)
             except PoolFull as error:
@@ -420,13 +421,13 @@ class Scheduler:
         if not going:
             return
         if len(going) < len(rows):
-            rows, logits = [rows[i] for i in going], logits[going]
+            rows, logits = [rows[i] for i in going], _rows_of(logits, going)
         forced = {i: a.tokens[a.at] for i, a in enumerate(rows) if a.at < len(a.tokens)}
         chosen = choose(logits, [a.sampler for a in rows], forced)
         taken = set(map(id, rows))
         rest = [a for a in self._rows if id(a) not in taken]
         if rest and self._ids is not None:
-            self._ids = torch.cat([self._ids[[a.slot for a in rest]], chosen.ids])
+            self._ids = torch.cat([_rows_of(self._ids, [a.slot for a in rest]), chosen.ids])
         else:
             self._ids = chosen.ids
         for slot, answer in enumerate([*rest, *rows]):
@@ -467,6 +468,12 @@ class Scheduler:
             job.ended = True
             self._ended(job, None)
         answer.finish(reason, last)
+
+
+def _rows_of(values: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of what is on the device. Indexing by a list would wait for all that a GPU has still to do: prompts that are
+    computed one after the other would each wait for the one before."""
+    return values.index_select(0, to_device(rows, values.device))
 
 
 def fatal(error: BaseException, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.evaluate import Evaluator, StandIns
-from kvrewrite.ir.fx import arg, concretize, is_op, is_size, module_path, placeholder, shape_of, tensor_of
+from kvrewrite.ir.fx import arg, concretize, is_op, is_size, module_path, placeholder, shape_of, symbol, tensor_of
 from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.canonical.canonicalize import SOURCE
 from kvrewrite.passes.canonical.check import CARRIED, data_nodes
@@ -127,17 +127,15 @@ class BothGraphs:
         if self.captured.unrolled and self.captured.trace_length <= self.limit:
             # A loop over chunks that the trace unrolled only holds for texts of as many chunks.
             return [self.captured.trace_length]
-        widest = max((self._width(n) for n in self.after.nodes), default=1)
+        sizes = symbols(self.captured, 1, 1)
+        shapes = [
+            tuple(v.shape) for n in self.after.nodes if n.op == "call_function" and (v := tensor_of(n)) is not None
+        ]
+        # The same few shapes come again in every layer.
+        distinct = {tuple(map(symbol, shape)): shape for shape in shapes}
+        widest = max((math.prod(concretize(s, sizes)) for s in distinct.values() if not _unbacked(s, sizes)), default=1)
         longest = min(self.limit, LONGEST_REST, max(64, MOST_ACTIVATIONS // (2 * widest)))
         return sorted({n for n in (1, 2, 17, longest) if n <= self.limit})
-
-    def _width(self, node: fx.Node) -> int:
-        """Returns elements per token of a node's tensor."""
-        value = tensor_of(node)
-        if value is None or node.op != "call_function":
-            return 0
-        sizes = symbols(self.captured, 1, 1)
-        return math.prod(concretize(tuple(value.shape), sizes)) if not _unbacked(value, sizes) else 0
 
     def shape(self, node: fx.Node, inputs: dict[str, Tensor]) -> tuple[int, ...]:
         """A node's shape in numbers for these inputs."""
@@ -202,11 +200,10 @@ def _of_ids(gm: fx.GraphModule, ids: fx.Node | None) -> list[fx.Node]:
     return found
 
 
-def _unbacked(value: Tensor, sizes: dict[Any, int]) -> bool:
+def _unbacked(shape: Iterable[Any], sizes: dict[Any, int]) -> bool:
     """Whether a size does not follow from the inputs' sizes (it depends on the data)."""
     return any(
-        isinstance(s, torch.SymInt) and not getattr(s.node.expr, "free_symbols", set()) <= set(sizes)
-        for s in value.shape
+        isinstance(s, torch.SymInt) and not getattr(s.node.expr, "free_symbols", set()) <= set(sizes) for s in shape
     )
 
 

@@ -150,3 +150,30 @@ def test_the_command_collects(tmp_path: Path, policy: str) -> None:
         train(small_model(), policy, [data], out, options=options, fitting=fitting, labels=tmp_path / "l", force=True)
     with pytest.raises(OptionError, match="leave collect out"):
         train(small_model(), "attention_gate", [data], out, fitting=fitting, force=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("kvzap", {"threshold": None, "scope": "model", "window": 4, "budget": 0.5}),
+        ("kvzap", {"threshold": 100.0, "window": 4}),
+        ("locret", {"chunk": 16, "stabilizers": 4, "local_tail": 2, "budget": 0.5}),
+    ],
+)
+def test_tokens_that_heads_learned_nothing_of_stay(tmp_path: Path, policy: str, options: dict[str, Any]) -> None:
+    """The first tokens have no labels of a repetition, so what heads say of them means nothing; they are the model's sinks."""
+    task: Any
+    if policy == "kvzap":
+        task = KVzapTask(build("llama"), KVzapOptions(hidden_size=8, n_sink=3))
+    else:
+        task = LocretTask(build("llama"), LocretOptions(hidden_size=8, label="reconstruction", n_sink=3))
+    for head in task.heads:
+        torch.nn.init.normal_(head, std=0.2)
+    (file,) = task.save(tmp_path / "w.safetensors", {})
+    model = kvrewrite.transform(build("llama"), policy, policy_weights=file, check="off", **options)
+    assert model.policy.n_sink == 3
+    cache = model.new_cache()
+    model(torch.randperm(96, generator=torch.Generator().manual_seed(5))[None, :32], past_key_values=cache)
+    for rows in cache.positions().values():
+        for head in rows[0]:
+            assert {0, 1, 2} <= set(head) and len(head) < 32

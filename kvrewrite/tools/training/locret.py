@@ -24,7 +24,7 @@ from kvrewrite.ir.site import AttentionSite
 from kvrewrite.passes.pipeline import canonical, expected_weights, model_fingerprint
 from kvrewrite.policies.base import Policy
 from kvrewrite.policies.locret import Locret
-from kvrewrite.policies.weights import BASE_MODEL
+from kvrewrite.policies.weights import BASE_MODEL, UNLABELLED
 from kvrewrite.tools.training.heads_graph import arguments, insert_heads
 from kvrewrite.tools.training.label_file import LabelFile, said_of, write_labels
 from kvrewrite.tools.training.labels import LABELS, RECONSTRUCTION, answer_index, causal_importance
@@ -284,6 +284,7 @@ class LocretTask(Task):
             "activation": getattr(self.policy, "activation", "gelu"),
             "label": self.options.label,
             BASE_MODEL: model_fingerprint(self.sites),
+            **({UNLABELLED: str(self.options.n_sink)} if self.repeats else {}),
         }
         save_policy_weights(out, tensors, {**metadata, **said})
         return [out]
