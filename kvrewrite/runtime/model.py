@@ -27,6 +27,7 @@ from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
 from kvrewrite.ir.waits import told
 from kvrewrite.passes.insert.embeds import embedding_form, embedding_graph, insert_embeds
+from kvrewrite.passes.insert.keep_windows import keep_windows
 from kvrewrite.passes.insert.pins import insert_pins
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
@@ -54,7 +55,7 @@ from kvrewrite.runtime.pretrained import Pretrained
 from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
-VIEWS = ("_pinning", "_embedding")  # attributes with views of a model, None until they are needed
+VIEWS = ("_pinning", "_embedding", "_keeping_windows")  # attributes with views of a model, None until they are needed
 MADE = (*VIEWS, "_embedder", "_for_gpu")  # and with the graph that embeds ids, and what runs op by op on a GPU
 
 # Pipelines know the models that they support by class name and complain about any other.
@@ -85,6 +86,7 @@ class RewrittenModel(Pretrained, Generation):
 
     adapters: AdapterWatch | None
     pins = False  # whether it is a view that keeps what caches have pinned
+    keeps_windows = False  # whether it is a view whose layers with a window lose nothing
     embeds = False  # whether it is a view that takes embeddings in the place of ids
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
@@ -255,6 +257,11 @@ class RewrittenModel(Pretrained, Generation):
         is none."""
         return self._view("_embedding", insert_embeds, embeds=True)
 
+    def keeping_windows(self) -> RewrittenModel:
+        """A view of this model whose layers with a window lose nothing (`passes/insert/keep_windows.py`), for caches that
+        only append."""
+        return self._view("_keeping_windows", keep_windows, keeps_windows=True)
+
     def viewed(self, **changed: Any) -> RewrittenModel:
         """A view of this model: the same weights and graph, but for these attributes, and views of its own."""
         view = copy.copy(self)
@@ -416,8 +423,9 @@ class RewrittenModel(Pretrained, Generation):
         """
         cache_given, decoder = past_key_values if cache is None else cache, self.decoder
         pinned = getattr(cache_given, "pins", None) and not self.pins
-        if pinned or (inputs_embeds is not None and not self.embeds):
-            view = self.pinning() if pinned else self.embedding()
+        keeping = getattr(cache_given, "windows_from", None) is not None and not self.keeps_windows
+        if pinned or keeping or (inputs_embeds is not None and not self.embeds):
+            view = self.pinning() if pinned else self.keeping_windows() if keeping else self.embedding()
             given = (input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, return_dict)
             return view.forward(*given, cache, generated, labels, num_items_in_batch, inputs_embeds, **kwargs)
         if inputs_embeds is not None:
