@@ -29,6 +29,7 @@ from kvrewrite.errors import OptionError
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.ir.waits import told
 from kvrewrite.passes.canonical.proof import require_check
 from kvrewrite.passes.insert.sparse_prefill import insert_sparse_prefill
 from kvrewrite.passes.pipeline import Observer
@@ -439,9 +440,10 @@ def _load(
         from kvrewrite.runtime.parallel import own_device, part_of
 
         device, part = own_device(device), functools.partial(part_of, peers=peers, prove=check == "full")
-    program, manifest = artifact.read_artifact(
-        directory, device, functools.partial(_import_ahead, torch.device(device)), part
-    )
+    with told(f"loading {directory}"):
+        program, manifest = artifact.read_artifact(
+            directory, device, functools.partial(_import_ahead, torch.device(device)), part
+        )
     # After the weights' copy begins: these imports take seconds, which overlap with the copy to a GPU.
     from kvrewrite.artifact.companions import read_config, read_generation_config
     from kvrewrite.runtime.model import RewrittenModel

@@ -19,6 +19,7 @@ from kvrewrite.capture.captured import Captured
 from kvrewrite.ir.collector import no_collection
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.site import AttentionSite
+from kvrewrite.ir.waits import told
 from kvrewrite.passes.pipeline import Observer, canonical, insert
 from kvrewrite.policies import Policy
 
@@ -60,9 +61,10 @@ class Canonical:
     def __init__(self, captured: Captured, observe: Observer | None, progress: Progress = quiet, check: str = "full"):
         from kvrewrite.runtime.translation import reference_logits
 
-        progress("finding attention and proving it" if check != "off" else "finding attention")
+        what = "finding attention and proving it" if check != "off" else "finding attention"
+        progress(what)
         self.captured = captured
-        with _float32():
+        with _float32(), told(what):
             self.sites = canonical(captured, observe, check)
             self.reference = reference_logits(captured) if check == "full" else None
 
@@ -93,10 +95,12 @@ class Canonical:
         captured = self.captured
         with _float32():
             progress(f"inserting {policy.name}")
-            program = insert(captured, self.sites, policy, read_weights(weights), model_facts(config), observe)
+            with told(f"inserting {policy.name}"):
+                program = insert(captured, self.sites, policy, read_weights(weights), model_facts(config), observe)
             if self.reference is not None:
                 progress("proving the whole")
-                captured.proof.whole = prove_whole(program, captured, self.reference)
+                with told("proving the whole by running it"):
+                    captured.proof.whole = prove_whole(program, captured, self.reference)
         program.proof = captured.proof.as_dict() if captured.proof is not None else None
         captured.before = captured.stand_ins = None
         return program

@@ -184,11 +184,13 @@ class Request:
         self._shares = [np.full_like(lease.bound, -1) for lease in self.leases]
         self._dealt: dict[int, Tensor] = {}  # tables that the device fills in during a step, by class
         tail = quantize.residual + 2 * quantize.group if quantize else 0
-        rules = Rules(self.layout.rewrites_slots, tail)
+        self._rules = Rules(self.layout.rewrites_slots, tail)
         if self._peers is not None:
             anyone = functools.partial(self._peers.any, device=self.device)
-            rules = Rules(self.layout.rewrites_slots, tail, self._peers.ranks, anyone)
-        self._planner = SlotPlanner(self._policy, rules, self.leases)
+            self._rules = replace(self._rules, ranks=self._peers.ranks, anyone=anyone)
+        self._planner = SlotPlanner(self._policy, self._rules, self.leases)
+        # Columns from which on layers with a window lose nothing (`keep_windows`), None: they do.
+        self.windows_from: int | None = None
         self.states = [PolicyState(s, batch, torch.device(s.device or self.device)) for s in self.layout.states]
         self._rotary: list[tuple[Tensor, Tensor]] = []
         self._rotary_length = 0
@@ -254,6 +256,15 @@ class Request:
         more tokens from then on, and only adds them. `model.prefill` says it, and so does `generate` after a prompt."""
         self.prompted = [done or seen > 0 for done, seen in zip(self.prompted, self.seen)]
         self.first_prompt = [known or seen for known, seen in zip(self.first_prompt, self.seen)]
+
+    def keep_windows(self, on: bool) -> None:
+        """Whether layers with a window keep, from here on, what no later token sees, so that tokens can be taken back. They
+        lose it with the next step after that is over."""
+        if on == (self.windows_from is not None) or not any(lease.windows.any() for lease in self.leases):
+            return
+        self.windows_from = self.columns if on else None
+        self._planner = SlotPlanner(self._policy, replace(self._rules, windows=not on), self.leases)
+        self._changes += 1
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def row(self, row: int) -> RowState:

@@ -52,6 +52,7 @@ class Numbers(Struct, forbid_unknown_fields=True):
     loose: bool
     unmeasured: Count
     only_appends: bool = False
+    keeps_windows: bool = False
     pins: Annotated[
         list[Annotated[list[tuple[Count, Count]], Meta(max_length=PIN_SPANS)]], Meta(max_length=1 << 20)
     ] = []
@@ -85,6 +86,7 @@ def take(cache: EvictionCache) -> tuple[Numbers, dict[str, Tensor]]:
         loose=cache._loose,
         unmeasured=cache._unmeasured,
         only_appends=cache.only_appends,
+        keeps_windows=cache.windows_from is not None,
         keys_rotated=cache.keys_rotated,
         ranks_held=cache.ranks_held,
         pins=[list(spans) for spans in cache.pins],
@@ -144,6 +146,7 @@ def restore(
     cache.pins = [tuple(spans) for spans in numbers.pins]
     cache.columns, cache.history = numbers.columns, History.of(ids, real)
     cache.only_appends |= numbers.only_appends
+    cache.keep_windows(numbers.keeps_windows)
     cache.firm = cache.columns  # how what was read came about is not known
     return cache
 

@@ -17,6 +17,7 @@ from kvrewrite.capture.export import export_model
 from kvrewrite.capture.side_effects import untouched
 from kvrewrite.capture.third_party import check_layers, plain_4bit_layers, without_hooks
 from kvrewrite.errors import CaptureError, UnsupportedModelError
+from kvrewrite.ir.waits import told
 
 
 def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
@@ -32,7 +33,8 @@ def capture(model: nn.Module, *, max_length: int | None = None) -> Captured:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; kvrewrite rewrites decoders (causal language models)"
         )
-    with untouched(model), without_hooks(model), plain_4bit_layers(model):
+    what = f"tracing {type(model).__name__} with torch.export"
+    with untouched(model), without_hooks(model), plain_4bit_layers(model), told(what):
         check_layers(model)
         return _capture(model, max_length)
 

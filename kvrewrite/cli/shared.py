@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvrewrite.errors import ArtifactError, KVRewriteError, OptionError
+from kvrewrite.ir.waits import untold
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +104,9 @@ def named_steps(total: int) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    console = stderr_console()
+    shown = untold() if console.is_terminal else contextlib.nullcontext()
+    with shown, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=total + 1)
 
         def step(name: str) -> None:
@@ -114,7 +118,8 @@ def named_steps(total: int) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def waiting(what: str) -> Iterator[Status]:
     """Shows on stderr, if it is a terminal, what is being waited for; update() says what comes next, stop() ends it."""
-    with stderr_console().status(what) as status:
+    console = stderr_console()
+    with untold() if console.is_terminal else contextlib.nullcontext(), console.status(what) as status:
         yield status
 
 

@@ -150,6 +150,11 @@ def output_node(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
+def names_of_attributes(gm: fx.GraphModule) -> set[str]:
+    """The names that `get_attr` nodes of a graph read."""
+    return {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+
+
 def get_attr(gm: torch.nn.Module, name: str) -> Any:
     """Returns the parameter or buffer that a `get_attr` node with target `name` reads."""
     return operator.attrgetter(name)(gm)

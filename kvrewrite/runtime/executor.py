@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from kvrewrite.errors import InputError
+from kvrewrite.ir.fx import names_of_attributes
 from kvrewrite.passes.lower.prompt import fold, lower_prefill
 from kvrewrite.passes.lower.sum_ranks import sum_directly
 from kvrewrite.runtime import decode_graph, few_graph, prompt_graph
@@ -76,6 +78,18 @@ def compiled(model: RewrittenModel, static_decode: bool | None, options: dict[st
         if few_graph.why_not(model.program, model.policy, folded) is None:
             found.token.few = few_graph.FewTokens(folded, compiler, capture=on_cuda)
     return found
+
+
+def fewer_launches(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A program as it runs op by op on a GPU, which waits for the host: lowered, without compiling anything. It reads the
+    parameters of `gm` at each call, whatever takes their place there. A program whose lowered form has tables of its own is
+    returned as it is."""
+    low = lower_prefill(gm)
+    if names_of_attributes(low) - names_of_attributes(gm):
+        return gm
+    made = fx.GraphModule(low, low.graph)  # whose code is generated now
+    run: Callable[..., Any] = types.MethodType(type(made).forward, gm)
+    return run
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from kvrewrite.ir.program import Program
 from kvrewrite.policies import Policy
 from kvrewrite.runtime.call import check_cache, check_ids_form
 from kvrewrite.runtime.pins import Pin, pin_spans
+from kvrewrite.runtime.row_ends import last_logits, padding_after
 from kvrewrite.runtime.whole_prompts import check_chunk_size
 
 
@@ -271,6 +272,25 @@ class Generation(GenerationMixin):
         found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         cache = generation_config.__dict__.pop("_kvrewrite_pausing", None)
         return found if cache is None else _Ending(found, cache)
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Called by `generate`: the prompt. The logits that it returns are those of each row's last token, wherever its padding
+        is."""
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        new = embeds.shape[1] if embeds is not None else input_ids.shape[1]
+        if embeds is None and mask is not None and mask.shape[1] == new:  # the whole text
+            new -= model_kwargs[CACHE_NAME].columns
+        after = padding_after(mask, new, generation_config.prefill_chunk_size)
+        prefill: Any = GenerationMixin._prefill
+        if after is None:
+            return prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["logits_to_keep"] = int(after.max()) + 1
+        outputs = prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["logits_to_keep"] = 1
+        outputs.logits = last_logits(outputs.logits, after)
+        return outputs
 
     def _check_prefill_chunks(self, size: int | None, model_kwargs: dict[str, Any]) -> None:
         """Refuses to cut a prompt that the policy needs whole, or one of embeddings."""

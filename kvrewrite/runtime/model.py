@@ -25,7 +25,9 @@ from kvrewrite.ir.fx import get_attr
 from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
+from kvrewrite.ir.waits import told
 from kvrewrite.passes.insert.embeds import embedding_form, embedding_graph, insert_embeds
+from kvrewrite.passes.insert.keep_windows import keep_windows
 from kvrewrite.passes.insert.pins import insert_pins
 from kvrewrite.policies import Policy
 from kvrewrite.policies import make as make_policy
@@ -42,7 +44,7 @@ from kvrewrite.runtime.call import (
     new_tokens,
 )
 from kvrewrite.runtime.decode_graph import DecodeRunner
-from kvrewrite.runtime.executor import Executor, compiled
+from kvrewrite.runtime.executor import Executor, compiled, fewer_launches
 from kvrewrite.runtime.generation import Generation, drop_unsupported
 from kvrewrite.runtime.key_rotation import KeyRotation
 from kvrewrite.runtime.loss import check_labels, with_loss
@@ -53,8 +55,8 @@ from kvrewrite.runtime.pretrained import Pretrained
 from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
-VIEWS = ("_pinning", "_embedding")  # attributes with views of a model, None until they are needed
-MADE = (*VIEWS, "_embedder")  # and with the graph that embeds ids
+VIEWS = ("_pinning", "_embedding", "_keeping_windows")  # attributes with views of a model, None until they are needed
+MADE = (*VIEWS, "_embedder", "_for_gpu")  # and with the graph that embeds ids, and what runs op by op on a GPU
 
 # Pipelines know the models that they support by class name and complain about any other.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kvrewrite", "RewrittenModel")
@@ -84,6 +86,7 @@ class RewrittenModel(Pretrained, Generation):
 
     adapters: AdapterWatch | None
     pins = False  # whether it is a view that keeps what caches have pinned
+    keeps_windows = False  # whether it is a view whose layers with a window lose nothing
     embeds = False  # whether it is a view that takes embeddings in the place of ids
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
@@ -109,6 +112,7 @@ class RewrittenModel(Pretrained, Generation):
         self.__dict__["adapters"] = adapters
         self._told_scores = False
         self.executor: Executor | None = None  # None: the graph runs op by op
+        self._shapes_run: set[tuple[int, int]] = set()  # rows and tokens of passes that were run
         # Tables that the compiler made lie on the CPU.
         if program.layout.devices is None:
             self.graph_module.to(self.device)
@@ -229,6 +233,7 @@ class RewrittenModel(Pretrained, Generation):
             if (view := self.__dict__.get(name)) is not None:
                 view.uncompile()
         self.__dict__.update(dict.fromkeys(VIEWS), executor=None)
+        self._shapes_run.clear()
 
     @property
     def decoder(self) -> DecodeRunner | None:
@@ -251,6 +256,11 @@ class RewrittenModel(Pretrained, Generation):
         has them. Compiled, it has no static buffers for single tokens: these come as ids. Raises InputError where there
         is none."""
         return self._view("_embedding", insert_embeds, embeds=True)
+
+    def keeping_windows(self) -> RewrittenModel:
+        """A view of this model whose layers with a window lose nothing (`passes/insert/keep_windows.py`), for caches that
+        only append."""
+        return self._view("_keeping_windows", keep_windows, keeps_windows=True)
 
     def viewed(self, **changed: Any) -> RewrittenModel:
         """A view of this model: the same weights and graph, but for these attributes, and views of its own."""
@@ -413,8 +423,9 @@ class RewrittenModel(Pretrained, Generation):
         """
         cache_given, decoder = past_key_values if cache is None else cache, self.decoder
         pinned = getattr(cache_given, "pins", None) and not self.pins
-        if pinned or (inputs_embeds is not None and not self.embeds):
-            view = self.pinning() if pinned else self.embedding()
+        keeping = getattr(cache_given, "windows_from", None) is not None and not self.keeps_windows
+        if pinned or keeping or (inputs_embeds is not None and not self.embeds):
+            view = self.pinning() if pinned else self.keeping_windows() if keeping else self.embedding()
             given = (input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, return_dict)
             return view.forward(*given, cache, generated, labels, num_items_in_batch, inputs_embeds, **kwargs)
         if inputs_embeds is not None:
@@ -498,11 +509,29 @@ class RewrittenModel(Pretrained, Generation):
         """One pass through the graph, by what runs it. logits: whether they are wanted; without them the result may be
         None."""
         given = {name: given[name] for name in self.program.layout.input_names}
+        rows, tokens = next(iter(given.values())).shape[:2]
+        if (rows, tokens) in self._shapes_run:
+            return self._pass(given, logits)
+        self._shapes_run.add((rows, tokens))
+        with told(f"the first pass of {rows} x {tokens} tokens, for which what is in no cache is compiled"):
+            return self._pass(given, logits)
+
+    def _pass(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:
         if self.executor is not None:
             return self.executor.prompt(given, logits)
-        run = self.graph_module if self.on_one_device else self._staged
-        out: Tensor = self._run(run, *given.values())
+        out: Tensor = self._run(self._op_by_op(), *given.values())
         return out
+
+    def _op_by_op(self) -> Callable[..., Any]:
+        """What runs the graph's ops one by one; on a GPU fewer ones, where nobody asks for gradients."""
+        if not self.on_one_device:
+            return self._staged
+        if self.gpu is None or torch.is_grad_enabled():
+            return self.graph_module
+        if self.__dict__.get("_for_gpu") is None:
+            self.__dict__["_for_gpu"] = fewer_launches(self.graph_module)
+        run: Callable[..., Any] = self.__dict__["_for_gpu"]
+        return run
 
     def _run(self, graph: Callable[..., Any], *inputs: Tensor) -> Any:
         """Runs a graph of this model; an error says which node of a file it was."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvrewrite.ir.waits import told
 from kvrewrite.runtime.parts import record_graph
 
 RING = 16  # host buffers of row numbers; a copy from one is long done when its turn comes again, and is waited for
@@ -43,23 +44,29 @@ class Replay:
     def __init__(self, run: Callable[[], Tensor]):
         self.run = run
         self.graph: Any = None
+        self.ran = False  # without one
         self.logits: Tensor | None = None
 
     def capture(self, rows: RowNumbers) -> None:
         """Warm-up and capture with no row at work, so that no cache is touched."""
         rows.device.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph, self.logits = record_graph(self.run)
+        with told(f"compiling and capturing a pass of {rows.device.shape[1]} rows from static buffers"):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            self.graph, self.logits = record_graph(self.run)
 
     def __call__(self) -> Tensor:
-        if self.graph is None:
+        if self.graph is None and self.ran:
             return self.run()
+        if self.graph is None:
+            self.ran = True
+            with told("compiling a pass from static buffers"):
+                return self.run()
         self.graph.replay()
         assert self.logits is not None
         return self.logits.clone()

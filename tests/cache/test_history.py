@@ -12,7 +12,7 @@ from kvrewrite.cache.eviction_cache import CACHE_NAME, EvictionCache
 from kvrewrite.errors import InputError
 from tests.cache.test_cache import GREEDY, tokens
 from tests.runtime.test_decoding import static
-from tests.support.products import pairwise
+from tests.support.products import each
 from tests.support.rewritten import logits, original, rewritten
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -142,7 +142,7 @@ def ends_early(model: Any, prompt: Tensor, mask: Tensor, row: int, at: int) -> i
     raise AssertionError("no such token")
 
 
-@pairwise
+@each
 @pytest.mark.parametrize("counted", [True, False], ids=["end is text", "end is padding"])
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(

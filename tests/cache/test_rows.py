@@ -227,11 +227,10 @@ def test_questions_alone_on_a_saved_text(tmp_path: Path, side: str) -> None:
             layer: held[0] for layer, held in alone.positions().items()
         }
     assert rows.pins == [((5, 9),)] * 3
-    if side == "left":
-        made = model.generate(questions, attention_mask=mask, cache=cache, max_new_tokens=4, **GREEDY)
-        assert made.shape == (3, 13) and cache.batch_size == 1 and cache.seen == [150]
-        for row in range(3):
-            alone = questions[row : row + 1, mask[row, 150:].bool()]
-            whole = torch.ones(1, 150 + alone.shape[1], dtype=torch.long)
-            expected = model.generate(alone, attention_mask=whole, cache=cache.fork(), max_new_tokens=4, **GREEDY)
-            assert made[row, 9:].tolist() == expected[0, alone.shape[1] :].tolist()
+    made = model.generate(questions, attention_mask=mask, cache=cache, max_new_tokens=4, **GREEDY)
+    assert made.shape == (3, 13) and cache.batch_size == 1 and cache.seen == [150]
+    for row in range(3):
+        alone = questions[row : row + 1, mask[row, 150:].bool()]
+        whole = torch.ones(1, 150 + alone.shape[1], dtype=torch.long)
+        expected = model.generate(alone, attention_mask=whole, cache=cache.fork(), max_new_tokens=4, **GREEDY)
+        assert made[row, 9:].tolist() == expected[0, alone.shape[1] :].tolist()

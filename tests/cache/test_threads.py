@@ -76,7 +76,7 @@ POLICIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "options"), POLICIES[:3], ids=[p for p, _ in POLICIES[:3]])
+@pytest.mark.parametrize(("policy", "options"), POLICIES[1:3], ids=[p for p, _ in POLICIES[1:3]])
 def test_caches_of_their_own_with_static_buffers(policy: str, options: dict[str, Any]) -> None:
     """Single tokens run from buffers of the model."""
     model, plain = static("llama", policy, **options), rewritten("llama", policy, **options)
@@ -87,7 +87,7 @@ def test_caches_of_their_own_with_static_buffers(policy: str, options: dict[str,
     assert [answer(model, text) for text in texts] == expected
 
 
-@covering({("policy", "options"): 1, "make": 2})
+@covering({"make": 1, "policy": 0, "options": 0}, prefer=lambda case: case["policy"] in ("h2o", "adakv"))
 @pytest.mark.parametrize("make", [rewritten, static])
 @pytest.mark.parametrize(("policy", "options"), POLICIES, ids=[p for p, _ in POLICIES])
 def test_forks_of_one_document(policy: str, options: dict[str, Any], make: Any) -> None:

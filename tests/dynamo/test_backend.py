@@ -28,6 +28,7 @@ from tests.support.zoo import VOCAB
 pytestmark = pytest.mark.xdist_group("llama")
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 STREAMING: dict[str, Any] = {"policy": "streaming_llm", "budget": 24, "chunk": 8}
+ADDING: dict[str, Any] = {"policy": "snapkv", "budget": 44, "window": 4}  # single tokens only join
 GRAPHS = "unique_graphs"
 
 
@@ -105,7 +106,7 @@ def lengths(cache: Any) -> set[int]:
 
 
 # ------------------------------------------------------------------------------------------------ stock caches
-@pytest.mark.parametrize("options", [{"policy": "snapkv", "budget": 40}, STREAMING], ids=["only adds", "evicts"])
+@pytest.mark.parametrize("options", [ADDING, STREAMING], ids=["only adds", "evicts"])
 def test_the_past_of_a_mask_is_what_went_in(shallow: Any, options: dict[str, Any]) -> None:
     user, cache, prompt = compiled(shallow, **options), DynamicCache(), ids(2, 20)
     mask = torch.ones(2, 22, dtype=torch.long)
@@ -164,7 +165,7 @@ def test_stock_cache_under_generate(
 def test_single_tokens_only_join(shallow: Any, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     """Where prompts alone are evicted from, every single token takes the short way, in both of its forms, also across pages and
     between prompts: the tokens and positions of `transform`."""
-    options: dict[str, Any] = {"budget": 44, "window": 4}
+    options = plain(ADDING)
     lower, short = append_tokens.lower_append, append_tokens.AppendRunner.step
     steps: list[Any] = []
     forms: dict[int, Any] = {}  # the runner of the form that is asked for, by the rewrite's, whose form is the CPU's
@@ -180,7 +181,7 @@ def test_single_tokens_only_join(shallow: Any, monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(append_tokens.AppendRunner, "step", step)
     (prompt, mask), turn = padded(51), ids(2, 7, seed=3)
-    user = compiled(shallow, policy="snapkv", **options)
+    user = compiled(shallow, **ADDING)
     small = rewritten("shallow_llama", "snapkv", **options)
     expected, theirs = run(small, prompt, 30, attention_mask=mask)
     found, ours = run(user, prompt, 30, attention_mask=mask)

@@ -16,7 +16,7 @@ from kvrewrite.capture.frontend import capture
 from kvrewrite.errors import CacheError, OptionError
 from kvrewrite.kernels.scores.reference import uniform as hashed
 from kvrewrite.passes.pipeline import canonical
-from tests.support import learned
+from tests.support import kinds, learned
 from tests.support.blocks import InfLLMRule
 from tests.support.learned import DuoRule, FastKVzipRule, KVzapRule, TrimKVRule
 from tests.support.oracle import Entry, Layer, Moment, Oracle, Rule
@@ -778,6 +778,14 @@ def policy_of(case: Mapping[str, Any]) -> str:
     return (CASES | PROTECTED)[case["name"]][0]
 
 
+def kind_of(case: Mapping[str, Any]) -> tuple[str, ...]:
+    return kinds.eviction(*(CASES | PROTECTED)[case["name"]][:2])
+
+
+def positions_of(case: Mapping[str, Any]) -> str:
+    return kinds.positions(*(CASES | PROTECTED)[case["name"]][:2])
+
+
 def options_of(case: Mapping[str, Any]) -> list[str]:
     """The options that any policy may have, and whether its budget is a share of the text."""
     options = (CASES | PROTECTED)[case["name"]][1]
@@ -785,7 +793,7 @@ def options_of(case: Mapping[str, Any]) -> list[str]:
     return [*(name for name in shared if name in options), *["share"] * isinstance(options.get("budget"), float)]
 
 
-# Every policy, each set of shared options, and each way to cut a text; `test_second_turn` has every policy once more.
+# Every policy, each set of shared options, and each way to cut a text; `test_second_turn` has each way to evict once more.
 @covering(
     {"name": 0, "policy": 1, "options": 1, ("seed", "calls"): 8},
     derived={"policy": policy_of, "options": options_of},
@@ -797,7 +805,7 @@ def test_against_oracle(name: str, seed: int, calls: tuple[int, ...]) -> None:
     follow(CASES[name], tokens(2 - seed % 2, sum(calls) + DECODE, seed), (*calls, *[1] * DECODE))
 
 
-@covering({"policy": 1, "name": 0}, derived={"policy": policy_of})
+@covering({"kind": 1, "positions": 1, "name": 0}, derived={"kind": kind_of, "positions": positions_of})
 @pytest.mark.parametrize("name", [n for n in CASES if n != "full"])
 def test_second_turn(name: str) -> None:
     """Prompt, answer, prompt, answer on one cache."""

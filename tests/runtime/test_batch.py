@@ -180,9 +180,10 @@ def skipped(case: Mapping[str, Any]) -> str | None:
 
 
 @covering(
-    {"family": 1, "policy": 0, ("kind", "positions"): 1},
+    {"family": 1, "policy": 0, "kind": 1, "positions": 1},
     apart=lambda case: skipped(case) is None,
     derived={"kind": lambda case: case["policy"] if case["policy"] in OWN_WAYS else "any"},
+    prefer=lambda case: case["family"] == "llama",  # the cheapest
 )
 @pytest.mark.parametrize("policy, positions", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,8 +206,8 @@ def test_a_request_is_the_one_that_it_is_alone(family: str, policy: str, positio
     "policy, positions, more",
     [
         ("streaming_llm", "contiguous", {}),
-        ("h2o", "original", {}),
-        ("snapkv", "original", {}),
+        pytest.param("h2o", "original", {}, marks=pytest.mark.thorough),  # quantized below
+        pytest.param("snapkv", "original", {}, marks=pytest.mark.thorough),
         ("adakv", "original", {}),
         ("h2o", "original", {"quantize": "int8", "quantize_group": 4, "quantize_residual": 4}),
         ("locret", "contiguous", {}),

@@ -50,6 +50,40 @@ def test_greedy_with_left_padding_is_the_originals(full: Any) -> None:
     assert torch.equal(full.generate(prompt, attention_mask=mask, max_new_tokens=12, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 12}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize("policy", ["full", "h2o"])
+def test_padding_on_the_right_or_in_between(policy: str, settings: dict[str, Any]) -> None:
+    """Each row's answer is the one that it has alone, and so are further turns."""
+    model = rewritten("llama", policy, **({} if policy == "full" else {"budget": 16}))
+    if "num_return_sequences" in settings:
+        settings = {**settings, "num_beams": 2}
+    prompt, mask = ids(3, 20), torch.ones(3, 20, dtype=torch.long)
+    mask[0, 13:], mask[1, 4:9], mask[1, 18:], mask[2, :6] = 0, 0, 0, 0
+    made = model.generate(prompt, attention_mask=mask, max_new_tokens=6, **GREEDY, **settings)
+    each = settings.get("num_return_sequences", 1)
+    for row in range(3):
+        alone = prompt[row : row + 1, mask[row].bool()]
+        expected = model.generate(alone, max_new_tokens=6, **GREEDY, **settings)
+        assert made[row * each : row * each + each, 20:].tolist() == expected[:, alone.shape[1] :].tolist()
+
+
+def test_rows_without_a_last_token(full: Any) -> None:
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 9:] = 0
+    with pytest.raises(
+        InputError, match="row 1 has 11 columns of padding on the right, and prefill_chunk_size=15 cuts"
+    ):
+        full.generate(ids(2, 20), attention_mask=mask, prefill_chunk_size=15, max_new_tokens=2, **GREEDY)
+    mask[1] = 0
+    with pytest.raises(InputError, match="row 1 has no token among the 20 new columns"):
+        full.generate(ids(2, 20), attention_mask=mask, max_new_tokens=2, **GREEDY)
+    cache = full.prefill(ids(2, 20))
+    longer = torch.cat([torch.ones(2, 20, dtype=torch.long), mask[:, :5]], 1)
+    with pytest.raises(InputError, match="row 1 has no token among the 5 new columns"):
+        full.generate(ids(2, 5), attention_mask=longer, cache=cache, max_new_tokens=2, **GREEDY)
+    assert cache.columns == 20
+
+
 def test_nothing_stands_in_the_way_of_generate(full: Any) -> None:
     """What a model keeps has no name of a method of transformers' (5.17 has a `_prefill`)."""
     assert [n for n in vars(full) if hasattr(GenerationMixin, n) or n == "_prefill"] == []

@@ -118,7 +118,16 @@ def daily(function: Any) -> list[Case]:
     kinds: dict[Hashable, list[Case]] = {}
     for case in cases:
         kinds.setdefault(marker.kwargs.get("apart", lambda case: None)(case), []).append(case)
-    return [alike[i] for alike in kinds.values() for i in sorted(chosen_by(marker, alike))]
+    return [
+        alike[i]
+        for alike in kinds.values()
+        for i in sorted(chosen_by(marker, [with_derived(marker, c) for c in alike]))
+    ]
+
+
+def with_derived(marker: pytest.Mark, case: Case) -> Case:
+    """A case with the further parameters of `derived=`."""
+    return {**case, **{name: of(case) for name, of in marker.kwargs.get("derived", {}).items()}}
 
 
 def thin(items: list[pytest.Item]) -> None:
@@ -129,12 +138,11 @@ def thin(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("pairwise") or item.get_closest_marker("covering")
         if marker is None or not hasattr(item, "callspec"):
             continue
-        case = dict(item.callspec.params)
+        case: Case = dict(item.callspec.params)
         # Cases that need a GPU prove nothing for the others where there is none.
         apart = marker.kwargs.get("apart", lambda case: None)(case), item.get_closest_marker("gpu") is None
-        case |= {name: of(case) for name, of in marker.kwargs.get("derived", {}).items()}
         product = (item.path, item.originalname, apart)  # type: ignore[attr-defined]
-        products.setdefault(product, []).append((item, case))
+        products.setdefault(product, []).append((item, with_derived(marker, case)))
         markers[product] = marker
     for product, cases in products.items():
         chosen = chosen_by(markers[product], [case for _, case in cases])

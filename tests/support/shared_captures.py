@@ -75,16 +75,19 @@ def key_of(model: nn.Module, max_length: int | None) -> Any:
     for name, module in model.named_modules(remove_duplicate=False):
         if not type(module).__module__.startswith(LIBRARIES):
             raise NotPlainError(type(module).__name__)
-        attributes = tuple((k, described(v)) for k, v in vars(module).items() if k not in OWN and plain_hooks(k, v))
+        attributes = tuple((k, described(v)) for k, v in vars(module).items() if k not in OWN and counts(k, v))
         modules.append((name, type(module), attributes))
     parameters = tuple(tensors(model.named_parameters(remove_duplicate=False), values=False))
     buffers = tuple(tensors(model.named_buffers(remove_duplicate=False), values=True))
     return tuple(modules), parameters, buffers, max_length, torch.get_default_dtype()
 
 
-def plain_hooks(name: str, value: Any) -> bool:
-    """Whether an attribute counts; hooks do not if there are none."""
-    return not (isinstance(value, dict) and not value and name.endswith(("_hooks", "_kwargs", "_always_called")))
+def counts(name: str, value: Any) -> bool:
+    """Whether an attribute counts; hooks do not if there are none, nor does the `generate` that the backend gives to a model."""
+    no_hooks = isinstance(value, dict) and not value and name.endswith(("_hooks", "_kwargs", "_always_called"))
+    return not no_hooks and not (
+        name == "generate" and getattr(value, "__module__", None) == "kvrewrite.dynamo.modules"
+    )
 
 
 def copied(source: Captured, state: dict[str, Tensor]) -> Captured:
