@@ -296,13 +296,15 @@ class EvictionCache(Request, Cache):
     def append_only(self) -> None:
         """From here on nothing is evicted: tokens are only added, so that all of them can be taken back (`crop`). For good,
         because what a policy sums up (H2O's scores) would have taken in what was cropped; forks made before, and `reset`,
-        go on evicting."""
+        go on evicting. Layers with a window keep what is outside it, too."""
         if self._policy.recalls:
             raise CacheError(
                 f"{self._policy.name} loses nothing as it is, and what leaves the cache has to enter its memory"
             )
         self.check_finished()
         self.only_appends = True
+        if self.why_never is None:
+            self.keep_windows(True)
         self._changes += 1
 
     @property

@@ -62,7 +62,8 @@ def why_not(cache: EvictionCache, columns: int) -> str | None:
     if columns < cache.firm:
         return f"its policy has evicted, or summed up attention, up to column {cache.firm}, and column {columns} lies before that"
     windows = [int(n) for lease in cache.leases for n in lease.windows if n]
-    if windows and columns < cache.columns:
+    kept = cache.windows_from is not None and columns >= cache.windows_from
+    if windows and columns < cache.columns and not kept:
         most = max(seen + ahead for seen, ahead in zip(cache.seen, cache.ahead))
         if most >= min(windows):  # what the next token would not see has gone
             return f"layers with a window of {min(windows)} have lost tokens that would come into view again"

@@ -202,11 +202,13 @@ class StepPlan:
 class Rules:
     """What a program says about its slots. rewrites: whether a step may write to cached slots though nothing goes;
     tail: slots from the end of a head that the next token may write to (quantized caches). ranks: how many processes the
-    heads are dealt out over; anyone: where any of them has a flag set."""
+    heads are dealt out over; anyone: where any of them has a flag set. windows: whether layers lose what is outside their
+    window."""
 
     rewrites: bool = False
     tail: int = 0
     ranks: int = 1
+    windows: bool = True
     anyone: Callable[[np.ndarray], np.ndarray] | None = None
 
 
@@ -221,7 +223,9 @@ class SlotPlanner:
         ]  # of each layer that owns a cache: its class, and where it is there
         self._heads = [classes[c].kv_heads for c, _ in self._places]
         self._shapes = [(len(held.layers), held.kv_heads) for held in classes]
-        self._windows = [np.where(held.windows > 0, held.windows, UNLIMITED)[:, None, None] for held in classes]
+        self._windows = [
+            np.where((held.windows > 0) & rules.windows, held.windows, UNLIMITED)[:, None, None] for held in classes
+        ]
         self._rewrites = rules.rewrites or policy.data_dependent
         self._steady = policy.layer_budgets == "equal" and type(policy).layer_keeps is Policy.layer_keeps
         self._known: tuple[Any, Any, list[Budgets]] = (None, None, [])

@@ -93,7 +93,16 @@ class Speculator:
         return self.model.generate(*args, custom_generate=loop, stopping_criteria=criteria, **kwargs)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
-    def _loop(
+    def _loop(self, model: Any, input_ids: Tensor, **given: Any) -> Any:
+        """Called by transformers' `generate` once everything is prepared."""
+        cache: EvictionCache = given[CACHE_NAME]
+        kept = cache.windows_from is not None
+        try:
+            return self._rounds(model, input_ids, **given)
+        finally:
+            cache.keep_windows(kept)
+
+    def _rounds(
         self,
         model: Any,
         input_ids: Tensor,
@@ -103,7 +112,7 @@ class Speculator:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Called by transformers' `generate` once everything is prepared."""
+        """The prompt, and rounds until the answer ends."""
         cache: EvictionCache = model_kwargs[CACHE_NAME]
         self._check(generation_config, logits_processor, input_ids, cache)
         self._check_embeds(model_kwargs.get("inputs_embeds"), cache)
@@ -118,6 +127,7 @@ class Speculator:
             streamer.put(newest[0].cpu())
         draft: Draft | None = None
         ended = bool(stopping_criteria(text, None).all())
+        cache.keep_windows(True)
         while not ended:
             if draft is None:
                 draft = self._start(cache, input_ids.shape[1], logits_processor, draws)

@@ -92,3 +92,17 @@ def test_a_model_that_evicts_checks_itself(policy: str) -> None:
     speculator = Speculator(whole, small, 3)
     assert torch.equal(speculator.generate(ids, max_new_tokens=12, **GREEDY), expected)
     assert whole.decoder._steps[1].few
+
+
+@pytest.mark.thorough
+def test_windows_that_keep_everything() -> None:
+    """The view whose windows take nothing has passes of a few tokens; the model itself has none."""
+    windowed = copy.deepcopy(rewritten("gemma2", "full"))
+    ids = tokens(1, 90)
+    expected = windowed.generate(ids, max_new_tokens=12, **GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda part, **_: part)
+        windowed.compile(static_decode=True)
+        speculator = Speculator(windowed, rewritten("gemma2", "snapkv", budget=12, window=4), 3)
+        assert torch.equal(speculator.generate(ids, max_new_tokens=12, **GREEDY), expected)
+    assert windowed.decoder.few is None and windowed.keeping_windows().decoder._steps[1].few

@@ -318,3 +318,25 @@ def test_what_a_draft_can_not_do(full: Any) -> None:
     other: Any = SimpleNamespace(program=SimpleNamespace(vocab_size=5))
     with pytest.raises(OptionError, match=r"vocabulary of .* tokens and the model one of"):
         Speculator(full, other)
+
+
+# -- layers with a window ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("family", "draft"), [("mistral", "prompt_lookup"), ("gemma2", "snapkv")])
+def test_windows_shorter_than_the_text(family: str, draft: str) -> None:
+    """Rejected tokens bring back what has just left a window of 8 tokens: it is held until the answer is there."""
+    windowed = rewritten(family, "full")
+    cache, alone, ids = windowed.new_cache(1), windowed.new_cache(1), text()
+    expected = windowed.generate(ids, cache=alone, max_new_tokens=NEW, **GREEDY)
+    speculator = Speculator(
+        windowed, draft if draft == "prompt_lookup" else rewritten(family, draft, budget=12, window=4), 3
+    )
+    out = speculator.generate(ids, cache=cache, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(out, expected) and speculator.last.accepted < speculator.last.drafted
+    assert cache.windows_from is None
+    more = tokens(1, 1, seed=5)  # the windows take what they left
+    assert cache.columns == alone.columns
+    torch.testing.assert_close(windowed(more, cache=cache).logits, windowed(more, cache=alone).logits)
+    windowed(more, cache=cache), windowed(more, cache=alone)
+    assert [lease.bound.tolist() for lease in cache.leases] == [lease.bound.tolist() for lease in alone.leases]
+    assert cache.positions() == alone.positions()
+    check_pages(cache)

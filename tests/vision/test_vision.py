@@ -4,21 +4,17 @@ model does with the embeddings that the unmodified model makes."""
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import kvrewrite
-from kvrewrite.api import Rewriter
 from kvrewrite.errors import InputError
-from kvrewrite.vision.model import VisionModel
 from tests.support.products import few
-from tests.support.seeing import MAKERS, Part, given, original
+from tests.support.seeing import MAKERS, Part, given, merged, original, small
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 FAMILIES = few(
@@ -26,32 +22,6 @@ FAMILIES = few(
     rest=["vipllava", "idefics3", "mistral3"],
 )
 ROWS: list[list[Part]] = [[5, (2, 2), 3, (2, 2), 6], [3, (2, 2), 2]]  # two images and one, padded
-
-
-@functools.cache
-def rewriter(name: str) -> Rewriter:
-    return Rewriter(original(name))
-
-
-@functools.cache
-def small(name: str, policy: str, **options: Any) -> VisionModel:
-    made = rewriter(name).rewrite(policy, **options)
-    assert isinstance(made, VisionModel)
-    return made
-
-
-def merged(name: str, inputs: dict[str, Any]) -> Tensor:
-    """The embeddings that the unmodified model gives its language model."""
-    found: list[Tensor] = []
-    model = original(name)
-    part = model.get_decoder()
-    hook = part.register_forward_pre_hook(lambda _, __, kw: found.append(kw["inputs_embeds"]), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        hook.remove()
-    return found[0]
 
 
 @torch.no_grad()
