@@ -32,11 +32,15 @@ from kvrewrite.kernels.groups import (
 )
 from kvrewrite.kernels.quantized.decode import config, decode_attention_quantized
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme
+from kvrewrite.kernels.quantized.tiles import tiles
 from kvrewrite.kernels.quantized.update import decode_update_quantized
 
 SHAPES = ((1, 16384), (8, 16384), (32, 4096))
 RESIDUAL, GROUP = 128, 32
-CANDIDATES = (Config(2, 4, 4), Config(3, 4, 4), Config(2, 4, 6), Config(4, 4, 4), Config(3, 4, 6))
+CANDIDATES = tuple(
+    Config(*c)
+    for c in ((8, 1, 2), (8, 1, 3), (4, 2, 3), (4, 4, 3), (8, 1, 2, 2), (4, 2, 2, 2), (4, 2, 3, 2), (4, 4, 2, 2))
+)
 
 
 class Quantized:
@@ -179,9 +183,10 @@ def main(everything: bool) -> None:
     for b, slots in SHAPES:
         add("bf16 decode_attention", Rotation(b, slots).attend_us())
         for kind in KINDS:
-            caches = Quantized(kind, b, slots)
+            caches, shape = Quantized(kind, b, slots), tiles(Scheme(kind, GROUP), D, D, H // HKV)
             for launch in launches:
-                add(f"{kind} {tuple(launch or config(DTYPE, D, D))[:3]}", caches.attend_us(launch))
+                chosen = launch or config(caches.scheme, DTYPE, shape, D, b * HKV)
+                add(f"{kind} {tuple(chosen)[:4] if everything else 'attention'}", caches.attend_us(launch))
             add(f"{kind} error, times 1e4", 1e4 * caches.error() if b == 1 else float("nan"))
             add(f"{kind} with mass", caches.attend_us(mass=True))
             add(f"{kind} update, appends", caches.update_us(False))

@@ -50,6 +50,7 @@ class Report:
 
     what: str
     dtype: str = ""
+    compared_in: str = ""  # the dtype of the comparison, where it is another one
     sites: int = 0
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
@@ -106,11 +107,16 @@ def _directory(
     device: torch.device,
     say: Progress,
 ) -> None:
-    """Checks a model directory. The original and the rewritten model are never in memory together."""
+    """Checks a model directory. The original and the rewritten model are never in memory together.
+
+    On a CPU 16-bit models are compared in float32: what their rounding hides is larger than most faults.
+    """
     from kvrewrite.api import load
     from kvrewrite.artifact import directory as artifact
+    from kvrewrite.runtime.widened import NARROW, widen, widen_weights
 
     manifest = artifact.read_manifest(directory)
+    wide = original is None and device.type == "cpu" and getattr(torch, manifest["dtype"]) in NARROW
     report.dtype, report.sites = manifest["dtype"], len(manifest["sites"])
     if hashes:
         try:
@@ -127,12 +133,19 @@ def _directory(
     if original is None:
         say("running the original", 0, 1)
         original = _open_original(directory, manifest["dtype"], device)
+    wide = wide and original is not None
     if original is not None:
+        if wide:
+            widen_weights(original)
+            report.compared_in = "float32"
         sites = [AttentionSite.from_dict(site) for site in manifest["sites"]]
         reference, layers = _original_logits(original, ids, sites), _layers(original)
     del original
     say("loading the rewritten model", 0, 1)
-    _logits(report, load(directory, device=device), reference, layers, ids, say)
+    model = load(directory, device=device)
+    if wide:
+        widen(model)
+    _logits(report, model, reference, layers, ids, say)
 
 
 def _in_memory(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 
+from kvrewrite.cli import app
 from tests.support.policy_tables import BLOCKS, written
 from tests.support.rewritten import ours
 
@@ -62,3 +64,21 @@ def test_what_is_missing_would_be_found() -> None:
         "kvrewrite/nothing.py",
         "passes/lower/decode.py",
     }
+
+
+def test_commands_and_options_in_the_docs_exist() -> None:
+    """Every `kvrewrite COMMAND --option` in a page is one that the command line takes."""
+    found = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"(?m)^ *(?:[A-Z_]+=\S+ )*kvrewrite ([a-z-]+) ?(.*)$", text)
+        for name, rest in [*blocks, *re.findall(r"`kvrewrite ([a-z-]+) ?([^`\n]*)`", text)]:
+            if name == "is":  # "kvrewrite is a compiler"
+                continue
+            command = app.main.get_command(click.Context(app.main), name)
+            assert command is not None, f"{page}: kvrewrite {name}"
+            known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+            words = [word.partition("=")[0] for word in rest.partition(" #")[0].split() if re.match(r"--?[a-z]", word)]
+            assert set(words) <= known, f"{page}: kvrewrite {name} {rest}"
+            found += 1
+    assert found > 100

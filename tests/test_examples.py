@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import kvrewrite
+import kvrewrite.assets
 from kvrewrite.artifact.companions import read_tokenizer
 from kvrewrite.policies import POLICIES
 from tests.support import notebooks
@@ -238,6 +240,31 @@ def test_a_replica_of_a_batch_job(memory, on_ray):
     assert empty["finish"] == "error" and "no tokens" in empty["error"] and empty["answer"] is None
     assert (len(begun) > len(prompts)) == (memory is not None)  # some began again
     assert memory is None or replica.batch.used == 0
+
+
+@pytest.mark.thorough
+def test_heads_of_a_real_model_are_made_by_a_script(tmp_path):
+    """examples/real_models/heads.sh, on the small model and three texts; what it made is not made again."""
+    pytest.importorskip("datasets")
+    rows = [json.dumps({"text": f"Box {n} is red. The key lies in box {n + 1}. " * 12}) for n in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    told = {"DEVICE": "cpu", "COLLECT": "4", "STEPS": "3", "BATCH": "2", "TOKENS": "64", "SECONDS_OF_GATES": "0"}
+    script = [
+        *map(str, ["bash", ROOT / "examples/real_models/heads.sh", kvrewrite.assets.small_model()]),
+        str(tmp_path),
+    ]
+    out = tmp_path / "out"
+    for _ in range(2):
+        env = {**ENVIRONMENT, **told, "PYTHON": sys.executable}
+        done = subprocess.run([*script, str(out)], capture_output=True, text=True, cwd=ROOT, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        made = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert set(made) == {"kvzap.safetensors", "locret.safetensors"} and "steps" not in done.stderr
+    for policy in ("kvzap", "locret"):
+        base = AutoModelForCausalLM.from_pretrained(kvrewrite.assets.small_model())
+        weights = out / f"{policy}.safetensors"
+        model = kvrewrite.transform(base, policy, policy_weights=weights, budget=0.5, check="off")
+        assert model.policy.n_sink == 4
 
 
 def test_batch_job_on_ray(on_ray, tmp_path):

@@ -3,9 +3,12 @@
 
 Work is cut and put together as in `decode.py`. Codes are never turned back into keys and values: what scales a channel
 of a group of keys is multiplied into the query, once a group; what scales a group of channels of a value into the
-softmax weights. What is added to codes gives one number a query head and group of keys, and a sum that is kept beside
-the weighted values. Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the
-keys would.
+softmax weights. What is added to codes gives one number a query head and group of keys, and a sum beside the weighted
+values. Codes are centered first, so that rounding a scaled query to 8 bits loses no more than rounding the keys would.
+
+A tensor core takes 16 rows, and a group of query heads is 4 to 8, as a rule. So a row is a query head and a group of a
+value's channels, with the scales of that group: one product does for all of them, and each row gives the channels of
+its group. Codes come from shared memory as operands (`codes.py`), and a worker is one warp or two: nothing waits.
 
 After the quantized slots of its part a worker does those in full precision, as far as they are in its part.
 """
@@ -33,123 +36,122 @@ from kvrewrite.kernels.attention.decode import (
 )
 from kvrewrite.kernels.groups import At, Codes, Logits, QuantizedPages, Tokens
 from kvrewrite.kernels.launch import begin, options
-from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
-from kvrewrite.kernels.quantized.split import split, why_not
+from kvrewrite.kernels.quantized.codes import K_REST, K_UP, V_REST, V_UP, centered, scale_and_zero
+from kvrewrite.kernels.quantized.scheme import Scheme
+from kvrewrite.kernels.quantized.tiles import Tiles, tiles, why_not
 
 _PAGE = tl.constexpr(PAGE)
 _LOG2E = tl.constexpr(1.4426950408889634)
-_FP8_UNIT = tl.constexpr(1.0 / FP8_MAX)
 
 
-def config(dtype: torch.dtype, d: int, dv: int) -> Config:
-    """How the attention kernel is launched for a dtype and head dims (`pages` and `overlap` mean nothing here)."""
-    if dtype == torch.float32 or d + dv > 256:
-        return Config(1, 8, 3)
-    return Config(4, 2, 3)
+def config(scheme: Scheme, dtype: torch.dtype, shape: Tiles, dv: int, n_heads: int) -> Config:
+    """How the attention kernel is launched for B * Hkv heads (`pages` 2: two groups of keys at a time; `overlap` means
+    nothing here). One warp a worker, as long as it has the registers: then none waits for another.
+    benchmarks/quantized_decode.py measures others."""
+    if dtype == torch.float32:
+        return Config(1, 8, 2)
+    warps = min(8, max(1, shape.rows * triton.next_power_of_2(dv) // 2048))
+    if warps == 1 and (scheme.kind == "int8" or n_heads <= 16):
+        return Config(4, 2, 3, 1 if n_heads <= 16 else 2)
+    return Config(8 // warps, warps, 3)
 
 
 @triton.jit
-def _scale_and_zero(raw, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """What centered codes are multiplied by, and what is added then, fp32. raw: a group's two ends in one integer, or
-    for fp8 its largest magnitude."""
+def _times(x, N: tl.constexpr):
+    """Rows (A, W), all of them N times: (N * A, W)."""
+    return tl.reshape(tl.broadcast_to(x[None, :, :], [N, x.shape[0], x.shape[1]]), [N * x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _each(x, N: tl.constexpr):
+    """Rows (A, W), each of them N times: (A * N, W)."""
+    return tl.reshape(tl.broadcast_to(x[:, None, :], [x.shape[0], N, x.shape[1]]), [x.shape[0] * N, x.shape[1]])
+
+
+@triton.jit
+def _products(
+    q, words, params, N: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, BYTES: tl.constexpr,
+    KIND: tl.constexpr, DTYPE: tl.constexpr, MATH: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products of query heads with a group of keys: (N * heads, slots), the heads N times.
+
+    q: for each part of a word its channels (heads, words); words (slots, words), WIDTH of them; params: pointer to the
+    group's. What codes are counted from is one more number a query head.
+    """
+    d = tl.arange(0, words.shape[1])
+    x = tl.zeros([N * q[0].shape[0], words.shape[0]], tl.float32)
+    zero = tl.zeros([q[0].shape[0], words.shape[1]], tl.float32)
+    turned = tl.trans(words)
+    for part in tl.static_range(PARTS):
+        if PARTS > BYTES:
+            channel = d * BYTES + part // 2 + part % 2 * HALF
+        else:
+            channel = d * BYTES + part
+        k_scale, k_zero = scale_and_zero(tl.load(params + channel, mask=d < WIDTH, other=0), KIND, DTYPE)
+        mine = q[part].to(tl.float32)
+        scaled = mine * k_scale[None, :]
+        if KIND == "fp8":
+            if FAST:
+                scaled *= K_UP
+        else:
+            zero += mine * k_zero[None, :]
+        codes = centered(turned, part, KIND, MATH, FAST)
+        x = tl.dot(_times(scaled.to(MATH), N), codes, x, input_precision=PRECISION)
+    if KIND != "fp8":
+        x += _times(tl.sum(zero, 1)[:, None], N)
+    elif FAST:
+        x *= K_REST
+    return x
+
+
+@triton.jit
+def _weigh(
+    acc, zeros, weight, words, raw, HEADS: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
+    DTYPE: tl.constexpr, MATH: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a group of values to acc, and what their codes are counted from to zeros.
+
+    A row of acc, of zeros and of weight is a query head and a group of channels, whose scales it takes: of acc only
+    those channels are used in the end. Products with the others are for free, as a tensor core takes 16 rows.
+    raw: (groups, slots), parameters, 0 where a slot is not there.
+    """
+    acc0, acc1, acc2, acc3 = acc
+    v_scale, v_zero = scale_and_zero(raw, KIND, DTYPE)
     if KIND == "fp8":
-        scale = raw.to(tl.float32) * _FP8_UNIT
-        zero = scale * 0.0
+        if FAST:
+            v_scale *= V_UP
     else:
-        if raw.dtype == tl.int64:
-            low = raw.to(tl.int32).to(tl.float32, bitcast=True)
-            high = (raw >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        else:
-            low = raw.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-            high = (raw >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        unit: tl.constexpr = 1.0 / 15 if KIND == "int4" else 1.0 / 255
-        middle: tl.constexpr = 8.0 if KIND == "int4" else 128.0
-        scale = high * unit - low * unit
-        zero = low + scale * middle
-    return scale, zero
-
-
-# Four codes of one register to four bf16 numbers in two. Bytes go to the low halves of 16 bits; there 0x43xx is 128 and
-# more.
-_INT8_TO_BF16 = tl.constexpr("""{
-    .reg .b32 x<2>, a<2>, b<2>;
-    prmt.b32 x0, $2, 0, 0x4140;
-    prmt.b32 x1, $2, 0, 0x4342;
-    lop3.b32 a0, x0, 0x007f007f, 0x43004300, 0xEA;
-    lop3.b32 a1, x1, 0x007f007f, 0x43004300, 0xEA;
-    lop3.b32 b0, x0, 0x00800080, 0x43804380, 0x6A;
-    lop3.b32 b1, x1, 0x00800080, 0x43804380, 0x6A;
-    sub.bf16x2 $0, a0, b0;
-    sub.bf16x2 $1, a1, b1;
-}""")
-_INT4_TO_BF16 = tl.constexpr("""{
-    .reg .b32 x<2>, a<2>, m;
-    mov.b32 m, 0x43084308;
-    prmt.b32 x0, $2, 0, 0x4140;
-    prmt.b32 x1, $2, 0, 0x4342;
-    lop3.b32 a0, x0, 0x000f000f, 0x43004300, 0xEA;
-    lop3.b32 a1, x1, 0x000f000f, 0x43004300, 0xEA;
-    sub.bf16x2 $0, a0, m;
-    sub.bf16x2 $1, a1, m;
-}""")
-_UPPER_INT4_TO_BF16 = tl.constexpr("""{
-    .reg .b32 x<2>, a<2>, m;
-    mov.b32 m, 0x43084308;
-    prmt.b32 x0, $2, 0, 0x4140;
-    prmt.b32 x1, $2, 0, 0x4342;
-    shr.u32 x0, x0, 4;
-    shr.u32 x1, x1, 4;
-    lop3.b32 a0, x0, 0x000f000f, 0x43004300, 0xEA;
-    lop3.b32 a1, x1, 0x000f000f, 0x43004300, 0xEA;
-    sub.bf16x2 $0, a0, m;
-    sub.bf16x2 $1, a1, m;
-}""")
-# The exponent lies where bf16's does, but counts from another number: 2**120 makes up for that, for subnormal numbers,
-# too.
-_FP8_TO_BF16 = tl.constexpr("""{
-    .reg .b32 x<2>, a<2>, m;
-    mov.b32 m, 0x7B807B80;
-    prmt.b32 x0, $2, 0, 0x1404;
-    prmt.b32 x1, $2, 0, 0x3424;
-    and.b32 a0, x0, 0x7f007f00;
-    and.b32 a1, x1, 0x7f007f00;
-    shr.u32 a0, a0, 4;
-    shr.u32 a1, a1, 4;
-    lop3.b32 a0, x0, 0x80008000, a0, 0xEA;
-    lop3.b32 a1, x1, 0x80008000, a1, 0xEA;
-    mul.bf16x2 $0, a0, m;
-    mul.bf16x2 $1, a1, m;
-}""")
+        zeros += weight * _each(v_zero, HEADS)
+    p = (weight * _each(v_scale, HEADS)).to(MATH)
+    acc0 = tl.dot(p, centered(words, 0, KIND, MATH, FAST), acc0, input_precision=PRECISION)
+    if PARTS > 1:
+        acc1 = tl.dot(p, centered(words, 1, KIND, MATH, FAST), acc1, input_precision=PRECISION)
+    if PARTS > 2:
+        acc2 = tl.dot(p, centered(words, 2, KIND, MATH, FAST), acc2, input_precision=PRECISION)
+        acc3 = tl.dot(p, centered(words, 3, KIND, MATH, FAST), acc3, input_precision=PRECISION)
+    return (acc0, acc1, acc2, acc3), zeros
 
 
 @triton.jit
-def _to_bf16(codes, ASM: tl.constexpr):
-    return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+def _side_by_side(x, y):
+    """Channels of x and y (rows, words) in turn: (rows, 2 * words)."""
+    return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])
 
 
 @triton.jit
-def _centered(codes, UPPER: tl.constexpr, KIND: tl.constexpr, MATH: tl.constexpr, FAST: tl.constexpr):
-    """Codes as numbers: int8 -128 to 127, int4 -8 to 7 (of the lower or UPPER four bits), fp8 as they are. FAST: by
-    hand, to bf16."""
-    if FAST:
-        if KIND == "fp8":
-            x = _to_bf16(codes, _FP8_TO_BF16)
-        elif KIND == "int8":
-            x = _to_bf16(codes, _INT8_TO_BF16)
-        elif UPPER:
-            x = _to_bf16(codes, _UPPER_INT4_TO_BF16)
-        else:
-            x = _to_bf16(codes, _INT4_TO_BF16)
-    else:
-        if KIND == "fp8":
-            x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        elif KIND == "int8":
-            x = (codes ^ 0x80).to(tl.int8, bitcast=True)
-        elif UPPER:
-            x = (codes >> 4).to(tl.int8, bitcast=True) - 8
-        else:
-            x = (codes & 15).to(tl.int8, bitcast=True) - 8
-    return x.to(MATH)
+def _masked(x, here, pos_at, now, slope, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr):
+    """Logits x (rows, slots) with ALiBi, -inf where a slot is not there or not seen. pos_at: pointers to positions."""
+    seen = here
+    if WINDOW or CHUNK or ALIBI:
+        pos = tl.load(pos_at, mask=here, other=0)
+        distance = now - pos
+        if WINDOW:
+            seen = seen & (distance < window)
+        if CHUNK:
+            seen = seen & (pos // chunk == now // chunk)
+        if ALIBI:
+            x -= slope[:, None] * distance.to(tl.float32)[None, :]
+    return tl.where(seen[None, :], x, float("-inf"))
 
 
 @triton.jit(
@@ -170,23 +172,31 @@ def _attend_kernel(
     q, k_pages, v_pages, k_params, v_params, k_tail, v_tail, pos_pages, table, lens, qlens, positions, valid, alibi, logits,
     parts, scale, softcap, window, chunk, n_heads, width, logits_row,
     q_b, q_h, table_b, table_h, table_p, lens_b, lens_h, qlens_b, qlens_h, pos_b,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, KW: tl.constexpr,
-    KWP: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, NV: tl.constexpr, NVP: tl.constexpr,
-    VG: tl.constexpr, ROW: tl.constexpr, HALVES: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
-    HEADS: tl.constexpr, KIND: tl.constexpr, MATH: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, ALIBI: tl.constexpr, MASS: tl.constexpr, IEEE: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, KW: tl.constexpr,
+    KWP: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VG: tl.constexpr, NG: tl.constexpr,
+    NGP: tl.constexpr, ROW: tl.constexpr, BYTES: tl.constexpr, HALVES: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
+    GROUPS: tl.constexpr, PAIR: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, MATH: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ALIBI: tl.constexpr, MASS: tl.constexpr,
+    IEEE: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A worker's part of the list of pages; what it leaves in `parts` is what `decode._attend_kernel` leaves there.
+    """A worker's part of the list of pages, for GS of a kv head's query heads; what it leaves in `parts` is what
+    `decode._attend_kernel` leaves there.
 
-    A key is HALVES times KW channels, a value HALVES times NV parts of VW, with a P at the end: the next power of two.
-    STEP: slots of a group of keys; GROUPS: groups of a page.
+    A key has KW words and a value VW, with a P at the end: the next power of two. A word has BYTES bytes. NG: groups of
+    channels of a value, VG channels each; STEP: slots of a group of keys; GROUPS: groups of a page; PAIR: two of them
+    at a time.
     """
     begin(PDL)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     DTYPE: tl.constexpr = k_tail.dtype.element_ty
-    HALF_V: tl.constexpr = NV * VW
+    PARTS: tl.constexpr = BYTES * HALVES
+    ROWS: tl.constexpr = NGP * GS
+    AT_ONCE: tl.constexpr = 2 if PAIR else 1
+    FEW: tl.constexpr = 16 if STEP == 16 else 32
+    CLEAN: tl.constexpr = KIND == "fp8" and not FAST  # codes of slots that are not there may be NaN
     worker = tl.program_id(0)
     n_workers = tl.num_programs(0)
+    offset = tl.program_id(1) * GS
     ids = tl.arange(0, HEADS)
     n_live = live_slots(lens, valid, ids, n_heads, HKV, lens_b, lens_h)[0]
     counts = (n_live + _PAGE - 1) // _PAGE
@@ -198,17 +208,21 @@ def _attend_kernel(
     head = tl.sum((ends <= lo).to(tl.int32), 0)
     start = tl.max(tl.where(ends <= lo, ends, 0), 0)
 
-    row = tl.arange(0, GP)
-    ok = row < G
+    # A row is a group of a value's channels and a query head.
+    row = tl.arange(0, ROWS)
+    of_group = row // GS
+    query = offset + row % GS
+    ok = (query < G) & (of_group < NG)
+    own = offset + tl.arange(0, GS)  # query heads, once
+    group_v = tl.arange(0, NGP)
     slot = tl.arange(0, STEP)
-    whole = tl.arange(0, _PAGE)
+    few = tl.arange(0, FEW)
     d = tl.arange(0, KWP)
-    part = tl.arange(0, NVP)
     e = tl.arange(0, VWP)
-    # Channels of a value's (first) half and the numbers of their parameters; (NVP, 1, VWP) and (NVP, 1, 1).
-    channel = part[:, None, None] * VW + e[None, None, :]
-    in_value = (part < NV)[:, None, None] & (e < VW)[None, None, :]
-    scaled = (part * VW)[:, None, None]
+    # Channels of the (first) half of a key and a value.
+    d_all = tl.arange(0, BYTES * KWP)
+    e_all = tl.arange(0, BYTES * VWP)
+    in_query = (own < G)[:, None] & (d_all < BYTES * KW)[None, :]
     while lo < hi:
         b = head // HKV
         hk = head % HKV
@@ -218,149 +232,161 @@ def _attend_kernel(
         first = lo - start
         last = tl.minimum(hi - start, n_pages)
         pages = table + b.to(tl.int64) * table_b + hk * table_h
-        at = q + b.to(tl.int64) * q_b + (hk * G + row)[:, None] * q_h + d[None, :]
-        in_query = ok[:, None] & (d < KW)[None, :]
-        qa = tl.load(at, mask=in_query, other=0.0).to(tl.float32)
+        q_at = q + b.to(tl.int64) * q_b + (hk * G + own)[:, None] * q_h + d_all[None, :]
+        low = tl.load(q_at, mask=in_query, other=0.0)
+        high = low
         if HALVES == 2:
-            qb = tl.load(at + KW, mask=in_query, other=0.0).to(tl.float32)
+            high = tl.load(q_at + D // 2, mask=in_query, other=0.0)
+        if BYTES == 2:
+            q0, q2 = tl.split(tl.reshape(low, [GS, KWP, 2]))
+            q1, q3 = tl.split(tl.reshape(high, [GS, KWP, 2]))
+            if HALVES == 1:
+                q1 = q2
+        else:
+            q0, q1, q2, q3 = low, high, low, high
+        queries = (q0, q1, q2, q3)
+        now = 0
         if WINDOW or CHUNK or ALIBI:
             now = tl.load(positions + b * pos_b).to(tl.int32)
+        slope = tl.zeros([ROWS], tl.float32)
         if ALIBI:
-            slope = tl.load(alibi + hk * G + row, mask=ok, other=0.0).to(tl.float32) * _LOG2E
-        m = tl.full([GP], float("-inf"), tl.float32)
+            slope = tl.load(alibi + hk * G + query, mask=ok, other=0.0).to(tl.float32) * _LOG2E
+        left_logits = logits + (head * G + query).to(tl.int64)[:, None] * logits_row
+        m = tl.full([ROWS], float("-inf"), tl.float32)
         # Sums over slots are made after the loop: for a sum all warps would wait for each other.
-        weights = tl.zeros([GP, STEP], tl.float32)
-        acc_a = tl.zeros([NVP, GP, VWP], tl.float32)
-        zero_a = tl.zeros([NVP, GP, STEP], tl.float32)
-        if HALVES == 2:
-            acc_b = tl.zeros([NVP, GP, VWP], tl.float32)
-            zero_b = tl.zeros([NVP, GP, STEP], tl.float32)
+        weights = tl.zeros([ROWS, STEP], tl.float32)
+        zeros = tl.zeros([ROWS, STEP], tl.float32)
+        acc0 = tl.zeros([ROWS, VWP], tl.float32)
+        acc1 = tl.zeros([ROWS, VWP], tl.float32) if PARTS > 1 else m
+        acc2 = tl.zeros([ROWS, VWP], tl.float32) if PARTS > 2 else m
+        acc3 = acc2
 
-        # The quantized slots, a group of keys at a time.
+        # The quantized slots, a group of keys at a time, or two. A page is read whole.
         end = tl.minimum(last * _PAGE, nq)
         last_group = (end + STEP - 1) // STEP
         page = tl.load(pages + first * table_p, mask=first < last, other=0)
-        for i in range(first * GROUPS, last_group):
+        for i in range(first * GROUPS, last_group, AT_ONCE):
             held = page.to(tl.int64)
             group = i % GROUPS
             # The next page's number is read a step ahead, so that its addresses are known in time.
-            page = tl.load(pages + tl.minimum((i + 1) // GROUPS, last - 1) * table_p)
+            page = tl.load(pages + tl.minimum((i + AT_ONCE) // GROUPS, last - 1) * table_p)
             inside = group * STEP + slot
             here = slot < end - i * STEP
+            pos_at = pos_pages + held * (2 * _PAGE) + inside * 2
             k_at = k_pages + held * (_PAGE * KW) + inside[:, None] * KW + d[None, :]
-            codes = tl.load(k_at, mask=here[:, None] & (d < KW)[None, :], other=0)
-            ends_at = k_params + (held * GROUPS + group) * D + d
-            k_scale, k_zero = _scale_and_zero(tl.load(ends_at, mask=d < KW, other=0), KIND, DTYPE)
-            x = tl.dot(
-                (qa * k_scale[None, :]).to(MATH),
-                tl.trans(_centered(codes, False, KIND, MATH, FAST)),
-                input_precision=precision,
-            )
-            if HALVES == 2:
-                k_scale_b, k_zero_b = _scale_and_zero(tl.load(ends_at + KW, mask=d < KW, other=0), KIND, DTYPE)
-                high = tl.trans(_centered(codes, True, KIND, MATH, FAST))
-                x = tl.dot((qb * k_scale_b[None, :]).to(MATH), high, x, input_precision=precision)
-                x += tl.sum(qa * k_zero[None, :] + qb * k_zero_b[None, :], 1)[:, None]
-            elif KIND != "fp8":
-                x += tl.sum(qa * k_zero[None, :], 1)[:, None]
+            words = tl.load(k_at, mask=(d < KW)[None, :] & (here[:, None] if CLEAN else True), other=0)
+            ends_at = k_params + (held * GROUPS + group) * D
+            x = _products(queries, words, ends_at, NGP, KW, D // 2, PARTS, BYTES, KIND, DTYPE, MATH, FAST, precision)
             x = logit(x, softcap, scale, SOFTCAP)
-            seen = here
-            if WINDOW or CHUNK or ALIBI:
-                pos = tl.load(pos_pages + held * (2 * _PAGE) + inside * 2, mask=here, other=0)
-                distance = now - pos
-                if WINDOW:
-                    seen = seen & (distance < window)
-                if CHUNK:
-                    seen = seen & (pos // chunk == now // chunk)
-                if ALIBI:
-                    x -= slope[:, None] * distance.to(tl.float32)[None, :]
-            x = tl.where(seen[None, :], x, float("-inf"))
+            x = _masked(x, here, pos_at, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
             if MASS:
-                to = logits + (head * G + row).to(tl.int64)[:, None] * logits_row + (slot + i * STEP)[None, :]
-                tl.store(to, x, mask=ok[:, None] & here[None, :])
-            top = tl.maximum(m, tl.max(x, 1))
+                tl.store(
+                    left_logits + (slot + i * STEP)[None, :], x, mask=(ok & (of_group == 0))[:, None] & here[None, :]
+                )
+            top = tl.max(x, 1)
+            if PAIR:
+                here_2 = slot < end - (i + 1) * STEP
+                words = tl.load(
+                    k_at + STEP * KW, mask=(d < KW)[None, :] & (here_2[:, None] if CLEAN else True), other=0
+                )
+                x_2 = _products(
+                    queries, words, ends_at + D, NGP, KW, D // 2, PARTS, BYTES, KIND, DTYPE, MATH, FAST, precision
+                )
+                x_2 = logit(x_2, softcap, scale, SOFTCAP)
+                x_2 = _masked(x_2, here_2, pos_at + 2 * STEP, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
+                if MASS:
+                    to = left_logits + (slot + (i + 1) * STEP)[None, :]
+                    tl.store(to, x_2, mask=(ok & (of_group == 0))[:, None] & here_2[None, :])
+                top = tl.maximum(top, tl.max(x_2, 1))
+            top = tl.maximum(m, top)
             base = tl.where(top == float("-inf"), 0.0, top)
             alpha = tl.exp2(m - base)
             weight = tl.exp2(x - base[:, None])
             weights = weights * alpha[:, None] + weight
-            v_at = v_pages + held * (_PAGE * HALF_V) + inside[None, :, None] * HALF_V + channel
-            codes_v = tl.load(v_at, mask=in_value & here[None, :, None], other=0)
-            ends_v = v_params + (held * _PAGE + inside[None, None, :]) * (DV // VG)
-            in_ends = (part < NV)[:, None, None] & here[None, None, :]
-            v_scale, v_zero = _scale_and_zero(tl.load(ends_v + scaled // VG, mask=in_ends, other=0), KIND, DTYPE)
-            p = (weight[None, :, :] * v_scale).to(MATH)
-            acc_a = tl.dot(
-                p, _centered(codes_v, False, KIND, MATH, FAST), acc_a * alpha[None, :, None], input_precision=precision
-            )
+            acc0 = acc0 * alpha[:, None]
+            if PARTS > 1:
+                acc1 = acc1 * alpha[:, None]
+            if PARTS > 2:
+                acc2, acc3 = acc2 * alpha[:, None], acc3 * alpha[:, None]
             if KIND != "fp8":
-                zero_a = zero_a * alpha[None, :, None] + weight[None, :, :] * v_zero
-            if HALVES == 2:
-                raw = tl.load(ends_v + (scaled + HALF_V) // VG, mask=in_ends, other=0)
-                v_scale_b, v_zero_b = _scale_and_zero(raw, KIND, DTYPE)
-                p_b = (weight[None, :, :] * v_scale_b).to(MATH)
-                high_v = _centered(codes_v, True, KIND, MATH, FAST)
-                acc_b = tl.dot(p_b, high_v, acc_b * alpha[None, :, None], input_precision=precision)
-                zero_b = zero_b * alpha[None, :, None] + weight[None, :, :] * v_zero_b
+                zeros = zeros * alpha[:, None]
+            v_at = v_pages + held * (_PAGE * VW) + inside[:, None] * VW + e[None, :]
+            raw_at = v_params + (held * _PAGE + inside[None, :]) * NG + group_v[:, None]
+            words = tl.load(v_at, mask=(e < VW)[None, :] & (here[:, None] if CLEAN else True), other=0)
+            raw = tl.load(raw_at, mask=(group_v < NG)[:, None] & here[None, :], other=0)
+            acc = (acc0, acc1, acc2, acc3)
+            acc, zeros = _weigh(acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision)
+            if PAIR:
+                weight = tl.exp2(x_2 - base[:, None])
+                weights += weight
+                words = tl.load(
+                    v_at + STEP * VW, mask=(e < VW)[None, :] & (here_2[:, None] if CLEAN else True), other=0
+                )
+                raw = tl.load(raw_at + STEP * NG, mask=(group_v < NG)[:, None] & here_2[None, :], other=0)
+                acc, zeros = _weigh(acc, zeros, weight, words, raw, GS, PARTS, KIND, DTYPE, MATH, FAST, precision)
+            acc0, acc1, acc2, acc3 = acc
             m = top
         denom = tl.sum(weights, 1)
+        low_v, high_v = acc0, acc1
+        if BYTES == 2:
+            low_v = _side_by_side(acc0, acc1 if HALVES == 1 else acc2)
+            if HALVES == 2:
+                high_v = _side_by_side(acc1, acc3)
         if KIND != "fp8":
-            acc_a += tl.sum(zero_a, 2)[:, :, None]
-        if HALVES == 2:
-            acc_b += tl.sum(zero_b, 2)[:, :, None]
+            base_v = tl.sum(zeros, 1)[:, None]
+            low_v += base_v
+            if HALVES == 2:
+                high_v += base_v
+        elif FAST:
+            low_v *= V_REST
 
-        # Those in full precision, a page of slots at a time.
+        # Those in full precision, a few at a time.
         end = tl.minimum(last * _PAGE, n)
         tail_k = k_tail + head.to(tl.int64) * (TAIL * D)
         tail_v = v_tail + head.to(tl.int64) * (TAIL * DV)
-        for i in tl.range(tl.maximum(first, nq // _PAGE), last, num_stages=2):
-            entry = i * _PAGE + whole - nq
-            here = (entry >= 0) & (whole < end - i * _PAGE)
-            k_at = tail_k + entry[:, None] * D + d[None, :]
-            in_key = here[:, None] & (d < KW)[None, :]
-            keys = tl.load(k_at, mask=in_key, other=0.0)
-            x = tl.dot(qa.to(DTYPE), tl.trans(keys), input_precision=precision)
+        low_q = _times(low, NGP)
+        high_q = _times(high, NGP) if HALVES == 2 else low_q
+        for at in tl.range(tl.maximum(first * _PAGE, nq // FEW * FEW), end, FEW, num_stages=2):
+            entry = at + few - nq
+            here = (entry >= 0) & (few < end - at)
+            k_at = tail_k + entry[:, None] * D + d_all[None, :]
+            in_key = here[:, None] & (d_all < BYTES * KW)[None, :]
+            x = tl.dot(low_q, tl.trans(tl.load(k_at, mask=in_key, other=0.0)), input_precision=precision)
             if HALVES == 2:
-                keys = tl.load(k_at + KW, mask=in_key, other=0.0)
-                x = tl.dot(qb.to(DTYPE), tl.trans(keys), x, input_precision=precision)
+                keys = tl.load(k_at + D // 2, mask=in_key, other=0.0)
+                x = tl.dot(high_q, tl.trans(keys), x, input_precision=precision)
             x = logit(x, softcap, scale, SOFTCAP)
-            seen = here
-            if WINDOW or CHUNK or ALIBI:
-                held = tl.load(pages + i * table_p).to(tl.int64)
-                pos = tl.load(pos_pages + held * (2 * _PAGE) + whole * 2, mask=here, other=0)
-                distance = now - pos
-                if WINDOW:
-                    seen = seen & (distance < window)
-                if CHUNK:
-                    seen = seen & (pos // chunk == now // chunk)
-                if ALIBI:
-                    x -= slope[:, None] * distance.to(tl.float32)[None, :]
-            x = tl.where(seen[None, :], x, float("-inf"))
+            held = tl.load(pages + at // _PAGE * table_p).to(tl.int64)
+            pos_at = pos_pages + held * (2 * _PAGE) + (at + few) % _PAGE * 2
+            x = _masked(x, here, pos_at, now, slope, window, chunk, WINDOW, CHUNK, ALIBI)
             if MASS:
-                to = logits + (head * G + row).to(tl.int64)[:, None] * logits_row + (whole + i * _PAGE)[None, :]
-                tl.store(to, x, mask=ok[:, None] & here[None, :])
+                to = left_logits + (few + at)[None, :]
+                tl.store(to, x, mask=(ok & (of_group == 0))[:, None] & here[None, :])
             top = tl.maximum(m, tl.max(x, 1))
             base = tl.where(top == float("-inf"), 0.0, top)
             alpha = tl.exp2(m - base)
             weight = tl.exp2(x - base[:, None])
             denom = denom * alpha + tl.sum(weight, 1)
-            v_at = tail_v + entry[None, :, None] * DV + channel
-            in_values = in_value & here[None, :, None]
-            values = tl.load(v_at, mask=in_values, other=0.0)
-            p = tl.broadcast_to(weight.to(DTYPE)[None, :, :], [NVP, GP, _PAGE])
-            acc_a = tl.dot(p, values, acc_a * alpha[None, :, None], input_precision=precision)
+            v_at = tail_v + entry[:, None] * DV + e_all[None, :]
+            in_value = here[:, None] & (e_all < BYTES * VW)[None, :]
+            p = weight.to(DTYPE)
+            values = tl.load(v_at, mask=in_value, other=0.0)
+            low_v = tl.dot(p, values, low_v * alpha[:, None], input_precision=precision)
             if HALVES == 2:
-                values = tl.load(v_at + HALF_V, mask=in_values, other=0.0)
-                acc_b = tl.dot(p, values, acc_b * alpha[None, :, None], input_precision=precision)
+                values = tl.load(v_at + DV // 2, mask=in_value, other=0.0)
+                high_v = tl.dot(p, values, high_v * alpha[:, None], input_precision=precision)
             m = top
 
         lo = start + last
         left = parts + (worker + head).to(tl.int64) * (G2 * (2 + ROW))
-        tl.store(left + row, m, mask=ok)
-        tl.store(left + G2 + row, denom, mask=ok)
-        to = left + 2 * G2 + row[None, :, None] * ROW + channel
-        tl.store(to, acc_a, mask=ok[None, :, None] & in_value)
+        tl.store(left + query, m, mask=ok & (of_group == 0))
+        tl.store(left + G2 + query, denom, mask=ok & (of_group == 0))
+        to = left + 2 * G2 + query[:, None] * ROW + e_all[None, :]
+        in_value = ok[:, None] & (e_all < BYTES * VW)[None, :]
+        tl.store(to, low_v, mask=in_value & (of_group[:, None] == (e_all // VG)[None, :]))
         if HALVES == 2:
-            tl.store(to + HALF_V, acc_b, mask=ok[None, :, None] & in_value)
+            mine = of_group[:, None] == ((e_all + DV // 2) // VG)[None, :]
+            tl.store(to + DV // 2, high_v, mask=in_value & mine)
         start += n_pages
         head += 1
 
@@ -431,9 +457,10 @@ def decode_attention_quantized(
     found = torch.empty(b, hkv, capacity + 1, dtype=torch.float32, device=q.device) if mass else None
     if not n_heads:
         return out, lse, found
-    c = config(q.dtype, d, dv) if launch is None else launch
-    values, g2 = split(scheme, dv), triton.next_power_of_2(group)
-    key_width = scheme.code_width(d)
+    shape = tiles(scheme, d, dv, group)
+    c = config(scheme, q.dtype, shape, dv, n_heads) if launch is None else launch
+    g2 = triton.next_power_of_2(group)
+    key_width, value_width = (scheme.code_width(x) // shape.word for x in (d, dv))
     row = triton.next_power_of_2(dv)
     workers = worker_count(c.per_sm * multiprocessors(q.device), n_heads, max(width, 1), 1)
     parts = torch.empty((workers + n_heads) * g2 * (2 + row), dtype=torch.float32, device=q.device)
@@ -442,17 +469,21 @@ def decode_attention_quantized(
     heads = 32 if n_heads <= 32 else max(256, triton.next_power_of_2(n_heads))
     valid = valid.contiguous()
     pdl = options(q.device)
-    _attend_kernel[(workers,)](
-        q, k_pages, v_pages, paired(k_params), paired(v_params), k_tail, v_tail, pos_pages, table, lens, qlens, positions,
-        valid, q if alibi is None else alibi, scratch, parts, scale, softcap, window, chunk, n_heads, width, logits_row,
-        q.stride(0), q.stride(1), table.stride(0), table.stride(1), table.stride(2), lens.stride(0), lens.stride(1),
-        qlens.stride(0), qlens.stride(1), positions.stride(0),
-        HKV=hkv, G=group, GP=max(16, g2), G2=g2, D=d, KW=key_width, KWP=max(16, triton.next_power_of_2(key_width)), DV=dv,
-        VW=values.width, VWP=max(16, triton.next_power_of_2(values.width)), NV=values.parts,
-        NVP=triton.next_power_of_2(values.parts), VG=scheme.value_group(dv), ROW=row, HALVES=values.halves,
-        TAIL=k_tail.shape[2], STEP=scheme.group, GROUPS=PAGE // scheme.group, HEADS=heads, KIND=scheme.kind, MATH=_math(q.dtype),
+
+    def words(pages: Tensor) -> Tensor:
+        return pages.view(torch.int16) if shape.word == 2 else pages
+
+    _attend_kernel[(workers, -(-group // shape.heads))](
+        q, words(k_pages), words(v_pages), paired(k_params), paired(v_params), k_tail, v_tail, pos_pages, table, lens, qlens,
+        positions, valid, q if alibi is None else alibi, scratch, parts, scale, softcap, window, chunk, n_heads, width,
+        logits_row, q.stride(0), q.stride(1), table.stride(0), table.stride(1), table.stride(2), lens.stride(0),
+        lens.stride(1), qlens.stride(0), qlens.stride(1), positions.stride(0),
+        HKV=hkv, G=group, G2=g2, GS=shape.heads, D=d, KW=key_width, KWP=_padded(key_width), DV=dv, VW=value_width,
+        VWP=_padded(value_width), VG=dv // shape.groups, NG=shape.groups, NGP=shape.rows // shape.heads, ROW=row,
+        BYTES=shape.word, HALVES=shape.halves, TAIL=k_tail.shape[2], STEP=scheme.group, GROUPS=PAGE // scheme.group,
+        PAIR=c.pages == 2 and scheme.group < PAGE, HEADS=heads, KIND=scheme.kind, MATH=_math(q.dtype),
         SOFTCAP=softcap != 0, WINDOW=window > 0, CHUNK=chunk > 0, ALIBI=alibi is not None, MASS=mass,
-        IEEE=q.dtype == torch.float32, FAST=_is_fast(q), num_warps=c.num_warps, num_stages=c.num_stages,
+        IEEE=q.dtype == torch.float32, FAST=shape.word == 2 and _is_fast(q), num_warps=c.num_warps, num_stages=c.num_stages,
         maxnreg=c.registers, **pdl,
     )  # fmt: skip
     n_parts, piece = tile(workers, n_heads, group, dv)
@@ -478,6 +509,10 @@ def _is_fast(q: Tensor) -> bool:
     if q.dtype == torch.float32 or not q.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 def _math(dtype: torch.dtype) -> tl.dtype:

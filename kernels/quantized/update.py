@@ -21,7 +21,7 @@ from kvrewrite.kernels.groups import Codes, Eviction, NewTokens, QuantizedCache,
 from kvrewrite.kernels.launch import begin, options
 from kvrewrite.kernels.quantized.decode import check_pools
 from kvrewrite.kernels.quantized.scheme import FP8_MAX, Scheme
-from kvrewrite.kernels.quantized.split import why_not
+from kvrewrite.kernels.quantized.tiles import why_not
 from kvrewrite.kernels.update.decode import MOST_SLOTS, eviction_cut, least_slot, sort_key, visible_slots
 
 _PAGE = tl.constexpr(PAGE)
@@ -30,7 +30,7 @@ _FP8_UNIT = tl.constexpr(1.0 / FP8_MAX)
 _ROUND = tl.constexpr(
     12582912.0
 )  # 1.5 * 2**23: added to a small fp32 number and taken off, it rounds it, halves to even
-_BLOCK = tl.constexpr(32)  # entries of the tail that move at a time
+MOVED_BYTES = 8192  # of the tail, keys and values, that a warp moves at a time
 
 
 @triton.jit
@@ -201,12 +201,12 @@ def _update_kernel(
     lens_h, qlens_b, qlens_h, select_b, select_h, drop_b, drop_h,
     HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VG: tl.constexpr, VGP: tl.constexpr, NG: tl.constexpr,
-    NGP: tl.constexpr, TAIL: tl.constexpr, TAILP: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr,
-    PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr,
-    DROP: tl.constexpr, PDL: tl.constexpr,
+    NGP: tl.constexpr, TAIL: tl.constexpr, TAILP: tl.constexpr, MOVES: tl.constexpr, STEP: tl.constexpr,
+    P: tl.constexpr, KIND: tl.constexpr, PAGES: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SLOT_SCORES: tl.constexpr, SELECT: tl.constexpr, DROP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail; KW, VW: bytes of a slot's
-    codes; NG groups of VG channels make a value."""
+    """P: parameters of a group; STEP: slots of a group of keys; TAIL: entries of the tail, MOVES: how many of them move
+    at a time; KW, VW: bytes of a slot's codes; NG groups of VG channels make a value."""
     head = tl.program_id(0)
     b = (head // HKV).to(tl.int64)
     h = head % HKV
@@ -404,10 +404,12 @@ def _update_kernel(
 
         # What is left of the tail moves up.
         if (flushed > 0) | (gone >= nq) | many:
-            for at in range(0, TAIL, _BLOCK):
-                old = at + tl.arange(0, _BLOCK)
+            for at in range(0, TAIL, MOVES):
+                old = at + tl.arange(0, MOVES)
                 # As found before: places below have been filled, some of which were the tail's own.
-                new = _pick(tl.where(fresh, rank + 1, 0), t, old) - 1 - flushed
+                new = tl.where(fresh, rank - flushed, -1)
+                if MOVES < TAILP:
+                    new = _pick(new + 1, t, old) - 1
                 goes = new >= 0
                 score, place = _worth(nq + old, goes, n, new_score, new_place, score_pages, places, pages, table_p)
                 d, e = tl.arange(0, DP), tl.arange(0, DVP)
@@ -469,6 +471,9 @@ def decode_update_quantized(
     block = max(256, min(4096, triton.next_power_of_2(capacity)))
     group, tail = scheme.value_group(dv), k_tail.shape[2]
     code, code_v = scheme.code_width(d), scheme.code_width(dv)
+    warps = max(8, block // 256)
+    entry = (_padded(d) + _padded(dv)) * k.element_size()
+    moves = max(16, min(_padded(tail), 1 << (MOVED_BYTES * warps // entry).bit_length() - 1))
     _update_kernel[(b * hkv,)](
         k, v, new_scores, by_slot, positions, rotary, valid.contiguous(), keep, recent.contiguous(), k_pages, v_pages,
         k_params, v_params, score_pages, pos_pages.view(torch.int64), k_tail, v_tail, table, lens, qlens, chosen, dropped,
@@ -479,9 +484,9 @@ def decode_update_quantized(
         chosen.stride(0), chosen.stride(1), dropped.stride(0), 0 if drop is None else dropped.stride(1),
         HKV=hkv, D=d, DP=_padded(d), KW=code, KWP=_padded(code), DV=dv, DVP=_padded(dv), VW=code_v, VWP=_padded(code_v),
         VG=group, VGP=triton.next_power_of_2(group), NG=dv // group, NGP=triton.next_power_of_2(dv // group), TAIL=tail,
-        TAILP=_padded(tail), STEP=scheme.group, P=scheme.parameters, KIND=scheme.kind, PAGES=block // PAGE,
+        TAILP=_padded(tail), MOVES=moves, STEP=scheme.group, P=scheme.parameters, KIND=scheme.kind, PAGES=block // PAGE,
         WINDOW=window > 0, CHUNK=chunk > 0, SLOT_SCORES=slot_scores is not None, SELECT=select is not None,
-        DROP=drop is not None, num_warps=max(8, block // 256), enable_fp_fusion=False, **options(k.device),
+        DROP=drop is not None, num_warps=warps, enable_fp_fusion=False, **options(k.device),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from kvrewrite.cache.rollback import PROMPTS, Turn, only_appends, remembers, why
 from kvrewrite.cache.slot_plan import Rules, SlotPlanner, StepPlan, head_budgets, pages_of, walk
 from kvrewrite.cache.spans import counted
 from kvrewrite.errors import CacheError, InputError, KVRewriteError, PoolFull
+from kvrewrite.ir.axes import axes_node
 from kvrewrite.ir.layout import PAGE, PIN_SPANS, CacheLayout, pin_inputs
 from kvrewrite.ir.parallel import Peers
 from kvrewrite.policies.base import Policy
@@ -39,7 +40,7 @@ WIDE = ("positions", "following")  # row numbers that are int64 to the graph; th
 # Lists that have an entry for each row.
 PER_ROW = ("seen", "generated", "length", "next_rotary", "ranks_frozen", "prompted", "first_prompt")
 # All lists with an entry for each row: those that are saved, and what matters for going back only.
-OF_ROWS = (*PER_ROW, "ahead", "implied")
+OF_ROWS = (*PER_ROW, "ahead", "implied", "rope_deltas")
 
 
 def row_inputs(
@@ -129,6 +130,7 @@ class Request:
         self.device, self.dtype = torch.device(model.device), model.dtype
         self.max_length = max_length
         self.length_tables: dict[str, Tensor] = model.length_tables(max_length)  # rotary frequencies for `max_length`
+        self.axes = axes_node(model.program.graph) is not None  # whether its rotation has several
         self._make_rotary, self._save = model.make_rotary, model.save_cache
         self._max_positions: int = model.program.max_positions or UNLIMITED
         self._stores: list[PageStore] | None = stores or model.shared_stores()
@@ -148,6 +150,7 @@ class Request:
         self.generated = [0] * batch  # of them, those since the last prompt
         self.length = [0] * batch  # most live slots of a layer without a window
         self.next_rotary = [0] * batch  # contiguous positions: that of the row's next token
+        self.rope_deltas = [0] * batch  # several axes: by how much the next token's position is more than its index
         self.ranks_frozen = [False] * batch  # contiguous positions: ranks are those that the row decodes with
         # Contiguous positions: whether keys lie rotated by those ranks, and whether pages hold ranks as decoding keeps
         # them (both in kvrewrite/runtime/key_rotation.py).
@@ -244,6 +247,10 @@ class Request:
         if self._final:
             self.firm, self._final, self.turns = self.columns, False, []
         self.end_step()
+
+    def turn_on(self, row: int, position: int) -> None:
+        """The rotation of a row, which has several axes, goes on at a position. Tokens of this step can't be taken back then."""
+        self.rope_deltas[row], self._final = position - self.seen[row], True
 
     def end_step(self) -> None:
         """The step is complete."""
@@ -351,6 +358,8 @@ class Request:
         }
         if self.layout.contiguous:
             numbers["following"] = self.next_rotary if following is None else following
+        elif self.axes:
+            numbers["following"] = [n + delta for n, delta in zip(self.seen, self.rope_deltas)]
         for name in self.layout.row_inputs:
             numbers[name] = [s.values.get(name, 0) if s else 0 for s in segments]
         if self.pins:

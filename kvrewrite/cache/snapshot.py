@@ -52,6 +52,7 @@ class Numbers(Struct, forbid_unknown_fields=True):
     loose: bool
     unmeasured: Count
     only_appends: bool = False
+    rope_deltas: list[Annotated[int, Meta(ge=-UNLIMITED, le=UNLIMITED)]] = []
     keeps_windows: bool = False
     pins: Annotated[
         list[Annotated[list[tuple[Count, Count]], Meta(max_length=PIN_SPANS)]], Meta(max_length=1 << 20)
@@ -90,6 +91,7 @@ def take(cache: EvictionCache) -> tuple[Numbers, dict[str, Tensor]]:
         keys_rotated=cache.keys_rotated,
         ranks_held=cache.ranks_held,
         pins=[list(spans) for spans in cache.pins],
+        rope_deltas=list(cache.rope_deltas) if any(cache.rope_deltas) else [],
         **{name: list(getattr(cache, name)) for name in PER_ROW},
     )
     return numbers, tensors
@@ -144,6 +146,7 @@ def restore(
     cache.keys_rotated, cache.ranks_held = numbers.keys_rotated, numbers.ranks_held
     cache._loose, cache._unmeasured = numbers.loose, numbers.unmeasured
     cache.pins = [tuple(spans) for spans in numbers.pins]
+    cache.rope_deltas = list(numbers.rope_deltas) or [0] * numbers.rows
     cache.columns, cache.history = numbers.columns, History.of(ids, real)
     cache.only_appends |= numbers.only_appends
     cache.keep_windows(numbers.keeps_windows)
@@ -187,6 +190,7 @@ class _Checks:
         for name in PER_ROW:
             self.that(len(getattr(n, name)) == n.rows, f"{name} does not have {n.rows} entries")
         self.that(len(n.pins) in (0, n.rows), f"pins does not have {n.rows} entries")
+        self.that(len(n.rope_deltas) in (0, n.rows), f"rope_deltas does not have {n.rows} entries")
         for spans in n.pins:
             fine = all(a < b for a, b in spans) and all(a[1] < b[0] for a, b in itertools.pairwise(spans))
             self.that(fine, "pins are not spans in order")

@@ -41,7 +41,9 @@ def verify(directory: str, tokens: int, no_hashes: bool, device: str, as_json: b
     else:
         from rich.table import Table
 
-        table = Table(title=f"{escaped(report.what)} ({report.dtype}, {report.sites} sites)", title_justify="left")
+        compared = f", compared in {report.compared_in}" if report.compared_in else ""
+        title = f"{escaped(report.what)} ({report.dtype}{compared}, {report.sites} sites)"
+        table = Table(title=title, title_justify="left")
         for name in ("check", "result", "max difference", "tolerance", "detail"):
             table.add_column(name, overflow="fold")
         results: dict[bool | None, str] = {

@@ -22,7 +22,7 @@ from kvrewrite.kernels.groups import (
 )
 from kvrewrite.kernels.quantized import reference
 from kvrewrite.kernels.quantized.scheme import Scheme
-from kvrewrite.kernels.quantized.split import why_not
+from kvrewrite.kernels.quantized.tiles import why_not
 from kvrewrite.ops.decode import decode_attention, fake_token
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.ops.groups import Fields, define

@@ -16,7 +16,8 @@ from kvrewrite.cache.request import WIDE, Request, check_pools, row_inputs
 from kvrewrite.cache.side_by_side import give_back, join
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded, walk
 from kvrewrite.errors import CacheError, InputError
-from kvrewrite.policies import UNLIMITED, RowState, Segment
+from kvrewrite.ir.axes import AXES
+from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment
 
 if TYPE_CHECKING:
     from kvrewrite.runtime.model import RewrittenModel
@@ -131,7 +132,8 @@ class Tokens:
     ids (rows, columns): those of the call with, before them, `late` columns that some row has still to be given; where:
     the columns of each row's real tokens among them; real: which columns are real from then on, (rows, all columns)
     bool, or None where all that is new is; decoding: rows that go on by one token, or pause; embeds (rows, columns, D): what
-    came in the place of ids, which are signatures then.
+    came in the place of ids, which are signatures then; axes (rows, columns, 3): the positions of each axis of the rotation,
+    or None where all have the token's.
     """
 
     ids: Tensor
@@ -140,6 +142,7 @@ class Tokens:
     real: np.ndarray | None
     decoding: list[bool]
     embeds: Tensor | None = None
+    axes: Tensor | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -189,6 +192,32 @@ def check_rows(tokens: Tokens, position_ids: Tensor | None, cache: Request) -> N
             raise problem
     if position_ids is not None and not all(tokens.decoding):
         check_positions(position_ids, tokens, cache)
+
+
+def check_axes(positions: Any, tokens: Tokens, policy: Policy) -> None:
+    """Raises InputError where positions of several axes can't be given to these tokens."""
+    want = (*tokens.ids[:, tokens.late :].shape, AXES)
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.shape != want:
+        got = (
+            f"{positions.dtype} {tuple(positions.shape)}" if isinstance(positions, Tensor) else type(positions).__name__
+        )
+        raise InputError(f"rope_positions is {got}, expected int64 {want}: a token's position on each axis")
+    if tokens.late:
+        raise InputError("a row paused before these images; give it the columns in which it did first, as ids")
+    if policy.repeats_prompt:
+        raise InputError(
+            f"{policy.name} reads a prompt again after its end, where images of a model with M-RoPE have no positions; "
+            "use another policy (snapkv, h2o)"
+        )
+
+
+def note_deltas(tokens: Tokens, cache: Request) -> None:
+    """Notes where each row's rotation goes on after tokens with positions of several axes."""
+    assert tokens.axes is not None
+    highest = tokens.axes.amax(2).cpu().numpy()
+    for row, columns in enumerate(tokens.where):
+        if len(columns):
+            cache.turn_on(row, int(highest[row, columns].max()) + 1)
 
 
 # -- the passes ------------------------------------------------------------------------------------------------------
@@ -353,6 +382,8 @@ def _token_inputs(model: RewrittenModel, calls: Sequence[Call], now: Sequence[Pa
     inputs["input_ids"] = torch.cat(picked) if len(picked) > 1 else picked[0]
     if (embeds := calls[0].embeds) is not None:  # such a call runs alone
         inputs["inputs_embeds"] = _picked(embeds.to(device), now[0].parts, longest)
+    if (axes := calls[0].tokens.axes) is not None:
+        inputs["rope_positions"] = _picked(axes.to(device), now[0].parts, longest)
     wanted = [row for p in now for row in p.wanted]
     picks = max(1, max(map(len, wanted)))
     inputs["logit_index"] = to_device(torch.tensor([w + [0] * (picks - len(w)) for w in wanted]), device)

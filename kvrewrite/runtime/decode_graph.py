@@ -23,7 +23,7 @@ from kvrewrite.cache.request import WIDE, row_inputs
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded
 from kvrewrite.ir.layout import PAGE
 from kvrewrite.ir.program import Program
-from kvrewrite.kernels.quantized.split import why_not as why_no_kernel
+from kvrewrite.kernels.quantized.tiles import why_not as why_no_kernel
 from kvrewrite.ops.dispatch import fused
 from kvrewrite.passes.lower.decode import lower_decode
 from kvrewrite.policies import UNLIMITED, Policy

@@ -176,6 +176,8 @@ class Generation(GenerationMixin):
                 self._go_back(ids, kwargs.get("attention_mask"), given)
             self._check_text(ids, kwargs.get("attention_mask"), given, kwargs.get("tokenizer"))
             if embeds is not None and self._is_text(ids, kwargs.get("attention_mask"), given):
+                if (placed := kwargs.get("rope_positions")) is not None:
+                    kwargs["rope_positions"] = placed[:, given.columns :]
                 kwargs.update(_new_alone(embeds, kwargs.get("attention_mask"), given))
                 _as_new_tokens(kwargs, embeds.shape[1])
             pin_spans(given, pin, ids, kwargs.get("attention_mask"))

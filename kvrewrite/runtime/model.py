@@ -26,6 +26,7 @@ from kvrewrite.ir.node_errors import named_failure
 from kvrewrite.ir.program import Program
 from kvrewrite.ir.serialize import retarget_device
 from kvrewrite.ir.waits import told
+from kvrewrite.passes.insert.axes import insert_axes
 from kvrewrite.passes.insert.embeds import embedding_form, embedding_graph, insert_embeds
 from kvrewrite.passes.insert.keep_windows import keep_windows
 from kvrewrite.passes.insert.pins import insert_pins
@@ -35,6 +36,7 @@ from kvrewrite.policies.question import join_question
 from kvrewrite.runtime.arguments import COUNTED, check_arguments, check_columns
 from kvrewrite.runtime.call import (
     Call,
+    check_axes,
     check_cache,
     check_embeds,
     check_form,
@@ -42,6 +44,7 @@ from kvrewrite.runtime.call import (
     check_ids_form,
     check_rows,
     new_tokens,
+    note_deltas,
 )
 from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.executor import Executor, compiled, fewer_launches
@@ -55,7 +58,12 @@ from kvrewrite.runtime.pretrained import Pretrained
 from kvrewrite.runtime.saved_cache import save_cache
 from kvrewrite.runtime.whole_prompts import check_pieces, warn_of_scores
 
-VIEWS = ("_pinning", "_embedding", "_keeping_windows")  # attributes with views of a model, None until they are needed
+VIEWS = (
+    "_pinning",
+    "_embedding",
+    "_placing",
+    "_keeping_windows",
+)  # attributes with views of a model, None until needed
 MADE = (*VIEWS, "_embedder", "_for_gpu")  # and with the graph that embeds ids, and what runs op by op on a GPU
 
 # Pipelines know the models that they support by class name and complain about any other.
@@ -88,6 +96,7 @@ class RewrittenModel(Pretrained, Generation):
     pins = False  # whether it is a view that keeps what caches have pinned
     keeps_windows = False  # whether it is a view whose layers with a window lose nothing
     embeds = False  # whether it is a view that takes embeddings in the place of ids
+    places = False  # whether it is a view that takes positions of several axes
     loss_type = "ForCausalLM"  # Trainer counts labels by it
 
     def __init__(
@@ -257,6 +266,15 @@ class RewrittenModel(Pretrained, Generation):
         is none."""
         return self._view("_embedding", insert_embeds, embeds=True)
 
+    def placing(self) -> RewrittenModel:
+        """A view of a view that takes embeddings, which takes positions of several axes beside them (`passes/insert/axes.py`).
+        Raises InputError where there is none."""
+        return self._view("_placing", insert_axes, embeds=True, places=True)
+
+    def _embedding_view(self) -> RewrittenModel:
+        """The next view for a call with embeddings."""
+        return self.placing() if self.embeds else self.embedding()
+
     def keeping_windows(self) -> RewrittenModel:
         """A view of this model whose layers with a window lose nothing (`passes/insert/keep_windows.py`), for caches that
         only append."""
@@ -316,6 +334,7 @@ class RewrittenModel(Pretrained, Generation):
         max_length: int | None = None,
         pin: Pin | None = None,
         inputs_embeds: Tensor | None = None,
+        rope_positions: Tensor | None = None,
     ) -> EvictionCache:
         """Runs a prompt (B, T), or its embeddings (B, T, D), into a new cache and returns it, for questions that come later:
         fork it for each.
@@ -335,7 +354,7 @@ class RewrittenModel(Pretrained, Generation):
         cache = self.new_cache(columns.shape[0], max_length=max_length)
         pin_spans(cache, pin, columns, attention_mask)
         given = {"attention_mask": attention_mask, "past_key_values": cache, "inputs_embeds": inputs_embeds}
-        self(input_ids, **given, logits_to_keep=1)
+        self(input_ids, **given, rope_positions=rope_positions, logits_to_keep=1)
         cache.end_prompt()
         return cache
 
@@ -403,6 +422,7 @@ class RewrittenModel(Pretrained, Generation):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
+        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs new tokens through the model and its cache.
@@ -415,19 +435,27 @@ class RewrittenModel(Pretrained, Generation):
         0 for all. cache: another name for past_key_values. generated: the ids were chosen from this model's own logits
         (`generate` says so), so they are not looked at, which would stall a GPU at every token. labels: (B, T) int64,
         -100 where none is wanted; the result has a `loss` then, the mean cross entropy of each label given the column
-        before it, its sum divided by num_items_in_batch if that is given. Returns logits (B, T or logits_to_keep,
-        vocabulary), zero at padding, and the cache. Logits are made before the eviction that follows their segment of
-        the prompt.
+        before it, its sum divided by num_items_in_batch if that is given. rope_positions: (B, T, 3) int64 beside
+        inputs_embeds, what the axes of M-RoPE (Qwen2-VL) turn each token by; later tokens go on after the largest.
+        Returns logits (B, T or logits_to_keep, vocabulary), zero at padding, and the cache. Logits are made before the
+        eviction that follows their segment of the prompt.
 
         Raises InputError, CacheError, and ArgumentError (a TypeError) for arguments that it does not know.
         """
         cache_given, decoder = past_key_values if cache is None else cache, self.decoder
         pinned = getattr(cache_given, "pins", None) and not self.pins
+        if rope_positions is not None and inputs_embeds is None:
+            raise InputError(
+                "got rope_positions without inputs_embeds, expected them beside embeddings of images; leave them out"
+            )
+        placed = rope_positions is not None and not self.places
         keeping = getattr(cache_given, "windows_from", None) is not None and not self.keeps_windows
-        if pinned or keeping or (inputs_embeds is not None and not self.embeds):
-            view = self.pinning() if pinned else self.keeping_windows() if keeping else self.embedding()
+        if pinned or keeping or placed or (inputs_embeds is not None and not self.embeds):
+            view = self.pinning() if pinned else self.keeping_windows() if keeping else self._embedding_view()
             given = (input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, return_dict)
-            return view.forward(*given, cache, generated, labels, num_items_in_batch, inputs_embeds, **kwargs)
+            return view.forward(
+                *given, cache, generated, labels, num_items_in_batch, inputs_embeds, rope_positions, **kwargs
+            )
         if inputs_embeds is not None:
             input_ids = self.columns(input_ids, inputs_embeds)
         plain = attention_mask is None and labels is None and not kwargs
@@ -458,6 +486,9 @@ class RewrittenModel(Pretrained, Generation):
         check_cache(self, cache, batch)
         tokens = new_tokens(input_ids, attention_mask, cache)
         tokens.embeds = inputs_embeds
+        if rope_positions is not None:
+            check_axes(rope_positions, tokens, self.policy)
+            tokens.axes = rope_positions
         if kwargs:
             check_columns(kwargs.get(COUNTED), cache.columns, width)
         check_rows(tokens, position_ids, cache)
@@ -479,6 +510,8 @@ class RewrittenModel(Pretrained, Generation):
                 KeyRotation(self).undo(cache)  # also where the model is not compiled any more
             cache.ranks_held = False
             logits = Call(self, tokens, cache, columns).run()
+            if rope_positions is not None:
+                note_deltas(tokens, cache)
         cache.record(input_ids, tokens.real, generated)
         out = self._output(logits, cache, use_cache, return_dict)
         return out if labels is None else with_loss(out, logits, labels, attention_mask, num_items_in_batch)

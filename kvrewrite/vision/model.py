@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvrewrite.cache.eviction_cache import EvictionCache
 from kvrewrite.cache.request import exclusive
-from kvrewrite.errors import InputError
 from kvrewrite.ir.program import Program
-from kvrewrite.runtime.call import check_ids_form
+from kvrewrite.runtime.call import check_cache, check_ids_form
 from kvrewrite.runtime.model import RewrittenModel
 from kvrewrite.vision.tower import Merged, Tower
+
+_IN_ORDER = list(inspect.signature(RewrittenModel.forward).parameters)[1:]  # arguments of forward
 
 
 def _as(method: Any) -> Any:
@@ -71,7 +74,10 @@ class VisionModel(RewrittenModel):
         images = self.tower.taken(kwargs)
         if images:
             ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            kwargs["inputs_embeds"] = self._merge(ids, kwargs.get("attention_mask"), images).embeds
+            given = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+            mask = kwargs.get("attention_mask")
+            whole = given is None or self._is_text(ids, mask, given)
+            kwargs |= self._merge(ids, mask, images, None if whole else given)
         return super().generate(*args, **kwargs)
 
     def _embedded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -80,21 +86,24 @@ class VisionModel(RewrittenModel):
         images = self.tower.taken(kwargs)
         if not images:
             return args, kwargs
-        kwargs |= dict(zip(("input_ids", "attention_mask"), args))
+        kwargs |= dict(zip(_IN_ORDER, args))
         ids = kwargs.pop("input_ids", None)
-        kwargs["inputs_embeds"] = self._merge(ids, kwargs.get("attention_mask"), images).embeds
-        return (), {"input_ids": None, **kwargs}
+        given = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+        return (), {"input_ids": None, **kwargs, **self._merge(ids, kwargs.get("attention_mask"), images, given)}
 
     @exclusive
-    def _merge(self, ids: Any, mask: Tensor | None, images: dict[str, Any]) -> Merged:
-        """Embeddings of a text with images."""
+    def _merge(self, ids: Any, mask: Any, images: dict[str, Any], cache: Any) -> dict[str, Tensor]:
+        """Embeddings of a text with images, and positions where its rotation has several axes. cache: what it goes on from, if
+        it is not the whole text."""
         check_ids_form(ids)
-        if mask is not None:
+        if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, mask.shape[1] - ids.shape[1] :]
         merged: Merged = self.tower(ids, mask, images)
+        found = {"inputs_embeds": merged.embeds}
         if merged.positions is not None:
-            raise InputError(
-                "images are not supported by this rewritten model: they change the positions of tokens. "
-                "Use the original model for images"
-            )
-        return merged
+            found["rope_positions"] = merged.positions
+            if cache is not None:
+                check_cache(self, cache, len(ids))
+                begin = torch.tensor([n + d for n, d in zip(cache.seen, cache.rope_deltas)])
+                found["rope_positions"] = merged.positions + begin.to(merged.positions.device)[:, None, None]
+        return found

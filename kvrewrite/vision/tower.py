@@ -1,8 +1,8 @@
 """What turns images and text into embeddings: the unmodified vision-language model, with a stub for its language model.
 
 The stub records what the language model would have been given. It is compared with what the same call gives without images,
-because that is what the rewritten graph computes: embeddings may differ, and positions (`kvrewrite/vision/positions.py`);
-anything else that differs is refused.
+because that is what the rewritten graph computes: embeddings may differ, and positions of a rotation with
+several axes; anything else that differs is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvrewrite.artifact.meta_model import parameters_on_meta
 from kvrewrite.errors import InputError
+from kvrewrite.ir.axes import AXES
 
 # What a processor makes beside images: alone, they ask for nothing.
 _MARKS = ("mm_token_type_ids", "token_type_ids")
@@ -30,8 +31,8 @@ _PLUMBING = ("use_cache", "cache", "past_key_values", "return_dict", "cache_posi
 
 @dataclass
 class Merged:
-    """What the language model is given for a text with images. embeds (B, T, D); positions (axes, B, T), or None where they
-    are the tokens' own; image (B, T) bool: tokens whose embedding is not that of their id."""
+    """What the language model is given for a text with images. embeds (B, T, D); positions (B, T, 3), or None where they
+    are the tokens' index; image (B, T) bool: tokens whose embedding is not that of their id."""
 
     embeds: Tensor
     positions: Tensor | None
@@ -165,13 +166,15 @@ class Tower(nn.Module):
         plain, given = self._call(ids, mask, {}), self._call(ids, mask, images)
         embeds, positions = given.pop("inputs_embeds"), given.pop("position_ids", None)
         table = plain.pop("inputs_embeds")
-        without = plain.pop("position_ids", None)
-        if positions is not None and without is not None and torch.equal(positions, without):
+        if _same(positions, plain.pop("position_ids", None)) or _counted(positions, ids, mask):
             positions = None
+        elif positions.dim() != 3:
+            raise InputError(_why_not("position_ids"))
         for name in sorted(given.keys() | plain.keys()):
             if not _same(given.get(name), plain.get(name)):
                 raise InputError(_why_not(name))
-        return Merged(embeds, positions, (embeds != table).any(-1))
+        placed = None if positions is None else positions[-AXES:].movedim(0, -1).long()
+        return Merged(embeds, placed, (embeds != table).any(-1))
 
     def _call(self, ids: Tensor, mask: Tensor | None, images: Mapping[str, Any]) -> dict[str, Any]:
         """What the language model is given."""
@@ -198,6 +201,12 @@ def _own(stripped: nn.Module, stub: LanguageStub) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     twin = copy.deepcopy(stripped, memo)
     return twin.eval()
+
+
+def _counted(positions: Tensor, ids: Tensor, mask: Tensor | None) -> bool:
+    """Whether positions (..., B, T) are those of a text: real tokens counted from 0."""
+    real = torch.ones_like(ids) if mask is None else mask
+    return bool((positions == real.cumsum(1) - 1)[..., real.bool()].all())
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 import kvrewrite
 from kvrewrite import policies
-from kvrewrite.analysis.choose import MEASURED, MEASURED_FULL, MemoryGoal, choose
+from kvrewrite.analysis.choose import MEASURED, MEASURED_FULL, REAL, MemoryGoal, choose
 from kvrewrite.analysis.memory import plan_memory
 from kvrewrite.errors import OptionError
 from kvrewrite.ir.site import AttentionSite
@@ -17,6 +17,7 @@ from kvrewrite.policies.default import DEFAULT
 from tests.support.tiny import make_checkpoint
 from tests.support.zoo import make
 
+REAL_MODELS = Path(__file__).parents[2] / "docs" / "results" / "real_models.md"
 MEASURING = Path(__file__).parents[2] / "docs" / "measuring.md"
 SITES = [AttentionSite(i, f"layers.{i}", 32, 8, 128, 128, 0.1, "interface") for i in range(32)]
 CONTEXT = 131_072
@@ -59,6 +60,17 @@ def test_quality_is_that_of_the_page() -> None:
     found = [int(cell) for cell in re.findall(r"\d+", row)]
     assert found == [aware for aware, _ in MEASURED.values()] + [blind for _, blind in MEASURED.values()]
     assert f"the full cache has {MEASURED_FULL} " in text
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_quality_of_a_real_model_is_that_of_the_page(name: str) -> None:
+    tables = REAL_MODELS.read_text().split("**SmolLM2, quote, ")
+    rows = {table.split("*")[0]: table for table in tables[1:]}
+    for mode, wanted in zip(("aware", "blind"), REAL[name], strict=True):
+        row = next(line for line in rows[mode].splitlines() if line.startswith(f"| `{name}` |"))
+        assert float(row.split("|")[-2]) == wanted
+    why = choose(SITES, 2, MemoryGoal(8 << 30, CONTEXT)).why
+    assert any("SmolLM2" in sentence and f"{REAL[name][0]:.0f}%" in sentence for sentence in why)
 
 
 @pytest.mark.parametrize(("memory", "said"), [(8 << 30, "at 0.25 of"), (400 << 20, "not measured")])

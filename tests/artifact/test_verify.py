@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import kvrewrite
 from kvrewrite.errors import ArtifactError, InputError
@@ -225,3 +226,44 @@ def test_nothing_to_verify(tmp_path):
         verify(tmp_path)
     with pytest.raises(InputError, match="at least 2"):
         verify(tmp_path, tokens=1)
+
+
+def sixteen_bits(folder):
+    """A checkpoint in bfloat16."""
+    made = LlamaForCausalLM.from_pretrained(make_checkpoint(folder / "wide"), dtype=torch.bfloat16)
+    made.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+SIXTEEN = {
+    "streaming_llm": {"positions": "contiguous"},
+    "h2o": {"quantize": "int8"},
+    **{name: {} for name in ("keydiff", "adakv", "sirllm", "kvzip")},
+}
+
+
+@pytest.mark.parametrize("policy", few(SIXTEEN, rest=("keydiff", "adakv", "sirllm", "kvzip")))
+def test_16_bits_are_compared_in_float32(tmp_path, policy):
+    """So a fault shows that is smaller than bfloat16's rounding."""
+    base = sixteen_bits(tmp_path)
+    kvrewrite.convert(base, tmp_path / "out", policy, budget=48, check="off", **SIXTEEN[policy])
+    report = verify(tmp_path / "out", tokens=24)
+    assert report.ok and (report.dtype, report.compared_in) == ("bfloat16", "float32"), report.checks
+    largest = [check.difference for check in report.checks if check.difference is not None]
+    assert len(largest) == 5 and max(largest) < 1e-5
+
+
+def test_a_small_fault_of_a_16_bit_model_is_found(tmp_path, monkeypatch):
+    base = sixteen_bits(tmp_path)
+    kvrewrite.convert(base, tmp_path / "out", "full", check="off")
+    loaded = kvrewrite.load
+
+    def faulty(directory, **how):
+        model = loaded(directory, **how)
+        for name, weight in model.program.graph.named_parameters():
+            if name.endswith("o_proj.weight"):
+                weight.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr("kvrewrite.api.load", faulty)
+    assert results(verify(tmp_path / "out", tokens=24))["original, full budget"] is False

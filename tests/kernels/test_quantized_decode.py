@@ -12,6 +12,7 @@ from kvrewrite.kernels.attention.decode import Config
 from kvrewrite.kernels.groups import Codes, QuantizedCache
 from kvrewrite.kernels.quantized import decode
 from kvrewrite.kernels.quantized.scheme import KINDS, Scheme, quantize_keys, quantize_values
+from kvrewrite.kernels.quantized.tiles import tiles
 from kvrewrite.kernels.quantized.update import decode_update_quantized
 from tests.kernels.test_decode import DEVICE, NAN, PAGE, TOLERANCE, page_table, paged, relative
 from tests.support.flat import flat
@@ -98,9 +99,9 @@ class Case:
             moved[name] = there.copy_(x)
         return moved
 
-    def run(self, per_sm: int = 3, mass: bool = True, warps: int = 4, stages: int = 3) -> tuple:
+    def run(self, per_sm: int = 3, mass: bool = True, warps: int = 4, stages: int = 3, pages: int = 1) -> tuple:
         """The kernel's out, LSE and mass."""
-        launch = Config(per_sm, warps, stages)
+        launch = Config(per_sm, warps, stages, pages)
         return decode_attention_quantized(
             **self.on_device(), scheme=self.scheme, **self.options, mass=mass, launch=launch
         )
@@ -139,6 +140,26 @@ def test_groups(kind: str, group: int, heads: int) -> None:
 @pytest.mark.parametrize(("d", "dv", "kind"), [(16, 24, "int8"), (80, 96, "int4"), (40, 136, "int8"), (96, 80, "fp8")])
 def test_head_dims(d: int, dv: int, kind: str) -> None:
     Case([[130, 70]], kind=kind, d=d, dv=dv).check(1)
+
+
+@pytest.mark.parametrize(("d", "dv", "kind"), [(17, 16, "int8"), (32, 27, "fp8"), (18, 16, "int4")])
+def test_codes_that_are_not_whole_words(d: int, dv: int, kind: str) -> None:
+    """Two bytes are loaded as one number; of odd widths each is one."""
+    assert tiles(Scheme(kind), d, dv, 2).word == 1
+    Case([[130, 70]], kind=kind, d=d, dv=dv).check(1)
+
+
+def test_more_query_heads_than_a_worker_takes() -> None:
+    case = Case([[90]], kind="int4", tail=[[20]], h=40, d=64)
+    assert tiles(case.scheme, 64, 64, 40).heads == 32
+    case.check(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_groups_of_keys_at_a_time(kind: str) -> None:
+    """The last pair may have one group, or a part of one."""
+    Case([[150, 96, 70]], kind=kind, h=3, tail=[[0, 0, 6]], spread=2, window=100).check(1, pages=2)
+    Case([[100, 33]], kind=kind, group=16, softcap=2.0, alibi=True).check(2, pages=2)
 
 
 @pytest.mark.gpu

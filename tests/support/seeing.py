@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import transformers as T
+from torch import Tensor
+
+from kvrewrite.api import Rewriter
+from kvrewrite.vision.model import VisionModel
 
 TEXT: dict[str, Any] = {
     "vocab_size": 97,
@@ -222,3 +226,29 @@ def given(name: str, rows: list[list[Part]], seed: int = 0) -> dict[str, Any]:
     if name == "mistral3":
         found["image_sizes"] = torch.tensor([[SIZE, SIZE]] * len(pixels))
     return found
+
+
+@functools.cache
+def rewriter(name: str) -> Rewriter:
+    return Rewriter(original(name))
+
+
+@functools.cache
+def small(name: str, policy: str, **options: Any) -> VisionModel:
+    made = rewriter(name).rewrite(policy, **options)
+    assert isinstance(made, VisionModel)
+    return made
+
+
+def merged(name: str, inputs: dict[str, Any]) -> Tensor:
+    """The embeddings that the unmodified model gives its language model."""
+    found: list[Tensor] = []
+    model = original(name)
+    part = model.get_decoder()
+    hook = part.register_forward_pre_hook(lambda _, __, kw: found.append(kw["inputs_embeds"]), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    return found[0]
