@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kvrewrite.cli.options import TRUST
-from kvrewrite.cli.shared import Command, find_device
+from kvrewrite.cli.shared import Command, find_device, waiting
 
 HELP = "/memory: what the cache holds; /reset: begin again; /quit or Ctrl-D: end; Ctrl-C: stop an answer"
 
@@ -49,7 +49,9 @@ def chat(directory: str, system: str | None, device: str, trust_compiled: bool, 
 
     where = find_device(device)
     tokenizer = read_tokenizer(directory)
-    talk = Chat(api.load(directory, device=where, trust_compiled=trust_compiled), tokenizer, system)
+    with waiting("loading the model"):
+        model = api.load(directory, device=where, trust_compiled=trust_compiled)
+    talk = Chat(model, tokenizer, system)
     options = {name: chosen[name] for name in ("temperature", "top_p") if chosen[name] is not None}
     torch.manual_seed(chosen["seed"])
     click.echo(HELP, err=True)

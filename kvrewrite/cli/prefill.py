@@ -45,7 +45,8 @@ def prefill(directory: str, document: str, out: Path, device: str, force: bool, 
     ids = read_tokenizer(directory)(text, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise OptionError(f"--document {document}: no tokens; expected some text")
-    model = api.load(directory, device=where, trust_compiled=trust_compiled)
+    with waiting("loading the model"):
+        model = api.load(directory, device=where, trust_compiled=trust_compiled)
     started = time.perf_counter()
     with waiting(f"reading {ids.shape[1]} tokens"):
         cache = model.prefill(ids.to(where))

@@ -9,6 +9,7 @@ import click
 
 from kvrewrite.cli.options import parse_bytes
 from kvrewrite.cli.shared import Command, find_device
+from kvrewrite.cli.shared import waiting as shown_waiting
 
 
 @click.command(cls=Command)
@@ -151,7 +152,8 @@ def serve(
 
     where = find_device(device)
     tokenizer = read_tokenizer(directory)
-    model = api.load(directory, device=where, trust_compiled=trust_compiled)
+    with shown_waiting("loading the model"):
+        model = api.load(directory, device=where, trust_compiled=trust_compiled)
     if compiled:
         model.compile()
     limits = serving.Limits(connections=max_connections, grace_seconds=grace_seconds)

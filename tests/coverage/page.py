@@ -53,7 +53,7 @@ conversion on a busy CPU. "–": not in that version, or not measured with it ye
 ROPES = """Each by the same criterion; where a row is a variant of its own, its logits also differ from those of the default RoPE
 with the same weights, so that the row says something. transformers chooses the frequencies of dynamic and longrope by the
 length of each call; here they are fixed for a request by its greatest length (`max_length`), and compared with the unmodified
-model's on the whole text. mrope is traced with text alone: the positions of images can't be given to a converted model."""
+model's on the whole text. mrope is traced with text alone; positions of images are an input of their own (docs/vision.md)."""
 
 EXPERTS = """`experts_implementation` grouped_mm (transformers' default) and batched_mm are traced as they are; eager, a loop
 over the experts that were hit, can't be traced, so it becomes grouped_mm. The comparison is with the eager loop each time.

@@ -17,7 +17,7 @@ from kvrewrite.runtime.decode_graph import DecodeRunner
 from kvrewrite.runtime.executor import Executor
 from kvrewrite.runtime.parts import Execution
 from tests.support.products import few
-from tests.support.seeing import Part, given, original, rewriter, small
+from tests.support.seeing import END, START, VIDEO, Part, given, original, rewriter, small
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 FAMILIES = few(["qwen2_vl", "qwen2_5_vl"], rest=["qwen2_5_vl"])
@@ -158,3 +158,16 @@ class TestRefusals:
         with pytest.raises(InputError, match="its rotation has one axis"):
             llava = small("llava", "full")
             llava(inputs_embeds=llava.embed(first["input_ids"]), rope_positions=places)
+
+
+def test_a_video() -> None:
+    ids = torch.tensor([[5, 6, 7, START, *[VIDEO] * 8, END, 9, 10]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(32, 3 * 2 * 7 * 7, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+        "mm_token_type_ids": (ids == VIDEO).long() * 2,
+    }
+    want = original("qwen2_vl").generate(**inputs, max_new_tokens=8, **GREEDY)
+    assert torch.equal(small("qwen2_vl", "full").generate(**inputs, max_new_tokens=8, **GREEDY), want)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import kvrewrite
-from kvrewrite.errors import InputError
+from kvrewrite.errors import CacheError, InputError
 from tests.support.products import few
-from tests.support.seeing import MAKERS, Part, given, merged, original, small
+from tests.support.seeing import IMAGE, MAKERS, Part, given, merged, original, small
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 FAMILIES = few(
@@ -145,3 +145,21 @@ def test_features_of_further_layers_are_refused() -> None:
     """Qwen3-VL adds what the tower's layers found to the language model's."""
     with pytest.raises(InputError, match="deepstack_visual_embeds"):
         small("qwen3_vl", "full").generate(**given("qwen3_vl", [[3, (2, 2), 4]]), max_new_tokens=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["h2o", "snapkv"])
+def test_pinned_text_leaves_a_budget_for_images(policy: str) -> None:
+    """All text stays in every head, and images compete for the rest of the budget; generated tokens for what text leaves, too."""
+    less = small("llava", policy, budget=18, **({"window": 2} if policy == "snapkv" else {}))
+    inputs = given("llava", [[5, (2, 2), 3, (2, 2), 6]])
+    image = inputs["input_ids"] == IMAGE
+    cache = less.prefill(**inputs, pin=~image)
+    text, places = set((~image[0]).nonzero().flatten().tolist()), cache.positions()
+    for layer in places.values():
+        for held in layer[0]:
+            assert text <= set(held) and len(held) == 18
+    answer = less.generate(**inputs, pin=~image, max_new_tokens=4, **GREEDY)
+    with pytest.raises(CacheError, match="pin less"):
+        less.generate(**given("llava", [[19, (2, 2)]]), pin=(0, 19), max_new_tokens=2)
+    assert answer.shape[1] == image.shape[1] + 4
