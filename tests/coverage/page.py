@@ -16,38 +16,46 @@ Outcomes = dict[str, dict[str, Any]]
 
 HEAD = """# Coverage
 
-Every model type that `AutoModelForCausalLM` of transformers knows, as a tiny model with random weights in fp32 on a CPU,
-converted and compared with the unmodified model. Made by
+This page says which models convert. It has every model type that `AutoModelForCausalLM` of transformers knows. Each
+was converted as a tiny model with random weights, in fp32 on a CPU, and compared with the unmodified model. Nothing
+here was measured on full-size checkpoints. Made by
 
     python -m tests.coverage
 
 on each version of transformers ({versions}); `pytest -m coverage` checks that the table still holds.
 
-An architecture is **exact** when its logits are the unmodified model's, to 1e-4 of the largest logit: batch 2, uneven chunks
-of 7, 5, 1, 1, 10 and 9 tokens through one cache and then token by token, and a row with padding on its left, nothing
-evicted; and when with StreamingLLM (budget 12, 2 sinks, chunks of 7) every layer and head keeps exactly the sinks and the
-newest tokens, or in layers with a window or chunk at least what that still sees, never more than the budget. Where all
-layers have windows within the budget, the logits under eviction are the original's, too. Where keys and values are made of a
-compressed latent (MLA), the chunks and single tokens with nothing evicted run with `mla=latent`, too. The sizes are shrunk
-(tests/coverage/configs.py): windows and chunks become 8, GQA stays where a type has it. All weights are random with unit
-gain, so that attention is not uniform and no bias, sink or gate is zero. Where scores are capped, the unmodified model runs
-with `attn_implementation="eager"`: sdpa has no cap, and transformers 5.17 leaves it out without a word. Nothing here was
-measured on full-size checkpoints. dory's difference is its own rounding: the unmodified model in fp32 is 3.7e-4 from itself in
-float64, where the difference is 0. With torch 2.11 on another processor both versions gave the same outcomes, but for dory
-(6.0e-4, where 5.2e-4 is the limit: the same rounding) and minimax, whose rounded tables of powers were taken for a scale
-(mended since, and exact there).
+An architecture is **exact** when both of these hold:
 
-**Hybrids.** Layers that are no attention are carried exactly where what they do is one of three things, found in the traced
-graph by evaluating it (`passes/canonical/carry_state.py`): a window of the last inputs (short convolutions, token shifts), a
-linear recurrence with a matrix as state (state-space duality, gated delta rule, linear attention with decays that depend on the
-text or are a number for each head), or torch's associative scan of a linear recurrence. Their state is an input and lies
-beside the cache, row by row; eviction concerns the attention layers alone. "sites" counts attention layers. Loops over
-chunks are traced with a first, a middle and a last chunk; that more chunks repeat the middle one is an assumption.
-Everything else that mixes tokens is refused, with the op and the reason.
+- Nothing evicted: its logits are the unmodified model's, to 1e-4 of the largest logit. Tried are batch 2, uneven
+  chunks of 7, 5, 1, 1, 10 and 9 tokens through one cache and then token by token, and a row with padding on its left.
+  MLA models also run with `mla=latent`.
+- With StreamingLLM (budget 12, 2 sinks, chunks of 7): every layer and head keeps exactly the sinks and the newest
+  tokens. Layers with a window or chunk keep at least what that still sees, and never more than the budget. Where all
+  layers have windows within the budget, the logits under eviction are the original's, too.
 
-"found as": `interface` is transformers' attention interface; `sdpa`, `softmax` and `flex_attention` were found in the traced
-graph. "difference" is the largest absolute difference of two logits, "largest" the largest logit, "s" the seconds of the
-conversion on a busy CPU. "–": not in that version, or not measured with it yet (`--missing` goes on where a run stopped).
+How the tiny models are made: sizes are shrunk (tests/coverage/configs.py), windows and chunks become 8, GQA stays
+where a type has it. All weights are random with unit gain, so that attention is not uniform and no bias, sink or gate
+is zero. Where scores are capped, the unmodified model runs with `attn_implementation="eager"`: sdpa has no cap, and
+transformers 5.17 leaves it out without a word.
+
+dory's difference is its own rounding: the unmodified model in fp32 is 3.7e-4 from itself in float64, where the
+difference is 0. With torch 2.11 on another processor both versions gave the same outcomes, but for dory (6.0e-4,
+where 5.2e-4 is the limit: the same rounding) and minimax, whose rounded tables of powers were taken for a scale; that
+is mended, and minimax is exact there.
+
+**Hybrids.** Layers that are no attention are carried exactly where what they do is one of three things, found in the
+traced graph by evaluating it (`passes/canonical/carry_state.py`): a window of the last inputs (short convolutions,
+token shifts), a linear recurrence with a matrix as state (state-space duality, gated delta rule, linear attention
+with decays that depend on the text or are a number for each head), or torch's associative scan of a linear
+recurrence. Their state is an input and lies beside the cache, row by row; eviction concerns the attention layers
+alone. "sites" counts attention layers. Loops over chunks are traced with a first, a middle and a last chunk; that
+more chunks repeat the middle one is an assumption. Everything else that mixes tokens is refused, with the op and the
+reason.
+
+"found as": `interface` is transformers' attention interface; `sdpa`, `softmax` and `flex_attention` were found in the
+traced graph. "difference" is the largest absolute difference of two logits, "largest" the largest logit, "s" the
+seconds of the conversion on a busy CPU. "–": not in that version, or not measured with it yet (`--missing` goes on
+where a run stopped).
 """
 
 ROPES = """Each by the same criterion; where a row is a variant of its own, its logits also differ from those of the default RoPE
