@@ -27,7 +27,7 @@ from kvrewrite.policies.streaming_llm import StreamingLLM
 from kvrewrite.policies.tova import TOVA
 from kvrewrite.policies.trim_kv import TrimKV
 
-# Files of this folder without a policy; these import torch, which `kvrewrite policies` does without.
+# Files of this folder without a policy; `site` imports torch, which `kvrewrite policies` does without.
 _OTHERS = ("site", "weights")
 
 # All other files are imported, which registers their policies. The names above are for `from kvrewrite.policies import`.

@@ -8,8 +8,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvrewrite.errors import OptionError
 from kvrewrite.policies.base import Policy, Scores
 from kvrewrite.policies.registry import register
@@ -146,6 +144,8 @@ class KVzap(Scoped):
             return Scores(new)
         scores, places, drops = site.join(site.stored_scores(), new), site.slot_positions(), site.input("drops")
         if self.sinks:  # they stay, so they count among what does
+            import torch
+
             scores = torch.where((places >= 0) & (places < self.sinks), torch.inf, scores)
         limits = (site.recent, site.keep, drops, float(self.threshold), *site.span)
         return Scores(new, keep=site.ops.kept_above(scores, places, *limits))

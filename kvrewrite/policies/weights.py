@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kvrewrite.errors import PolicyWeightsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BASE_MODEL = "base_model"  # metadata key: the fingerprint of the model that the weights were trained for
 UNLABELLED = "n_sink"  # metadata key: of how many first tokens nothing was learned
@@ -64,7 +65,7 @@ def check_policy_weights(
             shapes.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         if not tensor.is_floating_point():
             dtypes.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected a floating dtype")
-        elif not torch.isfinite(tensor.to(dtype or tensor.dtype)).all():
+        elif not tensor.to(dtype or tensor.dtype).isfinite().all():
             values.append(name)
     problems += _list("wrong shape", shapes) + _list("wrong dtype", dtypes)
     problems += _list("infinite or not a number", values)
