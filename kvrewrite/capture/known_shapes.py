@@ -67,6 +67,10 @@ def _key(value: Any, mode: FakeTensorMode) -> Any:
     if kind is FakeTensor:
         if value.fake_mode is not mode or value.constant is not None or value.layout is not torch.strided:
             raise _NotKnowable
+        if (
+            not value.dim()
+        ):  # it may stand for a number of Python, which promotes other dtypes; nothing here would say so
+            raise _NotKnowable
         sizes = tuple(map(_number, value.shape)), tuple(map(_number, value.stride())), _number(value.storage_offset())
         return value.dtype, value.fake_device, *sizes, value.requires_grad, value.is_conj(), value.is_neg()
     if kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
@@ -117,7 +121,8 @@ def known_shapes() -> Iterator[None]:
             return compute(mode, op, types, args, kwargs)
         try:
             options = tuple((name, _key(value, mode)) for name, value in kwargs.items())
-            key = op, _key(tuple(args), mode), options, torch.get_default_dtype(), torch.is_grad_enabled()
+            modes_on = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            key = op, _key(tuple(args), mode), options, torch.get_default_dtype(), modes_on
         except _NotKnowable:
             return compute(mode, op, types, args, kwargs)
         all_known = modes.setdefault(mode, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from kvrewrite.cache.side_by_side import give_back, join
 from kvrewrite.cache.slot_plan import StepPlan, slots_decoded, walk
 from kvrewrite.errors import CacheError, InputError
 from kvrewrite.ir.axes import AXES
+from kvrewrite.ir.waits import told
 from kvrewrite.policies import UNLIMITED, Policy, RowState, Segment
 
 if TYPE_CHECKING:
@@ -279,8 +281,15 @@ class Call:
         while not self.finished:
             if self.cache.before_chunk is not None:
                 self.cache.before_chunk()
-            advance([self])
+            with self._told() if self.passes > 1 else contextlib.nullcontext():
+                advance([self])
         return self.logits
+
+    def _told(self) -> contextlib.AbstractContextManager[None]:
+        """Says where a long prompt is, if its next pass takes long: tokens of the row that has most."""
+        row = max(range(len(self.totals)), key=self.totals.__getitem__)
+        seen, total = self.cache.seen[row], self.totals[row]
+        return told(f"pass {self.step + 1} of {self.passes}: {seen:,} of {total:,} tokens are read")
 
     def next_pass(self) -> Pass:
         """The next segment of every row that has one; changes nothing."""

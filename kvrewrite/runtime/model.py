@@ -546,7 +546,8 @@ class RewrittenModel(Pretrained, Generation):
         if (rows, tokens) in self._shapes_run:
             return self._pass(given, logits)
         self._shapes_run.add((rows, tokens))
-        with told(f"the first pass of {rows} x {tokens} tokens, for which what is in no cache is compiled"):
+        compiles = self.executor is not None or self.gpu is not None
+        with told(f"the first pass of {rows} x {tokens} tokens" + (", whose kernels may be compiled now" * compiles)):
             return self._pass(given, logits)
 
     def _pass(self, given: dict[str, Tensor], logits: bool) -> Tensor | None:

@@ -76,10 +76,20 @@ def _requirements() -> dict[str, Any]:
     return {r.name: r.specifier for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})}
 
 
+def _processor(cores: int, threads: int, load: float) -> Finding:
+    """load: processes that wanted a core in the last minute. Threads of torch wait for each other after every op, so one that has
+    to share its core holds up all: an answer took 73 s with two threads and 6 s with one, on two busy cores."""
+    text = f"CPU: {cores} cores, {threads} threads for torch"
+    if threads > 1 and load > cores:
+        text += f"; but others keep the cores busy (load {load:.1f}), and threads wait for each other: set OMP_NUM_THREADS=1"
+        return Finding("devices", "slow", text)
+    return Finding("devices", "ok", text)
+
+
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("devices", "ok", f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
+    yield _processor(os.cpu_count() or 1, torch.get_num_threads(), os.getloadavg()[0])
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
         text = (

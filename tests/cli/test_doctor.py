@@ -31,6 +31,12 @@ def test_this_machine() -> None:
     assert {"area": "versions", "state": "ok", "text": have} in found
 
 
+def test_busy_cores_are_told() -> None:
+    """Only where threads would wait for each other."""
+    found = [doctor._processor(2, threads, load) for threads, load in ((2, 1.5), (2, 3.8), (1, 3.8))]
+    assert [f.state for f in found] == ["ok", "slow", "ok"] and "OMP_NUM_THREADS=1" in found[1].text
+
+
 def test_versions_that_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0" if name == "torch" else real(name))

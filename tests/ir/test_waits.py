@@ -76,3 +76,21 @@ def test_the_first_pass_of_a_shape_is_told(monkeypatch):
         with contextlib.redirect_stderr(io.StringIO()) as said, torch.no_grad():
             model(torch.arange(2, 7)[None])
         assert expected in said.getvalue() and bool(expected) == bool(said.getvalue())
+
+
+def test_a_long_prompt_says_where_it_is(monkeypatch):
+    """Each pass that takes long, by the tokens that are read before it."""
+    model = rewritten("llama", "h2o", budget=16, chunk=8)
+    slow = type(model)._pass
+
+    def delayed(*args):
+        time.sleep(0.3)
+        return slow(*args)
+
+    with torch.no_grad():
+        model(torch.arange(2, 26)[None])  # every shape has had its first pass
+        monkeypatch.setattr(type(model), "_pass", delayed)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            model(torch.arange(2, 26)[None])
+    passes = len(said.getvalue().splitlines()) // 2
+    assert passes > 1 and f"pass 2 of {passes}: 8 of 24 tokens are read ..." in said.getvalue()
