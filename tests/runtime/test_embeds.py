@@ -20,7 +20,7 @@ from kvrewrite.passes.insert.embeds import embedding_graph
 from tests.runtime.test_decoding import static
 from tests.runtime.test_invariants import EVICTING, MORE, evicting
 from tests.support.products import few
-from tests.support.rewritten import build, captured, original, rewrite, rewritten
+from tests.support.rewritten import build, captured, original, own, rewrite, rewritten
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 # Factors and norms after the lookup, positions of both kinds, frequencies by length, layers that carry a state.
@@ -362,7 +362,7 @@ def test_weights_are_not_copied() -> None:
 
 def test_the_graph_of_embeddings_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And anew where weights have moved, and for a copy of the model."""
-    small = rewrite(build("llama"), captured("llama"), "h2o", None, budget=20)
+    small = rewrite(*own("llama"), "h2o", None, budget=20)  # whose weights are changed below
     made: list[Any] = []
 
     def counted(program: Any) -> Any:
