@@ -19,7 +19,7 @@ from kvrewrite.errors import ArtifactError
 NEEDS = "pip install 'kvrewrite[gguf]' (packages gguf and accelerate)"
 _ADVICE = "take the model's safetensors checkpoint instead"
 # What transformers' readers raise; all mean that they can't read the file.
-_WRONG = (ValueError, KeyError, TypeError, IndexError, AttributeError, NotImplementedError, RuntimeError, OSError)
+_WRONG = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError)
 # Extra tensors that hold RoPE's frequencies. transformers ignores them.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Settings of attention that a file may have, and their names in a configuration.

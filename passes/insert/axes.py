@@ -6,8 +6,6 @@ they are cached. Ensures that each axis has its own. What the cache knows of pos
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import fx
 
@@ -17,6 +15,7 @@ from kvrewrite.ir.fx import placeholder, shape_of
 from kvrewrite.ir.layout import InputSpec
 from kvrewrite.ir.program import Program
 from kvrewrite.passes.canonical.canonicalize import add_call
+from kvrewrite.passes.insert.embeds import with_input
 
 NAME = "rope_positions"
 aten = torch.ops.aten
@@ -47,10 +46,4 @@ def insert_axes(program: Program) -> Program:
             new = add_call(gm, aten.cat.default, [add_call(gm, aten.unsqueeze.default, one, 0), new])
     old.replace_all_uses_with(new)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder" or n.is_impure())
-    at = program.layout.input_names.index("position_ids") + 1
-    inputs = [*program.layout.inputs[:at], spec, *program.layout.inputs[at:]]
-    layout = dataclasses.replace(program.layout, inputs=inputs)
-    layout.attach(gm)
-    graph.lint()
-    gm.recompile()
-    return dataclasses.replace(program, graph=gm, layout=layout)
+    return with_input(program, gm, spec, after="position_ids")

@@ -69,11 +69,16 @@ def insert_embeds(program: Program) -> Program:
         raise _refusal(f"it, or its policy {program.policy['name']}, reads token ids beside their embeddings ({where})")
     width = shape_of(given)[2]
     spec = InputSpec(NAME, NAME, "tokens", given.meta["val"].dtype, ("B", "T", int(width)))
-    at = program.layout.input_names.index("input_ids") + 1
+    return with_input(program, gm, spec, after="input_ids")
+
+
+def with_input(program: Program, gm: fx.GraphModule, spec: InputSpec, after: str) -> Program:
+    """The program with `gm` as its graph, which has one more input after the input of that name."""
+    at = program.layout.input_names.index(after) + 1
     inputs = [*program.layout.inputs[:at], spec, *program.layout.inputs[at:]]
     layout = dataclasses.replace(program.layout, inputs=inputs)
     layout.attach(gm)
-    graph.lint()
+    gm.graph.lint()
     gm.recompile()
     return dataclasses.replace(program, graph=gm, layout=layout)
 
